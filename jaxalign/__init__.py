@@ -1,0 +1,99 @@
+"""jaxalign: align language models with people, in JAX.
+
+    files → examples → token batches → (prepare) → losses → step → state → checkpoint → HF export
+
+Importing this package loads jax, flax and optax only. What reads files, tokenizers or checkpoints
+is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxalign import losses
+from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.generate import generate, sample
+from jaxalign.models.base import combine
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.heads import Scorer, pooled_scores, target_logprobs, with_scalar_head
+from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
+from jaxalign.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxalign.rewards import model_reward, text_reward
+from jaxalign.sharding import compile_step, make_mesh, shard_batch
+from jaxalign.types import (
+    PairBatch,
+    PromptBatch,
+    RolloutBatch,
+    TokenBatch,
+    TrainState,
+    Weighted,
+)
+
+if TYPE_CHECKING:
+    from jaxalign.config import load_config
+    from jaxalign.data import preference_batches, prompt_batches, sft_batches
+    from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+
+_LAZY = {
+    "load_config": "jaxalign.config",
+    "load_pretrained": "jaxalign.hf",
+    "load_tokenizer": "jaxalign.hf",
+    "preference_batches": "jaxalign.data",
+    "prompt_batches": "jaxalign.data",
+    "save_pretrained": "jaxalign.hf",
+    "sft_batches": "jaxalign.data",
+}
+
+__all__ = [
+    "Decoder",
+    "LoraConfig",
+    "OptimizerConfig",
+    "PairBatch",
+    "PromptBatch",
+    "RolloutBatch",
+    "Scorer",
+    "TokenBatch",
+    "TrainState",
+    "Weighted",
+    "add_lora",
+    "combine",
+    "compile_step",
+    "dpo",
+    "generate",
+    "init_state",
+    "load_config",
+    "load_pretrained",
+    "load_tokenizer",
+    "losses",
+    "make_eval",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "merge_lora",
+    "model_reward",
+    "pooled_scores",
+    "ppo",
+    "preference_batches",
+    "prompt_batches",
+    "reward",
+    "sample",
+    "save_pretrained",
+    "sft",
+    "sft_batches",
+    "shard_batch",
+    "target_logprobs",
+    "text_reward",
+    "with_scalar_head",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'jaxalign' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: maximum likelihood of the answers' tokens.
+
+    L = − Σ_{b,t} m_{b,t} · log π(y_{b,t} | x_{b,≤t}) / Σ_{b,t} m_{b,t}
+
+(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token
+of every answer weighs the same, over all micro-batches and devices.
+
+Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.step import make_step as _make_step
+from jaxalign.losses.sft import nll
+from jaxalign.masked import weighted
+from jaxalign.models.base import LanguageModel
+from jaxalign.models.heads import target_logprobs
+from jaxalign.types import Params, TokenBatch, Weighted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of SFT.
+
+    Attributes:
+      log_entropy: also log the mean entropy of the predictions (`entropy`, nats); costs another
+        pass over each chunk of logits.
+    """
+
+    log_entropy: bool = False
+
+
+def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
+    """The SFT loss, one term `nll` weighted by trained tokens."""
+    config = Config() if config is None else config
+
+    def count(batch: TokenBatch) -> dict[str, jax.Array]:
+        return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
+
+    def terms(
+        params: Params, batch: TokenBatch
+    ) -> tuple[dict[str, jax.Array], dict[str, Weighted]]:
+        hidden = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
+        metrics: dict[str, Weighted] = {}
+        if config.log_entropy:
+            logprobs, entropy = target_logprobs(
+                model, params, hidden, batch.targets, entropy=True
+            )
+            metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
+        else:
+            logprobs = target_logprobs(model, params, hidden, batch.targets)
+        loss = weighted(nll(logprobs), batch.loss_mask)
+        return {"nll": loss.total}, metrics
+
+    return Loss(count, terms)
+
+
+def make_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    config: Config | None = None,
+    *,
+    micro_batches: int = 1,
+) -> Step:
+    """`step(state, batch: TokenBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
+    return _make_step(make_loss(model, config), tx, micro_batches)

@@ -1,0 +1,176 @@
+"""The one train step that all four algorithms share.
+
+    step(state, batch) -> (state, metrics)
+
+An algorithm gives a `Loss`: how much each of its terms weighs in a batch (`count`), and the sums
+themselves (`terms`). The step divides every sum by the weight of the *whole* batch, so that loss,
+gradient and metrics are the same however the batch is cut into micro-batches or spread over
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from jaxalign.models.base import combine
+from jaxalign.sharding import mesh_of, replicated
+from jaxalign.types import Array, Params, TrainState, Weighted
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+class Loss(NamedTuple):
+    """A sum of terms, each an average over its own weight.
+
+    Attributes:
+      count: batch → `{term: weight}`; reads masks only.
+      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`). The loss is
+        `Σ_term sum / weight`.
+    """
+
+    count: Callable[[Any], dict[str, jax.Array]]
+    terms: Callable[[Params, Any], tuple[dict[str, jax.Array], dict[str, Weighted]]]
+
+
+def init_state(
+    params: Params, tx: optax.GradientTransformation, frozen: Params | None = None
+) -> TrainState:
+    """Makes a train state; copies the parameters, because steps donate their state.
+
+    Args:
+      params: what is trained. Where its leaves lie on a mesh, the optimizer state follows them.
+      tx: any optax transformation.
+      frozen: parameters the forward pass needs but that are not trained (shared, not copied).
+    """
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    mesh = mesh_of(params)
+    if mesh is None:
+        opt_state = jax.jit(tx.init)(params)
+        step = jnp.zeros((), jnp.int32)
+    else:
+        layout = opt_state_shardings(params, tx)
+        opt_state = jax.jit(tx.init, out_shardings=layout)(params)
+        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    return TrainState(step, params, {} if frozen is None else frozen, opt_state)
+
+
+def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any:
+    """Shardings of `tx`'s state: moments lie as their parameters do, counters everywhere.
+
+    Args:
+      params: arrays, or `ShapeDtypeStruct`s with shardings, on one mesh.
+      tx: the optax transformation.
+    """
+    mesh = mesh_of(params)
+    if mesh is None:
+        raise ValueError("the parameters lie on no mesh; load them with mesh=…")
+    everywhere = replicated(mesh)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def like(path: Any, leaf: Any) -> NamedSharding:
+        # A moment sits in the optimizer's state under the path of its parameter. (optax's own
+        # tree_map_params cannot see through `optax.partition`.) Factored or reduced statistics
+        # have another shape than their parameter.
+        for start in range(len(path)):
+            param = by_path.get(path[start:])
+            if param is not None and param.shape == leaf.shape:
+                return param.sharding
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(tx.init, params))
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """`[B, …]` leaves → `[parts, B / parts, …]`, row r going to part r mod parts.
+
+    The stride keeps every part spread over all devices that hold rows.
+
+    Raises:
+      ValueError: the rows do not divide into the parts.
+    """
+
+    def split(x: Array) -> jax.Array:
+        rows = x.shape[0]
+        if rows % parts:
+            raise ValueError(f"{rows} rows do not divide into micro_batches={parts}")
+        return jnp.swapaxes(jnp.reshape(x, (rows // parts, parts, *x.shape[1:])), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int = 1) -> Step:
+    """Builds a pure train step from a loss and an optimizer.
+
+    Args:
+      loss: terms and their weights.
+      tx: any optax transformation, for the parameters the state holds.
+      micro_batches: how many parts of the batch are computed one after the other, with one
+        accumulated gradient; changes memory, not results.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated (see
+      `compile_step`). Metrics are float32 scalars: those of the loss; `loss`; `grad_norm` (global
+      2-norm before any clipping in `tx`); and `weight/<term>`, the tokens or pairs that counted.
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches={micro_batches}: wanted a positive integer")
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        counts = loss.count(batch)
+
+        def objective(params: Params, part: Any) -> tuple[jax.Array, dict[str, Weighted]]:
+            sums, metrics = loss.terms(combine(params, state.frozen), part)
+            value = sum(Weighted(total, counts[name]).mean() for name, total in sums.items())
+            return jnp.asarray(value, jnp.float32), metrics
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        if micro_batches == 1:
+            (value, metrics), grads = gradient(state.params, batch)
+        else:
+            value, metrics, grads = _accumulate(
+                gradient, state.params, split_rows(batch, micro_batches)
+            )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        logged = {name: metric.mean() for name, metric in metrics.items()}
+        logged |= {f"weight/{name}": count for name, count in counts.items()}
+        logged |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, state.frozen, opt_state), logged
+
+    return step
+
+
+def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, Any, Params]:
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    ((value, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
+    return value, metrics, grads
+
+
+def make_eval(loss: Loss) -> Callable[[TrainState, Any], dict[str, Weighted]]:
+    """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add them up over batches.
+
+    Includes `loss` with the weight of the first term, exact for losses of one term.
+    """
+
+    @jax.jit
+    def evaluate(state: TrainState, batch: Any) -> dict[str, Weighted]:
+        sums, metrics = loss.terms(combine(state.params, state.frozen), batch)
+        counts = loss.count(batch)
+        return metrics | {
+            f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()
+        }
+
+    return evaluate

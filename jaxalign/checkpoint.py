@@ -1,0 +1,86 @@
+"""Checkpoints with Orbax: train state and loop position together, so that a run resumes exactly."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxalign.types import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they live, one sub-folder a step.
+      keep: how many of the newest are kept; None keeps all.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, keep: int | None = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._folder = pathlib.Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
+        """Saves in the background; the arrays are copied before this returns.
+
+        Args:
+          step: the name of the checkpoint.
+          state: parameters and optimizer; `frozen` is not saved, it never changes.
+          loop: JSON-able position of the loop: data state, KL coefficient, seed.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_saved(state)), loop=ocp.args.JsonSave(loop)
+            ),
+        )
+
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """Loads a checkpoint into the shapes and layout of `state`.
+
+        Args:
+          state: of the same structure; its `frozen` is kept as it is.
+          step: which checkpoint; the newest by default.
+
+        Raises:
+          ValueError: there is none, or it does not fit the state.
+        """
+        step = self.latest if step is None else step
+        if step is None:
+            raise ValueError(f"no checkpoint in {self._folder}; start without resume=true")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {self._folder}/{step} does not fit this run's model or optimizer "
+                f"(was the config changed?): {error}"
+            ) from error
+        loaded = restored["state"]
+        state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
+        return state, restored["loop"]
+
+    def close(self) -> None:
+        """Waits until all saves are on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

@@ -1,0 +1,181 @@
+"""Commands: `jaxalign sft|reward|dpo|ppo|pipeline CONFIG [key=value …]`, `quickstart`, …
+
+Wrong input ends with one message and exit status 2; `JAXALIGN_TRACEBACK=1` shows where it arose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "sft": "supervised fine-tuning",
+    "reward": "train a reward model from preference pairs",
+    "dpo": "direct preference optimisation",
+    "ppo": "reinforcement learning against a reward model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed) or 0
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("JAXALIGN_TRACEBACK"):
+            raise
+        print(f"jaxalign {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxalign", description="Align language models with people, in JAX."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in _COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("config", help="YAML file (see configs/)")
+        command.add_argument("overrides", nargs="*", metavar="key=value")
+        command.set_defaults(run=_train)
+
+    command = commands.add_parser("pipeline", help="several stages from one YAML")
+    command.add_argument("config", help="YAML file (see configs/pipeline.yaml)")
+    command.add_argument("overrides", nargs="*", metavar="stage.key=value")
+    command.set_defaults(run=_pipeline)
+
+    command = commands.add_parser(
+        "quickstart", help="SFT, reward model, PPO and DPO on example data, side by side"
+    )
+    command.add_argument("--model", required=True, help="folder, .gguf file or hub id to start from")
+    command.add_argument("--language", default="en", choices=("en", "zh"))
+    command.add_argument("--out", default="runs/quickstart", help="folder to write to")
+    command.add_argument("overrides", nargs="*", metavar="stage.key=value")
+    command.set_defaults(run=_quickstart)
+
+    command = commands.add_parser("generate", help="answer prompts")
+    _sampling_arguments(command)
+    command.add_argument("prompts", nargs="*", help="read from standard input, a line each, if none")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("chat", help="talk to a model")
+    _sampling_arguments(command)
+    command.set_defaults(run=_chat)
+
+    command = commands.add_parser("export", help="write a run's checkpoint as a Hugging Face folder")
+    command.add_argument("folder", help="a run's folder")
+    command.add_argument("--out", required=True)
+    command.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    command.set_defaults(run=_export)
+    return parser
+
+
+def _sampling_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="folder, .gguf file or hub id")
+    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    command.add_argument("--top-k", type=int, default=0, help="0 is off")
+    command.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from jaxalign.config import load_config
+    from jaxalign.train import train
+
+    result = train(load_config(parsed.command, parsed.config, parsed.overrides))
+    for name, value in result.after.items():
+        start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
+        print(f"held out: {name} {value:.4g}{start}")
+    print(f"run folder: {result.folder}")
+    if result.model is not None:
+        print(f"model: {result.model}")
+    return 0
+
+
+def _pipeline(parsed: argparse.Namespace) -> int:
+    from jaxalign.pipeline import load_stages, run_stages
+
+    for name, result in run_stages(load_stages(parsed.config, parsed.overrides)).items():
+        print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
+    return 0
+
+
+def _quickstart(parsed: argparse.Namespace) -> int:
+    from jaxalign.quickstart import quickstart
+
+    quickstart(parsed.model, parsed.language, parsed.out, parsed.overrides)
+    return 0
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    prompts = parsed.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    answer = _answerer(parsed)
+    for prompt, text in zip(prompts, answer(prompts), strict=True):
+        print(f"> {prompt}\n{text}\n")
+    return 0
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    answer = _answerer(parsed)
+    said: list[dict[str, str]] = []
+    print("Empty line to end.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return 0
+        said.append({"role": "user", "content": line})
+        text = answer([said])[0]
+        said.append({"role": "assistant", "content": text})
+        print(text)
+
+
+def _answerer(parsed: argparse.Namespace):
+    import jax
+
+    from jaxalign.generate import generate
+    from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.models.decoder import Decoder
+
+    tok = load_tokenizer(parsed.model)
+    model, params = load_pretrained(parsed.model)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{parsed.model!r} is a reward model; wanted a language model")
+    key = jax.random.key(parsed.seed)
+
+    def answer(prompts):
+        return generate(
+            model,
+            params,
+            tok,
+            prompts,
+            max_new_tokens=parsed.max_new_tokens,
+            temperature=parsed.temperature,
+            top_k=parsed.top_k,
+            top_p=parsed.top_p,
+            key=key,
+            chat_template=parsed.chat_template,
+        )
+
+    return answer
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from jaxalign.tasks import export_run
+
+    step = export_run(parsed.folder, parsed.out, parsed.step)
+    print(f"checkpoint {step} of {parsed.folder} → {parsed.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

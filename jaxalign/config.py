@@ -1,0 +1,396 @@
+"""A run's configuration: YAML and `key=value` overrides → frozen dataclasses that check themselves.
+
+Every option is a field of one dataclass below or of an algorithm's `Config`; a key that is no
+field is an error that names the nearest one. Nothing else reads YAML, and no default hides
+anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.models.lora import LoraConfig
+from jaxalign.optim import OptimizerConfig
+
+T = TypeVar("T")
+
+
+def _want(ok: bool, name: str, got: Any, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={got!r}: wanted {wanted}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is held.
+
+    Attributes:
+      source: folder in Hugging Face form, `.gguf` file, or hub id.
+      tokenizer: where the tokenizer is; None: with the model.
+      chat_template: None (the tokenizer's own), the name of a built-in template ("chatml"), "none"
+        (plain text), or a jinja file.
+      dtype: of the master weights.
+      compute_dtype: of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
+      remat: "none", "dots" or "block": what the backward pass recomputes.
+      lora: adapters; None trains all weights.
+    """
+
+    source: str
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    compute_dtype: str | None = None
+    remat: str = "none"
+    lora: LoraConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and the shape of a batch.
+
+    Attributes:
+      train: files, folders, globs or hub ids.
+      eval: held-out data; empty for none.
+      rows: rows of a batch, over all devices.
+      length: tokens of a row (of a prompt, in PPO).
+      packing: several documents or pairs a row.
+      epochs: passes over the data; None repeats for ever (then `run.steps` must end the run).
+      shuffle: a fresh order each epoch.
+    """
+
+    train: tuple[str, ...]
+    eval: tuple[str, ...] = ()
+    rows: int = 32
+    length: int = 1024
+    packing: bool = False
+    epochs: int | None = 1
+    shuffle: bool = True
+
+    def __post_init__(self):
+        _want(bool(self.train), "data.train", self.train, "at least one file")
+        _want(self.rows > 0, "data.rows", self.rows, "a positive integer")
+        _want(self.length > 1, "data.length", self.length, "at least 2")
+        _want(self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "positive or null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the device mesh; one may be -1, "the rest"."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, and when.
+
+    Attributes:
+      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `checkpoints/`,
+        and the final weights in `model/`.
+      seed: of every random choice.
+      steps: batches to train on (iterations, in PPO); None: until the data ends.
+      micro_batches: parts a batch is computed in, one after the other.
+      log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
+      eval_every: batches between evaluations; 0: at the start and end only.
+      save_every: batches between checkpoints; 0: at the end only.
+      keep: checkpoints kept.
+      resume: continue from the newest checkpoint in `folder`.
+      export: write the final weights in Hugging Face form to `folder/model`.
+      checkpoint: write checkpoints at all.
+    """
+
+    folder: str
+    seed: int = 0
+    steps: int | None = None
+    micro_batches: int = 1
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    resume: bool = False
+    export: bool = True
+    checkpoint: bool = True
+
+    def __post_init__(self):
+        _want(self.steps is None or self.steps > 0, "run.steps", self.steps, "positive or null")
+        _want(self.micro_batches > 0, "run.micro_batches", self.micro_batches, "positive")
+        _want(self.log_every > 0, "run.log_every", self.log_every, "positive")
+        _want(self.eval_every >= 0, "run.eval_every", self.eval_every, "0 or more")
+        _want(self.save_every >= 0, "run.save_every", self.save_every, "0 or more")
+        _want(self.keep > 0, "run.keep", self.keep, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        _want(
+            self.data.epochs is not None or self.run.steps is not None,
+            "run.steps",
+            None,
+            "a number of steps when data.epochs is null",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTRun(_Run):
+    """`jaxalign sft`."""
+
+    sft: sft.Config = sft.Config()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardRun(_Run):
+    """`jaxalign reward`."""
+
+    reward: reward.Config = reward.Config()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPORun(_Run):
+    """`jaxalign dpo`.
+
+    Attributes:
+      reference: the frozen reference model; None: the starting model itself.
+    """
+
+    dpo: dpo.Config = dpo.Config()
+    reference: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPORun(_Run):
+    """`jaxalign ppo`.
+
+    Attributes:
+      ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
+        are left at their defaults.
+      reward_model: folder of a reward model with the policy's tokenizer.
+      reference: the frozen reference; None: the starting policy.
+      critic: where the critic starts; None: from the reward model.
+      critic_optimizer: its optimizer; None: the policy's.
+      ppo_epochs: passes over each rollout.
+      minibatches: updates a pass.
+    """
+
+    reward_model: str
+    ppo: ppo.Config = ppo.Config()
+    reference: str | None = None
+    critic: str | None = None
+    critic_optimizer: OptimizerConfig | None = None
+    ppo_epochs: int = 4
+    minibatches: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
+        _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
+        _want(
+            self.data.rows % self.minibatches == 0,
+            "minibatches",
+            self.minibatches,
+            f"a divisor of data.rows={self.data.rows}",
+        )
+        _want(self.model.lora is None, "model.lora", self.model.lora, "null in PPO")
+
+
+RUNS: dict[str, type[_Run]] = {"sft": SFTRun, "reward": RewardRun, "dpo": DPORun, "ppo": PPORun}
+"""Command → what its YAML describes."""
+
+
+def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping.
+
+    Raises:
+      ValueError: no such file, broken YAML (with the line), or no mapping.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r}: no such file")
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config {path}: wanted 'key: value' lines, got {type(loaded).__name__}")
+    return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float, so that a plain 1e-5 would be a string.
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Applies `a.b=value` assignments, whose values are YAML, to nested values.
+
+    Raises:
+      ValueError: not of the form `key=value`, or a key inside something that is no section.
+    """
+    result = _copy(values)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {assignment!r}: wanted key=value, e.g. data.rows=8")
+        node = result
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ValueError(f"override {assignment!r}: {parent!r} is no section")
+            node = child
+        try:
+            node[leaf] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {assignment!r}: {error}") from error
+    return result
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with those of `over` on top."""
+    result = _copy(base)
+    for key, value in over.items():
+        inner = result.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            result[key] = merge(inner, value)
+        else:
+            result[key] = _copy(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def load_config(
+    algorithm: str, source: str | pathlib.Path | Mapping[str, Any], assignments: Sequence[str] = ()
+) -> Any:
+    """The checked configuration of one run.
+
+    Args:
+      algorithm: "sft", "reward", "dpo" or "ppo".
+      source: YAML file, or nested values.
+      assignments: `key=value` overrides.
+
+    Raises:
+      ValueError: all problems at once: unknown keys (with the nearest valid one), missing keys,
+        values of a wrong type or out of range.
+    """
+    values = source if isinstance(source, Mapping) else read_yaml(source)
+    return build(RUNS[algorithm], override(values, assignments))
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Nested values → a dataclass, with every problem collected into one error."""
+    problems: list[str] = []
+    built = _build(cls, values, "", problems)
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+    return built
+
+
+def to_values(config: Any) -> Any:
+    """A dataclass → plain nested values for YAML."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_values(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def write_yaml(path: str | pathlib.Path, config: Any) -> None:
+    """Writes a resolved configuration."""
+    text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
+    pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
+def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'top level'}: wanted a section, got {values!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    before = len(problems)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            problems.append(f"{name}: unknown key; {hint}")
+            continue
+        arguments[key] = _convert(hints[key], value, name, problems)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and (
+            field.default_factory is dataclasses.MISSING
+        )
+        if required and key not in values:
+            problems.append(f"{where}{key}: missing")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        problems.append(f"{where.rstrip('.') or cls.__name__}: {error}")
+        return None
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """One value of the annotated type, or a problem."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [h for h in typing.get_args(hint) if h is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        return _convert(options[0], value, name, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.", problems)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, pathlib.Path):
+        return str(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        problems.append(f"{name}: wanted {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,126 @@
+"""Documents into rows: which go together (best fit), and the arrays of a row.
+
+A document of n tokens takes n positions of a row:
+
+    ids           p0 p1 p2 a0 a1 e          (a and e are trained)
+    inputs        p0 p1 p2 a0 a1 e  .  .
+    targets       p1 p2 a0 a1 e  .  .  .
+    loss_mask      0  0  1  1  1 0  0  0
+    positions      0  1  2  3  4 5  0  0
+    segment_ids    1  1  1  1  1 1  0  0    (the next document of the row: 2)
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxalign.data.chat import Encoded
+from jaxalign.types import PromptBatch, TokenBatch
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs documents into rows by best-fit decreasing.
+
+    The longest document first, each into the row that it leaves with the least space; documents
+    of equal length in their order. Deterministic; at most 11/9 of the optimal number of rows, and
+    one (Johnson et al., 1974).
+
+    Args:
+      lengths: tokens of each document, in [1, capacity].
+      capacity: tokens that fit into a row.
+
+    Returns:
+      The documents of each row, as indices into `lengths`.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    if sizes.size and (sizes.min() < 1 or sizes.max() > capacity):
+        raise ValueError(
+            f"lengths: got {sizes.min()} to {sizes.max()}, wanted 1 to capacity = {capacity}; "
+            "cut longer documents before packing"
+        )
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # free space -> rows
+    spaces: list[int] = []  # the keys of open_rows, sorted
+    for document in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[document])
+        at = bisect.bisect_left(spaces, size)
+        if at == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = open_rows[space].pop(0)
+            if not open_rows[space]:
+                del open_rows[space], spaces[at]
+        rows[row].append(document)
+        space -= size
+        if space:
+            if space not in open_rows:
+                open_rows[space] = []
+                bisect.insort(spaces, space)
+            open_rows[space].append(row)
+    return rows
+
+
+def token_rows(
+    documents: Sequence[Encoded],
+    groups: Sequence[Sequence[int]],
+    rows: int,
+    length: int,
+    pad_id: int,
+) -> TokenBatch:
+    """Lays documents into rows, padded on the right.
+
+    Args:
+      documents: all documents.
+      groups: which documents each row holds, in order; rows beyond them stay empty.
+      rows: B.
+      length: T; every group fits.
+      pad_id: what stands where there is no token. Masks do not depend on it.
+
+    Returns:
+      A TokenBatch of numpy arrays `[rows, length]`.
+    """
+    inputs = np.full((rows, length), pad_id, np.int32)
+    targets = np.full((rows, length), pad_id, np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    segment_ids = np.zeros((rows, length), np.int32)
+    loss_mask = np.zeros((rows, length), np.bool_)
+    for row, group in enumerate(groups):
+        start = 0
+        for segment, document in enumerate(group, start=1):
+            ids, trained = documents[document]
+            end = start + len(ids)
+            inputs[row, start:end] = ids
+            targets[row, start : end - 1] = ids[1:]
+            positions[row, start:end] = np.arange(len(ids))
+            segment_ids[row, start:end] = segment
+            loss_mask[row, start : end - 1] = trained[1:]
+            start = end
+    return TokenBatch(inputs, targets, positions, segment_ids, loss_mask)
+
+
+def prompt_rows(
+    prompts: Sequence[np.ndarray], which: Sequence[int], rows: int, length: int, pad_id: int
+) -> PromptBatch:
+    """Lays prompts into rows, padded on the left.
+
+    Args:
+      prompts: token ids of all prompts, each at most `length`.
+      which: the prompt of each row; rows beyond them stay empty (index -1).
+      rows: B.
+      length: P.
+      pad_id: what stands where there is no token.
+    """
+    tokens = np.full((rows, length), pad_id, np.int32)
+    mask = np.zeros((rows, length), np.bool_)
+    index = np.full(rows, -1, np.int32)
+    for row, prompt in enumerate(which):
+        ids = prompts[prompt]
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = True
+        index[row] = prompt
+    return PromptBatch(tokens, mask, index)

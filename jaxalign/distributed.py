@@ -1,0 +1,51 @@
+"""Several processes, one program: start, who am I, and waiting for the others."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+
+
+def start() -> None:
+    """Joins the other processes of the job, if the environment names any.
+
+    Explicit settings come first: `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`. On Slurm, Open MPI and Cloud TPU pods JAX finds them itself. Alone, this does
+    nothing. Call it before the first use of a device.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_NUM_PROCESSES" in os.environ:
+        missing = [
+            name
+            for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")
+            if name not in os.environ
+        ]
+        if missing:
+            raise ValueError(
+                f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three, or none"
+            )
+        jax.distributed.initialize(
+            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+        return
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    tasks = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    if "," in workers or tasks > 1:
+        jax.distributed.initialize()
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and single files."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; alone, does nothing."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

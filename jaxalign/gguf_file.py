@@ -1,0 +1,250 @@
+"""GGUF files: metadata as a Hugging Face config, tensors under their Hugging Face names.
+
+Quantised tensors are expanded to float32 one at a time, when they are read.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxalign.models.attention import rope_frequencies
+from jaxalign.models.base import RopeConfig
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ARCHITECTURES = ("llama", "qwen2")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class Metadata:
+    """The key-value part of a GGUF file.
+
+    Attributes:
+      path: the file.
+      reader: PyPI `gguf`'s reader.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        import gguf
+
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+            raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key as plain Python (strings, numbers, lists), or the default."""
+        field = self.reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def need(self, key: str) -> Any:
+        """The value of a key.
+
+        Raises:
+          ValueError: the file does not have it.
+        """
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f"{self.path}: metadata key {key} is missing")
+        return value
+
+
+class GGUFFile:
+    """The tensors of a GGUF file under Hugging Face names, read on demand as float32.
+
+    Attributes:
+      path: the file.
+      config: the metadata as a Hugging Face `config.json`.
+      shapes: HF tensor name → shape. Names without a counterpart keep their GGUF name.
+      problems: tensors that cannot be used, with the reason.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        metadata = Metadata(path)
+        self.problems: list[str] = []
+        self._tensors = {_hf_name(tensor.name): tensor for tensor in metadata.reader.tensors}
+        self.config = _config(metadata, self._tensors)
+        self._tensors.pop(_ROPE_FACTORS, None)  # now part of the config
+        self.shapes = {
+            name: tuple(int(size) for size in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+        if self.config["model_type"] == "llama":
+            self._heads = {
+                "q_proj": self.config["num_attention_heads"],
+                "k_proj": self.config["num_key_value_heads"],
+            }
+        else:
+            self._heads = {}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of a tensor that `index` selects, dequantised to float32.
+
+        Query and key rows of the llama architecture come back in the half-split order of Hugging
+        Face; the file keeps them interleaved.
+        """
+        import gguf
+
+        tensor = self._tensors[name]
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: tensor {tensor.name} of type {tensor.tensor_type.name} cannot be "
+                f"dequantised: {error}"
+            ) from error
+        values = values.astype(np.float32, copy=False).reshape(self.shapes[name])
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is not None:
+            values = _split_halves(values, heads)
+        return values[index]
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._tensors.clear()
+
+
+def _hf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if block and block[2] in _BLOCK:
+        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}"
+    return name
+
+
+def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from (0, h, 1, h + 1, …) to (0, 1, …, h, h + 1, …), h = head_dim / 2."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
+    where = metadata.path
+    arch = metadata.need("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise ValueError(
+            f"{where}: general.architecture={arch!r} is not supported; supported: "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    for key, neutral in (
+        ("split.count", (None, 0, 1)),
+        (f"{arch}.expert_count", (None, 0)),
+        (f"{arch}.attention.sliding_window", (None, 0)),
+    ):
+        if metadata.get(key) not in neutral:
+            raise ValueError(
+                f"{where}: {key}={metadata.get(key)} is not supported; wanted a dense model with "
+                f"full attention in one file"
+            )
+    heads = metadata.need(f"{arch}.attention.head_count")
+    hidden = metadata.need(f"{arch}.embedding_length")
+    if not isinstance(heads, int):
+        raise ValueError(f"{where}: {arch}.attention.head_count differs by layer: not supported")
+    config = {
+        "model_type": arch,
+        "vocab_size": _vocab_size(metadata, tensors),
+        "hidden_size": hidden,
+        "intermediate_size": metadata.need(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": metadata.need(f"{arch}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": metadata.get(f"{arch}.attention.key_length", hidden // heads),
+        "rms_norm_eps": _decimal(metadata.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": metadata.need(f"{arch}.context_length"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    rotated = metadata.get(f"{arch}.rope.dimension_count", config["head_dim"])
+    if rotated != config["head_dim"]:
+        raise ValueError(
+            f"{where}: {arch}.rope.dimension_count={rotated} is not supported; wanted the whole "
+            f"head, {config['head_dim']}"
+        )
+    if arch == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
+    config["rope_parameters"] = _rope(metadata, arch, config["head_dim"], tensors)
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if token is not None:
+            config[f"{ours}_token_id"] = token
+    return config
+
+
+def _vocab_size(metadata: Metadata, tensors: dict[str, Any]) -> int:
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise ValueError(f"{metadata.path}: tensor token_embd.weight is missing")
+    return int(embedding.shape[1])
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope(metadata: Metadata, arch: str, head_dim: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    theta = _decimal(metadata.get(f"{arch}.rope.freq_base", 10000.0))
+    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if _ROPE_FACTORS in tensors:
+        stored = np.asarray(tensors[_ROPE_FACTORS].data, np.float32).reshape(-1)
+        return _llama3(metadata, theta, head_dim, stored)
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear":
+        factor = _decimal(metadata.need(f"{arch}.rope.scaling.factor"))
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    raise ValueError(
+        f"{metadata.path}: {arch}.rope.scaling.type={kind!r} is not supported; supported: none, "
+        f"linear, and the factors of Llama 3"
+    )
+
+
+def _llama3(metadata: Metadata, theta: float, head_dim: int, stored: np.ndarray) -> dict[str, Any]:
+    """Recovers Llama 3's scaling from the per-frequency divisors that GGUF keeps instead."""
+    plain = RopeConfig(theta=theta)
+    # The lowest frequency is divided by exactly `factor`; the rest is the same in all releases.
+    scaled = RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=float(np.round(stored.max(), 3)),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+    )
+    wanted = rope_frequencies(plain, head_dim) / rope_frequencies(scaled, head_dim)
+    if stored.shape != wanted.shape or not np.allclose(stored, wanted, rtol=1e-4):
+        raise ValueError(
+            f"{metadata.path}: {_ROPE_FACTORS} does not follow Llama 3's scaling with "
+            f"low_freq_factor 1, high_freq_factor 4 and 8192 original positions: not supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": scaled.factor,
+        "low_freq_factor": scaled.low_freq_factor,
+        "high_freq_factor": scaled.high_freq_factor,
+        "original_max_position_embeddings": scaled.original_max_positions,
+    }

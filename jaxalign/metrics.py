@@ -1,0 +1,80 @@
+"""Where numbers go: `metrics.jsonl` in the run folder, one JSON object a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.types import Weighted
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Device scalars → Python floats, in one transfer."""
+    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def check_finite(metrics: Mapping[str, float], step: int) -> None:
+    """Stops a run whose loss or gradient is no number.
+
+    Raises:
+      FloatingPointError: naming the step and the metrics.
+    """
+    bad = [k for k in ("loss", "grad_norm") if not math.isfinite(metrics.get(k, 0.0))]
+    if bad:
+        values = ", ".join(f"{k}={metrics[k]}" for k in bad)
+        raise FloatingPointError(
+            f"step {step}: {values}; the weights are spoilt from here on. Resume from the last "
+            "checkpoint with a lower learning rate, or look at the batch of this step"
+        )
+
+
+def add_up(parts: list[Mapping[str, Weighted]]) -> dict[str, float]:
+    """Exact means over several batches: totals and weights are added, then divided once."""
+    names = parts[0].keys() if parts else ()
+    fetched = jax.device_get(parts)
+    sums = {n: [np.sum([p[n].total for p in fetched]), np.sum([p[n].weight for p in fetched])] for n in names}
+    return {n: float(total / weight) if weight > 0 else 0.0 for n, (total, weight) in sums.items()}
+
+
+class JsonlWriter:
+    """Appends metrics to a file, one JSON object a line, flushed at once.
+
+    Args:
+      path: the file; its folder must exist.
+      resume_at: keep what an earlier run wrote up to this step and drop the rest, so that a resumed
+        run's file reads like an uninterrupted one's. None starts a new file.
+    """
+
+    def __init__(self, path: str | pathlib.Path, resume_at: int | None = None):
+        path = pathlib.Path(path)
+        kept = []
+        if resume_at is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_at]
+        self._file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self._file.write(line + "\n")
+        self._file.flush()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one line; a value that is not finite is written as a string, to stay JSON."""
+        row = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62  # a line cut off when the run was killed

@@ -1,0 +1,94 @@
+"""Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = xW + α/r · (xA)B.
+
+Only A and B are trained; the base goes to `TrainState.frozen`, without optimizer state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxalign.types import Params
+
+if TYPE_CHECKING:
+    from jaxalign.models.decoder import Decoder
+
+TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which projections get adapters, and how large.
+
+    Attributes:
+      rank: r, columns of A.
+      alpha: α; the adapter's output is scaled by α/r.
+      targets: projections to adapt.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora rank={self.rank}: wanted a positive integer")
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"lora targets={self.targets}: wanted some of {', '.join(TARGETS)}")
+
+
+def add_lora(
+    model: Decoder, params: Params, key: jax.Array, config: LoraConfig | None = None
+) -> tuple[Decoder, Params, Params]:
+    """Adds adapters to a model; the adapted model starts equal to the base (B = 0).
+
+    Returns:
+      (adapted model, trainable parameters: adapters only, frozen parameters: the base). Pass both
+      to `init_state(params, tx, frozen=…)`, or `combine` them to call `model.apply`.
+    """
+    config = LoraConfig() if config is None else config
+    if model.lora is not None:
+        raise ValueError("the model already has adapters; merge them first (merge_lora)")
+    adapted = dataclasses.replace(model, lora=config)
+    fresh = jax.jit(adapted.init)(key)
+    return adapted, _adapters(fresh), params
+
+
+def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """Folds adapters into the kernels: W ← W + α/r · A·B, for export.
+
+    Args:
+      model: an adapted model.
+      params: base and adapters together (`combine(params, frozen)`).
+
+    Returns:
+      (plain model, plain parameters).
+    """
+    if model.lora is None:
+        raise ValueError("the model has no adapters to merge")
+    scale = model.lora.alpha / model.lora.rank
+
+    def fold(node: Params) -> Params:
+        if not isinstance(node, dict):
+            return node
+        plain = {k: fold(v) for k, v in node.items() if k not in ("lora_a", "lora_b")}
+        if "lora_a" in node:
+            plain["kernel"] = node["kernel"] + scale * (node["lora_a"] @ node["lora_b"])
+        return plain
+
+    return dataclasses.replace(model, lora=None), fold(params)
+
+
+def _adapters(node: Params) -> Params:
+    kept = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            inner = _adapters(value)
+            if inner:
+                kept[name] = inner
+        elif name in ("lora_a", "lora_b"):
+            kept[name] = value
+    return kept

@@ -1,0 +1,108 @@
+"""Optimizers and learning-rate schedules: optax, put together the way alignment recipes do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) behind gradient clipping.
+
+    Attributes:
+      learning_rate: peak rate, after warm-up.
+      schedule: "constant", or "linear" / "cosine" decay to `end_fraction` of the peak.
+      warmup_steps: updates of linear rise from 0; the first update's rate is 0, as in
+        Hugging Face's schedules.
+      total_steps: updates in all, warm-up included; the training loop fills it in.
+      end_fraction: last rate as a fraction of the peak.
+      b1, b2, eps: Adam's.
+      weight_decay: on matrices (embeddings and heads too), not on norms and biases.
+      max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    end_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self):
+        def want(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise ValueError(f"optimizer {name}={getattr(self, name)!r}: wanted {wanted}")
+
+        want(self.learning_rate >= 0, "learning_rate", "0 or more")
+        want(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
+        want(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        want(self.total_steps is None or self.total_steps > 0, "total_steps", "a positive integer")
+        want(0 <= self.end_fraction <= 1, "end_fraction", "a value in [0, 1]")
+        want(0 <= self.b1 < 1, "b1", "a value in [0, 1)")
+        want(0 <= self.b2 < 1, "b2", "a value in [0, 1)")
+        want(self.eps > 0, "eps", "a positive number")
+        want(self.weight_decay >= 0, "weight_decay", "0 or more")
+        want(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "positive")
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Update number (from 0) → learning rate.
+
+    Raises:
+      ValueError: a decaying schedule without `total_steps`, or warm-up longer than it.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "constant":
+        after: Any = optax.constant_schedule(peak)
+    else:
+        if config.total_steps is None:
+            raise ValueError(
+                f"optimizer schedule={config.schedule!r} wants total_steps (updates in all); "
+                "set it, or use schedule='constant'"
+            )
+        if config.total_steps <= warmup:
+            raise ValueError(
+                f"optimizer total_steps={config.total_steps} is not more than "
+                f"warmup_steps={warmup}"
+            )
+        length = config.total_steps - warmup
+        if config.schedule == "linear":
+            after = optax.linear_schedule(peak, peak * config.end_fraction, length)
+        else:
+            after = optax.cosine_decay_schedule(peak, length, config.end_fraction)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """Which leaves weight decay applies to: all but norms' scales and biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) not in ("scale", "bias"), params
+    )
+
+
+def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
+    """Clipping, then AdamW with the configured schedule."""
+    config = OptimizerConfig(schedule="constant") if config is None else config
+    adamw = optax.adamw(
+        make_schedule(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    if config.max_grad_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

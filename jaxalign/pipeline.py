@@ -1,0 +1,119 @@
+"""Several runs, one after the other, from one YAML: each stage starts from an earlier one's model.
+
+    folder: runs/mine
+    defaults: {…}                        # merged under every stage
+    stages:
+      - {name: sft, algorithm: sft, model: {source: some/model}, …}
+      - {name: rm, algorithm: reward, model: {source: "${sft}"}, …}
+
+`${name}` stands for the model folder of an earlier stage, `${examples}` for the example data that
+the package ships. Everything else in a stage is the run's own configuration.
+"""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxalign.config import RUNS, load_config, merge, override, read_yaml
+from jaxalign.train import Result, train
+
+_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+
+EXAMPLES = pathlib.Path(__file__).parent / "example_data"
+
+
+def load_stages(
+    source: str | pathlib.Path | Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    language: str = "en",
+) -> list[tuple[str, Any]]:
+    """The checked configurations of a pipeline, in order, before anything runs.
+
+    Args:
+      source: YAML file or nested values.
+      assignments: `key=value` overrides: of a stage by its name (`sft.data.rows=8`), of all stages
+        (`defaults.run.seed=1`), or of `folder`.
+      language: which of the package's example data `${examples}` stands for.
+
+    Returns:
+      (name, configuration) of each stage.
+
+    Raises:
+      ValueError: unknown keys, stages without name or algorithm, a placeholder that names no
+        earlier stage, or a wrong configuration, with the stage's name.
+    """
+    values = dict(source) if isinstance(source, Mapping) else read_yaml(source)
+    stages = values.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise ValueError("pipeline: wanted a list under 'stages'")
+    names = [stage.get("name") if isinstance(stage, Mapping) else None for stage in stages]
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name or name in ("defaults", "folder", "examples"):
+            raise ValueError(f"pipeline: stages[{number}] wants a name of its own, got {name!r}")
+        if name in names[:number]:
+            raise ValueError(f"pipeline: two stages are called {name!r}")
+    plain: dict[str, Any] = {"folder": values.get("folder"), "defaults": values.get("defaults", {})}
+    unknown = set(values) - {"folder", "defaults", "stages"}
+    if unknown:
+        raise ValueError(f"pipeline: unknown keys {sorted(unknown)}; known: folder, defaults, stages")
+    plain |= {stage["name"]: {k: v for k, v in stage.items() if k != "name"} for stage in stages}
+    for assignment in assignments:
+        if assignment.split("=")[0].split(".")[0] not in plain:
+            raise ValueError(
+                f"override {assignment!r}: starts with no stage; "
+                f"known: {', '.join(plain)}, e.g. {names[0]}.data.rows=8"
+            )
+    plain = override(plain, assignments)
+    if not isinstance(plain["folder"], str):
+        raise ValueError(f"pipeline: folder={plain['folder']!r}: wanted the folder to write to")
+    folder = pathlib.Path(plain["folder"])
+    known = {"examples": str(EXAMPLES / language)}
+    loaded = []
+    for name in names:
+        stage = merge(plain["defaults"], plain[name])
+        algorithm = stage.pop("algorithm", None)
+        if algorithm not in RUNS:
+            raise ValueError(
+                f"pipeline stage {name!r}: algorithm={algorithm!r}, wanted one of {', '.join(RUNS)}"
+            )
+        stage = merge(stage, {"run": {"folder": str(folder / name)}})
+        try:
+            loaded.append((name, load_config(algorithm, _fill(stage, known))))
+        except ValueError as error:
+            raise ValueError(f"pipeline stage {name!r}: {error}") from error
+        known[name] = str(folder / name / "model")
+    return loaded
+
+
+def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
+    """Runs the stages in order; gives each one's result by name."""
+    results = {}
+    for number, (name, config) in enumerate(stages, start=1):
+        results[name] = train(config, f"[{number}/{len(stages)}] {name}")
+        # A stage's arrays and programs are of no use to the next one.
+        gc.collect()
+        jax.clear_caches()
+    return results
+
+
+def _fill(value: Any, known: Mapping[str, str]) -> Any:
+    """Puts folders in the place of `${name}`."""
+    if isinstance(value, Mapping):
+        return {k: _fill(v, known) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(v, known) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def put(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise ValueError(f"{match[0]} names no earlier stage; known: {', '.join(known)}")
+        return known[match[1]]
+
+    return _PLACEHOLDER.sub(put, value)

@@ -1,0 +1,274 @@
+"""Meshes, logical-axis rules and compiled steps: the only file that knows mesh-axis names.
+
+Parameters and activations name *logical* axes ("embed", "mlp", "rows", …). One table maps them
+to mesh axes; changing a layout means changing the table, never a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxalign.types import TrainState
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    # activations
+    "rows": ("data", "fsdp"),
+    "length": None,
+    "hidden": None,
+    "vocab_logits": "tensor",
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+    "rank": None,
+    "scalar": None,
+}
+"""Logical axis → mesh axis (or axes). Every logical name used anywhere is listed here."""
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Arranges the devices into a `data × fsdp × tensor` mesh.
+
+    Args:
+      data: replicas of the parameters; the batch is split over them.
+      fsdp: shards of parameters and optimizer state; the batch is split over them too.
+      tensor: shards of heads, MLP columns and vocabulary.
+      devices: which devices; all by default. At most one size may be -1: "the rest".
+
+    Returns:
+      A mesh whose axes are all `Auto`: layouts are propagated by the compiler.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size == 0 or size < -1:
+            raise ValueError(f"mesh axis {name}={size!r}: wanted a positive integer, or -1 for the rest")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one can be 'the rest'")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh {_describe(sizes)}: {fixed} does not divide the {len(devices)} devices; "
+                f"choose sizes whose product divides {len(devices)}"
+            )
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(
+            f"mesh {_describe(sizes)} wants {fixed} devices, there are {len(devices)}; "
+            f"set one axis to -1 to take the rest, or pass devices="
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def _describe(sizes: Mapping[str, int]) -> str:
+    return " × ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def partition_spec(axes: str, rules: Rules = RULES) -> PartitionSpec:
+    """Turns logical axes (`"embed mlp"`) into a `PartitionSpec`.
+
+    Raises:
+      ValueError: an unknown logical axis, or two axes that map to the same mesh axis.
+    """
+    entries: list[Any] = []
+    used: set[str] = set()
+    for axis in axes.split():
+        if axis not in rules:
+            raise ValueError(f"unknown logical axis {axis!r} in {axes!r}; known: {', '.join(rules)}")
+        target = rules[axis]
+        names = (target,) if isinstance(target, str) else tuple(target or ())
+        clash = used.intersection(names)
+        if clash:
+            raise ValueError(f"logical axes {axes!r} map to mesh axis {clash.pop()!r} twice")
+        used.update(names)
+        entries.append(target)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RULES) -> Any:
+    """Shardings of a parameter tree.
+
+    Args:
+      axes: nested dict of logical-axes strings, e.g. `{"kernel": "layers embed mlp"}`.
+      mesh: where the parameters go.
+      shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given,
+        every sharded dimension is checked to divide.
+      rules: logical axis → mesh axis.
+
+    Raises:
+      ValueError: a dimension that the mesh axis does not divide: which, by what, what would fit.
+    """
+    if shapes is not None:
+        jax.tree_util.tree_map_with_path(
+            lambda path, a, s: _check_divides(jax.tree_util.keystr(path), a, s.shape, mesh, rules),
+            axes,
+            shapes,
+        )
+    return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules)), axes)
+
+
+def _check_divides(
+    name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules
+) -> None:
+    spec = partition_spec(axes, rules)
+    for axis, entry, size in zip(axes.split(), spec, shape, strict=True):
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        parts = math.prod(mesh.shape[n] for n in names)
+        if size % parts:
+            fits = [d for d in range(1, size + 1) if size % d == 0 and d <= 4096]
+            raise ValueError(
+                f"parameter {name} {shape}: axis {axis!r} has size {size}, which mesh axis "
+                f"{'×'.join(names)}={parts} does not divide; sizes that would fit: {fits}"
+            )
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """Pins an activation to its logical axes; without a mesh in context, returns it unchanged."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def row_shards(mesh: Mesh | None = None) -> int:
+    """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[name] for name in RULES["rows"])
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """How every leaf of a batch lies on the mesh: rows split, the rest whole."""
+    return NamedSharding(mesh, partition_spec("rows"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree of arrays lies on, or None where none of them lies on one."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes `mesh` the current one; does nothing for None."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
+
+    Raises:
+      ValueError: the number of rows is not a multiple of the row shards.
+    """
+    sharding = rows_sharding(mesh)
+    parts = row_shards(mesh)
+
+    def place(path: Any, x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        if np.shape(x)[0] % parts:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has {np.shape(x)[0]} rows, which the mesh "
+                f"(data × fsdp = {parts}) does not divide; use a multiple of {parts} rows"
+            )
+        return jax.device_put(x, sharding)
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+class CompiledStep:
+    """A train step compiled for one mesh: what `compile_step` returns. Call it like the step."""
+
+    def __init__(self, step: Callable[..., Any], state: TrainState, mesh: Mesh):
+        self.mesh = mesh
+        shardings = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
+        self._state_shardings = shardings
+        self._jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, rows_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+        )
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Runs one step; `state` is donated and must not be used again."""
+        state = jax.tree.map(_place, state, self._state_shardings)
+        with jax.set_mesh(self.mesh):
+            return self._jitted(state, shard_batch(batch, self.mesh))
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        """Lowers for abstract or concrete arguments, without running."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(state, batch)
+
+    @property
+    def compiles(self) -> int:
+        """How many times the step was compiled. More than 1 in steady state is a bug."""
+        return self._jitted._cache_size()
+
+
+def _on_mesh(x: Any, mesh: Mesh) -> NamedSharding:
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+        return sharding
+    return replicated(mesh)
+
+
+def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
+    return jax.device_put(x, sharding)
+
+
+def compile_step(
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    mesh: Mesh | None = None,
+) -> CompiledStep:
+    """Compiles a pure train step: jit, donated state, pinned shardings.
+
+    The state keeps the layout it has in `state` (see `load_pretrained(mesh=…)` and `init_state`);
+    leaves that are not on the mesh are replicated. Batches may be host arrays: their rows are
+    split over `data × fsdp`. Metrics come back replicated.
+
+    Args:
+      step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.
+      state: concrete arrays or `ShapeDtypeStruct`s that carry shardings.
+      mesh: by default all devices along `fsdp`.
+    """
+    return CompiledStep(step, state, make_mesh() if mesh is None else mesh)

@@ -1,0 +1,70 @@
+"""Where a model comes from: a folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
+    """Finds a model's folder or GGUF file; a hub id is downloaded (or taken from the cache).
+
+    Args:
+      source: an existing folder, an existing `.gguf` file, or a hub id such as "org/name".
+      patterns: which files of a hub repository are wanted.
+
+    Raises:
+      ValueError: nothing there, a file of another kind, or the hub cannot be reached.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(
+                f"{path} is a file, but not .gguf; give a .gguf file, or the folder that holds "
+                f"config.json and the weights"
+            )
+        return path
+    text = os.fspath(source)
+    if not _HUB_ID.fullmatch(text) or text.lower().endswith(".gguf"):
+        raise ValueError(
+            f"{text!r}: no such folder or .gguf file, and not a hub id like 'org/name'"
+        )
+    return _download(text, patterns)
+
+
+def _download(repo: str, patterns: Sequence[str]) -> pathlib.Path:
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
+    except Exception as error:  # network errors come from an HTTP client that varies by version
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ValueError(
+            f"{repo!r}: no such folder, and it could not be had from the hub ({reason}); check the "
+            f"name and the network, or give a local folder or .gguf file"
+        ) from error
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      ValueError: the file is absent, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
+    return value

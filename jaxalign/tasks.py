@@ -1,0 +1,371 @@
+"""From a run's configuration to what the training loop turns: one function an algorithm.
+
+A `Task` hides from the loop what differs between algorithms: how a batch of data becomes batches
+for the step (nothing in SFT and reward modelling, reference log-probabilities in DPO, a rollout
+cut into mini-batches in PPO), and what is measured on held-out data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
+from jaxalign.config import DPORun, ModelConfig, PPORun, RewardRun, SFTRun
+from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
+from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+from jaxalign.metrics import add_up, to_floats
+from jaxalign.models.base import combine
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.heads import Scorer, with_scalar_head
+from jaxalign.models.lora import add_lora, merge_lora
+from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.rewards import model_reward
+from jaxalign.sharding import CompiledStep, compile_step, make_mesh, param_shardings, shard_batch
+from jaxalign.types import Params, RolloutBatch, TrainState
+
+Floats = dict[str, float]
+Loop = dict[str, Any]
+"""JSON-able state of the loop besides the train state: the KL coefficient of PPO."""
+
+
+class Task(NamedTuple):
+    """What the loop needs of an algorithm.
+
+    Attributes:
+      state: the train state at the start.
+      step: compiled.
+      batches: training data.
+      total: batches (iterations, in PPO) in all.
+      loop: starting value of the loop's own state.
+      expand: (key, state, batch, loop) → (batches for the step, metrics known before the update).
+        May change `loop`.
+      evaluate: state → held-out figures, or None without held-out data.
+      export: (state, folder) → None; writes the weights in Hugging Face form.
+    """
+
+    state: TrainState
+    step: CompiledStep
+    batches: Batches[Any]
+    total: int
+    loop: Loop
+    expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
+    evaluate: Callable[[TrainState], Floats] | None
+    export: Callable[[TrainState, Any], None]
+
+
+class Loaded(NamedTuple):
+    """A model with its tokenizer and split parameters, on a mesh."""
+
+    model: Any
+    params: Params
+    frozen: Params
+    tok: Any
+
+
+def make_task(config: Any) -> Task:
+    """The task of a configuration made by `load_config`."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    makers: dict[type, Callable[..., Task]] = {
+        SFTRun: sft_task,
+        RewardRun: reward_task,
+        DPORun: dpo_task,
+        PPORun: ppo_task,
+    }
+    return makers[type(config)](config, mesh)
+
+
+def sft_task(config: SFTRun, mesh: Mesh) -> Task:
+    """SFT: every batch of conversations is one update."""
+    loaded = _load(config.model, mesh, config.run.seed)
+    batches, held_out = _data(sft_batches, config, loaded.tok)
+    total = _total(config, batches)
+    tx = _optimizer(config.optimizer, total)
+    return Task(
+        *_start(
+            loaded,
+            tx,
+            sft.make_step(loaded.model, tx, config.sft, micro_batches=config.run.micro_batches),
+            mesh,
+        ),
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([batch], {}),
+        evaluate=_evaluate(sft.make_loss(loaded.model, config.sft), held_out, mesh),
+        export=_exporter(loaded.model, loaded.tok),
+    )
+
+
+def reward_task(config: RewardRun, mesh: Mesh) -> Task:
+    """Reward model: every batch of pairs is one update."""
+    loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config.run.seed)
+    batches, held_out = _data(preference_batches, config, loaded.tok)
+    total = _total(config, batches)
+    tx = _optimizer(config.optimizer, total)
+    micro = config.run.micro_batches
+    return Task(
+        *_start(
+            loaded, tx, reward.make_step(loaded.model, tx, config.reward, micro_batches=micro), mesh
+        ),
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([batch], {}),
+        evaluate=_evaluate(reward.make_loss(loaded.model, config.reward), held_out, mesh),
+        export=_exporter(loaded.model, loaded.tok),
+    )
+
+
+def dpo_task(config: DPORun, mesh: Mesh) -> Task:
+    """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
+    loaded = _load(config.model, mesh, config.run.seed)
+    if config.reference is None:
+        # Under LoRA the base is the reference; else the start is kept as a copy by `init_state`.
+        plain = dataclasses.replace(loaded.model, lora=None)
+        reference = loaded.frozen if config.model.lora is not None else loaded.params
+    else:
+        plain, reference = _policy(config.reference, config.model, mesh)
+    prepare = dpo.make_prepare(plain)
+    batches, held_out = _data(preference_batches, config, loaded.tok)
+    total = _total(config, batches)
+    tx = _optimizer(config.optimizer, total)
+    micro = config.run.micro_batches
+    return Task(
+        *_start(
+            loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
+        ),
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(reference, batch)], {}),
+        evaluate=_evaluate(
+            dpo.make_loss(loaded.model, config.dpo),
+            held_out,
+            mesh,
+            lambda batch: prepare(reference, batch),
+        ),
+        export=_exporter(loaded.model, loaded.tok),
+    )
+
+
+def ppo_task(config: PPORun, mesh: Mesh) -> Task:
+    """PPO: a batch of prompts becomes a rollout, cut into epochs × mini-batches of updates."""
+    loaded = _load(config.model, mesh, config.run.seed)
+    if config.reference is None:
+        ref_params = loaded.params
+    else:
+        _, ref_params = _policy(config.reference, config.model, mesh)
+    scorer, rm_params = _scorer(config.reward_model, config.model, mesh)
+    if config.critic is None:
+        critic, critic_params = scorer, rm_params
+    else:
+        critic, critic_params = _scorer(config.critic, config.model, mesh)
+    options = config.ppo
+    if not options.stop_tokens:
+        stops = stop_token_ids(loaded.tok, config.model.chat_template)
+        options = dataclasses.replace(options, stop_tokens=stops, pad_token=_pad(loaded.tok))
+
+    batches, held_out = _data(prompt_batches, config, loaded.tok)
+    total = _total(config, batches)
+    updates = total * config.ppo_epochs * config.minibatches
+    policy_optimizer = config.optimizer
+    critic_optimizer = config.critic_optimizer or policy_optimizer
+    tx = ppo.make_optimizer(
+        _optimizer(policy_optimizer, updates), _optimizer(critic_optimizer, updates)
+    )
+    start = loaded._replace(params=ppo.init_params(loaded.params, critic_params))
+    step = ppo.make_step(
+        loaded.model, critic, tx, options, micro_batches=config.run.micro_batches
+    )
+    prepare = ppo.make_prepare(loaded.model, critic, model_reward(scorer, rm_params), options)
+
+    def expand(
+        key: jax.Array, state: TrainState, batch: Any, loop: Loop
+    ) -> tuple[Iterable[RolloutBatch], Floats]:
+        sample_key, shuffle_key = jax.random.split(key)
+        rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"])
+        metrics = to_floats(ppo.rollout_metrics(rollout)) | {"kl_coef": loop["kl_coef"]}
+        answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
+        loop["kl_coef"] = ppo.next_kl_coef(
+            loop["kl_coef"], metrics["objective/kl"], options, answers
+        )
+        parts = ppo.minibatches(shuffle_key, rollout, config.ppo_epochs, config.minibatches)
+        return parts, metrics
+
+    def evaluate(state: TrainState) -> Floats:
+        # The same key every time: differences come from the policy, not from the draw.
+        key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 1)
+        sums: dict[str, float] = {}
+        weight = 0
+        for number, batch in enumerate(held_out or ()):
+            rollout = prepare(jax.random.fold_in(key, number), state, ref_params, batch)
+            answers = int((batch.index >= 0).sum())
+            for name, value in to_floats(ppo.rollout_metrics(rollout)).items():
+                if name.startswith(("objective/", "response/")) and not name.endswith("_std"):
+                    sums[name] = sums.get(name, 0.0) + value * answers
+            weight += answers
+        return {name: value / weight for name, value in sums.items()}
+
+    def export(state: TrainState, folder: Any) -> None:
+        save_pretrained(loaded.model, state.params["policy"], folder, tokenizer=loaded.tok)
+
+    return Task(
+        *_start(start, tx, step, mesh),
+        batches=batches,
+        total=total,
+        loop={"kl_coef": options.kl_coef},
+        expand=expand,
+        evaluate=evaluate if held_out is not None else None,
+        export=export,
+    )
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
+    tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
+    model, params = load_pretrained(
+        config.source,
+        mesh=mesh,
+        dtype=config.dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+    )
+    if config.lora is None:
+        return Loaded(model, params, {}, tok)
+    if isinstance(model, Scorer):
+        raise ValueError(
+            f"model.lora with the reward model {config.source!r}: start from a language model"
+        )
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
+    model, adapters, base = add_lora(model, params, key, config.lora)
+    return Loaded(model, _put(adapters, model.axes, mesh), base, tok)
+
+
+def _with_head(loaded: Loaded, mesh: Mesh, seed: int) -> Loaded:
+    """A reward model to train: as loaded, or a fresh scalar head on a language model."""
+    if isinstance(loaded.model, Scorer):
+        return loaded
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 3)
+    scorer, full = with_scalar_head(loaded.model, loaded.frozen or loaded.params, key)
+    head = _put({"score": full.pop("score")}, scorer.axes, mesh)
+    if loaded.frozen:
+        return loaded._replace(model=scorer, params=loaded.params | head, frozen=full)
+    return loaded._replace(model=scorer, params=full | head)
+
+
+def _policy(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Params]:
+    model, params = load_pretrained(
+        source, mesh=mesh, dtype=config.dtype, compute_dtype=config.compute_dtype
+    )
+    if not isinstance(model, Decoder):
+        raise ValueError(f"reference={source!r} is a reward model; wanted a language model")
+    return model, params
+
+
+def _scorer(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Scorer, Params]:
+    model, params = load_pretrained(
+        source,
+        mesh=mesh,
+        dtype=config.dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+    )
+    if not isinstance(model, Scorer):
+        raise ValueError(
+            f"{source!r} is a language model without a score; wanted a reward model, "
+            "as `jaxalign reward` makes"
+        )
+    return model, params
+
+
+def _put(tree: Params, axes: Params, mesh: Mesh) -> Params:
+    """Places part of a parameter tree by the logical axes of the whole tree."""
+    if not isinstance(tree, dict):
+        return jax.device_put(tree, param_shardings(axes, mesh))
+    return {name: _put(value, axes[name], mesh) for name, value in tree.items()}
+
+
+def _pad(tok: Any) -> int:
+    return 0 if tok.pad_token_id is None else int(tok.pad_token_id)
+
+
+def _data(
+    make: Callable[..., Batches[Any]], config: Any, tok: Any
+) -> tuple[Batches[Any], Batches[Any] | None]:
+    data = config.data
+    shape: dict[str, Any] = {"rows": data.rows, "length": data.length}
+    shape["chat_template"] = config.model.chat_template
+    if make is not prompt_batches:
+        shape["packing"] = data.packing
+    elif data.packing:
+        raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
+    train = make(
+        data.train,
+        tok,
+        epochs=data.epochs,
+        shuffle=data.shuffle,
+        seed=config.run.seed,
+        **shape,
+    )
+    held_out = make(data.eval, tok, epochs=1, shuffle=False, **shape) if data.eval else None
+    return train, held_out
+
+
+def _total(config: Any, batches: Batches[Any]) -> int:
+    if config.data.epochs is None:
+        return config.run.steps
+    return min(len(batches), config.run.steps or len(batches))
+
+
+def _optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    if config.total_steps is None:
+        config = dataclasses.replace(config, total_steps=updates)
+    return make_optimizer(config)
+
+
+def _start(
+    loaded: Loaded, tx: optax.GradientTransformation, step: Step, mesh: Mesh
+) -> tuple[TrainState, CompiledStep]:
+    state = init_state(loaded.params, tx, loaded.frozen)
+    return state, compile_step(step, state, mesh)
+
+
+def _evaluate(
+    loss: Loss,
+    held_out: Batches[Any] | None,
+    mesh: Mesh,
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+) -> Callable[[TrainState], Floats] | None:
+    if held_out is None:
+        return None
+    evaluate = make_eval(loss)
+
+    def run(state: TrainState) -> Floats:
+        with jax.set_mesh(mesh):
+            parts = [evaluate(state, shard_batch(prepare(b), mesh)) for b in held_out]
+            return add_up(parts)
+
+    return run
+
+
+def _exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
+    def export(state: TrainState, folder: Any) -> None:
+        plain, params = model, combine(state.params, state.frozen)
+        base = model.base if isinstance(model, Scorer) else model
+        if base.lora is not None:
+            plain, params = merge_lora(base, params)
+            if isinstance(model, Scorer):
+                plain = Scorer(plain)
+        save_pretrained(plain, params, folder, tokenizer=tok)
+
+    return export

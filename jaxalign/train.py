@@ -1,0 +1,188 @@
+"""The training loop, for all algorithms: set up, resume, loop, evaluate, save, export."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from jaxalign import distributed
+from jaxalign.checkpoint import Checkpoints
+from jaxalign.config import RunConfig, write_yaml
+from jaxalign.metrics import JsonlWriter, check_finite, to_floats
+from jaxalign.tasks import make_task
+
+_PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+class Result(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+      folder: the run's folder.
+      model: folder of the exported weights, or None.
+      before: held-out figures before the first update ({} without held-out data, or resumed).
+      after: held-out figures after the last.
+      history: the metrics of every step of this process, oldest first.
+      seconds: wall time, set-up and compilation included.
+    """
+
+    folder: pathlib.Path
+    model: pathlib.Path | None
+    before: dict[str, float]
+    after: dict[str, float]
+    history: list[dict[str, float]]
+    seconds: float
+
+
+def train(config: Any, title: str | None = None) -> Result:
+    """Runs one configuration to its end.
+
+    Killed anywhere and started again with `run.resume=true`, it goes on from the newest
+    checkpoint and gives bit for bit the metrics of an uninterrupted run on the same mesh (all but
+    those under `time/`).
+
+    Args:
+      config: from `load_config`.
+      title: shown beside the progress bar.
+
+    Raises:
+      ValueError: a wrong configuration or input.
+      FloatingPointError: the loss is no longer a number.
+    """
+    began = time.perf_counter()
+    distributed.start()
+    run: RunConfig = config.run
+    folder = pathlib.Path(run.folder)
+
+    task = make_task(config)
+    state, loop, done = task.state, task.loop, 0
+    store = _checkpoints(run, folder)
+    if run.resume and store is not None and store.latest is not None:
+        state, saved = store.restore(state)
+        loop, done = saved["loop"], saved["done"]
+        task.batches.set_state(saved["batches"])
+    task = task._replace(state=None)  # donated by the first step; `state` is the one to use
+    _describe(folder, config)
+    writer = JsonlWriter(folder / "metrics.jsonl", done if run.resume else None)
+
+    def evaluate(step: int) -> dict[str, float]:
+        if task.evaluate is None:
+            return {}
+        figures = task.evaluate(state)
+        writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+        return figures
+
+    def save() -> None:
+        position = {"loop": loop, "done": done, "batches": task.batches.get_state()}
+        if store is not None:
+            store.save(done, state, position)
+
+    before = evaluate(0) if done == 0 else {}
+    after = before
+    root = jax.random.key(run.seed)
+    history: list[dict[str, float]] = []
+    batches = iter(task.batches)
+    bar = tqdm(
+        total=task.total,
+        initial=done,
+        desc=title or type(config).__name__.removesuffix("Run").lower(),
+        disable=not distributed.is_main(),
+        dynamic_ncols=True,
+    )
+    saved_at = done
+    while done < task.total:
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
+        updates = []
+        for part in parts:
+            state, logged = task.step(state, part)
+            updates.append(logged)
+        metrics = metrics | _average([to_floats(logged) for logged in updates])
+        done += 1
+        check_finite(metrics, done)
+        metrics["compiles"] = task.step.compiles
+        timing = {"time/step": time.perf_counter() - started, "time/data": waited}
+        writer.write(done, metrics | timing)
+        history.append(metrics)
+        bar.set_postfix_str(_short(metrics), refresh=False)
+        bar.update()
+        if done % run.log_every == 0 and not bar.disable:
+            bar.write(f"{bar.desc} {done}/{task.total}: {_short(metrics)}")
+        if run.eval_every and done % run.eval_every == 0 and done < task.total:
+            after = evaluate(done)
+        if run.save_every and done % run.save_every == 0:
+            save()
+            saved_at = done
+    bar.close()
+    if history:
+        after = evaluate(done)
+    if saved_at != done:
+        save()
+    if store is not None:
+        store.close()
+    writer.close()
+    exported = None
+    if run.export:
+        exported = folder / "model"
+        task.export(state, exported)
+    return Result(folder, exported, before, after, history, time.perf_counter() - began)
+
+
+def _checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
+    """The run's checkpoints; refuses to mix two runs in one folder.
+
+    Raises:
+      ValueError: `folder` holds checkpoints of an earlier run that is not to be resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not run.checkpoint:
+        return None
+    store = Checkpoints(folder / "checkpoints", run.keep)
+    if store.latest is not None and not run.resume:
+        raise ValueError(
+            f"run.folder={str(folder)!r} holds checkpoints of an earlier run (step {store.latest}); "
+            "set run.resume=true to go on with it, or choose another folder"
+        )
+    return store
+
+
+def _describe(folder: pathlib.Path, config: Any) -> None:
+    """Leaves what is needed to do the run again: configuration and versions."""
+    if not distributed.is_main():
+        return
+    write_yaml(folder / "config.yaml", config)
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    devices = jax.devices()
+    facts = versions | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
+    (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _average(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of the updates that one batch gave: means over updates (one, but in PPO)."""
+    return {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+
+
+_SHOWN = (
+    "loss",
+    "accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "objective/scores",
+    "objective/kl",
+    "response/length",
+)
+
+
+def _short(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{k} {metrics[k]:.3g}" for k in _SHOWN if k in metrics)

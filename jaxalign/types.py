@@ -1,0 +1,157 @@
+"""The pytrees that flow through jaxalign: named tuples of arrays, nothing else.
+
+A batch is built once by `jaxalign.data`, enriched by an algorithm's `prepare`, and consumed
+by its `step`. Every leaf of a batch has the rows as its first axis, so that a batch can be
+sharded over devices or cut into micro-batches without knowing which algorithm it belongs to.
+
+Letters: B rows, T positions of a row, S sequences (documents, pairs) packed into a row,
+P positions of a prompt, R positions of a response.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Any
+"""A plain nested dict of arrays."""
+
+
+class Weighted(NamedTuple):
+    """A sum and the weight it is to be divided by, once, after all parts were added.
+
+    Averages of averages depend on how the work was split. A `Weighted` does not: the parts of
+    a batch (micro-batches, devices, hosts) add up leaf by leaf, and `mean` divides at the end.
+
+    Attributes:
+      total: sum of weighted values.
+      weight: sum of weights (a count of tokens, sequences or pairs).
+    """
+
+    total: Array
+    weight: Array
+
+    def mean(self) -> jax.Array:
+        """`total / weight`; 0 where nothing was weighed, so that an empty batch moves nothing."""
+        weight = jax.numpy.asarray(self.weight, jax.numpy.float32)
+        return jax.numpy.where(weight > 0, self.total / jax.numpy.where(weight > 0, weight, 1), 0)
+
+
+class TrainState(NamedTuple):
+    """All that an optimizer step reads and writes.
+
+    Attributes:
+      step: number of optimizer updates done, int32 scalar.
+      params: what is differentiated. A nested dict; for PPO `{"policy": …, "critic": …}`.
+      frozen: what the forward pass needs besides, not differentiated: a nested dict with the same
+        nesting, merged into `params` leaf by leaf (the base under LoRA; `{}` otherwise).
+      opt_state: the optax state for `params`.
+    """
+
+    step: Array
+    params: Params
+    frozen: Params
+    opt_state: Any
+
+
+class TokenBatch(NamedTuple):
+    """Rows of tokens with their targets; several documents may share a row.
+
+    The shift between inputs and targets is done once, when the row is built: `targets[b, t]`
+    is the token after `inputs[b, t]` in the same document. At a document's last token, and on
+    padding, there is no target: `loss_mask` is False there. All arrays are `[B, T]`.
+
+    Attributes:
+      inputs: int32 token ids.
+      targets: int32 token ids that `inputs` are to predict.
+      positions: int32, from 0 in each document (rotary positions).
+      segment_ids: int32, 0 on padding, 1, 2, … for the documents of a row. A token attends to
+        earlier tokens of its own segment only.
+      loss_mask: bool, True where `targets` is trained.
+    """
+
+    inputs: Array
+    targets: Array
+    positions: Array
+    segment_ids: Array
+    loss_mask: Array
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs.
+
+    Unpacked (`mask` None): row b of `chosen` and of `rejected` is one pair, `[B]` everywhere
+    else. Packed: segment s (counted from 1) of row b in `chosen` and in `rejected` are one pair,
+    and the per-pair arrays are `[B, S]`.
+
+    Attributes:
+      chosen: the preferred answers after their prompts; `loss_mask` marks the answer.
+      rejected: the others.
+      ref_chosen_logps: float32 summed log-probability of the answer under the frozen reference;
+        added by `dpo.make_prepare`.
+      ref_rejected_logps: the same for the rejected answers.
+      margin: float32, how much better chosen is (reward loss with margin), or None.
+      mask: bool `[B, S]`, which pairs exist in a packed row; its shape also tells S. None when
+        every row is one pair.
+    """
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    ref_chosen_logps: Array | None = None
+    ref_rejected_logps: Array | None = None
+    margin: Array | None = None
+    mask: Array | None = None
+
+
+class PromptBatch(NamedTuple):
+    """Prompts for a rollout, padded on the left so that all answers start in one column.
+
+    Attributes:
+      tokens: int32 `[B, P]`.
+      mask: bool `[B, P]`, True on the prompt's tokens.
+      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row).
+    """
+
+    tokens: Array
+    mask: Array
+    index: Array
+
+
+class RolloutBatch(NamedTuple):
+    """Sampled answers with all that a PPO update needs; made by `ppo.make_prepare`.
+
+    Per-token arrays are `[B, T]` and aligned with `tokens.targets`: entry t belongs to the
+    action of choosing `targets[b, t]` after reading `inputs[b, :t + 1]`.
+
+    Attributes:
+      tokens: prompts and answers; `loss_mask` marks the answer's tokens, stop token included.
+      old_logprobs: log π_old of the targets, by the trainer's own code, float32.
+      ref_logprobs: the same under the frozen reference policy.
+      old_values: the critic's values before the update.
+      advantages: whitened (if configured) generalised advantages.
+      returns: unwhitened advantages plus old values.
+      value_mask: bool, where the critic is trained (`loss_mask`, plus one position when the score
+        is placed after the stop token).
+      rewards: float32 per-token reward: −β·KL, and the score at its position.
+      scores: float32 `[B]`, the reward function's score after penalties.
+      sampler_logprobs: log-probabilities recorded while sampling, to be compared with
+        `old_logprobs`.
+      finished: bool `[B]`, whether the answer ended with a stop token.
+      valid: bool `[B]`, False for empty rows that fill up a batch.
+    """
+
+    tokens: TokenBatch
+    old_logprobs: Array
+    ref_logprobs: Array
+    old_values: Array
+    advantages: Array
+    returns: Array
+    value_mask: Array
+    rewards: Array | None = None
+    scores: Array | None = None
+    sampler_logprobs: Array | None = None
+    finished: Array | None = None
+    valid: Array | None = None

@@ -1,0 +1,82 @@
+"""What holds for every public loss: it compiles, and computes in float32 whatever comes in."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.losses import dpo, ppo, reward, sft
+
+B, T = 4, 6
+RNG = np.random.default_rng(7)
+
+
+def per_token(count):
+    return [RNG.normal(size=(B, T)) for _ in range(count)]
+
+
+def per_row(count):
+    return [RNG.normal(size=B) for _ in range(count)]
+
+
+MASK = RNG.random((B, T)) > 0.3
+LENGTHS = {"chosen_lengths": np.arange(1, B + 1), "rejected_lengths": np.arange(2, B + 2)}
+
+CASES = {
+    "nll": (sft.nll, per_token(1)),
+    "bradley_terry": (partial(reward.bradley_terry, center_coef=0.1), per_row(3)),
+    "kl": (partial(ppo.kl, estimator="k3"), per_token(2)),
+    "policy_loss": (partial(ppo.policy_loss, dual_clip=2.0), per_token(3)),
+    "value_loss": (ppo.value_loss, per_token(3)),
+    "gae": (lambda r, v: ppo.gae(r, v, MASK), per_token(2)),
+    "token_rewards": (
+        lambda kl, s: ppo.token_rewards(kl, s, MASK, kl_coef=0.1, score_at="after_eos")[0],
+        per_token(1) + per_row(1),
+    ),
+    "missing_eos_penalty": (
+        lambda s: ppo.missing_eos_penalty(s, MASK[:, 0], 1.0),
+        per_row(1),
+    ),
+    "adaptive_kl_coef": (
+        partial(ppo.adaptive_kl_coef, target=6.0, horizon=100.0, batch_size=8),
+        [np.array(0.1), np.array(6.5)],
+    ),
+} | {
+    loss_type: (
+        partial(
+            dpo.preference_loss,
+            loss_type=loss_type,
+            label_smoothing=0.1 if loss_type == "exo_pair" else 0.0,
+            **LENGTHS,
+        ),
+        per_row(4),
+    )
+    for loss_type in dpo.LOSS_TYPES
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_and_computes_in_float32(name):
+    function, inputs = CASES[name]
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
+    exact = [x.astype(jnp.float32) for x in inputs]  # the same numbers
+    compiled = jax.tree.leaves(jax.jit(function)(*inputs))
+    for got, want in zip(compiled, jax.tree.leaves(function(*exact)), strict=True):
+        assert got.dtype == jnp.float32
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_every_public_loss_is_covered():
+    public = {
+        name
+        for module in (sft, reward, dpo, ppo)
+        for name, value in vars(module).items()
+        if callable(value)
+        and getattr(value, "__module__", "") == module.__name__
+        and not name.startswith(("_", "check_"))
+    }
+    assert public - {"preference_loss"} <= set(CASES)
+    assert "preference_loss" in public

@@ -1,0 +1,205 @@
+"""config.json in both dialects, to our config and back; what is not supported is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxalign.models.base import DecoderConfig, RopeConfig
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.families import (
+    GENERATION,
+    config_from_hf,
+    config_to_hf,
+    flatten,
+    is_scorer,
+    leaves,
+    unflatten,
+)
+from jaxalign.models.heads import Scorer
+from jaxalign.models.lora import LoraConfig
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_absent_and_null_keys_take_the_defaults_of_transformers():
+    config = config_from_hf(LLAMA | {"num_key_value_heads": None, "head_dim": None})
+    assert dataclasses.replace(config, source_config="") == DecoderConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=8,
+        rope=RopeConfig(theta=10000.0),
+        norm_eps=1e-6,
+        tie_embeddings=False,
+        max_positions=2048,
+        family="llama",
+    )
+    hash(config)  # models are static arguments of jit
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"rope_theta": 5e5}, RopeConfig(theta=5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, RopeConfig(theta=5e5)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, RopeConfig(kind="linear", factor=2.0)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            RopeConfig(theta=5e5, kind="llama3", factor=8.0),
+        ),
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, RopeConfig(theta=7.0)),
+        (
+            {"rope_parameters": {"rope_theta": 7.0, "rope_type": "llama3", **LLAMA3}},
+            RopeConfig(theta=7.0, kind="llama3", factor=8.0),
+        ),
+    ],
+)
+def test_rope_in_old_and_new_form(keys, rope):
+    config = config_from_hf(LLAMA | keys)
+    assert config.rope == rope
+    # Written in both forms: either alone must give the same back.
+    hf = config_to_hf(config, scorer=False, dtype="float32")
+    old = {k: v for k, v in hf.items() if k != "rope_parameters"}
+    new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
+    assert config_from_hf(old).rope == config_from_hf(new).rope == rope
+
+
+def test_biases_by_family():
+    llama = config_from_hf(LLAMA | {"attention_bias": True, "mlp_bias": True})
+    assert (llama.qkv_bias, llama.out_bias, llama.mlp_bias) == (True, True, True)
+    qwen = config_from_hf(LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    assert (qwen.qkv_bias, qwen.out_bias, qwen.mlp_bias) == (True, False, False)
+    assert config_to_hf(qwen, scorer=True, dtype="float32")["architectures"] == [
+        "Qwen2ForSequenceClassification"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "gpt_bigcode"}, r"model_type='gpt_bigcode'.*supported: 'llama', 'qwen2'"),
+        ({"model_type": None}, "model_type=None"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*supported: 'silu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'.*'llama3'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\]: wanted an object"),
+        ({"rope_theta": 0}, "rope_theta=0: wanted a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"sliding_window": 4096}, "sliding_window=4096.*full attention"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+            "use_sliding_window=True",
+        ),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types.*sliding_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size='32': wanted a positive integer"),
+        ({"num_attention_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1"),
+    ],
+)
+def test_what_the_decoder_lacks_is_refused_by_name(keys, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(LLAMA | keys)
+
+
+def test_an_unused_sliding_window_is_no_obstacle():
+    keys = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768}
+    config = config_from_hf(LLAMA | keys)
+    hf = config_to_hf(config, scorer=False, dtype="float32")
+    assert hf["sliding_window"] == 32768
+    assert hf["use_sliding_window"] is False
+
+
+def test_architectures():
+    scorer = {"architectures": ["LlamaForSequenceClassification"]}
+    assert not is_scorer(LLAMA)
+    assert is_scorer(LLAMA | scorer)
+    assert is_scorer(LLAMA | scorer | {"id2label": {"0": "LABEL_0"}})
+    with pytest.raises(ValueError, match="num_labels=3"):
+        is_scorer(LLAMA | scorer | {"num_labels": 3})
+    with pytest.raises(ValueError, match="num_labels=2"):
+        is_scorer(LLAMA | scorer | {"id2label": {"0": "a", "1": "b"}})
+    with pytest.raises(ValueError, match=r"architectures=\['LlamaForTokenClassification'\]"):
+        is_scorer(LLAMA | {"architectures": ["LlamaForTokenClassification"]})
+
+
+def test_what_we_do_not_model_survives():
+    source = LLAMA | {
+        "eos_token_id": [1, 2],
+        "initializer_range": 0.5,
+        "torch_dtype": "bfloat16",
+        "layer_types": ["full_attention"] * 3,
+        GENERATION: {"top_p": 0.9},
+    }
+    config = config_from_hf(source)
+    hf = config_to_hf(config, scorer=False, dtype="float32")
+    assert hf["eos_token_id"] == [1, 2]
+    assert hf["initializer_range"] == 0.5
+    assert hf["layer_types"] == ["full_attention"] * 3
+    assert hf["dtype"] == "float32"
+    assert "torch_dtype" not in hf
+    assert GENERATION not in hf
+    json.dumps(hf)
+    shorter = dataclasses.replace(config, num_layers=2)
+    hf = config_to_hf(shorter, scorer=True, dtype="float32")
+    assert hf["num_hidden_layers"] == 2
+    assert "layer_types" not in hf
+    assert hf["id2label"] == {"0": "LABEL_0"}
+    # A scorer exported as a language model again does not keep the label.
+    back = config_to_hf(config_from_hf(hf), scorer=False, dtype="float32")
+    assert "id2label" not in back
+    assert back["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_biases_that_a_family_cannot_express_are_refused():
+    config = config_from_hf(LLAMA)
+    with pytest.raises(ValueError, match="qkv_bias=True and out_bias=False"):
+        config_to_hf(dataclasses.replace(config, qkv_bias=True), scorer=False, dtype="float32")
+    with pytest.raises(ValueError, match="qwen2 has biases on query, key and value only"):
+        config_to_hf(dataclasses.replace(config, family="qwen2"), scorer=False, dtype="float32")
+
+
+def test_key_table():
+    config = config_from_hf(LLAMA | {"attention_bias": True})
+    found = {leaf.path: leaf for leaf in leaves(config, Decoder(config).shapes)}
+    up = found["blocks/mlp/up/kernel"]
+    assert up.shape == (3, 32, 48)
+    assert up.tensor_shape == (48, 32)
+    assert up.names[2] == "model.layers.2.mlp.up_proj.weight"
+    assert found["blocks/attention/out/bias"].names[0] == "model.layers.0.self_attn.o_proj.bias"
+    assert found["embed/embedding"].names == ("model.embed_tokens.weight",)
+    assert found["embed/embedding"].tensor_shape == (96, 32)
+    assert found["head/kernel"].tensor_shape == (96, 32)
+    scorer = {leaf.path: leaf for leaf in leaves(config, Scorer(Decoder(config)).shapes)}
+    assert scorer["score/kernel"].tensor_shape == (1, 32)
+    assert "head/kernel" not in scorer
+    adapted = Decoder(config, lora=LoraConfig(rank=2))
+    with pytest.raises(ValueError, match=r"lora_a has no Hugging Face name.*merge_lora"):
+        leaves(config, adapted.shapes)
+
+
+def test_flatten_and_back():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert unflatten({"a/b": 1, "a/c/d": 2, "e": 3}) == tree
