@@ -44,7 +44,9 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, state: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Loads a checkpoint into the shapes and layout of `state`.
 
         Args:

@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "quickstart", help="SFT, reward model, PPO and DPO on example data, side by side"
     )
-    command.add_argument("--model", required=True, help="folder, .gguf file or hub id to start from")
+    command.add_argument(
+        "--model", required=True, help="folder, .gguf file or hub id to start from"
+    )
     command.add_argument("--language", default="en", choices=("en", "zh"))
     command.add_argument("--out", default="runs/quickstart", help="folder to write to")
     command.add_argument("overrides", nargs="*", metavar="stage.key=value")
@@ -60,14 +62,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="answer prompts")
     _sampling_arguments(command)
-    command.add_argument("prompts", nargs="*", help="read from standard input, a line each, if none")
+    command.add_argument(
+        "prompts", nargs="*", help="read from standard input, a line each, if none"
+    )
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("chat", help="talk to a model")
     _sampling_arguments(command)
     command.set_defaults(run=_chat)
 
-    command = commands.add_parser("export", help="write a run's checkpoint as a Hugging Face folder")
+    command = commands.add_parser(
+        "export", help="write a run's checkpoint as a Hugging Face folder"
+    )
     command.add_argument("folder", help="a run's folder")
     command.add_argument("--out", required=True)
     command.add_argument("--step", type=int, help="which checkpoint; the newest by default")

@@ -80,7 +80,9 @@ class DataConfig:
         _want(bool(self.train), "data.train", self.train, "at least one file")
         _want(self.rows > 0, "data.rows", self.rows, "a positive integer")
         _want(self.length > 1, "data.length", self.length, "at least 2")
-        _want(self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "positive or null")
+        _want(
+            self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "positive or null"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,7 +388,9 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         inner = typing.get_args(hint)[0]
-        return tuple(_convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items))
+        return tuple(
+            _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, pathlib.Path):

@@ -8,7 +8,6 @@ import jax
 from jax.experimental import multihost_utils
 
 
-
 def start() -> None:
     """Joins the other processes of the job, if the environment names any.
 
@@ -20,13 +19,12 @@ def start() -> None:
         return
     if "JAX_NUM_PROCESSES" in os.environ:
         missing = [
-            name
-            for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")
-            if name not in os.environ
+            name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if name not in os.environ
         ]
         if missing:
             raise ValueError(
-                f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; set all three, or none"
+                f"JAX_NUM_PROCESSES is set but {' and '.join(missing)} is not; "
+                "set all three, or none"
             )
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],

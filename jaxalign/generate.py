@@ -172,9 +172,7 @@ def _decode(
     return jax.lax.while_loop(unfinished, write_one, state)
 
 
-def _choose(
-    key: jax.Array, logits: jax.Array, sampling: _Sampling
-) -> tuple[jax.Array, jax.Array]:
+def _choose(key: jax.Array, logits: jax.Array, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
     """One token a row and its log-probability: logits `[B, V]` → (`[B]`, `[B]`)."""
     greedy = sampling.temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
@@ -245,7 +243,9 @@ def generate(
 
     if not prompts:
         return []
-    encoded = [np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts]
+    encoded = [
+        np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts
+    ]
     stops = stop_token_ids(tok, chat_template)
     key = jax.random.key(0) if key is None else key
     # One shape for all groups: the longest prompt, up to a multiple of 16.

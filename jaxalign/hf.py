@@ -56,7 +56,6 @@ _OURS = (
     "additional_chat_templates",
     "vocab.json",
     "merges.txt",
-    "README.md",
 )
 
 
@@ -242,8 +241,9 @@ def save_pretrained(
         for name in leaf.names
     ]
     hf = families.config_to_hf(config, scorer=scorer, dtype=kinds["embed/embedding"].name)
-    ids = _token_ids(hf, tokenizer)
-    hf |= ids
+    kept = json.loads(config.source_config or "{}").get(families.GENERATION, {})
+    generation = kept | _token_ids(hf | kept, tokenizer)
+    hf |= _token_ids(hf, tokenizer)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
@@ -254,8 +254,7 @@ def save_pretrained(
         )
         _write_json(fresh / "config.json", hf)
         if not scorer:
-            kept = json.loads(config.source_config or "{}").get(families.GENERATION, {})
-            _write_json(fresh / _GENERATION, kept | ids)
+            _write_json(fresh / _GENERATION, generation)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, fresh)
         _swap(fresh, target)
@@ -307,7 +306,7 @@ def _arrays(
 
 
 def _token_ids(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Token ids for the configs: the tokenizer's, else the source's.
+    """Token ids for a config: the tokenizer's, else those it has.
 
     A source that lists several stop tokens keeps its list as long as the tokenizer's EOS is in it.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +34,14 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
         )
 
 
-def add_up(parts: list[Mapping[str, Weighted]]) -> dict[str, float]:
+def add_up(parts: Sequence[Mapping[str, Weighted]]) -> dict[str, float]:
     """Exact means over several batches: totals and weights are added, then divided once."""
     names = parts[0].keys() if parts else ()
     fetched = jax.device_get(parts)
-    sums = {n: [np.sum([p[n].total for p in fetched]), np.sum([p[n].weight for p in fetched])] for n in names}
+    sums = {
+        n: [np.sum([p[n].total for p in fetched]), np.sum([p[n].weight for p in fetched])]
+        for n in names
+    }
     return {n: float(total / weight) if weight > 0 else 0.0 for n, (total, weight) in sums.items()}
 
 

@@ -72,8 +72,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
             )
         if config.total_steps <= warmup:
             raise ValueError(
-                f"optimizer total_steps={config.total_steps} is not more than "
-                f"warmup_steps={warmup}"
+                f"optimizer total_steps={config.total_steps} is not more than warmup_steps={warmup}"
             )
         length = config.total_steps - warmup
         if config.schedule == "linear":

@@ -58,10 +58,13 @@ def load_stages(
             raise ValueError(f"pipeline: stages[{number}] wants a name of its own, got {name!r}")
         if name in names[:number]:
             raise ValueError(f"pipeline: two stages are called {name!r}")
-    plain: dict[str, Any] = {"folder": values.get("folder"), "defaults": values.get("defaults", {})}
+    plain: dict[str, Any] = {}
+    plain |= {"folder": values.get("folder"), "defaults": values.get("defaults", {})}
     unknown = set(values) - {"folder", "defaults", "stages"}
     if unknown:
-        raise ValueError(f"pipeline: unknown keys {sorted(unknown)}; known: folder, defaults, stages")
+        raise ValueError(
+            f"pipeline: unknown keys {sorted(unknown)}; known: folder, defaults, stages"
+        )
     plain |= {stage["name"]: {k: v for k, v in stage.items() if k != "name"} for stage in stages}
     for assignment in assignments:
         if assignment.split("=")[0].split(".")[0] not in plain:
@@ -70,12 +73,13 @@ def load_stages(
                 f"known: {', '.join(plain)}, e.g. {names[0]}.data.rows=8"
             )
     plain = override(plain, assignments)
-    if not isinstance(plain["folder"], str):
-        raise ValueError(f"pipeline: folder={plain['folder']!r}: wanted the folder to write to")
-    folder = pathlib.Path(plain["folder"])
+    target = plain["folder"]
+    if not isinstance(target, str):
+        raise ValueError(f"pipeline: folder={target!r}: wanted the folder to write to")
+    folder = pathlib.Path(target)
     known = {"examples": str(EXAMPLES / language)}
-    loaded = []
-    for name in names:
+    loaded: list[tuple[str, Any]] = []
+    for name in map(str, names):
         stage = merge(plain["defaults"], plain[name])
         algorithm = stage.pop("algorithm", None)
         if algorithm not in RUNS:

@@ -50,7 +50,9 @@ def text_reward(
     """
 
     def score(tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
-        batch: Any = jax.device_get((tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask))
+        batch: Any = jax.device_get(
+            (tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask)
+        )
         scores = np.zeros(len(batch[0]), np.float32)
         for row, (targets, answer, prompt, said) in enumerate(zip(*batch, strict=True)):
             if not answer.any():

@@ -63,7 +63,7 @@ class SafetensorsFolder:
 
         owner: dict[str, str] = {}
         promised = _weight_files(self.folder)
-        for file, names in promised.items():
+        for file, names in sorted(promised.items()):
             path = self.folder / file
             try:
                 handle = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))

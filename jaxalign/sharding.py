@@ -65,7 +65,9 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if not isinstance(size, int) or size == 0 or size < -1:
-            raise ValueError(f"mesh axis {name}={size!r}: wanted a positive integer, or -1 for the rest")
+            raise ValueError(
+                f"mesh axis {name}={size!r}: wanted a positive integer, or -1 for the rest"
+            )
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one can be 'the rest'")
@@ -101,7 +103,9 @@ def partition_spec(axes: str, rules: Rules = RULES) -> PartitionSpec:
     used: set[str] = set()
     for axis in axes.split():
         if axis not in rules:
-            raise ValueError(f"unknown logical axis {axis!r} in {axes!r}; known: {', '.join(rules)}")
+            raise ValueError(
+                f"unknown logical axis {axis!r} in {axes!r}; known: {', '.join(rules)}"
+            )
         target = rules[axis]
         names = (target,) if isinstance(target, str) else tuple(target or ())
         clash = used.intersection(names)
@@ -134,9 +138,7 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RU
     return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules)), axes)
 
 
-def _check_divides(
-    name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules
-) -> None:
+def _check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
     spec = partition_spec(axes, rules)
     for axis, entry, size in zip(axes.split(), spec, shape, strict=True):
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
@@ -159,10 +161,8 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 def row_shards(mesh: Mesh | None = None) -> int:
     """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty:
-        return 1
-    return math.prod(mesh.shape[name] for name in RULES["rows"])
+    sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
+    return math.prod(sizes.get(name, 1) for name in RULES["rows"] or ())
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -216,37 +216,53 @@ class CompiledStep:
 
     def __init__(self, step: Callable[..., Any], state: TrainState, mesh: Mesh):
         self.mesh = mesh
-        shardings = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
-        self._state_shardings = shardings
+        self._shardings = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
+        trained, frozen = _part(self._shardings)
+
+        # Only what the step replaces is donated: frozen parameters are shared with their owner.
+        def run(trained: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
+            state, metrics = step(trained._replace(frozen=frozen), batch)
+            return state._replace(frozen={}), metrics
+
         self._jitted = jax.jit(
-            step,
+            run,
             donate_argnums=0,
-            in_shardings=(shardings, rows_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
+            in_shardings=(trained, frozen, rows_sharding(mesh)),
+            out_shardings=(trained, replicated(mesh)),
         )
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Runs one step; `state` is donated and must not be used again."""
-        state = jax.tree.map(_place, state, self._state_shardings)
+        """Runs one step; `state` is donated (all but `frozen`) and must not be used again."""
+        trained, frozen = _part(jax.tree.map(_place, state, self._shardings))
         with jax.set_mesh(self.mesh):
-            return self._jitted(state, shard_batch(batch, self.mesh))
+            trained, metrics = self._jitted(trained, frozen, shard_batch(batch, self.mesh))
+        return trained._replace(frozen=frozen), metrics
 
     def lower(self, state: Any, batch: Any) -> Any:
         """Lowers for abstract or concrete arguments, without running."""
         with jax.set_mesh(self.mesh):
-            return self._jitted.lower(state, batch)
+            return self._jitted.lower(*_part(state), batch)
 
     @property
     def compiles(self) -> int:
         """How many times the step was compiled. More than 1 in steady state is a bug."""
-        return self._jitted._cache_size()
+        return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]
+
+
+def _part(state: TrainState) -> tuple[TrainState, Any]:
+    return state._replace(frozen={}), state.frozen
 
 
 def _on_mesh(x: Any, mesh: Mesh) -> NamedSharding:
     sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
-        return sharding
-    return replicated(mesh)
+    if not isinstance(sharding, NamedSharding):
+        return replicated(mesh)
+    if sharding.mesh != mesh:
+        raise ValueError(
+            f"compile_step on mesh {_describe(mesh.shape)}: the state lies on another mesh, "
+            f"{_describe(sharding.mesh.shape)}; make both with one mesh"
+        )
+    return sharding
 
 
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -269,6 +285,10 @@ def compile_step(
     Args:
       step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.
       state: concrete arrays or `ShapeDtypeStruct`s that carry shardings.
-      mesh: by default all devices along `fsdp`.
+      mesh: by default the one the state lies on, or else all devices along `fsdp`.
+
+    Raises:
+      ValueError: the state lies on another mesh.
     """
+    mesh = mesh_of(state) if mesh is None else mesh
     return CompiledStep(step, state, make_mesh() if mesh is None else mesh)

@@ -8,6 +8,7 @@ cut into mini-batches in PPO), and what is measured on held-out data.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,8 +19,20 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo, ppo, reward, sft
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
-from jaxalign.config import DPORun, ModelConfig, PPORun, RewardRun, SFTRun
+from jaxalign.checkpoint import Checkpoints
+from jaxalign.config import (
+    RUNS,
+    DPORun,
+    ModelConfig,
+    PPORun,
+    RewardRun,
+    SFTRun,
+    load_config,
+    read_yaml,
+)
 from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
+from jaxalign.data.chat import NONE as NO_TEMPLATE
+from jaxalign.data.chat import resolve_chat_template
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.metrics import add_up, to_floats
 from jaxalign.models.base import combine
@@ -139,9 +152,7 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     tx = _optimizer(config.optimizer, total)
     micro = config.run.micro_batches
     return Task(
-        *_start(
-            loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
-        ),
+        *_start(loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh),
         batches=batches,
         total=total,
         loop={},
@@ -182,9 +193,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         _optimizer(policy_optimizer, updates), _optimizer(critic_optimizer, updates)
     )
     start = loaded._replace(params=ppo.init_params(loaded.params, critic_params))
-    step = ppo.make_step(
-        loaded.model, critic, tx, options, micro_batches=config.run.micro_batches
-    )
+    step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
     prepare = ppo.make_prepare(loaded.model, critic, model_reward(scorer, rm_params), options)
 
     def expand(
@@ -233,6 +242,9 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
 
 def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
     tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
+    template = resolve_chat_template(tok, config.chat_template)
+    if template != NO_TEMPLATE:
+        tok.chat_template = template  # so that the exported model is talked to as it was trained
     model, params = load_pretrained(
         config.source,
         mesh=mesh,
@@ -348,11 +360,11 @@ def _evaluate(
 ) -> Callable[[TrainState], Floats] | None:
     if held_out is None:
         return None
-    evaluate = make_eval(loss)
+    batches, evaluate = held_out, make_eval(loss)
 
     def run(state: TrainState) -> Floats:
         with jax.set_mesh(mesh):
-            parts = [evaluate(state, shard_batch(prepare(b), mesh)) for b in held_out]
+            parts = [evaluate(state, shard_batch(prepare(b), mesh)) for b in batches]
             return add_up(parts)
 
     return run
@@ -369,3 +381,41 @@ def _exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
         save_pretrained(plain, params, folder, tokenizer=tok)
 
     return export
+
+
+def export_run(folder: str, out: str, step: int | None = None) -> int:
+    """Writes a checkpoint of a run as a Hugging Face folder; gives the checkpoint's step.
+
+    Args:
+      folder: the run's folder, with `config.yaml` and `checkpoints/`.
+      out: folder to make.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      ValueError: no run, no such checkpoint, or one that does not fit the run's config.
+    """
+    values = read_yaml(pathlib.Path(folder) / "config.yaml")
+    algorithm = next(name for name in RUNS if name in values)
+    config = load_config(algorithm, values)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    loaded = _load(config.model, mesh, config.run.seed)
+    start, part = loaded.params, None
+    if algorithm == "reward":
+        loaded = _with_head(loaded, mesh, config.run.seed)
+        start = loaded.params
+    # The optimizer state's structure does not depend on how long the run was.
+    tx = _optimizer(config.optimizer, config.optimizer.warmup_steps + 1)
+    if algorithm == "ppo":
+        _, critic = _scorer(config.critic or config.reward_model, config.model, mesh)
+        critic_config = config.critic_optimizer or config.optimizer
+        critic_tx = _optimizer(critic_config, critic_config.warmup_steps + 1)
+        start, part = ppo.init_params(loaded.params, critic), "policy"
+        tx = ppo.make_optimizer(tx, critic_tx)
+    state = init_state(start, tx, loaded.frozen)
+    store = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=None)
+    state, saved = store.restore(state, step)
+    store.close()
+    if part is not None:
+        state = state._replace(params=state.params[part])
+    _exporter(loaded.model, loaded.tok)(state, out)
+    return int(saved["done"])

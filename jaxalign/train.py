@@ -68,7 +68,8 @@ def train(config: Any, title: str | None = None) -> Result:
         state, saved = store.restore(state)
         loop, done = saved["loop"], saved["done"]
         task.batches.set_state(saved["batches"])
-    task = task._replace(state=None)  # donated by the first step; `state` is the one to use
+    # The first step donates the state that the task began with: `state` is the one to use.
+    task = task._replace(state=state)
     _describe(folder, config)
     writer = JsonlWriter(folder / "metrics.jsonl", done if run.resume else None)
 
@@ -149,8 +150,8 @@ def _checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
     store = Checkpoints(folder / "checkpoints", run.keep)
     if store.latest is not None and not run.resume:
         raise ValueError(
-            f"run.folder={str(folder)!r} holds checkpoints of an earlier run (step {store.latest}); "
-            "set run.resume=true to go on with it, or choose another folder"
+            f"run.folder={str(folder)!r} holds checkpoints of an earlier run, up to step "
+            f"{store.latest}; set run.resume=true to go on with it, or choose another folder"
         )
     return store
 

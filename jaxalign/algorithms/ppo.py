@@ -114,18 +114,15 @@ class Config:
         want(self.kl_coef >= 0, "kl_coef", "0 or more")
         want(self.kl_in in ("reward", "loss"), "kl_in", '"reward" or "loss"')
         want(self.kl_target is None or self.kl_target > 0, "kl_target", "a positive number")
-        want(self.kl_target is None or self.kl_in == "reward", "kl_target", 'None with kl_in="loss"')
+        want(
+            self.kl_target is None or self.kl_in == "reward", "kl_target", 'None with kl_in="loss"'
+        )
         want(self.kl_horizon > 0, "kl_horizon", "a positive number")
         want(0 <= self.gamma <= 1, "gamma", "a value in [0, 1]")
         want(0 <= self.lam <= 1, "lam", "a value in [0, 1]")
         want(self.vf_coef >= 0, "vf_coef", "0 or more")
         want(self.whiten_ddof in (0, 1), "whiten_ddof", "0 or 1")
         want(self.missing_eos_penalty >= 0, "missing_eos_penalty", "0 or more")
-        want(
-            not self.missing_eos_penalty or bool(self.stop_tokens),
-            "missing_eos_penalty",
-            "0, or stop_tokens to tell finished answers by",
-        )
         want(self.logprob_tolerance > 0, "logprob_tolerance", "a positive number")
         losses.check_kl_estimator(self.kl_estimator)
         losses.check_score_at(self.score_at)
@@ -267,6 +264,11 @@ def make_prepare(
       the trainer's by more than `logprob_tolerance` on average.
     """
     config = Config() if config is None else config
+    if config.missing_eos_penalty and not config.stop_tokens:
+        raise ValueError(
+            f"ppo missing_eos_penalty={config.missing_eos_penalty} without stop_tokens: every "
+            "answer would be unfinished; set stop_tokens, or the penalty to 0"
+        )
     experience = make_experience(model, critic, config)
 
     def prepare(
@@ -329,7 +331,9 @@ def _logprob_difference(rollout: RolloutBatch) -> tuple[jax.Array, jax.Array]:
 def _finite(scores: Array, answered: np.ndarray) -> np.ndarray:
     scores = np.asarray(scores, np.float32)
     if scores.shape != answered.shape:
-        raise ValueError(f"reward_fn gave shape {scores.shape}, wanted one score a row {answered.shape}")
+        raise ValueError(
+            f"reward_fn gave shape {scores.shape}, wanted one score a row {answered.shape}"
+        )
     bad = np.flatnonzero(~np.isfinite(scores) & answered)
     if bad.size:
         raise ValueError(

@@ -21,7 +21,7 @@ from jaxalign.algorithms.pairs import interleave, pair_mask, pairs_in_row, separ
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.reward import bradley_terry
-from jaxalign.masked import weighted
+from jaxalign.masked import keep, weighted
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
 from jaxalign.types import PairBatch, Params, Weighted
@@ -53,7 +53,10 @@ def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
         scores = pooled_scores(scorer, params, interleave(batch), pairs_in_row(batch))
         chosen, rejected = separate(scores)
         mask = pair_mask(batch)
-        losses = bradley_terry(chosen, rejected, batch.margin, config.center_coef)
+        # Masked before the arithmetic: what stands in an empty slot must not reach a gradient.
+        chosen, rejected = keep(chosen, mask), keep(rejected, mask)
+        margin = None if batch.margin is None else keep(batch.margin, mask)
+        losses = bradley_terry(chosen, rejected, margin, config.center_coef)
         chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
         metrics = {
             "accuracy": weighted((chosen > rejected).astype(jnp.float32), mask),

@@ -50,9 +50,7 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
         hidden = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
         metrics: dict[str, Weighted] = {}
         if config.log_entropy:
-            logprobs, entropy = target_logprobs(
-                model, params, hidden, batch.targets, entropy=True
-            )
+            logprobs, entropy = target_logprobs(model, params, hidden, batch.targets, entropy=True)
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
         else:
             logprobs = target_logprobs(model, params, hidden, batch.targets)

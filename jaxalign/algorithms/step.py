@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from jaxalign.models.base import combine
-from jaxalign.sharding import mesh_of, replicated
+from jaxalign.sharding import mesh_of, replicated, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]
@@ -93,13 +93,20 @@ def split_rows(batch: Any, parts: int) -> Any:
     The stride keeps every part spread over all devices that hold rows.
 
     Raises:
-      ValueError: the rows do not divide into the parts.
+      ValueError: the rows do not divide into the parts, or a part's rows not over the devices.
     """
+    shards = row_shards()
 
     def split(x: Array) -> jax.Array:
         rows = x.shape[0]
         if rows % parts:
             raise ValueError(f"{rows} rows do not divide into micro_batches={parts}")
+        if rows // parts % shards:
+            raise ValueError(
+                f"{rows} rows in micro_batches={parts} are {rows // parts} rows at a time, which "
+                f"the mesh (data × fsdp = {shards}) does not divide; use a multiple of "
+                f"{parts * shards} rows"
+            )
         return jnp.swapaxes(jnp.reshape(x, (rows // parts, parts, *x.shape[1:])), 0, 1)
 
     return jax.tree.map(split, batch)
@@ -141,7 +148,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
         params = optax.apply_updates(state.params, updates)
         logged = {name: metric.mean() for name, metric in metrics.items()}
         logged |= {f"weight/{name}": count for name, count in counts.items()}
-        logged |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        logged |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, state.frozen, opt_state), logged
 
     return step

@@ -88,9 +88,8 @@ def to_conversation(row: Row) -> Conversation:
         first = len(messages)
         messages += _answer(data["completion"], "completion", origin)
     elif "instruction" in data and "output" in data:
-        messages = _alpaca_prompt(row)
-        first = len(messages)
-        messages += _answer(data["output"], "output", origin)
+        messages = _alpaca_prompt(row) + _answer(data["output"], "output", origin)
+        first = 0
     else:
         wanted = "messages, prompt + completion, or instruction + output"
         if "chosen" in data:

@@ -89,13 +89,13 @@ def _read_named(name: str) -> Iterator[Row]:
             raise ValueError(f"{name}: the folder holds no {', '.join(SUFFIXES)} file; name one")
     elif path.exists():
         files = [path]
+    elif _HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
+        yield from _read_hub(name)
+        return
     elif glob.has_magic(name):
         files = [pathlib.Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
         if not files:
             raise ValueError(f"{name}: no file matches; correct the pattern (** goes into folders)")
-    elif _HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
-        yield from _read_hub(name)
-        return
     else:
         raise ValueError(
             f"{name}: no such file or folder; correct the path (hub data sets are 'owner/name')"

@@ -12,6 +12,9 @@ import numpy as np
 from jaxalign.models.base import RopeConfig
 from jaxalign.types import Array
 
+_HIDDEN = -1e30
+"""Score of what may not be seen; finite, so that a row that sees nothing gives no NaN."""
+
 
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far, for decoding.
@@ -96,4 +99,19 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    rows, new, heads, width = query.shape
+    shared = key.shape[2]
+    # The query heads of a group are stacked along the rows of one matrix, so that both products
+    # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
+    # as the general contraction of jax.nn.dot_product_attention for narrow heads.
+    query = (query * width**-0.5).reshape(rows, new, shared, -1, width)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)
+    scores = jnp.matmul(
+        query, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32
+    ).reshape(rows, shared, -1, new, key.shape[1])
+    scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = weights.reshape(rows, shared, -1, key.shape[1])
+    out = jnp.matmul(weights, value.transpose(0, 2, 1, 3))
+    out = out.reshape(rows, shared, -1, new, width).transpose(0, 3, 1, 2, 4)
+    return out.reshape(rows, new, heads, width)

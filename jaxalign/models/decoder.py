@@ -53,18 +53,19 @@ class Linear(nnx.Module):
         # On the output projection the output axis is the residual stream, which stays whole.
         bias_axis = "norm" if out_axis == "embed" else out_axis
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
-        self.lora_a = self.lora_b = None
         self.lora_scale = 0.0
-        if lora is not None and name in lora.targets:
-            # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
-            a = jax.random.normal(rngs.params(), (fan_in, lora.rank), jnp.float32) / fan_in**0.5
-            self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
-            self.lora_b = nnx.Param(
-                jnp.zeros((lora.rank, fan_out), jnp.float32), axes=f"rank {out_axis}"
-            )
-            self.lora_scale = lora.alpha / lora.rank
+        if lora is None or name not in lora.targets:
+            self.lora_a = self.lora_b = None
+            return
+        # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
+        a = jax.random.normal(rngs.params(), (fan_in, lora.rank), jnp.float32) / fan_in**0.5
+        b = jnp.zeros((lora.rank, fan_out), jnp.float32)
+        self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
+        self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
+        self.lora_scale = lora.alpha / lora.rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, in]` → `[B, T, out]`."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None]
@@ -82,6 +83,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → the same shape and dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         # The normalised value is rounded before scaling, as the reference implementations do.
@@ -126,6 +128,7 @@ class MLP(nnx.Module):
         self.down = linear("down", (inner, hidden), "mlp embed")
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → `[B, T, D]`."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -139,6 +142,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, lora, rngs)
 
     def __call__(self, x: jax.Array, rope: Any, mask: jax.Array) -> jax.Array:
+        """`[B, T, D]` → `[B, T, D]`."""
         query, key, value = self.attention.project(self.attention_norm(x), rope)
         x = x + self.attention.merge(attend(query, key, value, mask))
         return x + self.mlp(self.mlp_norm(x))
@@ -149,10 +153,10 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """Like a call, but attends to this layer's cache after writing the new tokens to it."""
         query, key, value = self.attention.project(self.attention_norm(x), rope)
-        keys = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype)[None], (layer, 0, used, 0, 0))
-        values = jax.lax.dynamic_update_slice(
-            values, value.astype(values.dtype)[None], (layer, 0, used, 0, 0)
-        )
+        column = (layer, 0, used, 0, 0)
+        put = jax.lax.dynamic_update_slice
+        keys = put(keys, key.astype(keys.dtype)[None], column)
+        values = put(values, value.astype(values.dtype)[None], column)
         own_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
         own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
         attended = attend(query, own_keys.astype(x.dtype), own_values.astype(x.dtype), mask)

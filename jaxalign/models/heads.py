@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
 from jaxalign.models.decoder import Decoder
-from jaxalign.sharding import constrain, row_shards
+from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch
 
 CHUNK_LOGITS = 2**25
@@ -163,8 +163,12 @@ def with_scalar_head(model: Decoder, params: Params, key: jax.Array) -> tuple[Sc
     """
     width = model.config.hidden_size
     kernel = jax.random.normal(key, (width, 1), jnp.float32) / math.sqrt(width + 1)
+    scorer, mesh = Scorer(model), mesh_of(params)
+    if mesh is not None:
+        layout = param_shardings(scorer.axes["score"], mesh, scorer.shapes["score"])
+        kernel = jax.device_put(kernel, layout["kernel"])
     kept = {k: v for k, v in params.items() if k != "head"}
-    return Scorer(model), kept | {"score": {"kernel": kernel}}
+    return scorer, kept | {"score": {"kernel": kernel}}
 
 
 def pooled_scores(

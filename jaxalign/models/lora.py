@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxalign.sharding import mesh_of, param_shardings
 from jaxalign.types import Params
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def add_lora(
     if model.lora is not None:
         raise ValueError("the model already has adapters; merge them first (merge_lora)")
     adapted = dataclasses.replace(model, lora=config)
-    fresh = jax.jit(adapted.init)(key)
-    return adapted, _adapters(fresh), params
+    # Under jit, and asked for adapters only, the rest of `init` is never computed.
+    adapters = jax.jit(lambda key: _adapters(adapted.init(key)))(key)
+    mesh = mesh_of(params)
+    if mesh is not None:
+        axes, shapes = _adapters(adapted.axes), _adapters(adapted.shapes)
+        adapters = jax.device_put(adapters, param_shardings(axes, mesh, shapes))
+    return adapted, adapters, params
 
 
 def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:

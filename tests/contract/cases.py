@@ -111,7 +111,7 @@ def _pair_batch(names):
 
     def batch(pairs, groups, length, left=False):
         packed = max(map(len, groups)) > 1
-        slots = max(map(len, groups))
+        slots = max(1, *map(len, groups))
         shape = (len(groups), slots)
         mask = np.zeros(shape, bool)
         extra = {name: np.zeros(shape, np.float32) for name in names}

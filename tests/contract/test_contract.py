@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cases import CASES, LENGTH, ROWS
 
+from jaxalign.algorithms.step import init_state
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.sharding import compile_step, make_mesh, param_shardings
 
@@ -49,8 +50,8 @@ def same(expected, got, rtol=1e-5):
         np.testing.assert_allclose(got_metrics[name], value, rtol, 1e-6, err_msg=name)
     for path, want in jax.tree_util.tree_leaves_with_path(params):
         have = functools.reduce(lambda tree, key: tree[key.key], path, state.params)
-        # One step moves a parameter by up to 1e-2 (the learning rate); 1e-7 is 1e-5 of that.
-        np.testing.assert_allclose(have, want, 1e-6, 1.5e-7, err_msg=str(path))
+        # One step moves a parameter by up to 1e-2 (the learning rate); 1e-6 is 1e-4 of that.
+        np.testing.assert_allclose(have, want, 1e-6, 1e-6, err_msg=str(path))
 
 
 def test_expected_step_moves_and_weighs(case, expected):
@@ -85,23 +86,28 @@ def test_parameters_and_moments_keep_their_layout(case):
     assert all(not x.sharding.is_fully_replicated for x in kernels)
 
 
+def wide(case, groups, *, left=False):
+    """The same examples in another shape (one for all, to compile once): 16 rows of 26."""
+    examples = case.documents(np.random.default_rng(0))
+    return case.batch(examples, groups + [[]] * (16 - len(groups)), 26, left=left)
+
+
+# Every document at another place, rows short and full, an empty row in between.
+PACKED = [[6, 0, 2], [4], [], [1, 5], [3, 7]]
+
+
 def test_packed_rows_agree_with_padded(case, expected):
-    examples = case.documents(np.random.default_rng(0))
-    # Every document at another place, some rows short, two examples of one row apart.
-    batch = case.batch(examples, [[6, 0, 2], [4], [1, 5], [3, 7]], 23)
+    same(expected, case.jitted()(case.state(), wide(case, PACKED)))
+
+
+def test_more_padding_on_the_left_and_empty_rows_change_nothing(case, expected):
+    batch = wide(case, [[i] for i in range(ROWS)], left=True)
     same(expected, case.jitted()(case.state(), batch))
 
 
-def test_more_padding_changes_nothing(case, expected):
-    examples = case.documents(np.random.default_rng(0))
-    batch = case.batch(examples, [[i] for i in range(ROWS)], LENGTH + 8, left=True)
-    same(expected, case.jitted()(case.state(), batch))
-
-
-def test_empty_rows_and_garbage_in_empty_slots_change_nothing(case, expected):
-    batch = case.padded(rows=2 * ROWS)
-    clean = case.jitted()(case.state(), batch)
-    same(expected, clean)
+@pytest.mark.parametrize("packed", [False, True])
+def test_garbage_in_empty_slots_changes_nothing(case, expected, packed):
+    batch = wide(case, PACKED if packed else [[i] for i in range(ROWS)], left=not packed)
     spoiled = case.spoil(batch, np.random.default_rng(9))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), batch, spoiled)
     assert any(jax.tree.leaves(changed))
@@ -128,19 +134,18 @@ def test_one_compile_in_twenty_steps(case):
     assert np.isfinite(losses).all()
 
 
-def test_one_cache_entry_under_plain_jit(case):
-    step = jax.jit(case.step(case.tx))
+def test_one_cache_entry_under_plain_jit(case, expected):
+    step = case.jitted()
+    before = step._cache_size()
     state = case.state()
     for seed in range(3):
         state, _ = step(state, case.padded(seed))
-    assert step._cache_size() == 1
+    assert step._cache_size() == before
 
 
 def test_donation_spares_what_the_user_holds(case):
     step, fresh = on_mesh(case, "fsdp8")
     mine = fresh().params
-    from jaxalign.algorithms.step import init_state
-
     state = init_state(mine, case.tx)
     held = state.params
     state, first = step(state, case.padded())

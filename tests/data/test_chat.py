@@ -1,5 +1,6 @@
 """Masks against a brute-force search in the tokens, and against text."""
 
+import copy
 import itertools
 import json
 import re
@@ -185,9 +186,10 @@ def test_resolve(tiny, tmp_path):
 
 
 @pytest.fixture
-def bare(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "chat_template", None)
-    return tiny
+def bare(tiny):
+    own = copy.deepcopy(tiny)
+    own.chat_template = None
+    return own
 
 
 def test_no_template_is_an_error_with_a_remedy(bare):
@@ -197,27 +199,25 @@ def test_no_template_is_an_error_with_a_remedy(bare):
         encode_conversations(bare, [_conversation(_TALKS[0])])
 
 
-def test_plain_text(bare, monkeypatch):
+def test_plain_text(bare):
     talk = [("user", "Hello there,"), ("assistant", " how are you")]
     ids, trained = encode_conversations(bare, [_conversation(talk)], "none")[0]
     assert bare.decode(ids) == "Hello there, how are you<|im_end|>"
     assert bare.decode(ids[trained]) == " how are you<|im_end|>"
     assert encode_prompt(bare, "Hello there,", "none") == ids[~trained].tolist()
     # Where one token would hold letters of both, the prompt's tokens stay as they are.
-    assert len(bare.encode("he")) == 1
+    h, e = next(word for word in bare.get_vocab() if len(word) == 2 and word.isascii())
+    assert len(bare.encode(h + e)) == 1
     ids, trained = encode_conversations(
-        bare, [_conversation([("user", "h"), ("assistant", "e")])], "none"
+        bare, [_conversation([("user", h), ("assistant", e)])], "none"
     )[0]
-    assert [bare.decode([i]) for i in ids] == ["h", "e", "<|im_end|>"]
+    assert [bare.decode([i]) for i in ids] == [h, e, "<|im_end|>"]
     assert trained.tolist() == [False, True, True]
     # A bos token of its own comes first.
-    monkeypatch.setattr(bare, "bos_token", "<|im_start|>")
-    try:
-        ids, trained = encode_conversations(bare, [_conversation(talk)], "none")[0]
-        assert ids[0] == encode_prompt(bare, "x", "none")[0] == bare.bos_token_id
-        assert bare.decode(ids[trained]) == " how are you<|im_end|>"
-    finally:
-        bare.bos_token = None
+    bare.bos_token = "<|im_start|>"
+    ids, trained = encode_conversations(bare, [_conversation(talk)], "none")[0]
+    assert ids[0] == encode_prompt(bare, "x", "none")[0] == bare.bos_token_id
+    assert bare.decode(ids[trained]) == " how are you<|im_end|>"
 
 
 def test_plain_text_takes_one_turn_each(tiny):
@@ -272,7 +272,7 @@ def test_incomplete_generation_marks_are_refused(tiny):
 def test_a_template_without_end_token_is_refused(tiny):
     talk = [_conversation([("user", "q"), ("assistant", "a")])]
     template = tiny.chat_template.replace("<|im_end|>", "|")
-    with pytest.raises(ValueError, match=r"ordinary token '.*' so a model could not learn to stop"):
+    with pytest.raises(ValueError, match=r"ordinary token '\|', so a model"):
         encode_conversations(tiny, talk, template)
 
 

@@ -33,7 +33,7 @@ def test_conversation_forms():
         _row(instruction="q", input="x", output="a", system="s", history=[["q0", "a0"]])
     )
     system = {"role": "system", "content": "s"}
-    assert full == ((system, *_say("q0", "a0", "q\nx", "a")), "f.jsonl:7", 3)
+    assert full == ((system, *_say("q0", "a0", "q\nx", "a")), "f.jsonl:7", 0)
 
 
 def test_extra_keys_of_a_message_are_kept():

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Lints, checks types and runs the tests, from a fresh clone: bash scripts/test.sh [pytest options]
+#
+# Needs Python ≥ 3.11 with its venv module; PYTHON names another interpreter than python3.
+# On Python 3.11 the parity tests get torch; JAXALIGN_NO_TORCH=1 leaves it out, and they skip.
+
+set -euo pipefail
+# shellcheck source=scripts/_venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+make_venv
+# Before the rest, so that nothing else picks a torch of its own.
+if [[ "$PYTHON_VERSION" == 3.11 && "${JAXALIGN_NO_TORCH:-0}" != 1 ]] &&
+  ! "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))'; then
+  say "installing torch==2.13.0 for the parity tests"
+  pip_install torch==2.13.0 || say "torch could not be installed: its parity tests will skip"
+fi
+install test "$ROOT[test]"
+
+cd "$ROOT"
+failed=0
+check() {
+  say "$*"
+  "$VENV/bin/$1" "${@:2}" || failed=1
+}
+check ruff check .
+check ruff format --check .
+check pyrefly check --python-interpreter-path "$VENV_PYTHON"
+
+# Last, and whatever the checks said: the summary of pytest is the last line. A failed check shows
+# above and in the exit status.
+say "pytest $*"
+"$VENV_PYTHON" -m pytest "$@" || exit $?
+exit "$failed"

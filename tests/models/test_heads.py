@@ -1,0 +1,205 @@
+"""Chunked log-probabilities against whole logits; scalar heads and where they are read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from jaxalign.algorithms.step import init_state
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.heads import Scorer, pooled_scores, target_logprobs, with_scalar_head
+from jaxalign.optim import make_optimizer
+from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.types import TokenBatch
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(3, 11, 32)).astype(np.float32)
+    return jnp.asarray(hidden), rng.integers(0, tiny.VOCAB, (3, 11))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.random_params(tiny.DECODER)
+
+
+def naive(params, hidden, targets, temperature):
+    """From the whole logits, in float64."""
+    logits = np.asarray(hidden, np.float64) @ np.asarray(params["head"]["kernel"], np.float64)
+    logits /= temperature
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    chosen = np.take_along_axis(probs, targets[..., None], -1)[..., 0]
+    return np.log(chosen), -(probs * np.log(probs)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 50])
+def test_chunks_do_not_show(params, inputs, chunk, temperature):
+    hidden, targets = inputs
+    logprobs, entropy = target_logprobs(
+        tiny.DECODER, params, hidden, targets, temperature, entropy=True, chunk=chunk
+    )
+    want = naive(params, hidden, targets, temperature)
+    np.testing.assert_allclose(logprobs, want[0], 1e-5, 1e-5)
+    np.testing.assert_allclose(entropy, want[1], 1e-4, 1e-5)
+    alone = target_logprobs(tiny.DECODER, params, hidden, targets, temperature, chunk=chunk)
+    np.testing.assert_allclose(alone, logprobs, 1e-6, 1e-6)
+    assert logprobs.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_gradient_equals_that_of_whole_logits(params, inputs, chunk):
+    hidden, targets = inputs
+    weights = np.random.default_rng(1).normal(size=(2, *targets.shape)).astype(np.float32)
+
+    def chunked(params, hidden):
+        both = target_logprobs(
+            tiny.DECODER, params, hidden, targets, 0.7, entropy=True, chunk=chunk
+        )
+        return jnp.sum(weights[0] * both[0] + weights[1] * both[1])
+
+    def whole(params, hidden):
+        logprobs = jax.nn.log_softmax(hidden @ params["head"]["kernel"] / 0.7)
+        chosen = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, -1)
+        return jnp.sum(weights[0] * chosen + weights[1] * entropy)
+
+    got = jax.jit(jax.grad(chunked, (0, 1)))(params, hidden)
+    want = jax.grad(whole, (0, 1))(params, hidden)
+    np.testing.assert_allclose(got[0]["head"]["kernel"], want[0]["head"]["kernel"], 1e-4, 1e-4)
+    np.testing.assert_allclose(got[1], want[1], 1e-4, 1e-4)
+
+
+def test_the_whole_vocabulary_is_never_there_at_once(params):
+    """The largest array in the compiled gradient holds one chunk of logits, not all."""
+    rows, length, vocab = 2, 64, 512
+    model = Decoder(oracle.DECODER.config)
+    hidden = jax.ShapeDtypeStruct((rows, length, 64), jnp.float32)
+    targets = np.zeros((rows, length), np.int32)
+
+    def loss(params, hidden):
+        return jnp.sum(target_logprobs(model, params, hidden, targets, chunk=4))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(model.shapes, hidden).as_text()
+    assert f"{rows}x4x{vocab}xf32" in text
+    assert f"{rows}x{length}x{vocab}x" not in text
+    assert f"{length // 4}x{rows}x4x{vocab}x" not in text
+
+
+def test_targets_of_another_shape_are_refused(params, inputs):
+    with pytest.raises(ValueError, match=r"targets \(3, 10\) do not fit hidden \(3, 11, 32\)"):
+        target_logprobs(tiny.DECODER, params, inputs[0], inputs[1][:, :-1])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_reference_fused_head(shared, chunk):
+    """TRL's fused head: loss, log-probabilities, entropy, the gradient of every parameter."""
+    vectors = np.load(shared / "oracle/fused_head.npz")
+    params = oracle.load(shared / "oracle/policy.safetensors", oracle.DECODER)
+    rows = oracle.rows(vectors["input_ids"], vectors["attention_mask"], vectors["labels"] != -100)
+
+    def loss(params):
+        hidden = oracle.DECODER.apply(params, rows.inputs, rows.positions, rows.segment_ids)
+        both = target_logprobs(
+            oracle.DECODER, params, hidden, rows.targets, entropy=True, chunk=chunk
+        )
+        kept = jnp.where(rows.loss_mask, both[0], 0.0)
+        return -jnp.sum(kept) / rows.loss_mask.sum(), both
+
+    (value, both), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    mask = vectors["label_mask"]
+    np.testing.assert_array_equal(rows.loss_mask[:, :-1], mask)
+    np.testing.assert_allclose(value, vectors["loss"], 1e-5)
+    np.testing.assert_allclose(both[0][:, :-1][mask], vectors["log_probs"][mask], 1e-5, 1e-5)
+    np.testing.assert_allclose(both[1][:, :-1][mask], vectors["entropy"][mask], 1e-5, 1e-5)
+    names = [name for name in vectors if name.startswith("grad/")]
+    want = oracle.tree({name: vectors[name] for name in names}, oracle.DECODER, prefix="grad/")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        got = grads
+        for key in path:
+            got = got[key.key]
+        np.testing.assert_allclose(got, leaf, 1e-4, 1e-6, err_msg=str(path))
+
+
+class Bare:
+    """A model whose hidden states are its logits."""
+
+    def head(self, params):
+        return params
+
+
+def test_reference_selective_log_softmax(shared):
+    vectors = np.load(shared / "oracle/selective_log_softmax.npz")
+    logits = jnp.asarray(vectors["logits"])
+    head = jnp.eye(logits.shape[-1])
+    logprobs, entropy = target_logprobs(Bare(), head, logits, vectors["index"], entropy=True)
+    np.testing.assert_allclose(logprobs, vectors["logps"], 1e-5)
+    np.testing.assert_allclose(entropy, vectors["entropy"], 1e-5)
+    cool = target_logprobs(Bare(), head, logits, vectors["index"], 0.7)
+    np.testing.assert_allclose(cool, vectors["logps_t07"], 1e-5)
+
+
+def test_golden_log_softmax():
+    """log softmax([0, log 3])[1] = log ¾; at temperature ½, log 9/10."""
+    logits = jnp.array([[[0.0, np.log(3.0)]]])
+    ones = np.ones((1, 1), np.int32)
+    logprob, entropy = target_logprobs(Bare(), jnp.eye(2), logits, ones, entropy=True)
+    np.testing.assert_allclose(logprob, [[np.log(0.75)]], 1e-6)
+    np.testing.assert_allclose(entropy, [[0.5623351446]], 1e-6)
+    np.testing.assert_allclose(
+        target_logprobs(Bare(), jnp.eye(2), logits, ones, 0.5), [[np.log(0.9)]], 1e-5
+    )
+
+
+# Scalar heads ------------------------------------------------------------------------------
+
+
+def test_scalar_head_takes_the_place_of_the_vocabulary(params):
+    scorer, scored = with_scalar_head(tiny.DECODER, params, jax.random.key(0))
+    assert scorer == Scorer(tiny.DECODER)
+    assert set(scored) == {"embed", "blocks", "norm", "score"}
+    assert scored["embed"] is params["embed"]
+    assert jax.tree.map(lambda x: x.shape, scored) == jax.tree.map(lambda x: x.shape, scorer.shapes)
+    assert scorer.axes["score"]["kernel"] == "embed scalar"
+    wide = Decoder(oracle.DECODER.config)
+    heads = [
+        with_scalar_head(wide, {}, jax.random.key(i))[1]["score"]["kernel"] for i in range(100)
+    ]
+    np.testing.assert_allclose(np.std(heads), 1 / np.sqrt(65), rtol=0.05)
+
+
+def test_scalar_head_lies_on_the_models_mesh(params):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, param_shardings(tiny.DECODER.axes, mesh))
+    scorer, scored = with_scalar_head(tiny.DECODER, placed, jax.random.key(0))
+    state = init_state(scored, make_optimizer())
+    want = param_shardings(scorer.axes, mesh, scorer.shapes)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == want
+
+
+def test_scores_are_read_at_the_last_token():
+    params = tiny.random_params(tiny.SCORER)
+    rng = np.random.default_rng(3)
+    documents = [tiny.document(rng, length) for length in (4, 9, 2, 6)]
+
+    def batch(groups, **options):
+        return tiny.token_batch(tiny.lay(documents, groups, 15, **options))
+
+    alone = [
+        float(tiny.SCORER.scores(params, tiny.SCORER.apply(params, one["inputs"][None]))[0, -1])
+        for one in documents
+    ]
+    for left in (False, True):
+        got = pooled_scores(tiny.SCORER, params, batch(tiny.alone(4), left=left))
+        np.testing.assert_allclose(got, alone, 1e-4, 1e-5)
+    packed = pooled_scores(tiny.SCORER, params, batch([[1, 0, 2], [3]]), count=3)
+    assert packed.shape == (2, 3)
+    np.testing.assert_allclose(packed[0], [alone[1], alone[0], alone[2]], 1e-4, 1e-5)
+    np.testing.assert_allclose(packed[1, 0], alone[3], 1e-4, 1e-5)
+    empty = TokenBatch(*(np.zeros((1, 4), np.int32) for _ in TokenBatch._fields))
+    assert np.isfinite(pooled_scores(tiny.SCORER, params, empty)).all()

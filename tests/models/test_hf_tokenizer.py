@@ -1,0 +1,103 @@
+"""Padding that is never the stop token, and clear words where there is no tokenizer."""
+
+import json
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers
+
+from jaxalign.hf import load_tokenizer
+
+
+def save(folder, specials, template=None, **names):
+    """A word-level tokenizer with the given special tokens (ids from 2)."""
+    vocab = {"a": 0, "b": 1} | {token: 2 + i for i, token in enumerate(specials)}
+    core = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(list(specials))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=template, **names
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("specials", "template", "names", "pad"),
+    [
+        # kept
+        (["<s>", "</s>", "<p>"], None, {"eos_token": "</s>", "pad_token": "<p>"}, "<p>"),
+        # a token meant for padding, before unknown
+        (["<u>", "</s>", "<|Pad|>"], None, {"eos_token": "</s>", "unk_token": "<u>"}, "<|Pad|>"),
+        # unknown, before others
+        (
+            ["<x>", "</s>", "<u>"],
+            None,
+            {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<u>"},
+            "<u>",
+        ),
+        # the first other one that is neither BOS nor EOS nor part of the chat format
+        (
+            ["<s>", "</s>", "<user>", "<x>", "<y>"],
+            "<user>{{ messages[0].content }}",
+            {"eos_token": "</s>", "bos_token": "<s>"},
+            "<x>",
+        ),
+    ],
+)
+def test_padding_token(tmp_path, specials, template, names, pad):
+    tokenizer = load_tokenizer(save(tmp_path, specials, template, **names))
+    assert tokenizer.pad_token == pad
+    assert tokenizer.pad_token_id == 2 + specials.index(pad)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) == 2 + len(specials)
+
+
+def test_no_token_to_pad_with(tmp_path):
+    save(tmp_path, ["<s>", "</s>"], eos_token="</s>", bos_token="<s>", pad_token="</s>")
+    with pytest.raises(ValueError, match="no padding token that differs from EOS '</s>'"):
+        load_tokenizer(tmp_path)
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no tokenizer.*wanted tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no tokenizer that transformers can read"):
+        load_tokenizer(tmp_path)
+
+
+def test_hub_id_downloads_tokenizer_files_only(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    save(tmp_path, ["<s>", "</s>", "<p>"], eos_token="</s>", pad_token="<p>")
+
+    def snapshot_download(repo, *, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_tokenizer("org/name").pad_token == "<p>"
+    assert not any("safetensors" in pattern for pattern in asked)
+
+
+def test_real_tokenizers(shared):
+    """What each folder's own files say, and SmolLM2's padding moved off its EOS."""
+    for name, pad in (
+        ("smollm2-tokenizer", "<|endoftext|>"),
+        ("qwen3-tokenizer", "<|endoftext|>"),
+        ("minimind-tokenizer", "<|endoftext|>"),
+        ("stories260K/hf", "<unk>"),
+    ):
+        folder = shared / "data" / name
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.pad_token == pad
+        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        text = "Hello, 你好 1234 😀\n  x"
+        assert tokenizer(text, add_special_tokens=False).input_ids == (
+            core.encode(text, add_special_tokens=False).ids
+        )
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert tokenizer.eos_token == config["eos_token"]
