@@ -22,7 +22,8 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, keep: int | None = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._folder = pathlib.Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -59,24 +60,37 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise ValueError(f"no checkpoint in {self._folder}; start without resume=true")
+        there = sorted(self._manager.all_steps())
+        if step not in there:
+            raise ValueError(
+                f"no checkpoint {step} in {self._folder}; there are: "
+                f"{', '.join(map(str, there)) if there else 'none'}"
+            )
+        self._check_fits(step, _shapes(_saved(state)))
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
         )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"checkpoint {self._folder}/{step} does not fit this run's model or optimizer "
-                f"(was the config changed?): {error}"
-            ) from error
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
+            ),
+        )
         loaded = restored["state"]
         state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
         return state, restored["loop"]
+
+    def _check_fits(self, step: int, wanted: dict[str, tuple[int, ...]]) -> None:
+        saved = _shapes(self._manager.item_metadata(step)["state"])
+        wrong = [k for k in sorted(saved | wanted) if saved.get(k) != wanted.get(k)]
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"checkpoint {self._folder}/{step} does not fit this run's model or optimizer: "
+                f"{name} is {saved.get(name, 'missing')} in the checkpoint and "
+                f"{wanted.get(name, 'missing')} in the run ({len(wrong)} differ); "
+                "resume with the config it was made with, or start in another folder"
+            )
 
     def close(self) -> None:
         """Waits until all saves are on disk."""
@@ -86,3 +100,12 @@ class Checkpoints:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path; named tuples, which Orbax gives back as dicts, count as dicts."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed) or 0
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"jaxalign {parsed.command}: error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
@@ -52,6 +53,17 @@ class ModelConfig:
     compute_dtype: str | None = None
     remat: str = "none"
     lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        floats, names = ("float32", "bfloat16", "float16"), ", ".join
+        _want(self.dtype in floats, "model.dtype", self.dtype, f"one of {names(floats)}")
+        _want(
+            self.compute_dtype is None or self.compute_dtype in floats,
+            "model.compute_dtype",
+            self.compute_dtype,
+            f"one of {names(floats)}, or null",
+        )
+        _want(self.remat in REMAT, "model.remat", self.remat, f"one of {names(REMAT)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,9 @@ class RunConfig:
         _want(self.eval_every >= 0, "run.eval_every", self.eval_every, "0 or more")
         _want(self.save_every >= 0, "run.save_every", self.save_every, "0 or more")
         _want(self.keep > 0, "run.keep", self.keep, "positive")
+        for name in ("resume", "save_every"):
+            value = getattr(self, name)
+            _want(self.checkpoint or not value, f"run.{name}", value, "run.checkpoint=true with it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +163,12 @@ class _Run:
             "run.steps",
             None,
             "a number of steps when data.epochs is null",
+        )
+        _want(
+            bool(self.data.eval) or not self.run.eval_every,
+            "run.eval_every",
+            self.run.eval_every,
+            "0 without data.eval",
         )
 
 
@@ -235,6 +256,10 @@ def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
     return loaded
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that would be read as a number is put in quotes."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-5 is a number, and a key given twice is an error."""
 
@@ -251,14 +276,12 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 wants a dot in a float, so that a plain 1e-5 would be a string.
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -318,6 +341,8 @@ def load_config(
       ValueError: all problems at once: unknown keys (with the nearest valid one), missing keys,
         values of a wrong type or out of range.
     """
+    if algorithm not in RUNS:
+        raise ValueError(f"algorithm={algorithm!r}: wanted one of {', '.join(RUNS)}")
     values = source if isinstance(source, Mapping) else read_yaml(source)
     return build(RUNS[algorithm], override(values, assignments))
 
@@ -340,13 +365,13 @@ def to_values(config: Any) -> Any:
 
 def write_yaml(path: str | pathlib.Path, config: Any) -> None:
     """Writes a resolved configuration."""
-    text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{where or 'top level'}: wanted a section, got {values!r}")
+        problems.append(f"{where.rstrip('.') or 'top level'}: wanted a section, got {values!r}")
         return None
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}

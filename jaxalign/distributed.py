@@ -28,14 +28,21 @@ def start() -> None:
             )
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
+            num_processes=_integer("JAX_NUM_PROCESSES"),
+            process_id=_integer("JAX_PROCESS_ID"),
         )
         return
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     tasks = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
     if "," in workers or tasks > 1:
         jax.distributed.initialize()
+
+
+def _integer(name: str) -> int:
+    text = os.environ[name]
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name}={text!r}: wanted a whole number")
+    return int(text)
 
 
 def is_main() -> bool:

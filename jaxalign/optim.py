@@ -28,7 +28,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-5
-    schedule: str = "linear"
+    schedule: str = "constant"
     warmup_steps: int = 0
     total_steps: int | None = None
     end_fraction: float = 0.0
@@ -93,7 +93,7 @@ def decays(params: Any) -> Any:
 
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
     """Clipping, then AdamW with the configured schedule."""
-    config = OptimizerConfig(schedule="constant") if config is None else config
+    config = OptimizerConfig() if config is None else config
     adamw = optax.adamw(
         make_schedule(config),
         b1=config.b1,

@@ -73,6 +73,10 @@ def load_stages(
                 f"known: {', '.join(plain)}, e.g. {names[0]}.data.rows=8"
             )
     plain = override(plain, assignments)
+    for name in ("defaults", *map(str, names)):
+        plain[name] = {} if plain[name] is None else plain[name]
+        if not isinstance(plain[name], dict):
+            raise ValueError(f"pipeline: {name}={plain[name]!r}: wanted a section")
     target = plain["folder"]
     if not isinstance(target, str):
         raise ValueError(f"pipeline: folder={target!r}: wanted the folder to write to")
@@ -91,7 +95,8 @@ def load_stages(
             loaded.append((name, load_config(algorithm, _fill(stage, known))))
         except ValueError as error:
             raise ValueError(f"pipeline stage {name!r}: {error}") from error
-        known[name] = str(folder / name / "model")
+        if loaded[-1][1].run.export:
+            known[name] = str(folder / name / "model")
     return loaded
 
 
@@ -117,7 +122,10 @@ def _fill(value: Any, known: Mapping[str, str]) -> Any:
 
     def put(match: re.Match[str]) -> str:
         if match[1] not in known:
-            raise ValueError(f"{match[0]} names no earlier stage; known: {', '.join(known)}")
+            raise ValueError(
+                f"{match[0]} names no earlier stage that exports its model; "
+                f"known: {', '.join(known)}"
+            )
         return known[match[1]]
 
     return _PLACEHOLDER.sub(put, value)

@@ -8,6 +8,7 @@ cut into mini-batches in PPO), and what is measured on held-out data.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -35,13 +36,20 @@ from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.metrics import add_up, to_floats
-from jaxalign.models.base import combine
+from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, with_scalar_head
 from jaxalign.models.lora import add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.rewards import model_reward
-from jaxalign.sharding import CompiledStep, compile_step, make_mesh, param_shardings, shard_batch
+from jaxalign.sharding import (
+    CompiledStep,
+    compile_step,
+    make_mesh,
+    param_shardings,
+    row_shards,
+    shard_batch,
+)
 from jaxalign.types import Params, RolloutBatch, TrainState
 
 Floats = dict[str, float]
@@ -86,6 +94,7 @@ class Loaded(NamedTuple):
 def make_task(config: Any) -> Task:
     """The task of a configuration made by `load_config`."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check_rows(config, mesh)
     makers: dict[type, Callable[..., Task]] = {
         SFTRun: sft_task,
         RewardRun: reward_task,
@@ -95,9 +104,23 @@ def make_task(config: Any) -> Task:
     return makers[type(config)](config, mesh)
 
 
+def _check_rows(config: Any, mesh: Mesh) -> None:
+    """Refuses a batch that cannot be split evenly, before anything is loaded or sampled."""
+    parts = {"data × fsdp": row_shards(mesh), "run.micro_batches": config.run.micro_batches}
+    if isinstance(config, PPORun):
+        parts["minibatches"] = config.minibatches
+    unit = math.prod(parts.values())
+    if config.data.rows % unit:
+        raise ValueError(
+            f"data.rows={config.data.rows}: {config.data.rows} rows do not divide into "
+            f"{', '.join(f'{name} = {size}' for name, size in parts.items())}; "
+            f"use a multiple of {unit} rows"
+        )
+
+
 def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     """SFT: every batch of conversations is one update."""
-    loaded = _load(config.model, mesh, config.run.seed)
+    loaded = _load_policy(config.model, mesh, config.run.seed)
     batches, held_out = _data(sft_batches, config, loaded.tok)
     total = _total(config, batches)
     tx = _optimizer(config.optimizer, total)
@@ -139,13 +162,14 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
 
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
-    loaded = _load(config.model, mesh, config.run.seed)
+    loaded = _load_policy(config.model, mesh, config.run.seed)
     if config.reference is None:
         # Under LoRA the base is the reference; else the start is kept as a copy by `init_state`.
         plain = dataclasses.replace(loaded.model, lora=None)
         reference = loaded.frozen if config.model.lora is not None else loaded.params
     else:
         plain, reference = _policy(config.reference, config.model, mesh)
+        _check_vocabulary(loaded.tok, plain, config.reference)
     prepare = dpo.make_prepare(plain)
     batches, held_out = _data(preference_batches, config, loaded.tok)
     total = _total(config, batches)
@@ -169,20 +193,29 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
 
 def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     """PPO: a batch of prompts becomes a rollout, cut into epochs × mini-batches of updates."""
-    loaded = _load(config.model, mesh, config.run.seed)
+    loaded = _load_policy(config.model, mesh, config.run.seed)
     if config.reference is None:
         ref_params = loaded.params
     else:
-        _, ref_params = _policy(config.reference, config.model, mesh)
+        reference, ref_params = _policy(config.reference, config.model, mesh)
+        if _shape(reference) != _shape(loaded.model):
+            raise ValueError(
+                f"reference={config.reference!r} has another shape than the policy "
+                f"{config.model.source!r}; wanted the model that the policy started from"
+            )
     scorer, rm_params = _scorer(config.reward_model, config.model, mesh)
+    _check_vocabulary(loaded.tok, scorer, config.reward_model)
     if config.critic is None:
         critic, critic_params = scorer, rm_params
     else:
         critic, critic_params = _scorer(config.critic, config.model, mesh)
+        _check_vocabulary(loaded.tok, critic, config.critic)
     options = config.ppo
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)
-        options = dataclasses.replace(options, stop_tokens=stops, pad_token=_pad(loaded.tok))
+        options = dataclasses.replace(options, stop_tokens=stops)
+    if options.pad_token == 0:
+        options = dataclasses.replace(options, pad_token=_pad(loaded.tok))
 
     batches, held_out = _data(prompt_batches, config, loaded.tok)
     total = _total(config, batches)
@@ -252,6 +285,7 @@ def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
         compute_dtype=config.compute_dtype,
         remat=config.remat,
     )
+    _check_vocabulary(tok, model, config.source)
     if config.lora is None:
         return Loaded(model, params, {}, tok)
     if isinstance(model, Scorer):
@@ -261,6 +295,29 @@ def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
     model, adapters, base = add_lora(model, params, key, config.lora)
     return Loaded(model, _put(adapters, model.axes, mesh), base, tok)
+
+
+def _check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:
+    """Refuses ids that the model has no embedding for, which JAX would clip without a word."""
+    if len(tok) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tok.name_or_path!r} has {len(tok)} tokens, the model {source!r} only "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+
+
+def _shape(model: Decoder) -> DecoderConfig:
+    """What two models must share to run with each other's weights."""
+    return dataclasses.replace(model.config, source_config="")
+
+
+def _load_policy(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
+    loaded = _load(config, mesh, seed)
+    if not isinstance(loaded.model, Decoder):
+        raise ValueError(
+            f"model.source={config.source!r} is a reward model; wanted a language model"
+        )
+    return loaded
 
 
 def _with_head(loaded: Loaded, mesh: Mesh, seed: int) -> Loaded:
@@ -394,8 +451,11 @@ def export_run(folder: str, out: str, step: int | None = None) -> int:
     Raises:
       ValueError: no run, no such checkpoint, or one that does not fit the run's config.
     """
-    values = read_yaml(pathlib.Path(folder) / "config.yaml")
-    algorithm = next(name for name in RUNS if name in values)
+    path = pathlib.Path(folder) / "config.yaml"
+    values = read_yaml(path)
+    algorithm = next((name for name in RUNS if name in values), None)
+    if algorithm is None:
+        raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
     config = load_config(algorithm, values)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     loaded = _load(config.model, mesh, config.run.seed)

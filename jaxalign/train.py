@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -56,6 +57,12 @@ def train(config: Any, title: str | None = None) -> Result:
       ValueError: a wrong configuration or input.
       FloatingPointError: the loss is no longer a number.
     """
+    # However the run ends, checkpoints under way are finished and files closed.
+    with contextlib.ExitStack() as stack:
+        return _train(config, title, stack)
+
+
+def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
     began = time.perf_counter()
     distributed.start()
     run: RunConfig = config.run
@@ -64,6 +71,8 @@ def train(config: Any, title: str | None = None) -> Result:
     task = make_task(config)
     state, loop, done = task.state, task.loop, 0
     store = _checkpoints(run, folder)
+    if store is not None:
+        stack.callback(store.close)
     if run.resume and store is not None and store.latest is not None:
         state, saved = store.restore(state)
         loop, done = saved["loop"], saved["done"]
@@ -71,7 +80,8 @@ def train(config: Any, title: str | None = None) -> Result:
     # The first step donates the state that the task began with: `state` is the one to use.
     task = task._replace(state=state)
     _describe(folder, config)
-    writer = JsonlWriter(folder / "metrics.jsonl", done if run.resume else None)
+    writer = JsonlWriter(folder / "metrics.jsonl", done if done else None)
+    stack.callback(writer.close)
 
     def evaluate(step: int) -> dict[str, float]:
         if task.evaluate is None:
@@ -97,6 +107,7 @@ def train(config: Any, title: str | None = None) -> Result:
         disable=not distributed.is_main(),
         dynamic_ncols=True,
     )
+    stack.callback(bar.close)
     saved_at = done
     while done < task.total:
         started = time.perf_counter()
@@ -128,9 +139,6 @@ def train(config: Any, title: str | None = None) -> Result:
         after = evaluate(done)
     if saved_at != done:
         save()
-    if store is not None:
-        store.close()
-    writer.close()
     exported = None
     if run.export:
         exported = folder / "model"
@@ -149,9 +157,11 @@ def _checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
         return None
     store = Checkpoints(folder / "checkpoints", run.keep)
     if store.latest is not None and not run.resume:
+        latest = store.latest
+        store.close()
         raise ValueError(
             f"run.folder={str(folder)!r} holds checkpoints of an earlier run, up to step "
-            f"{store.latest}; set run.resume=true to go on with it, or choose another folder"
+            f"{latest}; set run.resume=true to go on with it, or choose another folder"
         )
     return store
 

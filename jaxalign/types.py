@@ -133,9 +133,9 @@ class RolloutBatch(NamedTuple):
       old_values: the critic's values before the update.
       advantages: whitened (if configured) generalised advantages.
       returns: unwhitened advantages plus old values.
-      value_mask: bool, where the critic is trained (`loss_mask`, plus one position when the score
-        is placed after the stop token).
-      rewards: float32 per-token reward: −β·KL, and the score at its position.
+      value_mask: bool, where the critic is trained: `loss_mask`, plus one position when the score
+        is placed after the stop token. None: `loss_mask`.
+      rewards: float32 per-token reward before any whitening: −β·KL, and the score at its position.
       scores: float32 `[B]`, the reward function's score after penalties.
       sampler_logprobs: log-probabilities recorded while sampling, to be compared with
         `old_logprobs`.
@@ -149,7 +149,7 @@ class RolloutBatch(NamedTuple):
     old_values: Array
     advantages: Array
     returns: Array
-    value_mask: Array
+    value_mask: Array | None = None
     rewards: Array | None = None
     scores: Array | None = None
     sampler_logprobs: Array | None = None

@@ -33,6 +33,7 @@ make_venv() {
   fi
   is_new_enough "$VENV_PYTHON" ||
     die "$VENV holds $("$VENV_PYTHON" --version 2>&1), wanted $wanted; remove it and start again"
+  # shellcheck disable=SC2034  # read by the scripts that source this
   PYTHON_VERSION="$("$VENV_PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 }
 

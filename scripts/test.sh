@@ -15,7 +15,7 @@ if [[ "$PYTHON_VERSION" == 3.11 && "${JAXALIGN_NO_TORCH:-0}" != 1 ]] &&
   say "installing torch==2.13.0 for the parity tests"
   pip_install torch==2.13.0 || say "torch could not be installed: its parity tests will skip"
 fi
-install test "$ROOT[test]"
+install test "${ROOT}[test]"
 
 cd "$ROOT"
 failed=0

@@ -33,3 +33,36 @@ def shared() -> pathlib.Path:
     if not (folder / "oracle").is_dir():
         pytest.skip(f"no reference data at {folder} (set JAXALIGN_SHARED to the folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_models(tmp_path_factory) -> pathlib.Path:
+    """A folder with a tiny language model in `chat` and a tiny reward model in `scorer`."""
+    import chatmodel
+
+    return chatmodel.save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def _program_folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def kept_programs(_program_folder):
+    """Whole runs compile the same programs again and again: keeps them on disk for the module."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    values = {
+        "jax_compilation_cache_dir": str(_program_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

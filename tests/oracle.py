@@ -85,5 +85,7 @@ def _next(x):
 def furthest(got, want):
     """The largest absolute difference between two parameter trees of one structure."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    gaps = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)))), got, want)
+    gaps = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)))), got, want
+    )
     return max(jax.tree.leaves(gaps))

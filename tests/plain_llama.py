@@ -89,7 +89,10 @@ def _attention(config, block, x, angles):
     out = np.zeros((length, config.num_heads * size))
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.num_kv_heads)
-        here, there = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
+        here, there = (
+            slice(head * size, (head + 1) * size),
+            slice(shared * size, (shared + 1) * size),
+        )
         query, key = _turn(q[:, here], angles), _turn(k[:, there], angles)
         for t in range(length):
             scores = key[: t + 1] @ query[t] / math.sqrt(size)

@@ -26,7 +26,7 @@ from jaxalign.masked import masked_sum, segment_sum, weighted
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
-from jaxalign.types import PairBatch, Params, TokenBatch, Weighted
+from jaxalign.types import Array, PairBatch, Params, TokenBatch, Weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Config:
 def pair_logps(
     model: LanguageModel, params: Params, batch: PairBatch
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probabilities of both answers: `Σ_t m_t · log π(y_t|·)`, each `[B]` or `[B, S]`."""
+    """Summed log-probabilities of both answers, Σ_t m_t · log π(y_t|·): `[B]` or `[B, S]`."""
     tokens = interleave(batch)
     hidden = model.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
     logprobs = target_logprobs(model, params, hidden, tokens.targets)
@@ -121,10 +121,10 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
     """The DPO loss, one term `preference` weighted by pairs."""
     config = Config() if config is None else config
 
-    def count(batch: PairBatch) -> dict[str, jax.Array]:
+    def count(batch: PairBatch) -> dict[str, Array]:
         return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
 
-    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, jax.Array], dict[str, Weighted]]:
+    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
         if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
             raise ValueError(
                 "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "

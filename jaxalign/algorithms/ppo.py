@@ -124,7 +124,8 @@ class Config:
         want(self.whiten_ddof in (0, 1), "whiten_ddof", "0 or 1")
         want(self.missing_eos_penalty >= 0, "missing_eos_penalty", "0 or more")
         want(self.logprob_tolerance > 0, "logprob_tolerance", "a positive number")
-        losses.check_kl_estimator(self.kl_estimator)
+        known = losses.KL_ESTIMATORS
+        want(self.kl_estimator in known, "kl_estimator", f"one of {', '.join(known)}")
         losses.check_score_at(self.score_at)
         losses.check_clip(self.clip_range, self.clip_range_high, self.dual_clip)
         losses.check_clip_value(self.clip_range_value)
@@ -207,18 +208,20 @@ def make_experience(
         ref_logprobs = logprobs_under(ref_params)
         values = critic.scores(params["critic"], critic.apply(params["critic"], *read))
         scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
-        kl_coef = config.kl_coef if kl_coef is None else kl_coef
+        in_reward = config.kl_in == "reward"
+        coef = config.kl_coef if kl_coef is None else kl_coef
         rewards, value_mask = losses.token_rewards(
             losses.kl(old_logprobs, ref_logprobs, config.kl_estimator),
             scores,
             mask,
-            kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
+            kl_coef=coef if in_reward else 0.0,
             score_at=config.score_at,
         )
+        seen = rewards
         if config.whiten_rewards:
-            rewards = whiten(rewards, value_mask, shift_mean=False, ddof=config.whiten_ddof)
+            seen = whiten(rewards, value_mask, shift_mean=False, ddof=config.whiten_ddof)
         advantages, returns = losses.gae(
-            rewards, values, value_mask, gamma=config.gamma, lam=config.lam
+            seen, values, value_mask, gamma=config.gamma, lam=config.lam
         )
         if config.whiten_advantages:
             advantages = whiten(advantages, mask, ddof=config.whiten_ddof)
@@ -306,7 +309,10 @@ def make_prepare(
             rollout = experience(
                 state, ref_params, tokens, scores, answers.finished, recorded, kl_coef
             )
-            difference = float(_logprob_difference(rollout)[0])
+            mask = rollout.tokens.loss_mask
+            # The experience has one column less: nothing follows the last one.
+            gap, _ = _logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)
+            difference = float(gap)
         if not difference <= config.logprob_tolerance:
             raise ValueError(
                 f"sampler and trainer log-probabilities differ by {difference:.3g} nats a token "
@@ -322,9 +328,11 @@ _join = jax.jit(join_tokens)
 
 
 @jax.jit
-def _logprob_difference(rollout: RolloutBatch) -> tuple[jax.Array, jax.Array]:
-    mask = rollout.tokens.loss_mask
-    gap = jnp.abs(rollout.old_logprobs - rollout.sampler_logprobs)
+def _logprob_difference(
+    logprobs: Array, sampler_logprobs: Array, mask: Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and largest |trainer − sampler| over the answers' tokens."""
+    gap = jnp.abs(logprobs - sampler_logprobs)
     return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
 
 
@@ -384,30 +392,38 @@ def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
     mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer.
     """
-    mask = rollout.tokens.loss_mask
-    valid = rollout.valid
-    per_row = lambda x: masked_mean(masked_sum(x, mask, axis=1), valid)  # noqa: E731
-    lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
-    mean_difference, max_difference = _logprob_difference(rollout)
-    score = masked_mean(rollout.scores, valid)
-    shaped = masked_mean(masked_sum(rollout.rewards, rollout.value_mask, axis=1), valid)
-    errors = rollout.returns - rollout.old_values
-    spread = masked_var(rollout.returns, rollout.value_mask)
+    mask, value_mask = rollout.tokens.loss_mask, _value_mask(rollout)
+    scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
+    finished, sampled = rollout.finished, rollout.sampler_logprobs
+    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
+        raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
+
+    def per_answer(x: Array) -> jax.Array:
+        return masked_mean(masked_sum(x, mask, axis=1), valid)
+
+    score = masked_mean(scores, valid)
+    shaped = masked_mean(masked_sum(rewards, value_mask, axis=1), valid)
+    spread = masked_var(rollout.returns, value_mask)
+    unexplained = masked_var(rollout.returns - rollout.old_values, value_mask)
+    mean_gap, max_gap = _logprob_difference(rollout.old_logprobs, sampled, mask)
     return {
         "objective/scores": score,
-        "objective/scores_std": jnp.sqrt(masked_var(rollout.scores, valid)),
-        "objective/kl": per_row(rollout.old_logprobs - rollout.ref_logprobs),
-        "objective/entropy": per_row(-rollout.old_logprobs),
+        "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
+        "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
+        "objective/entropy": per_answer(-rollout.old_logprobs),
         "objective/rlhf_reward": shaped,
         "objective/non_score_reward": shaped - score,
-        "response/length": masked_mean(lengths, valid),
-        "response/finished": masked_mean(rollout.finished.astype(jnp.float32), valid),
-        "critic/explained_variance": jnp.where(
-            spread > 0, 1 - masked_var(errors, rollout.value_mask) / jnp.maximum(spread, 1e-8), 0.0
-        ),
-        "logprobs/mean_difference": mean_difference,
-        "logprobs/max_difference": max_difference,
+        "response/length": per_answer(jnp.ones_like(rollout.old_logprobs)),
+        "response/finished": masked_mean(finished, valid),
+        "critic/explained_variance": jnp.where(spread > 0, 1 - unexplained / spread, 0.0),
+        "logprobs/mean_difference": mean_gap,
+        "logprobs/max_difference": max_gap,
     }
+
+
+def _value_mask(rollout: RolloutBatch) -> Array:
+    """Where the critic is trained."""
+    return rollout.tokens.loss_mask if rollout.value_mask is None else rollout.value_mask
 
 
 def next_kl_coef(kl_coef: float, measured_kl: float, config: Config, rows: int) -> float:
@@ -429,14 +445,12 @@ def make_loss(model: LanguageModel, critic: ScalarModel, config: Config | None =
     """The PPO loss: terms `policy` and `entropy` weighted by answer tokens, `value` by values."""
     config = Config() if config is None else config
 
-    def count(batch: RolloutBatch) -> dict[str, jax.Array]:
+    def count(batch: RolloutBatch) -> dict[str, Array]:
         tokens = jnp.sum(batch.tokens.loss_mask, dtype=jnp.float32)
-        return {"policy": tokens, "value": jnp.sum(batch.value_mask, dtype=jnp.float32)}
+        return {"policy": tokens, "value": jnp.sum(_value_mask(batch), dtype=jnp.float32)}
 
-    def terms(
-        params: Params, batch: RolloutBatch
-    ) -> tuple[dict[str, jax.Array], dict[str, Weighted]]:
-        tokens, mask, value_mask = batch.tokens, batch.tokens.loss_mask, batch.value_mask
+    def terms(params: Params, batch: RolloutBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
+        tokens, mask, value_mask = batch.tokens, batch.tokens.loss_mask, _value_mask(batch)
         read = (tokens.inputs, tokens.positions, tokens.segment_ids)
         policy, value_params = params["policy"], params["critic"]
 

@@ -24,7 +24,7 @@ from jaxalign.losses.reward import bradley_terry
 from jaxalign.masked import keep, weighted
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
-from jaxalign.types import PairBatch, Params, Weighted
+from jaxalign.types import Array, PairBatch, Params, Weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
     """The reward-model loss, one term `preference` weighted by pairs."""
     config = Config() if config is None else config
 
-    def count(batch: PairBatch) -> dict[str, jax.Array]:
+    def count(batch: PairBatch) -> dict[str, Array]:
         return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
 
-    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, jax.Array], dict[str, Weighted]]:
+    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
         scores = pooled_scores(scorer, params, interleave(batch), pairs_in_row(batch))
         chosen, rejected = separate(scores)
         mask = pair_mask(batch)

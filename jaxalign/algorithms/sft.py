@@ -22,7 +22,7 @@ from jaxalign.losses.sft import nll
 from jaxalign.masked import weighted
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.heads import target_logprobs
-from jaxalign.types import Params, TokenBatch, Weighted
+from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,10 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
     """The SFT loss, one term `nll` weighted by trained tokens."""
     config = Config() if config is None else config
 
-    def count(batch: TokenBatch) -> dict[str, jax.Array]:
+    def count(batch: TokenBatch) -> dict[str, Array]:
         return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
 
-    def terms(
-        params: Params, batch: TokenBatch
-    ) -> tuple[dict[str, jax.Array], dict[str, Weighted]]:
+    def terms(params: Params, batch: TokenBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
         hidden = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
         metrics: dict[str, Weighted] = {}
         if config.log_entropy:

@@ -35,8 +35,8 @@ class Loss(NamedTuple):
         `Σ_term sum / weight`.
     """
 
-    count: Callable[[Any], dict[str, jax.Array]]
-    terms: Callable[[Params, Any], tuple[dict[str, jax.Array], dict[str, Weighted]]]
+    count: Callable[[Any], dict[str, Array]]
+    terms: Callable[[Params, Any], tuple[dict[str, Array], dict[str, Weighted]]]
 
 
 def init_state(
@@ -169,7 +169,7 @@ def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, A
 def make_eval(loss: Loss) -> Callable[[TrainState, Any], dict[str, Weighted]]:
     """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add them up over batches.
 
-    Includes `loss` with the weight of the first term, exact for losses of one term.
+    Includes `loss/<term>` for each term of the loss.
     """
 
     @jax.jit

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.sharding import make_mesh, param_shardings
 from jaxalign.types import PromptBatch
 
@@ -55,8 +55,10 @@ def rollout(state, reference):
 
 
 def metrics_of(config, state, rollout):
-    step = ppo.make_step(tiny.DECODER, tiny.SCORER, optax.sgd(0.0), config)
-    return jax.jit(step)(state, rollout)[1]
+    """Loss and metrics of a rollout, without an update."""
+    evaluate = make_eval(ppo.make_loss(tiny.DECODER, tiny.SCORER, config))
+    metrics = {name: float(x.mean()) for name, x in evaluate(state, rollout).items()}
+    return metrics | {"loss": metrics["loss/policy"] + metrics["loss/value"]}
 
 
 def test_before_the_first_update_nothing_has_moved(state, rollout):
@@ -110,7 +112,9 @@ def test_logprobs_are_those_of_a_plain_softmax(rollout, state):
     mask = np.asarray(tokens.loss_mask)
     np.testing.assert_allclose(np.asarray(rollout.old_logprobs)[mask], (chosen - logz)[mask], 1e-4)
     np.testing.assert_allclose(
-        np.asarray(rollout.sampler_logprobs)[mask], np.asarray(rollout.old_logprobs)[mask], atol=1e-4
+        np.asarray(rollout.sampler_logprobs)[mask],
+        np.asarray(rollout.old_logprobs)[mask],
+        atol=1e-4,
     )
 
 
@@ -151,18 +155,17 @@ def test_entropy_bonus_lowers_the_loss_by_its_mean(state, rollout):
     )
 
 
-def test_whitened_rewards_keep_their_mean(state, reference):
-    plain = prepare()(KEY, state, reference, prompts())
-    scaled = prepare(dataclasses.replace(CONFIG, whiten_rewards=True))(
-        KEY, state, reference, prompts()
-    )
-    valued = np.asarray(plain.value_mask)
-    before, after = (np.asarray(x.rewards)[valued] for x in (plain, scaled))
-    np.testing.assert_allclose(after.mean(), before.mean(), atol=1e-5)
-    np.testing.assert_allclose(after.var(), 1, rtol=1e-4)
-    np.testing.assert_allclose(
-        after, (before - before.mean()) / before.std() + before.mean(), 1e-3, 1e-4
-    )
+def test_whitened_rewards_teach_and_plain_ones_are_logged(state, reference, rollout):
+    config = dataclasses.replace(CONFIG, whiten_rewards=True, lam=1.0)
+    scaled = prepare(config)(KEY, state, reference, prompts(filled=7))
+    np.testing.assert_allclose(scaled.rewards, rollout.rewards, 1e-5, 1e-5)
+    valued = np.asarray(scaled.value_mask)
+    plain = np.asarray(rollout.rewards)[valued]
+    seen = np.zeros(valued.shape)
+    seen[valued] = (plain - plain.mean()) / plain.std() + plain.mean()
+    # With γ = λ = 1 the return of a token is the sum of the rewards from it on.
+    want = np.where(valued, seen[:, ::-1].cumsum(1)[:, ::-1], 0)
+    np.testing.assert_allclose(scaled.returns, want, 1e-3, 1e-3)
 
 
 def test_rollout_metrics_by_hand(rollout):
@@ -194,9 +197,7 @@ def test_rollout_metrics_by_hand(rollout):
 def test_eight_devices_make_the_same_rollout(rollout, state, reference):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     axes = ppo.init_params(tiny.DECODER.axes, tiny.SCORER.axes)
-    placed = init_state(
-        jax.device_put(state.params, param_shardings(axes, mesh)), optax.sgd(0.0)
-    )
+    placed = init_state(jax.device_put(state.params, param_shardings(axes, mesh)), optax.sgd(0.0))
     reference = jax.device_put(reference, param_shardings(tiny.DECODER.axes, mesh))
     spread = prepare()(KEY, placed, reference, prompts(filled=7))
     for name, one, other in zip(rollout._fields, rollout, spread, strict=True):
@@ -279,7 +280,10 @@ def test_join_tokens_by_hand():
 
     prompt = PromptBatch(np.array([[0, 7, 8]]), np.array([[False, True, True]]), np.array([0]))
     answer = Generation(
-        jnp.array([[4, 5, 1]]), jnp.zeros((1, 3)), jnp.array([[True, True, False]]), jnp.array([True])
+        jnp.array([[4, 5, 1]]),
+        jnp.zeros((1, 3)),
+        jnp.array([[True, True, False]]),
+        jnp.array([True]),
     )
     rows = ppo.join_tokens(prompt, answer, pad_token=1)
     want = {

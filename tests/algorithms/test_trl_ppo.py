@@ -209,7 +209,9 @@ def test_loss_on_bare_logits(number):
     close("policy/clipfrac_avg", vectors["out/pg_clipfrac"])
     close("val/clipfrac_avg", vectors["out/vf_clipfrac"])
     # TRL averages these two over padding too: the KL there is 0, the entropy whatever it is.
-    close("policy/approxkl_avg", vectors["out/approxkl"] * (rows * (width - context)) / answer.sum())
+    close(
+        "policy/approxkl_avg", vectors["out/approxkl"] * (rows * (width - context)) / answer.sum()
+    )
     close("val/ratio", vectors["out/ratio"][~vectors["padding_mask"]].mean())
     np.testing.assert_allclose(grads["policy"]["logits"], vectors["grad_logits"], 1e-4, 1e-7)
     np.testing.assert_allclose(grads["critic"]["values"], vectors["grad_vpred"], 1e-4, 1e-7)

@@ -43,9 +43,7 @@ def halves(tensors):
 
 
 def documents(tensors):
-    return oracle.rows(
-        tensors["input_ids"], tensors["attention_mask"], tensors["labels"] != -100
-    )
+    return oracle.rows(tensors["input_ids"], tensors["attention_mask"], tensors["labels"] != -100)
 
 
 def replay(folder, model, step, batch, logged):

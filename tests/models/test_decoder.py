@@ -14,6 +14,7 @@ from jaxalign.models.base import DecoderConfig, RopeConfig, combine
 from jaxalign.models.decoder import REMAT, Decoder
 from jaxalign.models.heads import pooled_scores
 
+APPLY = jax.jit(tiny.DECODER.apply)
 LINEAR = dataclasses.replace(tiny.CONFIG, rope=RopeConfig(kind="linear", factor=3.0), head_dim=6)
 
 
@@ -37,10 +38,10 @@ def test_forward_equals_plain_numpy(config):
 def test_rope_kinds_differ():
     ids = np.random.default_rng(1).integers(0, tiny.VOCAB, (1, 40))
     params = tiny.random_params(tiny.DECODER)
-    base = tiny.DECODER.apply(params, ids)
+    base = APPLY(params, ids)
     for kind in ("linear", "llama3"):
         rope = RopeConfig(kind=kind, factor=4.0, original_max_positions=32)
-        other = Decoder(dataclasses.replace(tiny.CONFIG, rope=rope)).apply(params, ids)
+        other = jax.jit(Decoder(dataclasses.replace(tiny.CONFIG, rope=rope)).apply)(params, ids)
         assert np.abs(other - base).max() > 1e-2
 
 
@@ -57,9 +58,7 @@ def documents():
 
 def hidden_of(params, rows):
     batch = tiny.token_batch(rows)
-    return np.asarray(
-        tiny.DECODER.apply(params, batch.inputs, batch.positions, batch.segment_ids)
-    )
+    return np.asarray(APPLY(params, batch.inputs, batch.positions, batch.segment_ids))
 
 
 def test_packed_documents_do_not_see_each_other(params, documents):
@@ -84,7 +83,7 @@ def test_no_token_sees_a_later_one(params):
     ids = np.random.default_rng(1).integers(0, tiny.VOCAB, (1, 10))
     changed = ids.copy()
     changed[0, 6] += 1
-    one, other = tiny.DECODER.apply(params, ids), tiny.DECODER.apply(params, changed)
+    one, other = APPLY(params, ids), APPLY(params, changed)
     np.testing.assert_array_equal(one[0, :6], other[0, :6])
     assert np.all(np.abs(one[0, 6:] - other[0, 6:]).max(-1) > 1e-3)
 
@@ -96,7 +95,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(config):
     documents = [tiny.document(np.random.default_rng(2), length) for length in (4, 9, 6)]
     rows = tiny.lay(documents, tiny.alone(3), 9, left=True)
     batch = tiny.token_batch(rows)
-    full = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
+    full = jax.jit(model.apply)(params, batch.inputs, batch.positions, batch.segment_ids)
     extend = jax.jit(model.extend)
     cache, got = model.init_cache(3, 12), []
     for start, stop in ((0, 5), (5, 6), (6, 7), (7, 9)):  # prefill, tokens, a pair
@@ -125,9 +124,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(params, plain_gr
     model = dataclasses.replace(tiny.DECODER, remat=remat)
     value, grads = value_and_gradient(model, params)
     np.testing.assert_allclose(value, plain_gradient[0], 1e-5)
-    for one, other in zip(
-        jax.tree.leaves(grads), jax.tree.leaves(plain_gradient[1]), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_gradient[1]), strict=True):
         np.testing.assert_allclose(one, other, 1e-4, 1e-5)
 
 
@@ -144,10 +141,10 @@ def test_rematerialisation_recomputes(params):
 def test_bfloat16_computes_narrow_and_keeps_float32_logits(params):
     model = dataclasses.replace(tiny.DECODER, compute_dtype="bfloat16")
     ids = np.random.default_rng(1).integers(0, tiny.VOCAB, (2, 8))
-    hidden = model.apply(params, ids)
+    hidden = jax.jit(model.apply)(params, ids)
     assert hidden.dtype == jnp.bfloat16
     assert model.logits(params, hidden).dtype == jnp.float32
-    want = tiny.DECODER.apply(params, ids)
+    want = APPLY(params, ids)
     gap = np.abs(np.asarray(hidden, np.float32) - want)
     assert 0 < gap.mean() < 0.05
 
@@ -216,18 +213,22 @@ def test_reference_pooled_reward(shared):
     judge = oracle.load(shared / "oracle/reward.safetensors", oracle.SCORER)
     vectors = np.load(shared / "oracle/forward.npz")
     rows = oracle.rows(vectors["input_ids"], vectors["attention_mask"])
-    scores = pooled_scores(oracle.SCORER, judge, rows)
+    pool = jax.jit(pooled_scores, static_argnums=0)
+    scores = pool(oracle.SCORER, judge, rows)
     np.testing.assert_allclose(scores, vectors["reward_logits"][:, 0], 1e-5, 1e-5)
 
     vectors = np.load(shared / "oracle/ppo_get_reward.npz")
     rows = oracle.rows(vectors["query_responses"], vectors["query_responses"] != 0)
-    hidden = oracle.SCORER.apply(judge, rows.inputs, rows.positions, rows.segment_ids)
+    hidden = jax.jit(oracle.SCORER.apply)(judge, rows.inputs, rows.positions, rows.segment_ids)
     given = vectors["query_responses"] != 0
     np.testing.assert_allclose(
-        oracle.SCORER.scores(judge, hidden)[given], vectors["reward_logits"][..., 0][given], 1e-5, 1e-5
+        oracle.SCORER.scores(judge, hidden)[given],
+        vectors["reward_logits"][..., 0][given],
+        1e-5,
+        1e-5,
     )
     np.testing.assert_allclose(
-        pooled_scores(oracle.SCORER, judge, rows), vectors["final_rewards"], 1e-5, 1e-5
+        pool(oracle.SCORER, judge, rows), vectors["final_rewards"], 1e-5, 1e-5
     )
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import plain_llama
 import pytest
 import tiny
 
@@ -101,13 +102,14 @@ def test_reference_fused_head(shared, chunk):
     """TRL's fused head: loss, log-probabilities, entropy, the gradient of every parameter."""
     vectors = np.load(shared / "oracle/fused_head.npz")
     params = oracle.load(shared / "oracle/policy.safetensors", oracle.DECODER)
-    rows = oracle.rows(vectors["input_ids"], vectors["attention_mask"], vectors["labels"] != -100)
+    labels = vectors["labels"]
+    rows = oracle.rows(vectors["input_ids"], vectors["attention_mask"], labels != -100)
+    # These labels are not the inputs.
+    targets = np.pad(np.maximum(labels[:, 1:], 0), ((0, 0), (0, 1)))
 
     def loss(params):
         hidden = oracle.DECODER.apply(params, rows.inputs, rows.positions, rows.segment_ids)
-        both = target_logprobs(
-            oracle.DECODER, params, hidden, rows.targets, entropy=True, chunk=chunk
-        )
+        both = target_logprobs(oracle.DECODER, params, hidden, targets, entropy=True, chunk=chunk)
         kept = jnp.where(rows.loss_mask, both[0], 0.0)
         return -jnp.sum(kept) / rows.loss_mask.sum(), both
 
@@ -190,16 +192,16 @@ def test_scores_are_read_at_the_last_token():
     def batch(groups, **options):
         return tiny.token_batch(tiny.lay(documents, groups, 15, **options))
 
-    alone = [
-        float(tiny.SCORER.scores(params, tiny.SCORER.apply(params, one["inputs"][None]))[0, -1])
-        for one in documents
-    ]
+    # From the plain numpy model, one document at a time.
+    head = np.asarray(params["score"]["kernel"])[:, 0]
+    alone = [plain_llama.forward(tiny.CONFIG, params, x["inputs"])[-1] @ head for x in documents]
+    run = jax.jit(pooled_scores, static_argnums=(0, 3))
     for left in (False, True):
-        got = pooled_scores(tiny.SCORER, params, batch(tiny.alone(4), left=left))
+        got = run(tiny.SCORER, params, batch(tiny.alone(4), left=left))
         np.testing.assert_allclose(got, alone, 1e-4, 1e-5)
-    packed = pooled_scores(tiny.SCORER, params, batch([[1, 0, 2], [3]]), count=3)
+    packed = run(tiny.SCORER, params, batch([[1, 0, 2], [3]]), 3)
     assert packed.shape == (2, 3)
     np.testing.assert_allclose(packed[0], [alone[1], alone[0], alone[2]], 1e-4, 1e-5)
     np.testing.assert_allclose(packed[1, 0], alone[3], 1e-4, 1e-5)
     empty = TokenBatch(*(np.zeros((1, 4), np.int32) for _ in TokenBatch._fields))
-    assert np.isfinite(pooled_scores(tiny.SCORER, params, empty)).all()
+    assert np.isfinite(run(tiny.SCORER, params, empty)).all()

@@ -54,8 +54,9 @@ def test_only_the_named_projections_get_adapters(adapted, base):
 def test_starts_equal_to_the_base(adapted, base):
     model, adapters, frozen = adapted
     rows = batch()
-    plain = Decoder(tiny.BIASED).apply(base, rows.inputs)
-    np.testing.assert_array_equal(model.apply(combine(adapters, frozen), rows.inputs), plain)
+    plain = jax.jit(Decoder(tiny.BIASED).apply)(base, rows.inputs)
+    got = jax.jit(model.apply)(combine(adapters, frozen), rows.inputs)
+    np.testing.assert_array_equal(got, plain)
 
 
 def test_training_moves_adapters_alone_and_merges_equal(adapted, base):
@@ -79,8 +80,9 @@ def test_training_moves_adapters_alone_and_merges_equal(adapted, base):
     plain, merged = merge_lora(model, together)
     assert plain == Decoder(tiny.BIASED)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    want = model.apply(together, batch().inputs)
-    np.testing.assert_allclose(plain.apply(merged, batch().inputs), want, 1e-4, 1e-4)
+    want = jax.jit(model.apply)(together, batch().inputs)
+    got = jax.jit(plain.apply)(merged, batch().inputs)
+    np.testing.assert_allclose(got, want, 1e-4, 1e-4)
     # α/r · A·B = 2 · A·B, by hand for one layer.
     down, old = state.params["blocks"]["mlp"]["down"], before["blocks"]["mlp"]["down"]
     update = 2.0 * np.asarray(down["lora_a"][1]) @ np.asarray(down["lora_b"][1])

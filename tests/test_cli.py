@@ -1,0 +1,190 @@
+"""The commands, called as a user calls them."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import chatmodel
+import pytest
+import yaml
+
+import jaxalign
+from jaxalign import cli
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+COMMANDS = ["sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"]
+
+
+def write_config(path, values):
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(path)
+
+
+def test_as_a_module_it_lists_its_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxalign.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\b", done.stdout, re.MULTILINE), command
+    assert done.stderr == ""
+
+
+def test_as_a_module_wrong_input_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxalign.cli", "sft", str(tmp_path / "absent.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"jaxalign sft: error: config '{tmp_path / 'absent.yaml'}': no such file"
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sfft"], ["sft"], ["export", "folder"], ["quickstart", "--language", "fr"]]
+)
+def test_a_wrong_command_line_is_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: jaxalign")
+
+
+def test_sft_then_export_then_generate(chat_models, tmp_path, capsys):
+    folder = tmp_path / "run"
+    values = chatmodel.settings("sft", chat_models, folder)
+    values["data"]["eval"] = values["data"]["train"]
+    config = write_config(tmp_path / "sft.yaml", values)
+
+    assert cli.main(["sft", config, "run.steps=2", "run.save_every=1"]) == 0
+    told = capsys.readouterr().out
+    rows = chatmodel.lines(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    first, last = rows[0]["eval/loss/nll"], rows[-1]["eval/loss/nll"]
+    assert f"held out: loss/nll {last:.4g} (at the start {first:.4g})" in told
+    assert f"run folder: {folder}" in told
+    assert f"model: {folder / 'model'}" in told
+
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(folder), "--out", str(out), "--step", "2"]) == 0
+    assert "checkpoint 2 of" in capsys.readouterr().out
+    assert chatmodel.weights(out) == chatmodel.weights(folder / "model")
+
+    model, params = jaxalign.load_pretrained(out)
+    tok = jaxalign.load_tokenizer(out)
+    expected = jaxalign.generate(model, params, tok, ["hi"], max_new_tokens=5, temperature=0.0)
+    command = ["generate", str(out), "hi", "--max-new-tokens", "5", "--temperature", "0"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"> hi\n{expected[0]}\n\n"
+
+
+def test_generate_reads_prompts_from_standard_input(chat_models, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    command = ["generate", str(chat_models / "chat"), "--max-new-tokens", "5", "--seed", "1"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^> (.*)$", told, re.MULTILINE) == ["one", "two"]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == told  # the same seed
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    assert cli.main([*command[:-1], "2"]) == 0
+    assert capsys.readouterr().out != told
+
+
+def test_chat_remembers_what_was_said(chat_models, monkeypatch, capsys):
+    seen = []
+
+    def answer(model, params, tok, prompts, **options):
+        seen.append(json.loads(json.dumps(prompts)))
+        return [f"answer {len(seen)}"]
+
+    said = iter(["hello", "again", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    # The package has a function of the module's name, so that only this finds the module.
+    monkeypatch.setattr(sys.modules["jaxalign.generate"], "generate", answer)
+    assert cli.main(["chat", str(chat_models / "chat")]) == 0
+    assert "answer 1\nanswer 2\n" in capsys.readouterr().out
+    assert seen[1] == [
+        [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "answer 1"},
+            {"role": "user", "content": "again"},
+        ]
+    ]
+
+
+def test_pipeline_takes_overrides_by_stage(chat_models, tmp_path, capsys):
+    stage = chatmodel.settings("dpo", chat_models, tmp_path / "x")
+    stage |= {"name": "only", "algorithm": "dpo", "run": {"log_every": 100}}
+    config = write_config(
+        tmp_path / "pipeline.yaml", {"folder": str(tmp_path / "out"), "stages": [stage]}
+    )
+    assert cli.main(["pipeline", config, "only.run.steps=1", "only.dpo.beta=0.5"]) == 0
+    assert f"only: {tmp_path / 'out' / 'only'}" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "out" / "only" / "config.yaml").read_text())
+    assert written["dpo"]["beta"] == 0.5
+    assert len(chatmodel.lines(tmp_path / "out" / "only")) == 1
+
+
+def test_a_diverged_run_ends_with_status_2(chat_models, tmp_path, capsys):
+    config = write_config(
+        tmp_path / "sft.yaml", chatmodel.settings("sft", chat_models, tmp_path / "run")
+    )
+    given = ["optimizer.learning_rate=1e30", "run.checkpoint=false"]
+    assert cli.main(["sft", config, *given]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^jaxalign sft: error: step 2: .*loss=", error, re.MULTILINE)
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_is_a_file_is_told(chat_models, tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    config = write_config(
+        tmp_path / "sft.yaml", chatmodel.settings("sft", chat_models, tmp_path / "run")
+    )
+    assert cli.main(["sft", config]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "run") in error
+    assert "Traceback" not in error
+
+
+def test_a_traceback_is_there_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXALIGN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        cli.main(["sft", str(tmp_path / "absent.yaml")])
+
+
+def test_interrupted_is_status_130(monkeypatch, tmp_path, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxalign.config.load_config", interrupt)
+    assert cli.main(["sft", str(tmp_path / "x.yaml")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_recipes_are_valid(path):
+    from jaxalign.config import RUNS, load_config
+    from jaxalign.pipeline import load_stages
+
+    if path.stem in RUNS:
+        load_config(path.stem, path)
+    else:
+        assert load_stages(path)
+
+
+def test_every_command_has_a_recipe():
+    assert {path.stem for path in CONFIGS} >= {"sft", "reward", "dpo", "ppo", "pipeline"}

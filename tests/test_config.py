@@ -1,0 +1,399 @@
+"""Configuration: what is accepted, what is refused and how, and that every option is read."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import typing
+
+import pytest
+
+import jaxalign
+from jaxalign import config as configs
+from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
+from jaxalign.models.lora import LoraConfig
+from jaxalign.optim import OptimizerConfig
+
+PACKAGE = pathlib.Path(jaxalign.__file__).parent
+
+LEAST = {
+    "model": {"source": "some/model"},
+    "data": {"train": ["rows.jsonl"]},
+    "run": {"folder": "runs/x"},
+}
+PPO_LEAST = LEAST | {"reward_model": "some/scorer"}
+
+
+def load(algorithm="sft", *assignments, **changes):
+    least = PPO_LEAST if algorithm == "ppo" else LEAST
+    return load_config(algorithm, merge(least, changes), assignments)
+
+
+def complaint(algorithm="sft", *assignments, **changes):
+    """The message of the one error."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (callers look at the message)
+        load(algorithm, *assignments, **changes)
+    return str(caught.value)
+
+
+# What is accepted
+
+
+def test_a_minimal_config_has_the_documented_defaults():
+    config = load("sft")
+    assert config.model == configs.ModelConfig(source="some/model")
+    assert config.data.train == ("rows.jsonl",)
+    assert (config.data.rows, config.data.length, config.data.epochs) == (32, 1024, 1)
+    assert config.optimizer == OptimizerConfig()
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, -1, 1)
+    assert config.sft == sft.Config()
+
+
+def test_each_command_has_its_algorithm():
+    assert {name: type(load(name)).__name__ for name in RUNS} == {
+        "sft": "SFTRun",
+        "reward": "RewardRun",
+        "dpo": "DPORun",
+        "ppo": "PPORun",
+    }
+    with pytest.raises(ValueError, match="algorithm='sfft': wanted one of sft, reward, dpo, ppo"):
+        load_config("sfft", LEAST)
+
+
+def test_overrides_are_yaml_and_reach_nested_keys():
+    config = load(
+        "sft",
+        "data.rows=8",
+        "data.train=[a.jsonl, b.jsonl]",
+        "data.epochs=null",
+        "run.steps=3",
+        "run.resume=true",
+        "optimizer.learning_rate=1e-5",
+        "model.lora.rank=4",
+        "model.chat_template='a=b'",
+    )
+    assert config.data.rows == 8
+    assert config.data.train == ("a.jsonl", "b.jsonl")
+    assert config.data.epochs is None
+    assert config.run.resume is True
+    assert config.optimizer.learning_rate == 0.00001
+    assert config.model.lora == LoraConfig(rank=4)
+    assert config.model.chat_template == "a=b"
+
+
+def test_an_override_leaves_the_source_untouched():
+    values = {"data": {"rows": 4}}
+    assert override(values, ["data.rows=8", "run.seed=1"]) == {
+        "data": {"rows": 8},
+        "run": {"seed": 1},
+    }
+    assert values == {"data": {"rows": 4}}
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "+1e-5", "1.e-5", "0.00001", "1.0e-5"])
+def test_a_small_number_is_a_float(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"optimizer: {{learning_rate: {text}}}\n")
+    assert read_yaml(path) == {"optimizer": {"learning_rate": 0.00001}}
+
+
+def test_a_whole_number_may_stand_for_a_float_but_not_the_other_way_round():
+    rate = load("sft", "optimizer.learning_rate=1").optimizer.learning_rate
+    assert isinstance(rate, float)
+    assert rate == 1.0
+    assert "data.rows: wanted int, got 8.0" in complaint("sft", "data.rows=8.0")
+
+
+def test_one_file_needs_no_list():
+    assert load("sft", "data.train=a.jsonl").data.train == ("a.jsonl",)
+
+
+def test_merge_goes_into_sections():
+    base = {"run": {"seed": 0, "steps": 4}, "mesh": {"data": 1}}
+    over = {"run": {"steps": 8}, "mesh": None, "extra": {"a": 1}}
+    assert merge(base, over) == {"run": {"seed": 0, "steps": 8}, "mesh": None, "extra": {"a": 1}}
+    assert base["run"] == {"seed": 0, "steps": 4}
+
+
+FULL = {
+    "sft": ["sft.log_entropy=true", "model.lora={rank: 2, targets: [query, out]}"],
+    "reward": ["reward.center_coef=0.01", "data.packing=true", "model.compute_dtype=bfloat16"],
+    "dpo": ["dpo.loss_type=ipo", "dpo.ipo_normalize=false", "reference=other/model"],
+    "ppo": [
+        "ppo.stop_tokens=[2, 3]",
+        "ppo.kl_target=6",
+        "critic=some/critic",
+        "critic_optimizer={learning_rate: 1e-6, max_grad_norm: null}",
+        "minibatches=4",
+    ],
+}
+
+
+@pytest.mark.parametrize("algorithm", RUNS)
+def test_written_and_read_again_is_the_same(tmp_path, algorithm):
+    config = load(
+        algorithm,
+        # Texts that a YAML reader could take for something else.
+        "run.folder='1e-5'",
+        "model.tokenizer='null'",
+        "model.chat_template='none'",
+        "data.eval=['yes', '007', 'kätzchen 猫.jsonl', 'a: b']",
+        "optimizer.learning_rate=1e-7",
+        *FULL[algorithm],
+    )
+    write_yaml(tmp_path / "config.yaml", config)
+    assert load_config(algorithm, tmp_path / "config.yaml") == config
+    assert "猫" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("data.lenght=8", "data.lenght: unknown key; did you mean data.length?"),
+        ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
+        ("optimizer.learningrate=1", "did you mean optimizer.learning_rate?"),
+        ("sft.log_entropie=true", "did you mean sft.log_entropy?"),
+        ("model.lora.ranks=2", "did you mean model.lora.rank?"),
+        ("mesh.qqq=2", "mesh.qqq: unknown key; known: data, fsdp, tensor"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(assignment, told):
+    assert told in complaint("sft", assignment)
+
+
+def test_another_algorithms_section_is_unknown():
+    assert "ppo: unknown key" in complaint("sft", "ppo.gamma=1")
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ValueError, match="missing") as caught:
+        load_config("ppo", {"data": {}})
+    told = str(caught.value).splitlines()[1:]
+    assert {line.strip() for line in told} == {
+        "data.train: missing",
+        "model: missing",
+        "run: missing",
+        "reward_model: missing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("data.rows=many", "data.rows: wanted int, got 'many'"),
+        ("data.rows=true", "data.rows: wanted int, got True"),
+        ("data.packing=1", "data.packing: wanted bool, got 1"),
+        ("data.train=[a, 3]", "data.train[1]: wanted str, got 3"),
+        ("optimizer.b1=high", "optimizer.b1: wanted float, got 'high'"),
+        ("optimizer.b1=true", "optimizer.b1: wanted float, got True"),
+        ("optimizer.learning_rate=null", "optimizer.learning_rate: wanted float, got None"),
+        ("optimizer=3", "optimizer: wanted a section, got 3"),
+        ("mesh=null", "mesh: wanted a section, got None"),
+        ("run.steps=[1]", "run.steps: wanted int, got [1]"),
+        ("model.source=null", "model.source: wanted str, got None"),
+    ],
+)
+def test_a_wrong_type_is_named(assignment, told):
+    assert told in complaint("sft", assignment)
+
+
+def test_all_problems_are_in_one_error():
+    told = complaint(
+        "sft",
+        "data.lenght=8",
+        "data.rows=many",
+        "optimizer.b1=2",
+        "run.steps=-1",
+        "model.dtype=float99",
+    )
+    for part in ("lenght", "data.rows", "b1=2", "run.steps=-1", "model.dtype='float99'"):
+        assert part in told
+    assert len(told.splitlines()) == 6  # a head line, and one line a problem
+
+
+OUT_OF_RANGE = {
+    "sft": (
+        "model.dtype=int8",
+        "model.compute_dtype=float8",
+        "model.remat=some",
+        "model.lora.rank=0",
+        "model.lora.targets=[]",
+        "model.lora.targets=[elbow]",
+        "data.train=[]",
+        "data.rows=0",
+        "data.length=1",
+        "data.epochs=0",
+        "run.steps=0",
+        "run.micro_batches=0",
+        "run.log_every=0",
+        "run.eval_every=-1",
+        "run.save_every=-1",
+        "run.keep=0",
+        "optimizer.learning_rate=-1",
+        "optimizer.learning_rate=.nan",
+        "optimizer.schedule=zigzag",
+        "optimizer.warmup_steps=-1",
+        "optimizer.total_steps=0",
+        "optimizer.end_fraction=1.5",
+        "optimizer.b1=1",
+        "optimizer.b2=-0.1",
+        "optimizer.eps=0",
+        "optimizer.weight_decay=-1",
+        "optimizer.max_grad_norm=0",
+    ),
+    "reward": ("reward.center_coef=-1",),
+    "dpo": (
+        "dpo.beta=0",
+        "dpo.loss_type=cosine",
+        "dpo.label_smoothing=0.5",
+        "dpo.label_smoothing=-0.1",
+        "dpo.ipo_normalize=false",  # an option of `ipo` only
+    ),
+    "ppo": (
+        "ppo.max_new_tokens=0",
+        "ppo.temperature=0",
+        "ppo.top_k=-1",
+        "ppo.top_p=0",
+        "ppo.kl_coef=-1",
+        "ppo.kl_estimator=k9",
+        "ppo.kl_in=prompt",
+        "ppo.kl_target=0",
+        "ppo.kl_horizon=0",
+        "ppo.gamma=1.1",
+        "ppo.lam=-0.1",
+        "ppo.clip_range=0",
+        "ppo.dual_clip=0.5",
+        "ppo.clip_range_value=-1",
+        "ppo.vf_coef=-1",
+        "ppo.whiten_ddof=2",
+        "ppo.score_at=start",
+        "ppo.missing_eos_penalty=-1",
+        "ppo.logprob_tolerance=0",
+        "ppo_epochs=0",
+        "minibatches=0",
+        "minibatches=5",  # no divisor of 32 rows
+        "model.lora.rank=2",  # not in PPO
+        "critic_optimizer.b1=7",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "assignment"), [(a, s) for a, given in OUT_OF_RANGE.items() for s in given]
+)
+def test_a_value_out_of_range_is_named(algorithm, assignment):
+    key = assignment.split("=")[0].split(".")
+    told = complaint(algorithm, assignment)
+    named = key[1] if key[:2] == ["model", "lora"] else key[-1]
+    assert named in told
+    assert "unknown key" not in told
+
+
+def test_options_that_would_be_ignored_together_are_refused():
+    assert "run.steps" in complaint("sft", "data.epochs=null")
+    assert "run.eval_every=5: wanted 0 without data.eval" in complaint("sft", "run.eval_every=5")
+    told = complaint("sft", "run.checkpoint=false", "run.save_every=5")
+    assert "run.save_every=5: wanted run.checkpoint=true" in told
+    told = complaint("sft", "run.checkpoint=false", "run.resume=true")
+    assert "run.resume=True: wanted run.checkpoint=true" in told
+    assert "kl_target" in complaint("ppo", "ppo.kl_target=1", "ppo.kl_in=loss")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("data.rows", "wanted key=value"),
+        ("=8", "wanted key=value"),
+        ("data.rows.x=8", "'rows' is no section"),
+        ("data.train=[a", "override 'data.train=[a'"),
+    ],
+)
+def test_a_broken_override_is_shown(assignment, told):
+    assert told in complaint("sft", assignment, data={"rows": 4})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model:\n  source: [a\nrun: 3\n", r"run\.yaml.*line 3"),
+        ("data:\n  rows: 8\n  length: 9\n  rows: 4\n", r"'rows' is given twice.*line 4"),
+        ("- a\n- b\n", r"wanted 'key: value' lines, got list"),
+        ("", r"wanted 'key: value' lines, got NoneType"),
+        ("a: !!python/object/apply:os.getcwd []\n", r"could not determine a constructor.*line 1"),
+    ],
+)
+def test_broken_yaml_names_file_and_line(tmp_path, text, told):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.yaml") as caught:
+        read_yaml(path)
+    assert re.search(told, str(caught.value), re.DOTALL)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.yaml.*no such file"):
+        load_config("sft", tmp_path / "absent.yaml")
+
+
+# Every option is read
+
+READERS = {
+    # Class → the files that read it, and the names under which they hold it.
+    configs.ModelConfig: (("tasks.py",), {"config", "model"}),
+    configs.DataConfig: (("tasks.py",), {"data"}),
+    configs.MeshConfig: (("tasks.py",), {"mesh"}),
+    configs.RunConfig: (("tasks.py", "train.py"), {"run"}),
+    configs.SFTRun: (("tasks.py", "train.py"), {"config"}),
+    configs.RewardRun: (("tasks.py", "train.py"), {"config"}),
+    configs.DPORun: (("tasks.py", "train.py"), {"config"}),
+    configs.PPORun: (("tasks.py", "train.py"), {"config"}),
+    OptimizerConfig: (("optim.py",), {"config"}),
+    LoraConfig: (("models/decoder.py", "models/lora.py"), {"lora"}),
+    sft.Config: (("algorithms/sft.py",), {"config"}),
+    reward.Config: (("algorithms/reward.py",), {"config"}),
+    dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
+    ppo.Config: (("algorithms/ppo.py",), {"config"}),
+}
+
+
+def reads(files, holders):
+    """All `a` in `holder.a`, or in `x.holder.a`, outside of `__post_init__`."""
+    found = set()
+
+    def visit(node):
+        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+            return
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            inner = node.value
+            holder = getattr(inner, "attr", getattr(inner, "id", None))
+            if holder in holders:
+                found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    for file in files:
+        visit(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+    return found
+
+
+def test_the_table_of_readers_holds_every_config_class():
+    found, todo = set(), list(RUNS.values())
+    while todo:
+        cls = todo.pop()
+        if dataclasses.is_dataclass(cls) and cls not in found:
+            found.add(cls)
+            for hint in typing.get_type_hints(cls).values():
+                todo += [hint, *typing.get_args(hint)]
+    assert found == set(READERS)
+
+
+@pytest.mark.parametrize("cls", READERS, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_every_option_is_read(cls):
+    files, holders = READERS[cls]
+    options = {field.name for field in dataclasses.fields(cls)}
+    assert options
+    assert not options - reads(files, holders)

@@ -1,0 +1,218 @@
+"""Sampling: greedy, filtered, stopped, reproducible, and never compiled twice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_llama
+import pytest
+import tiny
+
+from jaxalign.generate import _choose, _decode, _prefill, _Sampling, sample
+from jaxalign.models.attention import Cache
+from jaxalign.models.heads import target_logprobs
+from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.types import PromptBatch
+
+KEY = jax.random.key(11)
+ROWS, WIDTH, NEW = 8, 6, 7
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.random_params(tiny.DECODER)
+
+
+def prompts(lengths=(1, 6, 3, 2, 5, 4, 6, 0)):
+    rng = np.random.default_rng(5)
+    mask = np.arange(WIDTH)[None] >= WIDTH - np.array(lengths)[:, None]
+    tokens = np.where(mask, rng.integers(3, tiny.VOCAB, mask.shape), 0).astype(np.int32)
+    return PromptBatch(tokens, mask, np.arange(len(lengths), dtype=np.int32))
+
+
+def run(params, key=KEY, model=tiny.DECODER, batch=None, **options):
+    batch = prompts() if batch is None else batch
+    return sample(model, params, batch, key, **({"max_new_tokens": NEW} | options))
+
+
+def test_greedy_equals_a_plain_loop(params):
+    got = run(params, temperature=0.0)
+    batch = prompts()
+    for row in range(ROWS - 1):
+        ids = batch.tokens[row][batch.mask[row]]
+        for column in range(NEW):
+            logits = plain_llama.logits(tiny.CONFIG, params, ids)[-1]
+            token = int(np.argmax(logits))
+            assert got.tokens[row, column] == token
+            want = logits[token] - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(got.logprobs[row, column], want, 1e-4, 1e-5)
+            ids = np.append(ids, token)
+    assert got.mask[:7].all()
+    assert not got.finished.any()
+    # An empty row stays empty.
+    assert not got.mask[7].any()
+    assert not got.tokens[7].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_equal_the_trainers(params, temperature):
+    answers = run(params, temperature=temperature, stop_tokens=(9, 30), pad_token=63)
+    batch = prompts()
+    ids = np.concatenate([batch.tokens, answers.tokens], 1)
+    given = np.concatenate([batch.mask, answers.mask], 1)
+    positions = np.maximum(given.cumsum(1) - 1, 0)
+    hidden = jax.jit(tiny.DECODER.apply)(params, ids, positions, given.astype(np.int32))
+    targets = np.roll(ids, -1, 1)
+    trained = target_logprobs(tiny.DECODER, params, hidden, targets, temperature)
+    got = trained[:, WIDTH - 1 : -1]
+    mask = np.asarray(answers.mask)
+    assert mask[:7].any()
+    np.testing.assert_allclose(answers.logprobs[mask], got[mask], atol=1e-4)
+    assert np.all(np.asarray(answers.logprobs)[~mask] == 0)
+
+
+def test_stop_tokens_end_an_answer(params):
+    free = np.asarray(run(params).tokens)
+    stops = (int(free[0, 2]), int(free[1, 0]), int(free[2, NEW - 1]))
+    got = run(params, stop_tokens=stops, pad_token=63)
+    ended = 0
+    for row in range(ROWS - 1):
+        hits = np.flatnonzero(np.isin(free[row], stops))
+        length = hits[0] + 1 if hits.size else NEW
+        ended += hits.size > 0
+        np.testing.assert_array_equal(got.tokens[row, :length], free[row, :length])
+        np.testing.assert_array_equal(got.mask[row], np.arange(NEW) < length)
+        assert np.all(got.tokens[row, length:] == 63)
+        assert bool(got.finished[row]) == bool(hits.size)
+    assert ended >= 3
+    assert not got.finished[7]
+
+
+def test_the_loop_ends_when_every_row_has(params):
+    first = int(run(params, temperature=0.0, batch=prompts((3,) * ROWS)).tokens[0, 0])
+    same = prompts((3,) * ROWS)
+    same = same._replace(tokens=np.tile(same.tokens[:1], (ROWS, 1)))
+    counted = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting:
+        base: object = tiny.DECODER
+
+        def __getattr__(self, name):
+            return getattr(tiny.DECODER, name)
+
+        def logits(self, params, hidden):
+            jax.debug.callback(lambda: counted.append(1))
+            return tiny.DECODER.logits(params, hidden)
+
+    run(params, model=Counting(), batch=same, temperature=0.0, stop_tokens=(first,))
+    jax.effects_barrier()
+    assert len(counted) == 1
+    run(params, model=Counting(), batch=same, temperature=0.0, stop_tokens=(99,))
+    jax.effects_barrier()
+    assert len(counted) == 1 + NEW
+
+
+def test_new_settings_compile_nothing_new(params):
+    run(params)
+    before = _prefill._cache_size(), _decode._cache_size()
+    for options in (
+        {"temperature": 0.5},
+        {"temperature": 0.0},
+        {"top_k": 5},
+        {"top_p": 0.4},
+        {"temperature": 2, "top_k": 3, "top_p": 0.9},
+        {"key": jax.random.key(1), "pad_token": 4},
+    ):
+        run(params, **options)
+    assert (_prefill._cache_size(), _decode._cache_size()) == before
+
+
+def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
+    """Tokens drawn from one set of logits."""
+    sampling = _Sampling(
+        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(0), jnp.int32(0)
+    )
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (draws, len(logits)))
+    tokens, logprobs = jax.jit(_choose)(KEY, rows, sampling)
+    return np.asarray(tokens), np.asarray(logprobs)
+
+
+PROBS = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "support"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 5}, [0, 1, 2, 3, 4]),
+        ({"top_k": 50}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.64}, [1, 3]),
+        ({"top_p": 0.66}, [1, 3, 4]),
+        ({"top_p": 0.96}, [0, 1, 2, 3, 4]),
+        # Of the three kept by k, the first has 0.4/0.85 = 0.47 and two have 0.76.
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),
+        ({"top_k": 3, "top_p": 0.77}, [1, 3, 4]),
+        # At temperature ½ the first two have 0.16/0.275 = 0.58 and 0.81.
+        ({"temperature": 0.5, "top_p": 0.57}, [1]),
+        ({"temperature": 0.5, "top_p": 0.8}, [1, 3]),
+        ({"temperature": 0.0}, [1]),
+    ],
+    ids=str,
+)
+def test_filters_keep_exactly_the_likely_tokens(options, support):
+    tokens, logprobs = filtered(np.log(PROBS) + 3.0, **options)
+    assert sorted(set(tokens.tolist())) == support
+    temperature = options.get("temperature", 1.0)
+    scaled = PROBS ** (1 / temperature) if temperature else PROBS
+    kept = np.zeros(5)
+    kept[support] = scaled[support]
+    share = np.bincount(tokens, minlength=5) / len(tokens)
+    np.testing.assert_allclose(share, kept / kept.sum(), atol=0.03)
+    # Recorded log-probabilities are those of the whole distribution, filters or not.
+    want = np.log(scaled / scaled.sum())
+    np.testing.assert_allclose(logprobs, want[tokens], 1e-4)
+
+
+def test_one_key_one_answer_on_any_mesh(params):
+    want = run(params, stop_tokens=(9,))
+    again = run(params, stop_tokens=(9,))
+    other = run(params, key=jax.random.key(12), stop_tokens=(9,))
+    jax.tree.map(np.testing.assert_array_equal, want, again)
+    assert np.any(want.tokens != other.tokens)
+    # Rows draw for themselves.
+    assert len({tuple(row) for row in np.asarray(want.tokens).tolist()}) == ROWS
+    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(**sizes)
+        placed = jax.device_put(params, param_shardings(tiny.DECODER.axes, mesh))
+        spread = run(placed, stop_tokens=(9,))
+        assert len(spread.tokens.sharding.device_set) == 8
+        np.testing.assert_array_equal(spread.tokens, want.tokens)
+        np.testing.assert_array_equal(spread.mask, want.mask)
+        np.testing.assert_allclose(spread.logprobs, want.logprobs, atol=1e-4)
+
+
+def test_cache_is_updated_in_place(params):
+    """The donated cache of the decode loop is the cache that comes out: no second copy."""
+    state = _prefill(tiny.DECODER, params, prompts().tokens, prompts().mask, NEW, 0)
+    assert isinstance(state.cache, Cache)
+    sampling = _Sampling(
+        jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
+    )
+    _decode(tiny.DECODER, params, state, KEY, sampling)
+    assert state.cache.keys.is_deleted()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(params, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        run(params, **options)

@@ -1,0 +1,168 @@
+"""A file imports from lower layers only, and `import jaxalign` stays light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxalign
+
+PACKAGE = pathlib.Path(jaxalign.__file__).parent
+
+# Room → layer. A room is a folder or a file; a file's own entry goes before its folder's.
+LAYERS = {
+    "types": 0,
+    "losses": 1,
+    "data": 1,
+    "sharding": 1,
+    "distributed": 1,
+    "optim": 1,
+    "metrics": 1,
+    "models": 2,
+    "generate": 3,
+    "checkpoint": 3,
+    "hf": 3,
+    "algorithms": 4,
+    "plan": 5,
+    "rewards": 5,
+    "config": 5,
+    "train": 6,
+    "report": 6,
+    "cli": 7,
+}
+
+# Files that are parts of one room although they are not in a folder.
+PARTS = {
+    "gguf_file": "hf",
+    "safetensors_file": "hf",
+    "source": "hf",
+    "tokenizer": "hf",
+    "masked": "types",
+    "tasks": "train",
+    "pipeline": "cli",
+    "quickstart": "cli",
+    "__main__": "cli",
+}
+
+ALGORITHMS = ("sft", "reward", "dpo", "ppo")
+
+HEAVY = ("transformers", "datasets", "grain", "orbax", "gguf", "torch", "safetensors")
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(module):
+    """The room of `a.b` below the package."""
+    first = module.split(".")[0]
+    return PARTS.get(first, first)
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, for_types=True):
+    """Modules of this package that a file imports, wherever in the file, as `a.b`."""
+    found = set()
+    tree = ast.parse(path.read_text("utf-8"))
+    if not for_types:
+        tree.body = [x for x in tree.body if "TYPE_CHECKING" not in ast.dump(x)[:60]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            # `from jaxalign.losses import ppo` names a module, `from jaxalign.types import X` not.
+            for alias in node.names:
+                inner = PACKAGE.joinpath(*module.split(".")[1:], alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                found.add(f"{module}.{alias.name}" if is_module else module)
+    return {name.partition(".")[2] for name in found if name.split(".")[0] == "jaxalign"}
+
+
+def test_there_is_something_to_check():
+    assert len(FILES) > 20
+    assert "losses.ppo" in imports(PACKAGE / "algorithms/ppo.py")
+    assert "types" in imports(PACKAGE / "masked.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_come_from_lower_layers(path):
+    here = room(name_of(path))
+    assert here in LAYERS, f"{path}: name its layer in this test and in the design"
+    for module in imports(path):
+        there = room(module)
+        if not there:  # the package itself, as users see it: for the top layer only
+            assert here == "cli", f"{path} imports the package's front"
+            continue
+        assert there in LAYERS, f"{path} imports {module}, whose layer is unknown"
+        assert there == here or LAYERS[there] < LAYERS[here], (
+            f"{path} (layer {LAYERS[here]}) imports {module} (layer {LAYERS[there]})"
+        )
+
+
+def test_no_import_goes_round_in_a_circle():
+    """Files of one room may import one another, but not each other."""
+    graph = {name_of(path): imports(path, for_types=False) for path in FILES}
+    done: set[str] = set()
+
+    def visit(module, trail):
+        assert module not in trail, " → ".join([*trail, module])
+        if module not in done:
+            for other in graph.get(module, ()):
+                visit(other, [*trail, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_do_not_import_one_another(name):
+    others = {f"algorithms.{other}" for other in ALGORITHMS if other != name}
+    assert not imports(PACKAGE / f"algorithms/{name}.py") & others
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_have_the_same_sections_in_the_same_order(name):
+    tree = ast.parse((PACKAGE / f"algorithms/{name}.py").read_text("utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    sections = [x for x in names if x in ("Config", "make_prepare", "make_loss", "make_step")]
+    want = ["Config", "make_prepare", "make_loss", "make_step"]
+    if name in ("sft", "reward"):
+        want.remove("make_prepare")
+    assert sections == want
+    assert ast.get_docstring(tree)
+
+
+def test_shared_parts_of_algorithms_know_no_algorithm():
+    for part in ("step", "pairs"):
+        names = {f"algorithms.{name}" for name in ALGORITHMS}
+        assert not imports(PACKAGE / f"algorithms/{part}.py") & names
+
+
+def test_mesh_axis_names_live_in_one_file():
+    axes = {"fsdp", "tensor"}
+    for path in FILES:
+        module = name_of(path)
+        if room(module) in ("sharding", "config", "plan", "train", "cli"):
+            continue  # the home, and the rooms where users write mesh sizes
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in axes, f"{path}:{node.lineno} names a mesh axis"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, jaxalign\n"
+        "from jaxalign import sft, reward, dpo, ppo, losses\n"
+        "assert jaxalign.make_mesh and jaxalign.target_logprobs\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
