@@ -208,6 +208,9 @@ class PPORun(_Run):
       reward_model: folder of a reward model with the policy's tokenizer.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the reward model.
+      critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
+        of 0. A reward model has learned to read whole answers only, so that its scores in the
+        middle of one may be worse than none.
       critic_optimizer: its optimizer; None: the policy's.
       ppo_epochs: passes over each rollout.
       minibatches: updates a pass.
@@ -217,12 +220,15 @@ class PPORun(_Run):
     ppo: ppo.Config = ppo.Config()
     reference: str | None = None
     critic: str | None = None
+    critic_head: str = "pretrained"
     critic_optimizer: OptimizerConfig | None = None
     ppo_epochs: int = 4
     minibatches: int = 1
 
     def __post_init__(self):
         super().__post_init__()
+        heads = ("pretrained", "zero")
+        _want(self.critic_head in heads, "critic_head", self.critic_head, " or ".join(heads))
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         _want(

@@ -210,6 +210,9 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     else:
         critic, critic_params = _scorer(config.critic, config.model, mesh)
         _check_vocabulary(loaded.tok, critic, config.critic)
+    if config.critic_head == "zero":
+        head = jax.tree.map(jnp.zeros_like, critic_params["score"])
+        critic_params = critic_params | {"score": head}
     options = config.ppo
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)

@@ -275,6 +275,7 @@ OUT_OF_RANGE = {
         "ppo.logprob_tolerance=0",
         "ppo_epochs=0",
         "minibatches=0",
+        "critic_head=random",
         "minibatches=5",  # no divisor of 32 rows
         "model.lora.rank=2",  # not in PPO
         "critic_optimizer.b1=7",

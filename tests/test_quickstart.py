@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import chatmodel
 import pytest
@@ -10,7 +11,7 @@ import jaxalign
 from jaxalign import cli
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
-from jaxalign.pipeline import load_stages
+from jaxalign.pipeline import EXAMPLES, load_stages
 from jaxalign.quickstart import RECIPE
 
 STAGES = ("sft", "reward", "ppo", "dpo")
@@ -23,6 +24,12 @@ FIGURES = {
     ("dpo", "pairs ranked right"): "rewards/accuracies",
     ("dpo", "margin"): "rewards/margins",
 }
+HELD_OUT = {
+    "sft": "conversations_heldout",
+    "reward": "preferences_heldout",
+    "ppo": "prompts_heldout",
+    "dpo": "preferences_heldout",
+}
 # One token a byte makes long rows; 8 devices want 8 rows for each of PPO's two mini-batches.
 SMALL = [
     *(f"{stage}.run.steps=2" for stage in STAGES),
@@ -34,13 +41,14 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", pytest.param("zh", marks=pytest.mark.slow)])
 def test_quickstart_leaves_every_figure_and_model(
     chat_models, tmp_path, capsys, kept_programs, language
 ):
     source, out = str(chat_models / "chat"), tmp_path / "quickstart"
     command = ["quickstart", "--model", source, "--language", language, "--out", str(out)]
-    assert cli.main([*command, *SMALL]) == 0
+    few = [f"{name}.data.eval={first_rows(tmp_path, language, HELD_OUT[name])}" for name in STAGES]
+    assert cli.main([*command, *SMALL, *few]) == 0
     printed = capsys.readouterr().out
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -66,7 +74,9 @@ def test_quickstart_leaves_every_figure_and_model(
             assert told[name] == row[name]
             assert math.isfinite(told[name])
 
-    prompts = [json.loads(line)["prompt"] for line in held_out_prompts(language)][:5]
+    prompts = [json.loads(line)["prompt"] for line in example_lines(language, "prompts_heldout")][
+        :5
+    ]
     assert [row["prompt"] for row in summary["answers"]] == prompts
     for row in summary["answers"]:
         assert set(row) == {"prompt", "base", "sft", "ppo", "dpo"}
@@ -98,11 +108,35 @@ def test_quickstart_leaves_every_figure_and_model(
         assert jaxalign.load_tokenizer(out / stage / "model").chat_template
 
 
-def held_out_prompts(language):
-    from jaxalign.pipeline import EXAMPLES
-
-    path = EXAMPLES / language / "prompts_heldout.jsonl"
+def example_lines(language, name):
+    path = EXAMPLES / language / f"{name}.jsonl"
     return path.read_text(encoding="utf-8").splitlines()
+
+
+def first_rows(folder, language, name):
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(example_lines(language, name)[:8]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_recipe_reads_all_example_data_of_a_language(language):
+    given = ["defaults.model.source=some/model", "folder=out"]
+    tok = chatmodel.make_tokenizer()
+    makers = {
+        "sft": jaxalign.sft_batches,
+        "reward": jaxalign.preference_batches,
+        "dpo": jaxalign.preference_batches,
+        "ppo": jaxalign.prompt_batches,
+    }
+    for stage, config in load_stages(RECIPE, given, language):
+        for sources in (config.data.train, config.data.eval):
+            batches = makers[stage](
+                sources, tok, rows=8, length=1024, chat_template=config.model.chat_template
+            )
+            (path,) = map(pathlib.Path, sources)
+            assert batches.stats["kept"] == len(path.read_text(encoding="utf-8").splitlines())
+            assert all(f"example_data/{language}/" in row.origin for row in batches.examples)
 
 
 def test_each_stage_starts_where_it_should():

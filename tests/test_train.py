@@ -252,6 +252,38 @@ def test_layout_does_not_change_a_run(runs, chat_models, tmp_path):
     assert not (split.folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_micro_batches_reach_the_step(chat_models, tmp_path, monkeypatch, algorithm):
+    """The results are the same with and without, so this looks at what the step is built with."""
+    given = []
+    room = getattr(tasks, algorithm)
+    make = room.make_step
+
+    def spying(*arguments, micro_batches):
+        given.append(micro_batches)
+        return make(*arguments, micro_batches=micro_batches)
+
+    monkeypatch.setattr(room, "make_step", spying)
+    values = chatmodel.settings(algorithm, chat_models, tmp_path / "run", micro_batches=2)
+    tasks.make_task(load_config(algorithm, merge(values, SPREAD)))
+    assert given == [2]
+
+
+@pytest.mark.parametrize("head", ["pretrained", "zero"])
+def test_the_critic_starts_from_the_reward_model_with_or_without_its_head(
+    chat_models, tmp_path, head
+):
+    values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
+    task = tasks.make_task(load_config("ppo", values | {"critic_head": head}))
+    _, scorer = jaxalign.load_pretrained(chat_models / "scorer")
+    critic, scorer = chatmodel.leaves(task.state.params["critic"]), chatmodel.leaves(scorer)
+    if head == "zero":
+        scorer["['score']['kernel']"] = np.zeros((32, 1), np.float32)
+    assert critic.keys() == scorer.keys()
+    for name, value in scorer.items():
+        np.testing.assert_array_equal(critic[name], value)
+
+
 def test_keep_says_how_many_checkpoints_stay(chat_models, tmp_path):
     result = run("sft", chat_models, tmp_path / "run", save_every=1, keep=2, export=False)
     assert result.model is None

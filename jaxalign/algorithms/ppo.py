@@ -16,19 +16,25 @@ State: `TrainState` with `params = {"policy": …, "critic": …}`. Batch: `Roll
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign.algorithms.rollout import (
+    join_tokens,
+    logprob_difference,
+    minibatches,
+    rollout_metrics,
+    value_mask_of,
+)
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.generate import Generation, sample
+from jaxalign.generate import sample
 from jaxalign.losses import ppo as losses
-from jaxalign.masked import masked_mean, masked_sum, masked_var, weighted, whiten
+from jaxalign.masked import weighted, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
@@ -41,6 +47,23 @@ from jaxalign.types import (
     TrainState,
     Weighted,
 )
+
+__all__ = [
+    "Config",
+    "RewardFn",
+    "init_params",
+    "join_tokens",
+    "make_experience",
+    "make_loss",
+    "make_optimizer",
+    "make_prepare",
+    "make_step",
+    "minibatches",
+    "next_kl_coef",
+    "rollout_metrics",
+]
+
+_join = jax.jit(join_tokens)
 
 RewardFn = Callable[[TokenBatch, PromptBatch], Array]
 """(prompts with their answers, the prompts) → float scores `[B]`; see `jaxalign.rewards`."""
@@ -145,24 +168,6 @@ def make_optimizer(
         lambda params: {
             part: jax.tree.map(lambda _, part=part: part, tree) for part, tree in params.items()
         },
-    )
-
-
-def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -> TokenBatch:
-    """Prompts and their answers as rows of P + R tokens, `loss_mask` on the answers' tokens."""
-    ids = jnp.concatenate([jnp.asarray(prompts.tokens), answers.tokens], axis=1)
-    valid = jnp.concatenate([jnp.asarray(prompts.mask), answers.mask], axis=1)
-    answer = jnp.concatenate([jnp.zeros_like(jnp.asarray(prompts.mask)), answers.mask], axis=1)
-
-    def next_one(x: jax.Array, fill: Any) -> jax.Array:
-        return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
-
-    return TokenBatch(
-        inputs=ids,
-        targets=next_one(ids, pad_token),
-        positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
-        segment_ids=valid.astype(jnp.int32),
-        loss_mask=next_one(answer, False),
     )
 
 
@@ -311,7 +316,7 @@ def make_prepare(
             )
             mask = rollout.tokens.loss_mask
             # The experience has one column less: nothing follows the last one.
-            gap, _ = _logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)
+            gap, _ = logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)
             difference = float(gap)
         if not difference <= config.logprob_tolerance:
             raise ValueError(
@@ -322,18 +327,6 @@ def make_prepare(
         return rollout
 
     return prepare
-
-
-_join = jax.jit(join_tokens)
-
-
-@jax.jit
-def _logprob_difference(
-    logprobs: Array, sampler_logprobs: Array, mask: Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and largest |trainer − sampler| over the answers' tokens."""
-    gap = jnp.abs(logprobs - sampler_logprobs)
-    return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
 
 
 def _finite(scores: Array, answered: np.ndarray) -> np.ndarray:
@@ -349,81 +342,6 @@ def _finite(scores: Array, answered: np.ndarray) -> np.ndarray:
             "a failing reward must raise or give a finite score"
         )
     return np.where(answered, scores, 0.0)
-
-
-def minibatches(
-    key: jax.Array, rollout: RolloutBatch, epochs: int = 4, count: int = 4
-) -> Iterator[RolloutBatch]:
-    """Cuts a rollout into `epochs × count` mini-batches of whole rows.
-
-    Every epoch uses every row once, in a fresh order drawn from `fold_in(key, epoch)`.
-
-    Args:
-      key: PRNG key.
-      rollout: B rows.
-      epochs: passes over the rollout.
-      count: mini-batches an epoch; B must be a multiple.
-
-    Raises:
-      ValueError: B is not a multiple of `count`, or a number is not positive.
-    """
-    rows = rollout.advantages.shape[0]
-    if epochs < 1 or count < 1:
-        raise ValueError(f"epochs={epochs}, count={count}: wanted positive integers")
-    if rows % count:
-        raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
-    mesh = mesh_of(rollout)
-    for epoch in range(epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
-        for rows_of_part in np.split(order, count):
-            part = _take_rows(rollout, rows_of_part)
-            yield part if mesh is None else shard_batch(part, mesh)
-
-
-@jax.jit
-def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), rollout)
-
-
-@jax.jit
-def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
-    """What a rollout says before the update, float32 scalars under TRL's names.
-
-    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer.
-    """
-    mask, value_mask = rollout.tokens.loss_mask, _value_mask(rollout)
-    scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
-    finished, sampled = rollout.finished, rollout.sampler_logprobs
-    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
-        raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
-
-    def per_answer(x: Array) -> jax.Array:
-        return masked_mean(masked_sum(x, mask, axis=1), valid)
-
-    score = masked_mean(scores, valid)
-    shaped = masked_mean(masked_sum(rewards, value_mask, axis=1), valid)
-    spread = masked_var(rollout.returns, value_mask)
-    unexplained = masked_var(rollout.returns - rollout.old_values, value_mask)
-    mean_gap, max_gap = _logprob_difference(rollout.old_logprobs, sampled, mask)
-    return {
-        "objective/scores": score,
-        "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
-        "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
-        "objective/entropy": per_answer(-rollout.old_logprobs),
-        "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": shaped - score,
-        "response/length": per_answer(jnp.ones_like(rollout.old_logprobs)),
-        "response/finished": masked_mean(finished, valid),
-        "critic/explained_variance": jnp.where(spread > 0, 1 - unexplained / spread, 0.0),
-        "logprobs/mean_difference": mean_gap,
-        "logprobs/max_difference": max_gap,
-    }
-
-
-def _value_mask(rollout: RolloutBatch) -> Array:
-    """Where the critic is trained."""
-    return rollout.tokens.loss_mask if rollout.value_mask is None else rollout.value_mask
 
 
 def next_kl_coef(kl_coef: float, measured_kl: float, config: Config, rows: int) -> float:
@@ -447,10 +365,10 @@ def make_loss(model: LanguageModel, critic: ScalarModel, config: Config | None =
 
     def count(batch: RolloutBatch) -> dict[str, Array]:
         tokens = jnp.sum(batch.tokens.loss_mask, dtype=jnp.float32)
-        return {"policy": tokens, "value": jnp.sum(_value_mask(batch), dtype=jnp.float32)}
+        return {"policy": tokens, "value": jnp.sum(value_mask_of(batch), dtype=jnp.float32)}
 
     def terms(params: Params, batch: RolloutBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
-        tokens, mask, value_mask = batch.tokens, batch.tokens.loss_mask, _value_mask(batch)
+        tokens, mask, value_mask = batch.tokens, batch.tokens.loss_mask, value_mask_of(batch)
         read = (tokens.inputs, tokens.positions, tokens.segment_ids)
         policy, value_params = params["policy"], params["critic"]
 
