@@ -6,6 +6,8 @@ Wrong input ends with one message and exit status 2; `JAXALIGN_TRACEBACK=1` show
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return parsed.run(parsed) or 0
     except (ValueError, FloatingPointError, OSError) as error:
@@ -31,6 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse ends the list of overrides at the first option; those after it belong to it too.
+    if rest and hasattr(parsed, "overrides") and not any(text.startswith("-") for text in rest):
+        parsed.overrides, rest = parsed.overrides + rest, []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +91,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True)
     command.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "plan", help="memory of a run's step on named devices, without weights or data"
+    )
+    command.add_argument("algorithm", choices=tuple(_COMMANDS))
+    command.add_argument("config", help="YAML file, as for the algorithm's command")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument(
+        "--devices",
+        help="cpu:8, or a TPU topology such as v5e:2x4, v5p:2x2x2, v6e:4x4; those present by default",
+    )
+    command.add_argument("--json", action="store_true", help="bytes, for programs")
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "report", help="a run's or a pipeline's curves and figures as one HTML page"
+    )
+    command.add_argument("folder", help="a run's folder, or one that holds several")
+    command.add_argument("--out", help="HTML file to write; report.html in the folder by default")
+    command.set_defaults(run=_report)
     return parser
 
 
@@ -180,6 +213,27 @@ def _export(parsed: argparse.Namespace) -> int:
 
     step = export_run(parsed.folder, parsed.out, parsed.step)
     print(f"checkpoint {step} of {parsed.folder} → {parsed.out}")
+    return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    if parsed.devices is not None:
+        # Nothing runs, and an accelerator that is here must not be taken.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from jaxalign.config import load_config
+    from jaxalign.plan import make_plan
+
+    config = load_config(parsed.algorithm, parsed.config, parsed.overrides)
+    plan = make_plan(parsed.algorithm, config, parsed.devices)
+    print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from jaxalign.report import write_report
+
+    print(write_report(parsed.folder, parsed.out))
     return 0
 
 

@@ -33,8 +33,9 @@ def start() -> None:
         )
         return
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    tasks = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
-    if "," in workers or tasks > 1:
+    # Of the step, not of the job: a shell inside an allocation is one process.
+    started_by = [n for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE") if n in os.environ]
+    if "," in workers or any(_integer(name) > 1 for name in started_by):
         jax.distributed.initialize()
 
 

@@ -65,6 +65,11 @@ def train(config: Any, title: str | None = None) -> Result:
 def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
     began = time.perf_counter()
     distributed.start()
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes: the training loop runs in one process so far, over "
+            "all its devices; start one"
+        )
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
 

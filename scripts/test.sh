@@ -2,6 +2,7 @@
 # Lints, checks types and runs the tests, from a fresh clone: bash scripts/test.sh [pytest options]
 #
 # Needs Python ≥ 3.11 with its venv module; PYTHON names another interpreter than python3.
+# JAXALIGN_TEST_WORKERS=4 runs four files of tests at a time instead of two.
 # On Python 3.11 the parity tests get torch; JAXALIGN_NO_TORCH=1 leaves it out, and they skip.
 
 set -euo pipefail
@@ -29,6 +30,7 @@ check pyrefly check --python-interpreter-path "$VENV_PYTHON"
 
 # Last, and whatever the checks said: the summary of pytest is the last line. A failed check shows
 # above and in the exit status.
+# Two workers, a file of tests each: most of the time goes into compiling small programs on one core.
 say "pytest $*"
-"$VENV_PYTHON" -m pytest "$@" || exit $?
+"$VENV_PYTHON" -m pytest -n "${JAXALIGN_TEST_WORKERS:-2}" --dist loadfile "$@" || exit $?
 exit "$failed"

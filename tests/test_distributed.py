@@ -11,7 +11,7 @@ VARIABLES = (
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
     "TPU_WORKER_HOSTNAMES",
-    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
     "OMPI_COMM_WORLD_SIZE",
 )
 EXPLICIT = {
@@ -44,7 +44,9 @@ def test_alone_nothing_happens(starts):
 
 def test_explicit_settings_are_passed_on(starts, monkeypatch):
     # They come before what a cluster says.
-    set_environment(monkeypatch, EXPLICIT | {"SLURM_NTASKS": "2", "TPU_WORKER_HOSTNAMES": "a,b"})
+    set_environment(
+        monkeypatch, EXPLICIT | {"SLURM_STEP_NUM_TASKS": "2", "TPU_WORKER_HOSTNAMES": "a,b"}
+    )
     distributed.start()
     assert starts == [{"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 0}]
 
@@ -69,8 +71,8 @@ def test_a_setting_that_is_no_number_is_named(starts, monkeypatch, name):
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [
-        ({"SLURM_NTASKS": "8"}, True),
-        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),

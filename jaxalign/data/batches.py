@@ -167,6 +167,7 @@ def sft_batches(
 ) -> Batches[TokenBatch]:
     """Conversations as token batches; every assistant turn is trained.
 
+    A row ends with the end token of its last answer: what a template writes after it is left out.
     Conversations longer than `length` lose their end (counted); those that keep no trained token
     are dropped (counted).
 
@@ -214,11 +215,12 @@ def preference_batches(
 ) -> Batches[PairBatch]:
     """Preference pairs as pair batches; `loss_mask` marks the answers.
 
-    A side longer than `length` loses its end (the pair counts as cut once); a pair of which a
-    side keeps no token of its answer is dropped. Unpacked, a pair is a row of both sides, and
-    `mask` is None; rows that fill up the last batch are all False in both loss masks. Packed, a
-    pair has the same row and segment on both sides; `mask` (and `margin`) are `[rows, S]`, S the
-    most pairs that share a row of this data. `margin` is there if the rows have one.
+    Each side ends with the end token of its answer, where a reward model's score is read. A side
+    longer than `length` loses its end (the pair counts as cut once); a pair of which a side keeps
+    no token of its answer is dropped. Unpacked, a pair is a row of both sides, and `mask` is None;
+    rows that fill up the last batch are all False in both loss masks. Packed, a pair has the same
+    row and segment on both sides; `mask` (and `margin`) are `[rows, S]`, S the most pairs that
+    share a row of this data. `margin` is there if the rows have one.
 
     Arguments as `sft_batches`.
 
@@ -307,6 +309,7 @@ class _Kept(NamedTuple):
 
 def _keep(name: str, sides: list[list[Encoded]], examples: list[Any], length: int) -> _Kept:
     """Cuts documents to `length`, drops rows of which nothing is left to train, counts both."""
+    sides = [[_to_last_answer(document) for document in side] for side in sides]
     kept: list[int] = []
     cut = 0
     dropped: dict[str, int] = {}
@@ -335,6 +338,18 @@ def _keep(name: str, sides: list[list[Encoded]], examples: list[Any], length: in
     stats["tokens"] = sum(len(d.ids) for side in cuts for d in side)
     stats["trained"] = sum(int(d.trained[1:].sum()) for side in cuts for d in side)
     return _Kept(cuts, [examples[i] for i in kept], stats)
+
+
+def _to_last_answer(document: Encoded) -> Encoded:
+    """Leaves out what a template writes after the last answer, such as a newline.
+
+    A rollout ends with its stop token, so a reward model must learn to read its score there.
+    """
+    trained = np.flatnonzero(document.trained)
+    if not trained.size:
+        return document
+    end = int(trained[-1]) + 1
+    return Encoded(document.ids[:end], document.trained[:end])
 
 
 def _groups(kept: _Kept, length: int, packed: bool) -> list[list[int]]:

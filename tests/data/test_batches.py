@@ -73,6 +73,9 @@ def _expected(tok, rows):
                 tokens = tok.encode(text, add_special_tokens=False)
                 ids += tokens
                 trained += [counts] * len(tokens)
+        # The newline after the last answer is left out: a row ends where a rollout would.
+        ids, trained = ids[:-1], trained[:-1]
+        assert ids[-1] == tok.convert_tokens_to_ids("<|im_end|>")
         found.append((tuple(ids), (*trained[1:], False)))
     return sorted(found)
 

@@ -1,0 +1,201 @@
+"""A run as shapes: models, optimizer state and batches, laid out on a mesh but never made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms.step import Step
+from jaxalign.gguf_file import GGUFFile
+from jaxalign.models import families
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.heads import Scorer
+from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.sharding import param_shardings
+from jaxalign.source import locate, read_json
+from jaxalign.types import PairBatch, Params, RolloutBatch, TokenBatch
+
+
+class Parts(NamedTuple):
+    """What a step is compiled from.
+
+    Attributes:
+      params: trained parameters.
+      frozen: the base under adapters, or `{}`.
+      tx: optimizer.
+      step: as the algorithm's `make_step` gives it.
+      batch: what the step takes.
+      models: parameters that a run holds beside the step, for `prepare`.
+    """
+
+    params: Params
+    frozen: Params
+    tx: Any
+    step: Step
+    batch: Any
+    models: list[Params]
+
+
+def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+    """An array that is not there."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _sft(config: Any, mesh: Mesh) -> Parts:
+    model, params, frozen = _policy(config, mesh)
+    tx = _optimizer(config.optimizer)
+    step = sft.make_step(model, tx, config.sft, micro_batches=config.run.micro_batches)
+    return Parts(params, frozen, tx, step, _tokens(config.data.rows, config.data.length), [])
+
+
+def _reward(config: Any, mesh: Mesh) -> Parts:
+    model = _read(config.model.source, config.model, mesh)
+    lora = config.model.lora
+    fresh = isinstance(model, Decoder)
+    if isinstance(model, Decoder):
+        model = Scorer(dataclasses.replace(model, lora=lora))
+    elif lora is not None:
+        raise ValueError(
+            f"model.lora with the reward model {config.model.source!r}: start from a language model"
+        )
+    params, frozen = _params(model, mesh, config.model.dtype, fresh_head=fresh)
+    tx = _optimizer(config.optimizer)
+    step = reward.make_step(model, tx, config.reward, micro_batches=config.run.micro_batches)
+    return Parts(params, frozen, tx, step, _pairs(config), [])
+
+
+def _dpo(config: Any, mesh: Mesh) -> Parts:
+    model, params, frozen = _policy(config, mesh)
+    if config.reference is not None:
+        reference = _read(config.reference, config.model, mesh)
+        if not isinstance(reference, Decoder):
+            raise ValueError(
+                f"reference={config.reference!r} is a reward model; wanted a language model"
+            )
+        models = [_params(reference, mesh, config.model.dtype)[0]]
+    else:
+        models = [] if frozen else [params]
+    tx = _optimizer(config.optimizer)
+    step = dpo.make_step(model, tx, config.dpo, micro_batches=config.run.micro_batches)
+    batch = _pairs(config)
+    pairs = (config.data.rows,) if batch.mask is None else batch.mask.shape
+    logps = array(pairs, jnp.float32)
+    batch = batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
+    return Parts(params, frozen, tx, step, batch, models)
+
+
+def _ppo(config: Any, mesh: Mesh) -> Parts:
+    if config.data.packing:
+        raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
+    model, policy, _ = _policy(config, mesh)
+    scorer, scorer_params = _scorer(config.reward_model, config, mesh)
+    critic, critic_params = scorer, scorer_params
+    if config.critic is not None:
+        critic, critic_params = _scorer(config.critic, config, mesh)
+    tx = ppo.make_optimizer(
+        _optimizer(config.optimizer), _optimizer(config.critic_optimizer or config.optimizer)
+    )
+    step = ppo.make_step(model, critic, tx, config.ppo, micro_batches=config.run.micro_batches)
+    rows = config.data.rows // config.minibatches
+    tokens = _tokens(rows, config.data.length + config.ppo.max_new_tokens - 1)
+    per_token = array(tokens.inputs.shape, jnp.float32)
+    per_row = array((rows,), jnp.bool_)
+    batch = RolloutBatch(
+        tokens,
+        *(per_token,) * 5,
+        value_mask=tokens.loss_mask,
+        rewards=per_token,
+        scores=array((rows,), jnp.float32),
+        sampler_logprobs=per_token,
+        finished=per_row,
+        valid=per_row,
+    )
+    params = ppo.init_params(policy, critic_params)
+    return Parts(params, {}, tx, step, batch, [policy, scorer_params])
+
+
+PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "dpo": _dpo,
+    "ppo": _ppo,
+}
+"""Algorithm → (configuration, mesh) → its parts."""
+
+
+def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
+    """A model by its shape alone; the hub is asked for `config.json` only."""
+    path = locate(source, ("config.json",))
+    if path.is_dir():
+        hf = read_json(path / "config.json")
+    else:
+        with contextlib.closing(GGUFFile(path)) as file:
+            hf = file.config
+    try:
+        shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    compute = config.compute_dtype
+    if compute is None:
+        compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    model = Decoder(shape, compute_dtype=compute, remat=config.remat)
+    return Scorer(model) if scorer else model
+
+
+def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
+    model = _read(config.model.source, config.model, mesh)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"model.source={config.model.source!r} is a reward model; wanted a language model"
+        )
+    model = dataclasses.replace(model, lora=config.model.lora)
+    return model, *_params(model, mesh, config.model.dtype)
+
+
+def _scorer(source: str, config: Any, mesh: Mesh) -> tuple[Scorer, Params]:
+    model = _read(source, config.model, mesh)
+    if not isinstance(model, Scorer):
+        raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
+    return model, _params(model, mesh, config.model.dtype)[0]
+
+
+def _params(
+    model: Decoder | Scorer, mesh: Mesh, dtype: str, *, fresh_head: bool = False
+) -> tuple[Params, Params]:
+    """Abstract parameters, trained and frozen; what a run makes itself is float32."""
+    adapted = (model.base if isinstance(model, Scorer) else model).lora is not None
+    shardings = families.flatten(param_shardings(model.axes, mesh, model.shapes))
+    trained, frozen = {}, {}
+    for path, shape in families.flatten(model.shapes).items():
+        made = "lora_" in path or (fresh_head and path.startswith("score/"))
+        part = trained if made or not adapted else frozen
+        kind = jnp.float32 if made else jnp.dtype(dtype)
+        part[path] = array(shape.shape, kind, shardings[path])
+    return families.unflatten(trained), families.unflatten(frozen)
+
+
+def _optimizer(config: OptimizerConfig) -> Any:
+    """As a run makes it; how long the schedule is changes no shape."""
+    if config.total_steps is None:
+        config = dataclasses.replace(config, total_steps=config.warmup_steps + 1)
+    return make_optimizer(config)
+
+
+def _tokens(rows: int, length: int) -> TokenBatch:
+    ids = array((rows, length), jnp.int32)
+    mask = array((rows, length), jnp.bool_)
+    return TokenBatch(ids, ids, ids, ids, mask)
+
+
+def _pairs(config: Any) -> PairBatch:
+    """Pairs; how many a packed row holds is known from data only, one is assumed."""
+    side = _tokens(config.data.rows, config.data.length)
+    mask = array((config.data.rows, 1), jnp.bool_) if config.data.packing else None
+    return PairBatch(side, side, mask=mask)
