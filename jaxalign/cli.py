@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.add_argument(
         "--devices",
-        help="cpu:8, or a TPU topology such as v5e:2x4, v5p:2x2x2, v6e:4x4; those present by default",
+        help="cpu:8, or a TPU topology such as v5e:2x4 or v5p:2x2x2; those present by default",
     )
     command.add_argument("--json", action="store_true", help="bytes, for programs")
     command.set_defaults(run=_plan)

@@ -16,7 +16,10 @@ from jaxalign import cli
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
-COMMANDS = ["sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"]
+COMMANDS = [
+    *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
+    *("plan", "report"),
+]
 
 
 def write_config(path, values):

@@ -40,6 +40,8 @@ PARTS = {
     "source": "hf",
     "tokenizer": "hf",
     "masked": "types",
+    "abstract": "plan",
+    "charts": "report",
     "tasks": "train",
     "pipeline": "cli",
     "quickstart": "cli",

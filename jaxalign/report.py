@@ -1,0 +1,278 @@
+"""A run, or the stages of a pipeline, as one HTML page that needs nothing else.
+
+Curves of `metrics.jsonl`, held-out figures before and after, configuration and versions; of a
+quickstart also its table of figures and its answers. Light and dark follow the reader's setting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.charts import line_chart, text
+from jaxalign.config import RUNS, read_yaml
+from jaxalign.source import read_json
+
+Curve = list[tuple[float, float]]
+
+_MAIN = (
+    "loss",
+    "accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "objective/scores",
+    "objective/kl",
+    "response/length",
+    "grad_norm",
+)
+_UNITS = {
+    "objective/kl": "nats an answer",
+    "response/length": "tokens",
+    "time/step": "seconds",
+    "time/data": "seconds",
+}
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--mute:#52514e;--grid:#e1e0d9;
+--s0:#2a78d6;--s1:#c2410c}
+@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--mute:#c3c2b7;--grid:#383835;
+--s0:#5598e7;--s1:#f0894f}}
+body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;
+max-width:1180px;padding:0 1rem}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+th,td{border-bottom:1px solid var(--grid);padding:.3rem .8rem .3rem 0;text-align:left;
+vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+td.a{white-space:pre-wrap;min-width:9rem}
+.wide{overflow-x:auto}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
+figure{margin:0}
+figcaption{font-weight:600}
+figcaption span{font-weight:400;color:var(--mute)}
+figcaption i{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .6em}
+i.s0{background:var(--s0)} i.s1{background:var(--s1)}
+svg{width:100%;height:auto} svg text{fill:var(--mute);font-size:11px}
+.mid{text-anchor:middle} .end{text-anchor:end}
+.grid{stroke:var(--grid)}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round}
+polyline.s0{stroke:var(--s0)} polyline.s1{stroke:var(--s1)}
+circle.s0{fill:var(--s0)} circle.s1{fill:var(--s1)}
+summary{cursor:pointer;margin:.8rem 0}
+pre{overflow-x:auto} .note{color:var(--mute)}
+"""
+
+
+class Metrics(NamedTuple):
+    """What `metrics.jsonl` holds.
+
+    Attributes:
+      curves: metric → (step, value) in the order written; values may be infinite or no number.
+      cut: whether the last line was cut off, as in a run that is being written or was killed.
+    """
+
+    curves: dict[str, Curve]
+    cut: bool
+
+
+def write_report(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> pathlib.Path:
+    """Writes the page of a run or pipeline; gives the file.
+
+    Args:
+      folder: a run's folder, or one whose sub-folders are runs.
+      out: HTML file to write; `report.html` in the folder by default.
+
+    Raises:
+      ValueError: no run there, metrics that are empty or broken, or a broken configuration.
+    """
+    page = make_page(folder)
+    path = pathlib.Path(folder) / "report.html" if out is None else pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def make_page(folder: str | os.PathLike[str]) -> str:
+    """The page as text, well-formed as HTML and as XML; see `write_report`."""
+    path = pathlib.Path(folder)
+    runs = find_runs(path)
+    name = text(path.resolve().name)
+    body = [f"<h1>{name}</h1>"]
+    if (path / "summary.json").is_file():
+        body.append(_summary(path / "summary.json"))
+    body += [_run(run, title=None if run == path else run.name) for run in runs]
+    head = (
+        f'<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>'
+        f"<title>{name} – jaxalign</title><style>{_STYLE}</style>"
+    )
+    inner = "\n".join(body)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{inner}\n</body></html>\n'
+    )
+
+
+def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder itself if it is a run, else the runs in it, in the order they were started.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+
+    def started(run: pathlib.Path) -> tuple[float, str]:
+        config = run / "config.yaml"  # written once, at the start
+        return (config.stat().st_mtime if config.is_file() else math.inf, run.name)
+
+    found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=started)
+    if not found:
+        raise ValueError(
+            f"{folder}: no metrics.jsonl in it or in a folder of it; give the folder of a run "
+            f"(run.folder) or of a pipeline"
+        )
+    return found
+
+
+def read_metrics(path: pathlib.Path) -> Metrics:
+    """Reads `metrics.jsonl`.
+
+    Raises:
+      ValueError: the file is empty, or a line before the last is no JSON object of numbers.
+    """
+    curves: dict[str, Curve] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    cut = False
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = float(row.pop("step"))
+            values = {name: float(value) for name, value in row.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines):
+                cut = True
+                continue
+            raise ValueError(
+                f"{path}:{number}: wanted a JSON object of numbers with a step, got {line[:60]!r}"
+            ) from error
+        for name, value in values.items():
+            curves.setdefault(name, []).append((step, value))
+    if not curves:
+        raise ValueError(f"{path}: no metrics in it yet; wait for the run's first step")
+    return Metrics(curves, cut)
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def _run(folder: pathlib.Path, title: str | None) -> str:
+    curves, cut = read_metrics(folder / "metrics.jsonl")
+    config = folder / "config.yaml"
+    values = read_yaml(config) if config.is_file() else {}
+    algorithm = next((name for name in RUNS if name in values), None)
+    across = "iteration" if algorithm == "ppo" else "step"
+    steps = max(step for curve in curves.values() for step, _ in curve)
+
+    parts = [] if title is None else [f"<h2>{text(title)}</h2>"]
+    facts = [f"{algorithm}, " if algorithm else "", f"{steps:g} {across}s"]
+    parts.append(f'<p class="note">{"".join(facts)}</p>')
+    if cut:
+        parts.append('<p class="note">The last line of metrics.jsonl is cut off; left out.</p>')
+    held_out = {name: curve for name, curve in curves.items() if name.startswith("eval/")}
+    if held_out:
+        parts.append("<h3>Held out</h3>" + _held_out(held_out, across))
+
+    groups = _grouped(curves)
+    charts = {
+        name: _figure(name, [curves[line] for line in lines], lines, across)
+        for name, lines in groups.items()
+    }
+    first = [charts.pop(name) for name in _MAIN if name in charts]
+    parts.append(f'<h3>Training</h3><div class="charts">{"".join(first)}</div>')
+    rest = f'<div class="charts">{"".join(charts[name] for name in sorted(charts))}</div>'
+    parts.append(f"<details><summary>All other metrics ({len(charts)})</summary>{rest}</details>")
+    for name in ("config.yaml", "versions.json"):
+        path = folder / name
+        shown = (
+            f"<pre>{text(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
+            if path.is_file()
+            else "<p>The run's folder has none.</p>"
+        )
+        parts.append(f"<details><summary>{name}</summary>{shown}</details>")
+    return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _grouped(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
+    """Charts and their lines: a held-out figure is drawn with the training metric it measures."""
+    terms = [name for name in curves if name.startswith("eval/loss/")]
+    groups = {name: [name] for name in curves if not name.startswith("eval/")}
+    for name in curves:
+        if not name.startswith("eval/"):
+            continue
+        # With a single term, the loss is that term.
+        same = "loss" if terms == [name] else name.removeprefix("eval/")
+        if same in groups:
+            groups[same].append(name)
+        else:
+            groups[name] = [name]
+    groups.pop("compiles", None)
+    return groups
+
+
+def _figure(title: str, series: Sequence[Curve], names: Sequence[str], across: str) -> str:
+    lasts = [f"{curve[-1][1]:.4g}" for curve in series]
+    if len(series) == 1:
+        told = f"last {lasts[0]}"
+    else:
+        labels = ["held out" if name.startswith("eval/") else "training" for name in names]
+        told = "last " + "".join(
+            f'<i class="s{i}"></i>{label} {last}'
+            for i, (label, last) in enumerate(zip(labels, lasts, strict=True))
+        )
+    svg = line_chart(series, title, across, _UNITS.get(title, title))
+    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
+
+
+def _held_out(curves: Mapping[str, Curve], across: str) -> str:
+    rows = []
+    for name, curve in curves.items():
+        (first, before), (last, after) = curve[0], curve[-1]
+        start = f"{before:.4g}" if first == 0 else "not measured"
+        end = f"{after:.4g}" if last > 0 else "not yet"
+        rows.append((name.removeprefix("eval/"), start, end, f"{last:g}"))
+    return _table(("figure", "before", "after", across), rows, numbers=(1, 2, 3))
+
+
+def _summary(path: pathlib.Path) -> str:
+    summary = read_json(path)
+    try:
+        figures = [
+            (f["figure"], f"{f['before']:.3f}", f"{f['after']:.3f}") for f in summary["figures"]
+        ]
+        names = list(summary["answers"][0]) if summary["answers"] else []
+        answers = [[row[name] for name in names] for row in summary["answers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a summary as `jaxalign quickstart` writes it") from error
+    table = _table(("figure", "before", "after"), figures, numbers=(1, 2))
+    return (
+        f"<h2>Held-out figures</h2>{table}<h2>Answers to held-out prompts</h2>"
+        f'<div class="wide">{_table(names, answers, kind="a")}</div>'
+    )
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = (), kind: str = ""
+) -> str:
+    def cell(tag: str, i: int, value: Any) -> str:
+        name = "n" if i in numbers else kind
+        attribute = f' class="{name}"' if name else ""
+        return f"<{tag}{attribute}>{text(value)}</{tag}>"
+
+    lines = [
+        "<tr>" + "".join(cell(tag, i, value) for i, value in enumerate(row)) + "</tr>"
+        for tag, row in [("th", heads), *(("td", row) for row in rows)]
+    ]
+    return f"<table>{''.join(lines)}</table>"

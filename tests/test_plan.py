@@ -1,0 +1,210 @@
+"""Plans: memory counted by hand and by the compiler, from `config.json` alone."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import chatmodel
+import pytest
+import yaml
+
+from jaxalign import cli
+from jaxalign.config import load_config
+from jaxalign.plan import find_devices, make_plan
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+# Parameters of `chatmodel.DECODER` (V 260, D 32, F 48, L 2, H·hd 32, K·hd 16) on one of 8 devices:
+# whatever has the axis "embed" is cut in 8, the norms are whole.
+EMBEDDING = 260 * 32 // 8
+BLOCKS = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) // 8
+NORMS = 5 * 32
+PARAMS = 4 * (2 * EMBEDDING + BLOCKS + NORMS)  # with the output head
+SCORER = 4 * (EMBEDDING + BLOCKS + NORMS + 32 // 8)
+# A device has 1 of 8 rows of 32 tokens: four int32 and a bool a token.
+TOKENS = 32 * (4 * 4 + 1)
+# 32 + 6 − 1 columns: four int32, seven float32, two masks; a score and two flags a row.
+ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 4 + 2
+
+
+@pytest.fixture(scope="module")
+def shapes(chat_models, tmp_path_factory):
+    """The tiny models without weights and tokenizer."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name in ("chat", "scorer"):
+        (folder / name).mkdir()
+        shutil.copy(chat_models / name / "config.json", folder / name)
+    return folder
+
+
+def config(algorithm, shapes, tmp_path, *overrides):
+    values = chatmodel.settings(algorithm, shapes, tmp_path / "run")
+    values["data"]["train"] = ["absent.jsonl"]
+    return load_config(algorithm, values, overrides)
+
+
+def adam(params, trees=1):
+    """Two moments, and the updates counted by Adam and by the schedule, for each optimizer."""
+    return 2 * params + trees * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "params", "optimizer", "batch", "models"),
+    [
+        ("sft", PARAMS, adam(PARAMS), TOKENS, 0),
+        ("reward", SCORER, adam(SCORER), 2 * TOKENS, 0),
+        ("dpo", PARAMS, adam(PARAMS), 2 * (TOKENS + 4), PARAMS),
+        ("ppo", PARAMS + SCORER, adam(PARAMS + SCORER, 2), ROLLOUT, PARAMS + SCORER),
+    ],
+)
+def test_bytes_by_hand(algorithm, params, optimizer, batch, models, shapes, tmp_path):
+    plan = make_plan(algorithm, config(algorithm, shapes, tmp_path), "cpu:8")
+    assert plan.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert plan.devices == "8 × cpu"
+    assert (plan.params, plan.frozen, plan.optimizer) == (params, 0, optimizer)
+    assert (plan.batch, plan.models) == (batch, models)
+    # Gradients at the least live as long as the step.
+    assert plan.temporary > params
+    assert 0 <= plan.other < 4096
+    parts = plan.params + plan.optimizer + plan.batch + plan.models + plan.temporary + plan.other
+    assert plan.total == parts
+    assert plan.compile_seconds > 0
+
+
+def test_adapters_freeze_the_base_and_are_the_reference(shapes, tmp_path):
+    given = ["model.lora.rank=2", "model.lora.targets=[query]", "model.dtype=bfloat16"]
+    plan = make_plan("dpo", config("dpo", shapes, tmp_path, *given), "cpu:8")
+    # A [L, D, r] is cut along D, B [L, r, H·hd] is whole; float32 whatever the base is.
+    adapters = 4 * (2 * 32 * 2 // 8 + 2 * 2 * 32)
+    assert (plan.params, plan.frozen, plan.models) == (adapters, PARAMS // 2, 0)
+    assert plan.optimizer == adam(adapters)
+
+
+def test_mesh_and_length_change_the_plan(shapes, tmp_path):
+    small = make_plan("sft", config("sft", shapes, tmp_path), "cpu:8")
+    given = ["mesh.data=8", "mesh.fsdp=1", "data.length=64"]
+    large = make_plan("sft", config("sft", shapes, tmp_path, *given), "cpu:8")
+    assert large.params == 4 * (8 * 2 * EMBEDDING + 8 * BLOCKS + NORMS)
+    assert large.batch == 2 * small.batch
+    assert large.temporary > small.temporary
+
+
+def test_the_command(shapes, tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(chatmodel.settings("sft", shapes, tmp_path / "run")))
+    # Overrides may stand on either side of an option.
+    command = ["plan", "sft", str(path), "data.rows=16", "--devices", "cpu:8"]
+    assert cli.main([*command, "data.length=16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["params"], told["batch"]) == (PARAMS, TOKENS)
+    assert cli.main(command[:3]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("sft step on 8 × cpu, mesh data=1 × fsdp=8 × tensor=1; on each device:")
+    assert f"params         {PARAMS / 1024:.1f} KiB" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["--wrong", "-x"])
+def test_an_unknown_option_is_no_override(text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "sft", "x.yaml", "--json", text])
+    assert f"unrecognized arguments: {text}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cpu:9", "8 CPU devices.*XLA_FLAGS=--xla_force_host_platform_device_count=9"),
+        ("cpu:0", "wanted cpu:N"),
+        ("v5e", "wanted cpu:N, or a TPU topology"),
+        ("gpu:8", "wanted cpu:N"),
+    ],
+)
+def test_devices_that_are_not_there(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_devices(name)
+
+
+def test_without_the_tpu_compiler(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+    )
+    with pytest.raises(ValueError, match=r'pip install "jaxalign\[plan-tpu\]"'):
+        find_devices("v5e:2x4")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides", "message"),
+    [
+        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8"),
+        ("sft", ["run.micro_batches=2"], "data.rows=8 .*multiple of 16"),
+        ("sft", ["model.source=absent/model.gguf"], "no such folder or .gguf file"),
+        ("sft", ["mesh.tensor=3"], "does not divide the 8 devices"),
+        ("ppo", ["data.packing=true"], "not packed"),
+    ],
+)
+def test_wrong_configurations(algorithm, overrides, message, shapes, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_plan(algorithm, config(algorithm, shapes, tmp_path, *overrides), "cpu:8")
+
+
+def test_models_in_the_wrong_place(shapes, tmp_path):
+    chat, scorer = shapes / "chat", shapes / "scorer"
+    with pytest.raises(ValueError, match="is a reward model; wanted a language model"):
+        make_plan("sft", config("sft", shapes, tmp_path, f"model.source={scorer}"), "cpu:8")
+    with pytest.raises(ValueError, match="without a score; wanted a reward model"):
+        make_plan("ppo", config("ppo", shapes, tmp_path, f"reward_model={chat}"), "cpu:8")
+    with pytest.raises(ValueError, match=r"reference=.* is a reward model"):
+        make_plan("dpo", config("dpo", shapes, tmp_path, f"reference={scorer}"), "cpu:8")
+
+
+# --- with the TPU compiler -----------------------------------------------------------------------
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu (extra plan-tpu) is not installed"
+)
+
+
+def plan_apart(shapes, tmp_path, devices, *overrides):
+    """The command in a process of its own: libtpu ends the process at the tests' XLA_FLAGS."""
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(chatmodel.settings("sft", shapes, tmp_path / "run")))
+    command = [sys.executable, "-m", "jaxalign.cli", "plan", "sft", str(path), *overrides]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [*command, "--devices", devices, "--json"],
+        env=environment | {"TPU_SKIP_MDS_QUERY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_libtpu
+def test_compiles_for_absent_tpus(shapes, tmp_path):
+    done = plan_apart(shapes, tmp_path, "v5e:2x4")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["devices"] == "8 × TPU v5 lite"
+    assert (told["params"], told["optimizer"]) == (PARAMS, adam(PARAMS))
+    assert told["batch"] == TOKENS
+    assert told["temporary"] > 0
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("devices", "overrides", "message"),
+    [
+        ("v5e:3x5", [], r"'v5e:3x5': the TPU compiler knows no such topology .*; try one such as"),
+        ("v5e:2x4", ["data.rows=8192", "data.length=8192"], r"the step does not fit the device: "),
+    ],
+)
+def test_what_the_tpu_compiler_refuses(devices, overrides, message, shapes, tmp_path):
+    done = plan_apart(shapes, tmp_path, devices, *overrides)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr.splitlines()[-1])
