@@ -25,6 +25,7 @@ from jaxalign.models.attention import (
 )
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.lora import LoraConfig
+from jaxalign.models.matmul import project
 from jaxalign.sharding import constrain
 from jaxalign.types import Array, Params
 
@@ -66,7 +67,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, in]` → `[B, T, out]`."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = project(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:
