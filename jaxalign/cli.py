@@ -22,6 +22,8 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    # Without torch, transformers offers tokenizers only, which is all that is wanted of it here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parsed = _parse(arguments)
     try:
         return parsed.run(parsed) or 0

@@ -216,3 +216,14 @@ def test_values_out_of_range_are_refused(params, options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         run(params, **options)
+
+
+def test_a_real_model_writes_the_golden_story(shared):
+    """stories260K: 64 greedy ids from the beginning-of-text token, as another implementation."""
+    from jaxalign.hf import load_pretrained
+
+    model, params = load_pretrained(shared / "data/stories260K/hf")
+    golden = np.load(shared / "data/stories260K/golden.npz")["greedy_from_bos"]
+    prompt = PromptBatch(np.array([[golden[0]]], np.int32), np.array([[True]]), np.array([0]))
+    out = sample(model, params, prompt, jax.random.key(0), max_new_tokens=64, temperature=0.0)
+    np.testing.assert_array_equal(out.tokens[0], golden[1:])
