@@ -97,6 +97,7 @@ _FIGURES = (
     ("sft", "loss/nll", "SFT loss (nats a token)"),
     ("reward", "accuracy", "reward model: pairs ranked right"),
     ("ppo", "objective/scores", "PPO: mean reward-model score"),
+    ("ppo", "objective/scores_std", "PPO: standard deviation of these scores"),
     ("ppo", "objective/kl", "PPO: KL from the SFT model (nats an answer)"),
     ("dpo", "rewards/accuracies", "DPO: pairs ranked right"),
     ("dpo", "rewards/margins", "DPO: margin of implicit rewards"),

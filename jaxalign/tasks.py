@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -249,15 +250,16 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         # The same key every time: differences come from the policy, not from the draw.
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 1)
         sums: dict[str, float] = {}
-        weight = 0
+        scores: list[float] = []
         for number, batch in enumerate(held_out or ()):
             rollout = prepare(jax.random.fold_in(key, number), state, ref_params, batch)
-            answers = int((batch.index >= 0).sum())
+            answered = np.asarray(rollout.valid)
+            scores += np.asarray(rollout.scores)[answered].tolist()
             for name, value in to_floats(ppo.rollout_metrics(rollout)).items():
-                if name.startswith(("objective/", "response/")) and not name.endswith("_std"):
-                    sums[name] = sums.get(name, 0.0) + value * answers
-            weight += answers
-        return {name: value / weight for name, value in sums.items()}
+                if name.startswith(("objective/", "response/")):
+                    sums[name] = sums.get(name, 0.0) + value * int(answered.sum())
+        means = {name: value / len(scores) for name, value in sums.items()}
+        return means | {"objective/scores_std": float(np.std(scores))}
 
     def export(state: TrainState, folder: Any) -> None:
         save_pretrained(loaded.model, state.params["policy"], folder, tokenizer=loaded.tok)
