@@ -20,6 +20,7 @@ FIGURES = {
     ("sft", "SFT loss"): "loss/nll",
     ("reward", "pairs ranked right"): "accuracy",
     ("ppo", "mean reward-model score"): "objective/scores",
+    ("ppo", "standard deviation"): "objective/scores_std",
     ("ppo", "KL from the SFT model"): "objective/kl",
     ("dpo", "pairs ranked right"): "rewards/accuracies",
     ("dpo", "margin"): "rewards/margins",
@@ -30,11 +31,13 @@ HELD_OUT = {
     "ppo": "prompts_heldout",
     "dpo": "preferences_heldout",
 }
+SIZES = ("rows=8", "length=256")
 # One token a byte makes long rows; 8 devices want 8 rows for each of PPO's two mini-batches.
 SMALL = [
     *(f"{stage}.run.steps=2" for stage in STAGES),
-    *(f"{stage}.data.length=256" for stage in ("sft", "reward", "dpo")),
-    "defaults.optimizer.warmup_steps=0",
+    *(f"{stage}.optimizer.warmup_steps=0" for stage in STAGES),
+    *(f"{stage}.data.{size}" for stage in ("sft", "reward", "dpo") for size in SIZES),
+    "ppo.minibatches=2",
     "ppo.data.length=48",
     "ppo.data.rows=16",
     "ppo.ppo.max_new_tokens=6",
