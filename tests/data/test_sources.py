@@ -27,7 +27,7 @@ def test_a_list_a_byte_order_mark_and_gzip(tmp_path):
     rows = [{"prompt": "x"}, {"prompt": "你好"}]
     text = json.dumps(rows, ensure_ascii=False, indent=1)
     plain = _write(tmp_path / "a.json", b"\xef\xbb\xbf" + text.encode())
-    packed = _write(tmp_path / "b.json.gz", gzip.compress(text.encode()))
+    packed = _write(tmp_path / "b.json.gz", gzip.compress(text.encode(), mtime=0))
     for file in (plain, packed):
         expected = [Row(row, f"{file}: row {n}") for n, row in enumerate(rows, start=1)]
         assert read_rows(file) == expected
@@ -69,7 +69,11 @@ def test_folder_glob_list_and_rows(tmp_path):
         ("a.json", '[{"a": 1},\n {"a": 2},\n]', r"a\.json:[23]: malformed JSON"),
         ("a.json", b'[{"a": 1},\n {"a": "\xe4"}]', r"a\.json:2: invalid UTF-8"),
         ("a.json.gz", b"no gzip", r"a\.json\.gz: cannot be read .*check"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-9], r"a\.jsonl\.gz: cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9],
+            r"a\.jsonl\.gz: cannot be read",
+        ),
         ("a.parquet", b"PAR1", r"a\.parquet: got a file of unknown type, wanted \.json"),
     ],
 )
