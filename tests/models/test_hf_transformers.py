@@ -247,3 +247,6 @@ def test_stories260k_exports_the_same_logits(shared, tmp_path):
     save_pretrained(*load_pretrained(shared / "data/stories260K/hf"), tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     np.testing.assert_allclose(torch_logits(theirs, ids[None])[0], want, atol=1e-4, rtol=0)
+    source = transformers.AutoModelForCausalLM.from_pretrained(shared / "data/stories260K/hf")
+    got, origin = torch_logits(theirs, ids[None]), torch_logits(source, ids[None])
+    np.testing.assert_allclose(got, origin, atol=1e-5, rtol=0)
