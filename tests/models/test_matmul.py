@@ -1,0 +1,28 @@
+"""The projection's own backward pass, on the branch of every backend, against numpy."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign.models import matmul
+
+
+@pytest.mark.parametrize("branch", [matmul._on_cpu, matmul._elsewhere])
+def test_gradients_of_each_branch(branch):
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 5), (5, 7), (2, 3, 7)))
+    dx, dkernel = jax.jit(branch)(x, kernel, dy)
+    want = sum(np.outer(x[b, t], dy[b, t]) for b in range(2) for t in range(3))
+    np.testing.assert_allclose(dkernel, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, np.tensordot(dy, kernel, (2, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_is_the_projections():
+    rng = np.random.default_rng(1)
+    x, kernel, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 5), (5, 7), (2, 3, 7)))
+    value, pull = jax.vjp(matmul.project, x, kernel)
+    np.testing.assert_allclose(value, np.tensordot(x, kernel, 1), rtol=1e-5, atol=1e-5)
+    dx, dkernel = pull(dy)
+    np.testing.assert_allclose(dx, np.tensordot(dy, kernel, (2, 1)), rtol=1e-5, atol=1e-5)
+    want = np.tensordot(x, dy, ((0, 1), (0, 1)))
+    np.testing.assert_allclose(dkernel, want, rtol=1e-5, atol=1e-5)
