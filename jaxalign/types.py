@@ -71,6 +71,10 @@ class TokenBatch(NamedTuple):
       segment_ids: int32, 0 on padding, 1, 2, … for the documents of a row. A token attends to
         earlier tokens of its own segment only.
       loss_mask: bool, True where `targets` is trained.
+      branch_ids: int32, which continuation of its segment a token belongs to: 0 for the part that
+        all share, 1, 2, … for continuations of it. A token sees branch 0 and its own. None: rows
+        without branches.
+      source_ids: int32, which source of a mixture a token came from, from 0. None: not recorded.
     """
 
     inputs: Array
@@ -78,6 +82,8 @@ class TokenBatch(NamedTuple):
     positions: Array
     segment_ids: Array
     loss_mask: Array
+    branch_ids: Array | None = None
+    source_ids: Array | None = None
 
 
 class PairBatch(NamedTuple):
@@ -104,6 +110,90 @@ class PairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
+
+
+class SharedPairBatch(NamedTuple):
+    """Preference pairs whose prompt stands in the row once, followed by both answers.
+
+    Segment s (counted from 1) of row b is one pair: its prompt but for the last token in branch 0,
+    then, in branch 1, the prompt's last token and the chosen answer, then, in branch 2, the
+    prompt's last token again and the rejected answer. Both branches have the positions that they
+    would have right after the prompt.
+
+    Attributes:
+      tokens: prompts and answers, with `branch_ids`; `loss_mask` marks both answers.
+      ref_chosen_logps: float32 `[B, S]`, as in `PairBatch`, and so the following.
+      ref_rejected_logps: the same for the rejected answers.
+      margin: float32 `[B, S]`, or None.
+      mask: bool `[B, S]`, which pairs exist.
+    """
+
+    tokens: TokenBatch
+    ref_chosen_logps: Array | None = None
+    ref_rejected_logps: Array | None = None
+    margin: Array | None = None
+    mask: Array | None = None
+
+
+class UnpairedBatch(NamedTuple):
+    """Single answers marked as desirable or not (KTO).
+
+    Attributes:
+      tokens: prompts and answers, one a row, `[B, T]`; `loss_mask` marks the answer.
+      desirable: bool `[B]`.
+      mismatched: the same prompts, each with the answer of another row of the batch: how far the
+        policy has moved from the reference is estimated on them.
+      ref_logps: float32 `[B]`, summed log-probability of the answer under the reference.
+      ref_mismatched_logps: the same for `mismatched`.
+    """
+
+    tokens: TokenBatch
+    desirable: Array
+    mismatched: TokenBatch
+    ref_logps: Array | None = None
+    ref_mismatched_logps: Array | None = None
+
+
+class RankedBatch(NamedTuple):
+    """Several answers to one prompt, in an order of preference.
+
+    Attributes:
+      answers: prompts with answers; every leaf is `[B, K, T]`, one answer a row of the last axis.
+      ranks: float32 `[B, K]`, larger is better; equal ranks say nothing about each other.
+      mask: bool `[B, K]`, which answers exist.
+    """
+
+    answers: TokenBatch
+    ranks: Array
+    mask: Array
+
+
+class GradedBatch(NamedTuple):
+    """Answers with graded scores, such as helpfulness from 0 to 4.
+
+    Attributes:
+      tokens: prompts and answers, one a row, `[B, T]`.
+      scores: float32 `[B, A]`, one column an attribute.
+      mask: bool `[B, A]`, which scores were given.
+    """
+
+    tokens: TokenBatch
+    scores: Array
+    mask: Array
+
+
+class StepBatch(NamedTuple):
+    """Answers whose steps of reasoning are labelled (process rewards).
+
+    Attributes:
+      tokens: prompts and answers, one a row, `[B, T]`.
+      labels: float32 `[B, T]` in [0, 1], at the last token of each step.
+      mask: bool `[B, T]`, True at the last token of each labelled step.
+    """
+
+    tokens: TokenBatch
+    labels: Array
+    mask: Array
 
 
 class PromptBatch(NamedTuple):
