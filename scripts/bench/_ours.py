@@ -118,8 +118,9 @@ def main() -> None:
     reference = params if job.algorithm == "dpo" else None
     del params
     steps = Steps(job, model, tx, state)
-    ended = time.perf_counter()
     start = int(state.step)
+    loaded_peak = peak_mib()
+    ended = time.perf_counter()
     for number, pairs in enumerate(job.batches(start), start + 1):
         batch = pair_batch(pairs, job.row_length, job.packed)
         state, metrics = steps(state, reference, batch)
@@ -137,7 +138,8 @@ def main() -> None:
         chosen, rejected = score(job, model, state.params, load_pairs(job.held_out))
         np.savez(out / "scores.npz", chosen=chosen, rejected=rejected)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    done = {"peak_mib": round(training_peak), "compiles": steps.compiles, "versions": versions}
+    done = {"peak_mib": round(training_peak), "loaded_mib": round(loaded_peak)}
+    done |= {"compiles": steps.compiles, "versions": versions}
     (out / "done.json").write_text(json.dumps(done) + "\n")
 
 

@@ -43,6 +43,13 @@ def dataset(job: Job, pairs: Pairs) -> Dataset:
     return Dataset.from_dict({k: [ids.tolist() for ids in v] for k, v in columns.items()})
 
 
+class Tokenized(DPOTrainer):
+    """A DPOTrainer that takes token ids, as RewardTrainer does; only the tokenizing is left out."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
 class Recorder(TrainerCallback):
     """Writes loss and time of every step as it ends."""
 
@@ -66,32 +73,32 @@ def make_trainer(job: Job, out: pathlib.Path):
     pairs = load_pairs(job.train)
     each = len(pairs.chosen) // job.pairs
     tokens = [pairs.take(i * job.pairs, (i + 1) * job.pairs).tokens for i in range(each)]
-    options = dict(
-        output_dir=str(out / "checkpoints"),
-        per_device_train_batch_size=job.peer_pairs,
-        gradient_accumulation_steps=job.pairs // job.peer_pairs,
-        max_steps=job.steps,
-        train_sampling_strategy="sequential",
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=job.warmup_steps,
-        max_length=job.length,
-        logging_steps=1,
-        save_strategy="steps" if job.checkpoint_every else "no",
-        save_steps=job.checkpoint_every or 1,
-        save_total_limit=1,
+    options = {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": job.peer_pairs,
+        "gradient_accumulation_steps": job.pairs // job.peer_pairs,
+        "max_steps": job.steps,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": job.warmup_steps,
+        "max_length": job.length,
+        "logging_steps": 1,
+        "save_strategy": "steps" if job.checkpoint_every else "no",
+        "save_steps": job.checkpoint_every or 1,
+        "save_total_limit": 1,
         # The fastest setting of the peer, and the precision of ours.
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
-    )
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
     if job.algorithm == "reward":
         trainer_class, config = RewardTrainer, RewardConfig(**options)
     else:
-        trainer_class, config = DPOTrainer, DPOConfig(**options, beta=job.beta)
+        trainer_class, config = Tokenized, DPOConfig(**options, beta=job.beta)
     return trainer_class(
         model=job.model,
         args=config,
@@ -124,13 +131,15 @@ def main() -> None:
     trainer = make_trainer(job, out)
     saved = out / "checkpoints"
     last = trainer_utils.get_last_checkpoint(str(saved)) if saved.exists() else None
+    loaded_peak = peak_mib()
     trainer.train(resume_from_checkpoint=last)
     training_peak = peak_mib()
     if job.held_out is not None:
         chosen, rejected = score(job, trainer, load_pairs(job.held_out))
         np.savez(out / "scores.npz", chosen=chosen, rejected=rejected)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")}
-    done = {"peak_mib": round(training_peak), "versions": versions}
+    done = {"peak_mib": round(training_peak), "loaded_mib": round(loaded_peak)}
+    done |= {"versions": versions}
     (out / "done.json").write_text(json.dumps(done) + "\n")
 
 

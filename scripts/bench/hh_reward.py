@@ -119,7 +119,8 @@ def prepare(arguments: argparse.Namespace) -> Job:
 def compare(work: pathlib.Path, job: Job, sides: dict[str, dict]) -> dict:
     """One row of results."""
     row = {"benchmark": "hh_reward", **machine(), "train": job.steps * job.pairs}
-    row |= {"held_out": len(load_pairs(job.held_out).chosen), "length": job.length, "learning_rate": job.learning_rate}
+    row |= {"held_out": len(load_pairs(str(job.held_out)).chosen), "length": job.length}
+    row |= {"learning_rate": job.learning_rate, "warmup_steps": job.warmup_steps}
     losses, scores = {}, {}
     for side, done in sides.items():
         steps = read_steps(work / side / "steps.jsonl")
