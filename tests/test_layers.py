@@ -36,10 +36,16 @@ LAYERS = {
 # Files that are parts of one room although they are not in a folder.
 PARTS = {
     "gguf_file": "hf",
+    "gguf_header": "hf",
     "safetensors_file": "hf",
     "source": "hf",
     "tokenizer": "hf",
     "masked": "types",
+    "blocks": "hf",
+    "hf_save": "hf",
+    "orbax_folder": "hf",
+    "safetensors_write": "hf",
+    "tensor_table": "hf",
     "abstract": "plan",
     "charts": "report",
     "tasks": "train",
