@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +32,19 @@ _ALIGN = 64  # bytes; arrays aligned like this become arrays of a CPU device wit
 _TILE = 16  # rows turned at a time: a cache line of 2-byte numbers in the result
 
 
+class Scratch(threading.local):
+    """A buffer for each thread, kept: fresh memory costs more than what is copied through it."""
+
+    def __init__(self):
+        self._buffer = np.empty(0, np.uint8)
+
+    def take(self, count: int) -> np.ndarray:
+        """Bytes to write into, uninitialised; the thread's next call takes them back."""
+        if self._buffer.size < count:
+            self._buffer = np.empty(count, np.uint8)
+        return self._buffer[:count]
+
+
 class Source(Protocol):
     """Where tensors are read from."""
 
@@ -38,7 +52,7 @@ class Source(Protocol):
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor that `index` selects; called from several threads."""
+        """The part of a tensor that `index` selects; good until the thread's next call."""
         ...
 
 

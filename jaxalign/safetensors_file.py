@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxalign.blocks import Scratch
 from jaxalign.source import read_json
 
 SINGLE = "model.safetensors"
@@ -64,6 +65,7 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self.problems: dict[str, str] = {}
+        self._scratch = Scratch()
         self._places: dict[str, _Place] = {}
         self._files: dict[int, pathlib.Path] = {}
         try:
@@ -73,10 +75,14 @@ class SafetensorsFolder:
             raise
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor that `index` selects (steps of 1), in the file's dtype."""
+        """The part of a tensor that `index` selects (steps of 1), in the file's dtype.
+
+        The result is good until the same thread reads again.
+        """
         place, shape = self._places[name], self.shapes[name]
         if not shape:
-            return self._bytes(place.file, place.start, place.dtype.itemsize).view(place.dtype)[0]
+            out = self._scratch.take(place.dtype.itemsize)
+            return self._bytes(place.file, place.start, out).view(place.dtype)[0]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         (first, last), *inner = bounds
         row = math.prod(shape[1:]) * place.dtype.itemsize
@@ -85,14 +91,14 @@ class SafetensorsFolder:
             (inner[0][1] - inner[0][0]) * rest >= _SEGMENT
         ):  # fmt: skip
             low, high = inner[0]
-            rows = [
-                self._bytes(place.file, place.start + i * row + low * rest, (high - low) * rest)
-                for i in range(first, last)
-            ]
-            block = np.stack(rows).view(place.dtype).reshape(last - first, high - low, *shape[2:])
+            raw = self._scratch.take((last - first) * (high - low) * rest).reshape(last - first, -1)
+            for i, out in enumerate(raw, first):
+                self._bytes(place.file, place.start + i * row + low * rest, out)
+            block = raw.view(place.dtype).reshape(last - first, high - low, *shape[2:])
             inner[0] = (0, high - low)
         else:
-            raw = self._bytes(place.file, place.start + first * row, (last - first) * row)
+            out = self._scratch.take((last - first) * row)
+            raw = self._bytes(place.file, place.start + first * row, out)
             block = raw.view(place.dtype).reshape(last - first, *shape[1:])
         return block[(slice(None), *(slice(*bound) for bound in inner))]
 
@@ -102,8 +108,8 @@ class SafetensorsFolder:
         while self._files:
             os.close(self._files.popitem()[0])
 
-    def _bytes(self, file: int, start: int, count: int) -> np.ndarray:
-        out = np.empty(count, np.uint8)
+    def _bytes(self, file: int, start: int, out: np.ndarray) -> np.ndarray:
+        count = out.size
         data, done = out.data, 0
         while done < count:
             got = os.preadv(file, [data[done:]], start + done)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.blocks import PIECE, Block, Pool, gather_tensor_piece
+from jaxalign.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
 from jaxalign.models.families.table import Tensor
 from jaxalign.safetensors_file import DTYPES, INDEX, SINGLE
 
@@ -94,7 +94,7 @@ class Writer:
     """One file being written; tensors may come in any order."""
 
     def __init__(self, folder: pathlib.Path, file: File, pool: Pool):
-        self._pool = pool
+        self._pool, self._scratch = pool, Scratch()
         # transformers refuses files that do not say for which framework they were written.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._starts: dict[str, int] = {}
@@ -126,7 +126,8 @@ class Writer:
 
         def one(rows: slice) -> None:
             shape = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
-            out = np.empty(shape, planned.dtype)
+            count = math.prod(shape) * planned.dtype.itemsize
+            out = self._scratch.take(count).view(planned.dtype).reshape(shape)
             if not gather_tensor_piece(tensor, blocks, rows, out):
                 raise ValueError(
                     f"{tensor.name} holds values that {planned.dtype} cannot; save it as bfloat16 "
