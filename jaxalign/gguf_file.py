@@ -17,6 +17,7 @@ import numpy as np
 from jaxalign.gguf_header import Metadata, Tensor, block_size
 from jaxalign.models.attention import rope_frequencies
 from jaxalign.models.base import RopeConfig
+from jaxalign.source import dtypes_to_remember
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -98,6 +99,11 @@ class GGUFFile:
             return np.empty((0, *tensor.shape[1:]), np.float32)[(slice(None), *index[1:])]
         first, last = int(order.min()), int(order.max()) + 1
         return self._rows(tensor, first, last)[order - first][(slice(None), *index[1:])]
+
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:
         """Closes the file."""

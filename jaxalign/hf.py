@@ -27,7 +27,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import Leaf
 from jaxalign.models.heads import Scorer
 from jaxalign.sharding import param_shardings
-from jaxalign.source import SOURCE_DTYPES, dtypes_to_remember, locate, read_json
+from jaxalign.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.tokenizer import load_tokenizer
 from jaxalign.types import Params
 
@@ -72,20 +72,11 @@ def load_pretrained(
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
     path = locate(source, _PATTERNS)
     with contextlib.closing(_open(path)) as file:
-        hf = dict(file.config)
-        if path.is_dir() and (path / GENERATION_FILE).is_file():
-            hf[families.GENERATION] = read_json(path / GENERATION_FILE)
-        hf[SOURCE_DTYPES] = dtypes_to_remember(file.dtypes)
-        try:
-            config = families.config_from_hf(hf)
-            scorer = families.is_scorer(hf)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         if compute_dtype is None:
             compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        base = Decoder(config, compute_dtype=compute_dtype, remat=remat)
-        model = Scorer(base) if scorer else base
+        model = _model(path, file, compute_dtype=compute_dtype, remat=remat)
+        config, scorer = model.config, isinstance(model, Scorer)
         shardings = {}
         if mesh is not None:
             shardings = families.flatten(param_shardings(model.axes, mesh, model.shapes))
@@ -102,6 +93,32 @@ def load_pretrained(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return model, families.unflatten(flat)
+
+
+def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:
+    """A model without its parameters, which are not read.
+
+    Args:
+      source: as for `load_pretrained`.
+
+    Raises:
+      ValueError: nothing there, a config the decoder does not cover, or a damaged file.
+    """
+    path = locate(source, _PATTERNS)
+    with contextlib.closing(_open(path)) as file:
+        return _model(path, file, compute_dtype="float32", remat="none")
+
+
+def _model(path: pathlib.Path, file: Any, **options: Any) -> Decoder | Scorer:
+    hf = dict(file.config)
+    if path.is_dir() and (path / GENERATION_FILE).is_file():
+        hf[families.GENERATION] = read_json(path / GENERATION_FILE)
+    hf[SOURCE_DTYPES] = file.source_dtypes
+    try:
+        base = Decoder(families.config_from_hf(hf), **options)
+        return Scorer(base) if families.is_scorer(hf) else base
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -18,6 +18,7 @@ from jaxalign.models import families
 from jaxalign.models.families import Leaf
 from jaxalign.models.families.table import Tensor
 from jaxalign.models.heads import Scorer
+from jaxalign.orbax_folder import PARAMS
 from jaxalign.safetensors_write import File, Planned, Writer, plan_files, write_index
 from jaxalign.source import SOURCE_DTYPES, read_json
 from jaxalign.types import Params
@@ -38,6 +39,7 @@ _OURS = (
     "additional_chat_templates",
     "vocab.json",
     "merges.txt",
+    PARAMS,
 )
 
 

@@ -8,16 +8,14 @@ hosts: nothing is renamed, turned or converted.
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxalign import distributed
 from jaxalign.models import families
-from jaxalign.source import read_json
+from jaxalign.source import dtypes_to_remember, read_json
 from jaxalign.types import Params
 
 PARAMS = "params"
@@ -91,6 +89,18 @@ class OrbaxFolder:
         except Exception as error:  # Orbax and its store raise errors of many kinds
             raise self._damaged(error) from error
 
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`, by HF name as there."""
+        config = families.config_from_hf(self.config)
+        shapes = {
+            path: jax.ShapeDtypeStruct(s, self.dtypes[path]) for path, s in self._shapes.items()
+        }
+        leaves = families.leaves(config, families.unflatten(shapes))
+        return dtypes_to_remember(
+            {n: self.dtypes[leaf.path] for leaf in leaves for n in leaf.names}
+        )
+
     def close(self) -> None:
         """Lets go of Orbax."""
         self._checkpointer.close()
@@ -114,9 +124,3 @@ def write_params(params: Params, folder: pathlib.Path) -> None:
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), params)
-
-
-def discard(folder: pathlib.Path) -> None:
-    """Removes an unfinished folder; process 0 does it."""
-    if distributed.is_main():
-        shutil.rmtree(folder, ignore_errors=True)

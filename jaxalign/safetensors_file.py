@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxalign.blocks import Scratch
-from jaxalign.source import read_json
+from jaxalign.source import dtypes_to_remember, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,6 +101,11 @@ class SafetensorsFolder:
             raw = self._bytes(place.file, place.start + first * row, out)
             block = raw.view(place.dtype).reshape(last - first, *shape[1:])
         return block[(slice(None), *(slice(*bound) for bound in inner))]
+
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:
         """Closes the files."""

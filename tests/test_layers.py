@@ -48,6 +48,7 @@ PARTS = {
     "tensor_table": "hf",
     "abstract": "plan",
     "charts": "report",
+    "export": "train",
     "tasks": "train",
     "pipeline": "cli",
     "quickstart": "cli",

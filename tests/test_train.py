@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import tasks
+from jaxalign import export, tasks
 from jaxalign import train as loop
 from jaxalign.config import load_config, merge, read_yaml
 from jaxalign.metrics import JsonlWriter
@@ -375,19 +375,19 @@ def test_lora_trains_adapters_only_and_exports_them_merged(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_exported_checkpoint_is_the_runs_own_model(runs, tmp_path, algorithm):
     result = runs(algorithm)
-    assert tasks.export_run(str(result.folder), str(tmp_path / "newest")) == 4
+    assert export.export_run(str(result.folder), str(tmp_path / "newest")).step == 4
     assert chatmodel.weights(tmp_path / "newest") == chatmodel.weights(result.model)
     if algorithm == "sft":
-        assert tasks.export_run(str(result.folder), str(tmp_path / "older"), step=2) == 2
+        assert export.export_run(str(result.folder), str(tmp_path / "older"), step=2).step == 2
         assert chatmodel.weights(tmp_path / "older") != chatmodel.weights(result.model)
 
 
 def test_what_cannot_be_exported_is_named(runs, tmp_path):
     folder = str(runs("sft").folder)
     with pytest.raises(ValueError, match=r"no checkpoint 99 in .*there are: 2, 4"):
-        tasks.export_run(folder, str(tmp_path / "out"), step=99)
+        export.export_run(folder, str(tmp_path / "out"), step=99)
     with pytest.raises(ValueError, match=r"config\.yaml.*no such file"):
-        tasks.export_run(str(tmp_path), str(tmp_path / "out"))
+        export.export_run(str(tmp_path), str(tmp_path / "out"))
 
 
 # Models that do not belong together
