@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny import CONFIG
 
 from jaxalign.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
 from jaxalign.models.families import LLAMA
 from jaxalign.models.families.table import Entry, Part, leaves, tensors
-from tests.tiny import CONFIG
 
 L, E, D, F = 2, 3, 4, 5
 
