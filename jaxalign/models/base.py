@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
-
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -257,9 +256,7 @@ class ScalarModel(Protocol):
         ...
 
 
-def read(
-    model: Any, params: Params, tokens: TokenBatch
-) -> tuple[jax.Array, dict[str, Weighted]]:
+def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dict[str, Weighted]]:
     """Runs a model over a batch: what algorithms call instead of `model.apply`.
 
     Args:

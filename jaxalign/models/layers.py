@@ -126,9 +126,7 @@ class Attention(nnx.Module):
             self.query_norm = make_norm(config, q if self.norm_whole else head_dim)
             self.key_norm = make_norm(config, kv if self.norm_whole else head_dim)
 
-    def project(
-        self, x: jax.Array, rope: Rope | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[B, T, heads, head_dim]`, normalised and rotated."""
         query = self._heads(self.query(x), self.query_norm, rope)
         key = self._heads(self.key(x), self.key_norm, rope)
