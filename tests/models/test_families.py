@@ -219,7 +219,7 @@ OLD = {
         "partial_rotary_factor": 0.5,
         "original_max_position_embeddings": 32,
         "max_position_embeddings": 128,
-        "rope_scaling": {"type": "su", "short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
     },
     "qwen3": {
         "head_dim": 8,

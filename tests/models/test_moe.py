@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.algorithms import sft
 from jaxalign.algorithms.step import init_state
+from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
@@ -140,3 +142,27 @@ def test_a_step_on_a_mesh_compiles_once(params, documents):
     _, second = step(state, batch)
     assert float(second["loss"]) < float(first["loss"])
     assert step.compiles == 1
+
+
+def test_experts_in_one_tensor_are_read_too(params, tmp_path):
+    """As transformers 5 holds them: all experts of a layer, gate and up joined, `[E, out, in]`."""
+    save_pretrained(MODEL, params, tmp_path / "one")
+    found = load_file(tmp_path / "one/model.safetensors")
+    joined = {
+        k.replace("block_sparse_moe", "mlp"): v for k, v in found.items() if "experts" not in k
+    }
+    for layer in range(2):
+        block = f"model.layers.{layer}.block_sparse_moe.experts"
+        each = {
+            w: np.stack([found[f"{block}.{e}.{w}.weight"] for e in range(4)])
+            for w in ("w1", "w2", "w3")
+        }
+        name = f"model.layers.{layer}.mlp.experts"
+        joined[f"{name}.gate_up_proj"] = np.concatenate([each["w1"], each["w3"]], axis=1)
+        joined[f"{name}.down_proj"] = each["w2"]
+    (tmp_path / "joined").mkdir()
+    save_file(joined, tmp_path / "joined/model.safetensors")
+    config = (tmp_path / "one/config.json").read_text()
+    (tmp_path / "joined/config.json").write_text(config)
+    _, again = load_pretrained(tmp_path / "joined")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
