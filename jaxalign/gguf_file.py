@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxalign.gguf_header import Metadata, Tensor, block_size
-from jaxalign.models.attention import rope_frequencies
 from jaxalign.models.base import RopeConfig
+from jaxalign.models.rope import rope_frequencies
 from jaxalign.source import dtypes_to_remember
 
 _TOP = {
