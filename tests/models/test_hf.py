@@ -369,8 +369,8 @@ def test_sources_that_are_not_models(folder, tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="wanted a JSON object"):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "gelu"}))
-    with pytest.raises(ValueError, match=r"model: config\.json: hidden_act='gelu'"):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "odd"}))
+    with pytest.raises(ValueError, match=r"model: config\.json: hidden_act='odd'"):
         load_pretrained(folder)
 
 
