@@ -163,7 +163,7 @@ def _split(content: str) -> tuple[str, str]:
     before, closing, after = content.rpartition(_CLOSE)
     if not closing:
         return "", content.strip()
-    return before.rpartition(_OPEN)[2].strip(), after.strip()
+    return before.strip().removeprefix(_OPEN).strip(), after.strip()
 
 
 def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
@@ -176,6 +176,13 @@ def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
     opened = head.rstrip().endswith(_OPEN)
     at = done.rfind(answer) if answer else -1
     tail = done[at + len(answer) :].rstrip() if at >= 0 else ""
+    if _CLOSE in thought or (start is not None and not thought):
+        raise RowError(
+            chat.origin,
+            "the chat template leaves something out",
+            f"the chat template leaves out a part of what messages[{turn.at}] (assistant) says, "
+            "such as text before a second </think>; correct the row, or pass another chat_template",
+        )
     if not tail or not (thought or opened) or "tool_calls" in chat.messages[turn.at]:
         raise _unmarkable(chat, turn)
     if not opened:
