@@ -287,7 +287,9 @@ def test_adapters_and_rematerialisation_fit_every_family(kind):
     """By shapes only: adapters on every projection that a family has, under a gradient."""
     config = config_from_hf({"model_type": kind, **families.keys(kind)})
     plain = Decoder(config)
-    model = dataclasses.replace(plain, lora=LoraConfig(rank=2), remat="block")
+    model = dataclasses.replace(
+        plain, lora=LoraConfig(rank=2), remat="block", compute_dtype="bfloat16"
+    )
     found, base = flatten(model.shapes), flatten(plain.shapes)
     adapted = {path.rsplit("/", 2)[1] for path in found if path.endswith("lora_a")}
     assert adapted == set(TARGETS) - (set() if config.gated_mlp else {"gate"})
@@ -297,7 +299,8 @@ def test_adapters_and_rematerialisation_fit_every_family(kind):
         for path, model_axes in flatten(model.axes).items()
     )
     ids = jax.ShapeDtypeStruct((2, 8), "int32")
-    grads = jax.eval_shape(jax.grad(lambda p, ids: jnp.sum(model.apply(p, ids))), model.shapes, ids)
+    loss = lambda p, ids: jnp.sum(model.apply(p, ids), dtype="float32")  # noqa: E731
+    grads = jax.eval_shape(jax.grad(loss), model.shapes, ids)
     assert {path: x.shape for path, x in flatten(grads).items()} == {
         path: x.shape for path, x in found.items()
     }
