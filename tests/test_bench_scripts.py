@@ -176,6 +176,34 @@ def test_speed_leaves_out_the_first_steps():
     assert got["memory_ratio"] == 0.5
 
 
+def test_only_pairs_that_differ_are_kept_and_held_out_ones_are_fixed():
+    from polite import polite, split
+
+    rows = [
+        {"instruction": f"Question {i}", "input": "", "chosen": "Kindly.", "rejected": rejected}
+        for i, rejected in enumerate(["No.", "Kindly. ", "Go away.", "Duh."])
+    ]
+    train, held_out, equal = split(rows, 1)
+    assert (len(train), len(held_out), equal) == (2, 1, 1)
+    assert split(rows[::-1], 1) == (train, held_out, equal)  # whatever the order of the file
+    assert polite("I'd be happy to help!")
+    assert not polite("Duh, it's Paris.")
+
+
+def test_the_choice_of_four_is_compared_with_dpo():
+    from polite import choose
+
+    scores = np.array([[0.0, 3.0, 1.0, 0.0], [2.0, 0.0, 1.0, 1.0]])
+    implicit = np.array([[0.0, 1.0, 0.0, -1.0], [0.0, 2.0, 0.0, 0.0]])
+    assert choose(scores, implicit) == {
+        "score_all": 1.0,
+        "score_best": 2.5,
+        "implicit_all": 0.25,
+        "implicit_best": 0.5,
+        "same_choice": 0.5,
+    }
+
+
 @pytest.mark.parametrize("name", ["hh_reward", "loss_curves", "preference_speed", "polite"])
 def test_help_says_what_a_script_wants(name):
     done = subprocess.run(

@@ -2,12 +2,12 @@
 
     PEER=$(bash scripts/bench/_peers.sh trl-1.16.0)
     python scripts/bench/loss_curves.py instruction-data-with-preference.json --peer $PEER \
-        --work FOLDER --random TOKENIZER --model STORIES [--model SMOLLM2] \
+        --work FOLDER --random TOKENIZER --model stories260K=FOLDER \
         --out docs/results/loss_curves.jsonl
 
 The data are pairs of a polite and a rude answer. `--random` adds a random Llama (vocabulary 8192,
-hidden 256, 4 layers) under the given tokenizer, `--model` a model of its own (folder, GGUF file or
-hub id). Both sides get the same weights, token ids, order and hyperparameters, in float32; ours
+hidden 256, 4 layers) under the given tokenizer, `--model` a model (LABEL=folder, GGUF file or hub
+id). Both sides get the same weights, token ids, order and hyperparameters, in float32; ours
 packs its rows, TRL pads them.
 """
 
@@ -31,19 +31,19 @@ from _job import (
 )
 
 
-def prepare(algorithm: str, name: str, arguments: argparse.Namespace) -> tuple[pathlib.Path, Job]:
+def prepare(
+    algorithm: str, label: str, source: str | None, arguments: argparse.Namespace
+) -> tuple[pathlib.Path, Job]:
     """Writes weights, tokens and the job of one comparison."""
     from _start import random_llama, read_pairs, save_start
 
     import jaxalign as ja
 
-    random = name == "random"
-    label = "random-S" if random else pathlib.Path(name).stem
     work = arguments.work.absolute() / f"{label}-{algorithm}"
     work.mkdir(parents=True, exist_ok=True)
-    tok = ja.load_tokenizer(arguments.random if random else name)
+    tok = ja.load_tokenizer(arguments.random if source is None else source)
     if not (work / "start").exists():
-        model, params = random_llama("S") if random else ja.load_pretrained(name)
+        model, params = random_llama("S") if source is None else ja.load_pretrained(source)
         save_start(algorithm, model, params, work / "start", tok)
         template = "chatml" if tok.chat_template is not None else "none"
         pairs: Pairs = read_pairs(arguments.data, tok, arguments.length, template)
@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument("--peer", required=True, help="interpreter of TRL's environment")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
     parser.add_argument("--random", help="tokenizer (at most 8192 words) of a random Llama")
-    parser.add_argument("--model", action="append", default=[], help="may be given several times")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="LABEL=SOURCE", help="may be repeated"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=8, help="of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a side")
@@ -80,19 +82,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()
-    models = (["random"] if arguments.random else []) + arguments.model
-    if not models:
-        parser.error("wanted --random TOKENIZER or --model MODEL")
-    for name in models:
+    models: dict[str, str | None] = {"random-S": None} if arguments.random else {}
+    models |= dict(text.split("=", 1) for text in arguments.model if "=" in text)
+    if not models or len(models) < len(arguments.model):
+        parser.error("wanted --random TOKENIZER or --model LABEL=SOURCE")
+    for label, source in models.items():
         for algorithm in ("dpo", "reward"):
-            work, job = prepare(algorithm, name, arguments)
+            work, job = prepare(algorithm, label, source, arguments)
             pythons = {"ours": sys.executable, "trl": arguments.peer}
             curves, versions = {}, {}
             for side, python in pythons.items():
                 versions |= carry_out(side, python, work, job.threads)["versions"]
                 steps = read_steps(work / side / "steps.jsonl")
                 curves[side] = [round(step["loss"], 7) for step in steps]
-            row = {"benchmark": "loss_curves", "model": work.name, "algorithm": algorithm}
+            row = {"benchmark": "loss_curves", "model": label, "algorithm": algorithm}
             row |= {"max_difference": curve_difference(curves["ours"], curves["trl"])}
             row |= {"steps": job.steps, "pairs": job.pairs, "learning_rate": job.learning_rate}
             row |= {"curves": curves, **machine(), "versions": versions}

@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--shown", type=int, default=6, help="examples in the results")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON line is appended here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
