@@ -216,19 +216,19 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             counts["sft"] = jnp.sum(keep(layout(batch).lengths()[0], mask))
         return counts
 
-    def reference(batch: Pairs, mask: jax.Array) -> list[jax.Array | None]:
+    def reference(batch: Pairs, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         if not config.has_reference:
-            return [None, None]
+            return None, None
         if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
             raise ValueError(
                 "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "
                 "add them with dpo.make_prepare(model)(ref_params, batch)"
             )
-        return [keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)]
+        return keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)
 
     def terms(params: Params, batch: Pairs) -> tuple[dict[str, Array], dict[str, Weighted]]:
         mask = pair_mask(batch)
-        ref = reference(batch, mask)
+        ref_chosen, ref_rejected = reference(batch, mask)
         answers = read_answers(
             model,
             params,
@@ -236,7 +236,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             ld_alpha=config.ld_alpha,
             wpo_weighting=config.wpo_weighting,
         )
-        losses, chosen_rewards, rejected_rewards = config.loss(answers, *ref, mask)
+        losses, chosen_rewards, rejected_rewards = config.loss(
+            answers, ref_chosen, ref_rejected, mask
+        )
         values = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
