@@ -50,7 +50,7 @@ def check_scripts(scripts: Sequence[str] | None) -> None:
             raise ValueError(f"scripts: got {name!r}, wanted some of {', '.join(SCRIPTS)}")
 
 
-def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], Counter[str]]:
+def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int, str]]:
     """Applies the split, the script filter and de-duplication, in this order.
 
     Args:
@@ -58,15 +58,15 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], Counter[
       options: `validation`, `split`, `scripts`, `script_share`, `dedup`, `dedup_threshold`.
 
     Returns:
-      The indices of the examples that stay, and how many were dropped by reason.
+      The indices of the examples that stay, and why the others do not.
     """
     check_scripts(options.scripts)
-    dropped: Counter[str] = Counter()
+    dropped: dict[int, str] = {}
     stay = list(range(len(examples)))
 
     def drop(keep: list[bool], reason: str) -> None:
         nonlocal stay
-        dropped[reason] += keep.count(False)
+        dropped.update((i, reason) for i, kept in zip(stay, keep, strict=True) if not kept)
         stay = [i for i, kept in zip(stay, keep, strict=True) if kept]
 
     if options.validation is not None:
@@ -93,7 +93,7 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], Counter[
         drop(
             [near.add("\n".join(_texts(examples[i]))) for i in stay], "nearly the same as an earlier row"
         )
-    return stay, +dropped
+    return stay, dropped
 
 
 def held_out(keys: Sequence[str], validation: float) -> list[bool]:

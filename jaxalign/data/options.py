@@ -9,6 +9,7 @@ from typing import TypedDict
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
 PACKING = ("best_fit", "wrapped")
+ON_ERROR = ("raise", "drop")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
 
@@ -16,6 +17,7 @@ DEDUP = ("exact", "near")
 class More(TypedDict, total=False):
     """Keyword arguments that every batch function takes; `Options` says what they mean."""
 
+    on_error: str
     keep: str | None
     buckets: Sequence[int] | None
     temperature: float | None
@@ -46,6 +48,8 @@ class Options:
       seed: of the order, in [0, 2³²).
       shuffle: a fresh order in every pass; False keeps the order of the rows.
       chat_template: see `jaxalign.data.resolve_chat_template`.
+      on_error: "raise" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
+        rows out, counted by reason. What makes a whole file unreadable stops either way.
       keep: what stays of a row that is too long. "answer_start": its first `length` tokens, so that
         the answer loses its end. "prompt_end": the prompt loses its start, both sides of a pair the
         same tokens, and a row whose answer alone is too long is dropped. "whole": the row is
@@ -82,6 +86,7 @@ class Options:
     seed: int = 0
     shuffle: bool = True
     chat_template: str | None = None
+    on_error: str = "raise"
     keep: str | None = None
     buckets: Sequence[int] | None = None
     temperature: float | None = None
@@ -118,6 +123,7 @@ class Options:
             raise ValueError(f"seed: got {self.seed}, wanted less than 2**32")
         for name, choices, may_be_none in (
             ("packing", PACKING, True),
+            ("on_error", ON_ERROR, False),
             ("keep", KEEP, True),
             ("split", SPLITS, False),
             ("dedup", DEDUP, True),
