@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from jaxalign.data.branches import shared_rows
-from jaxalign.data.chat import Encoded, encode_conversations, encode_prompts, encode_texts
-from jaxalign.data.examples import Conversation, Preference, Prompt, Text
+from jaxalign.data.chat import Encoded, encode_conversations, encode_prompts
+from jaxalign.data.examples import Conversation, Preference, Prompt, Text, TrainOn
 from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
 from jaxalign.data.options import More, Options, packing_name
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.prepare import Group, Kept, Recipe, Sides
-from jaxalign.data.rows import to_conversation, to_preference, to_prompt
+from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
+from jaxalign.data.sources import Row
 from jaxalign.data.stream import streamed
+from jaxalign.data.texts import encode_texts
+from jaxalign.data.train_on import select
 from jaxalign.types import PairBatch, PromptBatch, SharedPairBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def sft_batches(
     seed: int = 0,
     shuffle: bool = True,
     chat_template: str | None = None,
-    train_on: str = "all",
+    train_on: TrainOn = "all",
     **more: Unpack[More],
 ) -> Batches[TokenBatch]:
     """Conversations and plain texts as token batches.
@@ -82,8 +85,10 @@ def sft_batches(
     )
     entries = entries_of(sources)
 
-    def read(row: Any, columns: Any, form: str | None) -> Sequence[Any]:
-        return [to_conversation(row)]
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Conversation | Text]:
+        if _is_text(row, columns, form):
+            return [to_text(row, columns, form)]
+        return select(to_conversation(row, columns, form), train_on)
 
     def encode(examples: Sequence[Any]) -> tuple[Sides, None]:
         documents: list[Encoded | None] = [None] * len(examples)
@@ -92,7 +97,7 @@ def sft_batches(
             if not which:
                 continue
             if kind is Text:
-                made = encode_texts(tok, [examples[i].text for i in which])
+                made = encode_texts(tok, [examples[i] for i in which])
             else:
                 made = encode_conversations(tok, [examples[i] for i in which], chat_template)
             for i, document in zip(which, made, strict=True):
@@ -160,8 +165,8 @@ def preference_batches(
     pad = pad_id(tok)
     margins: list[tuple[bool, str]] = []  # whether the first row has one, and which row that is
 
-    def read(row: Any, columns: Any, form: str | None) -> Sequence[Preference]:
-        pair = to_preference(row)
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Preference]:
+        pair = to_preference(row, columns, form)
         has = pair.margin is not None
         if not margins:
             margins.append((has, pair.origin))
@@ -255,13 +260,11 @@ def prompt_batches(
         ("keep", options.keep == "answer_start", "'prompt_end' or 'whole': prompts have no answer"),
     ):
         if wrong:
-            raise ValueError(
-                f"{name}: got {getattr(options, name)!r} for prompts, wanted {wanted}"
-            )
+            raise ValueError(f"{name}: got {getattr(options, name)!r} for prompts, wanted {wanted}")
     pad = pad_id(tok)
 
-    def read(row: Any, columns: Any, form: str | None) -> Sequence[Prompt]:
-        return [to_prompt(row)]
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Prompt]:
+        return [to_prompt(row, columns, form)]
 
     def encode(examples: Sequence[Prompt]) -> tuple[Sides, None]:
         prompts = encode_prompts(
@@ -273,9 +276,9 @@ def prompt_batches(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
     ) -> PromptBatch:
         mine = groups[options.part]
-        which: list[Any] = [group[0] if group else None for group in mine]
+        which: list[Any] = [group[0] for group in mine if group]  # empty rows are the last ones
         documents: Any = kept.sides[0]
-        return prompt_rows([d.ids for d in documents], which, len(mine), width, pad)
+        return prompt_rows({i: documents[i].ids for i in which}, which, len(mine), width, pad)
 
     recipe = Recipe("prompt_batches", read, encode, build, prompts=True)
     return load(recipe, entries_of(sources), options, tok)
@@ -315,6 +318,23 @@ def token_builder(entries: Sequence[Entry], pad: int) -> Any:
 def pad_id(tok: PreTrainedTokenizerBase) -> int:
     """The padding token; masks do not depend on it."""
     return 0 if tok.pad_token_id is None else int(tok.pad_token_id)
+
+
+def _is_text(row: Row, columns: Any, form: str | None) -> bool:
+    """Whether a row is plain text rather than a conversation."""
+    if form is not None:
+        return form == "text"
+    names = {*row.data, *(columns if columns is not None else ())}
+    return "text" in names and not names & {"messages", "conversations", *_PROMPTS}
+
+
+_PROMPTS = ("prompt", "instruction", "question")
+
+
+def no_packing(packing: bool, what: str) -> None:
+    """Refuses packing where there is none."""
+    if packing:
+        raise ValueError(f"packing: got {packing!r} for {what}, which are not packed; use False")
 
 
 def _no_wrapping(packing: str | None, what: str) -> str | None:

@@ -71,6 +71,4 @@ def shared_rows(
             segment_ids[row, begin:at] = segment
             if source_ids is not None and sources is not None:
                 source_ids[row, begin:at] = sources[pair]
-    return TokenBatch(
-        inputs, targets, positions, segment_ids, loss_mask, branch_ids, source_ids
-    )
+    return TokenBatch(inputs, targets, positions, segment_ids, loss_mask, branch_ids, source_ids)

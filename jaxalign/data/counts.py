@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-COUNTED = ("read", "kept", "cut", "repeated", "tokens", "trained", "saved", "rows", "room", "share")
+COUNTED = (
+    *("read", "kept", "cut", "repeated", "added", "tokens", "trained", "saved"),
+    *("rows", "room", "share"),
+)
 
 
 class Counts:

@@ -91,7 +91,8 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
     if options.dedup == "near":
         near = NearCopies(options.dedup_threshold)
         drop(
-            [near.add("\n".join(_texts(examples[i]))) for i in stay], "nearly the same as an earlier row"
+            [near.add("\n".join(_texts(examples[i]))) for i in stay],
+            "nearly the same as an earlier row",
         )
     return stay, dropped
 

@@ -54,12 +54,10 @@ def fit(
       What is kept, or why the row is dropped. The first token of a row is predicted by nothing, so
       a row needs a trained token after it.
     """
-    ends = []
-    for document in documents:
-        trained = np.flatnonzero(document.trained)
-        if not trained.size or trained[-1] == 0:
-            return "no token to train"
-        ends.append(int(trained[-1]) + 1)
+    documents = [to_last_answer(document) for document in documents]
+    if not all(document.trained[1:].any() for document in documents):
+        return "no token to train"
+    ends = [len(document.ids) for document in documents]
     apart = branch_point(documents) if shared else 0
     cost = sum(end - apart for end in ends) + apart if shared else max(ends)
     if cost <= length:
@@ -81,7 +79,9 @@ def fit(
     for number, (document, (first, last)) in enumerate(zip(documents, cuts, strict=True)):
         start = 1 if first and bos is not None and document.ids[0] == bos else 0
         ids = _take(document.ids, start, first, last)
-        kept.append(Encoded(ids, _take(_whole_turns(document.trained, start + first), start, first, last)))
+        kept.append(
+            Encoded(ids, _take(_whole_turns(document.trained, start + first), start, first, last))
+        )
         if marks:
             kept_marks.append(_take(marks[number], start, first, last))
     return Fitted(kept, kept_marks, cost > length)
@@ -112,6 +112,20 @@ def branch_point(documents: Sequence[Encoded]) -> int:
         if trained.size:
             common = min(common, int(trained[0]) + 1)
     return max(common - 1, 0)
+
+
+def to_last_answer(document: Encoded) -> Encoded:
+    """Leaves out what a template writes after the last answer, such as a newline.
+
+    A rollout ends with its stop token, so a reward model must learn to read its score there.
+    """
+    if document.trained.size and document.trained[-1]:
+        return document
+    trained = np.flatnonzero(document.trained)
+    if not trained.size:
+        return document
+    end = int(trained[-1]) + 1
+    return Encoded(document.ids[:end], document.trained[:end])
 
 
 def _take(x: np.ndarray, start: int, first: int, last: int) -> np.ndarray:

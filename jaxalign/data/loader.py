@@ -20,7 +20,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options
 from jaxalign.data.order import Chosen, batches_of
-from jaxalign.data.prepare import Group, Kept, Recipe, grouped, prepare, read_examples
+from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, prepare
 from jaxalign.types import PromptBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ class Batches(Generic[Batch]):
         """What was counted.
 
         `read` rows; `kept` rows; `dropped` rows by reason; `cut` rows; `repeated` rows, kept once
-        more to reach a number of rows; `tokens` and `trained` tokens kept; `saved` tokens, those
+        more to reach a number of rows; `added` examples of rows that gave several; `tokens` and `trained` tokens kept; `saved` tokens, those
         of prompts that pairs share; `rows` that they fill (in a pass without mixing); `fill`, the
         part of those rows' positions that holds tokens, in (0, 1]; `share`, rows that a pass over
-        a mixture takes; and under `sources` the same by source. read = kept − repeated + dropped.
+        a mixture takes; and under `sources` the same by source. read + added = kept − repeated + dropped.
         When streaming, of what was given out so far, over all passes.
         """
         counts = self._counts
@@ -88,7 +88,9 @@ class Batches(Generic[Batch]):
     def __len__(self) -> int:
         """Batches in all epochs together."""
         if self._options.streaming:
-            raise TypeError(f"{self._name} with streaming=True has no len(): data is not read ahead")
+            raise TypeError(
+                f"{self._name} with streaming=True has no len(): data is not read ahead"
+            )
         if self._length is None:
             raise TypeError(f"{self._name} with epochs=None goes on forever: it has no len()")
         return self._length
@@ -197,12 +199,10 @@ def in_memory(
     examples: list[Any] = []
     sources: list[int] = []
     for number, entry in enumerate(entries):
-        for made in read_examples(recipe, entry, options, counts):
-            examples += made
-            sources += [number] * len(made)
+        made = Reading(recipe, entry, options).take(None, counts)
+        examples += made if made is not None else []
+        sources += [number] * (len(examples) - len(sources))
     kept = prepare(recipe, examples, sources, entries, options, tok, counts)
-    if not kept.examples:
-        raise ValueError(nothing_left(recipe, options, counts, entries))
     pools, groups, sizes, rows = pools_of(entries, options.temperature), [], [], []
     for pool in pools:
         mine = np.flatnonzero(np.isin(kept.sources, pool)).tolist()
@@ -267,19 +267,6 @@ def fill_rate(batch: Any) -> float:
         elif isinstance(part, tuple):
             todo += part
     return float(full) / room if room else 0.0
-
-
-def nothing_left(
-    recipe: Recipe, options: Options, counts: Counts, entries: Sequence[Entry]
-) -> str:
-    """The message of an error: all rows were dropped."""
-    stats = counts.stats(())
-    names = ", ".join(entry.name for entry in entries)
-    return (
-        f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read "
-        f"from {names}, dropped {stats['dropped']}; length is {options.length}; give a larger "
-        "length, or correct what the reasons name"
-    )
 
 
 def count_rows(

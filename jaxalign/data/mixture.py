@@ -32,6 +32,7 @@ class Source:
         larger than it is comes round more than once. Packed rows count, so that shares are of
         tokens rather than of documents.
       rows: how many of its rows are used, drawn once by the seed; more than there are repeats some.
+        When streaming, its first ones.
       epochs: how often a pass of the mixture goes over it, > 0: 2.0 repeats each row, with 0.5
         every other pass uses a row. Not with weights.
     """

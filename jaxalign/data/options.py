@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypedDict
 
+from jaxalign.data.faults import ON_ERROR, OnError
+
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
 PACKING = ("best_fit", "wrapped")
-ON_ERROR = ("raise", "drop")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
 
@@ -17,7 +18,7 @@ DEDUP = ("exact", "near")
 class More(TypedDict, total=False):
     """Keyword arguments that every batch function takes; `Options` says what they mean."""
 
-    on_error: str
+    on_error: OnError
     keep: str | None
     buckets: Sequence[int] | None
     temperature: float | None
@@ -48,7 +49,7 @@ class Options:
       seed: of the order, in [0, 2³²).
       shuffle: a fresh order in every pass; False keeps the order of the rows.
       chat_template: see `jaxalign.data.resolve_chat_template`.
-      on_error: "raise" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
+      on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
         rows out, counted by reason. What makes a whole file unreadable stops either way.
       keep: what stays of a row that is too long. "answer_start": its first `length` tokens, so that
         the answer loses its end. "prompt_end": the prompt loses its start, both sides of a pair the
@@ -86,7 +87,7 @@ class Options:
     seed: int = 0
     shuffle: bool = True
     chat_template: str | None = None
-    on_error: str = "raise"
+    on_error: OnError = "stop"
     keep: str | None = None
     buckets: Sequence[int] | None = None
     temperature: float | None = None

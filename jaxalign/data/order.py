@@ -89,9 +89,7 @@ def spread(shares: Sequence[int]) -> np.ndarray:
     return pools[np.argsort(places, kind="stable")]
 
 
-def _rows(
-    pools: Sequence[Pool], passes: int | None, seed: int, shuffle: bool
-) -> grain.MapDataset:
+def _rows(pools: Sequence[Pool], passes: int | None, seed: int, shuffle: bool) -> grain.MapDataset:
     """Row numbers over all passes."""
     if len(pools) == 1 and pools[0].rows == pools[0].share:
         data = grain.MapDataset.source(range(pools[0].rows)).seed(seed)

@@ -13,7 +13,7 @@ A document of n tokens takes n positions of a row:
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +30,7 @@ class Piece(NamedTuple):
     end: int
 
 
-def best_fit(
-    lengths: Sequence[int], capacity: int, most: int | None = None
-) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
     """Packs documents into rows by best-fit decreasing.
 
     The longest document first, each into the row that it leaves with the least space; documents
@@ -109,17 +107,17 @@ def wrapped(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
 
 
 def token_rows(
-    documents: Sequence[Encoded],
+    documents: Sequence[Encoded] | Mapping[int, Encoded],
     groups: Sequence[Sequence[int | Piece]],
     rows: int,
     length: int,
     pad_id: int,
-    sources: Sequence[int] | np.ndarray | None = None,
+    sources: Sequence[int] | Mapping[int, int] | np.ndarray | None = None,
 ) -> TokenBatch:
     """Lays documents into rows, padded on the right.
 
     Args:
-      documents: all documents.
+      documents: documents by number.
       groups: which documents, or pieces of them, each row holds, in order; rows beyond them stay
         empty. The last token of a piece has the document's next one as its target.
       rows: B.
@@ -157,12 +155,16 @@ def token_rows(
 
 
 def prompt_rows(
-    prompts: Sequence[np.ndarray], which: Sequence[int], rows: int, length: int, pad_id: int
+    prompts: Sequence[np.ndarray] | Mapping[int, np.ndarray],
+    which: Sequence[int],
+    rows: int,
+    length: int,
+    pad_id: int,
 ) -> PromptBatch:
     """Lays prompts into rows, padded on the left.
 
     Args:
-      prompts: token ids of all prompts, each at most `length`.
+      prompts: token ids of prompts by number, each at most `length`.
       which: the prompt of each row; rows beyond them stay empty (index -1).
       rows: B.
       length: P.

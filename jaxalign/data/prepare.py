@@ -6,6 +6,7 @@ the start or a window at a time; a `Recipe` says what differs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,13 @@ import numpy as np
 from jaxalign.data.branches import shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.counts import Counts
-from jaxalign.data.examples import RowError, Text
+from jaxalign.data.examples import Text
+from jaxalign.data.faults import Faults, read_examples
 from jaxalign.data.filters import sift
-from jaxalign.data.fit import fit, fit_prompt
+from jaxalign.data.fit import fit, fit_prompt, to_last_answer
 from jaxalign.data.mixture import Entry, choose
 from jaxalign.data.options import Options
 from jaxalign.data.packing import Piece, best_fit, wrapped
-from jaxalign.data.sources import Row, iter_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ class Recipe(NamedTuple):
 
     Attributes:
       name: of the function that users call.
-      read: (row, columns, form) → its examples.
+      read: (row, columns, form) → its examples, at least one.
       encode: examples → their documents, one list a side (answers that an example lacks are None),
         and per-token marks of the only side, or None.
       build: (kept, groups, options, width, slots) → the rows of this host.
@@ -76,30 +77,60 @@ class Kept(NamedTuple):
         ]
 
 
-def read_examples(
-    recipe: Recipe, entry: Entry, options: Options, counts: Counts
-) -> Iterator[list[Any]]:
-    """The examples of each row of a source; none where a bad row is passed over.
+class Reading:
+    """The examples of a source, row by row, counted.
 
-    Raises:
-      ValueError: a source that cannot be read; a bad row, unless `options.on_error` is "drop".
+    Args:
+      recipe: whose `read` makes examples of a row.
+      entry: the source.
+      options: of the user: `on_error` says what to do with bad rows.
     """
 
-    def fault(error: RowError) -> None:
-        if options.on_error == "raise":
-            raise error
-        counts.add(entry.name, "read")
-        counts.drop(entry.name, error.reason)
+    def __init__(self, recipe: Recipe, entry: Entry, options: Options):
+        self._faults = Faults(options.on_error)
+        self._entry = entry
+        self._rows = read_examples(
+            entry.what,
+            recipe.read,
+            columns=entry.options.columns,
+            form=entry.options.form,
+            faults=self._faults,
+        )
+        self._told: Counter[str] = Counter()
 
-    for row in iter_rows(entry.what, fault):
-        try:
-            examples = recipe.read(row, entry.options.columns, entry.options.form)
-        except RowError as error:
-            fault(error)
-            continue
-        # A row may give several examples: then each counts, and none of them is lost.
-        counts.add(entry.name, "read", len(examples))
-        yield list(examples)
+    @property
+    def rows(self) -> int:
+        """Rows read so far, bad ones too."""
+        return self._faults.read
+
+    def skip(self, rows: int) -> None:
+        """Passes over rows that were counted before."""
+        while self.rows < rows and next(self._rows, None) is not None:
+            pass
+        self._told = Counter(self._faults.dropped)
+
+    def take(self, rows: int | None, counts: Counts) -> list[Any] | None:
+        """The examples of the next rows (None: of all); None at the end.
+
+        Raises:
+          ValueError: a source that cannot be read; a bad row, unless it is to be dropped.
+        """
+        examples: list[Any] = []
+        before = self.rows
+        added = 0
+        for made in self._rows:
+            examples += made
+            added += len(made) - 1
+            if rows is not None and self.rows - before >= rows:
+                break
+        name = self._entry.name
+        counts.add(name, "read", self.rows - before)
+        counts.add(name, "added", added)
+        dropped = Counter(self._faults.dropped)
+        for reason, number in (dropped - self._told).items():
+            counts.drop(name, reason, number)
+        self._told = dropped
+        return examples if self.rows > before else None
 
 
 def prepare(
@@ -123,7 +154,8 @@ def prepare(
       options: of the user.
       tok: the tokenizer, for its beginning-of-text token.
       counts: is added to.
-      choosing: whether sources with a number of rows give that many of what is sifted.
+      choosing: all data is there: sources with a number of rows give that many of what is sifted,
+        and it is an error if nothing is kept.
     """
     stay = _sifted(examples, sources, entries, options, counts)
     if choosing:
@@ -136,6 +168,7 @@ def prepare(
     sides: Sides = []
     marks: list[np.ndarray] = []
     marked = False
+    lengths: list[int] = []
     for at in _chunks(len(stay), recipe.name):
         which = stay[at : at + _CHUNK]
         encoded, extra = recipe.encode([examples[i] for i in which])
@@ -145,8 +178,13 @@ def prepare(
         for number, i in enumerate(which):
             name = entries[sources[i]].name
             each = [side[number] for side in encoded]
-            documents = [document for document in each if document is not None]
+            documents = [
+                document if recipe.prompts else to_last_answer(document)
+                for document in each
+                if document is not None
+            ]
             longest = max(len(document.ids) for document in documents)
+            lengths.append(longest)
             reason = _wrong_length(longest, options)
             if reason is not None:
                 counts.drop(name, reason)
@@ -181,6 +219,8 @@ def prepare(
             counts.add(name, "kept")
             counts.add(name, "cut", int(lost))
             _count_tokens(counts, name, fitted, recipe.shared)
+    if not kept and choosing:
+        raise ValueError(nothing_left(recipe, options, counts, lengths))
     return Kept(
         [examples[i] for i in kept],
         sides,
@@ -223,6 +263,26 @@ def grouped(
     return (
         [[which[member] for member in row] for row in rows],
         [sum(sizes[member] for member in row) for row in rows],
+    )
+
+
+def nothing_left(
+    recipe: Recipe, options: Options, counts: Counts, lengths: Sequence[int] = ()
+) -> str:
+    """The message of an error: all rows were dropped."""
+    stats = counts.stats(())
+    there = sorted(lengths)
+    told = (
+        ""
+        if not there
+        else (
+            f"; the documents have {there[0]} to {there[-1]} tokens, median {there[len(there) // 2]}"
+        )
+    )
+    return (
+        f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read, "
+        f"dropped {stats['dropped']}{told}, length is {options.length}; give a larger length, or "
+        "correct what the reasons name"
     )
 
 
@@ -274,9 +334,7 @@ def _wrong_length(tokens: int, options: Options) -> str | None:
     return None
 
 
-def _count_tokens(
-    counts: Counts, source: str, documents: Sequence[Encoded], shared: bool
-) -> None:
+def _count_tokens(counts: Counts, source: str, documents: Sequence[Encoded], shared: bool) -> None:
     tokens = sum(len(document.ids) for document in documents)
     if shared:
         once = shared_size(*documents)
