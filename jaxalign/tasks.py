@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxalign import data
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.checkpoint import Checkpoints
@@ -42,6 +41,7 @@ from jaxalign.data import (
     prompt_batches,
     sft_batches,
     stop_token_ids,
+    unpaired_batches,
 )
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
@@ -214,7 +214,7 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
     loaded = _load_policy(config.model, mesh, config.run.seed)
     load = functools.partial(_reference, loaded=loaded, config=config.model, mesh=mesh)
-    batches, held_out = _data(data.unpaired_batches, config, loaded.tok)
+    batches, held_out = _data(unpaired_batches, config, loaded.tok)
     total = _total(config, batches)
     tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches

@@ -33,7 +33,7 @@ from jaxalign.losses.dpo import (
 from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
 from jaxalign.masked import keep, weighted
-from jaxalign.models.base import LanguageModel
+from jaxalign.models.base import LanguageModel, read_counts
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
 
@@ -205,7 +205,7 @@ def make_prepare(
 
 
 def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The DPO loss: a term `preference` weighted by pairs, and `sft` by tokens if there is one."""
+    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms."""
     config = Config() if config is None else config
     sft_weight = config.sft_weight
 
@@ -214,7 +214,7 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
         counts: dict[str, Array] = {"preference": jnp.sum(mask, dtype=jnp.float32)}
         if sft_weight:
             counts["sft"] = jnp.sum(keep(layout(batch).lengths()[0], mask))
-        return counts
+        return counts | read_counts(model, layout(batch).tokens)
 
     def reference(batch: Pairs, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         if not config.has_reference:
@@ -256,6 +256,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             total = weighted(nll(answers.plain_chosen), mask).total
             sums["sft"] = sft_weight * total
             metrics["nll"] = Weighted(jax.lax.stop_gradient(total), tokens)
+        for name, term in answers.extra.items():
+            sums[name] = term.total
+            metrics[name] = jax.lax.stop_gradient(term)
         return sums, metrics
 
     return Loss(count, terms)

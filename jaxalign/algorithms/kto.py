@@ -23,7 +23,7 @@ from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
 from jaxalign.masked import as_bool, keep, masked_sum, weighted
-from jaxalign.models.base import LanguageModel, combine
+from jaxalign.models.base import LanguageModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
@@ -52,11 +52,13 @@ class Config:
         )
 
 
-def answer_logps(model: LanguageModel, params: Params, tokens: TokenBatch) -> jax.Array:
-    """Summed log-probability of each row's answer, float32 `[B]`."""
-    hidden = model.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
+def answer_logps(
+    model: LanguageModel, params: Params, tokens: TokenBatch
+) -> tuple[jax.Array, dict[str, Weighted]]:
+    """Summed log-probability of each row's answer, float32 `[B]`, and the model's own terms."""
+    hidden, extra = read(model, params, tokens)
     logprobs = target_logprobs(model, params, hidden, tokens.targets)
-    return masked_sum(logprobs, tokens.loss_mask, axis=1)
+    return masked_sum(logprobs, tokens.loss_mask, axis=1), extra
 
 
 def make_prepare(
@@ -79,11 +81,11 @@ def make_prepare(
     ) -> tuple[jax.Array, jax.Array]:
         exists = jnp.any(as_bool(batch.mismatched.loss_mask), axis=1)
         kl = kl_estimate(
-            answer_logps(model, policy, batch.mismatched),
-            answer_logps(other, ref_params, batch.mismatched),
+            answer_logps(model, policy, batch.mismatched)[0],
+            answer_logps(other, ref_params, batch.mismatched)[0],
             exists,
         )
-        return answer_logps(other, ref_params, batch.tokens), jnp.full(exists.shape, kl)
+        return answer_logps(other, ref_params, batch.tokens)[0], jnp.full(exists.shape, kl)
 
     def prepare(state: TrainState, ref_params: Params, batch: UnpairedBatch) -> UnpairedBatch:
         mesh = mesh_of(ref_params)
@@ -97,14 +99,15 @@ def make_prepare(
 
 
 def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The KTO loss, one term `kto` weighted by answers."""
+    """The KTO loss: `kto` weighted by answers, and the model's own terms."""
     config = Config() if config is None else config
 
     def exists(batch: UnpairedBatch) -> jax.Array:
         return jnp.any(as_bool(batch.tokens.loss_mask), axis=1)
 
     def count(batch: UnpairedBatch) -> dict[str, Array]:
-        return {"kto": jnp.sum(exists(batch), dtype=jnp.float32)}
+        answers = jnp.sum(exists(batch), dtype=jnp.float32)
+        return {"kto": answers, **read_counts(model, batch.tokens)}
 
     def terms(params: Params, batch: UnpairedBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
         if batch.ref_logps is None or batch.kl is None:
@@ -113,7 +116,7 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
                 "kto.make_prepare(model)(state, ref_params, batch)"
             )
         mask = exists(batch)
-        logps = answer_logps(model, params, batch.tokens)
+        logps, extra = answer_logps(model, params, batch.tokens)
         kl = keep(batch.kl, mask)
         losses, rewards = kto_loss(
             logps,
@@ -134,7 +137,11 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             "logps/rejected": weighted(logps, bad),
             "kl": weighted(kl, mask),
         }
-        return {"kto": weighted(losses, mask).total}, metrics
+        sums: dict[str, Array] = {"kto": weighted(losses, mask).total}
+        for name, term in extra.items():
+            sums[name] = term.total
+            metrics[name] = jax.lax.stop_gradient(term)
+        return sums, metrics
 
     return Loss(count, terms)
 
