@@ -181,7 +181,7 @@ def read_answers(
 def _ranks(where: Layout) -> jax.Array:
     """Which token of its answer each one is, from 1; anything outside the answers."""
     ids = jnp.arange(1, where.count + 1, dtype=jnp.int32)
-    member = where.answers[:, :, None] == ids
+    member = where.answers[:, :, None] == ids[None, None, :]
     return jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=2)
 
 
