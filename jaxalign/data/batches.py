@@ -195,7 +195,8 @@ def preference_batches(
         for row, group in enumerate(mine):
             mask[row, : len(group)] = True
             if given:
-                margin[row, : len(group)] = [kept.examples[i].margin for i in group]
+                pairs: Any = group
+                margin[row, : len(group)] = [kept.examples[i].margin for i in pairs]
         sources = kept.sources if len(entries) > 1 else None
         layout: Any = (mine, len(mine), width, pad, sources)
         sides: Any = kept.sides

@@ -199,7 +199,7 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
 
 
 def choose(count: int, wanted: int, key: Sequence[int]) -> list[int]:
-    """`wanted` of `count` rows, drawn by a key, in their order; more than there are repeats some."""
+    """`wanted` of `count` rows, drawn by a key, in their order; more than `count` repeats some."""
     whole, rest = divmod(wanted, count)
     drawn = np.random.default_rng(list(key)).permutation(count)[:rest]
     return sorted([*list(range(count)) * whole, *drawn.tolist()])

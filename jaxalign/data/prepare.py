@@ -253,8 +253,8 @@ def grouped(
         for i in which:
             if not isinstance(kept.examples[i], Text):
                 raise ValueError(
-                    f"packing: got 'wrapped' with {kept.examples[i].origin}, which is no plain text: "
-                    "an answer would be cut from its prompt; use 'best_fit'"
+                    f"packing: got 'wrapped' with {kept.examples[i].origin}, which is no plain "
+                    "text: an answer would be cut from its prompt; use 'best_fit'"
                 )
         pieces = wrapped(sizes, options.length)
         rows = [[p._replace(document=which[p.document]) for p in row] for row in pieces]
@@ -272,13 +272,10 @@ def nothing_left(
     """The message of an error: all rows were dropped."""
     stats = counts.stats(())
     there = sorted(lengths)
-    told = (
-        ""
-        if not there
-        else (
-            f"; the documents have {there[0]} to {there[-1]} tokens, median {there[len(there) // 2]}"
-        )
-    )
+    told = ""
+    if there:
+        middle = there[len(there) // 2]
+        told = f"; the documents have {there[0]} to {there[-1]} tokens, median {middle}"
     return (
         f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read, "
         f"dropped {stats['dropped']}{told}, length is {options.length}; give a larger length, or "

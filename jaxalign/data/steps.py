@@ -39,7 +39,7 @@ def step_ends(tok: PreTrainedTokenizerBase, document: Encoded, steps: Sequence[s
     if seen is None:
         # A token may hold part of a character: decode what is there up to each token instead.
         def solid_up_to(count: int) -> int:
-            return _solid(tok.decode(ids[:count], skip_special_tokens=True).rstrip("\ufffd"))
+            return _solid(str(tok.decode(ids[:count], skip_special_tokens=True)).rstrip("\ufffd"))
 
         ends = [
             bisect.bisect_left(range(1, len(ids) + 1), total, key=solid_up_to) for total in wanted
