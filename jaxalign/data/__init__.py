@@ -15,6 +15,8 @@ from jaxalign.data.chat import (
     encode_conversations,
     encode_prompt,
     encode_prompts,
+    encode_texts,
+    encode_training,
     resolve_chat_template,
     stop_token_ids,
 )
@@ -45,11 +47,13 @@ from jaxalign.data.rows import (
     to_unpaired,
 )
 from jaxalign.data.sources import Row, iter_rows, read_rows
+from jaxalign.data.steps import EncodedSteps, encode_steps
 
 __all__ = [
     "Batches",
     "Conversation",
     "Encoded",
+    "EncodedSteps",
     "Faults",
     "Graded",
     "Options",
@@ -66,6 +70,9 @@ __all__ = [
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",
+    "encode_steps",
+    "encode_texts",
+    "encode_training",
     "graded_batches",
     "iter_rows",
     "preference_batches",
