@@ -33,8 +33,10 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "thai": ((0xE00, 0xE7F),),
     "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xA960, 0xA97F), (0xAC00, 0xD7FF)),
     "kana": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F)),
-    "han": ((0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF))
-    + ((0xF900, 0xFAFF), (0x20000, 0x323AF)),
+    "han": (
+        *((0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF)),
+        *((0xF900, 0xFAFF), (0x20000, 0x323AF)),
+    ),
 }
 """Writing systems by ranges of code points (Unicode 16 blocks). Chinese is `han`, Japanese `han`
 and `kana`, Korean `hangul`."""
@@ -90,10 +92,8 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
         drop(keep, "the same as an earlier row")
     if options.dedup == "near":
         near = NearCopies(options.dedup_threshold)
-        drop(
-            [near.add("\n".join(_texts(examples[i]))) for i in stay],
-            "nearly the same as an earlier row",
-        )
+        keep = [near.add("\n".join(_texts(examples[i]))) for i in stay]
+        drop(keep, "nearly the same as an earlier row")
     return stay, dropped
 
 

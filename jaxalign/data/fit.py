@@ -78,10 +78,9 @@ def fit(
     kept, kept_marks = [], []
     for number, (document, (first, last)) in enumerate(zip(documents, cuts, strict=True)):
         start = 1 if first and bos is not None and document.ids[0] == bos else 0
-        ids = _take(document.ids, start, first, last)
-        kept.append(
-            Encoded(ids, _take(_whole_turns(document.trained, start + first), start, first, last))
-        )
+        trained = _whole_turns(document.trained, start + first)
+        ids, trained = (_take(x, start, first, last) for x in (document.ids, trained))
+        kept.append(Encoded(ids, trained))
         if marks:
             kept_marks.append(_take(marks[number], start, first, last))
     return Fitted(kept, kept_marks, cost > length)

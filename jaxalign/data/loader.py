@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -74,11 +75,12 @@ class Batches(Generic[Batch]):
         """What was counted.
 
         `read` rows; `kept` rows; `dropped` rows by reason; `cut` rows; `repeated` rows, kept once
-        more to reach a number of rows; `added` examples of rows that gave several; `tokens` and `trained` tokens kept; `saved` tokens, those
-        of prompts that pairs share; `rows` that they fill (in a pass without mixing); `fill`, the
-        part of those rows' positions that holds tokens, in (0, 1]; `share`, rows that a pass over
-        a mixture takes; and under `sources` the same by source. read + added = kept − repeated + dropped.
-        When streaming, of what was given out so far, over all passes.
+        more to reach a number of rows; `added` examples of rows that gave several; `tokens` and
+        `trained` tokens kept; `saved` tokens, those of prompts that pairs share; `rows` that they
+        fill (in a pass without mixing); `fill`, the part of those rows' positions that holds
+        tokens, in (0, 1]; and under `sources` the same by source, with its `share`, the rows that
+        a pass over a mixture takes. read + added + repeated = kept + dropped. When streaming, of
+        the windows that were begun, over all passes.
         """
         counts = self._counts
         if counts is None:
@@ -88,9 +90,7 @@ class Batches(Generic[Batch]):
     def __len__(self) -> int:
         """Batches in all epochs together."""
         if self._options.streaming:
-            raise TypeError(
-                f"{self._name} with streaming=True has no len(): data is not read ahead"
-            )
+            raise TypeError(f"{self._name} with streaming=True has no len(): it reads as it goes")
         if self._length is None:
             raise TypeError(f"{self._name} with epochs=None goes on forever: it has no len()")
         return self._length
@@ -100,11 +100,12 @@ class Batches(Generic[Batch]):
             self.close()
         else:
             self._announce()
-        self._iterator = iter(self._data)
+        iterator: Any = iter(self._data)
+        self._iterator = _Running(iterator, self._announce) if self._options.streaming else iterator
         if self._start is not None:
             self._iterator.set_state(self._start)
             self._start = None
-        return _Told(self._iterator, self._announce) if self._options.streaming else self._iterator
+        return self._iterator
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch given out, as JSON-able data."""
@@ -136,14 +137,11 @@ class Batches(Generic[Batch]):
         self._start = dict(state["position"])
 
     def close(self) -> None:
-        """Ends the thread that makes batches ahead. `iter()` starts anew."""
-        if self._iterator is None:
-            return
-        if self._options.streaming:
+        """Ends the thread that makes batches ahead, and closes files; `iter()` starts anew."""
+        if isinstance(self._iterator, _Running):
             self._announce()
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        if self._iterator is not None:
+            self._iterator.close()
 
     def _announce(self) -> None:
         """Prints what was cut and dropped, once."""
@@ -177,18 +175,39 @@ class Batches(Generic[Batch]):
         return text
 
 
-class _Told(Iterator[Any]):
-    """An iterator at whose end something is said."""
+class _Running(Iterator[Any]):
+    """A grain iterator with a thread: something is said at its end, and it ends before Python."""
 
-    def __init__(self, iterator: Iterator[Any], say: Callable[[], None]):
-        self._iterator, self._say = iterator, say
+    def __init__(self, iterator: Any, say: Callable[[], None]):
+        self._say = say
+        self._last: Any = None
+        self._box = [iterator]
+        # grain's iterators close themselves, but fail at it once Python takes modules apart.
+        weakref.finalize(self, _end, self._box)
 
     def __next__(self) -> Any:
+        if not self._box:
+            raise ValueError("these batches were closed; call iter() again")
         try:
-            return next(self._iterator)
+            return next(self._box[0])
         except StopIteration:
             self._say()
             raise
+
+    def get_state(self) -> Any:
+        return self._box[0].get_state() if self._box else self._last
+
+    def set_state(self, state: Any) -> None:
+        self._box[0].set_state(state)
+
+    def close(self) -> None:
+        self._last = self.get_state()
+        _end(self._box)
+
+
+def _end(box: list[Any]) -> None:
+    while box:
+        box.pop().close()
 
 
 def in_memory(
