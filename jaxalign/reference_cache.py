@@ -25,7 +25,7 @@ from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
 
-_WEIGHTS = ("*.safetensors", "*.gguf", "config.json")
+_WEIGHTS = ("*.safetensors", "*.gguf", "params/**/*")
 REMEDY = "give another folder in reference_cache, or delete this one to have it made anew"
 """What to do about a cache that does not fit."""
 
@@ -178,14 +178,19 @@ def _document(side: TokenBatch, row: int, segment: int | None, branch: int) -> b
 
 def weights_digest(source: str) -> str:
     """SHA-256 of a model's files: weights and shape, byte for byte, without loading them."""
-    path = locate(source, _WEIGHTS)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for pattern in _WEIGHTS for file in path.glob(pattern))
+    path = locate(source, (*_WEIGHTS, "config.json"))
+    if path.is_file():
+        named = {"": path}
+    else:
+        files = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
+        if not files:
+            raise ValueError(f"{path}: no weights; wanted one of {', '.join(_WEIGHTS)}")
+        named = {file.relative_to(path).as_posix(): file for file in files}
+        named["config.json"] = path / "config.json"
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() if path.is_dir() else b"")
-        with file.open("rb") as opened:
+    for name in sorted(named):
+        digest.update(name.encode())
+        with named[name].open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 

@@ -452,7 +452,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 READERS = {
     # Class → the files that read it, and the names under which they hold it.
-    configs.ModelConfig: (("tasks.py",), {"config", "model"}),
+    configs.ModelConfig: (("tasks.py", "export.py"), {"config", "model"}),
     configs.DataConfig: (("tasks.py",), {"data"}),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("tasks.py",), {"mesh"}),

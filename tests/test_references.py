@@ -13,7 +13,8 @@ from jaxalign import references, tasks
 from jaxalign import train as loop
 from jaxalign.algorithms.reference import FollowState, ReferenceSync, follow
 from jaxalign.config import load_config, merge
-from jaxalign.reference_cache import ReferenceCache, pair_keys
+from jaxalign.export import export_run
+from jaxalign.reference_cache import ReferenceCache, pair_keys, weights_digest
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -127,6 +128,25 @@ def test_another_tokenizer_is_refused():
     assert digest(one) == digest(chatmodel.make_tokenizer()) != digest(other)
 
 
+def test_every_byte_of_a_models_weights_counts(tmp_path):
+    """Safetensors in a folder, or an Orbax checkpoint in one; the rest of the folder does not."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weights"):
+        weights_digest(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    seen = [weights_digest(str(tmp_path))]
+    (tmp_path / "README.md").write_text("new")
+    assert weights_digest(str(tmp_path)) == seen[0]
+    (tmp_path / "model.safetensors").write_bytes(b"abd")
+    seen.append(weights_digest(str(tmp_path)))
+    (tmp_path / "params" / "d").mkdir(parents=True)
+    (tmp_path / "params" / "d" / "chunk").write_bytes(b"1")
+    seen.append(weights_digest(str(tmp_path)))
+    (tmp_path / "params" / "d" / "chunk").write_bytes(b"2")
+    seen.append(weights_digest(str(tmp_path)))
+    assert len(set(seen)) == 4
+
+
 def test_a_damaged_cache_is_refused(tmp_path):
     fingerprint = {"model": "a"}
     assert ReferenceCache.load(tmp_path, fingerprint) is None
@@ -227,7 +247,7 @@ def test_a_synced_run_follows_and_resumes_exactly(chat_models, tmp_path):
     run("dpo", chat_models, tmp_path / "cut", changes, steps=3)
     cut = config("dpo", chat_models, tmp_path / "cut", changes, steps=4, resume=True)
     assert loop.train(cut).history == whole.history[3:]
-    assert tasks.export_run(str(tmp_path / "cut"), str(tmp_path / "model")) == 4
+    assert export_run(str(tmp_path / "cut"), str(tmp_path / "model")).step == 4
 
 
 def test_another_models_weights_can_follow_and_start_as_they_are(

@@ -5,9 +5,20 @@ import doctest
 import pytest
 
 from jaxalign import masked
-from jaxalign.losses import divergence, dpo, forms, kto, ppo, reference_free, reward, sft, tokens
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    forms,
+    kto,
+    ppo,
+    reference_free,
+    reward,
+    router,
+    sft,
+    tokens,
+)
 
-MODULES = [masked, sft, reward, dpo, forms, divergence, tokens, reference_free, kto, ppo]
+MODULES = [masked, sft, reward, dpo, forms, divergence, tokens, reference_free, kto, ppo, router]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
