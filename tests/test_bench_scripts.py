@@ -37,7 +37,7 @@ def a_job(**changes):
         "pairs": 2,
         "length": 8,
         "peer_pairs": 2,
-        "packed": True,
+        "layout": "packed",
         "row_length": 8,
         "learning_rate": 1e-3,
         "warmup_steps": 1,
@@ -57,14 +57,14 @@ def test_pairs_survive_their_file(tmp_path):
     assert loaded.tokens == 18
 
 
-def test_a_job_hands_out_whole_batches_in_order_and_begins_again(tmp_path):
+def test_a_job_hands_out_whole_updates_in_order(tmp_path):
     from _job import save_pairs
 
     save_pairs(tmp_path / "pairs.npz", some_pairs())
-    job = a_job(train=str(tmp_path / "pairs.npz"), pairs=1, steps=4)
-    firsts = [batch.chosen[0][0] for batch in job.batches()]
-    assert firsts == [5, 9, 11, 5]
-    assert [batch.chosen[0][0] for batch in job.batches(2)] == [11, 5]
+    train = str(tmp_path / "pairs.npz")
+    assert [u.chosen[0][0] for u in a_job(train=train, pairs=1).updates()] == [5, 9, 11]
+    # The third pair makes no whole update of two.
+    assert [len(u.chosen) for u in a_job(train=train, pairs=2).updates()] == [2]
 
 
 def test_a_folder_takes_one_job_only(tmp_path):
@@ -103,10 +103,18 @@ def test_curves_of_different_length_are_not_compared():
         curve_difference([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
-def test_packed_pairs_keep_their_row_and_segment():
-    from _ours import pair_batch
+def the_updates(tmp_path, **changes):
+    from _job import save_pairs
+    from _ours import make_batch, updates
 
-    batch = pair_batch(some_pairs(), 8, packed=True)
+    save_pairs(tmp_path / "pairs.npz", some_pairs())
+    job = a_job(train=str(tmp_path / "pairs.npz"), **changes)
+    plan = updates(job)
+    return [make_batch(update, job) for update in plan], [update.tokens for update in plan]
+
+
+def test_packed_pairs_keep_their_row_and_segment(tmp_path):
+    (batch,), tokens = the_updates(tmp_path, pairs=3)
     # The longer sides have 4, 4 and 3 tokens: the first two share a row of 8.
     assert batch.chosen.inputs.shape == (2, 8)
     assert batch.mask.tolist() == [[True, True, False], [True, False, False]]
@@ -115,14 +123,31 @@ def test_packed_pairs_keep_their_row_and_segment():
     assert batch.rejected.segment_ids[0].tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
     # Trained are the tokens after the prompt: of the first pair (prompt 2) the targets 7, 8.
     assert batch.chosen.loss_mask[0].tolist() == [False, True, True, False, True] + [False] * 3
+    assert tokens == [18]
 
 
-def test_padded_pairs_are_a_row_each():
-    from _ours import pair_batch
-
-    batch = pair_batch(some_pairs(), 4, packed=False)
+def test_padded_pairs_are_a_row_each(tmp_path):
+    (batch,), _ = the_updates(tmp_path, pairs=3, layout="rows", row_length=4)
     assert batch.mask is None
     assert batch.rejected.segment_ids.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_pooled_pairs_make_as_many_updates_of_one_shape(tmp_path):
+    batches, tokens = the_updates(tmp_path, pairs=1, layout="pooled", row_length=8)
+    # Two rows in all (4 + 4 and 3), three updates wished for: one row each, none for the third.
+    assert [batch.chosen.inputs.shape for batch in batches] == [(1, 8), (1, 8)]
+    assert [batch.mask.tolist() for batch in batches] == [[[True, True]], [[True, False]]]
+    assert tokens == [4 + 2 + 3 + 4, 3 + 2]
+
+
+def test_shared_prompts_stand_once(tmp_path):
+    (batch,), tokens = the_updates(tmp_path, pairs=3, shared=True, row_length=16)
+    # p p' c c' p' r: prompt 5 6 is held once but for its last token, which both answers follow.
+    row = batch.tokens.inputs[batch.tokens.segment_ids > 0].tolist()
+    assert len(row) == 18 - 1  # the other two prompts are of one token, which both answers need
+    assert sorted(row) == sorted([5, 6, 7, 8, 6, 20, 9, 10, 9, 21, 22, 23, 11, 12, 13, 11, 12])
+    assert int(batch.tokens.loss_mask.sum()) == 10
+    assert tokens == [18]
 
 
 def test_hh_split_is_fixed_and_keeps_the_end(tmp_path):

@@ -19,7 +19,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,10 @@ class Job:
       pairs: pairs of an update.
       length: longest side, in tokens.
       peer_pairs: pairs that the peer computes at a time; divides `pairs`.
-      packed: ours: several pairs share a row.
+      layout: ours: "rows", a pair a row; "packed", the pairs of an update packed; "pooled", all
+        pairs packed together and cut into as many updates as they make, each of one shape: which
+        pairs meet in an update is then another matter than at the peer.
+      shared: ours: both answers of a pair follow one copy of their prompt, in one row.
       row_length: ours: tokens of a row.
       row_group: ours: rows computed at a time; 0 for all.
       learning_rate: peak.
@@ -99,7 +102,8 @@ class Job:
     pairs: int
     length: int
     peer_pairs: int
-    packed: bool
+    layout: str
+    shared: bool = False
     row_length: int
     row_group: int = 0
     learning_rate: float
@@ -108,13 +112,11 @@ class Job:
     checkpoint_every: int = 0
     threads: int = 2
 
-    def batches(self, start: int = 0) -> Iterator[Pairs]:
-        """The pairs of every update from number `start` on."""
+    def updates(self) -> list[Pairs]:
+        """The pairs of each update in one pass over the data, and again from the first."""
         data = load_pairs(self.train)
-        each = len(data.chosen) // self.pairs
-        for step in range(start, self.steps):
-            at = step % each * self.pairs
-            yield data.take(at, at + self.pairs)
+        starts = range(0, len(data.chosen) - self.pairs + 1, self.pairs)
+        return [data.take(at, at + self.pairs) for at in starts]
 
 
 def write_job(folder: pathlib.Path, job: Job) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,36 +17,77 @@ from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 import jaxalign as ja
 from jaxalign import dpo, reward
 from jaxalign.checkpoint import Checkpoints
+from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
 
 
-def pair_batch(pairs: Pairs, length: int, packed: bool, rows: int | None = None) -> ja.PairBatch:
-    """Pairs as a batch of numpy arrays.
+class Update(NamedTuple):
+    """Which pairs an update takes, and how they lie in rows.
 
-    Args:
-      pairs: the pairs, each side at most `length` tokens.
-      length: tokens of a row.
-      packed: pairs share rows, best fit; else one a row.
-      rows: how many rows; by default as many as the pairs need.
+    Attributes:
+      pairs: to choose from.
+      groups: the pairs of each row.
+      rows: how many rows the batch has; those beyond the groups stay empty.
+      slots: the most pairs that any row may hold.
     """
-    longer = [max(len(c), len(r)) for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]
-    groups = best_fit(longer, length) if packed else [[i] for i in range(len(longer))]
-    rows = len(groups) if rows is None else rows
 
-    def side(ids: list[np.ndarray]) -> ja.TokenBatch:
-        documents = [
-            Encoded(row, np.arange(len(row)) >= prompt)
-            for row, prompt in zip(ids, pairs.prompts, strict=True)
+    pairs: Pairs
+    groups: list[list[int]]
+    rows: int
+    slots: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its pairs, both sides."""
+        which = [pair for group in self.groups for pair in group]
+        return sum(len(self.pairs.chosen[i]) + len(self.pairs.rejected[i]) for i in which)
+
+
+def documents(pairs: Pairs) -> list[list[Encoded]]:
+    """Both sides of all pairs; what follows the prompt is trained."""
+    return [
+        [
+            Encoded(ids, np.arange(len(ids)) >= prompt)
+            for ids, prompt in zip(side, pairs.prompts, strict=True)
         ]
-        return token_rows(documents, groups, rows, length, 0)
+        for side in (pairs.chosen, pairs.rejected)
+    ]
 
-    mask = None
-    if packed:
-        # As wide as if all pairs shared a row, so that it is of one shape in every batch.
-        sizes = np.array([len(group) for group in groups] + [0] * (rows - len(groups)))
-        mask = np.arange(len(longer))[None] < sizes[:, None]
-    return ja.PairBatch(side(pairs.chosen), side(pairs.rejected), mask=mask)
+
+def updates(job: Job) -> list[Update]:
+    """The updates of one pass over the data."""
+
+    def groups(pairs: Pairs) -> list[list[int]]:
+        if job.layout == "rows":
+            return [[i] for i in range(len(pairs.chosen))]
+        both = zip(*documents(pairs), strict=True)
+        size = shared_size if job.shared else lambda c, r: max(len(c.ids), len(r.ids))
+        return best_fit([size(c, r) for c, r in both], job.row_length)
+
+    parts = job.updates()
+    if job.layout != "pooled":
+        laid = [groups(pairs) for pairs in parts]
+        # Room for all pairs in one row, so that batches of as many rows have one shape.
+        slots = 1 if job.layout == "rows" else job.pairs
+        return [Update(pairs, g, len(g), slots) for pairs, g in zip(parts, laid, strict=True)]
+    pairs = load_pairs(job.train).take(0, len(parts) * job.pairs)
+    laid = groups(pairs)
+    rows = math.ceil(len(laid) / len(parts))
+    slots = max(map(len, laid))
+    return [Update(pairs, laid[at : at + rows], rows, slots) for at in range(0, len(laid), rows)]
+
+
+def make_batch(update: Update, job: Job) -> ja.PairBatch | ja.SharedPairBatch:
+    """The numpy batch of an update."""
+    sides = documents(update.pairs)
+    sizes = np.array([len(g) for g in update.groups] + [0] * (update.rows - len(update.groups)))
+    mask = np.arange(update.slots)[None] < sizes[:, None]
+    layout = (update.groups, update.rows, job.row_length, 0)
+    if job.shared:
+        return ja.SharedPairBatch(shared_rows(*sides, *layout), mask=mask)
+    chosen, rejected = (token_rows(side, *layout) for side in sides)
+    return ja.PairBatch(chosen, rejected, mask=None if job.layout == "rows" else mask)
 
 
 class Steps:
@@ -56,8 +98,8 @@ class Steps:
         self._compiled: dict[int, Any] = {}
         self._prepare = dpo.make_prepare(model) if job.algorithm == "dpo" else None
 
-    def __call__(self, state: ja.TrainState, reference: Any, batch: ja.PairBatch):
-        rows = batch.chosen.inputs.shape[0]
+    def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
+        rows = jax.tree.leaves(batch)[0].shape[0]
         if rows not in self._compiled:
             parts = rows // self._job.row_group if self._job.row_group else 1
             if self._job.algorithm == "reward":
@@ -85,13 +127,13 @@ def score(job: Job, scorer: Any, params: Any, pairs: Pairs) -> tuple[np.ndarray,
     sides = []
     for ids in (pairs.chosen, pairs.rejected):
         scores = np.empty(len(ids), np.float32)
-        documents = [Encoded(row, np.ones(len(row), bool)) for row in ids]
+        texts = [Encoded(row, np.ones(len(row), bool)) for row in ids]
         # Rows of at most job.pairs documents, four rows at a time.
         groups = best_fit([len(row) for row in ids], job.row_length)
         groups = [g[i : i + job.pairs] for g in groups for i in range(0, len(g), job.pairs)]
         for at in range(0, len(groups), 4):
             part = groups[at : at + 4]
-            found = np.asarray(run(params, token_rows(documents, part, 4, job.row_length, 0)))
+            found = np.asarray(run(params, token_rows(texts, part, 4, job.row_length, 0)))
             for group, values in zip(part, found, strict=False):
                 scores[group] = values[: len(group)]
         sides.append(scores)
@@ -121,13 +163,15 @@ def main() -> None:
     start = int(state.step)
     loaded_peak = peak_mib()
     ended = time.perf_counter()
-    for number, pairs in enumerate(job.batches(start), start + 1):
-        batch = pair_batch(pairs, job.row_length, job.packed)
+    plan = updates(job)
+    for number in range(start + 1, job.steps + 1):
+        update = plan[(number - 1) % len(plan)]
+        batch = make_batch(update, job)
         state, metrics = steps(state, reference, batch)
         loss = float(metrics["loss"])
         now = time.perf_counter()
         row = {"step": number, "loss": loss, "seconds": round(now - ended, 4)}
-        append(out / "steps.jsonl", row | {"tokens": pairs.tokens})
+        append(out / "steps.jsonl", row | {"tokens": update.tokens})
         ended = now
         if store is not None and number % job.checkpoint_every == 0:
             store.save(number, state, {})

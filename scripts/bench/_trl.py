@@ -70,9 +70,7 @@ class Recorder(TrainerCallback):
 
 
 def make_trainer(job: Job, out: pathlib.Path):
-    pairs = load_pairs(job.train)
-    each = len(pairs.chosen) // job.pairs
-    tokens = [pairs.take(i * job.pairs, (i + 1) * job.pairs).tokens for i in range(each)]
+    updates = job.updates()
     options = {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": job.peer_pairs,
@@ -102,9 +100,9 @@ def make_trainer(job: Job, out: pathlib.Path):
     return trainer_class(
         model=job.model,
         args=config,
-        train_dataset=dataset(job, pairs.take(0, each * job.pairs)),
+        train_dataset=dataset(job, load_pairs(job.train).take(0, len(updates) * job.pairs)),
         processing_class=tokenizer(),
-        callbacks=[Recorder(out / "steps.jsonl", tokens)],
+        callbacks=[Recorder(out / "steps.jsonl", [pairs.tokens for pairs in updates])],
     )
 
 

@@ -106,7 +106,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
         pairs=PAIRS,
         length=LENGTH,
         peer_pairs=4,
-        packed=True,
+        layout="packed",
         row_length=2 * LENGTH,
         row_group=1,
         learning_rate=arguments.rate,

@@ -56,7 +56,7 @@ def prepare(
         pairs=arguments.pairs,
         length=arguments.length,
         peer_pairs=arguments.pairs,
-        packed=True,
+        layout="packed",
         row_length=arguments.length,
         learning_rate=arguments.rate,
         warmup_steps=2,

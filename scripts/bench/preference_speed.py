@@ -6,9 +6,10 @@
 
 A random Llama (`--size S`: vocabulary 8192, hidden 256, 4 layers; M: 32000, 512, 8 layers), 8 pairs
 a step, float32, AdamW. Full: every side has 256 tokens. Ragged: the lengths of both sides are drawn
-uniformly from 32 to 256; TRL pads them as its collator does, ours packs several pairs into a row.
-The first quarter of the shorter side is a prompt that both sides share. DPO computes the reference
-in every step on both sides. Peer and ours run in turn, each time in a fresh process; figures are
+uniformly from 32 to 256; TRL pads the 8 pairs of a step as its collator does, ours packs all pairs
+together and makes as many steps of them. The first quarter of the shorter side is a prompt that
+both sides share; `--shared` lets ours hold it once. DPO computes the reference in every step on
+both sides. Peer and ours run in turn, each time in a fresh process; figures are
 medians over the repeats. Speed counts real tokens of both sides; the steps of the first pass over
 the batches, in which ours compiles, are left out. Memory is the peak of the resident set of the
 process. TRL runs without gradient checkpointing, and glibc keeps its memory (`_job.ALLOCATOR`).
@@ -62,11 +63,16 @@ def prepare(arguments: argparse.Namespace, algorithm: str, kind: str) -> tuple[p
     """Writes weights and tokens of one case; gives its folder and job."""
     from _start import SIZES, random_llama, save_start
 
-    case = arguments.work.absolute() / f"{arguments.size}-{algorithm}-{kind}"
+    case = arguments.work.absolute() / "-".join(
+        [arguments.size, algorithm, kind] + ["shared"] * arguments.shared
+    )
     case.mkdir(parents=True, exist_ok=True)
     start = save_start(algorithm, *random_llama(arguments.size), case / "start")
     pairs = draw(kind, BATCHES * PAIRS, SIZES[arguments.size][0], arguments.prompt_share)
     save_pairs(case / "train.npz", pairs)
+    row_length = arguments.row_length if kind == "ragged" else LENGTH
+    if kind == "full" and arguments.shared:
+        row_length = -(-(2 * LENGTH - int(pairs.prompts[0]) + 1) // 8) * 8
     return case, Job(
         algorithm=algorithm,
         model=start,
@@ -75,8 +81,9 @@ def prepare(arguments: argparse.Namespace, algorithm: str, kind: str) -> tuple[p
         pairs=PAIRS,
         length=LENGTH,
         peer_pairs=PAIRS,
-        packed=kind == "ragged",
-        row_length=arguments.row_length if kind == "ragged" else LENGTH,
+        layout="pooled" if kind == "ragged" else "rows",
+        shared=arguments.shared,
+        row_length=row_length,
         learning_rate=1e-6,
         warmup_steps=1,
         threads=arguments.threads,
@@ -128,7 +135,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--passes", type=int, default=3, help=f"over {BATCHES} batches, measured")
     parser.add_argument("--prompt-share", type=float, default=0.25)
-    parser.add_argument("--row-length", type=int, default=512, help="ours, packed rows")
+    parser.add_argument("--shared", action="store_true", help="ours: prompts once, in one row")
+    parser.add_argument("--row-length", type=int, default=512, help="ours, ragged")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()
