@@ -84,7 +84,7 @@ def pair_logps(
     """Summed log-probabilities of both answers, Σ_t m_t · log π(y_t|·): `[B]` or `[B, S]`."""
     tokens = interleave(batch)
     hidden = model.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-    logprobs = target_logprobs(model, params, hidden, tokens.targets)
+    logprobs = target_logprobs(model, params, hidden, tokens.targets, mask=tokens.loss_mask)
     return separate(_sum_answers(logprobs, tokens, pairs_in_row(batch)))
 
 

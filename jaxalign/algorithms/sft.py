@@ -48,10 +48,14 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
         hidden = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
         metrics: dict[str, Weighted] = {}
         if config.log_entropy:
-            logprobs, entropy = target_logprobs(model, params, hidden, batch.targets, entropy=True)
+            logprobs, entropy = target_logprobs(
+                model, params, hidden, batch.targets, entropy=True, mask=batch.loss_mask
+            )
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
         else:
-            logprobs = target_logprobs(model, params, hidden, batch.targets)
+            logprobs = target_logprobs(
+                model, params, hidden, batch.targets, mask=batch.loss_mask
+            )
         loss = weighted(nll(logprobs), batch.loss_mask)
         return {"nll": loss.total}, metrics
 

@@ -16,24 +16,30 @@ import jax.numpy as jnp
 from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.fused_head import fused_logprobs, identity
 from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch
 
 CHUNK_LOGITS = 2**25
-"""Logits a device holds at a time by default: 32 M, 128 MiB in float32."""
+"""Most logits a device holds at a time by default: 32 M, 128 MiB in float32."""
+
+CHUNK_POSITIONS = 512
+"""Most positions a chunk holds by default: more would only push logits out of the caches."""
 
 
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[False] = False, chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[False] = False, mask: Array | None = None,
+    chunk: int | None = None,
 ) -> jax.Array: ...  # fmt: skip
 
 
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[True], chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[True], mask: Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
@@ -45,6 +51,7 @@ def target_logprobs(
     temperature: Any = 1.0,
     *,
     entropy: bool = False,
+    mask: Array | None = None,
     chunk: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
@@ -54,53 +61,72 @@ def target_logprobs(
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
-      temperature: divides the logits; positive; may be traced.
+      temperature: divides the logits; positive; may be traced. No gradient flows to it.
       entropy: also return the entropy `logsumexp(z) − Σ softmax(z)·z` of each distribution, in
         nats.
-      chunk: positions computed at a time; by default as many as make `CHUNK_LOGITS` logits a
-        device. Memory grows with it, results do not depend on it.
+      mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
+        nothing, so that the head runs over answers only. None: all.
+      chunk: positions of every row computed at a time; by default `CHUNK_POSITIONS` in all, or as
+        many as make `CHUNK_LOGITS` logits a device. Memory grows with it, results do not depend on
+        it.
 
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
     """
     rows, length, width = hidden.shape
-    targets = jnp.asarray(targets)
+    targets = jnp.asarray(targets, jnp.int32)
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
-    head = model.head(params)
+    head = model.head(params).astype(hidden.dtype)
+    # On one device the rows are laid end to end; over several, every row stays on its own.
+    shape = (rows, length) if row_shards() > 1 else (1, rows * length)
+    hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
+    wanted = order = None
+    if mask is not None:
+        mask = jnp.asarray(mask, bool).reshape(shape)
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+        hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
+        targets = jnp.take_along_axis(targets, order, axis=1)
     if chunk is None:
-        chunk = max(1, CHUNK_LOGITS * row_shards() // (rows * head.shape[1]))
-    chunk = min(chunk, length)
-    count = math.ceil(length / chunk)
-    chunk = math.ceil(length / count)  # equal chunks: less padding
-    head = head.astype(hidden.dtype)
-
-    def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = logits.astype(jnp.float32) / temperature
-        logz = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-        if not entropy:
-            return chosen - logz, jnp.zeros_like(logz)
-        mean_logit = jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1)
-        return chosen - logz, logz - mean_logit
-
-    if count == 1:
-        logprobs, entropies = jax.checkpoint(one)(hidden, targets)
+        logits = CHUNK_LOGITS * row_shards()
+        chunk = min(CHUNK_POSITIONS, max(1, logits // (shape[0] * head.shape[1])))
     else:
-        pad = count * chunk - length
+        chunk = max(1, chunk * rows // shape[0])
+    count = math.ceil(shape[1] / chunk)
+    chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
+    pad = count * chunk - shape[1]
+    if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, pad)))
-        split_hidden = jnp.moveaxis(hidden.reshape(rows, count, chunk, width), 1, 0)
-        split_targets = jnp.moveaxis(targets.reshape(rows, count, chunk), 1, 0)
-        body = jax.checkpoint(one, prevent_cse=False)
-        _, (logprobs, entropies) = jax.lax.scan(
-            lambda _, xs: (None, body(*xs)), None, (split_hidden, split_targets)
-        )
-        join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length]  # noqa: E731
-        logprobs, entropies = join(logprobs), join(entropies)
-    logprobs = constrain(logprobs, "rows length")
-    return (logprobs, constrain(entropies, "rows length")) if entropy else logprobs
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    both = fused_logprobs(chunk, entropy, identity, hidden, head, targets, temperature, wanted)
+
+    def finish(x: jax.Array) -> jax.Array:
+        x = x[:, : shape[1]]
+        if order is not None and mask is not None:
+            x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
+            x = jnp.where(mask, x, 0.0)
+        return constrain(x.reshape(rows, length), "rows length")
+
+    return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`x[b, order[b, t]]` for permutations: going back is reading too, never a scatter."""
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _reorder_forward(x: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _reorder(x, order), order
+
+
+def _reorder_backward(order: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.take_along_axis(gradient, jnp.argsort(order, axis=1)[..., None], axis=1), None
+
+
+_reorder.defvjp(_reorder_forward, _reorder_backward)
 
 
 @dataclasses.dataclass(frozen=True)
