@@ -65,8 +65,6 @@ def _logits(
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Logits of a chunk, and how a gradient comes back through `finish` and the temperature."""
     raw = jnp.matmul(hidden, head, preferred_element_type=jnp.float32).astype(jnp.float32)
-    if finish is identity:
-        return raw / temperature, lambda g: g / temperature
     finished, back = jax.vjp(finish, raw)
     return finished / temperature, lambda g: back(g / temperature)[0]
 

@@ -18,7 +18,7 @@ from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.fused_head import fused_logprobs, identity
 from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
-from jaxalign.types import Array, Params, TokenBatch
+from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
 """Most logits a device holds at a time by default: 32 M, 128 MiB in float32."""
@@ -57,7 +57,8 @@ def target_logprobs(
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
 
     Args:
-      model: anything that offers `head(params) -> [D, V]`.
+      model: anything that offers `head(params) -> [D, V]`. If it also has `finish_logits`, logits
+        pass through it (soft-capping) before the temperature.
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
@@ -100,7 +101,8 @@ def target_logprobs(
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, pad)))
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    both = fused_logprobs(chunk, entropy, identity, hidden, head, targets, temperature, wanted)
+    cap = getattr(model, "finish_logits", identity)
+    both = fused_logprobs(chunk, entropy, cap, hidden, head, targets, temperature, wanted)
 
     def finish(x: jax.Array) -> jax.Array:
         x = x[:, : shape[1]]
@@ -163,9 +165,26 @@ class Scorer:
         inputs: Array,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
     ) -> jax.Array:
         """Hidden states `[B, T, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids)
+        return self.base.apply(params, inputs, positions, segment_ids, branch_ids)
+
+    @property
+    def extra_terms(self) -> tuple[str, ...]:
+        """As `Decoder.extra_terms`."""
+        return self.base.extra_terms
+
+    def apply_with_losses(
+        self,
+        params: Params,
+        inputs: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Weighted]]:
+        """As `Decoder.apply_with_losses`."""
+        return self.base.apply_with_losses(params, inputs, positions, segment_ids, branch_ids)
 
     def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The scalar at every position: `hidden · score`, float32 `[B, T]`."""
