@@ -50,7 +50,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
         query, key, value = self._project(x, view)
-        attended = attend(query, key, value, view.mask, view.scale, self.softcap)
+        attended = attend(query, key, value, view.mask, view.scale, self.softcap, causal=True)
         return self._finish(x, attended)
 
     def extend(

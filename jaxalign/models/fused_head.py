@@ -99,9 +99,7 @@ def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
     to_logprobs, to_entropy = gradients
     vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
 
-    def one(
-        i: jax.Array, done: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         to_hidden, to_head = done
         part = functools.partial(_part, i, chunk)
         states = part(hidden)
