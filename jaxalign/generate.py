@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxalign.models.attention import Cache
 from jaxalign.models.decoder import Decoder
-from jaxalign.sharding import constrain, mesh_of, on_mesh, row_shards, shard_batch
+from jaxalign.sampling import Sampling, choose
+from jaxalign.sharding import mesh_of, on_mesh, row_shards, shard_batch
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -49,14 +50,6 @@ class _State(NamedTuple):
     logprobs: jax.Array  # [B, R]
     mask: jax.Array  # [B, R]
     count: jax.Array  # columns written
-
-
-class _Sampling(NamedTuple):
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    stop_tokens: Any  # int32 [n]
-    pad_token: Any
 
 
 def sample(
@@ -101,7 +94,7 @@ def sample(
     mesh = mesh_of(params)
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
-    sampling = _Sampling(
+    sampling = Sampling(
         jnp.asarray(temperature, jnp.float32),
         jnp.asarray(top_k, jnp.int32),
         jnp.asarray(top_p, jnp.float32),
@@ -138,14 +131,16 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _decode(
-    model: Decoder, params: Params, state: _State, key: jax.Array, sampling: _Sampling
+    model: Decoder, params: Params, state: _State, key: jax.Array, sampling: Sampling
 ) -> _State:
     def unfinished(state: _State) -> jax.Array:
         return (state.count < state.tokens.shape[1]) & jnp.any(state.live)
 
     def write_one(state: _State) -> _State:
         logits = model.logits(params, state.hidden[:, None])[:, 0]
-        token, logprob = _choose(jax.random.fold_in(key, state.count), logits, sampling)
+        draw = jax.random.fold_in(key, state.count)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(draw, jnp.arange(logits.shape[0]))
+        token, logprob = choose(keys, logits, sampling)
         token = jnp.where(state.live, token, sampling.pad_token)
         column = (0, state.count)
         hidden, cache = model.extend(
@@ -170,38 +165,6 @@ def _decode(
 
     # The whole state is returned so that the donated cache is updated where it lies.
     return jax.lax.while_loop(unfinished, write_one, state)
-
-
-def _choose(key: jax.Array, logits: jax.Array, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
-    """One token a row and its log-probability: logits `[B, V]` → (`[B]`, `[B]`)."""
-    greedy = sampling.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-    scaled = constrain(scaled, "rows vocab_logits")
-    filtered = jax.lax.cond(
-        (sampling.top_k > 0) | (sampling.top_p < 1), _keep_likely, lambda x, _: x, scaled, sampling
-    )
-    token = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(scaled, axis=-1),
-        lambda: jax.random.categorical(key, filtered, axis=-1),
-    ).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
-def _keep_likely(logits: jax.Array, sampling: _Sampling) -> jax.Array:
-    """Sets all but the top-k, and then all outside the top-p nucleus, to −∞."""
-    size = logits.shape[-1]
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    rank = jnp.arange(size)[None]
-    k = jnp.where(sampling.top_k > 0, sampling.top_k, size)
-    ordered = jnp.where(rank < k, ordered, -jnp.inf)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    # Probability of all more likely tokens; the most likely one is always kept.
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = (before < sampling.top_p) & (rank < k)
-    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def generate(

@@ -9,9 +9,10 @@ import plain_llama
 import pytest
 import tiny
 
-from jaxalign.generate import _choose, _decode, _prefill, _Sampling, sample
+from jaxalign.generate import _decode, _prefill, sample
 from jaxalign.models.attention import Cache
 from jaxalign.models.heads import target_logprobs
+from jaxalign.sampling import Sampling, choose
 from jaxalign.sharding import make_mesh, param_shardings
 from jaxalign.types import PromptBatch
 
@@ -131,11 +132,11 @@ def test_new_settings_compile_nothing_new(params):
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
     """Tokens drawn from one set of logits."""
-    sampling = _Sampling(
+    sampling = Sampling(
         jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(0), jnp.int32(0)
     )
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (draws, len(logits)))
-    tokens, logprobs = jax.jit(_choose)(KEY, rows, sampling)
+    tokens, logprobs = jax.jit(choose)(jax.random.split(KEY, draws), rows, sampling)
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -178,6 +179,27 @@ def test_filters_keep_exactly_the_likely_tokens(options, support):
     np.testing.assert_allclose(logprobs, want[tokens], 1e-4)
 
 
+def test_draws_follow_a_large_distribution():
+    """All 1,000 tokens at once, blocks and all: a χ² test at one in a thousand."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(1000, 0.3))
+    probs[::7] = 0
+    probs /= probs.sum()
+    with np.errstate(divide="ignore"):
+        logits = np.log(probs)
+    draws = 200_000
+    tokens, _ = filtered(logits, draws=draws)
+    counts = np.bincount(tokens, minlength=1000)
+    assert counts[probs == 0].sum() == 0
+    common = probs * draws >= 5
+    want = np.append(probs[common], probs[~common].sum()) * draws
+    got = np.append(counts[common], counts[~common].sum())
+    degrees = len(want) - 1
+    statistic = ((got - want) ** 2 / want).sum()
+    # Wilson and Hilferty's approximation of the χ² quantile at 0.999.
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
+
+
 def test_one_key_one_answer_on_any_mesh(params):
     want = run(params, stop_tokens=(9,))
     again = run(params, stop_tokens=(9,))
@@ -200,7 +222,7 @@ def test_cache_is_updated_in_place(params):
     """The donated cache of the decode loop is the cache that comes out: no second copy."""
     state = _prefill(tiny.DECODER, params, prompts().tokens, prompts().mask, NEW, 0)
     assert isinstance(state.cache, Cache)
-    sampling = _Sampling(
+    sampling = Sampling(
         jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
     )
     _decode(tiny.DECODER, params, state, KEY, sampling)

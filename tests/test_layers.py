@@ -38,6 +38,7 @@ PARTS = {
     "gguf_file": "hf",
     "safetensors_file": "hf",
     "source": "hf",
+    "sampling": "generate",
     "tokenizer": "hf",
     "masked": "types",
     "abstract": "plan",

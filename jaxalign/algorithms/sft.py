@@ -54,9 +54,7 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             )
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
         else:
-            logprobs = target_logprobs(
-                model, params, hidden, batch.targets, mask=batch.loss_mask
-            )
+            logprobs = target_logprobs(model, params, hidden, batch.targets, mask=batch.loss_mask)
         loss = weighted(nll(logprobs), batch.loss_mask)
         return {"nll": loss.total} | {name: term.total for name, term in extra.items()}, metrics
 
