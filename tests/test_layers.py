@@ -39,6 +39,7 @@ PARTS = {
     "safetensors_file": "hf",
     "source": "hf",
     "sampling": "generate",
+    "decoding": "generate",
     "tokenizer": "hf",
     "masked": "types",
     "abstract": "plan",

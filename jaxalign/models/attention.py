@@ -27,15 +27,15 @@ class Cache(NamedTuple):
       keys: `[L, B, S, K, head_dim]`, rotated.
       values: `[L, B, S, K, head_dim]`.
       segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
-      used: int32 scalar, number of columns written.
-      positions: int32 `[B, S]`; None for models without windows, which have no use for them.
+      positions: int32 `[B, S]`.
+      used: int32 scalar, the column that is written next.
     """
 
     keys: jax.Array
     values: jax.Array
     segment_ids: jax.Array
+    positions: jax.Array
     used: jax.Array
-    positions: jax.Array | None = None
 
 
 def causal_mask(segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
@@ -70,19 +70,22 @@ def window_mask(positions: Array, seen: Array, window: int) -> jax.Array:
     return (distance < window)[:, None]
 
 
-def cache_mask(cache_segments: jax.Array, segment_ids: jax.Array, used: jax.Array) -> jax.Array:
+def cache_mask(
+    cache_segments: jax.Array, segment_ids: jax.Array, seen: jax.Array, positions: jax.Array
+) -> jax.Array:
     """Which cached column each new token sees: `[B, 1, T, S]` bool.
 
+    By positions, not columns: a cache may be written in any order.
+
     Args:
-      cache_segments: `[B, S]`, new tokens already entered.
+      cache_segments: `[B, S]`, new tokens already entered; 0 is never seen.
       segment_ids: `[B, T]` of the new tokens.
-      used: number of columns before the new tokens.
+      seen: `[B, S]`, positions of the cached tokens.
+      positions: `[B, T]` of the new tokens.
     """
-    new = used + jnp.arange(segment_ids.shape[1])
-    columns = jnp.arange(cache_segments.shape[1])
-    causal = columns[None, :] <= new[:, None]
     same = segment_ids[:, :, None] == cache_segments[:, None, :]
-    return (same & causal[None])[:, None]
+    earlier = seen[:, None, :] <= positions[:, :, None]
+    return (same & earlier & (cache_segments > 0)[:, None, :])[:, None]
 
 
 def attend(
