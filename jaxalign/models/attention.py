@@ -116,7 +116,8 @@ def attend(
     # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
     # as the general contraction of jax.nn.dot_product_attention for narrow heads.
     scale = width**-0.5 if scale is None else scale
-    query = (query * scale).astype(query.dtype).reshape(rows, new, shared, -1, width)
+    query = (query * scale).astype(key.dtype)  # a traced scale is float32
+    query = query.reshape(rows, new, shared, -1, width)
     out = _attend(
         softcap,
         causal,
@@ -155,7 +156,8 @@ def _backward(softcap: float | None, causal: bool, saved, gradient):
     query, key, value, mask, out, logz = saved
     # Σ_s p_s · (∂L/∂p_s) of each query, without the weights.
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    to_query, to_key, to_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
+    to_query = []
+    to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
     for here, seen in _blocks(query.shape[3], key.shape[2], causal):
         part, keys, values = query[..., here, :], key[:, :, seen], value[:, :, seen]
         scores, slope = _scores(softcap, part, keys, mask[..., here, seen])
@@ -167,10 +169,10 @@ def _backward(softcap: float | None, causal: bool, saved, gradient):
             to_scores = to_scores * slope
         weights, to_scores = weights.astype(query.dtype), to_scores.astype(query.dtype)
         to_query.append(_matmul(to_scores, keys).astype(query.dtype))
-        to_key = to_key.at[:, :, seen].add(_columns(part, to_scores).astype(key.dtype))
-        to_value = to_value.at[:, :, seen].add(_columns(above, weights).astype(value.dtype))
+        to_key = to_key.at[:, :, seen].add(_columns(part, to_scores))
+        to_value = to_value.at[:, :, seen].add(_columns(above, weights))
     joined = to_query[0] if len(to_query) == 1 else jnp.concatenate(to_query, axis=3)
-    return joined, to_key, to_value, None
+    return joined, to_key.astype(key.dtype), to_value.astype(value.dtype), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny import CONFIG
 
-from jaxalign import hf
+from jaxalign.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
 from jaxalign.models.families import LLAMA
 from jaxalign.models.families.table import Entry, Part, leaves, tensors
-from tests.tiny import CONFIG
 
 L, E, D, F = 2, 3, 4, 5
 
@@ -56,6 +56,7 @@ class Memory:
     def __init__(self, arrays):
         self.arrays = arrays
         self.shapes = {name: value.shape for name, value in arrays.items()}
+        self.dtypes = {name: value.dtype for name, value in arrays.items()}
 
     def read(self, name, index):
         return self.arrays[name][index]
@@ -98,20 +99,33 @@ def test_reading_finds_every_part(source):
     assert {leaf.path for leaf in found} == set(want)
     for leaf in found:
         assert leaf.tensor_shape == file.shapes[leaf.names[0]]
-        got = hf._read(file, leaf, np.dtype(np.float32))
-        np.testing.assert_array_equal(got, want[leaf.path], leaf.path)
+        everything = whole(leaf.shape)
         # any block of it, as a device of a mesh would ask for
-        block = tuple(slice(size // 2, size) for size in leaf.shape)
-        got = hf._read(file, leaf, np.dtype(np.float32), block)
-        np.testing.assert_array_equal(got, want[leaf.path][block], leaf.path)
+        some = tuple(slice(size // 2, size) for size in leaf.shape)
+        blocks = [empty_block(bounds, np.dtype(np.float32)) for bounds in (everything, some)]
+        with workers() as pool:
+            fill(file, leaf, blocks, pool)
+        np.testing.assert_array_equal(blocks[0].data, want[leaf.path], leaf.path)
+        np.testing.assert_array_equal(blocks[1].data, want[leaf.path][some], leaf.path)
 
 
 def test_writing_puts_the_parts_back(source):
     file, want = source
     found = leaves(FAMILY, CONFIG, shapes(), file.shapes)
-    whole = tensors(found)
-    kinds = dict.fromkeys(want, np.dtype(np.float32))
-    written = dict(zip((t.name for t in whole), hf._arrays(whole, want, kinds), strict=True))
+    written = {}
+    for tensor in tensors(found):
+        blocks = []
+        for piece in tensor.pieces:
+            item = want[piece.leaf.path][piece.position]
+            # in two blocks, as two devices would hold it
+            cut = item.shape[0] // 2
+            halves = (slice(0, cut), slice(cut, item.shape[0]))
+            rest = whole(item.shape[1:])
+            blocks.append([Block((half, *rest), item[half]) for half in halves])
+        written[tensor.name] = np.zeros(tensor.shape, np.float32)
+        middle = tensor.shape[0] // 2
+        for rows in (slice(0, middle), slice(middle, tensor.shape[0])):
+            gather_tensor_piece(tensor, blocks, rows, written[tensor.name][rows])
     assert written.keys() == file.arrays.keys()
     for name, value in file.arrays.items():
         np.testing.assert_array_equal(written[name], value, name)
