@@ -75,26 +75,29 @@ def read_prompts(
 ) -> Prompts:
     """Reads a group of prompts, `[Q, P]`, padded on the left."""
     rows, length = tokens.shape
-    mask = jnp.asarray(mask)
+    mask = jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     cache = model.init_cache(rows, length, cache_dtype)
     hidden, cache = model.extend(params, cache, tokens, positions, mask.astype(jnp.int32))
-    return Prompts(cache, hidden[:, -1], jnp.sum(mask, axis=1, dtype=jnp.int32), first)
+    lengths = jnp.sum(mask.astype(jnp.int32), axis=1)
+    return Prompts(cache, hidden[:, -1], lengths, jnp.asarray(first))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "slots", "answers", "max_new_tokens", "cache_dtype")
-)
+    jax.jit,
+    static_argnames=(
+        "model", "slots", "answers", "prompt_length", "max_new_tokens", "cache_dtype",
+    ),
+)  # fmt: skip
 def empty_slots(
-    model: Decoder, prompts: Prompts, pad_token: Array, *, slots: int, answers: int,
+    model: Decoder, pad_token: Array, *, slots: int, answers: int, prompt_length: int,
     max_new_tokens: int, cache_dtype: Any,
 ) -> Slots:  # fmt: skip
     """Slots of which none is taken yet."""
-    length = prompts.cache.segment_ids.shape[1] + max_new_tokens
     zeros = jnp.zeros(slots, jnp.int32)
     return Slots(
-        cache=model.init_cache(slots, length, cache_dtype),
-        hidden=jnp.zeros((slots, prompts.hidden.shape[1]), prompts.hidden.dtype),
+        cache=model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype),
+        hidden=jnp.zeros((slots, model.config.hidden_size), model.compute_dtype),
         position=zeros,
         live=zeros.astype(bool),
         row=zeros,

@@ -114,21 +114,20 @@ def sample(
     kind = jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name
     pad = jnp.asarray(pad_token, jnp.int32)
     with on_mesh(mesh):
+        state = empty_slots(
+            model,
+            pad,
+            slots=slots,
+            answers=answers,
+            prompt_length=prompts.tokens.shape[1],
+            max_new_tokens=max_new_tokens,
+            cache_dtype=kind,
+        )
         for first in range(0, count, group):
             # The last group begins earlier rather than being shorter: one shape for all.
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
             read = read_prompts(model, params, tokens, mask, jnp.int32(start), kind)
-            if first == 0:
-                state = empty_slots(
-                    model,
-                    read,
-                    pad,
-                    slots=slots,
-                    answers=answers,
-                    max_new_tokens=max_new_tokens,
-                    cache_dtype=kind,
-                )
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
     ended = jnp.isin(state.tokens, sampling.stop_tokens) & state.mask

@@ -224,8 +224,9 @@ def test_cache_is_updated_in_place(params):
         tiny.DECODER, params, prompts().tokens, prompts().mask, jnp.int32(0), "float32"
     )
     state = empty_slots(
-        tiny.DECODER, read, 0, slots=4, answers=ROWS, max_new_tokens=NEW, cache_dtype="float32"
-    )
+        tiny.DECODER, 0, slots=4, answers=ROWS, prompt_length=WIDTH, max_new_tokens=NEW,
+        cache_dtype="float32",
+    )  # fmt: skip
     sampling = Sampling(
         jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
     )

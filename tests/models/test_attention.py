@@ -1,4 +1,4 @@
-"""The attention function and its own backward pass, against a plain softmax differentiated by JAX."""
+"""Attention and its own backward pass, against a plain softmax that JAX differentiates."""
 
 import jax
 import jax.numpy as jnp
