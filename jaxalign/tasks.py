@@ -8,6 +8,8 @@ cut into mini-batches in PPO), and what is measured on held-out data.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,16 +20,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.config import (
+    DataConfig,
     DPORun,
+    KTORun,
     ModelConfig,
     PPORun,
     RewardRun,
     SFTRun,
 )
-from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
+from jaxalign.data import (
+    Batches,
+    preference_batches,
+    prompt_batches,
+    sft_batches,
+    stop_token_ids,
+    unpaired_batches,
+)
 from jaxalign.export import run_tokenizer, whole_model
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.metrics import add_up, to_floats
@@ -36,6 +47,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, with_scalar_head
 from jaxalign.models.lora import add_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.references import hold_reference, keep_reference, reference_optimizer
 from jaxalign.rewards import model_reward
 from jaxalign.sharding import (
     CompiledStep,
@@ -94,6 +106,7 @@ def make_task(config: Any) -> Task:
         SFTRun: sft_task,
         RewardRun: reward_task,
         DPORun: dpo_task,
+        KTORun: kto_task,
         PPORun: ppo_task,
     }
     return makers[type(config)](config, mesh)
@@ -123,14 +136,22 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
         *_start(
             loaded,
             tx,
-            sft.make_step(loaded.model, tx, config.sft, micro_batches=config.run.micro_batches),
+            sft.make_step(
+                loaded.model,
+                tx,
+                config.sft,
+                micro_batches=config.run.micro_batches,
+                sources=batches.sources,
+            ),
             mesh,
         ),
         batches=batches,
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=_evaluate(sft.make_loss(loaded.model, config.sft), held_out, mesh),
+        evaluate=_evaluate(
+            sft.make_loss(loaded.model, config.sft, sources=_names(held_out)), held_out, mesh
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -158,30 +179,62 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
     loaded = _load_policy(config.model, mesh, config.run.seed)
-    if config.reference is None:
-        # Under LoRA the base is the reference; else the start is kept as a copy by `init_state`.
-        plain = dataclasses.replace(loaded.model, lora=None)
-        reference = loaded.frozen if config.model.lora is not None else loaded.params
-    else:
-        plain, reference = _policy(config.reference, config.model, mesh)
-        _check_vocabulary(loaded.tok, plain, config.reference)
-    prepare = dpo.make_prepare(plain)
+    load = functools.partial(_reference, loaded=loaded, config=config.model, mesh=mesh)
     batches, held_out = _data(preference_batches, config, loaded.tok)
     total = _total(config, batches)
-    tx = _optimizer(config.optimizer, total)
+    cache = None
+    if config.reference_cache is not None:
+        every = lambda: itertools.chain(  # noqa: E731
+            itertools.islice(batches, total), held_out or ()
+        )
+        cache = keep_reference(config, loaded, every, load)
+    tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
+    state, step = _start(
+        loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
+    )
+    if cache is not None:
+        prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
+    elif config.dpo.has_reference:
+        state, reference = hold_reference(config, loaded, state, load)
+        add = dpo.make_prepare(reference.model, config.dpo)
+        prepare = lambda state, batch: add(reference.params(state), batch)  # noqa: E731
+    else:
+        prepare = lambda state, batch: batch  # noqa: E731
     return Task(
-        *_start(loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh),
+        state,
+        step,
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop: ([prepare(reference, batch)], {}),
-        evaluate=_evaluate(
-            dpo.make_loss(loaded.model, config.dpo),
-            held_out,
-            mesh,
-            lambda batch: prepare(reference, batch),
-        ),
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=_evaluate(dpo.make_loss(loaded.model, config.dpo), held_out, mesh, prepare),
+        export=_exporter(loaded.model, loaded.tok),
+    )
+
+
+def kto_task(config: KTORun, mesh: Mesh) -> Task:
+    """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
+    loaded = _load_policy(config.model, mesh, config.run.seed)
+    load = functools.partial(_reference, loaded=loaded, config=config.model, mesh=mesh)
+    batches, held_out = _data(unpaired_batches, config, loaded.tok)
+    total = _total(config, batches)
+    tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
+    micro = config.run.micro_batches
+    state, step = _start(
+        loaded, tx, kto.make_step(loaded.model, tx, config.kto, micro_batches=micro), mesh
+    )
+    state, reference = hold_reference(config, loaded, state, load)
+    add = kto.make_prepare(loaded.model, reference.model)
+    prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
+    return Task(
+        state,
+        step,
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=_evaluate(kto.make_loss(loaded.model, config.kto), held_out, mesh, prepare),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -337,6 +390,14 @@ def _policy(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Para
     return model, params
 
 
+def _reference(
+    source: str, *, loaded: Loaded, config: ModelConfig, mesh: Mesh
+) -> tuple[Decoder, Params]:
+    model, params = _policy(source, config, mesh)
+    _check_vocabulary(loaded.tok, model, source)
+    return model, params
+
+
 def _scorer(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Scorer, Params]:
     model, params = load_pretrained(
         source,
@@ -367,27 +428,67 @@ def _pad(tok: Any) -> int:
 def _data(
     make: Callable[..., Batches[Any]], config: Any, tok: Any
 ) -> tuple[Batches[Any], Batches[Any] | None]:
-    data = config.data
-    shape: dict[str, Any] = {"rows": data.rows, "length": data.length}
-    shape["chat_template"] = config.model.chat_template
+    """Training data, and held-out data or None."""
+    data: DataConfig = config.data
+    shape: dict[str, Any] = {
+        "rows": data.rows,
+        "length": data.length,
+        "chat_template": config.model.chat_template,
+        "keep": data.keep,
+        "on_error": data.on_error,
+        "min_tokens": data.min_tokens,
+        "max_tokens": data.max_tokens,
+        "scripts": data.scripts if data.scripts else None,
+        "script_share": data.script_share,
+        "buckets": data.buckets,
+        "prefetch": data.prefetch,
+        "seed": config.run.seed,
+        "host": (jax.process_index(), jax.process_count()),
+    }
+    if make is sft_batches:
+        shape["train_on"] = data.train_on
+    if make is preference_batches:
+        shape["shared_prefix"] = data.shared_prefix
     if make is not prompt_batches:
         shape["packing"] = data.packing
     elif data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
+    copies = {"dedup": data.dedup, "dedup_threshold": data.dedup_threshold}
+    if data.validation is not None:
+        shape["validation"] = data.validation
     train = make(
         data.train,
         tok,
         epochs=data.epochs,
         shuffle=data.shuffle,
-        seed=config.run.seed,
+        temperature=data.temperature,
+        streaming=data.streaming,
+        window=data.window,
         **shape,
+        **copies,
     )
-    held_out = make(data.eval, tok, epochs=1, shuffle=False, **shape) if data.eval else None
+    if data.eval:
+        return train, make(data.eval, tok, epochs=1, shuffle=False, **shape)
+    if data.validation is None:
+        return train, None
+    # Weights and numbers of rows shape what is trained; what was held out is measured whole.
+    whole = [
+        source
+        if isinstance(source, str)
+        else dataclasses.replace(source, weight=None, rows=None, epochs=None)
+        for source in data.train
+    ]
+    held_out = make(whole, tok, split="validation", epochs=1, shuffle=False, **shape, **copies)
     return train, held_out
 
 
+def _names(batches: Batches[Any] | None) -> tuple[str, ...]:
+    """The sources by which figures are also logged."""
+    return () if batches is None else batches.sources
+
+
 def _total(config: Any, batches: Batches[Any]) -> int:
-    if config.data.epochs is None:
+    if config.data.epochs is None or config.data.streaming:
         return config.run.steps
     return min(len(batches), config.run.steps or len(batches))
 
@@ -409,7 +510,7 @@ def _evaluate(
     loss: Loss,
     held_out: Batches[Any] | None,
     mesh: Mesh,
-    prepare: Callable[[Any], Any] = lambda batch: batch,
+    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
 ) -> Callable[[TrainState], Floats] | None:
     if held_out is None:
         return None
@@ -417,7 +518,7 @@ def _evaluate(
 
     def run(state: TrainState) -> Floats:
         with jax.set_mesh(mesh):
-            parts = [evaluate(state, shard_batch(prepare(b), mesh)) for b in batches]
+            parts = [evaluate(state, shard_batch(prepare(state, b), mesh)) for b in batches]
             return add_up(parts)
 
     return run

@@ -10,8 +10,10 @@ import pytest
 
 import jaxalign
 from jaxalign import config as configs
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
+from jaxalign.data import Source
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
@@ -55,9 +57,12 @@ def test_each_command_has_its_algorithm():
         "sft": "SFTRun",
         "reward": "RewardRun",
         "dpo": "DPORun",
+        "kto": "KTORun",
         "ppo": "PPORun",
     }
-    with pytest.raises(ValueError, match="algorithm='sfft': wanted one of sft, reward, dpo, ppo"):
+    with pytest.raises(
+        ValueError, match="algorithm='sfft': wanted one of sft, reward, dpo, kto, ppo"
+    ):
         load_config("sfft", LEAST)
 
 
@@ -109,6 +114,20 @@ def test_one_file_needs_no_list():
     assert load("sft", "data.train=a.jsonl").data.train == ("a.jsonl",)
 
 
+def test_sources_may_have_options():
+    given = "data.train=[a.jsonl, {path: b.jsonl, rows: 5, columns: {prompt: query}}]"
+    assert load("sft", given).data.train == (
+        "a.jsonl",
+        Source(path="b.jsonl", rows=5, columns={"prompt": "query"}),
+    )
+    one = load("sft", "data.train={path: b.jsonl, weight: 2, name: b}").data.train
+    assert one == (Source(path="b.jsonl", weight=2.0, name="b"),)
+    assert "weight: 'b' has none" in complaint("sft", "data.train=[{path: a, weight: 1}, b]")
+    told = complaint("sft", "data.train=[{path: b.jsonl, wait: 2, columns: [a]}]")
+    assert "data.train[0].wait: unknown key; did you mean data.train[0].weight?" in told
+    assert "data.train[0].columns: wanted a section, got ['a']" in told
+
+
 def test_merge_goes_into_sections():
     base = {"run": {"seed": 0, "steps": 4}, "mesh": {"data": 1}}
     over = {"run": {"steps": 8}, "mesh": None, "extra": {"a": 1}}
@@ -117,9 +136,27 @@ def test_merge_goes_into_sections():
 
 
 FULL = {
-    "sft": ["sft.log_entropy=true", "model.lora={rank: 2, targets: [query, out]}"],
+    "sft": [
+        "sft.log_entropy=true",
+        "model.lora={rank: 2, targets: [query, out]}",
+        "data.train=[{path: a.jsonl, weight: 0.5, columns: {prompt: q}}, {path: b, weight: 2}]",
+        "data.packing=wrapped",
+        "data.scripts=[latin, han]",
+    ],
     "reward": ["reward.center_coef=0.01", "data.packing=true", "model.compute_dtype=bfloat16"],
-    "dpo": ["dpo.loss_type=ipo", "dpo.ipo_normalize=false", "reference=other/model"],
+    "dpo": [
+        "dpo.loss_type=[ipo, discopop, sft]",
+        "dpo.loss_weights=[1, 0.5, 2e-1]",
+        "dpo.ipo_normalize=false",
+        "dpo.f_divergence=alpha_divergence",
+        "dpo.f_alpha=0.3",
+        "dpo.discopop_tau=0.1",
+        "dpo.ld_alpha=0.5",
+        "dpo.wpo_weighting=true",
+        "reference=other/model",
+        "reference_sync={every: 8, alpha: 1}",
+    ],
+    "kto": ["kto.undesirable_weight=1.33", "reference_sync={alpha: 0.1}"],
     "ppo": [
         "ppo.stop_tokens=[2, 3]",
         "ppo.kl_target=6",
@@ -227,6 +264,28 @@ OUT_OF_RANGE = {
         "data.rows=0",
         "data.length=1",
         "data.epochs=0",
+        "data.packing=loose",
+        "data.train_on=some",
+        "data.keep=middle",
+        "data.buckets=[64, 32]",
+        "data.buckets=[2048]",  # wider than a row
+        "data.temperature=0",
+        "data.validation=0",
+        "data.validation=1.5",
+        "data.dedup=fuzzy",
+        "data.dedup_threshold=0",
+        "data.script_share=2",
+        "data.min_tokens=-1",
+        "data.max_tokens=0",
+        "data.on_error=ignore",
+        "data.window=0",
+        "data.prefetch=-1",
+        "data.train=[{path: a, weight: 0}]",
+        "data.train=[{path: a, rows: -1}]",
+        "data.train=[{path: ''}]",
+        "data.scripts=[klingon]",
+        "data.shared_prefix=true",  # SFT has no pairs
+        "data.streaming=true",  # without run.steps
         "run.steps=0",
         "run.micro_batches=0",
         "run.log_every=0",
@@ -245,13 +304,31 @@ OUT_OF_RANGE = {
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
     ),
-    "reward": ("reward.center_coef=-1",),
+    "reward": ("reward.center_coef=-1", "data.packing=wrapped", "data.train_on=last"),
     "dpo": (
         "dpo.beta=0",
         "dpo.loss_type=cosine",
         "dpo.label_smoothing=0.5",
         "dpo.label_smoothing=-0.1",
         "dpo.ipo_normalize=false",  # an option of `ipo` only
+        "dpo.loss_type=[sigmoid, sigmoid]",
+        "dpo.loss_type=[sigmoid, simpo]",
+        "dpo.loss_weights=[1, 2]",
+        "dpo.loss_weights=[-1]",
+        "dpo.f_divergence=chi",
+        "dpo.f_alpha=0.3",  # of `alpha_divergence` only
+        "dpo.discopop_tau=1",
+        "dpo.simpo_gamma=1",
+        "dpo.ld_alpha=2",
+        "dpo.sft_coef=-1",
+        "reference_sync.every=0",
+        "reference_sync.alpha=0",
+    ),
+    "kto": (
+        "kto.beta=0",
+        "kto.desirable_weight=0",
+        "kto.undesirable_weight=-1",
+        "data.packing=true",
     ),
     "ppo": (
         "ppo.max_new_tokens=0",
@@ -302,6 +379,37 @@ def test_options_that_would_be_ignored_together_are_refused():
     told = complaint("sft", "run.checkpoint=false", "run.resume=true")
     assert "run.resume=True: wanted run.checkpoint=true" in told
     assert "kl_target" in complaint("ppo", "ppo.kl_target=1", "ppo.kl_in=loss")
+    assert "buckets" in complaint("sft", "data.buckets=[64]", "data.packing=true")
+    assert "data.validation" in complaint("sft", "data.validation=0.1", "data.eval=a.jsonl")
+    streaming = ("data.streaming=true", "run.steps=3")
+    for told, option in (
+        ("dedup", "data.dedup=near"),
+        ("buckets", "data.buckets=[64]"),
+        ("validation", "data.validation=8"),
+        ("temperature", "data.temperature=2"),
+    ):
+        assert told in complaint("sft", *streaming, option)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "assignments", "told"),
+    [
+        ("dpo", ("dpo.loss_type=sft", "dpo.ld_alpha=0.5"), "ld_alpha=0.5 has no effect"),
+        ("dpo", ("dpo.loss_type=cpo", "dpo.ld_alpha=0.5"), "ld_alpha=0.5 has no effect"),
+        ("dpo", ("dpo.loss_type=aot", "dpo.wpo_weighting=true"), "wpo_weighting=True with"),
+        ("dpo", ("dpo.loss_type=sft", "dpo.wpo_weighting=true"), "wpo_weighting=True with"),
+        ("dpo", ("dpo.loss_type=[ipo, sft]", "dpo.sft_coef=1"), "say it once"),
+        ("dpo", ("dpo.loss_type=aot", "run.micro_batches=2"), "use micro_batches=1"),
+        ("dpo", ("dpo.loss_type=simpo", "reference=x"), "reference='x': wanted null"),
+        ("dpo", ("dpo.loss_type=orpo", "reference_cache=x"), "reference_cache='x': wanted null"),
+        ("dpo", ("dpo.loss_type=cpo", "reference_sync={}"), "has no reference"),
+        ("dpo", ("reference_cache=x", "reference_sync={}"), "null with reference_sync"),
+        ("dpo", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
+        ("kto", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
+    ],
+)
+def test_preference_options_that_contradict_one_another_are_refused(algorithm, assignments, told):
+    assert told in complaint(algorithm, *assignments)
 
 
 @pytest.mark.parametrize(
@@ -344,19 +452,23 @@ def test_a_missing_file_is_named(tmp_path):
 
 READERS = {
     # Class → the files that read it, and the names under which they hold it.
-    configs.ModelConfig: (("tasks.py",), {"config", "model"}),
+    configs.ModelConfig: (("tasks.py", "export.py"), {"config", "model"}),
     configs.DataConfig: (("tasks.py",), {"data"}),
+    Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("tasks.py",), {"mesh"}),
     configs.RunConfig: (("tasks.py", "train.py"), {"run"}),
     configs.SFTRun: (("tasks.py", "train.py"), {"config"}),
     configs.RewardRun: (("tasks.py", "train.py"), {"config"}),
-    configs.DPORun: (("tasks.py", "train.py"), {"config"}),
+    configs.DPORun: (("tasks.py", "train.py", "references.py"), {"config"}),
+    configs.KTORun: (("tasks.py", "train.py", "references.py"), {"config"}),
     configs.PPORun: (("tasks.py", "train.py"), {"config"}),
     OptimizerConfig: (("optim.py",), {"config"}),
-    LoraConfig: (("models/decoder.py", "models/lora.py"), {"lora"}),
+    LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
     reward.Config: (("algorithms/reward.py",), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
+    kto.Config: (("algorithms/kto.py",), {"config"}),
+    ReferenceSync: (("algorithms/reference.py",), {"sync"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
 }
 
@@ -385,6 +497,7 @@ def test_the_table_of_readers_holds_every_config_class():
     found, todo = set(), list(RUNS.values())
     while todo:
         cls = todo.pop()
+        todo += typing.get_args(cls)
         if dataclasses.is_dataclass(cls) and cls not in found:
             found.add(cls)
             for hint in typing.get_type_hints(cls).values():
