@@ -32,14 +32,14 @@ class Generation(NamedTuple):
         distribution over the whole vocabulary; 0 on padding.
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
-      steps: int32 scalar, decode steps that it took.
+      steps: int32 scalar, decode steps that it took; None where something else wrote.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     mask: jax.Array
     finished: jax.Array
-    steps: jax.Array
+    steps: jax.Array | None = None
 
 
 def sample(
