@@ -181,9 +181,21 @@ class SFTRun(_Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRun(_Run):
-    """`jaxalign reward`."""
+    """`jaxalign reward`.
+
+    The model may be a base model, a fine-tuned one, or another reward model.
+
+    Attributes:
+      head: "pretrained" goes on with the head of a reward model (a language model has none and gets
+        a fresh one); "fresh" keeps a reward model's body only, for another objective.
+    """
 
     reward: reward.Config = reward.Config()
+    head: str = "pretrained"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _want(self.head in ("pretrained", "fresh"), "head", self.head, "pretrained or fresh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

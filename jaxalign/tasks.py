@@ -35,6 +35,7 @@ from jaxalign.config import (
 from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
+from jaxalign.heldout import HeldOut
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.metrics import add_up, to_floats
 from jaxalign.models.base import DecoderConfig, combine
@@ -71,6 +72,7 @@ class Task(NamedTuple):
         May change `loop`.
       evaluate: state → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
+      details: curves and tables of the last evaluation, JSON-able, or None.
     """
 
     state: TrainState
@@ -81,6 +83,7 @@ class Task(NamedTuple):
     expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
     evaluate: Callable[[TrainState], Floats] | None
     export: Callable[[TrainState, Any], None]
+    details: Callable[[], dict[str, Any]] | None = None
 
 
 class Loaded(NamedTuple):
@@ -142,12 +145,15 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
 
 
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
-    """Reward model: every batch of pairs is one update."""
-    loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config.run.seed)
+    """Reward model: every batch of judged answers is one update."""
+    loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config)
     batches, held_out = _data(preference_batches, config, loaded.tok)
     total = _total(config, batches)
     tx = _optimizer(config.optimizer, total)
     micro = config.run.micro_batches
+    measure = None
+    if held_out is not None:
+        measure = HeldOut(loaded.model, config.reward, held_out, mesh)
     return Task(
         *_start(
             loaded, tx, reward.make_step(loaded.model, tx, config.reward, micro_batches=micro), mesh
@@ -156,8 +162,9 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=_evaluate(reward.make_loss(loaded.model, config.reward), held_out, mesh),
+        evaluate=measure,
         export=_exporter(loaded.model, loaded.tok),
+        details=None if measure is None else measure.details,
     )
 
 
@@ -325,12 +332,21 @@ def _load_policy(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
     return loaded
 
 
-def _with_head(loaded: Loaded, mesh: Mesh, seed: int) -> Loaded:
-    """A reward model to train: as loaded, or a fresh scalar head on a language model."""
-    if isinstance(loaded.model, Scorer):
-        return loaded
-    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 3)
-    scorer, full = with_scalar_head(loaded.model, loaded.frozen or loaded.params, key)
+def _with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
+    """A reward model to train: as loaded, or with a fresh head of as many outputs as are wanted."""
+    attributes, model = config.reward.attributes, loaded.model
+    if isinstance(model, Scorer):
+        if config.head == "pretrained":
+            if model.attributes != attributes:
+                raise ValueError(
+                    f"reward.attributes={list(attributes)}: the head of the reward model "
+                    f"{config.model.source!r} has {list(model.attributes)}; wanted the same, or "
+                    "head=fresh to keep its body only"
+                )
+            return loaded
+        model = model.base
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 3)
+    scorer, full = with_scalar_head(model, loaded.frozen or loaded.params, key, attributes)
     head = _put({"score": full.pop("score")}, scorer.axes, mesh)
     if loaded.frozen:
         return loaded._replace(model=scorer, params=loaded.params | head, frozen=full)
@@ -439,7 +455,7 @@ def _exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
         if base.lora is not None:
             plain, params = merge_lora(base, params)
             if isinstance(model, Scorer):
-                plain = Scorer(plain)
+                plain = Scorer(plain, model.attributes)
         save_pretrained(plain, params, folder, tokenizer=tok)
 
     return export
@@ -466,7 +482,7 @@ def export_run(folder: str, out: str, step: int | None = None) -> int:
     loaded = _load(config.model, mesh, config.run.seed)
     start, part = loaded.params, None
     if algorithm == "reward":
-        loaded = _with_head(loaded, mesh, config.run.seed)
+        loaded = _with_head(loaded, mesh, config)
         start = loaded.params
     # The optimizer state's structure does not depend on how long the run was.
     tx = _optimizer(config.optimizer, config.optimizer.warmup_steps + 1)

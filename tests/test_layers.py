@@ -40,6 +40,8 @@ PARTS = {
     "source": "hf",
     "tokenizer": "hf",
     "masked": "types",
+    "evaluation": "metrics",
+    "heldout": "train",
     "abstract": "plan",
     "charts": "report",
     "tasks": "train",
@@ -142,7 +144,7 @@ def test_algorithms_have_the_same_sections_in_the_same_order(name):
 
 
 def test_shared_parts_of_algorithms_know_no_algorithm():
-    for part in ("step", "pairs"):
+    for part in ("step", "pairs", "objectives"):
         names = {f"algorithms.{name}" for name in ALGORITHMS}
         assert not imports(PACKAGE / f"algorithms/{part}.py") & names
 
