@@ -140,13 +140,14 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
             hf = file.config
     try:
         shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
+        attributes = families.attributes_of(hf) if scorer else ()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     compute = config.compute_dtype
     if compute is None:
         compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     model = Decoder(shape, compute_dtype=compute, remat=config.remat)
-    return Scorer(model) if scorer else model
+    return Scorer(model, attributes) if scorer else model
 
 
 def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:

@@ -7,6 +7,8 @@ Nothing here runs code from a checkpoint; pickle files are refused.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import itertools
 import json
 import os
 import pathlib
@@ -23,8 +25,10 @@ from jax.sharding import Mesh
 from jaxalign import safetensors_file
 from jaxalign.gguf_file import GGUFFile
 from jaxalign.models import families
+from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import Leaf
+from jaxalign.models.families.table import Tensor
 from jaxalign.models.heads import Scorer
 from jaxalign.sharding import param_shardings
 from jaxalign.source import locate, read_json
@@ -78,7 +82,8 @@ def load_pretrained(
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
 
     Returns:
-      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model with one label.
+      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
+      there are several or the one has a name, are the scorer's attributes.
       `params` is a nested dict of arrays.
 
     Raises:
@@ -95,15 +100,16 @@ def load_pretrained(
         try:
             config = families.config_from_hf(hf)
             scorer = families.is_scorer(hf)
+            attributes = families.attributes_of(hf) if scorer else ()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         if compute_dtype is None:
             compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
         base = Decoder(config, compute_dtype=compute_dtype, remat=remat)
-        model = Scorer(base) if scorer else base
-        leaves = families.leaves(config, model.shapes)
-        _check_tensors(path, file, leaves, tied=config.tie_embeddings and not scorer)
+        model = Scorer(base, attributes) if scorer else base
+        leaves = families.leaves(config, model.shapes, file.shapes)
+        _check_tensors(path, file, leaves, config, tied=config.tie_embeddings and not scorer)
         if mesh is None:
             flat = {leaf.path: jnp.asarray(_read(file, leaf, kind)) for leaf in leaves}
         else:
@@ -119,15 +125,18 @@ def _dtype(dtype: Any) -> np.dtype:
     return kind
 
 
-def _check_tensors(path: pathlib.Path, file: Any, leaves: list[Leaf], *, tied: bool) -> None:
+def _check_tensors(
+    path: pathlib.Path, file: Any, leaves: list[Leaf], config: DecoderConfig, *, tied: bool
+) -> None:
     """Compares what a source holds with what the model needs."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
+    ignored = families.find_family(config.family).ignored
     unexpected = [
         name
         for name in file.shapes
         if name not in wanted
-        # Buffers that older versions saved, and the second name of a tied matrix, say nothing new.
-        and not name.endswith("rotary_emb.inv_freq")
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
+        # The second name of a tied matrix says nothing new either.
         and not (tied and name == "lm_head.weight")
     ]
     wrong = [
@@ -162,14 +171,12 @@ def _read(
         index = (slice(None),) * len(leaf.shape)
     bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([len(bound) for bound in bounds], dtype)
-    rows = out if leaf.stacked else out[None]
-    names = [leaf.names[i] for i in bounds[0]] if leaf.stacked else leaf.names
-    part = tuple(slice(b.start, b.stop) for b in (bounds[1:] if leaf.stacked else bounds))
-    for row, name in zip(rows, names, strict=True):
-        if leaf.transpose:
-            row[...] = file.read(name, part[::-1]).T
-        else:
-            row[...] = file.read(name, part)
+    names = np.array(leaf.names).reshape(leaf.shape[: leaf.stacked])
+    inside = leaf.index([slice(b.start, b.stop) for b in bounds[leaf.stacked :]])
+    for row, place in enumerate(itertools.product(*bounds[: leaf.stacked])):
+        item = file.read(str(names[place]), inside)
+        target = out.reshape(-1, *out.shape[leaf.stacked :])[row]
+        target[...] = item.swapaxes(-1, -2) if leaf.transpose else item
     return out
 
 
@@ -235,12 +242,16 @@ def save_pretrained(
     }
     # Wider dtypes first, so that every tensor of a mixed file is aligned.
     leaves.sort(key=lambda leaf: -kinds[leaf.path].itemsize)
+    whole = families.tensors(leaves)
     tensors = [
-        safetensors_file.Tensor(name, kinds[leaf.path], leaf.tensor_shape)
-        for leaf in leaves
-        for name in leaf.names
+        safetensors_file.Tensor(tensor.name, _kind(tensor, kinds), tensor.shape) for tensor in whole
     ]
-    hf = families.config_to_hf(config, scorer=scorer, dtype=kinds["embed/embedding"].name)
+    hf = families.config_to_hf(
+        config,
+        scorer=scorer,
+        dtype=kinds["embed/embedding"].name,
+        attributes=model.attributes if isinstance(model, Scorer) else (),
+    )
     kept = json.loads(config.source_config or "{}").get(families.GENERATION, {})
     generation = kept | _token_ids(hf | kept, tokenizer)
     hf |= _token_ids(hf, tokenizer)
@@ -249,9 +260,7 @@ def save_pretrained(
     fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     fresh.mkdir()
     try:
-        safetensors_file.write_sharded(
-            fresh, tensors, _arrays(leaves, flat, kinds), max_shard_bytes
-        )
+        safetensors_file.write_sharded(fresh, tensors, _arrays(whole, flat, kinds), max_shard_bytes)
         _write_json(fresh / "config.json", hf)
         if not scorer:
             _write_json(fresh / _GENERATION, generation)
@@ -295,14 +304,21 @@ def _check_replaceable(target: pathlib.Path) -> None:
         )
 
 
+def _kind(tensor: Tensor, kinds: dict[str, np.dtype]) -> np.dtype:
+    """The dtype of a tensor; a fused one takes the widest of its parts."""
+    return max((kinds[piece.leaf.path] for piece in tensor.pieces), key=lambda kind: kind.itemsize)
+
+
 def _arrays(
-    leaves: list[Leaf], flat: dict[str, Any], kinds: dict[str, np.dtype]
+    tensors: list[Tensor], flat: dict[str, Any], kinds: dict[str, np.dtype]
 ) -> Iterator[np.ndarray]:
-    """The HF tensors in order; one leaf is on the host at a time."""
-    for leaf in leaves:
-        host = np.asarray(flat[leaf.path])
-        for tensor in host if leaf.stacked else host[None]:
-            yield (tensor.T if leaf.transpose else tensor).astype(kinds[leaf.path], copy=False)
+    """The HF tensors in order."""
+    for tensor in tensors:
+        out = np.empty(tensor.shape, _kind(tensor, kinds))
+        for piece in tensor.pieces:
+            item = np.asarray(flat[piece.leaf.path][piece.position])
+            out[piece.leaf.index()] = item.swapaxes(-1, -2) if piece.leaf.transpose else item
+        yield out
 
 
 def _token_ids(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

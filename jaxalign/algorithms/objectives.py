@@ -1,8 +1,8 @@
 """What a reward model can be taught from: pairs, rankings, grades, or labelled steps.
 
-Each objective says how its batch is read by the model (`read`), how what was read is judged
-(`judge`), and what a look at held-out data wants to know of every example (`examples`).
-`algorithms.reward` picks one and makes a train step of it.
+Each objective says which rows the model reads (`tokens`), where scores are taken (`score`), how
+they are judged (`judge`), and what a look at held-out data wants to know of every example
+(`examples`). `algorithms.reward` picks one and makes a train step of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxalign.losses.ranking import all_pairs, better, plackett_luce
 from jaxalign.losses.reward import bradley_terry
 from jaxalign.masked import as_bool, keep, last_index, weighted
 from jaxalign.models.base import ScalarModel
-from jaxalign.models.heads import Scorer, pooled_outputs, pooled_scores
+from jaxalign.models.heads import Scorer, last_hidden
 from jaxalign.types import (
     Array,
     GradedBatch,
@@ -41,14 +41,16 @@ class Objective(NamedTuple):
 
     Attributes:
       count: batch → `{term: weight}`; reads masks only.
-      read: (parameters, batch) → the model's scores.
+      tokens: batch → the rows that the model reads.
+      score: (parameters, hidden states, batch) → the scores of that batch.
       judge: (scores, batch) → (`{term: sum}`, `{metric: Weighted}`).
       examples: (scores, batch) → arrays with a row for each row of the batch: the scores, what they
         are to be compared with, `mask` for those that exist, and `source` where it is known.
     """
 
     count: Callable[[Any], dict[str, Array]]
-    read: Callable[[Params, Any], jax.Array]
+    tokens: Callable[[Any], TokenBatch]
+    score: Callable[[Params, jax.Array, Any], jax.Array]
     judge: Callable[[jax.Array, Any], Sums]
     examples: Callable[[jax.Array, Any], Examples]
 
@@ -59,8 +61,12 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
     def count(batch: PairBatch) -> dict[str, Array]:
         return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
 
-    def read(params: Params, batch: PairBatch) -> jax.Array:
-        return pooled_scores(scorer, params, interleave(batch), pairs_in_row(batch))
+    def score(params: Params, hidden: jax.Array, batch: PairBatch) -> jax.Array:
+        slots = pairs_in_row(batch)
+        segments = interleave(batch).segment_ids
+        last = last_hidden(hidden, segments, 1 if slots is None else slots)
+        scores = scorer.scores(params, last)
+        return scores[:, 0] if slots is None else scores
 
     def sides(scores: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Masked before the arithmetic: what stands in an empty slot must not reach a gradient.
@@ -86,7 +92,7 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         seen = {"chosen": chosen, "rejected": rejected, "mask": mask}
         return seen | _sources(batch.chosen, pairs_in_row(batch))
 
-    return Objective(count, read, judge, examples)
+    return Objective(count, interleave, score, judge, examples)
 
 
 def ranking(
@@ -103,11 +109,13 @@ def ranking(
     def count(batch: RankedBatch) -> dict[str, Array]:
         return {"preference": jnp.sum(order(batch)[2], dtype=jnp.float32)}
 
-    def read(params: Params, batch: RankedBatch) -> jax.Array:
-        # All answers of a prompt stay on the device that holds its row.
-        rows, answers = batch.mask.shape
-        flat = jax.tree.map(lambda x: jnp.reshape(x, (rows * answers, -1)), batch.answers)
-        return pooled_scores(scorer, params, flat).reshape(rows, answers)
+    def tokens(batch: RankedBatch) -> TokenBatch:
+        # `[B, K, T]` → `[B · K, T]`: all answers of a prompt stay on the device of its row.
+        return jax.tree.map(lambda x: jnp.reshape(x, (-1, x.shape[-1])), batch.answers)
+
+    def score(params: Params, hidden: jax.Array, batch: RankedBatch) -> jax.Array:
+        last = last_hidden(hidden, tokens(batch).segment_ids)
+        return scorer.scores(params, last).reshape(batch.mask.shape)
 
     def judge(scores: jax.Array, batch: RankedBatch) -> Sums:
         exists, pairs, says = order(batch)
@@ -138,7 +146,7 @@ def ranking(
         first = jax.tree.map(lambda x: x[:, 0], batch.answers)
         return seen | _sources(first, None)
 
-    return Objective(count, read, judge, examples)
+    return Objective(count, tokens, score, judge, examples)
 
 
 def regression(scorer: Scorer) -> Objective:
@@ -147,8 +155,9 @@ def regression(scorer: Scorer) -> Objective:
     def count(batch: GradedBatch) -> dict[str, Array]:
         return {"mse": jnp.sum(as_bool(batch.mask), dtype=jnp.float32)}
 
-    def read(params: Params, batch: GradedBatch) -> jax.Array:
-        return pooled_outputs(scorer, params, batch.tokens)
+    def score(params: Params, hidden: jax.Array, batch: GradedBatch) -> jax.Array:
+        last = last_hidden(hidden, batch.tokens.segment_ids)
+        return scorer.outputs(params, last)[:, 0]
 
     def judge(scores: jax.Array, batch: GradedBatch) -> Sums:
         if batch.mask.shape[1] != len(scorer.attributes):
@@ -171,7 +180,7 @@ def regression(scorer: Scorer) -> Objective:
         seen = {"scores": keep(scores, mask), "grades": keep(batch.scores, mask), "mask": mask}
         return seen | _sources(batch.tokens, None)
 
-    return Objective(count, read, judge, examples)
+    return Objective(count, lambda batch: batch.tokens, score, judge, examples)
 
 
 def steps(scorer: ScalarModel) -> Objective:
@@ -180,9 +189,7 @@ def steps(scorer: ScalarModel) -> Objective:
     def count(batch: StepBatch) -> dict[str, Array]:
         return {"steps": jnp.sum(as_bool(batch.mask), dtype=jnp.float32)}
 
-    def read(params: Params, batch: StepBatch) -> jax.Array:
-        tokens = batch.tokens
-        hidden = scorer.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
+    def score(params: Params, hidden: jax.Array, batch: StepBatch) -> jax.Array:
         return scorer.scores(params, hidden)
 
     def judge(scores: jax.Array, batch: StepBatch) -> Sums:
@@ -202,7 +209,7 @@ def steps(scorer: ScalarModel) -> Objective:
         known = batch.tokens.source_ids
         return seen if known is None else seen | {"source": jnp.asarray(known)}
 
-    return Objective(count, read, judge, examples)
+    return Objective(count, lambda batch: batch.tokens, score, judge, examples)
 
 
 def _best_first(scores: jax.Array, ranks: Array, exists: jax.Array) -> jax.Array:

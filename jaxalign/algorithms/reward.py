@@ -30,10 +30,10 @@ from jaxalign.algorithms import objectives
 from jaxalign.algorithms.objectives import Examples, Objective, Sums
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.models.base import ScalarModel, combine
+from jaxalign.models.base import ScalarModel, combine, read, read_counts
 from jaxalign.models.heads import Scorer
 from jaxalign.sharding import constrain
-from jaxalign.types import Params, TrainState, Weighted
+from jaxalign.types import Array, Params, TrainState, Weighted
 
 OBJECTIVES = ("pairs", "ranking", "regression", "steps")
 RANKINGS = ("plackett_luce", "all_pairs")
@@ -93,7 +93,9 @@ class Config:
 
 
 def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
-    """The loss of the configured objective: one term, `preference`, `mse` or `steps`.
+    """The loss of the configured objective, and what the model itself adds (`read`).
+
+    The objective's term is `preference` (pairs, ranking), `mse` (regression) or `steps`.
 
     Raises:
       ValueError: a regression with a scorer whose attributes are others than the config's.
@@ -101,9 +103,10 @@ def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
     objective = _objective(scorer, Config() if config is None else config)
 
     def terms(params: Params, batch: Any) -> Sums:
-        return objective.judge(objective.read(params, batch), batch)
+        _, sums, metrics = _judge(scorer, objective, params, batch)
+        return sums, metrics
 
-    return Loss(objective.count, terms)
+    return Loss(lambda batch: _count(scorer, objective, batch), terms)
 
 
 def make_measure(
@@ -119,9 +122,9 @@ def make_measure(
 
     @jax.jit
     def measure(state: TrainState, batch: Any) -> tuple[dict[str, Weighted], Examples]:
-        scores = objective.read(combine(state.params, state.frozen), batch)
-        sums, metrics = objective.judge(scores, batch)
-        counts = objective.count(batch)
+        params = combine(state.params, state.frozen)
+        scores, sums, metrics = _judge(scorer, objective, params, batch)
+        counts = _count(scorer, objective, batch)
         metrics |= {f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()}
         examples = objective.examples(scores, batch)
         return metrics, {name: constrain(value, "") for name, value in examples.items()}
@@ -138,6 +141,20 @@ def make_step(
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`; see `algorithms.step.make_step`."""
     return _make_step(make_loss(scorer, config), tx, micro_batches)
+
+
+def _count(scorer: ScalarModel, objective: Objective, batch: Any) -> dict[str, Array]:
+    return {**objective.count(batch), **read_counts(scorer, objective.tokens(batch))}
+
+
+def _judge(
+    scorer: ScalarModel, objective: Objective, params: Params, batch: Any
+) -> tuple[jax.Array, dict[str, Array], dict[str, Weighted]]:
+    """(scores, `{term: sum}`, `{metric: Weighted}`) in one forward pass."""
+    hidden, extra = read(scorer, params, objective.tokens(batch))
+    scores = objective.score(params, hidden, batch)
+    sums, metrics = objective.judge(scores, batch)
+    return scores, sums | {name: term.total for name, term in extra.items()}, metrics | extra
 
 
 def _objective(scorer: ScalarModel, config: Config) -> Objective:

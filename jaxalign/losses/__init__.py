@@ -6,6 +6,6 @@ row: clear the slots that do not count with `jaxalign.masked.keep` before the ca
 in them reaches a gradient.
 """
 
-from jaxalign.losses import dpo, graded, ppo, process, ranking, reward, sft
+from jaxalign.losses import dpo, graded, ppo, process, ranking, reward, router, sft
 
-__all__ = ["dpo", "graded", "ppo", "process", "ranking", "reward", "sft"]
+__all__ = ["dpo", "graded", "ppo", "process", "ranking", "reward", "router", "sft"]

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.masked import last_index
-from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
+from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
 from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
-from jaxalign.types import Array, Params, TokenBatch
+from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
 """Logits a device holds at a time by default: 32 M, 128 MiB in float32."""
@@ -51,7 +51,8 @@ def target_logprobs(
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
 
     Args:
-      model: anything that offers `head(params) -> [D, V]`.
+      model: anything that offers `head(params) -> [D, V]`. If it also has `finish_logits`, logits
+        pass through it (soft-capping) before the temperature.
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
@@ -69,6 +70,7 @@ def target_logprobs(
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params)
+    finish = getattr(model, "finish_logits", None)
     if chunk is None:
         chunk = max(1, CHUNK_LOGITS * row_shards() // (rows * head.shape[1]))
     chunk = min(chunk, length)
@@ -78,7 +80,8 @@ def target_logprobs(
 
     def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = logits.astype(jnp.float32) / temperature
+        logits = logits.astype(jnp.float32)
+        logits = (logits if finish is None else finish(logits)) / temperature
         logz = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
         if not entropy:
@@ -146,9 +149,26 @@ class Scorer:
         inputs: Array,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
     ) -> jax.Array:
         """Hidden states `[B, T, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids)
+        return self.base.apply(params, inputs, positions, segment_ids, branch_ids)
+
+    @property
+    def extra_terms(self) -> tuple[str, ...]:
+        """As `Decoder.extra_terms`."""
+        return self.base.extra_terms
+
+    def apply_with_losses(
+        self,
+        params: Params,
+        inputs: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Weighted]]:
+        """As `Decoder.apply_with_losses`."""
+        return self.base.apply_with_losses(params, inputs, positions, segment_ids, branch_ids)
 
     def outputs(self, params: Params, hidden: jax.Array) -> jax.Array:
         """All outputs at every position: `hidden · score`, float32 `[B, T, A]` (A = 1 without
@@ -249,24 +269,22 @@ def pooled_scores(
     Returns:
       float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is none.
     """
-    hidden = scorer.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-    values = scorer.scores(params, hidden)
-    last = last_index(tokens.segment_ids, 1 if count is None else count)
-    pooled = jnp.take_along_axis(values, last, axis=1)
+    hidden, _ = read(scorer, params, tokens)
+    last = last_hidden(hidden, tokens.segment_ids, 1 if count is None else count)
+    pooled = scorer.scores(params, last)
     return pooled[:, 0] if count is None else pooled
 
 
-def pooled_outputs(scorer: Scorer, params: Params, tokens: TokenBatch) -> jax.Array:
-    """All outputs at the last token of each row: `pooled_scores` with attributes.
+def last_hidden(hidden: jax.Array, segment_ids: Array, count: int = 1) -> jax.Array:
+    """The hidden state at the last token of each sequence.
 
     Args:
-      scorer: reward model with A outputs.
-      params: its parameters.
-      tokens: `[B, T]`, one sequence a row, padded on either side.
+      hidden: `[B, T, D]`.
+      segment_ids: int `[B, T]`, 0 on padding.
+      count: S, the largest number of sequences a row holds.
 
     Returns:
-      float32 `[B, A]`; meaningless finite values for an empty row.
+      `[B, S, D]`; that of position 0 where a row has no such sequence.
     """
-    hidden = scorer.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-    last = last_index(tokens.segment_ids, 1)
-    return scorer.outputs(params, jnp.take_along_axis(hidden, last[:, :, None], axis=1))[:, 0]
+    last = last_index(segment_ids, count)
+    return jnp.take_along_axis(hidden, last[:, :, None], axis=1)

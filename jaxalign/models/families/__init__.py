@@ -1,0 +1,158 @@
+"""What differs from one model family to the next: config keys, tensor names, nothing else.
+
+A family maps the Hugging Face `config.json` to a `DecoderConfig` and back, and lists which HF
+tensor holds which leaf of the parameter tree. The decoder itself is shared by all of them. To add
+a family, write a file here with its two config functions and its table, and enter it in
+`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.families import table
+from jaxalign.models.families.fields import get, unsupported
+from jaxalign.models.families.llama import LLAMA
+from jaxalign.models.families.qwen2 import QWEN2
+from jaxalign.models.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
+from jaxalign.types import Params
+
+__all__ = [
+    "FAMILIES",
+    "GENERATION",
+    "Entry",
+    "Family",
+    "Leaf",
+    "Part",
+    "attributes_of",
+    "config_from_hf",
+    "config_to_hf",
+    "find_family",
+    "flatten",
+    "is_scorer",
+    "leaves",
+    "tensors",
+    "unflatten",
+]
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2)}
+"""HF `model_type` → family."""
+
+GENERATION = "_generation_config"
+"""Key under which `source_config` carries the source's `generation_config.json`, if it had one."""
+
+_UNNAMED = "LABEL_0"
+"""What transformers calls the output of a head with one label that was given no name."""
+
+
+def find_family(name: Any) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+      ValueError: not one of `FAMILIES`.
+    """
+    if name not in FAMILIES:
+        raise unsupported("model_type", name, ", ".join(map(repr, FAMILIES)))
+    return FAMILIES[name]
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The shape of the decoder that a Hugging Face `config.json` describes.
+
+    Args:
+      hf: the file as a dict, in the form of transformers 4 or 5.
+
+    Raises:
+      ValueError: a key that is missing or asks for something the decoder does not have; the
+        message names the key, what it holds and what is supported.
+    """
+    return find_family(hf.get("model_type")).read(hf)
+
+
+def is_scorer(hf: Mapping[str, Any]) -> bool:
+    """Whether `config.json` describes a model with a scalar head, or a head of several grades.
+
+    Raises:
+      ValueError: an architecture that is neither a language model nor a scorer of its family.
+    """
+    family = find_family(hf.get("model_type"))
+    names = get(hf, "architectures", [family.causal])
+    if names == [family.causal]:
+        return False
+    if names != [family.scorer]:
+        raise unsupported("architectures", names, f"{[family.causal]}, {[family.scorer]}")
+    return True
+
+
+def attributes_of(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a scorer's outputs; empty for one that has a single, unnamed score.
+
+    Args:
+      hf: `config.json` of a sequence classification model.
+
+    Raises:
+      ValueError: labels without names for all of them, or labels that are classes, not grades.
+    """
+    unnamed = {str(number): f"LABEL_{number}" for number in range(get(hf, "num_labels", 1))}
+    labels = dict(get(hf, "id2label", unnamed))
+    names = [labels.get(str(number), labels.get(number)) for number in range(len(labels))]
+    count = get(hf, "num_labels", len(names))
+    if not names or None in names or count != len(names) or len(set(names)) < len(names):
+        raise unsupported("id2label", labels, f"names for num_labels={count} outputs, 0, 1, …")
+    if len(names) > 1 and hf.get("problem_type") not in (None, "regression"):
+        raise unsupported("problem_type", hf["problem_type"], "'regression' with several labels")
+    return () if names == [_UNNAMED] else tuple(str(name) for name in names)
+
+
+def config_to_hf(
+    config: DecoderConfig, *, scorer: bool, dtype: str, attributes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The Hugging Face `config.json` of a model, readable by transformers 4 and 5.
+
+    What the source's own config held beyond our fields (token ids, initialiser, …) is kept.
+
+    Args:
+      config: shape of the decoder.
+      scorer: whether the model has a scalar head instead of a vocabulary head.
+      dtype: of the saved weights, e.g. "bfloat16".
+      attributes: names of the outputs of that head; none for a single score.
+    """
+    family = find_family(config.family)
+    hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else {}
+    # torch_dtype is the older name of dtype; labels belong to the head, which may have changed.
+    for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
+        hf.pop(key, None)
+    if len(get(hf, "layer_types", [])) != config.num_layers:
+        hf.pop("layer_types", None)
+    hf |= family.write(config)
+    hf["architectures"] = [family.scorer if scorer else family.causal]
+    hf["model_type"] = family.model_type
+    hf["dtype"] = dtype
+    if scorer:
+        names = list(attributes) if attributes else [_UNNAMED]
+        hf["num_labels"] = len(names)
+        hf["id2label"] = {str(number): name for number, name in enumerate(names)}
+        hf["label2id"] = {name: number for number, name in enumerate(names)}
+        if attributes:
+            hf["problem_type"] = "regression"
+    return hf
+
+
+def leaves(
+    config: DecoderConfig, shapes: Params, present: Collection[str] | None = None
+) -> list[Leaf]:
+    """Matches a model's parameter tree with the HF names of its family.
+
+    Args:
+      config: shape of the decoder.
+      shapes: `model.shapes` of a `Decoder` or `Scorer`.
+      present: tensor names of a source, to choose between the forms in which a family's
+        checkpoints come; without it, the form that is written.
+
+    Raises:
+      ValueError: a parameter that HF has no name for, e.g. an adapter.
+    """
+    return table.leaves(find_family(config.family), config, shapes, present)
