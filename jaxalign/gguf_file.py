@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.models.attention import rope_frequencies
+from jaxalign.models.rope import rope_frequencies
 from jaxalign.models.base import RopeConfig
 
 _TOP = {
