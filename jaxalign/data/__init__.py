@@ -12,35 +12,63 @@ from jaxalign.data.chat import (
     resolve_chat_template,
     stop_token_ids,
 )
-from jaxalign.data.packing import best_fit
-from jaxalign.data.rows import (
+from jaxalign.data.examples import (
     Conversation,
+    Graded,
     Preference,
     Prompt,
+    Ranked,
+    RowError,
+    Steps,
+    Text,
+    Unpaired,
+)
+from jaxalign.data.faults import Faults, read_examples
+from jaxalign.data.packing import best_fit
+from jaxalign.data.rows import (
     to_conversation,
+    to_graded,
     to_preference,
     to_prompt,
+    to_ranked,
+    to_steps,
+    to_text,
+    to_unpaired,
 )
-from jaxalign.data.sources import Row, read_rows
+from jaxalign.data.sources import Row, iter_rows, read_rows
 
 __all__ = [
     "Batches",
     "Conversation",
     "Encoded",
+    "Faults",
+    "Graded",
     "Preference",
     "Prompt",
+    "Ranked",
     "Row",
+    "RowError",
+    "Steps",
+    "Text",
+    "Unpaired",
     "best_fit",
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",
+    "iter_rows",
     "preference_batches",
     "prompt_batches",
+    "read_examples",
     "read_rows",
     "resolve_chat_template",
     "sft_batches",
     "stop_token_ids",
     "to_conversation",
+    "to_graded",
     "to_preference",
     "to_prompt",
+    "to_ranked",
+    "to_steps",
+    "to_text",
+    "to_unpaired",
 ]

@@ -15,8 +15,9 @@ import grain
 import numpy as np
 
 from jaxalign.data.chat import Encoded, encode_conversations, encode_prompts
+from jaxalign.data.examples import Conversation
 from jaxalign.data.packing import best_fit, prompt_rows, token_rows
-from jaxalign.data.rows import Conversation, to_conversation, to_preference, to_prompt
+from jaxalign.data.rows import to_conversation, to_preference, to_prompt
 from jaxalign.data.sources import Sources, read_rows
 from jaxalign.types import PairBatch, PromptBatch, TokenBatch
 
