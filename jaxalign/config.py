@@ -218,6 +218,8 @@ class PPORun(_Run):
       ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
         are left at their defaults.
       reward_model: folder of a reward model with the policy's tokenizer.
+      reward_weights: attribute → weight, for a reward model with several attributes: the reward is
+        the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the reward model.
       critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
@@ -230,6 +232,7 @@ class PPORun(_Run):
 
     reward_model: str
     ppo: ppo.Config = ppo.Config()
+    reward_weights: dict[str, float] | None = None
     reference: str | None = None
     critic: str | None = None
     critic_head: str = "pretrained"
