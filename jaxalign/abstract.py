@@ -20,7 +20,18 @@ from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.sharding import param_shardings
 from jaxalign.source import locate, read_json
-from jaxalign.types import PairBatch, Params, RolloutBatch, TokenBatch
+from jaxalign.types import (
+    GradedBatch,
+    PairBatch,
+    Params,
+    RankedBatch,
+    RolloutBatch,
+    StepBatch,
+    TokenBatch,
+)
+
+RANKED_ANSWERS = 4
+"""Answers of a prompt that a plan assumes."""
 
 
 class Parts(NamedTuple):
@@ -58,17 +69,24 @@ def _sft(config: Any, mesh: Mesh) -> Parts:
 def _reward(config: Any, mesh: Mesh) -> Parts:
     model = _read(config.model.source, config.model, mesh)
     lora = config.model.lora
-    fresh = isinstance(model, Decoder)
+    attributes = config.reward.attributes
+    fresh = isinstance(model, Decoder) or config.head == "fresh"
+    if isinstance(model, Scorer) and config.head == "pretrained" and model.attributes != attributes:
+        raise ValueError(
+            f"reward.attributes={list(attributes)}: the head of {config.model.source!r} has "
+            f"{list(model.attributes)}; wanted the same, or head=fresh"
+        )
     if isinstance(model, Decoder):
-        model = Scorer(dataclasses.replace(model, lora=lora))
+        model = Scorer(dataclasses.replace(model, lora=lora), attributes)
     elif lora is not None:
         raise ValueError(
             f"model.lora with the reward model {config.model.source!r}: start from a language model"
         )
+    model = dataclasses.replace(model, attributes=attributes)
     params, frozen = _params(model, mesh, config.model.dtype, fresh_head=fresh)
     tx = _optimizer(config.optimizer)
     step = reward.make_step(model, tx, config.reward, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _pairs(config), [])
+    return Parts(params, frozen, tx, step, _judged(config), [])
 
 
 def _dpo(config: Any, mesh: Mesh) -> Parts:
@@ -164,6 +182,12 @@ def _scorer(source: str, config: Any, mesh: Mesh) -> tuple[Scorer, Params]:
     model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
+    if len(model.attributes) > 1 and config.reward_weights is None:
+        raise ValueError(
+            f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
+            "how much each counts by reward_weights"
+        )
+    model = dataclasses.replace(model, attributes=())  # the weighted sum, if there are several
     return model, _params(model, mesh, config.model.dtype)[0]
 
 
@@ -193,6 +217,26 @@ def _tokens(rows: int, length: int) -> TokenBatch:
     ids = array((rows, length), jnp.int32)
     mask = array((rows, length), jnp.bool_)
     return TokenBatch(ids, ids, ids, ids, mask)
+
+
+def _judged(config: Any) -> Any:
+    """A batch of the objective; how many answers a prompt has is known from data only."""
+    rows, length = config.data.rows, config.data.length
+    options = config.reward
+    if options.objective == "ranking":
+        answers = jax.tree.map(
+            lambda x: array((rows, RANKED_ANSWERS, length), x.dtype), _tokens(rows, length)
+        )
+        each = (rows, RANKED_ANSWERS)
+        return RankedBatch(answers, array(each, jnp.float32), array(each, jnp.bool_))
+    if options.objective == "regression":
+        each = (rows, len(options.attributes))
+        return GradedBatch(_tokens(rows, length), array(each, jnp.float32), array(each, jnp.bool_))
+    if options.objective == "steps":
+        tokens = _tokens(rows, length)
+        labels = array((rows, length), jnp.float32)
+        return StepBatch(tokens, labels, tokens.loss_mask)
+    return _pairs(config)
 
 
 def _pairs(config: Any) -> PairBatch:

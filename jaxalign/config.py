@@ -221,7 +221,8 @@ class PPORun(_Run):
       reward_weights: attribute → weight, for a reward model with several attributes: the reward is
         the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
-      critic: where the critic starts; None: from the reward model.
+      critic: where the critic starts; None: from the reward model. One with several attributes is
+        weighed by `reward_weights` too.
       critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
         of 0. A reward model has learned to read whole answers only, so that its scores in the
         middle of one may be worse than none.
@@ -244,6 +245,13 @@ class PPORun(_Run):
         super().__post_init__()
         heads = ("pretrained", "zero")
         _want(self.critic_head in heads, "critic_head", self.critic_head, " or ".join(heads))
+        weights = self.reward_weights
+        _want(
+            weights is None or any(weights.values()),
+            "reward_weights",
+            weights,
+            "a weight other than 0 for at least one attribute, or null",
+        )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         _want(
@@ -381,6 +389,8 @@ def to_values(config: Any) -> Any:
     """A dataclass → plain nested values for YAML."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_values(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {name: to_values(value) for name, value in config.items()}
     return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
@@ -437,6 +447,12 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return tuple(
             _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
         )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            problems.append(f"{name}: wanted names with values, got {value!r}")
+            return value
+        inner = typing.get_args(hint)[1]
+        return {str(k): _convert(inner, v, f"{name}.{k}", problems) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, pathlib.Path):

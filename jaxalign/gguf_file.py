@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.models.rope import rope_frequencies
 from jaxalign.models.base import RopeConfig
+from jaxalign.models.rope import rope_frequencies
 
 _TOP = {
     "token_embd": "model.embed_tokens",

@@ -40,7 +40,7 @@ from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.metrics import add_up, to_floats
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, with_scalar_head
+from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.rewards import model_reward
@@ -211,12 +211,12 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
                 f"reference={config.reference!r} has another shape than the policy "
                 f"{config.model.source!r}; wanted the model that the policy started from"
             )
-    scorer, rm_params = _scorer(config.reward_model, config.model, mesh)
+    scorer, rm_params = _scorer(config.reward_model, config, mesh)
     _check_vocabulary(loaded.tok, scorer, config.reward_model)
     if config.critic is None:
         critic, critic_params = scorer, rm_params
     else:
-        critic, critic_params = _scorer(config.critic, config.model, mesh)
+        critic, critic_params = _scorer(config.critic, config, mesh, critic=True)
         _check_vocabulary(loaded.tok, critic, config.critic)
     if config.critic_head == "zero":
         head = jax.tree.map(jnp.zeros_like, critic_params["score"])
@@ -362,18 +362,29 @@ def _policy(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Para
     return model, params
 
 
-def _scorer(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Scorer, Params]:
+def _scorer(
+    source: str, config: PPORun, mesh: Mesh, *, critic: bool = False
+) -> tuple[Scorer, Params]:
+    """A reward model with one score: of several attributes, their weighted sum."""
     model, params = load_pretrained(
         source,
         mesh=mesh,
-        dtype=config.dtype,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
+        dtype=config.model.dtype,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
     )
     if not isinstance(model, Scorer):
         raise ValueError(
             f"{source!r} is a language model without a score; wanted a reward model, "
             "as `jaxalign reward` makes"
+        )
+    # A critic of its own may have one score where the reward model has several.
+    if config.reward_weights is not None and not (critic and not model.attributes):
+        return weigh_attributes(model, params, config.reward_weights)
+    if len(model.attributes) > 1:
+        raise ValueError(
+            f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
+            "how much each counts: reward_weights: {" + f"{model.attributes[0]}: 1.0" + "}"
         )
     return model, params
 
@@ -487,7 +498,8 @@ def export_run(folder: str, out: str, step: int | None = None) -> int:
     # The optimizer state's structure does not depend on how long the run was.
     tx = _optimizer(config.optimizer, config.optimizer.warmup_steps + 1)
     if algorithm == "ppo":
-        _, critic = _scorer(config.critic or config.reward_model, config.model, mesh)
+        source = config.reward_model if config.critic is None else config.critic
+        _, critic = _scorer(source, config, mesh, critic=config.critic is not None)
         critic_config = config.critic_optimizer or config.optimizer
         critic_tx = _optimizer(critic_config, critic_config.warmup_steps + 1)
         start, part = ppo.init_params(loaded.params, critic), "policy"

@@ -61,7 +61,7 @@ def document_balance(probs: Array, chosen: Array, segment_ids: Array) -> jax.Arr
     """
     segment_ids = jnp.asarray(segment_ids)
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]).astype(jnp.float32)
-    # Counts are whole numbers of layers: a product rounded to bfloat16, as on TPUs, would lose some.
+    # TPUs would round the factors to bfloat16, which loses some counts.
     highest = jax.lax.Precision.HIGHEST
     taken = jnp.einsum("bts,bse->bte", same, jnp.asarray(chosen), precision=highest)
     share = taken / jnp.sum(same, axis=2, keepdims=True)

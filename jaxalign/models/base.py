@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
-
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

@@ -272,7 +272,8 @@ class Decoder:
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, total = carry
-            x, routing = run(*xs, x)
+            layer, trait = xs
+            x, routing = run(layer, trait, x)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
         nothing = None

@@ -8,16 +8,28 @@ a family, write a file here with its two config functions and its table, and ent
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.families import table
-from jaxalign.models.families.fields import get, unsupported
+from jaxalign.models.families.gemma2 import GEMMA2
+from jaxalign.models.families.gemma3 import GEMMA3
+from jaxalign.models.families.gpt2 import GPT2
 from jaxalign.models.families.llama import LLAMA
+from jaxalign.models.families.mistral import MISTRAL
+from jaxalign.models.families.mixtral import MIXTRAL
+from jaxalign.models.families.olmo2 import OLMO2
+from jaxalign.models.families.phi3 import PHI3
 from jaxalign.models.families.qwen2 import QWEN2
+from jaxalign.models.families.qwen3 import QWEN3
+from jaxalign.models.families.qwen3_moe import QWEN3_MOE
+from jaxalign.models.families.rope import used_rope
+from jaxalign.models.families.smollm3 import SMOLLM3
 from jaxalign.models.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
+from jaxalign.models.families.values import get, refuse, unsupported
 from jaxalign.types import Params
 
 __all__ = [
@@ -38,7 +50,23 @@ __all__ = [
     "unflatten",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        SMOLLM3,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        OLMO2,
+        GPT2,
+        MIXTRAL,
+        QWEN3_MOE,
+    )
+}
 """HF `model_type` → family."""
 
 GENERATION = "_generation_config"
@@ -69,7 +97,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
       ValueError: a key that is missing or asks for something the decoder does not have; the
         message names the key, what it holds and what is supported.
     """
-    return find_family(hf.get("model_type")).read(hf)
+    family = find_family(hf.get("model_type"))
+    refuse(hf, "quantization_config", "unquantised weights, or GGUF", harmless=())
+    source = json.dumps(dict(hf), sort_keys=True)
+    config = family.read({**family.defaults, **hf})
+    return dataclasses.replace(config, family=family.model_type, source_config=source)
 
 
 def is_scorer(hf: Mapping[str, Any]) -> bool:
@@ -119,6 +151,9 @@ def config_to_hf(
       scorer: whether the model has a scalar head instead of a vocabulary head.
       dtype: of the saved weights, e.g. "bfloat16".
       attributes: names of the outputs of that head; none for a single score.
+
+    Raises:
+      ValueError: a shape that the family's config cannot express, e.g. experts in a Llama.
     """
     family = find_family(config.family)
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else {}
@@ -131,6 +166,7 @@ def config_to_hf(
     hf["architectures"] = [family.scorer if scorer else family.causal]
     hf["model_type"] = family.model_type
     hf["dtype"] = dtype
+    _check_expressed(config, hf)
     if scorer:
         names = list(attributes) if attributes else [_UNNAMED]
         hf["num_labels"] = len(names)
@@ -139,6 +175,38 @@ def config_to_hf(
         if attributes:
             hf["problem_type"] = "regression"
     return hf
+
+
+def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
+    """Reads back what was written: whatever the family has no key for would come back different."""
+    ours, theirs = _meaning(config), _meaning(config_from_hf(hf))
+    lost = [
+        f"{name}={ours[name]!r} (would come back as {theirs[name]!r})"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if lost:
+        raise ValueError(
+            f"a config.json of family {config.family!r} cannot express {', '.join(lost)}; "
+            f"choose the family that has it"
+        )
+
+
+def _meaning(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a config, those that say the same written the same."""
+    local = config.rope if config.local_rope is None else config.local_rope
+    layers = config.num_layers
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    same = {
+        "source_config": "",
+        "rope": None if config.learned_positions else used_rope(config.rope),
+        "local_rope": None if config.window is None else used_rope(local),
+        "rope_layers": config.rope_layers or (True,) * layers,
+        "window_layers": config.window_layers or (config.window is not None,) * layers,
+        "query_scale": round(scale, 12),
+    }
+    fields = dataclasses.fields(config)
+    return {field.name: getattr(config, field.name) for field in fields} | same
 
 
 def leaves(

@@ -1,84 +1,43 @@
-"""Keys of `config.json` that most families share: read with checks, written in both dialects."""
+"""Keys of `config.json` that most families share: read with checks, and written."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxalign.models.base import DecoderConfig, RopeConfig
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.families.rope import read_rope, write_rope
+from jaxalign.models.families.values import flag, get, integer, number, unsupported
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""What `config.json` calls an activation → what we call it; the first name of each is written."""
 
 
-def unsupported(key: str, got: Any, supported: str) -> ValueError:
-    """The error for a value that the decoder does not cover."""
-    return ValueError(f"config.json: {key}={got!r} is not supported; supported: {supported}")
+def read_activation(hf: Mapping[str, Any], key: str) -> str:
+    """The MLP's activation."""
+    if hf.get(key) not in ACTIVATION_NAMES:
+        raise unsupported(key, hf.get(key), ", ".join(map(repr, ACTIVATION_NAMES)))
+    return ACTIVATION_NAMES[hf[key]]
 
 
-def get(hf: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a key, or the default where it is absent or null."""
-    value = hf.get(key)
-    return default if value is None else value
+def write_activation(config: DecoderConfig) -> str:
+    """The name that transformers knows it by."""
+    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == config.activation)
 
 
-def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer; without a default the key must be there."""
-    value = get(hf, key, default)
-    if value is None:
-        raise ValueError(f"config.json: {key} is missing; it must be a positive integer")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {key}={value!r}: wanted a positive integer")
-    return value
+def read_common(hf: Mapping[str, Any], *, partial_rope: bool = False) -> dict[str, Any]:
+    """The fields that families of this shape read alike; refuses what the decoder lacks.
 
-
-def number(values: Mapping[str, Any], key: str, where: str) -> float:
-    """A positive number; `where` is the path of the object that holds the key, e.g. "rope."."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"config.json: {where}{key}={value!r}: wanted a positive number")
-    return float(value)
-
-
-def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before)."""
-    new = hf.get("rope_parameters") is not None
-    where = "rope_parameters." if new else "rope_scaling."
-    rope = get(hf, "rope_parameters", get(hf, "rope_scaling", {}))
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: {where[:-1]}={rope!r}: wanted an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise unsupported(where + "rope_type", kind, "'default', 'linear', 'llama3'")
-    part = rope.get("partial_rotary_factor", get(hf, "partial_rotary_factor", 1.0))
-    if part != 1.0:
-        raise unsupported("partial_rotary_factor", part, "1.0 (all of the head is rotated)")
-    theta = {"rope_theta": rope.get("rope_theta", get(hf, "rope_theta", 10000.0))}
-    fields: dict[str, Any] = {"theta": number(theta, "rope_theta", ""), "kind": kind}
-    if kind != "default":
-        fields["factor"] = number(rope, "factor", where)
-    if kind == "llama3":
-        for key in ("low_freq_factor", "high_freq_factor"):
-            fields[key] = number(rope, key, where)
-        original = rope.get("original_max_position_embeddings")
-        fields["original_max_positions"] = integer(
-            {where + "original_max_position_embeddings": original},
-            where + "original_max_position_embeddings",
-        )
-    return RopeConfig(**fields)
-
-
-def read_common(hf: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
-    """The fields that families of this shape read alike; refuses what the decoder lacks."""
-    act = get(hf, "hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise unsupported("hidden_act", act, "'silu'")
-    if hf.get("quantization_config") is not None:
-        raise unsupported(
-            "quantization_config", hf["quantization_config"], "unquantised weights, or GGUF"
-        )
-    layers = get(hf, "layer_types", [])
-    odd = sorted({str(kind) for kind in layers} - {"full_attention"})
-    if odd:
-        raise unsupported("layer_types", odd, "'full_attention' in every layer")
+    Args:
+      hf: `config.json`, completed by the family's defaults.
+      partial_rope: whether the family may rotate part of a head only.
+    """
     heads = integer(hf, "num_attention_heads")
     hidden = integer(hf, "hidden_size")
     if hf.get("head_dim") is None and hidden % heads:
@@ -94,25 +53,16 @@ def read_common(hf: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": integer(hf, "num_key_value_heads", heads),
         "head_dim": integer(hf, "head_dim", hidden // heads),
-        "rope": read_rope(hf),
-        "norm_eps": number({"rms_norm_eps": get(hf, "rms_norm_eps", 1e-6)}, "rms_norm_eps", ""),
-        "tie_embeddings": bool(get(hf, "tie_word_embeddings", False)),
-        "max_positions": integer(hf, "max_position_embeddings", max_positions),
-        "family": hf["model_type"],
-        "source_config": json.dumps(dict(hf), sort_keys=True),
+        "rope": read_rope(hf, partial=partial_rope),
+        "norm_eps": number(hf, "rms_norm_eps", ""),
+        "tie_embeddings": flag(hf, "tie_word_embeddings"),
+        "max_positions": integer(hf, "max_position_embeddings"),
+        "activation": read_activation(hf, "hidden_act"),
     }
 
 
 def write_common(config: DecoderConfig) -> dict[str, Any]:
     """The keys that `read_common` reads."""
-    rope = config.rope
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
-        scaling["original_max_position_embeddings"] = rope.original_max_positions
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -121,13 +71,61 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": write_activation(config),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_positions,
-        # transformers 5 reads the first, transformers 4 and most servers the other two; without
-        # them they would fall back to theta = 10000 in silence.
-        "rope_parameters": {"rope_theta": rope.theta, **scaling},
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.kind == "default" else scaling,
+        **write_rope(config.rope),
     }
+
+
+COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+"""Defaults that most families share; see `Family.defaults`."""
+
+
+# --- layers that differ --------------------------------------------------------------------------
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def refuse_windows(hf: Mapping[str, Any]) -> None:
+    """For families whose layers all see everything before them."""
+    if hf.get("sliding_window") is not None and flag(hf, "use_sliding_window", True):
+        raise unsupported("sliding_window", hf["sliding_window"], "null (full attention)")
+    odd = sorted({str(kind) for kind in get(hf, "layer_types", [])} - {_FULL})
+    if odd:
+        raise unsupported("layer_types", odd, f"{_FULL!r} in every layer")
+
+
+def read_windows(hf: Mapping[str, Any], default: Callable[[int], bool]) -> dict[str, Any]:
+    """Window and the layers it holds in, from `sliding_window` and `layer_types`.
+
+    Args:
+      hf: `config.json`.
+      default: layer, from 0 → whether it has a window, where `layer_types` says nothing.
+    """
+    layers = integer(hf, "num_hidden_layers")
+    window = None if hf.get("sliding_window") is None else integer(hf, "sliding_window")
+    if hf.get("layer_types") is None:
+        windowed = tuple(default(layer) for layer in range(layers))
+        if window is None:
+            return {}
+    else:
+        odd = sorted({str(kind) for kind in hf["layer_types"]} - {_FULL, _SLIDING})
+        if odd:
+            raise unsupported("layer_types", odd, f"{_FULL!r}, {_SLIDING!r}")
+        windowed = tuple(kind == _SLIDING for kind in hf["layer_types"])
+        if window is None and any(windowed):
+            raise ValueError(f"config.json: layer_types has {_SLIDING!r}, but no sliding_window")
+    return {"window": window, "window_layers": windowed} if any(windowed) else {}
+
+
+def write_layer_types(config: DecoderConfig) -> list[str]:
+    """The list that `read_windows` reads."""
+    windowed = config.window_layers or (config.window is not None,) * config.num_layers
+    return [_SLIDING if slides else _FULL for slides in windowed]

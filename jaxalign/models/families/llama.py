@@ -1,4 +1,4 @@
-"""Llama, and what is Llama under another name: SmolLM, TinyLlama, Yi."""
+"""Llama 1 to 3, and what is Llama under another name: SmolLM 1 and 2, TinyLlama, Yi."""
 
 from __future__ import annotations
 
@@ -6,53 +6,63 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import get, read_common, unsupported, write_common
+from jaxalign.models.families.fields import COMMON, read_common, refuse_windows, write_common
 from jaxalign.models.families.table import Entry, Family
+from jaxalign.models.families.values import flag
+
+LAYER = "model.layers.{}."
+
+PROJECTIONS = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+"""Llama's names of the projections, which most later families kept."""
+
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+QK_NORMS = {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}
 
 
-def llama_table() -> tuple[Entry, ...]:
-    """Llama's names, which most later families kept."""
-    layer = "model.layers.{}."
+def llama_table(
+    projections: Mapping[str, str] = PROJECTIONS, norms: Mapping[str, str] = NORMS
+) -> tuple[Entry, ...]:
+    """A key table in Llama's style.
+
+    Args:
+      projections: our path in a block → their name in a layer, of matrices with or without bias.
+      norms: the same for norms.
+    """
     rows = [
         Entry("embed/embedding", "model.embed_tokens.weight"),
-        Entry("blocks/attention_norm/scale", layer + "input_layernorm.weight"),
-        Entry("blocks/mlp_norm/scale", layer + "post_attention_layernorm.weight"),
         Entry("norm/scale", "model.norm.weight"),
         Entry("head/kernel", "lm_head.weight", transpose=True),
         Entry("score/kernel", "score.weight", transpose=True),
     ]
-    for ours, theirs in {
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/out": "self_attn.o_proj",
-        "mlp/gate": "mlp.gate_proj",
-        "mlp/up": "mlp.up_proj",
-        "mlp/down": "mlp.down_proj",
-    }.items():
-        rows.append(Entry(f"blocks/{ours}/kernel", f"{layer}{theirs}.weight", transpose=True))
-        rows.append(Entry(f"blocks/{ours}/bias", f"{layer}{theirs}.bias"))
+    for ours, theirs in norms.items():
+        rows.append(Entry(f"blocks/{ours}/scale", f"{LAYER}{theirs}.weight"))
+    for ours, theirs in projections.items():
+        rows.append(Entry(f"blocks/{ours}/kernel", f"{LAYER}{theirs}.weight", transpose=True))
+        rows.append(Entry(f"blocks/{ours}/bias", f"{LAYER}{theirs}.bias"))
     return tuple(rows)
 
 
+def read_biases(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention_bias` covers all four projections of attention."""
+    bias = flag(hf, "attention_bias")
+    return {"qkv_bias": bias, "out_bias": bias, "mlp_bias": flag(hf, "mlp_bias")}
+
+
 def _read(hf: Mapping[str, Any]) -> DecoderConfig:
-    if hf.get("sliding_window") is not None and get(hf, "use_sliding_window", True):
-        raise unsupported("sliding_window", hf["sliding_window"], "null (full attention)")
-    bias = bool(get(hf, "attention_bias", False))
-    return DecoderConfig(
-        **read_common(hf, max_positions=2048),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bool(get(hf, "mlp_bias", False)),
-    )
+    refuse_windows(hf)
+    return DecoderConfig(**read_common(hf), **read_biases(hf))
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    if config.qkv_bias != config.out_bias:
-        raise ValueError(
-            f"family llama: qkv_bias={config.qkv_bias} and out_bias={config.out_bias} cannot be "
-            f"written: its attention_bias covers both; use family 'qwen2' for qkv_bias alone"
-        )
     bias = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     return write_common(config) | bias
 
@@ -64,4 +74,5 @@ LLAMA = Family(
     table=llama_table(),
     read=_read,
     write=_write,
+    defaults=COMMON | {"max_position_embeddings": 2048},
 )

@@ -64,8 +64,10 @@ class Family:
       causal: architecture name of the language model.
       scorer: architecture name of the scalar-head model.
       table: HF names of the parameters.
-      read: `config.json` as a dict → `DecoderConfig`.
+      read: `config.json` as a dict, completed by `defaults` → `DecoderConfig`.
       write: `DecoderConfig` → the keys of `config.json` that `read` reads.
+      defaults: keys that a `config.json` may leave out, with the values transformers takes then. A
+        key that is there and null is not completed.
       ignored: patterns (as in `fnmatch`) of tensors that say nothing new, e.g. saved buffers.
     """
 
@@ -75,6 +77,7 @@ class Family:
     table: tuple[Entry, ...]
     read: Callable[[Mapping[str, Any]], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ("*rotary_emb.inv_freq",)
 
 
