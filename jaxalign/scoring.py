@@ -12,7 +12,11 @@ A reward model with attributes gives an object of numbers, one an attribute, in 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
+import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +30,9 @@ from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
-from jaxalign.data.sources import Row
+from jaxalign.data.sources import Row, read_rows
+from jaxalign.evaluation import wilson
+from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.heads import Scorer, weigh_attributes
 from jaxalign.types import Params, TokenBatch
 
@@ -71,7 +77,6 @@ def score_rows(
     tok: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
-    weights: Mapping[str, float] | None = None,
     batch: int = 16,
     length: int | None = None,
     chat_template: str | None = None,
@@ -83,19 +88,15 @@ def score_rows(
       params: its parameters.
       tok: its tokenizer.
       rows: as `jaxalign.data.read_rows` gives them.
-      weights: attribute → weight: one number for a reward model with attributes; see
-        `jaxalign.models.heads.weigh_attributes`.
       batch: answers scored at a time.
       length: tokens of the longest prompt with answer; those beyond lose their end, as in training.
         None: as long as the longest is.
       chat_template: see `jaxalign.data.resolve_chat_template`.
 
     Raises:
-      ValueError: a row without an answer, or of no known form (`file:line`); weights that do not
-        fit; steps for a reward model with several outputs.
+      ValueError: a row without an answer, or of no known form (`file:line`); steps for a reward
+        model with several outputs, or that are too long.
     """
-    if weights is not None:
-        scorer, params = weigh_attributes(scorer, params, weights)
     answers = [_answers(row, scorer.attributes) for row in rows]
     documents: list[Encoded] = []
     ends: list[list[int]] = []
@@ -172,6 +173,87 @@ def score_conversations(
     bare = Scorer(scorer.base)
     scored = score_rows(bare, params, tok, rows, batch=batch, chat_template=chat_template)
     return np.asarray(scored.results, np.float32)
+
+
+def load_scorer(
+    source: str, weights: Mapping[str, float] | None = None
+) -> tuple[Scorer, Params, PreTrainedTokenizerBase]:
+    """A reward model with its tokenizer, on the default device.
+
+    Args:
+      source: folder or hub id.
+      weights: attribute → weight, for one score; see `jaxalign.models.heads.weigh_attributes`.
+
+    Raises:
+      ValueError: a language model without a score, or weights that do not fit.
+    """
+    tok = load_tokenizer(source)
+    model, params = load_pretrained(source)
+    if not isinstance(model, Scorer):
+        raise ValueError(
+            f"{source!r} is a language model without a score; wanted a reward model, as "
+            "`jaxalign reward` makes"
+        )
+    if weights is not None:
+        model, params = weigh_attributes(model, params, weights)
+    return model, params, tok
+
+
+def score_files(
+    source: str,
+    files: Sequence[str],
+    out: str | None = None,
+    *,
+    column: str = "reward",
+    weights: Mapping[str, float] | None = None,
+    batch: int = 16,
+    length: int | None = None,
+    chat_template: str | None = None,
+) -> str:
+    """Writes every row of some files with its score, one JSON object a line, in their order.
+
+    Args:
+      source: reward model, folder or hub id.
+      files: as `jaxalign.data.read_rows` takes them.
+      out: file to write; None: standard output.
+      column: name of the column that is added; no row may have it.
+      weights: see `load_scorer`.
+      batch: answers scored at a time.
+      length: tokens of the longest prompt with answer.
+      chat_template: see `jaxalign.data.resolve_chat_template`.
+
+    Returns:
+      What was scored and cut, in a sentence, with the accuracy where rows are pairs.
+
+    Raises:
+      ValueError: as `score_rows`; a row that has the column already.
+    """
+    rows = read_rows(list(files))
+    taken = next((row.origin for row in rows if column in row.data), None)
+    if taken is not None:
+        raise ValueError(f"{taken}: the row has a column {column!r} already; choose another name")
+    scorer, params, tok = load_scorer(source, weights)
+    scored = score_rows(
+        scorer, params, tok, rows, batch=batch, length=length, chat_template=chat_template
+    )
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            file = sys.stdout
+        else:
+            path = pathlib.Path(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
+        for row, result in zip(rows, scored.results, strict=True):
+            file.write(json.dumps({**row.data, column: result}, ensure_ascii=False) + "\n")
+    told = [f"{len(rows)} rows scored, {scored.cut} answers cut"]
+    right, pairs = scored.right
+    if pairs:
+        low, high = wilson(right, pairs)
+        told.append(
+            f"{right / pairs:.3f} of {pairs} pairs ranked right (95 % interval {low:.3f} to "
+            f"{high:.3f})"
+        )
+    return "; ".join(told)
 
 
 # --- rows ----------------------------------------------------------------------------------------
