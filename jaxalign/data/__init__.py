@@ -9,6 +9,8 @@ from jaxalign.data.chat import (
     encode_conversations,
     encode_prompt,
     encode_prompts,
+    encode_texts,
+    encode_training,
     resolve_chat_template,
     stop_token_ids,
 )
@@ -36,11 +38,13 @@ from jaxalign.data.rows import (
     to_unpaired,
 )
 from jaxalign.data.sources import Row, iter_rows, read_rows
+from jaxalign.data.steps import EncodedSteps, encode_steps
 
 __all__ = [
     "Batches",
     "Conversation",
     "Encoded",
+    "EncodedSteps",
     "Faults",
     "Graded",
     "Preference",
@@ -55,6 +59,9 @@ __all__ = [
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",
+    "encode_steps",
+    "encode_texts",
+    "encode_training",
     "iter_rows",
     "preference_batches",
     "prompt_batches",
