@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from jaxalign.data import encode_conversations
-from jaxalign.data.chat import Encoded
-from jaxalign.data.examples import Conversation, Message
+from jaxalign.data.chat import Encoded, encode_steps
+from jaxalign.data.examples import Conversation, Message, Steps
 from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import token_rows
@@ -339,9 +339,6 @@ def _filled(row: Row, column: str, like: Any, value: float) -> Row:
 def _encode_steps(
     tok: PreTrainedTokenizerBase, answers: Answers, row: Row, chat_template: str | None
 ) -> tuple[Encoded, list[int]]:
-    from jaxalign.data.chat import encode_steps
-    from jaxalign.data.examples import Steps
-
     prompt = answers.conversations[0].messages[:-1]
     example = Steps(prompt, answers.texts, (1.0,) * len(answers.texts), row.origin)
     (encoded,) = encode_steps(tok, [example], chat_template)

@@ -102,6 +102,8 @@ class PairBatch(NamedTuple):
       margin: float32, how much better chosen is (reward loss with margin), or None.
       mask: bool `[B, S]`, which pairs exist in a packed row; its shape also tells S. None when
         every row is one pair.
+      index: int32, which example of the data each pair is, -1 for none; or None. Figures that were
+        computed once for all data are looked up by it.
     """
 
     chosen: TokenBatch
@@ -110,6 +112,7 @@ class PairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
+    index: Array | None = None
 
 
 class SharedPairBatch(NamedTuple):
@@ -126,6 +129,7 @@ class SharedPairBatch(NamedTuple):
       ref_rejected_logps: the same for the rejected answers.
       margin: float32 `[B, S]`, or None.
       mask: bool `[B, S]`, which pairs exist.
+      index: int32 `[B, S]`, as in `PairBatch`, or None.
     """
 
     tokens: TokenBatch
@@ -133,6 +137,7 @@ class SharedPairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
+    index: Array | None = None
 
 
 class UnpairedBatch(NamedTuple):
@@ -144,14 +149,15 @@ class UnpairedBatch(NamedTuple):
       mismatched: the same prompts, each with the answer of another row of the batch: how far the
         policy has moved from the reference is estimated on them.
       ref_logps: float32 `[B]`, summed log-probability of the answer under the reference.
-      ref_mismatched_logps: the same for `mismatched`.
+      kl: float32 `[B]`, how far the policy is from the reference, estimated over the whole batch
+        (the same number in every row); added, like `ref_logps`, by `kto.make_prepare`.
     """
 
     tokens: TokenBatch
     desirable: Array
     mismatched: TokenBatch
     ref_logps: Array | None = None
-    ref_mismatched_logps: Array | None = None
+    kl: Array | None = None
 
 
 class RankedBatch(NamedTuple):

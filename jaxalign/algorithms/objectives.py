@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.pairs import interleave, pair_mask, pairs_in_row, separate
+from jaxalign.algorithms.pairs import Pairs, layout, pair_mask
 from jaxalign.losses.graded import squared_error
 from jaxalign.losses.process import step_bce
 from jaxalign.losses.ranking import all_pairs, better, plackett_luce
@@ -24,7 +24,6 @@ from jaxalign.models.heads import Scorer, last_hidden
 from jaxalign.types import (
     Array,
     GradedBatch,
-    PairBatch,
     Params,
     RankedBatch,
     StepBatch,
@@ -56,25 +55,25 @@ class Objective(NamedTuple):
 
 
 def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Objective:
-    """`PairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs."""
+    """`PairBatch` or `SharedPairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs.
 
-    def count(batch: PairBatch) -> dict[str, Array]:
+    A pair whose prompt stands in the row once has its two scores at the ends of its branches.
+    """
+
+    def count(batch: Pairs) -> dict[str, Array]:
         return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
 
-    def score(params: Params, hidden: jax.Array, batch: PairBatch) -> jax.Array:
-        slots = pairs_in_row(batch)
-        segments = interleave(batch).segment_ids
-        last = last_hidden(hidden, segments, 1 if slots is None else slots)
-        scores = scorer.scores(params, last)
-        return scores[:, 0] if slots is None else scores
+    def score(params: Params, hidden: jax.Array, batch: Pairs) -> jax.Array:
+        where = layout(batch)
+        return scorer.scores(params, last_hidden(hidden, where.sides, where.count))
 
-    def sides(scores: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def sides(scores: jax.Array, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Masked before the arithmetic: what stands in an empty slot must not reach a gradient.
         mask = pair_mask(batch)
-        chosen, rejected = separate(scores)
+        chosen, rejected = layout(batch).split(scores)
         return keep(chosen, mask), keep(rejected, mask), mask
 
-    def judge(scores: jax.Array, batch: PairBatch) -> Sums:
+    def judge(scores: jax.Array, batch: Pairs) -> Sums:
         chosen, rejected, mask = sides(scores, batch)
         margin = None if batch.margin is None else keep(batch.margin, mask)
         losses = bradley_terry(chosen, rejected, margin, center_coef, label_smoothing)
@@ -87,12 +86,14 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         }
         return {"preference": weighted(losses, mask).total}, metrics
 
-    def examples(scores: jax.Array, batch: PairBatch) -> Examples:
+    def examples(scores: jax.Array, batch: Pairs) -> Examples:
         chosen, rejected, mask = sides(scores, batch)
         seen = {"chosen": chosen, "rejected": rejected, "mask": mask}
-        return seen | _sources(batch.chosen, pairs_in_row(batch))
+        where = layout(batch)
+        source = _sources(where.tokens, where.sides, where.count)
+        return seen if source is None else seen | {"source": where.split(source)[0]}
 
-    return Objective(count, interleave, score, judge, examples)
+    return Objective(count, lambda batch: layout(batch).tokens, score, judge, examples)
 
 
 def ranking(
@@ -144,7 +145,8 @@ def ranking(
             "says": says,
         }
         first = jax.tree.map(lambda x: x[:, 0], batch.answers)
-        return seen | _sources(first, None)
+        source = _sources(first, first.segment_ids)
+        return seen if source is None else seen | {"source": source[:, 0]}
 
     return Objective(count, tokens, score, judge, examples)
 
@@ -178,7 +180,8 @@ def regression(scorer: Scorer) -> Objective:
     def examples(scores: jax.Array, batch: GradedBatch) -> Examples:
         mask = as_bool(batch.mask)
         seen = {"scores": keep(scores, mask), "grades": keep(batch.scores, mask), "mask": mask}
-        return seen | _sources(batch.tokens, None)
+        source = _sources(batch.tokens, batch.tokens.segment_ids)
+        return seen if source is None else seen | {"source": source[:, 0]}
 
     return Objective(count, lambda batch: batch.tokens, score, judge, examples)
 
@@ -219,10 +222,8 @@ def _best_first(scores: jax.Array, ranks: Array, exists: jax.Array) -> jax.Array
     return (jnp.take_along_axis(jnp.asarray(ranks), pick, 1) == top)[:, 0].astype(jnp.float32)
 
 
-def _sources(tokens: TokenBatch, count: int | None) -> Examples:
-    """The source of each sequence, `[B]` or `[B, S]`, where the batch says; read at its end."""
+def _sources(tokens: TokenBatch, sequences: Array, count: int = 1) -> jax.Array | None:
+    """The source of each sequence of a row, `[B, count]`, read at its end; None where not told."""
     if tokens.source_ids is None:
-        return {}
-    last = last_index(tokens.segment_ids, 1 if count is None else count)
-    source = jnp.take_along_axis(jnp.asarray(tokens.source_ids), last, axis=1)
-    return {"source": source[:, 0] if count is None else source}
+        return None
+    return jnp.take_along_axis(jnp.asarray(tokens.source_ids), last_index(sequences, count), axis=1)

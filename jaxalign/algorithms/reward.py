@@ -4,7 +4,7 @@ Four objectives, by what was judged (the mathematics is in `jaxalign.losses`):
 
 | objective | batch | loss | averaged over |
 | --- | --- | --- | --- |
-| "pairs" | `PairBatch` | − log σ(r_chosen − r_rejected − margin) | pairs |
+| "pairs" | `PairBatch`, `SharedPairBatch` | − log σ(r_chosen − r_rejected − margin) | pairs |
 | "ranking" | `RankedBatch` | Plackett–Luce, or the mean over all pairs | prompts |
 | "regression" | `GradedBatch` | (r − grade)², one output an attribute | grades |
 | "steps" | `StepBatch` | binary cross-entropy at the end of each step | steps |

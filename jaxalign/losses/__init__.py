@@ -6,6 +6,34 @@ row: clear the slots that do not count with `jaxalign.masked.keep` before the ca
 in them reaches a gradient.
 """
 
-from jaxalign.losses import dpo, graded, ppo, process, ranking, reward, router, sft
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    forms,
+    graded,
+    kto,
+    ppo,
+    process,
+    ranking,
+    reference_free,
+    reward,
+    router,
+    sft,
+    tokens,
+)
 
-__all__ = ["dpo", "graded", "ppo", "process", "ranking", "reward", "router", "sft"]
+__all__ = [
+    "divergence",
+    "dpo",
+    "forms",
+    "graded",
+    "kto",
+    "ppo",
+    "process",
+    "ranking",
+    "reference_free",
+    "reward",
+    "router",
+    "sft",
+    "tokens",
+]
