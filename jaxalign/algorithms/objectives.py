@@ -55,7 +55,7 @@ class Objective(NamedTuple):
 
 
 def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Objective:
-    """`PairBatch` or `SharedPairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs.
+    """`PairBatch`, `SharedPairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs.
 
     A pair whose prompt stands in the row once has its two scores at the ends of its branches.
     """
