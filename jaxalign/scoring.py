@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign.data import encode_conversations
-from jaxalign.data.chat import Encoded, encode_steps
+from jaxalign.data import encode_conversations, encode_steps
+from jaxalign.data.chat import Encoded
 from jaxalign.data.examples import Conversation, Message, Steps
 from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
