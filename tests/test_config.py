@@ -245,7 +245,14 @@ OUT_OF_RANGE = {
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
     ),
-    "reward": ("reward.center_coef=-1",),
+    "reward": (
+        "reward.center_coef=-1",
+        "reward.label_smoothing=0.5",
+        "reward.objective=stars",
+        "reward.ranking=all_pairs",  # an option of `ranking` only
+        "reward.attributes=[helpfulness]",  # an option of `regression` only
+        "head=random",
+    ),
     "dpo": (
         "dpo.beta=0",
         "dpo.loss_type=cosine",
@@ -279,6 +286,9 @@ OUT_OF_RANGE = {
         "minibatches=5",  # no divisor of 32 rows
         "model.lora.rank=2",  # not in PPO
         "critic_optimizer.b1=7",
+        "reward_weights={}",
+        "reward_weights=3",
+        "reward_weights={helpfulness: high}",
     ),
 }
 
@@ -355,7 +365,7 @@ READERS = {
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/decoder.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
-    reward.Config: (("algorithms/reward.py",), {"config"}),
+    reward.Config: (("algorithms/reward.py", "heldout.py"), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
 }
