@@ -8,6 +8,7 @@ cut into mini-batches in PPO), and what is measured on held-out data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable
@@ -32,7 +33,16 @@ from jaxalign.config import (
     load_config,
     read_yaml,
 )
-from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
+from jaxalign.data import (
+    Batches,
+    graded_batches,
+    preference_batches,
+    prompt_batches,
+    ranked_batches,
+    sft_batches,
+    step_batches,
+    stop_token_ids,
+)
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.heldout import HeldOut
@@ -147,7 +157,7 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     """Reward model: every batch of judged answers is one update."""
     loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config)
-    batches, held_out = _data(preference_batches, config, loaded.tok)
+    batches, held_out = _data(_judgements(config), config, loaded.tok)
     total = _total(config, batches)
     tx = _optimizer(config.optimizer, total)
     micro = config.run.micro_batches
@@ -166,6 +176,18 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         export=_exporter(loaded.model, loaded.tok),
         details=None if measure is None else measure.details,
     )
+
+
+def _judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
+    """What makes the batches that the objective learns from."""
+    if config.reward.objective == "regression":
+        return functools.partial(graded_batches, attributes=config.reward.attributes)
+    makers: dict[str, Callable[..., Batches[Any]]] = {
+        "pairs": preference_batches,
+        "ranking": ranked_batches,
+        "steps": step_batches,
+    }
+    return makers[config.reward.objective]
 
 
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
