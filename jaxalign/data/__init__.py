@@ -3,7 +3,13 @@
 Everything here is numpy on the host; nothing touches a device.
 """
 
-from jaxalign.data.batches import Batches, preference_batches, prompt_batches, sft_batches
+from jaxalign.data.answers import (
+    graded_batches,
+    ranked_batches,
+    step_batches,
+    unpaired_batches,
+)
+from jaxalign.data.batches import preference_batches, prompt_batches, sft_batches
 from jaxalign.data.chat import (
     Encoded,
     encode_conversations,
@@ -26,7 +32,10 @@ from jaxalign.data.examples import (
     Unpaired,
 )
 from jaxalign.data.faults import Faults, read_examples
-from jaxalign.data.packing import best_fit
+from jaxalign.data.loader import Batches
+from jaxalign.data.mixture import Source
+from jaxalign.data.options import Options
+from jaxalign.data.packing import best_fit, wrapped
 from jaxalign.data.rows import (
     to_conversation,
     to_graded,
@@ -47,11 +56,13 @@ __all__ = [
     "EncodedSteps",
     "Faults",
     "Graded",
+    "Options",
     "Preference",
     "Prompt",
     "Ranked",
     "Row",
     "RowError",
+    "Source",
     "Steps",
     "Text",
     "Unpaired",
@@ -62,13 +73,16 @@ __all__ = [
     "encode_steps",
     "encode_texts",
     "encode_training",
+    "graded_batches",
     "iter_rows",
     "preference_batches",
     "prompt_batches",
+    "ranked_batches",
     "read_examples",
     "read_rows",
     "resolve_chat_template",
     "sft_batches",
+    "step_batches",
     "stop_token_ids",
     "to_conversation",
     "to_graded",
@@ -78,4 +92,6 @@ __all__ = [
     "to_steps",
     "to_text",
     "to_unpaired",
+    "unpaired_batches",
+    "wrapped",
 ]
