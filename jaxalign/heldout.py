@@ -47,7 +47,7 @@ class HeldOut:
                 sums.append(metrics)
                 parts.append(jax.device_get(examples))
         examples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        found = findings(self._config, examples, source_names(self._batches))
+        found = findings(self._config, examples, self._batches.sources)
         self._details = {"objective": self._config.objective} | found.details
         return found.figures | add_up(sums)
 
@@ -67,8 +67,3 @@ def findings(
     if config.objective == "regression":
         return evaluation.grade_findings(examples, sources, config.attributes)
     return evaluation.step_findings(examples, sources)
-
-
-def source_names(batches: Batches[Any]) -> list[str]:
-    """Names of the sources of a mixture, in the order of their ids; none if it is no mixture."""
-    return list(batches.stats.get("sources", ()))

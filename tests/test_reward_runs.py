@@ -19,18 +19,18 @@ QUESTIONS = chatmodel.QUESTIONS
 ROWS = {
     "pairs": chatmodel.PAIRS,
     "ranking": [
-        {"prompt": q, "answers": ["yes" + q[0], "no", "no"][: 2 + i % 2], "ranks": [1, 2, 2][: 2 + i % 2]}
-        for i, q in enumerate(QUESTIONS)
+        {"prompt": q, "answers": ["yes" + q[0], "no", "so"][:n], "ranks": [1, 2, 2][:n]}
+        for q, n in zip(QUESTIONS, [2, 3] * 6, strict=True)
     ],
     "regression": [
-        {"prompt": q, "response": "ok" + q[0], "scores": {"kind": i % 5, "long": None if i % 3 else 1}}
+        {"prompt": q, "response": "ok", "scores": {"kind": i % 5, "long": None if i % 3 else 1}}
         for i, q in enumerate(QUESTIONS)
     ],
     "steps": [
         {"prompt": q, "completions": ["a", "b"], "labels": [True, i % 2 == 0]}
         for i, q in enumerate(QUESTIONS)
     ],
-}  # fmt: skip
+}
 FIGURES = {
     "pairs": {"accuracy", "accuracy_low", "accuracy_high", "ece", "margin", "loss/preference"},
     "ranking": {"accuracy", "best", "best_low", "best_high", "loss/preference"},
