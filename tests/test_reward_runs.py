@@ -1,7 +1,6 @@
 """Whole runs of a reward model: every objective, every start, what is left in the folder."""
 
 import json
-import pathlib
 
 import chatmodel
 import numpy as np
@@ -11,6 +10,7 @@ import jaxalign
 from jaxalign.config import load_config
 from jaxalign.models.heads import Scorer
 from jaxalign.report import make_page
+from jaxalign.tasks import make_task
 from jaxalign.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -123,13 +123,18 @@ def test_another_objective_needs_a_fresh_head(chat_models, tmp_path, grades):
 
 
 def test_ppo_against_weighted_attributes(chat_models, tmp_path, grades):
-    values = chatmodel.settings("ppo", chat_models, tmp_path / "run", checkpoint=False, steps=1)
+    """The reward model, and the critic that starts from it, have the weighted sum as their head."""
+    values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
     values["reward_model"] = str(grades.model)
+
+    def task(*overrides):
+        return make_task(load_config("ppo", values, overrides))
+
     with pytest.raises(ValueError, match=r"kind, long and no single score.*reward_weights"):
-        train(load_config("ppo", values))
+        task()
     with pytest.raises(ValueError, match=r"kind, long, got size"):
-        train(load_config("ppo", values, ["reward_weights={size: 1.0}"]))
-    result = train(load_config("ppo", values, ["reward_weights={kind: 1.0, long: -0.5}"]))
-    assert np.isfinite(result.history[0]["objective/scores"])
-    written = (pathlib.Path(result.folder) / "config.yaml").read_text(encoding="utf-8")
-    assert "kind: 1.0" in written
+        task("reward_weights={size: 1.0}")
+    critic = task("reward_weights={kind: 1.0, long: -0.5}").state.params["critic"]
+    kernel = np.asarray(jaxalign.load_pretrained(grades.model)[1]["score"]["kernel"])
+    want = kernel[:, :1] - 0.5 * kernel[:, 1:]
+    np.testing.assert_allclose(critic["score"]["kernel"], want, rtol=1e-5, atol=1e-7)
