@@ -102,8 +102,6 @@ class PairBatch(NamedTuple):
       margin: float32, how much better chosen is (reward loss with margin), or None.
       mask: bool `[B, S]`, which pairs exist in a packed row; its shape also tells S. None when
         every row is one pair.
-      index: int32, which example of the data each pair is, -1 for none; or None. Figures that were
-        computed once for all data are looked up by it.
     """
 
     chosen: TokenBatch
@@ -112,7 +110,6 @@ class PairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
-    index: Array | None = None
 
 
 class SharedPairBatch(NamedTuple):
@@ -129,7 +126,6 @@ class SharedPairBatch(NamedTuple):
       ref_rejected_logps: the same for the rejected answers.
       margin: float32 `[B, S]`, or None.
       mask: bool `[B, S]`, which pairs exist.
-      index: int32 `[B, S]`, as in `PairBatch`, or None.
     """
 
     tokens: TokenBatch
@@ -137,7 +133,6 @@ class SharedPairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
-    index: Array | None = None
 
 
 class UnpairedBatch(NamedTuple):

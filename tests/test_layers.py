@@ -46,13 +46,15 @@ PARTS = {
     "best_of": "scoring",
     "abstract": "plan",
     "charts": "report",
+    "reference_cache": "train",
+    "references": "train",
     "tasks": "train",
     "pipeline": "cli",
     "quickstart": "cli",
     "__main__": "cli",
 }
 
-ALGORITHMS = ("sft", "reward", "dpo", "ppo")
+ALGORITHMS = ("sft", "reward", "dpo", "kto", "ppo")
 
 HEAVY = ("transformers", "datasets", "grain", "orbax", "gguf", "torch", "safetensors")
 
@@ -146,7 +148,7 @@ def test_algorithms_have_the_same_sections_in_the_same_order(name):
 
 
 def test_shared_parts_of_algorithms_know_no_algorithm():
-    for part in ("step", "pairs", "objectives"):
+    for part in ("step", "pairs", "reference", "objectives"):
         names = {f"algorithms.{name}" for name in ALGORITHMS}
         assert not imports(PACKAGE / f"algorithms/{part}.py") & names
 

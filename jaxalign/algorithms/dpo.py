@@ -33,7 +33,7 @@ from jaxalign.losses.dpo import (
 from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
 from jaxalign.masked import keep, weighted
-from jaxalign.models.base import LanguageModel
+from jaxalign.models.base import LanguageModel, read_counts
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
 
@@ -205,7 +205,7 @@ def make_prepare(
 
 
 def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The DPO loss: a term `preference` weighted by pairs, and `sft` by tokens if there is one."""
+    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms."""
     config = Config() if config is None else config
     sft_weight = config.sft_weight
 
@@ -214,21 +214,21 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
         counts: dict[str, Array] = {"preference": jnp.sum(mask, dtype=jnp.float32)}
         if sft_weight:
             counts["sft"] = jnp.sum(keep(layout(batch).lengths()[0], mask))
-        return counts
+        return counts | read_counts(model, layout(batch).tokens)
 
-    def reference(batch: Pairs, mask: jax.Array) -> list[jax.Array | None]:
+    def reference(batch: Pairs, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         if not config.has_reference:
-            return [None, None]
+            return None, None
         if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
             raise ValueError(
                 "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "
                 "add them with dpo.make_prepare(model)(ref_params, batch)"
             )
-        return [keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)]
+        return keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)
 
     def terms(params: Params, batch: Pairs) -> tuple[dict[str, Array], dict[str, Weighted]]:
         mask = pair_mask(batch)
-        ref = reference(batch, mask)
+        ref_chosen, ref_rejected = reference(batch, mask)
         answers = read_answers(
             model,
             params,
@@ -236,7 +236,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             ld_alpha=config.ld_alpha,
             wpo_weighting=config.wpo_weighting,
         )
-        losses, chosen_rewards, rejected_rewards = config.loss(answers, *ref, mask)
+        losses, chosen_rewards, rejected_rewards = config.loss(
+            answers, ref_chosen, ref_rejected, mask
+        )
         values = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
@@ -254,6 +256,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             total = weighted(nll(answers.plain_chosen), mask).total
             sums["sft"] = sft_weight * total
             metrics["nll"] = Weighted(jax.lax.stop_gradient(total), tokens)
+        for name, term in answers.extra.items():
+            sums[name] = term.total
+            metrics[name] = jax.lax.stop_gradient(term)
         return sums, metrics
 
     return Loss(count, terms)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
 from jaxalign.masked import segment_sum
-from jaxalign.models.base import LanguageModel
+from jaxalign.models.base import LanguageModel, read
 from jaxalign.models.heads import target_logprobs
-from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch
+from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch, Weighted
 
 Pairs = PairBatch | SharedPairBatch
 
@@ -126,6 +126,7 @@ class Answers(NamedTuple):
       chosen_lengths: its tokens, float32.
       rejected_lengths: the same of the rejected one.
       weights: the WPO weight of the pair, or None.
+      extra: loss terms of the model itself, see `models.base.read`.
     """
 
     chosen: jax.Array
@@ -134,6 +135,7 @@ class Answers(NamedTuple):
     chosen_lengths: jax.Array
     rejected_lengths: jax.Array
     weights: jax.Array | None
+    extra: dict[str, Weighted]
 
 
 def read_answers(
@@ -155,8 +157,7 @@ def read_answers(
     """
     where = layout(batch)
     tokens = where.tokens
-    branches = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
-    hidden = model.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids, **branches)
+    hidden, extra = read(model, params, tokens)
     logprobs = target_logprobs(model, params, hidden, tokens.targets)
     plain = where.sum_answers(logprobs)
     lengths = where.lengths()
@@ -174,13 +175,13 @@ def read_answers(
         squares = where.sum_answers(jax.lax.stop_gradient(2 * logprobs - doubled))
         chosen, rejected = map(wpo_weight, plain, squares, lengths)
         weights = chosen * rejected
-    return Answers(*logps, plain[0], *lengths, weights)
+    return Answers(*logps, plain[0], *lengths, weights, extra)
 
 
 def _ranks(where: Layout) -> jax.Array:
     """Which token of its answer each one is, from 1; anything outside the answers."""
     ids = jnp.arange(1, where.count + 1, dtype=jnp.int32)
-    member = where.answers[:, :, None] == ids
+    member = where.answers[:, :, None] == ids[None, None, :]
     return jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=2)
 
 

@@ -5,9 +5,23 @@ import doctest
 import pytest
 
 from jaxalign import masked
-from jaxalign.losses import dpo, graded, ppo, process, ranking, reward, sft
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    forms,
+    graded,
+    kto,
+    ppo,
+    process,
+    ranking,
+    reference_free,
+    reward,
+    sft,
+    tokens,
+)
 
-MODULES = [masked, sft, reward, ranking, graded, process, dpo, ppo]
+MODULES = [masked, sft, reward, ranking, graded, process, dpo, forms, divergence, tokens]
+MODULES += [reference_free, kto, ppo]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
@@ -15,3 +29,11 @@ def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_every_preference_form_has_an_example():
+    names = [name for name, value in vars(forms).items() if value.__class__.__name__ == "function"]
+    assert len(names) > 10
+    assert all(
+        ">>>" in (vars(forms)[name].__doc__ or "") for name in names if name != "log_sigmoid"
+    )
