@@ -33,7 +33,7 @@ from jaxalign.types import (
 )
 
 RANKED_ANSWERS = 4
-"""Answers of a prompt that a plan assumes."""
+"""Answers of a prompt that a plan assumes where the config does not say."""
 
 
 class Parts(NamedTuple):
@@ -252,10 +252,8 @@ def _judged(config: Any) -> Any:
     rows, length = config.data.rows, config.data.length
     options = config.reward
     if options.objective == "ranking":
-        answers = jax.tree.map(
-            lambda x: array((rows, RANKED_ANSWERS, length), x.dtype), _tokens(rows, length)
-        )
-        each = (rows, RANKED_ANSWERS)
+        each = (rows, RANKED_ANSWERS if config.answers is None else config.answers)
+        answers = jax.tree.map(lambda x: array((*each, length), x.dtype), _tokens(rows, length))
         return RankedBatch(answers, array(each, jnp.float32), array(each, jnp.bool_))
     if options.objective == "regression":
         each = (rows, len(options.attributes))

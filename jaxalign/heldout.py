@@ -46,7 +46,7 @@ class HeldOut:
                 metrics, examples = self._measure(state, shard_batch(batch, self._mesh))
                 sums.append(metrics)
                 parts.append(jax.device_get(examples))
-        examples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
         found = findings(self._config, examples, self._batches.sources)
         self._details = {"objective": self._config.objective} | found.details
         return found.figures | add_up(sums)
@@ -67,3 +67,11 @@ def findings(
     if config.objective == "regression":
         return evaluation.grade_findings(examples, sources, config.attributes)
     return evaluation.step_findings(examples, sources)
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of all batches; those of narrower batches end in zeros, which no mask keeps."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])

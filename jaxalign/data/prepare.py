@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jaxalign.data.branches import shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.counts import Counts
 from jaxalign.data.examples import RowError, Text
-from jaxalign.data.faults import Faults, read_examples
+from jaxalign.data.faults import Faults, OnError, read_examples
 from jaxalign.data.filters import sift
 from jaxalign.data.fit import fit, fit_prompt, to_last_answer
 from jaxalign.data.mixture import Entry, choose
@@ -100,7 +100,7 @@ class Reading:
     """
 
     def __init__(self, recipe: Recipe, entry: Entry, options: Options):
-        self._faults = Faults(options.on_error)
+        self._faults = Faults(cast("OnError", options.on_error))
         self._entry = entry
         self._rows = read_examples(
             entry.what,
