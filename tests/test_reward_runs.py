@@ -3,15 +3,19 @@
 import json
 
 import chatmodel
+import jax
 import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign.abstract import PARTS
 from jaxalign.config import load_config
 from jaxalign.models.heads import Scorer
 from jaxalign.report import make_page
+from jaxalign.sharding import make_mesh
 from jaxalign.tasks import make_task
 from jaxalign.train import train
+from jaxalign.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -138,3 +142,16 @@ def test_ppo_against_weighted_attributes(chat_models, tmp_path, grades):
     kernel = np.asarray(jaxalign.load_pretrained(grades.model)[1]["score"]["kernel"])
     want = kernel[:, :1] - 0.5 * kernel[:, 1:]
     np.testing.assert_allclose(critic["score"]["kernel"], want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ROWS)
+def test_a_plan_knows_the_batch_of_each_objective(chat_models, tmp_path, objective):
+    config = load_config("reward", settings(chat_models, tmp_path / "run", objective))
+    parts = PARTS["reward"](config, make_mesh())
+    state = TrainState(0, parts.params, parts.frozen, jax.eval_shape(parts.tx.init, parts.params))
+    _, metrics = jax.eval_shape(parts.step, state, parts.batch)
+    assert "loss" in metrics
+    made = make_task(config)
+    real = next(iter(made.batches))
+    shapes = jax.tree.map(lambda x: (x.ndim, np.dtype(x.dtype)), (parts.batch, real))
+    assert shapes[0] == shapes[1]

@@ -165,20 +165,22 @@ def test_command(chat_models, tmp_path, capsys, tok):
     assert "batch=0" in complaint(str(chat_models / "scorer"), data, "--batch", "0")
 
 
-def test_best_of_picks_what_the_judge_likes(tok):
+def test_best_of_picks_what_the_judge_likes(tok, params):
     policy = tiny.random_params(chatmodel.DECODER, seed=3)
     asked = []
 
     def judge(conversations):
         asked.extend(conversations)
-        return np.array([len(said[-1]["content"]) for said in conversations], float)
+        return model_judge(SCORER, params, tok, batch=4)(conversations)
 
     sampling = {"max_new_tokens": 5, "temperature": 1.0, "key": jax.random.key(1)}
     prompts = ["hi", [{"role": "user", "content": "up?"}]]
     picked = best_of(chatmodel.DECODER, policy, tok, prompts, judge, count=3, **sampling)
     assert len(picked) == 2
-    for one in picked:
+    for asked_for, one in zip(("hi", "up?"), picked, strict=True):
         assert len(one.answers) == len(one.scores) == 3
+        said = [end(tok, params, asked_for, answer) for answer in one.answers]
+        assert one.scores == pytest.approx(said, rel=1e-4, abs=1e-5)
         assert one.score == max(one.scores)
         assert one.answer == one.answers[one.scores.index(one.score)]
     assert len({answer for one in picked for answer in one.answers}) > 2
@@ -188,20 +190,6 @@ def test_best_of_picks_what_the_judge_likes(tok):
         chatmodel.DECODER, policy, tok, ["hi"] * 3 + prompts[1:] * 3, **sampling
     )
     assert [answer for one in picked for answer in one.answers] == plain
-
-
-def test_best_of_by_a_reward_model_that_prefers_a_letter(tok, params):
-    """Its score is the model's own; the pick is checked against it."""
-    policy = tiny.random_params(chatmodel.DECODER, seed=3)
-    judge = model_judge(SCORER, params, tok, batch=4)
-    (one,) = best_of(
-        chatmodel.DECODER, policy, tok, ["hi"], judge,
-        count=4, max_new_tokens=4, temperature=1.0, key=jax.random.key(2),
-    )  # fmt: skip
-    said = [[*({"role": "user", "content": "hi"},), {"role": "assistant", "content": a}]
-            for a in one.answers if a.strip()]  # fmt: skip
-    scores = score_conversations(SCORER, params, tok, said)
-    assert one.score == pytest.approx(float(scores.max()))
 
 
 def test_best_of_refuses_what_makes_no_sense(tok, capsys, chat_models):
