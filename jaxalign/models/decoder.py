@@ -91,7 +91,6 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(
             INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
         )
-        self.positions = None
         if config.learned_positions:
             shape = (config.max_positions, config.hidden_size)
             noise = jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -121,10 +121,10 @@ class Attention(nnx.Module):
         self.out = linear("out", (q, hidden), "heads embed", bias=config.out_bias)
         self.head_dim = head_dim
         self.norm_whole = config.qk_norm == "width"
-        self.query_norm = self.key_norm = None
-        if config.qk_norm != "none":
-            self.query_norm = make_norm(config, q if self.norm_whole else head_dim)
-            self.key_norm = make_norm(config, kv if self.norm_whole else head_dim)
+        sizes = (q, kv) if self.norm_whole else (head_dim, head_dim)
+        normed = config.qk_norm != "none"
+        self.query_norm = make_norm(config, sizes[0]) if normed else None
+        self.key_norm = make_norm(config, sizes[1]) if normed else None
 
     def project(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[B, T, heads, head_dim]`, normalised and rotated."""

@@ -156,7 +156,10 @@ def config_to_hf(
       ValueError: a shape that the family's config cannot express, e.g. experts in a Llama.
     """
     family = find_family(config.family)
-    hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else {}
+    # A model made here has no token ids, and must not get those that transformers takes for absent
+    # ones: they may not even be in the vocabulary.
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
     # torch_dtype is the older name of dtype; labels belong to the head, which may have changed.
     for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
         hf.pop(key, None)

@@ -28,6 +28,8 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
     whole = get(both, _GLOBAL, get(hf, "rope_scaling", {}))
     rope = read_rope_object(hf, whole, f"rope_parameters.{_GLOBAL}", hf["rope_theta"])
     fields = read_gemma({**hf, "rope_parameters": None, "rope_scaling": None}) | {"rope": rope}
+    # The key is there, but transformers' attention does not look at it.
+    fields["attention_softcap"] = None
     if windows:
         near = get(both, _LOCAL, {})
         theta = hf["rope_local_base_freq"]
@@ -38,6 +40,7 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     local = config.rope if config.local_rope is None else config.local_rope
     keys = write_gemma(config) | {"rope_local_base_freq": local.theta}
+    del keys["attn_logit_softcapping"]
     keys["rope_parameters"] = {
         _GLOBAL: {"rope_theta": config.rope.theta, **write_rope_object(config.rope)},
         _LOCAL: {"rope_theta": local.theta, **write_rope_object(local)},
