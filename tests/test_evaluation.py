@@ -78,6 +78,8 @@ def test_pairs():
     assert "accuracy/empty" not in figures
     assert [row["count"] for row in details["sources"]] == [1, 2]
     assert sum(details["histogram"]["counts"]["chosen"]) == 3
+    widths = [row["to"] - row["from"] for row in details["calibration"]]
+    assert widths == pytest.approx([0.05] * 3)
     assert "count" not in figures
 
 

@@ -48,7 +48,7 @@ def plackett_luce(scores: Array, ranks: Array, mask: Array) -> jax.Array:
     below = better(ranks, exists)  # [B, K, K]: j is worse than i
     worse = jnp.where(below, scores[:, None, :], -jnp.inf)
     # −log(exp rᵢ / (exp rᵢ + …)) = log(1 + exp(log Σ exp rⱼ − rᵢ)); where nothing is worse, the sum
-    # is over nothing, and its logarithm's gradient is no number: selected before, not after.
+    # is over nothing, and the gradient of log 0 is not to be relied on: selected before, not after.
     some = jnp.any(below, axis=2)
     total = jax.nn.logsumexp(jnp.where(some[:, :, None], worse, 0.0), axis=2)
     return jnp.sum(jnp.where(some, jax.nn.softplus(total - scores), 0.0), axis=1)
