@@ -101,7 +101,8 @@ def attend(
     # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
     # as the general contraction of jax.nn.dot_product_attention for narrow heads.
     scale = width**-0.5 if scale is None else scale
-    query = (query * scale).reshape(rows, new, shared, -1, width)
+    query = (query * scale).astype(key.dtype)  # a traced scale is float32
+    query = query.reshape(rows, new, shared, -1, width)
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)
     scores = jnp.matmul(
         query, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32

@@ -16,12 +16,13 @@ from jaxalign.losses import (
     ranking,
     reference_free,
     reward,
+    router,
     sft,
     tokens,
 )
 
 MODULES = [masked, sft, reward, ranking, graded, process, dpo, forms, divergence, tokens]
-MODULES += [reference_free, kto, ppo]
+MODULES += [reference_free, kto, ppo, router]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -171,6 +171,19 @@ def test_gradients(pair):
         np.testing.assert_allclose(got[name] / scale, gradient / scale, atol=1e-4, err_msg=name)
 
 
+def test_router_loss_of_one_document(pair):
+    """For one document alone it is transformers' loss of the batch."""
+    _, theirs, model, params, _ = pair
+    if not model.config.num_experts:
+        assert model.extra_terms == ()
+        return
+    ids = torch.tensor(TOKENS[1:], dtype=torch.long)
+    with torch.no_grad():
+        want = theirs(input_ids=ids, output_router_logits=True).aux_loss.numpy()
+    _, extra = jax.jit(model.apply_with_losses)(params, TOKENS[1:])
+    np.testing.assert_allclose(extra["router"].mean(), 0.001 * want, 1e-5)
+
+
 def by_name(model, tree):
     """Our tree as the tensors of a checkpoint."""
     flat = tables.flatten(tree)

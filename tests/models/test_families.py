@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import families
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxalign.models.base import DecoderConfig, RopeConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import (
+    FAMILIES,
     GENERATION,
     attributes_of,
     config_from_hf,
@@ -19,6 +22,7 @@ from jaxalign.models.families import (
     unflatten,
 )
 from jaxalign.models.heads import Scorer
+from jaxalign.models.lora import TARGETS, LoraConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -318,3 +322,31 @@ def test_flatten_and_back():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
     assert unflatten({"a/b": 1, "a/c/d": 2, "e": 3}) == tree
+
+
+@pytest.mark.parametrize("kind", families.CASES)
+def test_adapters_and_rematerialisation_fit_every_family(kind):
+    """By shapes only: adapters on every projection that a family has, under a gradient."""
+    config = config_from_hf({"model_type": kind, **families.keys(kind)})
+    plain = Decoder(config)
+    model = dataclasses.replace(
+        plain, lora=LoraConfig(rank=2), remat="block", compute_dtype="bfloat16"
+    )
+    found, base = flatten(model.shapes), flatten(plain.shapes)
+    adapted = {path.rsplit("/", 2)[1] for path in found if path.endswith("lora_a")}
+    assert adapted == set(TARGETS) - (set() if config.gated_mlp else {"gate"})
+    assert {path for path in found if "lora_" not in path} == set(base)
+    assert all(
+        len(model_axes.split()) == len(found[path].shape)
+        for path, model_axes in flatten(model.axes).items()
+    )
+    ids = jax.ShapeDtypeStruct((2, 8), "int32")
+    loss = lambda p, ids: jnp.sum(model.apply(p, ids), dtype="float32")  # noqa: E731
+    grads = jax.eval_shape(jax.grad(loss), model.shapes, ids)
+    assert {path: x.shape for path, x in flatten(grads).items()} == {
+        path: x.shape for path, x in found.items()
+    }
+
+
+def test_every_family_has_a_case():
+    assert set(families.CASES) == set(FAMILIES)
