@@ -6,7 +6,7 @@ absent). `columns` says what a data set calls ours, `form` settles what two form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from jaxalign.data.examples import Messages, RowError, Tools
@@ -32,7 +32,7 @@ class Form(NamedTuple):
 
     Attributes:
       name: what `form` calls it.
-      needs: the columns it is recognised by.
+      needs: the columns it is recognised by, all of them; "a|b" is one of two.
       read: row → example.
       by_name: it is never recognised, only named: its columns may mean something else.
     """
@@ -41,6 +41,10 @@ class Form(NamedTuple):
     needs: tuple[str, ...]
     read: Callable[[Row], Any]
     by_name: bool = False
+
+    def fits(self, columns: Collection[str]) -> bool:
+        """Whether all columns that it needs are there."""
+        return all(any(c in columns for c in need.split("|")) for need in self.needs)
 
 
 def read_form(
@@ -65,15 +69,16 @@ def read_form(
             names = dict.fromkeys(each.name for each in forms)
             raise ValueError(f"form: got {form!r}, wanted one of {', '.join(names)}")
         for each in found:
-            if all(column in row.data for column in each.needs):
+            if each.fits(row.data):
                 return each.read(row)
         wanted = " or ".join(" + ".join(each.needs) for each in found)
         raise _unknown(row, f"{wanted} (form {form!r})")
     there = {column for column, value in row.data.items() if value is not None}
     seen = [each for each in forms if not each.by_name]
-    for present in (there, set(row.data)):
+    present: Collection[str]
+    for present in (there, row.data):
         for each in seen:
-            if present.issuperset(each.needs):
+            if each.fits(present):
                 return each.read(row)
     wanted = ", or ".join(dict.fromkeys(" + ".join(each.needs) for each in seen))
     raise _unknown(row, wanted + hint)

@@ -33,7 +33,7 @@ from jaxalign.data.transcripts import (
     split_messages,
     split_texts,
 )
-from jaxalign.data.turns import answer_of, check_last, has_prompt, prompt_of
+from jaxalign.data.turns import answer_of, check_last, has_prompt, pick, prompt_of
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 """Attributes that are recognised as scores by their names (HelpSteer, arXiv:2311.09528)."""
@@ -122,17 +122,20 @@ def to_steps(row: Row, columns: Columns = None, form: str | None = None) -> Step
     return read_form(row, _STEPS, columns, form)
 
 
+_PROMPT = "prompt|instruction|question"
+
+
 # Conversations
 
 
 def _messages(row: Row) -> Conversation:
-    key = "messages" if "messages" in row.data else "conversations"
+    key = pick(row.data, "messages", "conversations")
     messages = with_system(row, read_messages(row.data[key], key, row.origin))
     return _conversation(row, messages, 0)
 
 
 def _completion(row: Row) -> Conversation:
-    key = "completion" if "completion" in row.data else "response"
+    key = pick(row.data, "completion", "response")
     prompt = prompt_of(row)
     return _conversation(row, prompt + answer_of(row.data[key], key, row.origin), len(prompt))
 
@@ -191,11 +194,9 @@ def _conversation(row: Row, messages: Messages, first: int) -> Conversation:
 _CONVERSATIONS = (
     Form("messages", ("messages",), _messages),
     Form("sharegpt", ("conversations",), _messages),
-    Form("completion", ("prompt", "completion"), _completion),
-    Form("completion", ("prompt", "response"), _completion),
+    Form("completion", ("prompt", "completion|response"), _completion),
     Form("alpaca", ("instruction", "output"), _alpaca),
-    Form("completion", ("instruction", "response"), _completion),
-    Form("completion", ("question", "response"), _completion),
+    Form("completion", ("instruction|question", "response"), _completion),
     Form("gsm8k", ("question", "answer"), _gsm8k),
     Form("seed_task", ("instruction", "instances"), _seed_task),
 )
@@ -305,8 +306,9 @@ _TEXTS = (Form("text", ("text",), _text),)
 # Unpaired answers
 
 
-def _unpaired(row: Row, mark: str, form: Form) -> Unpaired:
+def _unpaired(row: Row, form: Form) -> Unpaired:
     data, origin = row
+    mark = pick(data, "label", "kto_tag")
     desirable = truth(data[mark], mark, origin)
     found: Conversation = form.read(row)
     last = found.trained_turns()[-1]
@@ -318,10 +320,9 @@ def _unpaired(row: Row, mark: str, form: Form) -> Unpaired:
 
 
 _UNPAIRED = tuple(
-    Form(each.name, (*each.needs, mark), functools.partial(_unpaired, mark=mark, form=each))
-    for mark in ("label", "kto_tag")
+    Form(each.name, (*each.needs, "label|kto_tag"), functools.partial(_unpaired, form=each))
     for each in _CONVERSATIONS
-    if each.name not in ("hh", "seed_task")
+    if not each.by_name
 )
 
 
@@ -330,8 +331,7 @@ _UNPAIRED = tuple(
 
 def _ranked(row: Row) -> Ranked:
     data, origin = row
-    key = "answers" if data.get("answers") is not None else "completions"
-    order = "scores" if data.get("scores") is not None else "ranks"
+    key, order = pick(data, "answers", "completions"), pick(data, "scores", "ranks")
     prompt = prompt_of(row)
     given = items(data[key], key, origin, "answers")
     answers = [answer_of(each, f"{key}[{n}]", origin, prompt) for n, each in enumerate(given)]
@@ -353,12 +353,7 @@ def _ranked_pair(row: Row) -> Ranked:
 
 
 _RANKED = (
-    *(
-        Form("ranked", (prompt, answers, order), _ranked)
-        for prompt in ("prompt", "instruction", "question")
-        for answers in ("answers", "completions")
-        for order in ("scores", "ranks")
-    ),
+    Form("ranked", (_PROMPT, "answers|completions", "scores|ranks"), _ranked),
     Form("preference", ("chosen", "rejected"), _ranked_pair),
 )
 
@@ -368,7 +363,7 @@ _RANKED = (
 
 def _graded(row: Row) -> Graded:
     data, origin = row
-    key = next(k for k in ("response", "completion", "output", "answer") if data.get(k) is not None)
+    key = pick(data, "response", "completion", "output", "answer")
     prompt = prompt_of(row)
     answer = answer_of(data[key], key, origin, prompt)
     given = data.get("scores")
@@ -387,11 +382,9 @@ def _graded(row: Row) -> Graded:
     return Graded(prompt, answer, scores, origin, tools_of(row))
 
 
-_GRADED = tuple(
-    Form("graded", (prompt, answer, scores), _graded)
-    for prompt in ("prompt", "instruction", "question")
-    for answer in ("response", "completion", "output", "answer")
-    for scores in ("scores", *HELPSTEER)
+_GRADED = (
+    Form("graded", (_PROMPT, "response|completion|output|answer", "scores"), _graded),
+    Form("graded", (_PROMPT, "response|completion|output|answer", "|".join(HELPSTEER)), _graded),
 )
 
 
@@ -400,7 +393,7 @@ _GRADED = tuple(
 
 def _steps(row: Row) -> Steps:
     data, origin = row
-    key = "completions" if data.get("completions") is not None else "steps"
+    key = pick(data, "completions", "steps")
     given = items(data[key], key, origin, "texts")
     steps = tuple(text(each, f"{key}[{n}]", origin) for n, each in enumerate(given))
     labels = items(data["labels"], "labels", origin, "numbers")
@@ -422,8 +415,4 @@ def _label(value: object, key: str, origin: str) -> float:
     return found
 
 
-_STEPS = tuple(
-    Form("steps", (prompt, steps, "labels"), _steps)
-    for prompt in ("prompt", "instruction", "question")
-    for steps in ("completions", "steps")
-)
+_STEPS = (Form("steps", (_PROMPT, "completions|steps", "labels"), _steps),)

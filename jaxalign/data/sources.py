@@ -133,11 +133,10 @@ def _read_hub(name: str, streaming: bool) -> Iterator[Row | RowError]:
     import datasets
 
     repository, _, rest = name.partition(":")
-    config, colon, split = rest.rpartition(":")
-    if not re.fullmatch(r"[\w.-]*", config):  # the colon of a slice, train[:10]
-        config, colon, split = "", "", rest
+    # A slice has a colon too, but in brackets: train[:10].
+    config, split = re.findall(r"^(?:([\w.-]+):)?(.*)$", rest)[0]
     options: dict[str, Any] = {"split": split if split else "train"}
-    if colon:
+    if config:
         options["name"] = config
     if streaming and re.fullmatch(r"[\w.-]+", options["split"]):
         options["streaming"] = True

@@ -69,31 +69,35 @@ def find_documents(
     heads, dones = _prefixes(render, chats, turns, wholes)
     found: list[Document] = []
     apart: list[Document] = []
-    spans: list[list[Span]] = [[] for _ in chats]
+    spans: list[dict[int, Span]] = [{} for _ in chats]  # by the index of the message
     moved: dict[int, list[_Turn]] = {}
     for turn in turns:
         span = _stable(chats[turn.row], turn, wholes[turn.row], heads[turn], dones[turn])
         if span is None:
             moved.setdefault(turn.row, []).append(turn)
         else:
-            spans[turn.row].append(span)
+            spans[turn.row][turn.at] = span
     for row, rewritten in moved.items():
         conversation, chat, whole = conversations[row], chats[row], wholes[row]
         if GENERATION.search(render.template):
             spans[row] = _marked(render, conversation, chat, whole)
             continue
-        if not one_each or len(conversation.trained_turns()) == 1:
-            apart += [_own(chat, turn, heads[turn], dones[turn]) for turn in rewritten]
-            continue
         for turn in rewritten:
-            span = _in_place(chat, turn, whole, heads[turn], dones[turn])
-            spans[row].append(span)
-        spans[row].sort()
+            last = turn.at == len(chat.messages) - 1
+            if not one_each or (last and len(conversation.trained_turns()) == 1):
+                apart.append(_own(chat, turn, heads[turn], dones[turn]))
+            else:
+                before = max((at for at in spans[row] if at < turn.at), default=None)
+                start = _after_any(whole, heads[turn])
+                if start is None and before is not None:
+                    earlier = dones[_Turn(row, before)].rstrip()
+                    start = _after_turn(whole, spans[row][before][1], heads[turn], earlier)
+                spans[row][turn.at] = _in_place(chat, turn, whole, start, heads[turn], dones[turn])
     for row, conversation in enumerate(conversations):
         if conversation.everything:
             found.append(Document(row, wholes[row], [(0, len(wholes[row]))]))
         elif spans[row] or row not in moved:
-            found.append(Document(row, wholes[row], spans[row]))
+            found.append(Document(row, wholes[row], [spans[row][at] for at in sorted(spans[row])]))
     return sorted(found + apart, key=lambda document: document.row)
 
 
@@ -159,7 +163,7 @@ def _split(content: str) -> tuple[str, str]:
     before, closing, after = content.rpartition(_CLOSE)
     if not closing:
         return "", content.strip()
-    return before.rpartition(_OPEN)[2].strip(), after.strip()
+    return before.strip().removeprefix(_OPEN).strip(), after.strip()
 
 
 def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
@@ -172,6 +176,13 @@ def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
     opened = head.rstrip().endswith(_OPEN)
     at = done.rfind(answer) if answer else -1
     tail = done[at + len(answer) :].rstrip() if at >= 0 else ""
+    if _CLOSE in thought or (start is not None and not thought):
+        raise RowError(
+            chat.origin,
+            "the chat template leaves something out",
+            f"the chat template leaves out a part of what messages[{turn.at}] (assistant) says, "
+            "such as text before a second </think>; correct the row, or pass another chat_template",
+        )
     if not tail or not (thought or opened) or "tool_calls" in chat.messages[turn.at]:
         raise _unmarkable(chat, turn)
     if not opened:
@@ -181,10 +192,24 @@ def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
     return Document(turn.row, text, [(begin, len(text))])
 
 
-def _in_place(chat: Chat, turn: _Turn, whole: str, heads: list[str], done: str) -> Span:
+def _after_turn(whole: str, end: int, heads: list[str], earlier: str) -> int | None:
+    """Where a turn starts, by what lies between it and the turn that ends at `end`.
+
+    For answers of tools: reasoning before them is dropped only when more is asked later.
+    """
+    for head in heads:
+        if head.startswith(earlier) and whole.startswith(head[len(earlier) :], end):
+            return end + len(head) - len(earlier)
+    return None
+
+
+def _in_place(
+    chat: Chat, turn: _Turn, whole: str, start: int | None, heads: list[str], done: str
+) -> Span:
     """The turn as later turns leave it: the same text, or the same but for its reasoning."""
-    start, said = _after_any(whole, heads), _after_any(done, heads)
-    if start is not None and said is not None:
+    said = _after_any(done, heads)
+    later = turn.at + 1 < len(chat.messages)  # what the last turn says must be there whole
+    if later and start is not None and said is not None:
         produced = done[said:].rstrip()
         # An empty block that the template puts before an answer goes with the reasoning.
         for text in (produced, produced.rpartition(_CLOSE)[2].lstrip("\n")):
@@ -205,7 +230,9 @@ def _unmarkable(chat: Chat, turn: _Turn) -> RowError:
     )
 
 
-def _marked(render: Renderer, conversation: Conversation, chat: Chat, whole: str) -> list[Span]:
+def _marked(
+    render: Renderer, conversation: Conversation, chat: Chat, whole: str
+) -> dict[int, Span]:
     """Spans that the template marks, without the blanks after them."""
     text, marks = render.marked(chat)
     said = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -218,4 +245,4 @@ def _marked(render: Renderer, conversation: Conversation, chat: Chat, whole: str
         )
     trained = conversation.trained_turns()
     pairs = zip(said, marks, strict=True)
-    return [(a, a + len(whole[a:b].rstrip())) for at, (a, b) in pairs if at in trained]
+    return {at: (a, a + len(whole[a:b].rstrip())) for at, (a, b) in pairs if at in trained}

@@ -20,11 +20,16 @@ def has_prompt(row: Row) -> bool:
     return any(row.data.get(column) is not None for column in PROMPTS)
 
 
+def pick(data: dict[str, Any], *names: str) -> str:
+    """Which of several columns a row uses: the first that is not null, else the first there."""
+    there = [name for name in names if data.get(name) is not None]
+    return next(iter(there or [name for name in names if name in data]))
+
+
 def prompt_of(row: Row) -> Messages:
     """The messages of a row's prompt."""
     data, origin = row
-    there = [column for column in PROMPTS if data.get(column) is not None]
-    key = next(iter(there or [column for column in PROMPTS if column in data]))
+    key = pick(data, *PROMPTS)
     if key == "instruction":
         return alpaca_prompt(row)
     if key in ("conversations", "messages"):
