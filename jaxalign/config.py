@@ -637,4 +637,6 @@ def _fits(hint: Any, value: Any) -> bool:
     """Whether a value is of one of several types that an option may have."""
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
     return isinstance(hint, type) and isinstance(value, hint)

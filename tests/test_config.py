@@ -479,7 +479,7 @@ READERS = {
     configs.KTORun: (("tasks.py", "train.py", "references.py"), {"config"}),
     configs.PPORun: (("tasks.py", "train.py"), {"config"}),
     OptimizerConfig: (("optim.py",), {"config"}),
-    LoraConfig: (("models/decoder.py", "models/lora.py"), {"lora"}),
+    LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
     reward.Config: (("algorithms/reward.py", "heldout.py"), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),

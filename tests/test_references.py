@@ -170,6 +170,33 @@ def test_a_pairs_key_does_not_depend_on_where_it_stands():
     assert pair_keys(other)[0] != key
 
 
+def test_shared_prompts_give_the_same_keys_and_log_probabilities(chat_models, tmp_path):
+    model, params = jaxalign.load_pretrained(chat_models / "chat")
+    path = [chatmodel.write_rows(tmp_path / "pairs.jsonl", chatmodel.PAIRS)]
+    options = {"rows": 12, "shuffle": False, "packing": True}
+    tok = chatmodel.make_tokenizer()
+    plain = next(iter(jaxalign.preference_batches(path, tok, length=32, **options)))
+    shared = next(
+        iter(jaxalign.preference_batches(path, tok, length=64, shared_prefix=True, **options))
+    )
+    assert isinstance(shared, SharedPairBatch)
+    prepare = jaxalign.dpo.make_prepare(model)
+    seen = []
+    for batch in (plain, shared):
+        ready, keys = prepare(params, batch), pair_keys(batch)
+        seen.append(
+            {
+                key: (float(ready.ref_chosen_logps[at]), float(ready.ref_rejected_logps[at]))
+                for at, key in np.ndenumerate(keys)
+                if key is not None
+            }
+        )
+    assert len(seen[0]) == 12
+    assert seen[0].keys() == seen[1].keys()
+    for key, logps in seen[0].items():
+        assert seen[1][key] == pytest.approx(logps, rel=1e-5)
+
+
 # Following
 
 
