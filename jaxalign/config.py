@@ -273,9 +273,38 @@ class SFTRun(_Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRun(_Run):
-    """`jaxalign reward`."""
+    """`jaxalign reward`.
+
+    The model may be a base model, a fine-tuned one, or another reward model.
+
+    Attributes:
+      head: "pretrained" goes on with the head of a reward model (a language model has none and gets
+        a fresh one); "fresh" keeps a reward model's body only, for another objective.
+      answers: of a ranking: the most answers that a prompt may have; None: as many as any has.
+    """
 
     reward: reward.Config = reward.Config()
+    head: str = "pretrained"
+    answers: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _want(self.head in ("pretrained", "fresh"), "head", self.head, "pretrained or fresh")
+        objective, answers = self.reward.objective, self.answers
+        _want(answers is None or answers > 1, "answers", answers, "at least 2, or null")
+        _want(
+            answers is None or objective == "ranking",
+            "answers",
+            answers,
+            "null, or reward.objective=ranking",
+        )
+        for name in ("packing", "shared_prefix"):
+            _want(
+                not getattr(self.data, name) or objective == "pairs",
+                f"data.{name}",
+                getattr(self.data, name),
+                f"false with reward.objective={objective}: its rows hold one answer each",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,8 +382,11 @@ class PPORun(_Run):
       ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
         are left at their defaults.
       reward_model: folder of a reward model with the policy's tokenizer.
+      reward_weights: attribute → weight, for a reward model with several attributes: the reward is
+        the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
-      critic: where the critic starts; None: from the reward model.
+      critic: where the critic starts; None: from the reward model. One with several attributes is
+        weighed by `reward_weights` too.
       critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
         of 0. A reward model has learned to read whole answers only, so that its scores in the
         middle of one may be worse than none.
@@ -365,6 +397,7 @@ class PPORun(_Run):
 
     reward_model: str
     ppo: ppo.Config = ppo.Config()
+    reward_weights: dict[str, float] | None = None
     reference: str | None = None
     critic: str | None = None
     critic_head: str = "pretrained"
@@ -376,6 +409,13 @@ class PPORun(_Run):
         super().__post_init__()
         heads = ("pretrained", "zero")
         _want(self.critic_head in heads, "critic_head", self.critic_head, " or ".join(heads))
+        weights = self.reward_weights
+        _want(
+            weights is None or any(weights.values()),
+            "reward_weights",
+            weights,
+            "a weight other than 0 for at least one attribute, or null",
+        )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         _want(
@@ -519,6 +559,8 @@ def to_values(config: Any) -> Any:
     """A dataclass → plain nested values for YAML."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_values(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {name: to_values(value) for name, value in config.items()}
     return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxalign.charts import line_chart, text
+from jaxalign.charts import bar_chart, line_chart, text, value_ticks
 from jaxalign.config import RUNS, read_yaml
 from jaxalign.source import read_json
 
@@ -37,9 +37,9 @@ _UNITS = {
 }
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--mute:#52514e;--grid:#e1e0d9;
---s0:#2a78d6;--s1:#c2410c}
+--s0:#2a78d6;--s1:#c2410c;--s2:#15803d;--s3:#7e22ce;--s4:#a16207}
 @media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--mute:#c3c2b7;--grid:#383835;
---s0:#5598e7;--s1:#f0894f}}
+--s0:#5598e7;--s1:#f0894f;--s2:#4fb974;--s3:#b98af0;--s4:#d9b44a}}
 body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;
 max-width:1180px;padding:0 1rem}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}
@@ -60,6 +60,10 @@ svg{width:100%;height:auto} svg text{fill:var(--mute);font-size:11px}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 polyline.s0{stroke:var(--s0)} polyline.s1{stroke:var(--s1)}
 circle.s0{fill:var(--s0)} circle.s1{fill:var(--s1)}
+polyline.s2,polyline.s3,polyline.s4{stroke:var(--s0);opacity:.5} circle.s2,circle.s3{fill:none}
+rect.s0{fill:var(--s0)} rect.s1{fill:var(--s1)} rect.s2{fill:var(--s2)} rect.s3{fill:var(--s3)}
+rect.s4{fill:var(--s4)} i.s2{background:var(--s2)} i.s3{background:var(--s3)}
+i.s4{background:var(--s4)}
 summary{cursor:pointer;margin:.8rem 0}
 pre{overflow-x:auto} .note{color:var(--mute)}
 """
@@ -184,6 +188,8 @@ def _run(folder: pathlib.Path, title: str | None) -> str:
     held_out = {name: curve for name, curve in curves.items() if name.startswith("eval/")}
     if held_out:
         parts.append("<h3>Held out</h3>" + _held_out(held_out, across))
+    if (folder / "evaluation.json").is_file():
+        parts.append(_evaluation(folder / "evaluation.json", across))
 
     groups = _grouped(curves)
     charts = {
@@ -233,7 +239,7 @@ def _figure(title: str, series: Sequence[Curve], names: Sequence[str], across: s
             for i, (label, last) in enumerate(zip(labels, lasts, strict=True))
         )
     svg = line_chart(series, title, across, _UNITS.get(title, title))
-    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
+    return _captioned(title, told, svg)
 
 
 def _held_out(curves: Mapping[str, Curve], across: str) -> str:
@@ -244,6 +250,49 @@ def _held_out(curves: Mapping[str, Curve], across: str) -> str:
         end = f"{after:.4g}" if last > 0 else "not yet"
         rows.append((name.removeprefix("eval/"), start, end, f"{last:g}"))
     return _table(("figure", "before", "after", across), rows, numbers=(1, 2, 3))
+
+
+def _evaluation(path: pathlib.Path, across: str) -> str:
+    """A reward model's last look at held-out data: calibration, scores, attributes, sources."""
+    found = read_json(path)
+    figures, tables = [], []
+    try:
+        if found.get("calibration"):
+            bins = found["calibration"]
+            low = 0.5 if found["objective"] == "pairs" else 0.0
+            curve = [(row["predicted"], row["observed"]) for row in bins]
+            ends = [[(row["predicted"], row[end]) for end in ("low", "high")] for row in bins]
+            svg = line_chart(
+                [curve, [(low, low), (1.0, 1.0)], *ends],
+                "calibration",
+                "predicted probability",
+                "observed",
+                x_ticks=value_ticks(low, 1.0),
+            )
+            told = '<i class="s0"></i>observed <i class="s1"></i>perfect'
+            figures.append(_captioned("calibration", told, svg))
+        if "histogram" in found:
+            edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+            svg = bar_chart(edges, list(counts.values()), "scores", "score", "answers")
+            told = " ".join(f'<i class="s{i}"></i>{text(name)}' for i, name in enumerate(counts))
+            figures.append(_captioned("scores", told, svg))
+        for name in ("attributes", "sources"):
+            rows = found.get(name, [])
+            if rows:
+                heads = list(rows[0])
+                cells = [
+                    [f"{row[h]:.4g}" if isinstance(row[h], float) else row[h] for h in heads]
+                    for row in rows
+                ]
+                tables.append(_table(heads, cells, numbers=range(1, len(heads))))
+        title = f"Scores of held-out answers, {across} {found['step']:g}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not what a run of `jaxalign reward` writes") from error
+    return f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>{"".join(tables)}'
+
+
+def _captioned(title: str, told: str, svg: str) -> str:
+    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
 
 
 def _summary(path: pathlib.Path) -> str:

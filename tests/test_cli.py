@@ -17,19 +17,8 @@ from jaxalign import cli
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
-    *(
-        "sft",
-        "reward",
-        "dpo",
-        "ppo",
-        "pipeline",
-        "quickstart",
-        "generate",
-        "chat",
-        "export",
-        "import",
-    ),
-    *("plan", "report"),
+    *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
+    *("import", "plan", "report", "score"),
 ]
 
 
@@ -194,8 +183,9 @@ def test_the_recipes_are_valid(path):
     from jaxalign.config import RUNS, load_config
     from jaxalign.pipeline import load_stages
 
-    if path.stem in RUNS:
-        load_config(path.stem, path)
+    algorithm = path.stem.partition("_")[0]  # reward_steps.yaml is for `jaxalign reward`
+    if algorithm in RUNS:
+        load_config(algorithm, path)
     else:
         assert load_stages(path)
 

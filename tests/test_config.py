@@ -304,7 +304,17 @@ OUT_OF_RANGE = {
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
     ),
-    "reward": ("reward.center_coef=-1", "data.packing=wrapped", "data.train_on=last"),
+    "reward": (
+        "data.packing=wrapped",
+        "data.train_on=last",
+        "reward.center_coef=-1",
+        "reward.label_smoothing=0.5",
+        "reward.objective=stars",
+        "reward.ranking=all_pairs",  # an option of `ranking` only
+        "reward.attributes=[helpfulness]",  # an option of `regression` only
+        "head=random",
+        "answers=3",  # an option of `ranking` only
+    ),
     "dpo": (
         "dpo.beta=0",
         "dpo.loss_type=cosine",
@@ -356,6 +366,9 @@ OUT_OF_RANGE = {
         "minibatches=5",  # no divisor of 32 rows
         "model.lora.rank=2",  # not in PPO
         "critic_optimizer.b1=7",
+        "reward_weights={}",
+        "reward_weights=3",
+        "reward_weights={helpfulness: high}",
     ),
 }
 
@@ -372,6 +385,9 @@ def test_a_value_out_of_range_is_named(algorithm, assignment):
 
 
 def test_options_that_would_be_ignored_together_are_refused():
+    for option in ("data.packing=true", "data.shared_prefix=true"):
+        told = complaint("reward", "reward.objective=steps", option)
+        assert f"{option.split('=')[0]}=True: wanted false with reward.objective=steps" in told
     assert "run.steps" in complaint("sft", "data.epochs=null")
     assert "run.eval_every=5: wanted 0 without data.eval" in complaint("sft", "run.eval_every=5")
     told = complaint("sft", "run.checkpoint=false", "run.save_every=5")
@@ -465,7 +481,7 @@ READERS = {
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
-    reward.Config: (("algorithms/reward.py",), {"config"}),
+    reward.Config: (("algorithms/reward.py", "heldout.py"), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
     kto.Config: (("algorithms/kto.py",), {"config"}),
     ReferenceSync: (("algorithms/reference.py",), {"sync"}),

@@ -27,6 +27,7 @@ LAYERS = {
     "algorithms": 4,
     "plan": 5,
     "rewards": 5,
+    "scoring": 5,
     "config": 5,
     "train": 6,
     "report": 6,
@@ -48,6 +49,9 @@ PARTS = {
     "orbax_folder": "hf",
     "safetensors_write": "hf",
     "tensor_table": "hf",
+    "evaluation": "metrics",
+    "heldout": "train",
+    "best_of": "scoring",
     "abstract": "plan",
     "charts": "report",
     "reference_cache": "train",
@@ -153,7 +157,7 @@ def test_algorithms_have_the_same_sections_in_the_same_order(name):
 
 
 def test_shared_parts_of_algorithms_know_no_algorithm():
-    for part in ("step", "pairs", "reference"):
+    for part in ("step", "pairs", "reference", "objectives"):
         names = {f"algorithms.{name}" for name in ALGORITHMS}
         assert not imports(PACKAGE / f"algorithms/{part}.py") & names
 

@@ -261,9 +261,9 @@ def test_micro_batches_reach_the_step(chat_models, tmp_path, monkeypatch, algori
     room = getattr(tasks, algorithm)
     make = room.make_step
 
-    def spying(*arguments, micro_batches):
+    def spying(*arguments, micro_batches, **options):
         given.append(micro_batches)
-        return make(*arguments, micro_batches=micro_batches)
+        return make(*arguments, micro_batches=micro_batches, **options)
 
     monkeypatch.setattr(room, "make_step", spying)
     values = chatmodel.settings(algorithm, chat_models, tmp_path / "run", micro_batches=2)

@@ -12,7 +12,13 @@ import tiny
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, pooled_scores, target_logprobs, with_scalar_head
+from jaxalign.models.heads import (
+    Scorer,
+    pooled_scores,
+    target_logprobs,
+    weigh_attributes,
+    with_scalar_head,
+)
 from jaxalign.optim import make_optimizer
 from jaxalign.sharding import make_mesh, param_shardings
 from jaxalign.types import TokenBatch
@@ -230,6 +236,24 @@ def test_scalar_head_takes_the_place_of_the_vocabulary(params):
         with_scalar_head(wide, {}, jax.random.key(i))[1]["score"]["kernel"] for i in range(100)
     ]
     np.testing.assert_allclose(np.std(heads), 1 / np.sqrt(65), rtol=0.05)
+
+
+def test_a_head_of_several_outputs(params):
+    names = ("a", "b", "c")
+    scorer, scored = with_scalar_head(tiny.DECODER, params, jax.random.key(0), names)
+    assert scored["score"]["kernel"].shape == scorer.shapes["score"]["kernel"].shape == (32, 3)
+    hidden = np.random.default_rng(0).normal(size=(2, 4, 32)).astype(np.float32)
+    outputs = hidden.astype(np.float64) @ np.asarray(scored["score"]["kernel"], np.float64)
+    np.testing.assert_allclose(scorer.outputs(scored, hidden), outputs, 1e-4, 1e-5)
+    with pytest.raises(ValueError, match="a, b, c has no single score"):
+        scorer.scores(scored, hidden)
+    weights = {"a": 2.0, "c": -0.5}
+    one, weighed = weigh_attributes(scorer, scored, weights)
+    want = 2 * outputs[..., 0] - 0.5 * outputs[..., 2]
+    np.testing.assert_allclose(one.scores(weighed, hidden), want, 1e-4, 1e-5)
+    assert weighed["embed"] is params["embed"]
+    with pytest.raises(ValueError, match=r"attributes=\['a', 'a'\]"):
+        Scorer(tiny.DECODER, ("a", "a"))
 
 
 def test_scalar_head_lies_on_the_models_mesh(params):
