@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
     *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
-    *("plan", "report"),
+    *("plan", "report", "data", "synth"),
 ]
 
 
@@ -182,8 +182,11 @@ CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
 def test_the_recipes_are_valid(path):
     from jaxalign.config import RUNS, load_config
     from jaxalign.pipeline import load_stages
+    from jaxalign.synth import load_synth
 
-    if path.stem in RUNS:
+    if path.stem.startswith("synth_"):
+        load_synth(path)
+    elif path.stem in RUNS:
         load_config(path.stem, path)
     else:
         assert load_stages(path)

@@ -10,8 +10,10 @@ import pytest
 
 import jaxalign
 from jaxalign import config as configs
+from jaxalign import synth
 from jaxalign.algorithms import dpo, ppo, reward, sft
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
+from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
@@ -358,6 +360,19 @@ READERS = {
     reward.Config: (("algorithms/reward.py",), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
+    synth.SynthRun: (("synth.py",), {"config"}),
+    synth.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
+    options.WriterConfig: (("synth.py",), {"config", "writer"}),
+    options.LocalConfig: (("synth.py",), {"local"}),
+    options.ServerConfig: (("data/synthesis/server.py",), {"config", "_config"}),
+    options.InstructConfig: (
+        ("synth.py", "data/synthesis/instruct.py", "data/synthesis/filters.py"),
+        {"config", "_config", "options"},
+    ),
+    options.PreferenceConfig: (
+        ("synth.py", "data/synthesis/preferences.py"),
+        {"config", "_config", "options"},
+    ),
 }
 
 
@@ -382,7 +397,7 @@ def reads(files, holders):
 
 
 def test_the_table_of_readers_holds_every_config_class():
-    found, todo = set(), list(RUNS.values())
+    found, todo = set(), [*RUNS.values(), synth.SynthRun]
     while todo:
         cls = todo.pop()
         if dataclasses.is_dataclass(cls) and cls not in found:

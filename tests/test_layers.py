@@ -43,7 +43,9 @@ PARTS = {
     "abstract": "plan",
     "charts": "report",
     "tasks": "train",
+    "data_page": "cli",
     "pipeline": "cli",
+    "synth": "cli",
     "quickstart": "cli",
     "__main__": "cli",
 }

@@ -77,7 +77,7 @@ def read_seed_tasks(sources: Sequence[str]) -> list[Task]:
                 f"{origin}: instruction: got {instruction!r:.40}, wanted text; a seed task has "
                 "instruction and instances, or instruction, input and output"
             )
-        given = data["instances"] if "instances" in data else [data]
+        given = data.get("instances", [data])
         if not isinstance(given, list) or not given:
             raise ValueError(f"{origin}: instances: got {given!r:.40}, wanted a list; correct it")
         instances = []
@@ -163,8 +163,9 @@ class SelfInstruct:
         tasks = self._instructions(number)
         if self._config.classification_check:
             tasks = self._classified(tasks)
-        for task, reply in zip(tasks, *self._written(tasks), strict=True):
-            self._keep(task, reply)
+        replies, digests = self._written(tasks)
+        for task, reply, digest in zip(tasks, replies, digests, strict=True):
+            self._keep(task, reply, digest)
 
     def _draw(self, name: str) -> random.Random:
         return random.Random(f"{self._asker.seed} {name}")
@@ -180,9 +181,7 @@ class SelfInstruct:
             name = f"round {number}/prompt {n}"
             draw = self._draw(name)
             human = draw.sample(self._seeds, min(config.human_examples, len(self._seeds)))
-            machine = draw.sample(
-                self._machine, min(config.machine_examples, len(self._machine))
-            )
+            machine = draw.sample(self._machine, min(config.machine_examples, len(self._machine)))
             examples = human + machine
             draw.shuffle(examples)
             text = prompts.NEW_TASKS[self._language].format(
@@ -233,9 +232,7 @@ class SelfInstruct:
             answer = prompts.read_yes_no(reply.text) if reply.finish == LENGTH else answer
             if answer is None:
                 self.notes["classification unclear, taken as no"] += 1
-            result.append(
-                task._replace(classification=bool(answer), hashes=[*task.hashes, digest])
-            )
+            result.append(task._replace(classification=bool(answer), hashes=[*task.hashes, digest]))
         return result
 
     def _examples(self, draw: random.Random, classification: bool, count: int) -> list[Task]:

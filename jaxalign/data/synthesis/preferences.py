@@ -218,9 +218,7 @@ class Preferences:
                 beats[place][winner, loser] = True
         return [self._pairs(wins[place], beats[place]) for place in places]
 
-    def _pairs(
-        self, scores: dict[int, float], beats: dict[tuple[int, int], bool]
-    ) -> list[_Ranked]:
+    def _pairs(self, scores: dict[int, float], beats: dict[tuple[int, int], bool]) -> list[_Ranked]:
         """The pairs of one prompt from its answers' scores (and direct wins, if pairwise)."""
         if len(scores) < 2:
             self.dropped["prompt: less than two answers to compare"] += 1
