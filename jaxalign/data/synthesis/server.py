@@ -46,6 +46,10 @@ class _Refused(Exception):
     """The server does not want this prompt."""
 
 
+class _Stopped(Exception):
+    """Another request failed for good."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
@@ -102,6 +106,8 @@ class ServerWriter:
                     try:
                         reply = future.result()
                         self._count(reply)
+                    except _Stopped:
+                        continue
                     except (ValueError, OSError) as error:
                         failure = error if failure is None else failure
                         stop.set()
@@ -129,13 +135,17 @@ class ServerWriter:
         wait = self._config.backoff
         for attempt in range(self._config.retries + 1):
             if stop.is_set():
-                raise ServerError(f"{self._url}: stopped")
+                raise _Stopped
             try:
                 return _reply(self._post(body))
+            except ValueError:
+                stop.set()  # here, before this thread takes up the next request
+                raise
             except _Refused as refusal:
                 return Reply(str(refusal), REFUSED, now())
             except _Again as failure:
                 if attempt == self._config.retries:
+                    stop.set()
                     raise ServerError(
                         f"{self._url}: no answer to {request.name!r} in {attempt + 1} tries, the "
                         f"last failed with {failure}; what came before is kept: give the same "
