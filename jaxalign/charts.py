@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no library, no script; colours come from the page's style sheet."""
+"""Charts as SVG text: no library, no script; colours come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -98,18 +98,8 @@ def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str)
     def up(y: float) -> float:
         return bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - TOP)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
-    for tick in ticks:
-        y = _number(up(tick))
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y}" dy="4">{tick:g}</text>')
-    for tick in step_ticks(first, last):
-        x = _number(across(tick))
-        parts.append(f'<text class="mid" x="{x}" y="{bottom + 16}">{tick}</text>')
-    middle, height = (LEFT + right) / 2, (TOP + bottom) / 2
-    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 8}">{text(x_label)}</text>')
-    turned = f'transform="rotate(-90 12 {height:g})"'
-    parts.append(f'<text class="mid" x="12" y="{height:g}" {turned}>{text(y_label)}</text>')
+    places = [(tick, across(tick)) for tick in step_ticks(first, last)]
+    parts = _frame(label, places, [(tick, up(tick)) for tick in ticks], x_label, y_label)
     for number, line in enumerate(series):
         shown = thin(line)
         for piece in _pieces(shown):
@@ -121,6 +111,61 @@ def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str)
             tip = f"<title>{text(x_label)} {x:g}: {y:.6g}</title>"
             parts.append(f'<circle class="s{number}" {place} r="2.5">{tip}</circle>')
     return "".join([*parts, "</svg>"])
+
+
+def bar_chart(
+    bins: Sequence[tuple[int, int]], counts: Sequence[int], label: str, x_label: str, y_label: str
+) -> str:
+    """One SVG with a bar for each bin, from its first whole number to its last.
+
+    Args:
+      bins: first and last number of each, ascending, without gaps.
+      counts: heights.
+      label: says what is shown to those who cannot see it.
+      x_label: under the horizontal axis.
+      y_label: along the vertical axis.
+
+    Raises:
+      ValueError: no bin.
+    """
+    if not bins:
+        raise ValueError(f"chart {label!r}: no bars to draw")
+    ticks = value_ticks(0, max(counts))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    first, last = bins[0][0], bins[-1][1] + 1
+
+    def across(x: float) -> float:
+        return LEFT + (x - first) / (last - first) * (right - LEFT)
+
+    def up(y: float) -> float:
+        return bottom - y / ticks[-1] * (bottom - TOP)
+
+    places = [(tick, across(tick)) for tick in step_ticks(first, last)]
+    parts = _frame(label, places, [(tick, up(tick)) for tick in ticks], x_label, y_label)
+    for (low, high), count in zip(bins, counts, strict=True):
+        place = f'x="{_number(across(low))}" width="{_number(across(high + 1) - across(low) - 1)}"'
+        size = f'y="{_number(up(count))}" height="{_number(bottom - up(count))}"'
+        tip = f"<title>{text(x_label)} {low}–{high}: {count}</title>"
+        parts.append(f"<rect {place} {size}>{tip}</rect>")
+    return "".join([*parts, "</svg>"])
+
+
+def _frame(label: str, across: Points, up: Points, x_label: str, y_label: str) -> list[str]:
+    """The beginning of a chart: (value, place) of ticks on both axes, and what these are."""
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
+    for tick, place in up:
+        y = _number(place)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y}" dy="4">{tick:g}</text>')
+    for tick, place in across:
+        x = _number(place)
+        parts.append(f'<text class="mid" x="{x}" y="{bottom + 16}">{tick}</text>')
+    middle, height = (LEFT + right) / 2, (TOP + bottom) / 2
+    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 8}">{text(x_label)}</text>')
+    turned = f'transform="rotate(-90 12 {height:g})"'
+    parts.append(f'<text class="mid" x="12" y="{height:g}" {turned}>{text(y_label)}</text>')
+    return parts
 
 
 def _pieces(points: Points) -> list[list[tuple[float, float]]]:

@@ -275,14 +275,31 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     )
 
 
+def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
+    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    makers: dict[type, Callable[..., Batches[Any]]] = {
+        SFTRun: sft_batches,
+        RewardRun: preference_batches,
+        DPORun: preference_batches,
+        PPORun: prompt_batches,
+    }
+    tok = _tokenizer(config.model)
+    return tok, *_data(makers[type(config)], config, tok)
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
+def _tokenizer(config: ModelConfig) -> Any:
     tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
     template = resolve_chat_template(tok, config.chat_template)
     if template != NO_TEMPLATE:
         tok.chat_template = template  # so that the exported model is talked to as it was trained
+    return tok
+
+
+def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
+    tok = _tokenizer(config)
     model, params = load_pretrained(
         config.source,
         mesh=mesh,

@@ -42,6 +42,7 @@ PARTS = {
     "masked": "types",
     "abstract": "plan",
     "charts": "report",
+    "page": "report",
     "tasks": "train",
     "data_page": "cli",
     "pipeline": "cli",

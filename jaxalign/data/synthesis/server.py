@@ -133,7 +133,8 @@ class ServerWriter:
     def _ask(self, request: Request, stop: threading.Event) -> Reply:
         body = self._body(request)
         wait = self._config.backoff
-        for attempt in range(self._config.retries + 1):
+        attempt = 0
+        while True:
             if stop.is_set():
                 raise _Stopped
             try:
@@ -144,17 +145,17 @@ class ServerWriter:
             except _Refused as refusal:
                 return Reply(str(refusal), REFUSED, now())
             except _Again as failure:
-                if attempt == self._config.retries:
+                attempt += 1
+                if attempt > self._config.retries:
                     stop.set()
                     raise ServerError(
-                        f"{self._url}: no answer to {request.name!r} in {attempt + 1} tries, the "
+                        f"{self._url}: no answer to {request.name!r} in {attempt} tries, the "
                         f"last failed with {failure}; what came before is kept: give the same "
                         "command again when the server answers"
                     ) from None
                 pause = min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
                 stop.wait(pause if failure.wait is None else max(pause, failure.wait))
                 wait *= 2
-        raise AssertionError("the last try returns or raises")
 
     def _body(self, request: Request) -> bytes:
         sampling = request.sampling
@@ -169,7 +170,7 @@ class ServerWriter:
             body["seed"] = request.seed
         return json.dumps(body).encode()
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json", "User-Agent": "jaxalign"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -177,7 +178,7 @@ class ServerWriter:
         deadline = time.monotonic() + self._config.timeout
         try:
             with self._opener.open(request, timeout=self._config.timeout) as response:
-                return _read(response, deadline)
+                return self._clean(_read(response, deadline).decode("utf-8", "replace"))
         except urllib.error.HTTPError as error:
             with error:
                 raise self._failure(error) from None
@@ -256,7 +257,7 @@ def _read(response: Any, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _reply(raw: bytes) -> Reply:
+def _reply(raw: str) -> Reply:
     """A chat completion → the reply; what is none is worth another try."""
     try:
         answer = json.loads(raw)
@@ -266,7 +267,7 @@ def _reply(raw: bytes) -> Reply:
         usage = answer.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise _Again(f"no chat completion: {raw[:200].decode('utf-8', 'replace')!r}") from None
+        raise _Again(f"no chat completion: {raw[:200]!r}") from None
     text = "" if text is None else text
     if not isinstance(text, str):
         raise _Again(f"a completion whose content is no text, but a {type(text).__name__}")
