@@ -33,17 +33,31 @@ from jaxalign.types import (
 
 if TYPE_CHECKING:
     from jaxalign.config import load_config
-    from jaxalign.data import preference_batches, prompt_batches, sft_batches
+    from jaxalign.data import (
+        Source,
+        graded_batches,
+        preference_batches,
+        prompt_batches,
+        ranked_batches,
+        sft_batches,
+        step_batches,
+        unpaired_batches,
+    )
     from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 
 _LAZY = {
+    "Source": "jaxalign.data",
+    "graded_batches": "jaxalign.data",
     "load_config": "jaxalign.config",
     "load_pretrained": "jaxalign.hf",
     "load_tokenizer": "jaxalign.hf",
     "preference_batches": "jaxalign.data",
     "prompt_batches": "jaxalign.data",
+    "ranked_batches": "jaxalign.data",
     "save_pretrained": "jaxalign.hf",
     "sft_batches": "jaxalign.data",
+    "step_batches": "jaxalign.data",
+    "unpaired_batches": "jaxalign.data",
 }
 
 __all__ = [
@@ -54,6 +68,7 @@ __all__ = [
     "PromptBatch",
     "RolloutBatch",
     "Scorer",
+    "Source",
     "TokenBatch",
     "TrainState",
     "Weighted",
@@ -62,6 +77,7 @@ __all__ = [
     "compile_step",
     "dpo",
     "generate",
+    "graded_batches",
     "init_state",
     "load_config",
     "load_pretrained",
@@ -77,14 +93,17 @@ __all__ = [
     "ppo",
     "preference_batches",
     "prompt_batches",
+    "ranked_batches",
     "reward",
     "sample",
     "save_pretrained",
     "sft",
     "sft_batches",
     "shard_batch",
+    "step_batches",
     "target_logprobs",
     "text_reward",
+    "unpaired_batches",
     "with_scalar_head",
 ]
 

@@ -3,7 +3,13 @@
 Everything here is numpy on the host; nothing touches a device.
 """
 
-from jaxalign.data.batches import Batches, preference_batches, prompt_batches, sft_batches
+from jaxalign.data.answers import (
+    graded_batches,
+    ranked_batches,
+    step_batches,
+    unpaired_batches,
+)
+from jaxalign.data.batches import preference_batches, prompt_batches, sft_batches
 from jaxalign.data.chat import (
     Encoded,
     encode_conversations,
@@ -12,35 +18,73 @@ from jaxalign.data.chat import (
     resolve_chat_template,
     stop_token_ids,
 )
-from jaxalign.data.packing import best_fit
-from jaxalign.data.rows import (
+from jaxalign.data.examples import (
     Conversation,
+    Graded,
     Preference,
     Prompt,
+    Ranked,
+    RowError,
+    Steps,
+    Text,
+    Unpaired,
+)
+from jaxalign.data.faults import Faults, read_examples
+from jaxalign.data.loader import Batches
+from jaxalign.data.mixture import Source
+from jaxalign.data.options import Options
+from jaxalign.data.packing import best_fit, wrapped
+from jaxalign.data.rows import (
     to_conversation,
+    to_graded,
     to_preference,
     to_prompt,
+    to_ranked,
+    to_steps,
+    to_text,
+    to_unpaired,
 )
-from jaxalign.data.sources import Row, read_rows
+from jaxalign.data.sources import Row, iter_rows, read_rows
 
 __all__ = [
     "Batches",
     "Conversation",
     "Encoded",
+    "Faults",
+    "Graded",
+    "Options",
     "Preference",
     "Prompt",
+    "Ranked",
     "Row",
+    "RowError",
+    "Source",
+    "Steps",
+    "Text",
+    "Unpaired",
     "best_fit",
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",
+    "graded_batches",
+    "iter_rows",
     "preference_batches",
     "prompt_batches",
+    "ranked_batches",
+    "read_examples",
     "read_rows",
     "resolve_chat_template",
     "sft_batches",
+    "step_batches",
     "stop_token_ids",
     "to_conversation",
+    "to_graded",
     "to_preference",
     "to_prompt",
+    "to_ranked",
+    "to_steps",
+    "to_text",
+    "to_unpaired",
+    "unpaired_batches",
+    "wrapped",
 ]

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.data.rows import Conversation, Message, Messages, read_messages
+from jaxalign.data.examples import Conversation, Message, Messages
+from jaxalign.data.messages import read_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -433,7 +434,7 @@ def _encode_plain(
             "(chat_template='none'); set tok.eos_token"
         )
     prompts, answers = [], []
-    for messages, origin, _ in conversations:
+    for messages, origin, *_ in conversations:
         prompts.append(_plain_prompt(messages[:-1], origin))
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{origin}: the last message is no completion; remove it")

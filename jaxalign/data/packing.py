@@ -13,7 +13,8 @@ A document of n tokens takes n positions of a row:
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,15 @@ from jaxalign.data.chat import Encoded
 from jaxalign.types import PromptBatch, TokenBatch
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+class Piece(NamedTuple):
+    """Part of a document: its tokens from `start` up to `end`."""
+
+    document: int
+    start: int
+    end: int
+
+
+def best_fit(lengths: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
     """Packs documents into rows by best-fit decreasing.
 
     The longest document first, each into the row that it leaves with the least space; documents
@@ -31,6 +40,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Args:
       lengths: tokens of each document, in [1, capacity].
       capacity: tokens that fit into a row.
+      most: documents that a row may hold; None: any number.
 
     Returns:
       The documents of each row, as indices into `lengths`.
@@ -57,7 +67,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 del open_rows[space], spaces[at]
         rows[row].append(document)
         space -= size
-        if space:
+        if space and len(rows[row]) != most:
             if space not in open_rows:
                 open_rows[space] = []
                 bisect.insort(spaces, space)
@@ -65,21 +75,55 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def wrapped(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
+    """Packs plain texts by laying them end to end and cutting where a row ends.
+
+    Every row but the last is full. A document that is cut goes on in the next row, as a segment of
+    its own that does not see what came before; the token that it goes on with is still a target,
+    so that no token is lost to training but the first of each document.
+
+    Args:
+      lengths: tokens of each document, at least 1.
+      capacity: tokens that fit into a row.
+
+    Returns:
+      The pieces of each row, in order.
+    """
+    rows: list[list[Piece]] = []
+    free = 0
+    for document, size in enumerate(lengths):
+        if size < 1:
+            raise ValueError(f"lengths[{document}]: got {size}, wanted at least 1")
+        start = 0
+        while start < size:
+            if free == 0:
+                rows.append([])
+                free = capacity
+            end = min(size, start + free)
+            rows[-1].append(Piece(document, start, end))
+            free -= end - start
+            start = end
+    return rows
+
+
 def token_rows(
-    documents: Sequence[Encoded],
-    groups: Sequence[Sequence[int]],
+    documents: Sequence[Encoded] | Mapping[int, Encoded],
+    groups: Sequence[Sequence[int | Piece]],
     rows: int,
     length: int,
     pad_id: int,
+    sources: Sequence[int] | Mapping[int, int] | np.ndarray | None = None,
 ) -> TokenBatch:
     """Lays documents into rows, padded on the right.
 
     Args:
-      documents: all documents.
-      groups: which documents each row holds, in order; rows beyond them stay empty.
+      documents: documents by number.
+      groups: which documents, or pieces of them, each row holds, in order; rows beyond them stay
+        empty. The last token of a piece has the document's next one as its target.
       rows: B.
       length: T; every group fits.
       pad_id: what stands where there is no token. Masks do not depend on it.
+      sources: the source of each document, for `source_ids`; None leaves them out.
 
     Returns:
       A TokenBatch of numpy arrays `[rows, length]`.
@@ -89,27 +133,38 @@ def token_rows(
     positions = np.zeros((rows, length), np.int32)
     segment_ids = np.zeros((rows, length), np.int32)
     loss_mask = np.zeros((rows, length), np.bool_)
+    source_ids = None if sources is None else np.zeros((rows, length), np.int32)
+    counting = np.arange(length, dtype=np.int32)
     for row, group in enumerate(groups):
         start = 0
-        for segment, document in enumerate(group, start=1):
+        for segment, member in enumerate(group, start=1):
+            document, first, last = member if isinstance(member, tuple) else (member, 0, None)
             ids, trained = documents[document]
+            ids, next_ids, next_trained = ids[first:last], ids[first + 1 :], trained[first + 1 :]
             end = start + len(ids)
+            known = min(len(next_ids), len(ids))
             inputs[row, start:end] = ids
-            targets[row, start : end - 1] = ids[1:]
-            positions[row, start:end] = np.arange(len(ids))
+            targets[row, start : start + known] = next_ids[:known]
+            positions[row, start:end] = counting[: len(ids)]
             segment_ids[row, start:end] = segment
-            loss_mask[row, start : end - 1] = trained[1:]
+            loss_mask[row, start : start + known] = next_trained[:known]
+            if source_ids is not None and sources is not None:
+                source_ids[row, start:end] = sources[document]
             start = end
-    return TokenBatch(inputs, targets, positions, segment_ids, loss_mask)
+    return TokenBatch(inputs, targets, positions, segment_ids, loss_mask, source_ids=source_ids)
 
 
 def prompt_rows(
-    prompts: Sequence[np.ndarray], which: Sequence[int], rows: int, length: int, pad_id: int
+    prompts: Sequence[np.ndarray] | Mapping[int, np.ndarray],
+    which: Sequence[int],
+    rows: int,
+    length: int,
+    pad_id: int,
 ) -> PromptBatch:
     """Lays prompts into rows, padded on the left.
 
     Args:
-      prompts: token ids of all prompts, each at most `length`.
+      prompts: token ids of prompts by number, each at most `length`.
       which: the prompt of each row; rows beyond them stay empty (index -1).
       rows: B.
       length: P.

@@ -1,297 +1,429 @@
 """From rows to examples: the forms that alignment data comes in, recognised by their columns.
 
-| form | columns |
-| --- | --- |
-| conversation | `messages` |
-| prompt and completion | `prompt`, `completion` (strings or lists of messages) |
-| Alpaca | `instruction`, `output`, optional `input`, `system`, `history` (pairs of strings) |
-| preference | `chosen`, `rejected` with `prompt` or `instruction` (strings or lists of messages) |
-| preference, implicit prompt | `chosen`, `rejected`: whole conversations with a common start |
-| prompt only | `prompt`, `instruction` (+ `input`), or `messages` that await an answer |
+Each `to_*` reads the forms of its table below, tried from top to bottom, into one type of
+`jaxalign.data.examples`. docs/data.md shows them with examples. A row that fits no form is an
+error, never skipped; every error is a `RowError` that names `file:line`, the column and a remedy.
 
-A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`; other keys of a
-message go to the chat template as they are. A row that fits no form is an error, never skipped.
+Arguments of all `to_*`: `row`; `columns`, a map from our names of columns to the data set's
+(`{"prompt": "query", "completion": "reply"}`); `form`, the name of a form where several would fit.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, NoReturn
+import functools
 
-from jaxalign.data.sources import Row
+from jaxalign.data.columns import Columns, Form, read_form, tools_of, with_system
+from jaxalign.data.examples import (
+    Conversation,
+    Graded,
+    Messages,
+    Preference,
+    Prompt,
+    Ranked,
+    Steps,
+    Text,
+    Unpaired,
+)
+from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
+from jaxalign.data.files import Row
+from jaxalign.data.messages import is_messages, read_messages, untrained
+from jaxalign.data.transcripts import (
+    is_transcript,
+    read_transcript,
+    split_messages,
+    split_texts,
+)
+from jaxalign.data.turns import answer_of, check_last, has_prompt, prompt_of
 
-Message = dict[str, Any]
-Messages = tuple[Message, ...]
-
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class Conversation(NamedTuple):
-    """Messages of which the assistant's are trained.
-
-    Attributes:
-      messages: the turns.
-      origin: `file:line`.
-      trained_from: assistant turns before this index are context only (turns of a prompt).
-    """
-
-    messages: Messages
-    origin: str
-    trained_from: int = 0
-
-
-class Preference(NamedTuple):
-    """Two answers to one prompt, the first preferred.
-
-    Attributes:
-      prompt: the messages before the answers.
-      chosen: the preferred answer, one or more messages.
-      rejected: the other.
-      margin: how much better chosen is, or None where the row does not say.
-      origin: `file:line`.
-    """
-
-    prompt: Messages
-    chosen: Messages
-    rejected: Messages
-    margin: float | None
-    origin: str
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+"""Attributes that are recognised as scores by their names (HelpSteer, arXiv:2311.09528)."""
 
 
-class Prompt(NamedTuple):
-    """Messages that await an answer.
-
-    Attributes:
-      messages: the turns; the last is not the assistant's.
-      origin: `file:line`.
-      row: the whole row, for reward functions that need its other columns.
-    """
-
-    messages: Messages
-    origin: str
-    row: dict[str, Any]
-
-
-def to_conversation(row: Row) -> Conversation:
-    """Reads a row of the forms conversation, prompt and completion, or Alpaca.
+def to_conversation(row: Row, columns: Columns = None, form: str | None = None) -> Conversation:
+    """Reads a row to be trained by SFT: messages, prompt and completion, Alpaca, GSM8K, ….
 
     Raises:
       ValueError: the row has none of these forms, a column is missing, of the wrong type or empty,
         or no assistant turn is left to train. It names `file:line` and the column.
     """
-    data, origin = row
-    if "messages" in data:
-        messages = read_messages(data["messages"], "messages", origin)
-        first = 0
-    elif "prompt" in data and "completion" in data:
-        messages = _prompt(row)
-        first = len(messages)
-        messages += _answer(data["completion"], "completion", origin)
-    elif "instruction" in data and "output" in data:
-        messages = _alpaca_prompt(row) + _answer(data["output"], "output", origin)
-        first = 0
-    else:
-        wanted = "messages, prompt + completion, or instruction + output"
-        if "chosen" in data:
-            wanted += " (this is a preference pair: train a reward model or DPO with it)"
-        _unknown_form(row, wanted)
-    if not any(message["role"] == "assistant" for message in messages[first:]):
-        raise ValueError(
-            f"{origin}: messages: got no assistant turn, wanted at least one to train on; "
-            "add the answer or remove the row"
-        )
-    if messages[0]["role"] == "assistant":
-        raise ValueError(
-            f"{origin}: messages[0]: got an assistant turn, wanted a system or user turn before "
-            "the first answer; add it"
-        )
-    return Conversation(messages, origin, first)
+    hint = ""
+    if "chosen" in row.data:
+        hint = " (this is a preference pair: train a reward model or DPO with it, or its chosen "
+        hint += "answers by `columns: {completion: chosen}`)"
+    elif "text" in row.data:
+        hint = " (plain text is read by to_text)"
+    return read_form(row, _CONVERSATIONS, columns, form, hint)
 
 
-def to_preference(row: Row) -> Preference:
+def to_preference(row: Row, columns: Columns = None, form: str | None = None) -> Preference:
     """Reads a preference row.
 
-    The prompt is `prompt`, else `instruction` (+ `input`), else the longest common start of the
-    lists `chosen` and `rejected`. Lists that repeat the given prompt at their start are accepted.
+    The prompt is a column of its own (`prompt`, `instruction` + `input`, `question`,
+    `conversations` or `messages`), else what `chosen` and `rejected` have in common at their start:
+    whole turns of lists and of HH-RLHF transcripts, whole words of other text. Lists that repeat
+    the given prompt at their start are accepted.
 
     Raises:
       ValueError: a column is missing, of the wrong type or empty. It names `file:line` and column.
     """
-    data, origin = row
-    for key in ("chosen", "rejected"):
-        if key not in data:
-            _unknown_form(row, f"a preference with the column {key!r}")
-    if "prompt" in data or "instruction" in data:
-        prompt = _prompt(row) if "prompt" in data else _alpaca_prompt(row)
-        chosen = _answer(data["chosen"], "chosen", origin, prompt)
-        rejected = _answer(data["rejected"], "rejected", origin, prompt)
-    else:
-        if not isinstance(data["chosen"], list) or not isinstance(data["rejected"], list):
-            raise ValueError(
-                f"{origin}: prompt: missing; wanted it as a column of its own, or chosen and "
-                "rejected as lists of messages that start with it"
-            )
-        chosen = read_messages(data["chosen"], "chosen", origin)
-        rejected = read_messages(data["rejected"], "rejected", origin)
-        common = 0
-        # Each side keeps its last message: that is the answer, even where both are the same.
-        while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
-            common += 1
-        if common == 0:
-            raise ValueError(
-                f"{origin}: chosen and rejected: their first messages differ, so there is no "
-                "common prompt; wanted a column prompt, or lists with the same start"
-            )
-        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{origin}: {key}: ends with a {answer[-1]['role']} turn, wanted the assistant's "
-                "answer; correct or remove the row"
-            )
-    margin = data.get("margin")
-    if margin is not None and (
-        isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
-    ):
-        raise ValueError(f"{origin}: margin: got {margin!r}, wanted a finite number; correct it")
-    return Preference(prompt, chosen, rejected, None if margin is None else float(margin), origin)
+    missing = [repr(key) for key in ("chosen", "rejected") if key not in row.data]
+    hint = f" (missing: {', '.join(missing)})" if len(missing) == 1 else ""
+    return read_form(row, _PREFERENCES, columns, form, hint)
 
 
-def to_prompt(row: Row) -> Prompt:
+def to_prompt(row: Row, columns: Columns = None, form: str | None = None) -> Prompt:
     """Reads the prompt of a row; its other columns stay available in `Prompt.row`.
 
     Raises:
       ValueError: no prompt column, of the wrong type or empty, or the assistant has the last word.
     """
-    data, origin = row
-    if "prompt" in data:
-        messages = _prompt(row)
-    elif "instruction" in data:
-        messages = _alpaca_prompt(row)
-    elif "messages" in data:
-        messages = read_messages(data["messages"], "messages", origin)
-    else:
-        _unknown_form(row, "prompt, instruction, or messages that await an answer")
-    if messages[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{origin}: the last message is the assistant's, wanted messages that await an answer; "
-            "remove the answer"
+    prompt: Prompt = read_form(row, _PROMPTS, columns, form)
+    if prompt.messages[-1]["role"] == "assistant":
+        fail_with(
+            row.origin,
+            "prompt",
+            "the last message is the assistant's, wanted messages that await an answer",
+            "remove the answer",
         )
-    return Prompt(messages, origin, data)
+    return prompt._replace(row=row.data)
 
 
-def read_messages(value: Any, key: str, origin: str) -> Messages:
-    """Checks a list of messages.
+def to_text(row: Row, columns: Columns = None, form: str | None = None) -> Text:
+    """Reads plain text: the column `text`."""
+    return read_form(row, _TEXTS, columns, form)
 
-    Args:
-      value: what the row holds.
-      key: the column, for errors.
-      origin: `file:line`, for errors.
 
-    Raises:
-      ValueError: not a list of objects with a known role and text as content; a user or assistant
-        turn without text.
+def to_unpaired(row: Row, columns: Columns = None, form: str | None = None) -> Unpaired:
+    """Reads an answer with a mark, good or bad (`label` or `kto_tag`: true, false, 1, 0).
+
+    Of `messages` the last assistant turn is the answer.
     """
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{origin}: {key}: got {_short(value)}, wanted a list of messages")
-    for number, message in enumerate(value):
-        at = f"{key}[{number}]"
-        if not isinstance(message, dict):
-            raise ValueError(
-                f"{origin}: {at}: got {_short(message)}, wanted an object with role and content"
-            )
-        for field in ("role", "content"):
-            if field not in message:
-                raise ValueError(
-                    f"{origin}: {at}.{field}: missing; add it (found: {_keys(message)})"
-                )
-        if message["role"] not in ROLES:
-            raise ValueError(
-                f"{origin}: {at}.role: got {_short(message['role'])}, wanted one of "
-                f"{', '.join(ROLES)}"
-            )
-        may_be_empty = message["role"] in ("system", "tool")
-        _text(message["content"], f"{at}.content", origin, may_be_empty=may_be_empty)
-    return tuple(dict(message) for message in value)
+    return read_form(row, _UNPAIRED, columns, form)
 
 
-def _text(value: Any, key: str, origin: str, may_be_empty: bool = False) -> str:
-    """Checks a string."""
-    if not isinstance(value, str):
-        raise ValueError(f"{origin}: {key}: got {_short(value)}, wanted text; correct the row")
-    if not may_be_empty and not value.strip():
-        raise ValueError(f"{origin}: {key}: got empty text; write it or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{origin}: {key}: holds half of a surrogate pair (as \\ud83d alone), which is no "
-            "character; correct the row"
-        ) from None
-    return value
+def to_ranked(row: Row, columns: Columns = None, form: str | None = None) -> Ranked:
+    """Reads several answers with `scores` (larger is better) or `ranks` (1 is the best).
+
+    A preference row counts as two answers, ranked 1 and 0.
+    """
+    return read_form(row, _RANKED, columns, form)
 
 
-def _prompt(row: Row) -> Messages:
-    """The column `prompt`, a string or messages."""
-    value = row.data["prompt"]
-    if isinstance(value, list):
-        return read_messages(value, "prompt", row.origin)
-    return ({"role": "user", "content": _text(value, "prompt", row.origin)},)
+def to_graded(row: Row, columns: Columns = None, form: str | None = None) -> Graded:
+    """Reads an answer with scores: an object `scores`, or HelpSteer's columns.
+
+    Columns of other names: `columns={"scores": "helpful, honest"}`. What is null was not given.
+    """
+    return read_form(row, _GRADED, columns, form)
 
 
-def _alpaca_prompt(row: Row) -> Messages:
-    """`system`, `history` and `instruction` + `input` as messages."""
-    data, origin = row
-    messages: list[Message] = []
-    if data.get("system"):
-        messages.append({"role": "system", "content": _text(data["system"], "system", origin)})
-    history = data.get("history")
-    if history is not None and not isinstance(history, list):
-        raise ValueError(f"{origin}: history: got {_short(history)}, wanted a list of pairs")
-    for number, pair in enumerate(history if history is not None else []):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(
-                f"{origin}: history[{number}]: got {_short(pair)}, wanted [question, answer]"
-            )
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            content = _text(text, f"history[{number}]", origin)
-            messages.append({"role": role, "content": content})
-    parts = [_text(data["instruction"], "instruction", origin)]
-    if data.get("input") is not None:
-        extra = _text(data["input"], "input", origin, may_be_empty=True)
-        parts += [extra] if extra.strip() else []
-    messages.append({"role": "user", "content": "\n".join(parts)})
-    return tuple(messages)
+def to_steps(row: Row, columns: Columns = None, form: str | None = None) -> Steps:
+    """Reads steps of reasoning (`completions` or `steps`) with their `labels` in [0, 1]."""
+    return read_form(row, _STEPS, columns, form)
 
 
-def _answer(value: Any, key: str, origin: str, prompt: Messages = ()) -> Messages:
-    """An answer as a string or messages; a repeated prompt before it is taken off."""
-    if not isinstance(value, list):
-        return ({"role": "assistant", "content": _text(value, key, origin)},)
-    messages = read_messages(value, key, origin)
-    if prompt and messages[: len(prompt)] == prompt:
-        messages = messages[len(prompt) :]
-    if not messages or messages[0]["role"] != "assistant":
-        got = f"a {messages[0]['role']} turn" if messages else "nothing"
-        raise ValueError(
-            f"{origin}: {key}: got {got} after the prompt, wanted the assistant's answer; "
-            "correct or remove the row"
+# Conversations
+
+
+def _messages(row: Row) -> Conversation:
+    key = "messages" if "messages" in row.data else "conversations"
+    messages = with_system(row, read_messages(row.data[key], key, row.origin))
+    return _conversation(row, messages, 0)
+
+
+def _completion(row: Row) -> Conversation:
+    key = "completion" if "completion" in row.data else "response"
+    prompt = prompt_of(row)
+    return _conversation(row, prompt + answer_of(row.data[key], key, row.origin), len(prompt))
+
+
+def _alpaca(row: Row) -> Conversation:
+    return _conversation(
+        row, prompt_of(row) + answer_of(row.data["output"], "output", row.origin), 0
+    )
+
+
+def _gsm8k(row: Row) -> Conversation:
+    prompt = prompt_of(row)
+    answer = answer_of(row.data["answer"], "answer", row.origin)
+    return _conversation(row, prompt + answer, len(prompt))
+
+
+def _seed_task(row: Row) -> Conversation:
+    found = items(row.data["instances"], "instances", row.origin, "objects with input and output")
+    if len(found) != 1 or not isinstance(found[0], dict) or "output" not in found[0]:
+        fail(
+            row.origin,
+            "instances",
+            f"{len(found)} instances",
+            "one, with input and output",
+            "write a row for each",
         )
-    return messages
+    inner = {key: found[0].get(key) for key in ("input", "output")}
+    return _alpaca(Row(row.data | inner, row.origin))
 
 
-def _unknown_form(row: Row, wanted: str) -> NoReturn:
-    raise ValueError(f"{row.origin}: got the columns {_keys(row.data)}, wanted {wanted}")
+def _transcript(row: Row) -> Conversation:
+    return _conversation(row, read_transcript(row.data["text"], "text", row.origin), 0)
 
 
-def _keys(data: dict[str, Any]) -> str:
-    return ", ".join(str(key) for key in data) if data else "none"
+def _conversation(row: Row, messages: Messages, first: int) -> Conversation:
+    """The conversation, if it has something to train and something to answer."""
+    context = untrained(messages, row.origin)
+    made = Conversation(messages, row.origin, first, tools_of(row), context)
+    if not made.trained_turns():
+        fail_with(
+            row.origin,
+            "messages",
+            "got no assistant turn, wanted at least one to train on",
+            "add the answer or remove the row",
+        )
+    if messages[0]["role"] == "assistant":
+        fail_with(
+            row.origin,
+            "messages[0]",
+            "got an assistant turn, wanted a system or user turn before the first answer",
+            "add it",
+        )
+    return made
 
 
-def _short(value: Any) -> str:
-    """A value as it appears in an error."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 30 else value[:30] + "…")
-    if isinstance(value, list | tuple | dict):
-        return f"{'an empty' if not value else 'a'} {type(value).__name__}"
-    return repr(value)[:40] if value is not None else "null"
+_CONVERSATIONS = (
+    Form("messages", ("messages",), _messages),
+    Form("sharegpt", ("conversations",), _messages),
+    Form("completion", ("prompt", "completion"), _completion),
+    Form("completion", ("prompt", "response"), _completion),
+    Form("alpaca", ("instruction", "output"), _alpaca),
+    Form("completion", ("instruction", "response"), _completion),
+    Form("completion", ("question", "response"), _completion),
+    Form("gsm8k", ("question", "answer"), _gsm8k),
+    Form("seed_task", ("instruction", "instances"), _seed_task),
+)
+# A transcript is text too: only a name tells that its turns are meant.
+_CONVERSATIONS += (Form("hh", ("text",), _transcript, by_name=True),)
+
+
+# Preferences
+
+
+def _v1(row: Row) -> Preference:
+    """LLaMA-Factory's `chosen_messages` and `rejected_messages`."""
+    data = dict(row.data)
+    for key in ("chosen", "rejected"):
+        data[key] = data.pop(f"{key}_messages")
+    return _preference(Row(data, row.origin))
+
+
+def _preference(row: Row) -> Preference:
+    data, origin = row
+    if has_prompt(row):
+        prompt = prompt_of(row)
+        chosen = answer_of(data["chosen"], "chosen", origin, prompt)
+        rejected = answer_of(data["rejected"], "rejected", origin, prompt)
+    else:
+        prompt, chosen, rejected = _apart(row)
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        check_last(answer, key, origin)
+    return Preference(prompt, chosen, rejected, _margin(row), origin, tools_of(row))
+
+
+def _apart(row: Row) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected of a row without a column for the prompt."""
+    data, origin = row
+    values = {key: data[key] for key in ("chosen", "rejected")}
+    if all(isinstance(v, str) and not is_messages(v) for v in values.values()):
+        chosen, rejected = (text(values[key], key, origin) for key in values)
+        if not (is_transcript(chosen) and is_transcript(rejected)):
+            at = split_texts(chosen, rejected, origin)
+            prompt = ({"role": "user", "content": chosen[:at]},)
+            answers = [
+                ({"role": "assistant", "content": side[at:]},) for side in (chosen, rejected)
+            ]
+            return prompt, *answers
+        sides = [read_transcript(values[key], key, origin) for key in values]
+    else:
+        sides = [read_messages(values[key], key, origin) for key in values]
+    common = split_messages(*sides, origin)
+    prompt = with_system(row, sides[0][:common])
+    return prompt, sides[0][common:], sides[1][common:]
+
+
+def _hh(row: Row) -> Preference:
+    for key in ("chosen", "rejected"):
+        if not is_transcript(row.data[key]):
+            fail(row.origin, key, short(row.data[key]), "a transcript that starts with 'Human:'")
+    return _preference(row)
+
+
+def _margin(row: Row) -> float | None:
+    """`margin`, or the difference of two columns that `columns` named."""
+    value = row.data.get("margin")
+    if isinstance(value, tuple):
+        first, second = (number(each, "margin", row.origin) for each in value)
+        return number(first - second, "margin", row.origin)
+    return None if value is None else number(value, "margin", row.origin)
+
+
+_PREFERENCES = (
+    Form("preference", ("chosen", "rejected"), _preference),
+    Form("preference", ("chosen_messages", "rejected_messages"), _v1),
+    Form("hh", ("chosen", "rejected"), _hh),
+)
+
+
+# Prompts
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(prompt_of(row), row.origin, row.data, tools_of(row))
+
+
+def _prompt_of_pair(row: Row) -> Prompt:
+    return Prompt(to_preference(row).prompt, row.origin, row.data, tools_of(row))
+
+
+_PROMPTS = (
+    Form("prompt", ("prompt",), _prompt),
+    Form("alpaca", ("instruction",), _prompt),
+    Form("gsm8k", ("question",), _prompt),
+    Form("sharegpt", ("conversations",), _prompt),
+    Form("messages", ("messages",), _prompt),
+    Form("preference", ("chosen", "rejected"), _prompt_of_pair),
+)
+
+
+# Text
+
+
+def _text(row: Row) -> Text:
+    return Text(text(row.data["text"], "text", row.origin), row.origin)
+
+
+_TEXTS = (Form("text", ("text",), _text),)
+
+
+# Unpaired answers
+
+
+def _unpaired(row: Row, mark: str, form: Form) -> Unpaired:
+    data, origin = row
+    desirable = truth(data[mark], mark, origin)
+    found: Conversation = form.read(row)
+    last = found.trained_turns()[-1]
+    if last != len(found.messages) - 1:
+        fail_with(origin, "messages", "the last turn is not the assistant's answer")
+    first = last if found.trained_from == 0 else found.trained_from
+    turns = found.messages
+    return Unpaired(turns[:first], turns[first:], desirable, origin, found.tools)
+
+
+_UNPAIRED = tuple(
+    Form(each.name, (*each.needs, mark), functools.partial(_unpaired, mark=mark, form=each))
+    for mark in ("label", "kto_tag")
+    for each in _CONVERSATIONS
+    if each.name not in ("hh", "seed_task")
+)
+
+
+# Several answers
+
+
+def _ranked(row: Row) -> Ranked:
+    data, origin = row
+    key = "answers" if data.get("answers") is not None else "completions"
+    order = "scores" if data.get("scores") is not None else "ranks"
+    prompt = prompt_of(row)
+    given = items(data[key], key, origin, "answers")
+    answers = [answer_of(each, f"{key}[{n}]", origin, prompt) for n, each in enumerate(given)]
+    ranks = [
+        number(each, f"{order}[{n}]", origin)
+        for n, each in enumerate(items(data[order], order, origin, "numbers"))
+    ]
+    if len(answers) < 2:
+        fail(origin, key, "one answer", "two or more")
+    if len(answers) != len(ranks):
+        fail(origin, order, f"{len(ranks)} numbers", f"one for each of {len(answers)} answers")
+    better = tuple(rank if order == "scores" else -rank for rank in ranks)
+    return Ranked(prompt, tuple(answers), better, origin, tools_of(row))
+
+
+def _ranked_pair(row: Row) -> Ranked:
+    pair = to_preference(row)
+    return Ranked(pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), pair.origin, pair.tools)
+
+
+_RANKED = (
+    *(
+        Form("ranked", (prompt, answers, order), _ranked)
+        for prompt in ("prompt", "instruction", "question")
+        for answers in ("answers", "completions")
+        for order in ("scores", "ranks")
+    ),
+    Form("preference", ("chosen", "rejected"), _ranked_pair),
+)
+
+
+# Graded answers
+
+
+def _graded(row: Row) -> Graded:
+    data, origin = row
+    key = next(k for k in ("response", "completion", "output", "answer") if data.get(k) is not None)
+    prompt = prompt_of(row)
+    answer = answer_of(data[key], key, origin, prompt)
+    given = data.get("scores")
+    if given is None:
+        given = {name: data[name] for name in HELPSTEER if name in data}
+    given = untyped(given)
+    if not isinstance(given, dict):
+        fail(origin, "scores", short(given), "an object of attribute: number")
+    scores = {
+        str(name): number(value, f"scores.{name}", origin)
+        for name, value in given.items()
+        if value is not None
+    }
+    if not scores:
+        fail(origin, "scores", "none", "at least one number", "give a score or remove the row")
+    return Graded(prompt, answer, scores, origin, tools_of(row))
+
+
+_GRADED = tuple(
+    Form("graded", (prompt, answer, scores), _graded)
+    for prompt in ("prompt", "instruction", "question")
+    for answer in ("response", "completion", "output", "answer")
+    for scores in ("scores", *HELPSTEER)
+)
+
+
+# Steps
+
+
+def _steps(row: Row) -> Steps:
+    data, origin = row
+    key = "completions" if data.get("completions") is not None else "steps"
+    given = items(data[key], key, origin, "texts")
+    steps = tuple(text(each, f"{key}[{n}]", origin) for n, each in enumerate(given))
+    labels = items(data["labels"], "labels", origin, "numbers")
+    if len(labels) != len(steps):
+        fail(origin, "labels", f"{len(labels)} labels", f"one for each of {len(steps)} steps")
+    read = tuple(_label(value, f"labels[{n}]", origin) for n, value in enumerate(labels))
+    return Steps(prompt_of(row), steps, read, origin)
+
+
+def _label(value: object, key: str, origin: str) -> float:
+    """A label as a number in [0, 1]."""
+    if isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and value.strip() in ("+", "-"):
+        return float(value.strip() == "+")
+    found = number(parsed(value) if isinstance(value, str) else value, key, origin)
+    if not 0 <= found <= 1:
+        fail(origin, key, short(value), "a number in [0, 1], true or false")
+    return found
+
+
+_STEPS = tuple(
+    Form("steps", (prompt, steps, "labels"), _steps)
+    for prompt in ("prompt", "instruction", "question")
+    for steps in ("completions", "steps")
+)

@@ -48,7 +48,7 @@ def pairs():
 def _documents(batch):
     """(ids, mask over targets) of each document, read position by position."""
     found = []
-    for inputs, targets, positions, segments, mask in zip(*batch, strict=True):
+    for inputs, targets, positions, segments, mask in zip(*batch[:5], strict=True):
         for segment in range(1, segments.max() + 1):
             where = np.flatnonzero(segments == segment)
             assert (np.diff(where) == 1).all()
@@ -85,7 +85,7 @@ def test_every_token_once_with_its_mask(tiny, talks, packing):
     batches = sft_batches(talks, tiny, rows=4, length=420, packing=packing)
     found = []
     for batch in batches:
-        assert all(leaf.shape == (4, 420) for leaf in batch)
+        assert all(leaf.shape == (4, 420) for leaf in batch[:5])
         assert all(leaf.dtype == np.int32 for leaf in batch[:4])
         assert batch.loss_mask.dtype == np.bool_
         found += _documents(batch)
@@ -253,7 +253,7 @@ def test_packed_pairs_share_row_and_segment(tiny, pairs):
         for row in range(2):
             sides = []
             for side in (batch.chosen, batch.rejected):
-                sides.append(_documents(tuple(leaf[row : row + 1] for leaf in side)))
+                sides.append(_documents(tuple(leaf[row : row + 1] for leaf in side[:5])))
             count = len(sides[0])
             assert len(sides[1]) == count == batch.mask[row].sum()
             assert batch.mask[row, :count].all()

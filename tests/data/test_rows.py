@@ -15,23 +15,24 @@ def _say(*texts):
     return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
+def _talk(**columns):
+    """Messages, origin and first trained turn; no tools, no turns left out."""
+    found = to_conversation(_row(**columns))
+    assert found[3:] == ((), (), False)
+    return found[:3]
+
+
 def test_conversation_forms():
-    assert to_conversation(_row(messages=_say("q", "a"))) == (tuple(_say("q", "a")), "f.jsonl:7", 0)
-    assert to_conversation(_row(prompt="q", completion="a")) == (
-        tuple(_say("q", "a")),
-        "f.jsonl:7",
-        1,
-    )
+    assert _talk(messages=_say("q", "a")) == (tuple(_say("q", "a")), "f.jsonl:7", 0)
+    assert _talk(prompt="q", completion="a") == (tuple(_say("q", "a")), "f.jsonl:7", 1)
     turns = _say("q", "a", "r", "b")
-    split = to_conversation(_row(prompt=turns[:3], completion=turns[3:]))
+    split = _talk(prompt=turns[:3], completion=turns[3:])
     assert split == (tuple(turns), "f.jsonl:7", 3)
-    assert to_conversation(_row(prompt=turns[:3], completion="b")) == split
+    assert _talk(prompt=turns[:3], completion="b") == split
     assert to_conversation(_row(instruction="q", output="a", input="")).messages == (
         *_say("q", "a"),
     )
-    full = to_conversation(
-        _row(instruction="q", input="x", output="a", system="s", history=[["q0", "a0"]])
-    )
+    full = _talk(instruction="q", input="x", output="a", system="s", history=[["q0", "a0"]])
     system = {"role": "system", "content": "s"}
     assert full == ((system, *_say("q0", "a0", "q\nx", "a")), "f.jsonl:7", 0)
 
@@ -43,7 +44,7 @@ def test_extra_keys_of_a_message_are_kept():
 
 def test_preference_forms():
     q, a, b = _say("q")[0], *({"role": "assistant", "content": c} for c in "ab")
-    expected = ((q,), (a,), (b,), None, "f.jsonl:7")
+    expected = ((q,), (a,), (b,), None, "f.jsonl:7", ())
     for row in (
         _row(prompt="q", chosen="a", rejected="b"),
         _row(prompt=[q], chosen=[a], rejected=[b]),
@@ -62,7 +63,7 @@ def test_preference_forms():
 
 def test_prompt_forms_keep_the_row():
     row = _row(prompt="q", answer="42")
-    assert to_prompt(row) == (tuple(_say("q")), "f.jsonl:7", {"prompt": "q", "answer": "42"})
+    assert to_prompt(row) == (tuple(_say("q")), "f.jsonl:7", {"prompt": "q", "answer": "42"}, ())
     assert to_prompt(_row(prompt=_say("q", "a", "r"))).messages == tuple(_say("q", "a", "r"))
     assert to_prompt(_row(instruction="q", input="x")).messages == tuple(_say("q\nx"))
     assert to_prompt(_row(messages=_say("q"))).messages == tuple(_say("q"))

@@ -29,7 +29,9 @@ def test_a_list_a_byte_order_mark_and_gzip(tmp_path):
     plain = _write(tmp_path / "a.json", b"\xef\xbb\xbf" + text.encode())
     packed = _write(tmp_path / "b.json.gz", gzip.compress(text.encode(), mtime=0))
     for file in (plain, packed):
-        expected = [Row(row, f"{file}: row {n}") for n, row in enumerate(rows, start=1)]
+        expected = [
+            Row(row, f"{file}:{3 * n - 1} (row {n})") for n, row in enumerate(rows, start=1)
+        ]
         assert read_rows(file) == expected
 
 
@@ -65,7 +67,7 @@ def test_folder_glob_list_and_rows(tmp_path):
         ("a.jsonl", '{"a": ' + "[" * 200_000, r"a\.jsonl:1: (unreadable|malformed) JSON"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl:1: unreadable JSON"),
         ("a.json", "[]", r"a\.json: the list is empty"),
-        ("a.json", '[{"a": 1},\n 3]', r"a\.json: row 2: got 3, wanted an object"),
+        ("a.json", '[{"a": 1},\n 3]', r"a\.json:2 \(row 2\): got 3, wanted an object"),
         ("a.json", '[{"a": 1},\n {"a": 2},\n]', r"a\.json:[23]: malformed JSON"),
         ("a.json", b'[{"a": 1},\n {"a": "\xe4"}]', r"a\.json:2: invalid UTF-8"),
         ("a.json.gz", b"no gzip", r"a\.json\.gz: cannot be read .*check"),
@@ -74,7 +76,8 @@ def test_folder_glob_list_and_rows(tmp_path):
             gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9],
             r"a\.jsonl\.gz: cannot be read",
         ),
-        ("a.parquet", b"PAR1", r"a\.parquet: got a file of unknown type, wanted \.json"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read after row 0 .*check or re-create"),
+        ("a.arrow", b"PAR1", r"a\.arrow: got a file of unknown type, wanted \.json"),
     ],
 )
 def test_faults_name_file_line_and_remedy(tmp_path, name, content, wanted):

@@ -1,0 +1,318 @@
+"""Batches of judged answers: marked good or bad, ranked, graded, or labelled step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+import jax
+import numpy as np
+
+from jaxalign.data.batches import answered, load, no_packing, pad_id
+from jaxalign.data.chat import Encoded, encode_conversations
+from jaxalign.data.examples import Graded, Ranked, RowError, Steps, Unpaired
+from jaxalign.data.loader import Batches
+from jaxalign.data.mixture import entries_of
+from jaxalign.data.options import More, Options
+from jaxalign.data.packing import token_rows
+from jaxalign.data.prepare import Group, Kept, Recipe, Sides
+from jaxalign.data.rows import to_graded, to_ranked, to_steps, to_unpaired
+from jaxalign.data.sources import Row
+from jaxalign.data.steps import step_ends
+from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TokenBatch, UnpairedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class _More(More, total=False):
+    """`More`, and what all batch functions take that also have defaults."""
+
+    epochs: int | None
+    seed: int
+    shuffle: bool
+    chat_template: str | None
+
+
+def unpaired_batches(
+    sources: Any,
+    tok: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    packing: bool = False,
+    **more: Unpack[_More],
+) -> Batches[UnpairedBatch]:
+    """Single answers marked good or bad; one a row.
+
+    `mismatched` holds each prompt with the answer of the next row of the batch (of the whole
+    batch, over all hosts; the last takes the first's), cut where the row ends. A batch of a single
+    row has no other answer: its mismatched row is empty.
+
+    Args:
+      sources: as `sft_batches`, and so all that follow.
+      tok: a fast transformers tokenizer.
+      rows: B, rows of every batch.
+      length: T, positions of a row.
+      packing: False: these are not packed.
+      **more: see `jaxalign.data.options.Options`.
+
+    Raises:
+      ValueError: as `sft_batches`.
+    """
+    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    entries = entries_of(sources)
+    pad = pad_id(tok)
+
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Unpaired]:
+        return [to_unpaired(row, columns, form)]
+
+    def encode(examples: Sequence[Unpaired]) -> tuple[Sides, None]:
+        whole = [answered(e, e.answer) for e in examples]
+        return [list(encode_conversations(tok, whole, options.chat_template))], None
+
+    def build(
+        kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
+    ) -> UnpairedBatch:
+        documents: Any = kept.sides[0]
+        sources = kept.sources if len(entries) > 1 else None
+        there: list[Any] = [group[0] for group in groups if group]
+        following = dict(zip(there, there[1:] + there[:1], strict=True))
+        mine: Any = groups[options.part]
+        mixed: dict[int, Encoded] = {}
+        swapped: list[list[int]] = []
+        for group in mine:
+            ours = [i for i in group if following[i] != i]
+            for i in ours:
+                mixed[i] = _mismatched(documents[i], documents[following[i]], width)
+            swapped.append(ours)
+        desirable = [bool(group) and kept.examples[group[0]].desirable for group in mine]
+        return UnpairedBatch(
+            token_rows(documents, mine, len(mine), width, pad, sources),
+            np.asarray(desirable, np.bool_),
+            token_rows(mixed, swapped, len(mine), width, pad, sources),
+        )
+
+    return load(Recipe("unpaired_batches", read, encode, build), entries, options, tok)
+
+
+def ranked_batches(
+    sources: Any,
+    tok: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    answers: int | None = None,
+    packing: bool = False,
+    **more: Unpack[_More],
+) -> Batches[RankedBatch]:
+    """Several answers to a prompt with their ranks; preference rows count as two answers.
+
+    Args:
+      sources: as `sft_batches`, and so all that follow.
+      tok: a fast transformers tokenizer.
+      rows: B, prompts of every batch.
+      length: T, positions of a prompt with one answer.
+      answers: K, answers that a prompt may have at most; a row with more is an error. None: as
+        many as any row has.
+      packing: False: these are not packed.
+      **more: see `jaxalign.data.options.Options`.
+
+    Returns:
+      `Batches` of RankedBatch, leaves `[rows, K, width]`.
+
+    Raises:
+      ValueError: as `sft_batches`; `answers` missing when streaming.
+    """
+    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    entries = entries_of(sources)
+    pad = pad_id(tok)
+    if answers is None and options.streaming:
+        raise ValueError("answers: got None, wanted the most that a prompt has when streaming")
+    if answers is not None and answers < 2:
+        raise ValueError(f"answers: got {answers}, wanted at least 2")
+
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Ranked]:
+        example = to_ranked(row, columns, form)
+        if answers is not None and len(example.answers) > answers:
+            raise RowError(
+                example.origin,
+                f"more than {answers} answers",
+                f"got {len(example.answers)} answers, wanted at most answers = {answers}; raise "
+                "it, or remove some",
+            )
+        return [example]
+
+    def encode(examples: Sequence[Ranked]) -> tuple[Sides, None]:
+        places = [(i, k) for i, e in enumerate(examples) for k in range(len(e.answers))]
+        whole = [answered(examples[i], examples[i].answers[k]) for i, k in places]
+        most = max(len(e.answers) for e in examples)
+        sides: Sides = [[None] * len(examples) for _ in range(most)]
+        found = encode_conversations(tok, whole, options.chat_template)
+        for (i, k), document in zip(places, found, strict=True):
+            sides[k][i] = document
+        return sides, None
+
+    def build(
+        kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
+    ) -> RankedBatch:
+        most = len(kept.sides) if answers is None else answers
+        mine: Any = groups[options.part]
+        ranks = np.zeros((len(mine), most), np.float32)
+        mask = np.zeros((len(mine), most), np.bool_)
+        documents: dict[int, Any] = {}
+        members: list[list[int]] = []
+        sources: dict[int, int] = {}
+        for row, group in enumerate(mine):
+            for k in range(most):
+                there = bool(group) and k < len(kept.examples[group[0]].answers)
+                members.append([len(members)] if there else [])
+                if there:
+                    at = members[-1][0]
+                    documents[at] = kept.sides[k][group[0]]
+                    sources[at] = int(kept.sources[group[0]])
+                    ranks[row, k], mask[row, k] = kept.examples[group[0]].ranks[k], True
+        given = sources if len(entries) > 1 else None
+        flat = token_rows(documents, members, len(members), width, pad, given)
+        shaped = jax.tree.map(lambda x: x.reshape(len(mine), most, width), flat)
+        return RankedBatch(shaped, ranks, mask)
+
+    return load(Recipe("ranked_batches", read, encode, build), entries, options, tok)
+
+
+def graded_batches(
+    sources: Any,
+    tok: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    attributes: Sequence[str] | None = None,
+    packing: bool = False,
+    **more: Unpack[_More],
+) -> Batches[GradedBatch]:
+    """Answers with a score for each of several attributes; one a row.
+
+    Args:
+      sources: as `sft_batches`, and so all that follow.
+      tok: a fast transformers tokenizer.
+      rows: B, rows of every batch.
+      length: T, positions of a row.
+      attributes: the columns of `scores`, in this order; a row without any of them is an error.
+        None: all that rows have, in alphabetical order (not when streaming).
+      packing: False: these are not packed.
+      **more: see `jaxalign.data.options.Options`.
+
+    Raises:
+      ValueError: as `sft_batches`.
+    """
+    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    entries = entries_of(sources)
+    pad = pad_id(tok)
+    if attributes is None and options.streaming:
+        raise ValueError("attributes: got None, wanted the names of the scores when streaming")
+    seen: dict[str, None] = {}
+
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Graded]:
+        example = to_graded(row, columns, form)
+        if attributes is not None and not set(attributes) & set(example.scores):
+            raise RowError(
+                example.origin,
+                "none of the attributes",
+                f"got scores for {', '.join(example.scores)}, wanted one of "
+                f"{', '.join(attributes)}; correct attributes or the row",
+            )
+        seen.update(dict.fromkeys(example.scores))
+        return [example]
+
+    def encode(examples: Sequence[Graded]) -> tuple[Sides, None]:
+        whole = [answered(e, e.answer) for e in examples]
+        return [list(encode_conversations(tok, whole, options.chat_template))], None
+
+    def build(
+        kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
+    ) -> GradedBatch:
+        names = sorted(seen) if attributes is None else list(attributes)
+        mine: Any = groups[options.part]
+        scores = np.zeros((len(mine), len(names)), np.float32)
+        mask = np.zeros((len(mine), len(names)), np.bool_)
+        for row, group in enumerate(mine):
+            given = kept.examples[group[0]].scores if group else {}
+            for column, name in enumerate(names):
+                if name in given:
+                    scores[row, column], mask[row, column] = given[name], True
+        documents: Any = kept.sides[0]
+        sources = kept.sources if len(entries) > 1 else None
+        tokens = token_rows(documents, mine, len(mine), width, pad, sources)
+        return GradedBatch(tokens, scores, mask)
+
+    return load(Recipe("graded_batches", read, encode, build), entries, options, tok)
+
+
+def step_batches(
+    sources: Any,
+    tok: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    packing: bool = False,
+    **more: Unpack[_More],
+) -> Batches[StepBatch]:
+    """Answers in labelled steps; one a row.
+
+    A step's label stands at its last token: the one that holds its last character that is no
+    blank. Steps that a cut took away have no label; a row that keeps no step is dropped.
+
+    Args:
+      sources: as `sft_batches`, and so all that follow.
+      tok: a fast transformers tokenizer.
+      rows: B, rows of every batch.
+      length: T, positions of a row.
+      packing: False: these are not packed.
+      **more: see `jaxalign.data.options.Options`.
+
+    Raises:
+      ValueError: as `sft_batches`.
+    """
+    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    entries = entries_of(sources)
+    pad = pad_id(tok)
+
+    def read(row: Row, columns: Any, form: str | None) -> Sequence[Steps]:
+        return [to_steps(row, columns, form)]
+
+    def encode(examples: Sequence[Steps]) -> tuple[Sides, list[np.ndarray]]:
+        whole = [
+            answered(e, ({"role": "assistant", "content": "".join(e.steps)},)) for e in examples
+        ]
+        found = encode_conversations(tok, whole, options.chat_template)
+        marks = []
+        for example, document in zip(examples, found, strict=True):
+            mark = np.full(len(document.ids), np.nan, np.float32)
+            mark[step_ends(tok, document, example.steps)] = example.labels
+            marks.append(mark)
+        return [list(found)], marks
+
+    def build(
+        kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
+    ) -> StepBatch:
+        mine: Any = groups[options.part]
+        documents: Any = kept.sides[0]
+        marks: Any = kept.marks
+        found = np.full((len(mine), width), np.nan, np.float32)
+        for row, group in enumerate(mine):
+            for i in group:
+                found[row, : len(marks[i])] = marks[i]
+        sources = kept.sources if len(entries) > 1 else None
+        tokens: TokenBatch = token_rows(documents, mine, len(mine), width, pad, sources)
+        mask = ~np.isnan(found)
+        return StepBatch(tokens, np.where(mask, found, np.float32(0)), mask)
+
+    return load(Recipe("step_batches", read, encode, build), entries, options, tok)
+
+
+def _mismatched(ours: Encoded, other: Encoded, width: int) -> Encoded:
+    """A prompt with another's answer."""
+    start, first = (int(np.argmax(document.trained)) for document in (ours, other))
+    ids = np.concatenate([ours.ids[:start], other.ids[first:]])[:width]
+    trained = np.concatenate([ours.trained[:start], other.trained[first:]])[:width]
+    return Encoded(ids, trained)

@@ -1,0 +1,94 @@
+"""What to do with rows that cannot be used: stop at the first, or drop, count and print them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+from jaxalign.data.columns import Columns
+from jaxalign.data.examples import RowError
+from jaxalign.data.sources import Row, Sources, iter_rows
+
+OnError = Literal["stop", "drop"]
+ON_ERROR: tuple[OnError, ...] = ("stop", "drop")
+
+Example = TypeVar("Example")
+
+
+class Faults:
+    """Counts rows: `read` is always `kept` plus all of `dropped`.
+
+    Pass it as `on_fault` wherever rows are read or encoded. With `on_error="stop"` it raises the
+    first error; with "drop" it counts them by reason.
+
+    Attributes:
+      on_error: "stop" or "drop".
+      read: rows of the sources, bad ones too.
+      dropped: reason → rows.
+      first: reason → the first error of this reason, with its `file:line` and remedy.
+    """
+
+    def __init__(self, on_error: OnError = "stop"):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error: got {on_error!r}, wanted one of {', '.join(ON_ERROR)}")
+        self.on_error = on_error
+        self.read = 0
+        self.dropped: dict[str, int] = {}
+        self.first: dict[str, RowError] = {}
+
+    def __call__(self, fault: RowError) -> None:
+        """Raises the fault, or counts its row as dropped."""
+        if self.on_error == "stop":
+            raise fault
+        self.dropped[fault.reason] = self.dropped.get(fault.reason, 0) + 1
+        self.first.setdefault(fault.reason, fault)
+
+    @property
+    def kept(self) -> int:
+        """Rows that were read and not dropped."""
+        return self.read - sum(self.dropped.values())
+
+    def describe(self) -> str:
+        """A line a reason, with the first row that it dropped; empty if none was."""
+        return "\n".join(
+            f"  dropped {count}: {why} (first: {self.first[why]})"
+            for why, count in self.dropped.items()
+        )
+
+
+def read_examples(
+    sources: Sources,
+    reader: Callable[..., Example],
+    *,
+    columns: Columns = None,
+    form: str | None = None,
+    faults: Faults | None = None,
+) -> Iterator[Example]:
+    """Examples of all rows of all sources, one at a time.
+
+    Args:
+      sources: see `jaxalign.data.sources.read_rows`.
+      reader: one of `jaxalign.data.rows`, such as `to_conversation`.
+      columns: our column → theirs.
+      form: the form of the rows, where several would fit.
+      faults: what to do with a bad row, and where rows are counted; None stops at the first.
+
+    Raises:
+      ValueError: as `read_rows`; a bad row, unless `faults` drops it.
+    """
+    faults = Faults() if faults is None else faults
+
+    def count(fault: RowError) -> None:
+        faults.read += 1
+        faults(fault)
+
+    row: Row
+    for row in iter_rows(sources, count):
+        options: dict[str, Any] = {"columns": columns, "form": form}
+        faults.read += 1
+        try:
+            example = reader(row, **options)
+        except RowError as fault:
+            faults(fault)
+        else:
+            yield example

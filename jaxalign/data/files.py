@@ -1,0 +1,302 @@
+"""Files of rows, read row by row: JSON, JSONL, CSV (plain or gzip), Parquet, text.
+
+A reader yields a `Row` for each row, and a `RowError` in the place of a row that cannot be read
+where those after it still can. Faults of a whole file are raised. JSON and CSV are read here, on
+top of `json` and `csv`, since no library that reads tables tells in which line a row stands.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, NamedTuple, NoReturn
+
+from jaxalign.data.examples import RowError
+from jaxalign.data.fields import Cell
+
+_JSON = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+_CSV = (".csv", ".csv.gz")
+_PARQUET = (".parquet",)
+_TEXT = (".txt", ".txt.gz")
+ROW_SUFFIXES = (*_JSON, *_CSV, *_PARQUET)
+"""The file names that are read in folders."""
+SUFFIXES = (*ROW_SUFFIXES, *_TEXT)
+"""The file names that are read."""
+
+_MARK = b"\xef\xbb\xbf"  # the byte-order mark that some editors write
+_END_OF_TEXT = "<|endoftext|>"
+
+
+class Row(NamedTuple):
+    """One row of a source.
+
+    Attributes:
+      data: its columns.
+      origin: where it is: `file:line` (of a list `file:line (row N)`), `file: row N` in Parquet and
+        on the hub. Lines and rows count from 1.
+    """
+
+    data: dict[str, Any]
+    origin: str
+
+
+def read_file(path: pathlib.Path) -> Iterator[Row | RowError]:
+    """Rows of one file, by its suffix.
+
+    Raises:
+      ValueError: an unknown suffix, an empty file, or one that cannot be read (any further).
+    """
+    readers = ((_JSON, _json), (_CSV, _csv), (_PARQUET, _parquet), (_TEXT, _text))
+    read = next((read for suffixes, read in readers if path.name.endswith(suffixes)), None)
+    if read is None:
+        raise ValueError(
+            f"{path}: got a file of unknown type, wanted {', '.join(SUFFIXES)}; convert it"
+        )
+    empty = True
+    for row in read(path):
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{path}: the file is empty; write rows into it or leave it out")
+
+
+def checked(value: Any, origin: str) -> Row | RowError:
+    """The row, if it is an object with columns."""
+    if isinstance(value, dict) and value:
+        return Row(value, origin)
+    got = "an empty object" if value == {} else f"{json.dumps(value)[:40]}"
+    return RowError(
+        origin,
+        "no object with columns",
+        f"got {got}, wanted an object with columns such as messages, prompt or instruction; "
+        "correct or remove the row",
+    )
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a plain or gzip file, without the byte-order mark."""
+    number = 0
+    try:
+        file: IO[bytes]
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            # In bytes only \n ends a line: JSON strings may hold Unicode's other separators.
+            for number, line in enumerate(file, start=1):
+                yield number, line.removeprefix(_MARK) if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: cannot be read after line {number} ({error}); check or re-create the file"
+        ) from None
+
+
+# JSON
+
+
+def _json(path: pathlib.Path) -> Iterator[Row | RowError]:
+    """A list of objects, or one object a line; blank lines are passed over."""
+    lines = _lines(path)
+    first = True
+    for number, line in lines:
+        if not line.strip():
+            continue
+        starts, first = first, False
+        if starts and line.lstrip().startswith(b"["):
+            yield from _list_rows(
+                path, b"".join([b"\n" * (number - 1), line, *(x for _, x in lines)])
+            )
+        else:
+            yield _line_row(path, number, line)
+
+
+def _line_row(path: pathlib.Path, number: int, line: bytes) -> Row | RowError:
+    origin = f"{path}:{number}"
+    try:
+        return checked(_DECODER.decode(line.decode("utf-8")), origin)
+    except (ValueError, RecursionError) as error:
+        return RowError(origin, *_json_fault(error))
+
+
+def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
+    """The objects of one list, each with the line it begins in."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _stop(path, 1 + raw.count(b"\n", 0, error.start), error)
+    at = text.index("[") + 1
+    line, counted, number = 1, 0, 0
+    while True:
+        at = _BLANK.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]" and number == 0:
+            break
+        number += 1
+        origin = f"{path}:{line} (row {number})"
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except _Twice as error:
+            # Where the object ends only a decoder tells that does not mind.
+            try:
+                _, at = _PLAIN.raw_decode(text, at)
+            except (ValueError, RecursionError) as worse:
+                _stop(path, line, worse)
+            yield RowError(origin, *_json_fault(error))
+        except (ValueError, RecursionError) as error:
+            _stop(path, line, error)
+        else:
+            yield checked(value, origin)
+        at = _BLANK.match(text, at).end()
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n"):
+        where = at if text[at : at + 1] != "]" else at + 1
+        _stop(path, line, json.JSONDecodeError("expected ',' or the end of the list", text, where))
+    if number == 0:
+        raise ValueError(f"{path}: the list is empty; write rows into it or leave the file out")
+
+
+class _Twice(ValueError):
+    """An object has a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: of a key given twice one value would be lost."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise _Twice(f"the key {twice[:40]!r} is given twice in an object")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_PLAIN = json.JSONDecoder()
+_BLANK: Any = re.compile(r"[ \t\r\n]*")
+
+
+def _json_fault(error: Exception) -> tuple[str, str]:
+    """The reason and the message of what is wrong with a JSON text."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return "invalid UTF-8", (
+            f"invalid UTF-8 (byte {byte:#04x}: {error.reason}); save the file as UTF-8"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return "malformed JSON", (
+            f"malformed JSON: {error.msg} (column {error.colno}); correct or remove it: a file "
+            "holds one object a line, or one list of objects"
+        )
+    if isinstance(error, _Twice):
+        return "a key given twice", f"{error}; keep one of them"
+    # Numbers of thousands of digits, deep nesting.
+    return "unreadable JSON", f"unreadable JSON: {error}; correct or remove it"
+
+
+def _stop(path: pathlib.Path, line: int, error: Exception) -> NoReturn:
+    """Raises for a list after whose fault nothing can be read."""
+    if isinstance(error, json.JSONDecodeError):
+        line = error.lineno
+    raise ValueError(f"{path}:{line}: {_json_fault(error)[1]}") from None
+
+
+# CSV
+
+
+def _csv(path: pathlib.Path) -> Iterator[Row | RowError]:
+    """A header and one row of cells a record (RFC 4180: commas, cells in quotes may hold lines)."""
+    # The library's limit of 128 KiB a cell guards against a stray quote, which strict mode finds.
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    reader = csv.reader(_decoded(path), strict=True)
+    header: list[str] = []
+    first = 1
+    try:
+        for cells in reader:
+            origin = f"{path}:{first}"
+            first = reader.line_num + 1
+            if not cells:
+                continue
+            if header:
+                yield _csv_row(header, cells, origin)
+                continue
+            header = cells
+            if len(set(header)) < len(header):
+                raise ValueError(f"{origin}: two columns have the same name; rename one")
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{reader.line_num}: malformed CSV: {error} (in the row that begins at line "
+            f"{first}); correct the quotes, or write JSONL"
+        ) from None
+
+
+def _csv_row(header: list[str], cells: list[str], origin: str) -> Row | RowError:
+    if len(cells) != len(header):
+        return RowError(
+            origin,
+            "another number of cells than the header",
+            f"got {len(cells)} cells, wanted {len(header)} as in the header; correct the row: put "
+            "text with commas in quotes",
+        )
+    pairs = zip(header, cells, strict=True)
+    return checked({name: Cell(cell) for name, cell in pairs if cell != ""}, origin)
+
+
+def _decoded(path: pathlib.Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            # In the middle of a record no later one can be told from this.
+            _stop(path, number, error)
+
+
+# Parquet
+
+
+def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
+    """A row group at a time, in parts."""
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        # A file that lies about its lengths must not take the memory that it names.
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for data in _batch_rows(batch):
+                    number += 1
+                    yield checked(data, f"{path}: row {number}")
+    except Exception as error:  # pyarrow raises what its readers find: Arrow, OS, Unicode errors
+        raise ValueError(
+            f"{path}: cannot be read after row {number} ({_first_line(error)}); check or re-create "
+            "the file"
+        ) from None
+
+
+def _batch_rows(batch: Any) -> Iterable[dict[str, Any]]:
+    for data in batch.to_pylist():
+        yield {key: value for key, value in data.items() if value is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
+# Text
+
+
+def _text(path: pathlib.Path) -> Iterator[Row | RowError]:
+    """Documents between lines of `<|endoftext|>`; without such lines the file is one document."""
+    first, held = 1, []
+    number = 0
+    for number, line in enumerate(_decoded(path), start=1):
+        if line.strip() != _END_OF_TEXT:
+            held.append(line)
+            continue
+        if "".join(held).strip():
+            yield Row({"text": "".join(held).strip("\n")}, f"{path}:{first}")
+        first, held = number + 1, []
+    if "".join(held).strip():
+        yield Row({"text": "".join(held).strip("\n")}, f"{path}:{first}")

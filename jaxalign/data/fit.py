@@ -1,0 +1,157 @@
+"""What becomes of documents that are too long: which tokens stay, which rows are dropped, and why.
+
+A row ends with the end token of its last answer; what a template writes after that (a newline) is
+no loss and is not counted as a cut. Tokens at the start of a prompt go together on all sides of a
+row, so that the answers compared still follow the same prompt. The beginning-of-text token stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxalign.data.chat import Encoded
+
+
+class Fitted(NamedTuple):
+    """The documents of a row that was kept.
+
+    Attributes:
+      documents: as they will be trained.
+      marks: per-token arrays that came along, cut in the same places.
+      cut: whether any token was lost.
+    """
+
+    documents: list[Encoded]
+    marks: list[np.ndarray]
+    cut: bool
+
+
+def fit(
+    documents: Sequence[Encoded],
+    length: int,
+    keep: str,
+    *,
+    bos: int | None = None,
+    shared: bool = False,
+    marks: Sequence[np.ndarray] = (),
+) -> Fitted | str:
+    """Cuts the documents of one row to `length`.
+
+    Args:
+      documents: the sides of a row (one, or both of a pair, or all answers to a prompt).
+      length: positions that each has, or, if `shared`, that both sides of a pair have together
+        when their common prompt is held once.
+      keep: as `Options.keep`, not None. A document that is all trained (plain text) has no prompt:
+        it keeps its start, unless `keep` is "whole".
+      bos: id of the beginning-of-text token; where a document starts with it, it stays.
+      shared: see `length`.
+      marks: one array a document (or none), aligned with its tokens.
+
+    Returns:
+      What is kept, or why the row is dropped. The first token of a row is predicted by nothing, so
+      a row needs a trained token after it.
+    """
+    documents = [to_last_answer(document) for document in documents]
+    if not all(document.trained[1:].any() for document in documents):
+        return "no token to train"
+    ends = [len(document.ids) for document in documents]
+    apart = branch_point(documents) if shared else 0
+    cost = sum(end - apart for end in ends) + apart if shared else max(ends)
+    if cost <= length:
+        cuts = [(0, end) for end in ends]
+    elif keep == "whole":
+        return f"longer than {length} tokens"
+    elif keep == "prompt_end" and not any(document.trained[0] for document in documents):
+        first = cost - length
+        with_bos = bos is not None and all(document.ids[0] == bos for document in documents)
+        if first + with_bos >= min(_last_answer(document) for document in documents):
+            return f"the answer alone is longer than {length} tokens"
+        cuts = [(first, end) for end in ends]
+    else:
+        limit = _longest_side([end - apart for end in ends], length - apart) if shared else length
+        cuts = [(0, min(end, apart + limit)) for end in ends]
+        if not all(d.trained[1:last].any() for d, (_, last) in zip(documents, cuts, strict=True)):
+            return f"the answer begins beyond {length} tokens"
+    kept, kept_marks = [], []
+    for number, (document, (first, last)) in enumerate(zip(documents, cuts, strict=True)):
+        start = 1 if first and bos is not None and document.ids[0] == bos else 0
+        trained = _whole_turns(document.trained, start + first)
+        ids, trained = (_take(x, start, first, last) for x in (document.ids, trained))
+        kept.append(Encoded(ids, trained))
+        if marks:
+            kept_marks.append(_take(marks[number], start, first, last))
+    return Fitted(kept, kept_marks, cost > length)
+
+
+def fit_prompt(ids: np.ndarray, length: int, keep: str, bos: int | None) -> np.ndarray | str:
+    """Cuts a prompt to its last `length` tokens; a beginning-of-text token stays before them."""
+    if len(ids) <= length:
+        return ids
+    if keep == "whole":
+        return f"longer than {length} tokens"
+    start = 1 if bos is not None and ids[0] == bos else 0
+    return _take(ids, start, len(ids) - length, len(ids))
+
+
+def branch_point(documents: Sequence[Encoded]) -> int:
+    """How many tokens the two sides of a pair can share in one row.
+
+    Their common start, at most up to the token before either's first trained one: that token is
+    needed on both sides, to read the first token of its answer from.
+    """
+    chosen, rejected = documents
+    size = min(len(chosen.ids), len(rejected.ids))
+    differ = np.flatnonzero(chosen.ids[:size] != rejected.ids[:size])
+    common = int(differ[0]) if differ.size else size
+    for document in documents:
+        trained = np.flatnonzero(document.trained[1:])
+        if trained.size:
+            common = min(common, int(trained[0]) + 1)
+    return max(common - 1, 0)
+
+
+def to_last_answer(document: Encoded) -> Encoded:
+    """Leaves out what a template writes after the last answer, such as a newline.
+
+    A rollout ends with its stop token, so a reward model must learn to read its score there.
+    """
+    if document.trained.size and document.trained[-1]:
+        return document
+    trained = np.flatnonzero(document.trained)
+    if not trained.size:
+        return document
+    end = int(trained[-1]) + 1
+    return Encoded(document.ids[:end], document.trained[:end])
+
+
+def _take(x: np.ndarray, start: int, first: int, last: int) -> np.ndarray:
+    """`x[:last]` without the `first` entries after the first `start`."""
+    if first == 0:
+        return x[:last]
+    return np.concatenate([x[:start], x[start + first : last]])
+
+
+def _whole_turns(trained: np.ndarray, first: int) -> np.ndarray:
+    """An answer that loses its start is context: its rest is not trained."""
+    if first == 0 or not (trained[first] and trained[first - 1]):
+        return trained
+    trained = trained.copy()
+    rest = np.flatnonzero(~trained[first:])
+    trained[first : first + int(rest[0]) if rest.size else len(trained)] = False
+    return trained
+
+
+def _last_answer(document: Encoded) -> int:
+    """Where the last run of trained tokens begins."""
+    trained = np.flatnonzero(document.trained)
+    breaks = np.flatnonzero(np.diff(trained) > 1)
+    return int(trained[breaks[-1] + 1 if breaks.size else 0])
+
+
+def _longest_side(sizes: Sequence[int], room: int) -> int:
+    """The largest L for which the sides, cut to L each, fit together."""
+    short, long = sorted(sizes)
+    return room // 2 if 2 * short >= room else min(room - short, long)

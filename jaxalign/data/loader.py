@@ -1,0 +1,318 @@
+"""Batches in an order that can be left and taken up again.
+
+`grain` iterates: it makes batches ahead in a thread, and its position can be saved. Which rows
+belong to batch k is known from k alone, so a position counts whole batches and does not depend on
+how many hosts share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import grain
+import numpy as np
+
+from jaxalign.data.counts import Counts
+from jaxalign.data.mixture import Entry, pools_of, shares_of
+from jaxalign.data.options import Options
+from jaxalign.data.order import Chosen, batches_of
+from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, prepare
+from jaxalign.types import PromptBatch, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = TypeVar("Batch")
+
+# These change how batches are made or shared, not what is in them.
+_NOT_IN_CHECKSUM = ("epochs", "host", "prefetch", "on_error")
+
+
+class Batches(Generic[Batch]):
+    """An iterable of batches with a position that can be saved.
+
+    `iter()` starts at the beginning, or, once after `set_state`, at the position given there.
+    Every pass gives the same batches.
+
+    Attributes:
+      examples: the kept rows as read (such as `Conversation`); empty when streaming.
+      sources: names of the sources, in the order of `source_ids`.
+      widths: the widths that batches may have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Options,
+        sources: Sequence[str],
+        data: grain.IterDataset,
+        *,
+        length: int | None,
+        checksum: int,
+        counts: Counts | None,
+        examples: list[Any],
+    ):
+        self.examples = examples
+        self.sources = tuple(sources)
+        self.widths = options.widths
+        self._name = name
+        self._options = options
+        self._data = data
+        self._length = length
+        self._checksum = checksum
+        self._counts = counts
+        self._announced: Any = None
+        self._start: dict[str, Any] | None = None
+        self._iterator: Any = None
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was counted.
+
+        `read` rows; `kept` rows; `dropped` rows by reason; `cut` rows; `repeated` rows, kept once
+        more to reach a number of rows; `added` examples of rows that gave several; `tokens` and
+        `trained` tokens kept; `saved` tokens, those of prompts that pairs share; `rows` that they
+        fill (in a pass without mixing); `fill`, the part of those rows' positions that holds
+        tokens, in (0, 1]; and under `sources` the same by source, with its `share`, the rows that
+        a pass over a mixture takes. read + added + repeated = kept + dropped. When streaming, of
+        the windows that were begun, over all passes.
+        """
+        counts = self._counts
+        if counts is None:
+            counts = Counts(self.get_state()["position"]["counts"])
+        return counts.stats(self.sources)
+
+    def __len__(self) -> int:
+        """Batches in all epochs together."""
+        if self._options.streaming:
+            raise TypeError(f"{self._name} with streaming=True has no len(): it reads as it goes")
+        if self._length is None:
+            raise TypeError(f"{self._name} with epochs=None goes on forever: it has no len()")
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._options.streaming:
+            self.close()
+        else:
+            self._announce()
+        iterator: Any = iter(self._data)
+        self._iterator = _Running(iterator, self._announce) if self._options.streaming else iterator
+        if self._start is not None:
+            self._iterator.set_state(self._start)
+            self._start = None
+        return self._iterator
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch given out, as JSON-able data."""
+        if self._start is not None:
+            position = self._start
+        else:
+            source = self._iterator if self._iterator is not None else iter(self._data)
+            position = source.get_state()
+        return {"position": json.loads(json.dumps(position)), "checksum": self._checksum}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Makes the next `iter()` start at a saved position.
+
+        Raises:
+          ValueError: the state was saved over other data or other settings (tokenizer, template,
+            rows, length, packing, mixture, seed, shuffle): its position would mean other batches.
+        """
+        if set(state) != {"position", "checksum"}:
+            raise ValueError(
+                f"state: got the keys {sorted(state)}, wanted checksum and position; "
+                f"pass what {self._name}(...).get_state() gave"
+            )
+        if state["checksum"] != self._checksum:
+            raise ValueError(
+                f"state: it belongs to other data or settings (checksum {state['checksum']}, here "
+                f"{self._checksum}); resume with the same files, tokenizer, rows, length, packing, "
+                "seed and shuffle, or start anew"
+            )
+        self._start = dict(state["position"])
+
+    def close(self) -> None:
+        """Ends the thread that makes batches ahead, and closes files; `iter()` starts anew."""
+        if isinstance(self._iterator, _Running):
+            self._announce()
+        if self._iterator is not None:
+            self._iterator.close()
+
+    def _announce(self) -> None:
+        """Prints what was cut and dropped, once."""
+        stats = self.stats
+        lost = (stats["cut"], stats["dropped"])
+        if (stats["cut"] or stats["dropped"]) and self._announced != lost:
+            self.describe()
+
+    def describe(self) -> str:
+        """Prints, and returns, what was read, cut, dropped and how full the rows are."""
+        s, length = self.stats, self._options.length
+        self._announced = (s["cut"], s["dropped"])
+        lines = [
+            f"{self._name}: {s['read']} rows read, {s['kept']} kept, {s['cut']} cut to {length} "
+            f"tokens, {sum(s['dropped'].values())} dropped; {s['tokens']:,} tokens"
+            + (f" ({s['trained']:,} trained)" if s["trained"] else "")
+            + (f", {s['saved']:,} saved by sharing prompts" if s["saved"] else "")
+            + f" in {s['rows']} rows of {'up to ' if len(self.widths) > 1 else ''}{length}, "
+            f"{s['fill']:.1%} filled"
+        ]
+        lines += [f"  dropped {count}: {why}" for why, count in s["dropped"].items()]
+        if len(self.sources) > 1:
+            for name, own in s["sources"].items():
+                lines.append(
+                    f"  {name}: {own['read']} read, {own['kept']} kept, "
+                    f"{sum(own['dropped'].values())} dropped, {own['tokens']:,} tokens"
+                    + (f", {own['share']} rows a pass" if own["share"] else "")
+                )
+        text = "\n".join(lines)
+        print(text)
+        return text
+
+
+class _Running(Iterator[Any]):
+    """A grain iterator with a thread: something is said at its end, and it ends before Python."""
+
+    def __init__(self, iterator: Any, say: Callable[[], None]):
+        self._say = say
+        self._last: Any = None
+        self._box = [iterator]
+        # grain's iterators close themselves, but fail at it once Python takes modules apart.
+        weakref.finalize(self, _end, self._box)
+
+    def __next__(self) -> Any:
+        if not self._box:
+            raise ValueError("these batches were closed; call iter() again")
+        try:
+            return next(self._box[0])
+        except StopIteration:
+            self._say()
+            raise
+
+    def get_state(self) -> Any:
+        return self._box[0].get_state() if self._box else self._last
+
+    def set_state(self, state: Any) -> None:
+        self._box[0].set_state(state)
+
+    def close(self) -> None:
+        self._last = self.get_state()
+        _end(self._box)
+
+
+def _end(box: list[Any]) -> None:
+    while box:
+        box.pop().close()
+
+
+def in_memory(
+    recipe: Recipe, entries: Sequence[Entry], options: Options, tok: PreTrainedTokenizerBase
+) -> Batches[Any]:
+    """Reads and prepares everything, then batches it."""
+    counts = Counts()
+    examples: list[Any] = []
+    sources: list[int] = []
+    for number, entry in enumerate(entries):
+        made = Reading(recipe, entry, options).take(None, counts)
+        examples += made if made is not None else []
+        sources += [number] * (len(examples) - len(sources))
+    kept = prepare(recipe, examples, sources, entries, options, tok, counts)
+    pools, groups, sizes, rows = pools_of(entries, options.temperature), [], [], []
+    for pool in pools:
+        mine = np.flatnonzero(np.isin(kept.sources, pool)).tolist()
+        if not mine:
+            names = ", ".join(repr(entries[number].name) for number in pool)
+            raise ValueError(
+                f"{recipe.name}: no row of {names} is left to train on; see what was dropped: "
+                f"{counts.stats(())['dropped']}; correct it, or leave the source out"
+            )
+        more, their_sizes = grouped(recipe, kept, mine, options)
+        groups += more
+        sizes += their_sizes
+        rows.append(len(more))
+    shares = shares_of(entries, pools, rows, options.temperature)
+    count_rows(counts, recipe, kept, sizes, options)
+    if any(pool.rows != pool.share for pool in shares):
+        for pool, share in zip(pools, shares, strict=True):
+            if len(pool) == 1:
+                counts.add(entries[pool[0]].name, "share", share.share)
+    order = batches_of(
+        shares,
+        sizes,
+        rows=options.rows,
+        widths=options.widths,
+        passes=options.epochs,
+        seed=options.seed,
+        shuffle=options.shuffle,
+    )
+    slots = max(len(group) for group in groups)
+
+    def assemble(chosen: Chosen) -> Any:
+        members = [groups[i] for i in chosen.rows]
+        members += [()] * (options.rows - len(members))
+        return recipe.build(kept, members, options, chosen.width, slots)
+
+    # One thread: rows are assembled in microseconds, but not while a step waits for them.
+    ahead = grain.ReadOptions(
+        num_threads=min(options.prefetch, 1), prefetch_buffer_size=options.prefetch
+    )
+    return Batches(
+        recipe.name,
+        options,
+        [entry.name for entry in entries],
+        order.map(assemble).to_iter_dataset(ahead),
+        length=None if options.epochs is None else len(order),
+        checksum=_checksum(recipe, options, kept, groups, [tuple(s) for s in shares]),
+        counts=counts,
+        examples=kept.examples,
+    )
+
+
+def fill_rate(batch: Any) -> float:
+    """The part of a batch's positions that holds tokens, in [0, 1]."""
+    full, room = 0, 0
+    todo = [batch]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, TokenBatch):
+            full, room = full + np.count_nonzero(part.segment_ids), room + part.inputs.size
+        elif isinstance(part, PromptBatch):
+            full, room = full + np.count_nonzero(part.mask), room + part.mask.size
+        elif isinstance(part, tuple):
+            todo += part
+    return float(full) / room if room else 0.0
+
+
+def count_rows(
+    counts: Counts, recipe: Recipe, kept: Kept, sizes: Sequence[int], options: Options
+) -> None:
+    """Counts rows and the room in them. They are of no one source: documents share rows."""
+    widths = np.asarray(options.widths)
+    room = int(widths[np.searchsorted(widths, np.asarray(sizes))].sum())
+    counts.add("", "rows", len(sizes))
+    counts.add("", "room", room * (1 if recipe.shared else len(kept.sides)))
+
+
+def settings_of(recipe: Recipe, options: Options) -> list[Any]:
+    """What a position depends on besides the data."""
+    values = dataclasses.asdict(options)
+    return [recipe.name, *(values[k] for k in sorted(values) if k not in _NOT_IN_CHECKSUM)]
+
+
+def _checksum(
+    recipe: Recipe, options: Options, kept: Kept, groups: Sequence[Group], shares: Sequence[Any]
+) -> int:
+    """A number that changes when a saved position would mean other batches."""
+    settings = [*settings_of(recipe, options), list(shares), len(groups)]
+    checksum = zlib.crc32(json.dumps(settings).encode())
+    for side in kept.sides:
+        for document in side:
+            if document is not None:
+                checksum = zlib.crc32(document.ids.tobytes(), checksum)
+                checksum = zlib.crc32(document.trained.tobytes(), checksum)
+    return checksum

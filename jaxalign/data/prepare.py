@@ -1,0 +1,355 @@
+"""From rows to documents that can be laid out: read, sift, tokenise, filter by length, fit.
+
+What happens to rows is the same for all algorithms, and the same whether all data is prepared at
+the start or a window at a time; a `Recipe` says what differs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.data.branches import shared_size
+from jaxalign.data.chat import Encoded
+from jaxalign.data.counts import Counts
+from jaxalign.data.examples import Text
+from jaxalign.data.faults import Faults, read_examples
+from jaxalign.data.filters import sift
+from jaxalign.data.fit import fit, fit_prompt, to_last_answer
+from jaxalign.data.mixture import Entry, choose
+from jaxalign.data.options import Options
+from jaxalign.data.packing import Piece, best_fit, wrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1024  # examples tokenised at once: bounds the memory of offsets, and paces the bar
+_BAR_AFTER = 10.0  # seconds of tokenising after which its progress is shown
+
+Sides = list[list[Encoded | None]]
+Group = Sequence[int | Piece]
+
+
+class Recipe(NamedTuple):
+    """What differs from one kind of batch to the next.
+
+    Attributes:
+      name: of the function that users call.
+      read: (row, columns, form) → its examples, at least one.
+      encode: examples → their documents, one list a side (answers that an example lacks are None),
+        and per-token marks of the only side, or None.
+      build: (kept, groups, options, width, slots) → the rows of this host.
+      prompts: documents are prompts, of which nothing is trained.
+      shared: both sides of a pair stand in one row, with one copy of their prompt.
+    """
+
+    name: str
+    read: Callable[..., Sequence[Any]]
+    encode: Callable[[Sequence[Any]], tuple[Sides, list[np.ndarray] | None]]
+    build: Callable[[Kept, Sequence[Group], Options, int, int], Any]
+    prompts: bool = False
+    shared: bool = False
+
+
+class Kept(NamedTuple):
+    """What is left of the data.
+
+    Attributes:
+      examples: the rows as read.
+      sides: their documents, one list a side.
+      sources: int32, the source of each.
+      marks: per-token marks of each, or None.
+    """
+
+    examples: list[Any]
+    sides: Sides
+    sources: np.ndarray
+    marks: list[np.ndarray] | None
+
+    def lengths(self) -> list[list[int]]:
+        """Tokens of the documents of each example."""
+        return [
+            [len(document.ids) for document in each if document is not None]
+            for each in zip(*self.sides, strict=True)
+        ]
+
+
+class Reading:
+    """The examples of a source, row by row, counted.
+
+    Args:
+      recipe: whose `read` makes examples of a row.
+      entry: the source.
+      options: of the user: `on_error` says what to do with bad rows.
+    """
+
+    def __init__(self, recipe: Recipe, entry: Entry, options: Options):
+        self._faults = Faults(options.on_error)
+        self._entry = entry
+        self._rows = read_examples(
+            entry.what,
+            recipe.read,
+            columns=entry.options.columns,
+            form=entry.options.form,
+            faults=self._faults,
+        )
+        self._told: Counter[str] = Counter()
+
+    @property
+    def rows(self) -> int:
+        """Rows read so far, bad ones too."""
+        return self._faults.read
+
+    def skip(self, rows: int) -> None:
+        """Passes over rows that were counted before."""
+        while self.rows < rows and next(self._rows, None) is not None:
+            pass
+        self._told = Counter(self._faults.dropped)
+
+    def take(self, rows: int | None, counts: Counts) -> list[Any] | None:
+        """The examples of the next rows (None: of all); None at the end.
+
+        Raises:
+          ValueError: a source that cannot be read; a bad row, unless it is to be dropped.
+        """
+        examples: list[Any] = []
+        before = self.rows
+        added = 0
+        for made in self._rows:
+            examples += made
+            added += len(made) - 1
+            if rows is not None and self.rows - before >= rows:
+                break
+        name = self._entry.name
+        counts.add(name, "read", self.rows - before)
+        counts.add(name, "added", added)
+        dropped = Counter(self._faults.dropped)
+        for reason, number in (dropped - self._told).items():
+            counts.drop(name, reason, number)
+        self._told = dropped
+        return examples if self.rows > before else None
+
+
+def prepare(
+    recipe: Recipe,
+    examples: Sequence[Any],
+    sources: Sequence[int],
+    entries: Sequence[Entry],
+    options: Options,
+    tok: PreTrainedTokenizerBase,
+    counts: Counts,
+    *,
+    choosing: bool = True,
+) -> Kept:
+    """Sifts, tokenises and fits examples, and counts.
+
+    Args:
+      recipe: what they become.
+      examples: as read.
+      sources: the entry of each.
+      entries: of the data.
+      options: of the user.
+      tok: the tokenizer, for its beginning-of-text token.
+      counts: is added to.
+      choosing: all data is there: sources with a number of rows give that many of what is sifted,
+        and it is an error if nothing is kept.
+    """
+    stay = _sifted(examples, sources, entries, options, counts)
+    if choosing:
+        stay = _chosen(stay, sources, entries, options, counts)
+    keep = options.keep
+    if keep is None:
+        keep = "prompt_end" if recipe.prompts else "answer_start"
+    bos = tok.bos_token_id
+    kept: list[int] = []
+    sides: Sides = []
+    marks: list[np.ndarray] = []
+    marked = False
+    lengths: list[int] = []
+    for at in _chunks(len(stay), recipe.name):
+        which = stay[at : at + _CHUNK]
+        encoded, extra = recipe.encode([examples[i] for i in which])
+        marked = marked or extra is not None
+        while len(sides) < len(encoded):
+            sides.append([None] * len(kept))
+        for number, i in enumerate(which):
+            name = entries[sources[i]].name
+            each = [side[number] for side in encoded]
+            documents = [
+                document if recipe.prompts else to_last_answer(document)
+                for document in each
+                if document is not None
+            ]
+            longest = max(len(document.ids) for document in documents)
+            lengths.append(longest)
+            reason = _wrong_length(longest, options)
+            if reason is not None:
+                counts.drop(name, reason)
+                continue
+            if recipe.prompts:
+                ids = fit_prompt(documents[0].ids, options.length, keep, bos)
+                if isinstance(ids, str):
+                    counts.drop(name, ids)
+                    continue
+                fitted, lost = [Encoded(ids, np.zeros(len(ids), np.bool_))], len(ids) < longest
+            elif options.packing == "wrapped":
+                fitted, lost = documents, False  # nothing is too long for rows that may be cut
+            else:
+                result = fit(
+                    documents,
+                    options.length,
+                    keep,
+                    bos=bos,
+                    shared=recipe.shared,
+                    marks=() if extra is None else [extra[number]],
+                )
+                if isinstance(result, str):
+                    counts.drop(name, result)
+                    continue
+                fitted, lost = result.documents, result.cut
+                marks += result.marks
+            kept.append(i)
+            rest = iter(fitted)
+            for side in range(len(sides)):
+                there = side < len(each) and each[side] is not None
+                sides[side].append(next(rest) if there else None)
+            counts.add(name, "kept")
+            counts.add(name, "cut", int(lost))
+            _count_tokens(counts, name, fitted, recipe.shared)
+    if not kept and choosing:
+        raise ValueError(nothing_left(recipe, options, counts, lengths))
+    return Kept(
+        [examples[i] for i in kept],
+        sides,
+        np.asarray([sources[i] for i in kept], np.int32),
+        marks if marked else None,
+    )
+
+
+def grouped(
+    recipe: Recipe, kept: Kept, which: Sequence[int], options: Options, most: int | None = None
+) -> tuple[list[Group], list[int]]:
+    """Which examples share a row, and the tokens of each row.
+
+    Args:
+      recipe: of the batches.
+      kept: what is left of the data.
+      which: the examples to lay out.
+      options: of the user.
+      most: pairs that a row may hold; None: any number.
+    """
+    lengths = kept.lengths()
+    if recipe.shared:
+        chosen, rejected = kept.sides
+        sizes = [shared_size(chosen[i], rejected[i]) for i in which]  # type: ignore[arg-type]
+    else:
+        sizes = [max(lengths[i]) for i in which]
+    if options.packing is None:
+        return [[i] for i in which], sizes
+    if options.packing == "wrapped":
+        for i in which:
+            if not isinstance(kept.examples[i], Text):
+                raise ValueError(
+                    f"packing: got 'wrapped' with {kept.examples[i].origin}, which is no plain "
+                    "text: an answer would be cut from its prompt; use 'best_fit'"
+                )
+        pieces = wrapped(sizes, options.length)
+        rows = [[p._replace(document=which[p.document]) for p in row] for row in pieces]
+        return list(rows), [sum(p.end - p.start for p in row) for row in rows]
+    rows = best_fit(sizes, options.length, most)
+    return (
+        [[which[member] for member in row] for row in rows],
+        [sum(sizes[member] for member in row) for row in rows],
+    )
+
+
+def nothing_left(
+    recipe: Recipe, options: Options, counts: Counts, lengths: Sequence[int] = ()
+) -> str:
+    """The message of an error: all rows were dropped."""
+    stats = counts.stats(())
+    there = sorted(lengths)
+    told = ""
+    if there:
+        middle = there[len(there) // 2]
+        told = f"; the documents have {there[0]} to {there[-1]} tokens, median {middle}"
+    return (
+        f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read, "
+        f"dropped {stats['dropped']}{told}, length is {options.length}; give a larger length, or "
+        "correct what the reasons name"
+    )
+
+
+def _sifted(
+    examples: Sequence[Any],
+    sources: Sequence[int],
+    entries: Sequence[Entry],
+    options: Options,
+    counts: Counts,
+) -> list[int]:
+    stay, dropped = sift(examples, options)
+    for i, reason in dropped.items():
+        counts.drop(entries[sources[i]].name, reason)
+    return stay
+
+
+def _chosen(
+    stay: Sequence[int],
+    sources: Sequence[int],
+    entries: Sequence[Entry],
+    options: Options,
+    counts: Counts,
+) -> list[int]:
+    """Of sources with a number of rows, that many."""
+    by_source: dict[int, list[int]] = {}
+    for i in stay:
+        by_source.setdefault(sources[i], []).append(i)
+    chosen: list[int] = []
+    for number, mine in by_source.items():
+        entry = entries[number]
+        wanted = entry.options.rows
+        if wanted is None:
+            chosen += mine
+            continue
+        drawn = choose(len(mine), wanted, (options.seed, number))
+        left = len(mine) - len(set(drawn))
+        if left:
+            counts.drop(entry.name, f"not among the {wanted} rows to be used", left)
+        counts.add(entry.name, "repeated", len(drawn) - len(set(drawn)))
+        chosen += [mine[i] for i in drawn]
+    return chosen
+
+
+def _wrong_length(tokens: int, options: Options) -> str | None:
+    if tokens < options.min_tokens:
+        return f"fewer than {options.min_tokens} tokens"
+    if options.max_tokens is not None and tokens > options.max_tokens:
+        return f"more than {options.max_tokens} tokens"
+    return None
+
+
+def _count_tokens(counts: Counts, source: str, documents: Sequence[Encoded], shared: bool) -> None:
+    tokens = sum(len(document.ids) for document in documents)
+    if shared:
+        once = shared_size(*documents)
+        counts.add(source, "saved", tokens - once)
+        tokens = once
+    counts.add(source, "tokens", tokens)
+    counts.add(source, "trained", sum(int(d.trained[1:].sum()) for d in documents))
+
+
+def _chunks(size: int, name: str) -> Iterator[int]:
+    """Starts of chunks; a bar on the terminal when they take long."""
+    starts = range(0, size, _CHUNK)
+    if len(starts) < 2:
+        yield from starts
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=size, desc=f"{name}: tokens", unit=" rows", delay=_BAR_AFTER) as bar:
+        for start in starts:
+            yield start
+            bar.update(min(_CHUNK, size - start))
