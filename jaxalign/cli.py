@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--as", dest="algorithm", choices=tuple(_COMMANDS), help="if the YAML does not say"
     )
     command.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show")
+    command.add_argument("--batches", type=int, metavar="N", help="look at the first N only")
     command.add_argument("--html", metavar="FILE", help="write a page instead")
     command.set_defaults(run=_data)
 
@@ -257,7 +258,9 @@ def _report(parsed: argparse.Namespace) -> int:
 def _data(parsed: argparse.Namespace) -> int:
     from jaxalign.data_page import inspect_data, show, write_page
 
-    views = inspect_data(parsed.config, parsed.overrides, parsed.algorithm, parsed.examples)
+    views = inspect_data(
+        parsed.config, parsed.overrides, parsed.algorithm, parsed.examples, parsed.batches
+    )
     if parsed.html is not None:
         print(write_page(views, parsed.html))
         return 0

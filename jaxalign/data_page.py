@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ OPEN, CLOSE = "⟦", "⟧"
 
 _COLOUR, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 _BARS, _BAR = 12, 40
-_PLACE = re.compile(r"(:\d+|: row \d+)$")
 
 
 class Document(NamedTuple):
@@ -61,7 +60,7 @@ class View(NamedTuple):
       title: which data, of which algorithm.
       summary: what was read, cut and dropped.
       sources: source → its counts, those of `Batches.stats`.
-      lengths: tokens of every document that one pass gives out.
+      lengths: tokens of every document looked at.
       examples: the first that training sees: the documents of each.
     """
 
@@ -77,6 +76,7 @@ def inspect_data(
     assignments: Sequence[str] = (),
     algorithm: str | None = None,
     examples: int = 3,
+    most: int | None = None,
 ) -> list[View]:
     """Reads a run's data, training and held out.
 
@@ -85,12 +85,15 @@ def inspect_data(
       assignments: `key=value` overrides.
       algorithm: which of these; None: the one whose section the YAML has.
       examples: how many to show of each.
+      most: batches to look at of each; None: all of one pass.
 
     Raises:
       ValueError: a wrong configuration or wrong data, or an algorithm that cannot be told.
     """
     if examples < 0:
         raise ValueError(f"examples={examples}: wanted 0 or more")
+    if most is not None and most < 1:
+        raise ValueError(f"batches={most}: wanted 1 or more")
     values = override(source if isinstance(source, Mapping) else read_yaml(source), assignments)
     if algorithm is None:
         algorithm = _algorithm(values)
@@ -100,9 +103,9 @@ def inspect_data(
     config = dataclasses.replace(config, data=data)
     with contextlib.redirect_stdout(io.StringIO()):  # what is told here is in the summary
         tok, train, held_out = load_data(config)
-        views = [_view(f"training data of {algorithm}", train, tok, examples)]
+        views = [_view(f"training data of {algorithm}", train, tok, examples, most)]
         if held_out is not None:
-            views.append(_view(f"held-out data of {algorithm}", held_out, tok, examples))
+            views.append(_view(f"held-out data of {algorithm}", held_out, tok, examples, most))
     return views
 
 
@@ -118,26 +121,20 @@ def _algorithm(values: Mapping[str, Any]) -> str:
     )
 
 
-def _view(title: str, batches: Batches[Any], tok: Any, examples: int) -> View:
+def _view(title: str, batches: Batches[Any], tok: Any, examples: int, most: int | None) -> View:
     lengths: list[int] = []
     shown: list[list[Shown]] = []
-    for batch in batches:
+    for batch in itertools.islice(batches, most):
         for documents in groups_of(batch):
             lengths += [len(document.ids) for document in documents]
             if len(shown) < examples:
                 shown.append([Shown(d.name, pieces_of(tok, d)) for d in documents])
-    return View(title, batches.describe(), _sources(batches), lengths, shown)
-
-
-def _sources(batches: Batches[Any]) -> dict[str, dict[str, Any]]:
-    counted = batches.stats.get("sources")
-    if counted is not None:
-        return counted
-    kept: dict[str, dict[str, Any]] = {}
-    for example in batches.examples:
-        name = _PLACE.sub("", example.origin)
-        kept.setdefault(name, {"kept": 0})["kept"] += 1
-    return kept
+    counts = batches.stats["sources"]
+    lines = batches.describe().splitlines()
+    batches.close()
+    # What it says of each source is in a table of its own here.
+    summary = [line for line in lines if not line.startswith(tuple(f"  {n}: " for n in counts))]
+    return View(title, "\n".join(summary), counts, lengths, shown)
 
 
 def groups_of(batch: Any) -> Iterator[list[Document]]:
@@ -226,15 +223,13 @@ _COLUMNS = ("read", "kept", "dropped", "cut", "tokens", "trained")
 
 
 def _source_rows(view: View) -> tuple[list[str], list[list[str]]]:
-    """The table of sources, with the counts that there are."""
-    first = next(iter(view.sources.values()), {})
-    names = [name for name in _COLUMNS if name in first]
+    """The heads and the rows of the table of sources."""
 
     def cell(value: Any) -> str:
         return f"{sum(value.values()) if isinstance(value, Mapping) else value:,}"
 
-    rows = [[source, *(cell(c[name]) for name in names)] for source, c in view.sources.items()]
-    return ["source", *names], rows
+    rows = [[source, *(cell(c[name]) for name in _COLUMNS)] for source, c in view.sources.items()]
+    return ["source", *_COLUMNS], rows
 
 
 def show(view: View, colour: bool) -> str:

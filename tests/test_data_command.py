@@ -143,9 +143,13 @@ def test_cuts_drops_and_sources_are_told(tokenizer, tmp_path, capsys):
     assert "4 rows read, 3 kept, 1 cut to 64 tokens, 1 dropped" in told
     assert "dropped 1: the answer begins beyond 64 tokens" in told
     assert told.count("rows read") == 1
-    heads = next(line.split() for line in told.splitlines() if line.startswith("source "))
-    lines = [line.split() for line in told.splitlines() if ".jsonl" in line]
-    assert [line[heads.index("kept")] for line in lines] == ["2", "1"]
+    heads, *lines = [line.split() for line in told.partition("source ")[2].splitlines()[:3]]
+    assert heads == ["read", "kept", "dropped", "cut", "tokens", "trained"]
+    # 64 + 47 tokens, and 47; trained 64 − 20, and twice the 15 + 1 of "我是助手。" and its end.
+    assert [line[1:] for line in lines] == [
+        ["3", "2", "1", "1", "111", "60"],
+        ["1", "1", "0", "0", "47", "16"],
+    ]
     # The head takes 1+5+1+1+1 and 1+10 tokens.
     assert f"⟦{'x' * 44}⟧" in told  # the end is gone, and with it the end token
 
@@ -154,6 +158,13 @@ def test_endless_epochs_are_shown_once(tokenizer, tmp_path):
     given = values(tokenizer, "sft", [rows(tmp_path, "a.jsonl", CHINESE)], epochs=None)
     given["run"]["steps"] = 5
     assert inspect_data(given)[0].lengths == [47]
+
+
+def test_the_first_batches_only(tokenizer, tmp_path):
+    given = values(tokenizer, "sft", [rows(tmp_path, "a.jsonl", *[TWO_TURNS] * 9)], packing=False)
+    view = inspect_data(given, examples=9, most=2)[0]
+    assert view.lengths == [53] * 8  # 4 rows a batch
+    assert len(view.examples) == 8
 
 
 def test_colour_for_terminals(tokenizer, tmp_path):
@@ -211,6 +222,7 @@ def test_bins_by_hand():
         ({"sft": None}, [], "got no section of an algorithm"),
         ({"dpo": {}}, [], "got sft and dpo"),
         ({"stages": [], "sft": None}, [], "this is a pipeline"),
+        ({}, ["--batches", "0"], "batches=0: wanted 1 or more"),
         ({}, ["--examples", "-1"], "examples=-1: wanted 0 or more"),
     ],
 )

@@ -643,6 +643,13 @@ def test_a_worst_that_beats_the_best_makes_no_pair(tmp_path):
     assert run.dropped == {"pair: the one with less wins won against the other": 1}
 
 
+def test_prompts_with_tools_are_refused():
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    row = {"prompt": "q", "tools": [tool]}
+    with pytest.raises(ValueError, match="row 1: tools: got some"):
+        read_prompts(PreferenceConfig(prompts=[row]))
+
+
 def test_preferences_killed_and_continued(tmp_path, timeless):
     questions = tuple(f"q {n}" for n in range(6))
     answers = {q: [f"a{n}", "b" * (n + 2), "c"] for n, q in enumerate(questions)}

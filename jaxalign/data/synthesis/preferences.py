@@ -56,8 +56,19 @@ class _Ranked(NamedTuple):
 
 
 def read_prompts(config: PreferenceConfig) -> list[Prompt]:
-    """The prompts of a run, in order."""
-    return [to_prompt(row) for row in read_rows(list(config.prompts))[: config.count]]
+    """The prompts of a run, in order.
+
+    Raises:
+      ValueError: a row without a prompt, or one with tools, which writers are not told of.
+    """
+    prompts = [to_prompt(row) for row in read_rows(list(config.prompts))[: config.count]]
+    for prompt in prompts:
+        if prompt.tools:
+            raise ValueError(
+                f"{prompt.origin}: tools: got some, wanted a prompt without: writers are not told "
+                "of tools; leave the row out"
+            )
+    return prompts
 
 
 class Preferences:

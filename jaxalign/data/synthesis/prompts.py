@@ -167,7 +167,9 @@ def show_conversation(language: str, messages: Sequence[dict[str, Any]]) -> str:
     """The turns of a conversation, for a judge."""
     names = _ROLES[language]
     colon = ": " if language == "en" else "："
-    return "\n".join(f"{names[m['role']]}{colon}{m['content']}" for m in messages)
+    # A turn that only calls a tool has no content.
+    said = [(m["role"], m.get("content")) for m in messages]
+    return "\n".join(f"{names[r]}{colon}{'' if text is None else text}" for r, text in said)
 
 
 def _line(language: str, field: str, text: str) -> str:
