@@ -96,7 +96,7 @@ def lay(documents, groups, length, *, left=False):
 
 def token_batch(rows):
     """The `TokenBatch` among laid-out rows."""
-    return TokenBatch(**{name: rows[name] for name in TokenBatch._fields})
+    return TokenBatch(**{name: rows[name] for name in TokenBatch._fields if name in rows})
 
 
 def alone(count, rows=None):
