@@ -163,7 +163,8 @@ def groups_of(batch: Any) -> Iterator[list[Document]]:
 def _documents(batch: TokenBatch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(branches, ids, trained) of every segment of every row, in order.
 
-    `loss_mask` says of a target, the next token of its branch, whether it is trained.
+    `loss_mask` says of a target, the next token, whether it is trained; a branch's last token has
+    none.
     """
     width = np.shape(batch.inputs)[-1]
     inputs, segments, masks = (
@@ -177,7 +178,6 @@ def _documents(batch: TokenBatch) -> Iterator[tuple[np.ndarray, np.ndarray, np.n
             of_branch = branches[here]
             trained = np.zeros(len(of_branch), np.bool_)
             trained[1:] = masks[row][here][:-1]
-            trained[1:] &= of_branch[1:] == of_branch[:-1]
             yield of_branch, inputs[row][here], trained
 
 
