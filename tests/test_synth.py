@@ -1,6 +1,5 @@
 """`jaxalign synth`: the command against a small server, and models that are loaded here."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,8 +10,8 @@ import chatmodel
 import jax
 import numpy as np
 import pytest
+import writers
 import yaml
-from data import writers
 
 import jaxalign
 from jaxalign import cli
@@ -46,7 +45,7 @@ def settings(tmp_path, address, **sections):
 
 
 def untimed(path):
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = writers.rows_of(path)
     for row in rows:
         row["provenance"].pop("time")
     return rows

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import http.server
 import json
+import os
 import threading
+from unittest import mock
 
 VERBS = ("describe", "compare", "praise", "measure", "imagine", "repair", "translate", "sort")
 
@@ -83,8 +85,15 @@ def serving(answer=friendly):
     thread.start()
     server.address = f"http://127.0.0.1:{httpd.server_port}/v1"
     try:
-        yield server
+        # Whatever proxy the machine has, it does not stand between.
+        with mock.patch.dict(os.environ, {"no_proxy": "127.0.0.1"}):
+            yield server
     finally:
         httpd.shutdown()
         httpd.server_close()
         thread.join()
+
+
+def rows_of(path):
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
