@@ -256,6 +256,8 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _data(parsed: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: an accelerator must not be taken
+
     from jaxalign.data_page import inspect_data, show, write_page
 
     views = inspect_data(

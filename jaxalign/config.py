@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 import yaml
 
 from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.data.examples import TRAIN_ON
+from jaxalign.data.filters import check_scripts
+from jaxalign.data.mixture import Source, entries_of
+from jaxalign.data.options import Options, packing_name
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
@@ -68,32 +72,95 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and the shape of a batch.
+    """What is read, and the shape of a batch. docs/data.md has examples.
 
     Attributes:
-      train: files, folders, globs or hub ids.
+      train: files, folders, globs or hub ids, or sources with options (`path`, `name`, `split`,
+        `form`, `columns`, `weight`, `rows`, `epochs`; see `jaxalign.data.Source`).
       eval: held-out data; empty for none.
       rows: rows of a batch, over all devices.
       length: tokens of a row (of a prompt, in PPO).
-      packing: several documents or pairs a row.
+      packing: true or "best_fit": several documents or pairs a row; "wrapped": plain texts end to
+        end, cut where a row ends (SFT); false: one a row.
+      shared_prefix: reward and DPO: both answers of a pair follow one copy of their prompt.
+      train_on: SFT: "all" answers of a conversation, the "last", "split" (an example an answer) or
+        "everything".
       epochs: passes over the data; None repeats for ever (then `run.steps` must end the run).
       shuffle: a fresh order each epoch.
+      keep: what stays of a row that is too long: "answer_start", "prompt_end", or "whole" (none of
+        it: such rows are dropped). None: "answer_start", and "prompt_end" in PPO.
+      buckets: widths of batches, ascending, for rows that are not packed; None: `length` only.
+      temperature: flattens the shares of a mixture of sources; 1: in proportion.
+      validation: a part (0.05) or a number of rows of `train` to be held out in place of `eval`.
+      dedup: "exact" or "near" leaves out copies of earlier rows.
+      dedup_threshold: how similar near-copies are, in (0, 1].
+      scripts: writing systems that rows are to be in (latin, han, …); empty: any.
+      script_share: the part of a row's letters that must be in them.
+      min_tokens: shorter rows are dropped.
+      max_tokens: longer rows are dropped rather than cut; None: none are.
+      on_error: "stop" at the first bad row, or "drop" and count bad rows.
+      streaming: read while training goes on, for data that does not fit in memory (`run.steps`
+        must end the run).
+      window: rows held, shuffled and packed together when streaming.
+      prefetch: batches made ahead in a thread.
     """
 
-    train: tuple[str, ...]
-    eval: tuple[str, ...] = ()
+    train: tuple[str | Source, ...]
+    eval: tuple[str | Source, ...] = ()
     rows: int = 32
     length: int = 1024
-    packing: bool = False
+    packing: bool | str = False
+    shared_prefix: bool = False
+    train_on: str = "all"
     epochs: int | None = 1
     shuffle: bool = True
+    keep: str | None = None
+    buckets: tuple[int, ...] | None = None
+    temperature: float | None = None
+    validation: float | None = None
+    dedup: str | None = None
+    dedup_threshold: float = 0.8
+    scripts: tuple[str, ...] = ()
+    script_share: float = 0.5
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    on_error: str = "stop"
+    streaming: bool = False
+    window: int = 1024
+    prefetch: int = 2
 
     def __post_init__(self):
         _want(bool(self.train), "data.train", self.train, "at least one file")
-        _want(self.rows > 0, "data.rows", self.rows, "a positive integer")
-        _want(self.length > 1, "data.length", self.length, "at least 2")
+        _want(self.train_on in TRAIN_ON, "data.train_on", self.train_on, f"one of {TRAIN_ON}")
         _want(
-            self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "positive or null"
+            self.validation is None or not self.eval,
+            "data.validation",
+            self.validation,
+            "null beside data.eval",
+        )
+        check_scripts(self.scripts)
+        entries_of(self.train)
+        # The room of data knows the rest, also which options go together.
+        Options(
+            rows=self.rows,
+            length=self.length,
+            packing=packing_name(self.packing),
+            epochs=self.epochs,
+            shuffle=self.shuffle,
+            keep=self.keep,
+            buckets=self.buckets,
+            temperature=self.temperature,
+            validation=self.validation,
+            dedup=self.dedup,
+            dedup_threshold=self.dedup_threshold,
+            scripts=self.scripts if self.scripts else None,
+            script_share=self.script_share,
+            min_tokens=self.min_tokens,
+            max_tokens=self.max_tokens,
+            on_error=self.on_error,
+            streaming=self.streaming,
+            window=self.window,
+            prefetch=self.prefetch,
         )
 
 
@@ -165,10 +232,34 @@ class _Run:
             "a number of steps when data.epochs is null",
         )
         _want(
-            bool(self.data.eval) or not self.run.eval_every,
+            not self.data.streaming or self.run.steps is not None,
+            "run.steps",
+            None,
+            "a number of steps with data.streaming, where the number of rows is unknown",
+        )
+        held_out = bool(self.data.eval) or self.data.validation is not None
+        _want(
+            held_out or not self.run.eval_every,
             "run.eval_every",
             self.run.eval_every,
-            "0 without data.eval",
+            "0 without data.eval or data.validation",
+        )
+        for name, runs, default in (
+            ("train_on", SFTRun, "all"),
+            ("shared_prefix", (RewardRun, DPORun), False),
+        ):
+            value = getattr(self.data, name)
+            _want(
+                value == default or isinstance(self, runs),
+                f"data.{name}",
+                value,
+                f"{default!r}: this algorithm has no use for it",
+            )
+        _want(
+            self.data.packing != "wrapped" or isinstance(self, SFTRun),
+            "data.packing",
+            self.data.packing,
+            "true or false: only SFT's plain texts may be cut where a row ends",
         )
 
 
@@ -413,7 +504,8 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         options = [h for h in typing.get_args(hint) if h is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        return _convert(options[0], value, name, problems)
+        fitting = [h for h in options if _fits(h, value)]
+        return _convert((fitting or options)[0], value, name, problems)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.", problems)
     if origin is tuple:
@@ -422,6 +514,12 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return tuple(
             _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
         )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            problems.append(f"{name}: wanted a section, got {value!r}")
+            return value
+        inner = typing.get_args(hint)[1]
+        return {str(k): _convert(inner, v, f"{name}.{k}", problems) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, pathlib.Path):
@@ -429,3 +527,10 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         problems.append(f"{name}: wanted {hint.__name__}, got {value!r}")
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of one of several types that an option may have."""
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    return isinstance(hint, type) and isinstance(value, hint)

@@ -24,6 +24,7 @@ from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import (
     RUNS,
+    DataConfig,
     DPORun,
     ModelConfig,
     PPORun,
@@ -129,14 +130,22 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
         *_start(
             loaded,
             tx,
-            sft.make_step(loaded.model, tx, config.sft, micro_batches=config.run.micro_batches),
+            sft.make_step(
+                loaded.model,
+                tx,
+                config.sft,
+                micro_batches=config.run.micro_batches,
+                sources=batches.sources,
+            ),
             mesh,
         ),
         batches=batches,
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=_evaluate(sft.make_loss(loaded.model, config.sft), held_out, mesh),
+        evaluate=_evaluate(
+            sft.make_loss(loaded.model, config.sft, sources=_names(held_out)), held_out, mesh
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -393,27 +402,67 @@ def _pad(tok: Any) -> int:
 def _data(
     make: Callable[..., Batches[Any]], config: Any, tok: Any
 ) -> tuple[Batches[Any], Batches[Any] | None]:
-    data = config.data
-    shape: dict[str, Any] = {"rows": data.rows, "length": data.length}
-    shape["chat_template"] = config.model.chat_template
+    """Training data, and held-out data or None."""
+    data: DataConfig = config.data
+    shape: dict[str, Any] = {
+        "rows": data.rows,
+        "length": data.length,
+        "chat_template": config.model.chat_template,
+        "keep": data.keep,
+        "on_error": data.on_error,
+        "min_tokens": data.min_tokens,
+        "max_tokens": data.max_tokens,
+        "scripts": data.scripts if data.scripts else None,
+        "script_share": data.script_share,
+        "buckets": data.buckets,
+        "prefetch": data.prefetch,
+        "seed": config.run.seed,
+        "host": (jax.process_index(), jax.process_count()),
+    }
+    if make is sft_batches:
+        shape["train_on"] = data.train_on
+    if make is preference_batches:
+        shape["shared_prefix"] = data.shared_prefix
     if make is not prompt_batches:
         shape["packing"] = data.packing
     elif data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
+    copies = {"dedup": data.dedup, "dedup_threshold": data.dedup_threshold}
+    if data.validation is not None:
+        shape["validation"] = data.validation
     train = make(
         data.train,
         tok,
         epochs=data.epochs,
         shuffle=data.shuffle,
-        seed=config.run.seed,
+        temperature=data.temperature,
+        streaming=data.streaming,
+        window=data.window,
         **shape,
+        **copies,
     )
-    held_out = make(data.eval, tok, epochs=1, shuffle=False, **shape) if data.eval else None
+    if data.eval:
+        return train, make(data.eval, tok, epochs=1, shuffle=False, **shape)
+    if data.validation is None:
+        return train, None
+    # Weights and numbers of rows shape what is trained; what was held out is measured whole.
+    whole = [
+        source
+        if isinstance(source, str)
+        else dataclasses.replace(source, weight=None, rows=None, epochs=None)
+        for source in data.train
+    ]
+    held_out = make(whole, tok, split="validation", epochs=1, shuffle=False, **shape, **copies)
     return train, held_out
 
 
+def _names(batches: Batches[Any] | None) -> tuple[str, ...]:
+    """The sources by which figures are also logged."""
+    return () if batches is None else batches.sources
+
+
 def _total(config: Any, batches: Batches[Any]) -> int:
-    if config.data.epochs is None:
+    if config.data.epochs is None or config.data.streaming:
         return config.run.steps
     return min(len(batches), config.run.steps or len(batches))
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RunConfig, write_yaml
+from jaxalign.data import fill_rate
 from jaxalign.metrics import JsonlWriter, check_finite, to_floats
 from jaxalign.tasks import make_task
 
@@ -105,6 +106,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
     root = jax.random.key(run.seed)
     history: list[dict[str, float]] = []
     batches = iter(task.batches)
+    stack.callback(task.batches.close)
     bar = tqdm(
         total=task.total,
         initial=done,
@@ -118,6 +120,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
+        filled = fill_rate(batch)
         parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
         updates = []
         for part in parts:
@@ -127,6 +130,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         done += 1
         check_finite(metrics, done)
         metrics["compiles"] = task.step.compiles
+        metrics["data/fill"] = filled
         timing = {"time/step": time.perf_counter() - started, "time/data": waited}
         writer.write(done, metrics | timing)
         history.append(metrics)

@@ -13,6 +13,7 @@ from jaxalign import config as configs
 from jaxalign import synth
 from jaxalign.algorithms import dpo, ppo, reward, sft
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
+from jaxalign.data import Source
 from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
@@ -111,6 +112,20 @@ def test_one_file_needs_no_list():
     assert load("sft", "data.train=a.jsonl").data.train == ("a.jsonl",)
 
 
+def test_sources_may_have_options():
+    given = "data.train=[a.jsonl, {path: b.jsonl, rows: 5, columns: {prompt: query}}]"
+    assert load("sft", given).data.train == (
+        "a.jsonl",
+        Source(path="b.jsonl", rows=5, columns={"prompt": "query"}),
+    )
+    one = load("sft", "data.train={path: b.jsonl, weight: 2, name: b}").data.train
+    assert one == (Source(path="b.jsonl", weight=2.0, name="b"),)
+    assert "weight: 'b' has none" in complaint("sft", "data.train=[{path: a, weight: 1}, b]")
+    told = complaint("sft", "data.train=[{path: b.jsonl, wait: 2, columns: [a]}]")
+    assert "data.train[0].wait: unknown key; did you mean data.train[0].weight?" in told
+    assert "data.train[0].columns: wanted a section, got ['a']" in told
+
+
 def test_merge_goes_into_sections():
     base = {"run": {"seed": 0, "steps": 4}, "mesh": {"data": 1}}
     over = {"run": {"steps": 8}, "mesh": None, "extra": {"a": 1}}
@@ -119,7 +134,13 @@ def test_merge_goes_into_sections():
 
 
 FULL = {
-    "sft": ["sft.log_entropy=true", "model.lora={rank: 2, targets: [query, out]}"],
+    "sft": [
+        "sft.log_entropy=true",
+        "model.lora={rank: 2, targets: [query, out]}",
+        "data.train=[{path: a.jsonl, weight: 0.5, columns: {prompt: q}}, {path: b, weight: 2}]",
+        "data.packing=wrapped",
+        "data.scripts=[latin, han]",
+    ],
     "reward": ["reward.center_coef=0.01", "data.packing=true", "model.compute_dtype=bfloat16"],
     "dpo": ["dpo.loss_type=ipo", "dpo.ipo_normalize=false", "reference=other/model"],
     "ppo": [
@@ -229,6 +250,28 @@ OUT_OF_RANGE = {
         "data.rows=0",
         "data.length=1",
         "data.epochs=0",
+        "data.packing=loose",
+        "data.train_on=some",
+        "data.keep=middle",
+        "data.buckets=[64, 32]",
+        "data.buckets=[2048]",  # wider than a row
+        "data.temperature=0",
+        "data.validation=0",
+        "data.validation=1.5",
+        "data.dedup=fuzzy",
+        "data.dedup_threshold=0",
+        "data.script_share=2",
+        "data.min_tokens=-1",
+        "data.max_tokens=0",
+        "data.on_error=ignore",
+        "data.window=0",
+        "data.prefetch=-1",
+        "data.train=[{path: a, weight: 0}]",
+        "data.train=[{path: a, rows: -1}]",
+        "data.train=[{path: ''}]",
+        "data.scripts=[klingon]",
+        "data.shared_prefix=true",  # SFT has no pairs
+        "data.streaming=true",  # without run.steps
         "run.steps=0",
         "run.micro_batches=0",
         "run.log_every=0",
@@ -247,7 +290,7 @@ OUT_OF_RANGE = {
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
     ),
-    "reward": ("reward.center_coef=-1",),
+    "reward": ("reward.center_coef=-1", "data.packing=wrapped", "data.train_on=last"),
     "dpo": (
         "dpo.beta=0",
         "dpo.loss_type=cosine",
@@ -304,6 +347,16 @@ def test_options_that_would_be_ignored_together_are_refused():
     told = complaint("sft", "run.checkpoint=false", "run.resume=true")
     assert "run.resume=True: wanted run.checkpoint=true" in told
     assert "kl_target" in complaint("ppo", "ppo.kl_target=1", "ppo.kl_in=loss")
+    assert "buckets" in complaint("sft", "data.buckets=[64]", "data.packing=true")
+    assert "data.validation" in complaint("sft", "data.validation=0.1", "data.eval=a.jsonl")
+    streaming = ("data.streaming=true", "run.steps=3")
+    for told, option in (
+        ("dedup", "data.dedup=near"),
+        ("buckets", "data.buckets=[64]"),
+        ("validation", "data.validation=8"),
+        ("temperature", "data.temperature=2"),
+    ):
+        assert told in complaint("sft", *streaming, option)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +401,7 @@ READERS = {
     # Class → the files that read it, and the names under which they hold it.
     configs.ModelConfig: (("tasks.py",), {"config", "model"}),
     configs.DataConfig: (("tasks.py",), {"data"}),
+    Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("tasks.py",), {"mesh"}),
     configs.RunConfig: (("tasks.py", "train.py"), {"run"}),
     configs.SFTRun: (("tasks.py", "train.py"), {"config"}),
@@ -400,6 +454,7 @@ def test_the_table_of_readers_holds_every_config_class():
     found, todo = set(), [*RUNS.values(), synth.SynthRun]
     while todo:
         cls = todo.pop()
+        todo += typing.get_args(cls)
         if dataclasses.is_dataclass(cls) and cls not in found:
             found.add(cls)
             for hint in typing.get_type_hints(cls).values():

@@ -116,9 +116,11 @@ def test_the_example_data(tokenizer, tmp_path, capsys, language, shown):
     assert told.count("--- ") == 2
 
 
-def test_pairs_show_both_answers(tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"shared_prefix": True}])
+def test_pairs_show_both_answers(tokenizer, tmp_path, capsys, options):
     pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    path = config(tmp_path, tokenizer, "dpo", [rows(tmp_path, "pairs.jsonl", pair, pair)])
+    train = [rows(tmp_path, "pairs.jsonl", pair, pair)]
+    path = config(tmp_path, tokenizer, "dpo", train, **options)
     assert cli.main(["data", path, "--examples", "1"]) == 0
     told = capsys.readouterr().out
     head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -158,6 +160,23 @@ def test_endless_epochs_are_shown_once(tokenizer, tmp_path):
     given = values(tokenizer, "sft", [rows(tmp_path, "a.jsonl", CHINESE)], epochs=None)
     given["run"]["steps"] = 5
     assert inspect_data(given)[0].lengths == [47]
+
+
+def test_what_is_held_out_of_the_training_data_is_shown(tokenizer, tmp_path):
+    items = [{"prompt": f"question {n}", "completion": "yes"} for n in range(8)]
+    given = values(tokenizer, "sft", [rows(tmp_path, "a.jsonl", *items)], validation=2)
+    train, held_out = inspect_data(given, examples=8)
+    assert (len(train.examples), len(held_out.examples)) == (6, 2)
+    assert held_out.title == "held-out data of sft"
+
+
+def test_data_that_streams(tokenizer, tmp_path):
+    train = [rows(tmp_path, "a.jsonl", *[TWO_TURNS] * 9)]
+    given = values(tokenizer, "sft", train, streaming=True, packing=False)
+    given["run"]["steps"] = 1
+    view = inspect_data(given)[0]
+    assert view.lengths == [53] * 9
+    assert view.sources["a"]["kept"] == 9
 
 
 def test_the_first_batches_only(tokenizer, tmp_path):

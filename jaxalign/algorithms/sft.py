@@ -11,11 +11,13 @@ Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.algorithms.sources import by_source
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.sft import nll
@@ -37,8 +39,13 @@ class Config:
     log_entropy: bool = False
 
 
-def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The SFT loss, one term `nll` weighted by trained tokens."""
+def make_loss(
+    model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
+) -> Loss:
+    """The SFT loss, one term `nll` weighted by trained tokens.
+
+    With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each.
+    """
     config = Config() if config is None else config
 
     def count(batch: TokenBatch) -> dict[str, Array]:
@@ -52,7 +59,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
         else:
             logprobs = target_logprobs(model, params, hidden, batch.targets)
-        loss = weighted(nll(logprobs), batch.loss_mask)
+        losses = nll(logprobs)
+        metrics |= by_source("nll", losses, batch.loss_mask, batch.source_ids, sources)
+        loss = weighted(losses, batch.loss_mask)
         return {"nll": loss.total}, metrics
 
     return Loss(count, terms)
@@ -64,6 +73,7 @@ def make_step(
     config: Config | None = None,
     *,
     micro_batches: int = 1,
+    sources: Sequence[str] = (),
 ) -> Step:
     """`step(state, batch: TokenBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
-    return _make_step(make_loss(model, config), tx, micro_batches)
+    return _make_step(make_loss(model, config, sources=sources), tx, micro_batches)

@@ -15,6 +15,8 @@ from jaxalign.data.chat import (
     encode_conversations,
     encode_prompt,
     encode_prompts,
+    encode_texts,
+    encode_training,
     resolve_chat_template,
     stop_token_ids,
 )
@@ -30,7 +32,7 @@ from jaxalign.data.examples import (
     Unpaired,
 )
 from jaxalign.data.faults import Faults, read_examples
-from jaxalign.data.loader import Batches
+from jaxalign.data.loader import Batches, fill_rate
 from jaxalign.data.mixture import Source
 from jaxalign.data.options import Options
 from jaxalign.data.packing import best_fit, wrapped
@@ -45,11 +47,13 @@ from jaxalign.data.rows import (
     to_unpaired,
 )
 from jaxalign.data.sources import Row, iter_rows, read_rows
+from jaxalign.data.steps import EncodedSteps, encode_steps
 
 __all__ = [
     "Batches",
     "Conversation",
     "Encoded",
+    "EncodedSteps",
     "Faults",
     "Graded",
     "Options",
@@ -66,6 +70,10 @@ __all__ = [
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",
+    "encode_steps",
+    "encode_texts",
+    "encode_training",
+    "fill_rate",
     "graded_batches",
     "iter_rows",
     "preference_batches",

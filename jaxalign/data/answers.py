@@ -10,15 +10,15 @@ import numpy as np
 
 from jaxalign.data.batches import answered, load, no_packing, pad_id
 from jaxalign.data.chat import Encoded, encode_conversations
-from jaxalign.data.examples import Graded, Ranked, RowError, Steps, Unpaired
+from jaxalign.data.examples import Conversation, Graded, Ranked, RowError, Steps, Unpaired
 from jaxalign.data.loader import Batches
 from jaxalign.data.mixture import entries_of
 from jaxalign.data.options import More, Options
 from jaxalign.data.packing import token_rows
-from jaxalign.data.prepare import Group, Kept, Recipe, Sides
+from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_graded, to_ranked, to_steps, to_unpaired
 from jaxalign.data.sources import Row
-from jaxalign.data.steps import step_ends
+from jaxalign.data.steps import encode_steps
 from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TokenBatch, UnpairedBatch
 
 if TYPE_CHECKING:
@@ -64,12 +64,8 @@ def unpaired_batches(
     entries = entries_of(sources)
     pad = pad_id(tok)
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Unpaired]:
-        return [to_unpaired(row, columns, form)]
-
-    def encode(examples: Sequence[Unpaired]) -> tuple[Sides, None]:
-        whole = [answered(e, e.answer) for e in examples]
-        return [list(encode_conversations(tok, whole, options.chat_template))], None
+    def encode(examples: Sequence[Unpaired]) -> list[Made]:
+        return single(tok, [answered(e, e.answer) for e in examples], options)
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -93,7 +89,7 @@ def unpaired_batches(
             token_rows(mixed, swapped, len(mine), width, pad, sources),
         )
 
-    return load(Recipe("unpaired_batches", read, encode, build), entries, options, tok)
+    return load(Recipe("unpaired_batches", to_unpaired, encode, build), entries, options, tok)
 
 
 def ranked_batches(
@@ -132,7 +128,7 @@ def ranked_batches(
     if answers is not None and answers < 2:
         raise ValueError(f"answers: got {answers}, wanted at least 2")
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Ranked]:
+    def read(row: Row, columns: Any, form: str | None) -> Ranked:
         example = to_ranked(row, columns, form)
         if answers is not None and len(example.answers) > answers:
             raise RowError(
@@ -141,17 +137,12 @@ def ranked_batches(
                 f"got {len(example.answers)} answers, wanted at most answers = {answers}; raise "
                 "it, or remove some",
             )
-        return [example]
+        return example
 
-    def encode(examples: Sequence[Ranked]) -> tuple[Sides, None]:
-        places = [(i, k) for i, e in enumerate(examples) for k in range(len(e.answers))]
-        whole = [answered(examples[i], examples[i].answers[k]) for i, k in places]
-        most = max(len(e.answers) for e in examples)
-        sides: Sides = [[None] * len(examples) for _ in range(most)]
-        found = encode_conversations(tok, whole, options.chat_template)
-        for (i, k), document in zip(places, found, strict=True):
-            sides[k][i] = document
-        return sides, None
+    def encode(examples: Sequence[Ranked]) -> list[Made]:
+        whole = [answered(e, answer) for e in examples for answer in e.answers]
+        found = iter(encode_conversations(tok, whole, options.chat_template))
+        return [Made(i, [next(found) for _ in e.answers]) for i, e in enumerate(examples)]
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -212,7 +203,7 @@ def graded_batches(
         raise ValueError("attributes: got None, wanted the names of the scores when streaming")
     seen: dict[str, None] = {}
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Graded]:
+    def read(row: Row, columns: Any, form: str | None) -> Graded:
         example = to_graded(row, columns, form)
         if attributes is not None and not set(attributes) & set(example.scores):
             raise RowError(
@@ -222,11 +213,10 @@ def graded_batches(
                 f"{', '.join(attributes)}; correct attributes or the row",
             )
         seen.update(dict.fromkeys(example.scores))
-        return [example]
+        return example
 
-    def encode(examples: Sequence[Graded]) -> tuple[Sides, None]:
-        whole = [answered(e, e.answer) for e in examples]
-        return [list(encode_conversations(tok, whole, options.chat_template))], None
+    def encode(examples: Sequence[Graded]) -> list[Made]:
+        return single(tok, [answered(e, e.answer) for e in examples], options)
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -259,8 +249,8 @@ def step_batches(
 ) -> Batches[StepBatch]:
     """Answers in labelled steps; one a row.
 
-    A step's label stands at its last token: the one that holds its last character that is no
-    blank. Steps that a cut took away have no label; a row that keeps no step is dropped.
+    A step's label stands at the token that holds its last character. Steps are written on lines of
+    their own. Those that a cut took away have no label.
 
     Args:
       sources: as `sft_batches`, and so all that follow.
@@ -277,20 +267,19 @@ def step_batches(
     entries = entries_of(sources)
     pad = pad_id(tok)
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Steps]:
-        return [to_steps(row, columns, form)]
-
-    def encode(examples: Sequence[Steps]) -> tuple[Sides, list[np.ndarray]]:
-        whole = [
-            answered(e, ({"role": "assistant", "content": "".join(e.steps)},)) for e in examples
-        ]
-        found = encode_conversations(tok, whole, options.chat_template)
-        marks = []
-        for example, document in zip(examples, found, strict=True):
-            mark = np.full(len(document.ids), np.nan, np.float32)
-            mark[step_ends(tok, document, example.steps)] = example.labels
-            marks.append(mark)
-        return [list(found)], marks
+    def encode(examples: Sequence[Steps]) -> list[Made]:
+        made = []
+        for i, found in enumerate(encode_steps(tok, examples, options.chat_template)):
+            mark = np.full(len(found.ids), np.nan, np.float32)
+            if len(set(found.ends.tolist())) < len(found.ends):
+                raise RowError(
+                    examples[i].origin,
+                    "two steps end in the same token",
+                    "steps: two of them end in the same token; join them, or end each with a mark",
+                )
+            mark[found.ends] = examples[i].labels
+            made.append(Made(i, [Encoded(found.ids, found.trained)], mark))
+        return made
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -307,7 +296,15 @@ def step_batches(
         mask = ~np.isnan(found)
         return StepBatch(tokens, np.where(mask, found, np.float32(0)), mask)
 
-    return load(Recipe("step_batches", read, encode, build), entries, options, tok)
+    return load(Recipe("step_batches", to_steps, encode, build), entries, options, tok)
+
+
+def single(
+    tok: PreTrainedTokenizerBase, conversations: Sequence[Conversation], options: Options
+) -> list[Made]:
+    """One document an example."""
+    found = encode_conversations(tok, conversations, options.chat_template)
+    return [Made(i, [document]) for i, document in enumerate(found)]
 
 
 def _mismatched(ours: Encoded, other: Encoded, width: int) -> Encoded:

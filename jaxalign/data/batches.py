@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from jaxalign.data.branches import shared_rows
-from jaxalign.data.chat import Encoded, encode_conversations, encode_prompts
+from jaxalign.data.chat import (
+    Encoded,
+    encode_conversations,
+    encode_prompts,
+    encode_texts,
+    encode_training,
+)
 from jaxalign.data.examples import Conversation, Preference, Prompt, Text, TrainOn
 from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
 from jaxalign.data.options import More, Options, packing_name
 from jaxalign.data.packing import prompt_rows, token_rows
-from jaxalign.data.prepare import Group, Kept, Recipe, Sides
+from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
 from jaxalign.data.sources import Row
 from jaxalign.data.stream import streamed
-from jaxalign.data.texts import encode_texts
-from jaxalign.data.train_on import select
 from jaxalign.types import PairBatch, PromptBatch, SharedPairBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -85,24 +89,18 @@ def sft_batches(
     )
     entries = entries_of(sources)
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Conversation | Text]:
-        if _is_text(row, columns, form):
-            return [to_text(row, columns, form)]
-        return select(to_conversation(row, columns, form), train_on)
+    def read(row: Row, columns: Any, form: str | None) -> Conversation | Text:
+        as_text = _is_text(row, columns, form)
+        return (to_text if as_text else to_conversation)(row, columns, form)
 
-    def encode(examples: Sequence[Any]) -> tuple[Sides, None]:
-        documents: list[Encoded | None] = [None] * len(examples)
-        for kind in (Text, Conversation):
-            which = [i for i, example in enumerate(examples) if isinstance(example, kind)]
-            if not which:
-                continue
-            if kind is Text:
-                made = encode_texts(tok, [examples[i] for i in which])
-            else:
-                made = encode_conversations(tok, [examples[i] for i in which], chat_template)
-            for i, document in zip(which, made, strict=True):
-                documents[i] = document
-        return [documents], None
+    def encode(examples: Sequence[Any]) -> list[Made]:
+        texts = [i for i, example in enumerate(examples) if isinstance(example, Text)]
+        talks = [i for i, example in enumerate(examples) if not isinstance(example, Text)]
+        plain = encode_texts(tok, [examples[i].text for i in texts])
+        chats = encode_training(tok, [examples[i] for i in talks], chat_template, train_on)
+        made = [Made(i, [document]) for i, document in zip(texts, plain, strict=True)]
+        made += [Made(talks[n], [document]) for n, document in chats]
+        return sorted(made, key=lambda each: each.example)
 
     build = token_builder(entries, pad_id(tok))
     return load(Recipe("sft_batches", read, encode, build), entries, options, tok)
@@ -165,7 +163,7 @@ def preference_batches(
     pad = pad_id(tok)
     margins: list[tuple[bool, str]] = []  # whether the first row has one, and which row that is
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Preference]:
+    def read(row: Row, columns: Any, form: str | None) -> Preference:
         pair = to_preference(row, columns, form)
         has = pair.margin is not None
         if not margins:
@@ -176,14 +174,14 @@ def preference_batches(
                 f"{lacking}: margin: missing, while other rows ({other}) have one; give it in all "
                 "rows or none"
             )
-        return [pair]
+        return pair
 
-    def encode(examples: Sequence[Preference]) -> tuple[Sides, None]:
-        sides: Sides = []
-        for side in ("chosen", "rejected"):
-            whole = [answered(p, getattr(p, side)) for p in examples]
-            sides.append(list(encode_conversations(tok, whole, chat_template)))
-        return sides, None
+    def encode(examples: Sequence[Preference]) -> list[Made]:
+        sides = [
+            encode_conversations(tok, [answered(p, getattr(p, s)) for p in examples], chat_template)
+            for s in ("chosen", "rejected")
+        ]
+        return [Made(i, pair) for i, pair in enumerate(zip(*sides, strict=True))]
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -264,14 +262,17 @@ def prompt_batches(
             raise ValueError(f"{name}: got {getattr(options, name)!r} for prompts, wanted {wanted}")
     pad = pad_id(tok)
 
-    def read(row: Row, columns: Any, form: str | None) -> Sequence[Prompt]:
-        return [to_prompt(row, columns, form)]
-
-    def encode(examples: Sequence[Prompt]) -> tuple[Sides, None]:
+    def encode(examples: Sequence[Prompt]) -> list[Made]:
         prompts = encode_prompts(
-            tok, [p.messages for p in examples], chat_template, [p.origin for p in examples]
+            tok,
+            [p.messages for p in examples],
+            chat_template,
+            [p.origin for p in examples],
+            [p.tools for p in examples],
         )
-        return [[Encoded(ids, np.zeros(len(ids), np.bool_)) for ids in prompts]], None
+        return [
+            Made(i, [Encoded(ids, np.zeros(len(ids), np.bool_))]) for i, ids in enumerate(prompts)
+        ]
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -281,7 +282,7 @@ def prompt_batches(
         documents: Any = kept.sides[0]
         return prompt_rows({i: documents[i].ids for i in which}, which, len(mine), width, pad)
 
-    recipe = Recipe("prompt_batches", read, encode, build, prompts=True)
+    recipe = Recipe("prompt_batches", to_prompt, encode, build, prompts=True)
     return load(recipe, entries_of(sources), options, tok)
 
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jaxalign.data.examples import RowError
 from jaxalign.data.fields import Cell
@@ -82,8 +82,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a plain or gzip file, without the byte-order mark."""
     number = 0
     try:
-        file: IO[bytes]
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        opened: Any = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rb") as file:
             # In bytes only \n ends a line: JSON strings may hold Unicode's other separators.
             for number, line in enumerate(file, start=1):
                 yield number, line.removeprefix(_MARK) if number == 1 else line

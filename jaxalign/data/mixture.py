@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -91,20 +92,25 @@ def entries_of(sources: Any) -> list[Entry]:
         else:
             found.append((item, Source(path=repr(item)), None))  # refused where it is read
     short = [_short_name(what) for what, _, _ in found]
-    entries = []
+    entries: list[Entry] = []
     for (what, options, name), brief in zip(found, short, strict=True):
         if name is None:
-            name = brief if short.count(brief) == 1 else os.fspath(what)
-        entries.append(Entry(what, name, options))
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
+            plain = brief if short.count(brief) == 1 else str(what)
+            there = [entry.name for entry in entries]
+            times = next(n for n in itertools.count(1) if _numbered(plain, n) not in there)
+            name = _numbered(plain, times)
+        elif name in [entry.name for entry in entries]:
             raise ValueError(
-                f"sources: {names.count(name)} of them are called {name!r}, wanted different "
-                "names; give each a name of its own, or leave out what is there twice"
+                f"name: two sources are called {name!r}, wanted different names; rename one"
             )
+        entries.append(Entry(what, name, options))
     _check_weights(entries)
     return entries
+
+
+def _numbered(name: str, times: int) -> str:
+    """What a source is called that is there more than once."""
+    return name if times == 1 else f"{name} ({times})"
 
 
 def _short_name(what: Any) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypedDict
 
-from jaxalign.data.faults import ON_ERROR, OnError
+from jaxalign.data.faults import ON_ERROR
 
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
@@ -18,7 +18,7 @@ DEDUP = ("exact", "near")
 class More(TypedDict, total=False):
     """Keyword arguments that every batch function takes; `Options` says what they mean."""
 
-    on_error: OnError
+    on_error: str
     keep: str | None
     buckets: Sequence[int] | None
     temperature: float | None
@@ -87,7 +87,7 @@ class Options:
     seed: int = 0
     shuffle: bool = True
     chat_template: str | None = None
-    on_error: OnError = "stop"
+    on_error: str = "stop"
     keep: str | None = None
     buckets: Sequence[int] | None = None
     temperature: float | None = None

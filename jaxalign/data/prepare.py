@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from jaxalign.data.branches import shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.counts import Counts
-from jaxalign.data.examples import Text
-from jaxalign.data.faults import Faults, read_examples
+from jaxalign.data.examples import RowError, Text
+from jaxalign.data.faults import Faults, OnError, read_examples
 from jaxalign.data.filters import sift
 from jaxalign.data.fit import fit, fit_prompt, to_last_answer
 from jaxalign.data.mixture import Entry, choose
@@ -33,22 +33,35 @@ Sides = list[list[Encoded | None]]
 Group = Sequence[int | Piece]
 
 
+class Made(NamedTuple):
+    """What an example becomes, or one of several things.
+
+    Attributes:
+      example: its place among those that were encoded.
+      documents: its sides: one, both of a pair, or all answers to a prompt.
+      marks: per-token marks of the only side, or None.
+    """
+
+    example: int
+    documents: Sequence[Encoded]
+    marks: np.ndarray | None = None
+
+
 class Recipe(NamedTuple):
     """What differs from one kind of batch to the next.
 
     Attributes:
       name: of the function that users call.
-      read: (row, columns, form) → its examples, at least one.
-      encode: examples → their documents, one list a side (answers that an example lacks are None),
-        and per-token marks of the only side, or None.
+      read: (row, columns, form) → its example.
+      encode: examples → what they become, in their order.
       build: (kept, groups, options, width, slots) → the rows of this host.
       prompts: documents are prompts, of which nothing is trained.
       shared: both sides of a pair stand in one row, with one copy of their prompt.
     """
 
     name: str
-    read: Callable[..., Sequence[Any]]
-    encode: Callable[[Sequence[Any]], tuple[Sides, list[np.ndarray] | None]]
+    read: Callable[..., Any]
+    encode: Callable[[Sequence[Any]], list[Made]]
     build: Callable[[Kept, Sequence[Group], Options, int, int], Any]
     prompts: bool = False
     shared: bool = False
@@ -59,7 +72,7 @@ class Kept(NamedTuple):
 
     Attributes:
       examples: the rows as read.
-      sides: their documents, one list a side.
+      sides: their documents, one list a side; None where an example has fewer.
       sources: int32, the source of each.
       marks: per-token marks of each, or None.
     """
@@ -87,7 +100,7 @@ class Reading:
     """
 
     def __init__(self, recipe: Recipe, entry: Entry, options: Options):
-        self._faults = Faults(options.on_error)
+        self._faults = Faults(cast("OnError", options.on_error))
         self._entry = entry
         self._rows = read_examples(
             entry.what,
@@ -117,15 +130,12 @@ class Reading:
         """
         examples: list[Any] = []
         before = self.rows
-        added = 0
-        for made in self._rows:
-            examples += made
-            added += len(made) - 1
+        for example in self._rows:
+            examples.append(example)
             if rows is not None and self.rows - before >= rows:
                 break
         name = self._entry.name
         counts.add(name, "read", self.rows - before)
-        counts.add(name, "added", added)
         dropped = Counter(self._faults.dropped)
         for reason, number in (dropped - self._told).items():
             counts.drop(name, reason, number)
@@ -160,72 +170,42 @@ def prepare(
     stay = _sifted(examples, sources, entries, options, counts)
     if choosing:
         stay = _chosen(stay, sources, entries, options, counts)
-    keep = options.keep
-    if keep is None:
-        keep = "prompt_end" if recipe.prompts else "answer_start"
     bos = tok.bos_token_id
     kept: list[int] = []
     sides: Sides = []
     marks: list[np.ndarray] = []
-    marked = False
     lengths: list[int] = []
     for at in _chunks(len(stay), recipe.name):
         which = stay[at : at + _CHUNK]
-        encoded, extra = recipe.encode([examples[i] for i in which])
-        marked = marked or extra is not None
-        while len(sides) < len(encoded):
-            sides.append([None] * len(kept))
-        for number, i in enumerate(which):
+        before = -1
+        for made in _encoded(recipe, examples, which, sources, entries, options, counts):
+            i = which[made.example]
             name = entries[sources[i]].name
-            each = [side[number] for side in encoded]
-            documents = [
-                document if recipe.prompts else to_last_answer(document)
-                for document in each
-                if document is not None
-            ]
-            longest = max(len(document.ids) for document in documents)
-            lengths.append(longest)
-            reason = _wrong_length(longest, options)
-            if reason is not None:
-                counts.drop(name, reason)
+            counts.add(name, "added", int(made.example == before))
+            before = made.example
+            fitted = _fitted(recipe, made, options, bos)
+            lengths.append(fitted.longest)
+            if fitted.reason is not None:
+                counts.drop(name, fitted.reason)
                 continue
-            if recipe.prompts:
-                ids = fit_prompt(documents[0].ids, options.length, keep, bos)
-                if isinstance(ids, str):
-                    counts.drop(name, ids)
-                    continue
-                fitted, lost = [Encoded(ids, np.zeros(len(ids), np.bool_))], len(ids) < longest
-            elif options.packing == "wrapped":
-                fitted, lost = documents, False  # nothing is too long for rows that may be cut
-            else:
-                result = fit(
-                    documents,
-                    options.length,
-                    keep,
-                    bos=bos,
-                    shared=recipe.shared,
-                    marks=() if extra is None else [extra[number]],
-                )
-                if isinstance(result, str):
-                    counts.drop(name, result)
-                    continue
-                fitted, lost = result.documents, result.cut
-                marks += result.marks
+            while len(sides) < len(fitted.documents):
+                sides.append([None] * len(kept))
+            for number, side in enumerate(sides):
+                there = number < len(fitted.documents)
+                side.append(fitted.documents[number] if there else None)
+            if made.marks is not None:
+                marks += fitted.marks
             kept.append(i)
-            rest = iter(fitted)
-            for side in range(len(sides)):
-                there = side < len(each) and each[side] is not None
-                sides[side].append(next(rest) if there else None)
             counts.add(name, "kept")
-            counts.add(name, "cut", int(lost))
-            _count_tokens(counts, name, fitted, recipe.shared)
+            counts.add(name, "cut", int(fitted.cut))
+            _count_tokens(counts, name, fitted.documents, recipe.shared)
     if not kept and choosing:
         raise ValueError(nothing_left(recipe, options, counts, lengths))
     return Kept(
         [examples[i] for i in kept],
         sides,
         np.asarray([sources[i] for i in kept], np.int32),
-        marks if marked else None,
+        marks if marks else None,
     )
 
 
@@ -321,6 +301,66 @@ def _chosen(
         counts.add(entry.name, "repeated", len(drawn) - len(set(drawn)))
         chosen += [mine[i] for i in drawn]
     return chosen
+
+
+def _encoded(
+    recipe: Recipe,
+    examples: Sequence[Any],
+    which: Sequence[int],
+    sources: Sequence[int],
+    entries: Sequence[Entry],
+    options: Options,
+    counts: Counts,
+) -> Iterator[Made]:
+    """What some examples become; those that cannot be encoded are dropped if they may be."""
+    try:
+        yield from recipe.encode([examples[i] for i in which])
+    except RowError:
+        if options.on_error == "stop":
+            raise
+        for number, i in enumerate(which):  # one by one, to tell which these are
+            try:
+                found = recipe.encode([examples[i]])
+            except RowError as error:
+                counts.drop(entries[sources[i]].name, error.reason)
+            else:
+                yield from (made._replace(example=number) for made in found)
+
+
+class _Fitted(NamedTuple):
+    """Documents that were kept, or why they were not."""
+
+    longest: int
+    reason: str | None = None
+    documents: Sequence[Encoded] = ()
+    marks: Sequence[np.ndarray] = ()
+    cut: bool = False
+
+
+def _fitted(recipe: Recipe, made: Made, options: Options, bos: int | None) -> _Fitted:
+    documents = made.documents
+    if not recipe.prompts:
+        documents = [to_last_answer(document) for document in documents]
+    longest = max(len(document.ids) for document in documents)
+    reason = _wrong_length(longest, options)
+    if reason is not None:
+        return _Fitted(longest, reason)
+    keep = options.keep
+    if keep is None:
+        keep = "prompt_end" if recipe.prompts else "answer_start"
+    if recipe.prompts:
+        ids = fit_prompt(documents[0].ids, options.length, keep, bos)
+        if isinstance(ids, str):
+            return _Fitted(longest, ids)
+        document = Encoded(ids, np.zeros(len(ids), np.bool_))
+        return _Fitted(longest, None, [document], cut=len(ids) < longest)
+    if options.packing == "wrapped":  # nothing is too long for rows at whose ends it is cut
+        return _Fitted(longest, None, documents)
+    marks = () if made.marks is None else [made.marks]
+    result = fit(documents, options.length, keep, bos=bos, shared=recipe.shared, marks=marks)
+    if isinstance(result, str):
+        return _Fitted(longest, result)
+    return _Fitted(longest, None, *result)
 
 
 def _wrong_length(tokens: int, options: Options) -> str | None:

@@ -235,15 +235,15 @@ def _apart(row: Row) -> tuple[Messages, Messages, Messages]:
         chosen, rejected = (text(values[key], key, origin) for key in values)
         if not (is_transcript(chosen) and is_transcript(rejected)):
             at = split_texts(chosen, rejected, origin)
-            prompt = ({"role": "user", "content": chosen[:at]},)
-            answers = [
-                ({"role": "assistant", "content": side[at:]},) for side in (chosen, rejected)
-            ]
-            return prompt, *answers
+            return (
+                with_system(row, ({"role": "user", "content": chosen[:at]},)),
+                ({"role": "assistant", "content": chosen[at:]},),
+                ({"role": "assistant", "content": rejected[at:]},),
+            )
         sides = [read_transcript(values[key], key, origin) for key in values]
     else:
         sides = [read_messages(values[key], key, origin) for key in values]
-    common = split_messages(*sides, origin)
+    common = split_messages(sides[0], sides[1], origin)
     prompt = with_system(row, sides[0][:common])
     return prompt, sides[0][common:], sides[1][common:]
 

@@ -1,71 +1,99 @@
-"""Where the steps of an answer end, in tokens."""
+"""Answers in steps of reasoning to tokens, with the place where each step ends."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxalign.data.chat import Encoded
+from jaxalign.data.chat import end_id, plain_ids, plain_prompt, tokenize, tokens_with_places
+from jaxalign.data.examples import Conversation, RowError, Steps
+from jaxalign.data.render import NONE, Renderer, resolve_chat_template
+from jaxalign.data.spans import find_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def step_ends(tok: PreTrainedTokenizerBase, document: Encoded, steps: Sequence[str]) -> list[int]:
-    """The index of the token that holds the last character of each step.
+class EncodedSteps(NamedTuple):
+    """An answer in steps as tokens.
 
-    Characters are counted without blanks, since a template may strip an answer's ends.
+    Attributes:
+      ids: int32 `[n]`, prompt and answer.
+      trained: bool `[n]`, the answer.
+      ends: int32 `[steps]`, where the last token of each step is in `ids`.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    ends: np.ndarray
+
+
+def encode_steps(
+    tok: PreTrainedTokenizerBase,
+    examples: Sequence[Steps],
+    chat_template: str | None = None,
+    separator: str = "\n",
+) -> list[EncodedSteps]:
+    """Tokens of answers in steps, and where each step ends.
+
+    A step ends in the token of its last character, which may hold the separator's first too.
 
     Args:
       tok: a fast transformers tokenizer.
-      document: a prompt with an answer, the answer trained.
-      steps: the texts that make up the answer.
-
-    Returns:
-      One index into `document.ids` a step.
+      examples: prompts with steps.
+      chat_template: see `jaxalign.data.chat.encode_conversations`. Under "none" the prompt and each
+        step are tokenised apart: [bos] prompt step separator step … eos.
+      separator: what is written between two steps.
 
     Raises:
-      ValueError: the tokens do not hold the steps' characters in order (a tokenizer that rewrites
-        text), or two steps end in the same token.
+      ValueError: as `encode_conversations`; or the template changes the steps.
     """
-    first = int(np.argmax(document.trained))
-    ids = document.ids[first:].tolist()
-    whole = "".join(steps)
-    seen = _seen_by_offsets(tok, whole, ids)
-    wanted = np.cumsum([_solid(step) for step in steps])
-    if seen is None:
-        # A token may hold part of a character: decode what is there up to each token instead.
-        def solid_up_to(count: int) -> int:
-            return _solid(str(tok.decode(ids[:count], skip_special_tokens=True)).rstrip("\ufffd"))
-
-        ends = [
-            bisect.bisect_left(range(1, len(ids) + 1), total, key=solid_up_to) for total in wanted
-        ]
-    else:
-        ends = np.searchsorted(seen, wanted).tolist()
-    if max(ends) >= len(ids) or len(set(ends)) < len(ends):
-        raise ValueError(
-            f"steps: the tokens of {whole[:60]!r} do not tell its {len(steps)} steps apart; "
-            "separate steps by a line break, or use another tokenizer"
-        )
-    return [first + end for end in ends]
+    template = resolve_chat_template(tok, chat_template)
+    if template == NONE:
+        return [_plain(tok, example, separator) for example in examples]
+    return list(_templated(tok, examples, Renderer(tok, template), separator))
 
 
-def _seen_by_offsets(
-    tok: PreTrainedTokenizerBase, whole: str, ids: Sequence[int]
-) -> np.ndarray | None:
-    """Solid characters up to and with each token, if the answer's tokens are those of its text."""
-    for text in (whole, whole.strip()):
-        found = tok(text, add_special_tokens=False, return_offsets_mapping=True)
-        alone = found["input_ids"]
-        if list(ids[: len(alone)]) == list(alone):
-            solid = np.cumsum([0, *(not c.isspace() for c in text)])
-            return solid[[end for _, end in found["offset_mapping"]]]
-    return None
+def _templated(
+    tok: PreTrainedTokenizerBase, examples: Sequence[Steps], render: Renderer, separator: str
+) -> Iterator[EncodedSteps]:
+    talks = []
+    for prompt, steps, _, origin in examples:
+        answer = {"role": "assistant", "content": separator.join(steps)}
+        talks.append(Conversation((*prompt, answer), origin, len(prompt)))
+    documents = find_documents(render, talks, one_each=True)
+    tokens = tokenize(tok, [document.text for document in documents])
+    for example, document, ids, encoding in zip(
+        examples, documents, tokens["input_ids"], tokens.encodings, strict=True
+    ):
+        ids, begins, tails = tokens_with_places(tok, document, ids, encoding)
+        ((first, last),) = document.spans
+        trained = (begins < last) & (tails > first)
+        ends, at = [], first
+        for number, step in enumerate(example.steps):
+            at = document.text.find(step.strip(), at, last)
+            if at < 0:
+                raise RowError(
+                    example.origin,
+                    "the chat template changes the steps",
+                    f"completions[{number}]: is not found in what the chat template writes; pass "
+                    "another chat_template",
+                )
+            at += len(step.strip())
+            ends.append(int(np.searchsorted(begins, at)) - 1)
+        yield EncodedSteps(np.asarray(ids, np.int32), trained, np.asarray(ends, np.int32))
 
 
-def _solid(text: str) -> int:
-    return sum(not c.isspace() for c in text)
+def _plain(tok: PreTrainedTokenizerBase, example: Steps, separator: str) -> EncodedSteps:
+    ids = plain_ids(tok, [plain_prompt(example.prompt, example.origin)])[0]
+    first = len(ids)
+    ends = []
+    for number, step in enumerate(example.steps):
+        if number:
+            ids = ids + tokenize(tok, [separator])["input_ids"][0]
+        ids = ids + tokenize(tok, [step])["input_ids"][0]
+        ends.append(len(ids) - 1)
+    whole = np.asarray([*ids, end_id(tok)], np.int32)
+    return EncodedSteps(whole, np.arange(len(whole)) >= first, np.asarray(ends, np.int32))
