@@ -145,6 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="a run's folder, or one that holds several")
     command.add_argument("--out", help="HTML file to write; report.html in the folder by default")
     command.set_defaults(run=_report)
+
+    command = commands.add_parser("data", help="what a run would be trained on")
+    command.add_argument("config", help="YAML file of sft, reward, dpo or ppo")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument(
+        "--as", dest="algorithm", choices=tuple(_COMMANDS), help="if the YAML does not say"
+    )
+    command.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show")
+    command.add_argument("--batches", type=int, metavar="N", help="look at the first N only")
+    command.add_argument("--html", metavar="FILE", help="write a page instead")
+    command.set_defaults(run=_data)
+
+    command = commands.add_parser("synth", help="make tasks or preference pairs with a model")
+    command.add_argument("config", help="YAML file (see configs/synth_instruct.yaml)")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.set_defaults(run=_synth)
     return parser
 
 
@@ -373,6 +389,29 @@ def _report(parsed: argparse.Namespace) -> int:
     from jaxalign.report import write_report
 
     print(write_report(parsed.folder, parsed.out))
+    return 0
+
+
+def _data(parsed: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: an accelerator must not be taken
+
+    from jaxalign.data_page import inspect_data, show, write_page
+
+    views = inspect_data(
+        parsed.config, parsed.overrides, parsed.algorithm, parsed.examples, parsed.batches
+    )
+    if parsed.html is not None:
+        print(write_page(views, parsed.html))
+        return 0
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print("\n".join(show(view, colour) for view in views))
+    return 0
+
+
+def _synth(parsed: argparse.Namespace) -> int:
+    from jaxalign.synth import load_synth, run_synth
+
+    run_synth(load_synth(parsed.config, parsed.overrides))
     return 0
 
 

@@ -341,6 +341,18 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     )
 
 
+def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
+    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    makers: dict[type, Callable[..., Batches[Any]]] = {
+        SFTRun: sft_batches,
+        RewardRun: preference_batches,
+        DPORun: preference_batches,
+        PPORun: prompt_batches,
+    }
+    tok = run_tokenizer(config.model)
+    return tok, *_data(makers[type(config)], config, tok)
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 

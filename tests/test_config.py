@@ -10,10 +10,12 @@ import pytest
 
 import jaxalign
 from jaxalign import config as configs
+from jaxalign import synth
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
 from jaxalign.data import Source
+from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
@@ -486,6 +488,19 @@ READERS = {
     kto.Config: (("algorithms/kto.py",), {"config"}),
     ReferenceSync: (("algorithms/reference.py",), {"sync"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
+    synth.SynthRun: (("synth.py",), {"config"}),
+    synth.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
+    options.WriterConfig: (("synth.py",), {"config", "writer"}),
+    options.LocalConfig: (("synth.py",), {"local"}),
+    options.ServerConfig: (("data/synthesis/server.py",), {"config", "_config"}),
+    options.InstructConfig: (
+        ("synth.py", "data/synthesis/instruct.py", "data/synthesis/filters.py"),
+        {"config", "_config", "options"},
+    ),
+    options.PreferenceConfig: (
+        ("synth.py", "data/synthesis/preferences.py"),
+        {"config", "_config", "options"},
+    ),
 }
 
 
@@ -510,7 +525,7 @@ def reads(files, holders):
 
 
 def test_the_table_of_readers_holds_every_config_class():
-    found, todo = set(), list(RUNS.values())
+    found, todo = set(), [*RUNS.values(), synth.SynthRun]
     while todo:
         cls = todo.pop()
         todo += typing.get_args(cls)

@@ -57,8 +57,11 @@ PARTS = {
     "reference_cache": "train",
     "references": "train",
     "export": "train",
+    "page": "report",
     "tasks": "train",
+    "data_page": "cli",
     "pipeline": "cli",
+    "synth": "cli",
     "quickstart": "cli",
     "__main__": "cli",
 }
