@@ -41,7 +41,9 @@ def text(value: Any, key: str, origin: str, may_be_empty: bool = False) -> str:
         fail(origin, key, short(value), "text")
     if not may_be_empty and not value.strip():
         raise RowError(
-            origin, f"{_column(key)}: empty text", f"{key}: got empty text; write it or {CORRECT}"
+            origin,
+            f"{_column(key)}: empty text",
+            f"{key}: got empty text; write it, or remove the row",
         )
     try:
         value.encode("utf-8")

@@ -59,7 +59,8 @@ def resolve_chat_template(
     """
     folder = importlib.resources.files("jaxalign.data") / _TEMPLATES
     names = sorted(f.name.removesuffix(".jinja") for f in folder.iterdir())
-    choices = f"one of {', '.join([*names, NONE])}, or a jinja file"
+    others = ", ".join(name for name in names if name != "chatml")
+    choices = f"one of chatml, {NONE}, or a jinja file (also built in: {others})"
     if chat_template is None:
         own = tok.chat_template
         if isinstance(own, dict):

@@ -286,7 +286,7 @@ def _prompt_of_pair(row: Row) -> Prompt:
 _PROMPTS = (
     Form("prompt", ("prompt",), _prompt),
     Form("alpaca", ("instruction",), _prompt),
-    Form("gsm8k", ("question",), _prompt),
+    Form("gsm8k", ("question", "answer"), _prompt),
     Form("sharegpt", ("conversations",), _prompt),
     Form("messages", ("messages",), _prompt),
     Form("preference", ("chosen", "rejected"), _prompt_of_pair),

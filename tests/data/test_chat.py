@@ -180,7 +180,7 @@ def test_resolve(tiny, tmp_path):
     assert resolve_chat_template(tiny, str(file)) == "{{ 1 }}"
     assert resolve_chat_template(tiny, file) == "{{ 1 }}"
     with pytest.raises(
-        ValueError, match=r"no file 'chatlm'; wanted one of alpaca, chatml, none, or a jinja"
+        ValueError, match=r"no file 'chatlm'; wanted one of chatml, none, or a jinja"
     ):
         resolve_chat_template(tiny, "chatlm")
 
@@ -194,7 +194,7 @@ def bare(tiny):
 
 def test_no_template_is_an_error_with_a_remedy(bare):
     with pytest.raises(
-        ValueError, match="has no chat template; pass as chat_template one of alpaca, chatml"
+        ValueError, match="has no chat template; pass as chat_template one of chatml"
     ):
         encode_conversations(bare, [_conversation(_TALKS[0])])
 
