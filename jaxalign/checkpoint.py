@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxalign.types import TrainState
+from jaxalign.types import Params, TrainState
 
 
 class Checkpoints:
@@ -57,15 +57,7 @@ class Checkpoints:
         Raises:
           ValueError: there is none, or it does not fit the state.
         """
-        step = self.latest if step is None else step
-        if step is None:
-            raise ValueError(f"no checkpoint in {self._folder}; start without resume=true")
-        there = sorted(self._manager.all_steps())
-        if step not in there:
-            raise ValueError(
-                f"no checkpoint {step} in {self._folder}; there are: "
-                f"{', '.join(map(str, there)) if there else 'none'}"
-            )
+        step = self._find(step, "start without resume=true")
         self._check_fits(step, _shapes(_saved(state)))
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
@@ -79,6 +71,58 @@ class Checkpoints:
         loaded = restored["state"]
         state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
         return state, restored["loop"]
+
+    def param_shapes(self, step: int | None = None) -> tuple[int, Params]:
+        """What a checkpoint's parameters are, without reading them.
+
+        Args:
+          step: which checkpoint; the newest by default.
+
+        Returns:
+          (its step, nested dict of `jax.ShapeDtypeStruct`).
+
+        Raises:
+          ValueError: there is none.
+        """
+        step = self._find(step, "train with run.checkpoint=true first")
+        tree = self._manager.item_metadata(step)["state"]["params"]
+        return step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
+
+    def restore_params(self, step: int, wanted: Params) -> tuple[Params, dict[str, Any]]:
+        """Loads some of a checkpoint's parameters; optimizer and all others are not read.
+
+        Args:
+          step: which checkpoint.
+          wanted: nested dict of `jax.ShapeDtypeStruct` with their layouts, a part of the tree that
+            `param_shapes` gives.
+
+        Returns:
+          (the parameters, position of the loop).
+        """
+        item = {"params": wanted}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = reader.restore(
+                self._folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                ),
+            )
+        loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
+        return state["params"], loop["loop"]
+
+    def _find(self, step: int | None, remedy: str) -> int:
+        step = self.latest if step is None else step
+        if step is None:
+            raise ValueError(f"no checkpoint in {self._folder}; {remedy}")
+        there = sorted(self._manager.all_steps())
+        if step not in there:
+            raise ValueError(
+                f"no checkpoint {step} in {self._folder}; there are: "
+                f"{', '.join(map(str, there)) if there else 'none'}"
+            )
+        return step
 
     def _check_fits(self, step: int, wanted: dict[str, tuple[int, ...]]) -> None:
         saved = _shapes(self._manager.item_metadata(step)["state"])

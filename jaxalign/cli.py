@@ -92,7 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="a run's folder")
     command.add_argument("--out", required=True)
     command.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    command.add_argument(
+        "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
+    )
+    _dtype_argument(command, "that of the model the run started from")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "import", help="write a model as an Orbax folder, which loads without conversion"
+    )
+    command.add_argument("source", help="folder, .gguf file or hub id")
+    command.add_argument("--out", required=True)
+    _dtype_argument(command, "that of the source, or float32 where it is quantised")
+    command.set_defaults(run=_import)
 
     command = commands.add_parser(
         "plan", help="memory of a run's step on named devices, without weights or data"
@@ -114,6 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", help="HTML file to write; report.html in the folder by default")
     command.set_defaults(run=_report)
     return parser
+
+
+def _dtype_argument(command: argparse.ArgumentParser, source: str) -> None:
+    command.add_argument(
+        "--dtype",
+        default="source",
+        choices=("source", "float32", "bfloat16", "float16"),
+        help=f"of the tensors written; source (the default) is {source}",
+    )
 
 
 def _sampling_arguments(command: argparse.ArgumentParser) -> None:
@@ -211,10 +232,18 @@ def _answerer(parsed: argparse.Namespace):
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from jaxalign.tasks import export_run
+    from jaxalign.export import export_run
 
-    step = export_run(parsed.folder, parsed.out, parsed.step)
-    print(f"checkpoint {step} of {parsed.folder} → {parsed.out}")
+    done = export_run(parsed.folder, parsed.out, parsed.step, part=parsed.part, dtype=parsed.dtype)
+    print(f"{done.table}\ncheckpoint {done.step} of {parsed.folder} → {parsed.out}")
+    return 0
+
+
+def _import(parsed: argparse.Namespace) -> int:
+    from jaxalign.export import import_model
+
+    done = import_model(parsed.source, parsed.out, dtype=parsed.dtype)
+    print(f"{done.table}\n{parsed.source} → {parsed.out}")
     return 0
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -55,3 +59,47 @@ def barrier(name: str) -> None:
     """Waits until every process is here; alone, does nothing."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agree(error: BaseException | None, doing: str) -> None:
+    """Waits until every process is here, and fails on all of them where one has failed.
+
+    Args:
+      error: what went wrong here, if anything; raised again on this process.
+      doing: what was being done, for the others' message.
+
+    Raises:
+      RuntimeError: another process failed.
+    """
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+        if error is None and failed.size:
+            raise RuntimeError(f"{doing} failed on process {failed[0]}; its own message says why")
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Runs the body on every process; where it fails on one, it fails on all, after all are done.
+
+    Args:
+      doing: what the body does, for the message of those that did not fail.
+
+    Raises:
+      RuntimeError: another process failed.
+    """
+    failed: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failed = error
+    agree(failed, doing)
+
+
+def same_number() -> int:
+    """A random number, the same on every process."""
+    number = np.asarray(secrets.randbits(32), np.uint32)
+    if jax.process_count() > 1:
+        number = multihost_utils.broadcast_one_to_all(number)
+    return int(number)

@@ -1,18 +1,23 @@
 """GGUF files: metadata as a Hugging Face config, tensors under their Hugging Face names.
 
-Quantised tensors are expanded to float32 one at a time, when they are read.
+Quantised tensors are expanded to float32 a few rows at a time, when they are read.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import pathlib
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from jaxalign.models.attention import rope_frequencies
+from jaxalign.gguf_header import Metadata, Tensor, block_size
 from jaxalign.models.base import RopeConfig
+from jaxalign.models.rope import rope_frequencies
+from jaxalign.source import dtypes_to_remember
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -24,48 +29,24 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ARCHITECTURES = ("llama", "qwen2")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
 
-
-class Metadata:
-    """The key-value part of a GGUF file.
-
-    Attributes:
-      path: the file.
-      reader: PyPI `gguf`'s reader.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        import gguf
-
-        self.path = path
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-            raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key as plain Python (strings, numbers, lists), or the default."""
-        field = self.reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def need(self, key: str) -> Any:
-        """The value of a key.
-
-        Raises:
-          ValueError: the file does not have it.
-        """
-        value = self.get(key)
-        if value is None:
-            raise ValueError(f"{self.path}: metadata key {key} is missing")
-        return value
+# `gguf.GGMLQuantizationType` of what is not quantised: F32, F16, BF16, F64.
+_PLAIN = {
+    0: np.dtype(np.float32),
+    1: np.dtype(np.float16),
+    30: np.dtype(ml_dtypes.bfloat16),
+    28: np.dtype(np.float64),
+}
 
 
 class GGUFFile:
@@ -75,53 +56,113 @@ class GGUFFile:
       path: the file.
       config: the metadata as a Hugging Face `config.json`.
       shapes: HF tensor name → shape. Names without a counterpart keep their GGUF name.
-      problems: tensors that cannot be used, with the reason.
+      dtypes: tensor name → what it is read as: its own dtype, or float32 where it is quantised.
+      problems: none; here for all sources to be alike.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         metadata = Metadata(path)
-        self.problems: list[str] = []
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in metadata.reader.tensors}
-        self.config = _config(metadata, self._tensors)
+        self.problems: dict[str, str] = {}
+        self._tensors = {_hf_name(tensor.name): tensor for tensor in metadata.tensors}
+        if len(self._tensors) < len(metadata.tensors):
+            raise ValueError(f"{path}: two tensors stand for the same one of Hugging Face")
+        self._file: int | None = os.open(path, os.O_RDONLY)
+        self.config = self._config(metadata)
         self._tensors.pop(_ROPE_FACTORS, None)  # now part of the config
-        self.shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape))
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {
+            name: _PLAIN.get(tensor.kind, np.dtype(np.float32))
             for name, tensor in self._tensors.items()
         }
+        self._heads = {}
         if self.config["model_type"] == "llama":
             self._heads = {
                 "q_proj": self.config["num_attention_heads"],
                 "k_proj": self.config["num_key_value_heads"],
             }
-        else:
-            self._heads = {}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor that `index` selects, dequantised to float32.
+        """The part of a tensor that `index` selects, dequantised to float32 if it is quantised.
 
         Query and key rows of the llama architecture come back in the half-split order of Hugging
         Face; the file keeps them interleaved.
         """
-        import gguf
-
         tensor = self._tensors[name]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: tensor {tensor.name} of type {tensor.tensor_type.name} cannot be "
-                f"dequantised: {error}"
-            ) from error
-        values = values.astype(np.float32, copy=False).reshape(self.shapes[name])
-        heads = self._heads.get(name.split(".")[-2])
-        if heads is not None:
-            values = _split_halves(values, heads)
-        return values[index]
+        if len(tensor.shape) < 2:  # a vector is one row
+            return self._rows(tensor._replace(shape=(1, *tensor.shape)), 0, 1)[0][
+                self._order(name, index)
+            ]
+        order = self._order(name, index)[0]
+        if isinstance(order, slice):
+            first, last, _ = order.indices(tensor.shape[0])
+            return self._rows(tensor, first, last)[(slice(None), *index[1:])]
+        if not order.size:
+            return np.empty((0, *tensor.shape[1:]), np.float32)[(slice(None), *index[1:])]
+        first, last = int(order.min()), int(order.max()) + 1
+        return self._rows(tensor, first, last)[order - first][(slice(None), *index[1:])]
+
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:
-        """Lets go of the file."""
-        self._tensors.clear()
+        """Closes the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _order(self, name: str, index: tuple[slice, ...]) -> tuple[Any, ...]:
+        """`index` with the rows where the file has them."""
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is None:
+            return index
+        rows = _split_halves(np.arange(self.shapes[name][0]), heads)[index[0]]
+        return (rows, *index[1:])
+
+    def _rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
+        """Rows of a tensor along its first axis, as numbers."""
+        import gguf
+
+        numbers, size = block_size(tensor)
+        row = math.prod(tensor.shape[1:]) // numbers * size
+        raw = np.frombuffer(
+            os.pread(self._open(), (last - first) * row, tensor.start + first * row), np.uint8
+        )
+        if raw.size < (last - first) * row:
+            raise ValueError(f"{self.path} became shorter while it was read")
+        shape = (last - first, *tensor.shape[1:])
+        if tensor.kind in _PLAIN:
+            return raw.view(_PLAIN[tensor.kind]).reshape(shape)
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        try:
+            values = gguf.quants.dequantize(
+                raw.reshape(-1, tensor.shape[-1] // numbers * size), kind
+            )
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: tensor {tensor.name} of type {kind.name} cannot be dequantised: "
+                f"{error}"
+            ) from error
+        return values.astype(np.float32, copy=False).reshape(shape)
+
+    def _open(self) -> int:
+        if self._file is None:
+            raise RuntimeError(f"{self.path} is closed")
+        return self._file
+
+    def _config(self, metadata: Metadata) -> dict[str, Any]:
+        try:
+            factors = None
+            if _ROPE_FACTORS in self._tensors:
+                stored = self._tensors[_ROPE_FACTORS]
+                factors = self._rows(stored._replace(shape=(1, *stored.shape)), 0, 1)
+                factors = factors.astype(np.float32).reshape(-1)
+            return _config(metadata, self._tensors, factors)
+        except BaseException:
+            self.close()
+            raise
 
 
 def _hf_name(name: str) -> str:
@@ -140,7 +181,9 @@ def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
+def _config(
+    metadata: Metadata, tensors: dict[str, Tensor], factors: np.ndarray | None
+) -> dict[str, Any]:
     where = metadata.path
     arch = metadata.need("general.architecture")
     if arch not in _ARCHITECTURES:
@@ -185,7 +228,7 @@ def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
     if arch == "llama":
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
-    config["rope_parameters"] = _rope(metadata, arch, config["head_dim"], tensors)
+    config["rope_parameters"] = _rope(metadata, arch, config["head_dim"], factors)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if token is not None:
@@ -193,11 +236,11 @@ def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _vocab_size(metadata: Metadata, tensors: dict[str, Any]) -> int:
+def _vocab_size(metadata: Metadata, tensors: dict[str, Tensor]) -> int:
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise ValueError(f"{metadata.path}: tensor token_embd.weight is missing")
-    return int(embedding.shape[1])
+    return embedding.shape[0]
 
 
 def _decimal(value: float) -> float:
@@ -205,12 +248,13 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope(metadata: Metadata, arch: str, head_dim: int, tensors: dict[str, Any]) -> dict[str, Any]:
+def _rope(
+    metadata: Metadata, arch: str, head_dim: int, factors: np.ndarray | None
+) -> dict[str, Any]:
     theta = _decimal(metadata.get(f"{arch}.rope.freq_base", 10000.0))
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if _ROPE_FACTORS in tensors:
-        stored = np.asarray(tensors[_ROPE_FACTORS].data, np.float32).reshape(-1)
-        return _llama3(metadata, theta, head_dim, stored)
+    if factors is not None:
+        return _llama3(metadata, theta, head_dim, factors)
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind == "linear":

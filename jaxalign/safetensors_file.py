@@ -1,48 +1,73 @@
-"""A Hugging Face folder of safetensors: lazy reading, and streamed writing.
+"""A Hugging Face folder of safetensors, read on demand.
 
 Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`,
-then the raw tensors. Reading goes through the safetensors library. Writing is ours, because the
-library wants all tensors of a file in memory, and a model may be larger than the host.
+then the raw tensors. The header is parsed here rather than by the safetensors library, which maps
+files into memory: pages touched that way count as the process's own, and a model would be resident
+twice while it loads. Here a piece is read into a buffer that is then let go. It also lets a damaged
+file say what is wrong with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from jaxalign.source import read_json
+from jaxalign.blocks import Scratch
+from jaxalign.source import dtypes_to_remember, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_READABLE = {*_CODES.values(), "F64"}
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Element types that can be read."""
+
+_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1} | {
+    f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (16, 32, 64)
+}
+_LARGEST_HEADER = 100_000_000  # as in the safetensors library
+_SEGMENT = 1 << 16  # bytes of a row from which reading only them beats reading whole rows
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    file: int  # descriptor
+    start: int
+    dtype: np.dtype
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, single or sharded, read on demand.
+    """The tensors of a folder, single or sharded, read on demand. Reads may run in threads.
 
     Attributes:
       folder: where.
       config: `config.json`.
       shapes: tensor name → shape.
-      problems: names that cannot be used, with the reason: duplicates, missing from their shard,
-        not floating point.
+      dtypes: tensor name → element type, of those that can be read.
+      problems: tensor name → why it cannot be used: duplicate, missing from its file, not floating
+        point.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.problems: list[str] = []
-        self._slices: dict[str, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self.dtypes: dict[str, np.dtype] = {}
+        self.problems: dict[str, str] = {}
+        self._scratch = Scratch()
+        self._places: dict[str, _Place] = {}
+        self._files: dict[int, pathlib.Path] = {}
         try:
             self._open()
         except BaseException:
@@ -50,39 +75,74 @@ class SafetensorsFolder:
             raise
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor that `index` selects, in the file's dtype."""
-        return self._slices[name][index]
+        """The part of a tensor that `index` selects (steps of 1), in the file's dtype.
+
+        The result is good until the same thread reads again.
+        """
+        place, shape = self._places[name], self.shapes[name]
+        if not shape:
+            out = self._scratch.take(place.dtype.itemsize)
+            return self._bytes(place.file, place.start, out).view(place.dtype)[0]
+        bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        (first, last), *inner = bounds
+        row = math.prod(shape[1:]) * place.dtype.itemsize
+        rest = math.prod(shape[2:]) * place.dtype.itemsize
+        if inner and (inner[0][1] - inner[0][0]) * rest * 2 <= row and (
+            (inner[0][1] - inner[0][0]) * rest >= _SEGMENT
+        ):  # fmt: skip
+            low, high = inner[0]
+            raw = self._scratch.take((last - first) * (high - low) * rest).reshape(last - first, -1)
+            for i, out in enumerate(raw, first):
+                self._bytes(place.file, place.start + i * row + low * rest, out)
+            block = raw.view(place.dtype).reshape(last - first, high - low, *shape[2:])
+            inner[0] = (0, high - low)
+        else:
+            out = self._scratch.take((last - first) * row)
+            raw = self._bytes(place.file, place.start + first * row, out)
+            block = raw.view(place.dtype).reshape(last - first, *shape[1:])
+        return block[(slice(None), *(slice(*bound) for bound in inner))]
+
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:
         """Closes the files."""
-        self._slices.clear()
-        self._stack.close()
+        self._places.clear()
+        while self._files:
+            os.close(self._files.popitem()[0])
+
+    def _bytes(self, file: int, start: int, out: np.ndarray) -> np.ndarray:
+        count = out.size
+        data, done = out.data, 0
+        while done < count:
+            got = os.preadv(file, [data[done:]], start + done)
+            if not got:
+                raise ValueError(f"{self._files[file]} became shorter while it was read")
+            done += got
+        return out
 
     def _open(self) -> None:
-        import safetensors
-
         owner: dict[str, str] = {}
-        promised = _weight_files(self.folder)
-        for file, names in sorted(promised.items()):
-            path = self.folder / file
-            try:
-                handle = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-            present = set(handle.keys())
-            for name in sorted(names - present):
-                self.problems.append(f"{name}: promised by {INDEX} in {file}, but not there")
-            for name in sorted(present):
-                if name in owner:
-                    self.problems.append(f"{name}: duplicate, in {owner[name]} and {file}")
+        for name, promised in sorted(_weight_files(self.folder).items()):
+            path = self.folder / name
+            file = os.open(path, os.O_RDONLY)
+            self._files[file] = path
+            header, start = _header(path, file)
+            for tensor in sorted(promised - header.keys()):
+                self.problems[tensor] = f"promised by {INDEX} in {name}, but not there"
+            for tensor, (code, shape, offset) in header.items():
+                if tensor in owner:
+                    self.problems[tensor] = f"duplicate, in {owner[tensor]} and {name}"
                     continue
-                owner[name] = file
-                piece = handle.get_slice(name)
-                self._slices[name] = piece
-                self.shapes[name] = tuple(piece.get_shape())
-                if piece.get_dtype() not in _READABLE:
-                    kinds = ", ".join(sorted(_READABLE))
-                    self.problems.append(f"{name}: dtype {piece.get_dtype()}, wanted {kinds}")
+                owner[tensor] = name
+                self.shapes[tensor] = shape
+                if code not in DTYPES:
+                    self.problems[tensor] = f"dtype {code}, wanted {', '.join(sorted(DTYPES))}"
+                    continue
+                self.dtypes[tensor] = DTYPES[code]
+                self._places[tensor] = _Place(file, start + offset, DTYPES[code])
 
 
 def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
@@ -118,76 +178,104 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
     return files
 
 
-class Tensor(NamedTuple):
-    """Name, dtype and shape of a tensor to be written."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
+# --- headers -------------------------------------------------------------------------------------
 
 
-def write_sharded(
-    folder: pathlib.Path,
-    tensors: Sequence[Tensor],
-    arrays: Iterable[np.ndarray],
-    max_shard_bytes: int,
-) -> None:
-    """Writes tensors one after another: one file, or several with an index when larger.
-
-    Args:
-      folder: an existing folder.
-      tensors: what will come.
-      arrays: the tensors themselves, in the same order; each is written and let go.
-      max_shard_bytes: a file holds at most this much, or one tensor.
-    """
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    source = iter(arrays)
-    if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], source)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, source)
-        weight_map |= {tensor.name: file for tensor in shard}
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _header(
+    path: pathlib.Path, file: int
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
+    """Name → (dtype code, shape, offset), and where the tensors start."""
+    size = os.fstat(file).st_size
+    try:
+        if size < 8:
+            raise ValueError(f"{size} bytes are too few for a header")
+        length = int.from_bytes(os.pread(file, 8, 0), "little")
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"its header would be {length} bytes long, the file has {size}")
+        header = _parse(os.pread(file, length, 8))
+        found = {name: _entry(name, entry) for name, entry in header.items()}
+        _check_extents(found, size - 8 - length)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}"
+            f"{_looks_like(os.pread(file, 64, 0))}; get the file again"
+        ) from error
+    return {name: (code, shape, first) for name, (code, shape, first, _) in found.items()}, (
+        8 + length
+    )
 
 
-def _write_file(
-    path: pathlib.Path, tensors: Sequence[Tensor], arrays: Iterator[np.ndarray]
-) -> None:
-    # transformers refuses files that do not say for which framework they were written.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": _CODES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor, array in zip(tensors, arrays, strict=False):
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise RuntimeError(f"{tensor}: got {array.shape} {array.dtype}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _parse(text: bytes) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        twice = sorted({key for key in keys if keys.count(key) > 1}) if _repeats(keys) else []
+        if twice:
+            raise ValueError(f"its header names {', '.join(twice)} twice")
+        return dict(items)
+
+    def constant(name: str) -> None:
+        raise ValueError(f"its header holds {name}")
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _repeats(keys: list[str]) -> bool:
+    return len(set(keys)) < len(keys)
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype code, shape, start, end) of a header's entry."""
+    try:
+        code, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"its header's entry {name} is {entry!r}, wanted dtype, shape and data_offsets"
+        ) from error
+    numbers = [*shape, first, last] if isinstance(shape, list) and isinstance(code, str) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"its header's entry {name} holds no sizes and offsets: {entry!r}")
+    size = DTYPES[code].itemsize if code in DTYPES else _SIZES.get(code)
+    if size is not None and last - first != size * math.prod(shape):
+        raise ValueError(
+            f"{name} of dtype {code} and shape {shape} takes {size * math.prod(shape)} bytes, its "
+            f"offsets {first} to {last} hold {last - first}"
+        )
+    if last < first:
+        raise ValueError(f"{name} has the offsets {first} to {last}")
+    return code, tuple(shape), first, last
+
+
+def _check_extents(found: dict[str, tuple[str, tuple[int, ...], int, int]], size: int) -> None:
+    """Tensors must fill the rest of the file, one after another."""
+    end, before = 0, "the header"
+    for name, (_, _, first, last) in sorted(found.items(), key=lambda item: item[1][2:]):
+        if last > size:
+            raise ValueError(
+                f"{name} ends at byte {last} of the data, of which there are {size}: truncated"
+            )
+        if first != end:
+            what = "overlaps" if first < end else "leaves a gap after"
+            raise ValueError(f"{name} {what} {before}: it starts at {first}, wanted {end}")
+        end, before = last, name
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of the data, of which there are {size}")
+
+
+def _looks_like(start: bytes) -> str:
+    """What a file that is no safetensors is instead, by its first bytes."""
+    if start.startswith(b"PK"):
+        return " (it is a zip archive, as PyTorch pickles weights; it is not opened)"
+    if start[:1] == b"\x80" and 2 <= start[1:2][0] <= 5:
+        return " (it starts like a pickle, which is never opened because that runs code)"
+    if start.startswith(b"GGUF"):
+        return " (it is a GGUF file; name it .gguf and give its path)"
+    if start.startswith(b"version https://git-lfs"):
+        return " (it is a Git LFS pointer; fetch the file itself with `git lfs pull`)"
+    return ""

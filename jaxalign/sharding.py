@@ -34,6 +34,8 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "expert": None,
+    "positions": None,
     "norm": None,
     "rank": None,
     "scalar": None,
@@ -157,6 +159,39 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def map_row_shards(
+    run: Callable[..., jax.Array],
+    rows: Sequence[jax.Array],
+    weights: Any,
+    axes: Any,
+    *,
+    summed: str,
+) -> jax.Array:
+    """Runs a function on each device with its own rows, for what the compiler would not split.
+
+    Without a mesh in context, or where the rows do not divide over it, runs it as it stands.
+
+    Args:
+      run: `(*rows, weights) -> rows`, its result partial wherever `summed` is split.
+      rows: arrays whose first axis is rows.
+      weights: nested dict of arrays, gathered but for the axes named.
+      axes: the same nested dict, of the logical axes that each array has inside `run`.
+      summed: logical axis that `run` contracts; partial results are added up over its shards.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rows[0].shape[0] % row_shards():
+        return run(*rows, weights)
+    split = partition_spec("rows")
+    names = RULES[summed]
+
+    def local(rows: Sequence[jax.Array], weights: Any) -> jax.Array:
+        out = run(*rows, weights)
+        return out if names is None else jax.lax.psum(out, names)
+
+    specs = jax.tree.map(partition_spec, axes)
+    return jax.shard_map(local, in_specs=(split, specs), out_specs=split)(tuple(rows), weights)
 
 
 def row_shards(mesh: Mesh | None = None) -> int:

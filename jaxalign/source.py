@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -68,3 +69,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
     return value
+
+
+SOURCE_DTYPES = "_source_dtypes"
+"""Key under which `source_config` says in which dtypes the source's tensors were: one for all
+under "*", and by name those of tensors that differ from it."""
+
+
+def dtypes_to_remember(dtypes: Mapping[str, Any]) -> dict[str, str]:
+    """The value of `SOURCE_DTYPES` for a source.
+
+    Args:
+      dtypes: tensor name → dtype.
+    """
+    counts = collections.Counter(str(dtype) for dtype in dtypes.values())
+    if not counts:
+        return {}
+    common = counts.most_common(1)[0][0]
+    odd = {name: str(dtype) for name, dtype in dtypes.items() if str(dtype) != common}
+    return {"*": common, **odd}

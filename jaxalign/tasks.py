@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,27 +20,22 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo, ppo, reward, sft
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
-from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import (
-    RUNS,
     DataConfig,
     DPORun,
     ModelConfig,
     PPORun,
     RewardRun,
     SFTRun,
-    load_config,
-    read_yaml,
 )
 from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
-from jaxalign.data.chat import NONE as NO_TEMPLATE
-from jaxalign.data.chat import resolve_chat_template
-from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+from jaxalign.export import run_tokenizer, whole_model
+from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.metrics import add_up, to_floats
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, with_scalar_head
-from jaxalign.models.lora import add_lora, merge_lora
+from jaxalign.models.lora import add_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.rewards import model_reward
 from jaxalign.sharding import (
@@ -288,10 +282,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
 
 
 def _load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
-    tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
-    template = resolve_chat_template(tok, config.chat_template)
-    if template != NO_TEMPLATE:
-        tok.chat_template = template  # so that the exported model is talked to as it was trained
+    tok = run_tokenizer(config)
     model, params = load_pretrained(
         config.source,
         mesh=mesh,
@@ -483,53 +474,7 @@ def _evaluate(
 
 def _exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
     def export(state: TrainState, folder: Any) -> None:
-        plain, params = model, combine(state.params, state.frozen)
-        base = model.base if isinstance(model, Scorer) else model
-        if base.lora is not None:
-            plain, params = merge_lora(base, params)
-            if isinstance(model, Scorer):
-                plain = Scorer(plain)
+        plain, params = whole_model(model, combine(state.params, state.frozen))
         save_pretrained(plain, params, folder, tokenizer=tok)
 
     return export
-
-
-def export_run(folder: str, out: str, step: int | None = None) -> int:
-    """Writes a checkpoint of a run as a Hugging Face folder; gives the checkpoint's step.
-
-    Args:
-      folder: the run's folder, with `config.yaml` and `checkpoints/`.
-      out: folder to make.
-      step: which checkpoint; the newest by default.
-
-    Raises:
-      ValueError: no run, no such checkpoint, or one that does not fit the run's config.
-    """
-    path = pathlib.Path(folder) / "config.yaml"
-    values = read_yaml(path)
-    algorithm = next((name for name in RUNS if name in values), None)
-    if algorithm is None:
-        raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
-    config = load_config(algorithm, values)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    loaded = _load(config.model, mesh, config.run.seed)
-    start, part = loaded.params, None
-    if algorithm == "reward":
-        loaded = _with_head(loaded, mesh, config.run.seed)
-        start = loaded.params
-    # The optimizer state's structure does not depend on how long the run was.
-    tx = _optimizer(config.optimizer, config.optimizer.warmup_steps + 1)
-    if algorithm == "ppo":
-        _, critic = _scorer(config.critic or config.reward_model, config.model, mesh)
-        critic_config = config.critic_optimizer or config.optimizer
-        critic_tx = _optimizer(critic_config, critic_config.warmup_steps + 1)
-        start, part = ppo.init_params(loaded.params, critic), "policy"
-        tx = ppo.make_optimizer(tx, critic_tx)
-    state = init_state(start, tx, loaded.frozen)
-    store = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=None)
-    state, saved = store.restore(state, step)
-    store.close()
-    if part is not None:
-        state = state._replace(params=state.params[part])
-    _exporter(loaded.model, loaded.tok)(state, out)
-    return int(saved["done"])

@@ -10,7 +10,7 @@ import os
 import pathlib
 from typing import Any
 
-from jaxalign.gguf_file import Metadata
+from jaxalign.gguf_header import Metadata
 from jaxalign.source import locate
 
 _PATTERNS = (

@@ -17,7 +17,18 @@ from jaxalign import cli
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
-    *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
+    *(
+        "sft",
+        "reward",
+        "dpo",
+        "ppo",
+        "pipeline",
+        "quickstart",
+        "generate",
+        "chat",
+        "export",
+        "import",
+    ),
     *("plan", "report"),
 ]
 

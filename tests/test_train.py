@@ -7,11 +7,13 @@ import chatmodel
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxalign
-from jaxalign import tasks
+from jaxalign import cli, export, tasks
 from jaxalign import train as loop
 from jaxalign.config import load_config, merge, read_yaml
+from jaxalign.hf import load_pretrained
 from jaxalign.metrics import JsonlWriter
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
@@ -375,19 +377,52 @@ def test_lora_trains_adapters_only_and_exports_them_merged(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_exported_checkpoint_is_the_runs_own_model(runs, tmp_path, algorithm):
     result = runs(algorithm)
-    assert tasks.export_run(str(result.folder), str(tmp_path / "newest")) == 4
+    assert export.export_run(str(result.folder), str(tmp_path / "newest")).step == 4
     assert chatmodel.weights(tmp_path / "newest") == chatmodel.weights(result.model)
     if algorithm == "sft":
-        assert tasks.export_run(str(result.folder), str(tmp_path / "older"), step=2) == 2
+        assert export.export_run(str(result.folder), str(tmp_path / "older"), step=2).step == 2
         assert chatmodel.weights(tmp_path / "older") != chatmodel.weights(result.model)
+
+
+def test_the_critic_of_a_run_is_exported_as_a_scorer(runs, chat_models, tmp_path, capsys):
+    folder, out = str(runs("ppo").folder), tmp_path / "critic"
+    assert cli.main(["export", folder, "--out", str(out), "--part", "critic"]) == 0
+    model, _ = load_pretrained(out)
+    assert isinstance(model, Scorer)
+    start = load_file(chat_models / "scorer/model.safetensors")
+    trained = load_file(out / "model.safetensors")
+    assert trained.keys() == start.keys()
+    assert np.any(trained["score.weight"] != start["score.weight"])  # updates moved it
+    # The table: every tensor once, bytes adding up to what is in the file.
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["tensors", "shape", "dtype", "bytes"]
+    name = "model.layers.{0…1}.mlp.down_proj.weight"
+    assert [name, "2", "×", "[32×48]", "float32", "12,288"] in lines
+    total = sum(value.nbytes for value in trained.values())
+    assert [str(len(trained)), "in", "all", "float32", f"{total:,}"] in lines
+    assert sum(int(line[-1].replace(",", "")) for line in lines[1:-2]) == total
+
+
+def test_an_export_has_the_dtype_asked_for(runs, tmp_path):
+    folder = str(runs("sft").folder)
+    export.export_run(folder, str(tmp_path / "half"), dtype="bfloat16")
+    export.export_run(folder, str(tmp_path / "whole"))
+    half = load_file(tmp_path / "half/model.safetensors")
+    for name, value in load_file(tmp_path / "whole/model.safetensors").items():
+        assert value.dtype == np.float32  # as the model that the run started from
+        assert half[name].dtype.name == "bfloat16"
+        assert half[name].tobytes() == value.astype(half[name].dtype).tobytes()
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_what_cannot_be_exported_is_named(runs, tmp_path):
     folder = str(runs("sft").folder)
+    with pytest.raises(ValueError, match=r"part='critic': checkpoint 4 of .* has one model only"):
+        export.export_run(folder, str(tmp_path / "out"), part="critic")
     with pytest.raises(ValueError, match=r"no checkpoint 99 in .*there are: 2, 4"):
-        tasks.export_run(folder, str(tmp_path / "out"), step=99)
+        export.export_run(folder, str(tmp_path / "out"), step=99)
     with pytest.raises(ValueError, match=r"config\.yaml.*no such file"):
-        tasks.export_run(str(tmp_path), str(tmp_path / "out"))
+        export.export_run(str(tmp_path), str(tmp_path / "out"))
 
 
 # Models that do not belong together
@@ -415,3 +450,37 @@ def test_models_of_the_wrong_kind_are_refused(chat_models, tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             run(algorithm, chat_models, tmp_path / "run", changes)
+
+
+# Mixtures, held-out parts, streams
+
+
+def _mixture(tmp_path, **data):
+    """Two sources of conversations, one of them three times as often."""
+    rows = chatmodel.ROWS["sft"]
+    paths = [chatmodel.write_rows(tmp_path / f"{name}.jsonl", part)
+             for name, part in (("first", rows[:6]), ("second", rows[6:]))]  # fmt: skip
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)]
+    return {"data": {"train": sources} | data}
+
+
+def test_a_mixture_logs_each_source_and_holds_rows_out(chat_models, tmp_path):
+    changes = _mixture(tmp_path, validation=2, buckets=[16])
+    result = run("sft", chat_models, tmp_path / "run", changes, checkpoint=False, export=False)
+    for row in result.history:
+        assert row["nll/first"] > 0
+        assert row["share/first"] + row["share/second"] == pytest.approx(1)
+        whole = sum(row[f"share/{s}"] * row[f"nll/{s}"] for s in ("first", "second"))
+        assert whole == pytest.approx(row["loss"], rel=1e-5)
+        assert 0.1 < row["data/fill"] <= 1
+    assert 0.1 < np.mean([row["share/first"] for row in result.history]) < 0.45
+    assert result.before["loss/nll"] > result.after["loss/nll"] > 0
+
+
+def test_a_streamed_run_resumes_as_if_it_had_not_stopped(chat_models, tmp_path):
+    changes = _mixture(tmp_path, streaming=True, window=4, packing=True)
+    straight = run("sft", chat_models, tmp_path / "straight", changes, export=False)
+    folder = tmp_path / "stopped"
+    run("sft", chat_models, folder, changes, export=False, steps=2)
+    rest = run("sft", chat_models, folder, changes, export=False, resume=True)
+    assert rest.history == straight.history[2:]

@@ -22,7 +22,7 @@ from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.sft import nll
 from jaxalign.masked import weighted
-from jaxalign.models.base import LanguageModel
+from jaxalign.models.base import LanguageModel, read, read_counts
 from jaxalign.models.heads import target_logprobs
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
@@ -42,18 +42,19 @@ class Config:
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The SFT loss, one term `nll` weighted by trained tokens.
+    """The SFT loss: `nll` weighted by trained tokens, and what the model itself adds (`read`).
 
     With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each.
     """
     config = Config() if config is None else config
 
     def count(batch: TokenBatch) -> dict[str, Array]:
-        return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
+        trained = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        return {"nll": trained, **read_counts(model, batch)}
 
     def terms(params: Params, batch: TokenBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
-        hidden = model.apply(params, batch.inputs, batch.positions, batch.segment_ids)
-        metrics: dict[str, Weighted] = {}
+        hidden, extra = read(model, params, batch)
+        metrics = dict(extra)
         if config.log_entropy:
             logprobs, entropy = target_logprobs(model, params, hidden, batch.targets, entropy=True)
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
@@ -62,7 +63,7 @@ def make_loss(
         losses = nll(logprobs)
         metrics |= by_source("nll", losses, batch.loss_mask, batch.source_ids, sources)
         loss = weighted(losses, batch.loss_mask)
-        return {"nll": loss.total}, metrics
+        return {"nll": loss.total} | {name: term.total for name, term in extra.items()}, metrics
 
     return Loss(count, terms)
 

@@ -1,15 +1,12 @@
-"""Rotary positions, attention masks that respect documents, and the attention function."""
+"""Attention masks that respect documents, branches and windows, and the attention function."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxalign.models.base import RopeConfig
 from jaxalign.types import Array
 
 _HIDDEN = -1e30
@@ -24,52 +21,46 @@ class Cache(NamedTuple):
       values: `[L, B, S, K, head_dim]`.
       segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
       used: int32 scalar, number of columns written.
+      positions: int32 `[B, S]`; None for models without windows, which have no use for them.
     """
 
     keys: jax.Array
     values: jax.Array
     segment_ids: jax.Array
     used: jax.Array
+    positions: jax.Array | None = None
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequencies `[head_dim / 2]` in radians a position, float32."""
-    freqs = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    if config.kind == "linear":
-        freqs = freqs / config.factor
-    elif config.kind == "llama3":
-        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, linear in
-        # context/wavelength between.
-        wavelength = 2 * math.pi / freqs
-        turns = config.original_max_positions / wavelength
-        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        freqs = keep * freqs + (1 - keep) * freqs / config.factor
-    return freqs.astype(np.float32)
+def causal_mask(segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
+    """Which token sees which: `[B, 1, T, T]` bool, earlier or same column and same segment.
 
-
-def rope_tables(config: RopeConfig, head_dim: int, positions: Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, 1, head_dim / 2]` of the rotation at each position, float32."""
-    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * jnp.reshape(
-        rope_frequencies(config, head_dim), (1, 1, 1, -1)
-    )
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `[B, T, heads, head_dim]` in the half-split form used by Hugging Face weights."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def causal_mask(segment_ids: Array) -> jax.Array:
-    """Which token sees which: `[B, 1, T, T]` bool, earlier or same column and same segment."""
+    Args:
+      segment_ids: int `[B, T]`.
+      branch_ids: int `[B, T]`; within its segment a token sees branch 0 and its own only.
+    """
     segment_ids = jnp.asarray(segment_ids)
     length = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if branch_ids is not None:
+        branch_ids = jnp.asarray(branch_ids)
+        shared = branch_ids[:, None, :] == 0
+        same = same & (shared | (branch_ids[:, :, None] == branch_ids[:, None, :]))
     return (same & causal)[:, None]
+
+
+def window_mask(positions: Array, seen: Array, window: int) -> jax.Array:
+    """Which token is near enough to which: `[B, 1, T, S]` bool.
+
+    Distance is between positions, not columns: in a row with branches they differ.
+
+    Args:
+      positions: int `[B, T]` of the tokens that look.
+      seen: int `[B, S]` of those looked at.
+      window: how many tokens one sees, itself included.
+    """
+    distance = jnp.asarray(positions)[:, :, None] - jnp.asarray(seen)[:, None, :]
+    return (distance < window)[:, None]
 
 
 def cache_mask(cache_segments: jax.Array, segment_ids: jax.Array, used: jax.Array) -> jax.Array:
@@ -87,14 +78,19 @@ def cache_mask(cache_segments: jax.Array, segment_ids: jax.Array, used: jax.Arra
     return (same & causal[None])[:, None]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention `softmax(q·kᵀ / √head_dim) · v` with grouped key and value heads.
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
+    scale: jax.Array | float | None = None, softcap: float | None = None,
+) -> jax.Array:  # fmt: skip
+    """Softmax attention `softmax(scale · q·kᵀ) · v` with grouped key and value heads.
 
     Args:
       query: `[B, T, H, head_dim]`.
       key: `[B, S, K, head_dim]`; each serves H / K query heads.
       value: `[B, S, K, head_dim]`.
       mask: bool `[B, 1, T, S]`. A row without any True (padding) gets a meaningless finite value.
+      scale: of the scores; None: 1/√head_dim. May be traced.
+      softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.
@@ -104,11 +100,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     # The query heads of a group are stacked along the rows of one matrix, so that both products
     # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
     # as the general contraction of jax.nn.dot_product_attention for narrow heads.
-    query = (query * width**-0.5).reshape(rows, new, shared, -1, width)
+    scale = width**-0.5 if scale is None else scale
+    query = (query * scale).astype(key.dtype)  # a traced scale is float32
+    query = query.reshape(rows, new, shared, -1, width)
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)
     scores = jnp.matmul(
         query, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32
     ).reshape(rows, shared, -1, new, key.shape[1])
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(rows, shared, -1, key.shape[1])

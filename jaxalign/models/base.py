@@ -6,8 +6,19 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from jaxalign.types import Array, Params
+from jaxalign.types import Array, Params, TokenBatch, Weighted
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+NORMS = ("rms", "rms_offset", "layer")
+
+NORM_PLACES = ("before", "after", "both")
+
+QK_NORMS = ("none", "head", "width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,50 +27,97 @@ class RopeConfig:
 
     Attributes:
       theta: base of the geometric frequencies, `theta^(-2i/head_dim)`.
-      kind: "default"; "linear" (every frequency divided by `factor`); "llama3" (low frequencies
-        divided by `factor`, high ones kept, a smooth ramp between).
+      kind: one of `ROPE_KINDS`; what each does is told in `jaxalign.models.rope`.
+      fraction: part of each head that is rotated, its first dimensions; the rest has no position.
       factor: how many times longer the scaled context is.
       low_freq_factor: llama3: wavelengths above `original_max_positions / low_freq_factor` are
         scaled fully.
       high_freq_factor: llama3: wavelengths below `original_max_positions / high_freq_factor` are
         kept.
       original_max_positions: context length before scaling.
+      beta_fast: yarn: frequencies that turn more often than this in the original context are kept.
+      beta_slow: yarn: those that turn less often are divided by `factor`.
+      truncate: yarn: round the ends of the ramp between the two to whole dimensions.
+      attention_factor: yarn, longrope: multiplies queries and keys; None: what the method's paper
+        derives from `factor` (yarn: and from `mscale` and `mscale_all_dim`, where both are given).
+      mscale: yarn, see `attention_factor`.
+      mscale_all_dim: yarn, see `attention_factor`.
+      short_factors: longrope: divisor of each frequency in documents of at most
+        `original_max_positions`.
+      long_factors: longrope: the same in longer documents.
     """
 
     theta: float = 10000.0
     kind: str = "default"
+    fraction: float = 1.0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.kind not in ("default", "linear", "llama3"):
+        if self.kind not in ROPE_KINDS:
             raise ValueError(
-                f"rope kind={self.kind!r} is not supported; supported: default, linear, llama3"
+                f"rope kind={self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
             )
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"rope fraction={self.fraction}: wanted a value in (0, 1]")
+
+    def width(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of a pre-norm decoder of the Llama family.
+    """Shape of a decoder. The defaults are a plain Llama; a family sets what differs.
 
     Attributes:
       vocab_size: rows of the embedding, V.
       hidden_size: width of the residual stream, D.
-      intermediate_size: width inside the MLP, F.
+      intermediate_size: width inside the MLP, or inside each expert, F.
       num_layers: number of blocks, L.
       num_heads: query heads, H.
       num_kv_heads: key and value heads, K; H is a multiple of K (grouped-query attention).
       head_dim: width of a head; H × head_dim need not equal D.
       rope: rotary embedding.
-      norm_eps: ε of RMSNorm.
+      norm_eps: ε of the norms.
       tie_embeddings: the head is the transposed embedding.
       qkv_bias, out_bias, mlp_bias: which projections carry a bias.
-      max_positions: longest context the model was trained for (information; not enforced).
+      max_positions: longest context the model was trained for: rows of learned positions, and
+        where "dynamic" rope starts to scale; else information, not enforced.
       family: key of `families.FAMILIES`, for export.
       source_config: the `config.json` the model came with, as a JSON string, so that fields we do
         not model survive a round trip; "" for a model made here.
+      activation: of the MLP: "silu"; "gelu" (exact); "gelu_tanh" (its approximation by tanh).
+      gated_mlp: `down(act(gate(x)) · up(x))`; False: `down(act(up(x)))`.
+      norm: "rms"; "rms_offset" (the stored scale is added to 1); "layer" (LayerNorm with bias).
+      norm_place: where attention and MLP are normalised: "before" (their input), "after" (their
+        output, before it joins the residual stream), "both".
+      qk_norm: norm of queries and keys before rotation: "none"; "head" (each head by itself);
+        "width" (all heads together).
+      learned_positions: a table of position embeddings is added to the tokens'; no rotation.
+      local_rope: rotary embedding of the layers with a window; None: `rope`.
+      rope_layers: which layers rotate; () for all.
+      window: a token sees itself and the `window` − 1 tokens before it; None: all before it.
+      window_layers: which layers the window holds in; () for all.
+      query_scale: multiplies the attention scores; None: 1/√head_dim.
+      query_scale_by_layer: also divides them by the layer's number, from 1.
+      attention_softcap: c in `c · tanh(scores / c)`; None: off.
+      logit_softcap: the same for the logits.
+      embed_scale: multiplies the token embeddings.
+      num_experts: E, feed-forward networks a layer, of which a token takes a few; 0: one MLP.
+      experts_per_token: k, how many a token takes.
+      normalize_routing: the k weights of a token are scaled to sum to 1.
+      router_aux_coef: weight of the load-balancing loss in training; 0: none.
     """
 
     vocab_size: int
@@ -78,6 +136,25 @@ class DecoderConfig:
     max_positions: int = 2048
     family: str = "llama"
     source_config: str = ""
+    activation: str = "silu"
+    gated_mlp: bool = True
+    norm: str = "rms"
+    norm_place: str = "before"
+    qk_norm: str = "none"
+    learned_positions: bool = False
+    local_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] = ()
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    query_scale: float | None = None
+    query_scale_by_layer: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = True
+    router_aux_coef: float = 0.0
 
     def __post_init__(self):
         for name in (
@@ -95,8 +172,52 @@ class DecoderConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: rotary embedding wants an even number")
+        self._check_choices()
+        self._check_layers()
+        for name in ("window", "query_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: wanted a positive number, or None")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}: wanted 1 to "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts and (self.mlp_bias or not self.gated_mlp):
+            raise ValueError("experts are gated and have no biases; got mlp_bias or not gated_mlp")
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("activation", ACTIVATIONS),
+            ("norm", NORMS),
+            ("norm_place", NORM_PLACES),
+            ("qk_norm", QK_NORMS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}"
+                )
+        ropes = [] if self.learned_positions else [self.rope, self.local_rope or self.rope]
+        for rope in ropes:
+            width = rope.width(self.head_dim)
+            if width % 2 or not width:
+                raise ValueError(
+                    f"head_dim={self.head_dim}: rotary embedding wants an even number of rotated "
+                    f"dimensions, got {width}"
+                )
+            for factors in (rope.short_factors, rope.long_factors):
+                if rope.kind == "longrope" and len(factors) != width // 2:
+                    raise ValueError(
+                        f"longrope has {len(factors)} factors for {width // 2} frequencies"
+                    )
+
+    def _check_layers(self) -> None:
+        for name in ("rope_layers", "window_layers"):
+            layers = getattr(self, name)
+            if layers and len(layers) != self.num_layers:
+                raise ValueError(f"{name} has {len(layers)} entries for {self.num_layers} layers")
+        if self.window is None and (self.window_layers or self.local_rope is not None):
+            raise ValueError("window_layers and local_rope go with a window; got window=None")
 
 
 class LanguageModel(Protocol):
@@ -133,6 +254,32 @@ class ScalarModel(Protocol):
     def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, T, D]` → float32 scalars `[B, T]`."""
         ...
+
+
+def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dict[str, Weighted]]:
+    """Runs a model over a batch: what algorithms call instead of `model.apply`.
+
+    Args:
+      model: a `LanguageModel` or `ScalarModel`. It may offer more than those ask for:
+        `apply(…, branch_ids=…)`, needed for rows with branches only; and `extra_terms` with
+        `apply_with_losses`, where it has loss terms of its own.
+      params: its parameters.
+      tokens: the batch.
+
+    Returns:
+      (hidden states `[B, T, D]`, the model's own loss terms by name, scaled and ready to be added:
+      for a mixture of experts `router`, else none). Their weights are those of `read_counts`.
+    """
+    branches = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
+    run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
+    out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **branches)
+    return out if getattr(model, "extra_terms", ()) else (out, {})
+
+
+def read_counts(model: Any, tokens: TokenBatch) -> dict[str, jax.Array]:
+    """Weights of the loss terms that `read` gives: all tokens but padding, trained or not."""
+    count = jnp.sum(jnp.asarray(tokens.segment_ids) > 0, dtype=jnp.float32)
+    return dict.fromkeys(getattr(model, "extra_terms", ()), count)
 
 
 def combine(params: Params, frozen: Params) -> Any:

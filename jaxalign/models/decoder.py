@@ -15,21 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.attention import (
-    Cache,
-    attend,
-    cache_mask,
-    causal_mask,
-    rope_tables,
-    rotate,
-)
+from jaxalign.losses.router import document_balance
+from jaxalign.masked import weighted
+from jaxalign.models.attention import Cache, attend, cache_mask, causal_mask
 from jaxalign.models.base import DecoderConfig
+from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.lora import LoraConfig
-from jaxalign.models.matmul import project
+from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.view import View, layer_traits, make_views
 from jaxalign.sharding import constrain
-from jaxalign.types import Array, Params
-
-_INIT_STD = 0.02
+from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
@@ -39,140 +34,67 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 """What the backward pass keeps of a block: everything, matmul results only, or its input only."""
 
 
-class Linear(nnx.Module):
-    """`x @ kernel (+ bias) (+ α/r · (x @ lora_a) @ lora_b)` in the dtype of x."""
-
-    def __init__(
-        self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int], axes: str, *, bias: bool,
-        lora: LoraConfig | None,
-    ):  # fmt: skip
-        fan_in, fan_out = sizes
-        in_axis, out_axis = axes.split()
-        self.kernel = nnx.Param(
-            _INIT_STD * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes
-        )
-        # On the output projection the output axis is the residual stream, which stays whole.
-        bias_axis = "norm" if out_axis == "embed" else out_axis
-        self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
-        self.lora_scale = 0.0
-        if lora is None or name not in lora.targets:
-            self.lora_a = self.lora_b = None
-            return
-        # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
-        a = jax.random.normal(rngs.params(), (fan_in, lora.rank), jnp.float32) / fan_in**0.5
-        b = jnp.zeros((lora.rank, fan_out), jnp.float32)
-        self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
-        self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
-        self.lora_scale = lora.alpha / lora.rank
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, in]` → `[B, T, out]`."""
-        y = project(x, self.kernel[...].astype(x.dtype))
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)[None, None]
-        if self.lora_a is not None and self.lora_b is not None:
-            down = x @ self.lora_a[...].astype(x.dtype)
-            y = y + self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
-        return y
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) · scale`, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes="norm")
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, D]` → the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        # The normalised value is rounded before scaling, as the reference implementations do.
-        return (wide.astype(x.dtype) * self.scale[...][None, None]).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        hidden, head_dim = config.hidden_size, config.head_dim
-        q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        linear = functools.partial(Linear, rngs, lora=lora)
-        self.query = linear("query", (hidden, q), "embed heads", bias=config.qkv_bias)
-        self.key = linear("key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
-        self.value = linear("value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
-        self.out = linear("out", (q, hidden), "heads embed", bias=config.out_bias)
-        self.head_dim = head_dim
-
-    def project(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values `[B, T, heads, head_dim]`, rotated."""
-        split = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.query(x).reshape(split), *rope)
-        key = rotate(self.key(x).reshape(split), *rope)
-        return query, key, self.value(x).reshape(split)
-
-    def merge(self, attended: jax.Array) -> jax.Array:
-        """`[B, T, H, head_dim]` → `[B, T, D]`."""
-        return self.out(attended.reshape(*attended.shape[:2], -1))
-
-
-class MLP(nnx.Module):
-    """`down(silu(gate(x)) · up(x))` (Shazeer 2020, SwiGLU)."""
-
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        linear = functools.partial(Linear, rngs, bias=config.mlp_bias, lora=lora)
-        self.gate = linear("gate", (hidden, inner), "embed mlp")
-        self.up = linear("up", (hidden, inner), "embed mlp")
-        self.down = linear("down", (inner, hidden), "mlp embed")
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, D]` → `[B, T, D]`."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and a feed-forward network, each normalised and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = make_norm(config) if before else None
         self.attention = Attention(config, lora, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, lora, rngs)
+        self.attention_post_norm = make_norm(config) if after else None
+        self.mlp_norm = make_norm(config) if before else None
+        self.mlp = (Experts if config.num_experts else MLP)(config, lora, rngs)
+        self.mlp_post_norm = make_norm(config) if after else None
+        self.softcap = config.attention_softcap
 
-    def __call__(self, x: jax.Array, rope: Any, mask: jax.Array) -> jax.Array:
-        """`[B, T, D]` → `[B, T, D]`."""
-        query, key, value = self.attention.project(self.attention_norm(x), rope)
-        x = x + self.attention.merge(attend(query, key, value, mask))
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
+        """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
+        query, key, value = self._project(x, view)
+        attended = attend(query, key, value, view.mask, view.scale, self.softcap)
+        return self._finish(x, attended)
 
     def extend(
-        self, x: jax.Array, rope: Any, mask: jax.Array, keys: jax.Array, values: jax.Array,
+        self, x: jax.Array, view: View, keys: jax.Array, values: jax.Array,
         layer: jax.Array, used: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """Like a call, but attends to this layer's cache after writing the new tokens to it."""
-        query, key, value = self.attention.project(self.attention_norm(x), rope)
+        query, key, value = self._project(x, view)
         column = (layer, 0, used, 0, 0)
         put = jax.lax.dynamic_update_slice
         keys = put(keys, key.astype(keys.dtype)[None], column)
         values = put(values, value.astype(values.dtype)[None], column)
         own_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
         own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        attended = attend(query, own_keys.astype(x.dtype), own_values.astype(x.dtype), mask)
-        x = x + self.attention.merge(attended)
-        return x + self.mlp(self.mlp_norm(x)), keys, values
+        attended = attend(
+            query, own_keys.astype(x.dtype), own_values.astype(x.dtype),
+            view.mask, view.scale, self.softcap,
+        )  # fmt: skip
+        return self._finish(x, attended)[0], keys, values
+
+    def _project(self, x: jax.Array, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x = x if self.attention_norm is None else self.attention_norm(x)
+        return self.attention.project(x, view.rope)
+
+    def _finish(self, x: jax.Array, attended: jax.Array) -> tuple[jax.Array, Routing | None]:
+        y = self.attention.merge(attended)
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = x if self.mlp_norm is None else self.mlp_norm(x)
+        y, routing = self.mlp(y) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), routing
 
 
 class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`."""
+    """Token embeddings `[V, D]`, and position embeddings `[P, D]` where they are learned."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(
-            _INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
+            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
         )
+        if config.learned_positions:
+            shape = (config.max_positions, config.hidden_size)
+            noise = jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.positions = nnx.Param(INIT_STD * noise, axes="positions embed")
 
 
 class Head(nnx.Module):
@@ -181,7 +103,7 @@ class Head(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.vocab_size)
         self.kernel = nnx.Param(
-            _INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
+            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
         )
 
 
@@ -197,7 +119,7 @@ class Stack(nnx.Module):
             return Block(config, lora, rngs)
 
         self.blocks = blocks(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Head(config, rngs)
 
 
@@ -272,6 +194,7 @@ class Decoder:
         inputs: Array,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -281,28 +204,84 @@ class Decoder:
           positions: int32 `[B, T]`; by default 0 … T − 1.
           segment_ids: int32 `[B, T]`; a token attends to earlier columns of its own segment. By
             default the whole row is one segment.
+          branch_ids: int32 `[B, T]`; within its segment a token attends to branch 0 and its own
+            only. By default there are no branches.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in `compute_dtype`.
         """
+        return self._run(params, inputs, positions, segment_ids, branch_ids)[0]
+
+    @property
+    def extra_terms(self) -> tuple[str, ...]:
+        """Names of the loss terms that `apply_with_losses` gives."""
+        routed = self.config.num_experts > 0 and self.config.router_aux_coef != 0
+        return ("router",) if routed else ()
+
+    def apply_with_losses(
+        self,
+        params: Params,
+        inputs: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Weighted]]:
+        """Like `apply`, with what training adds to any loss.
+
+        Returns:
+          (hidden states, `extra_terms`): for a mixture of experts `router`, the load-balancing loss
+          of each document (`losses.router.document_balance`) summed over all tokens but padding and
+          scaled by `router_aux_coef`.
+        """
+        if not self.extra_terms:
+            return self.apply(params, inputs, positions, segment_ids, branch_ids), {}
+        hidden, routing = self._run(
+            params, inputs, positions, segment_ids, branch_ids, collect=True
+        )
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(jnp.asarray(inputs))
+        segment_ids = jnp.asarray(segment_ids)
+        layers = self.config.num_layers
+        loss = document_balance(routing.probs / layers, routing.chosen / layers, segment_ids)
+        term = weighted(self.config.router_aux_coef * loss, segment_ids > 0)
+        return hidden, {"router": term}
+
+    def _run(
+        self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
+        branch_ids: Array | None, *, collect: bool = False,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """Hidden states, and the sum over layers of what the routers did if that is collected."""
+        config = self.config
         inputs = jnp.asarray(inputs)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
-        mask = causal_mask(segment_ids)
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        view_of = make_views(
+            config, causal_mask(segment_ids, branch_ids), positions, segment_ids, positions
+        )
 
-        def run(layer: Params, x: jax.Array) -> jax.Array:
-            return constrain(self._block(layer)(x, rope, mask), "rows length hidden")
+        def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
+            x, routing = self._block(layer)(x, view_of(trait))
+            return constrain(x, "rows length hidden"), routing if collect else None
 
         policy = REMAT[self.remat]
         if policy is not None:
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(
-            lambda x, layer: (run(layer, x), None), self._embed(params, inputs), params["blocks"]
-        )
-        return self._norm(params, x)
+
+        def step(carry: Any, xs: Any) -> tuple[Any, None]:
+            x, total = carry
+            layer, trait = xs
+            x, routing = run(layer, trait, x)
+            return (x, jax.tree.map(jnp.add, total, routing)), None
+
+        nothing = None
+        if collect:
+            zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)
+            nothing = Routing(zeros, zeros)
+        carry = (self._embed(params, inputs, positions, segment_ids), nothing)
+        (x, total), _ = jax.lax.scan(step, carry, (params["blocks"], layer_traits(config)))
+        return self._norm(params, x), total
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens."""
@@ -314,6 +293,7 @@ class Decoder:
             values=jnp.zeros(shape, dtype),
             segment_ids=jnp.zeros((rows, length), jnp.int32),
             used=jnp.zeros((), jnp.int32),
+            positions=None if config.window is None else jnp.zeros((rows, length), jnp.int32),
         )
 
     def extend(
@@ -333,21 +313,26 @@ class Decoder:
         """
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
+        seen = cache.positions
+        if seen is not None:
+            new = jnp.asarray(positions, seen.dtype)
+            seen = jax.lax.dynamic_update_slice(seen, new, (0, cache.used))
         mask = cache_mask(segments, segment_ids, cache.used)
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        view_of = make_views(self.config, mask, positions, segment_ids, seen)
 
         # The cache rides in the carry, where XLA updates it in place; as a scanned input and
         # output it would be copied whole for every token.
         def run(carry: Any, xs: Any) -> tuple[Any, None]:
             x, keys, values = carry
-            layer, index = xs
-            return self._block(layer).extend(x, rope, mask, keys, values, index, cache.used), None
+            layer, index, trait = xs
+            block = self._block(layer)
+            return block.extend(x, view_of(trait), keys, values, index, cache.used), None
 
-        carry = (self._embed(params, inputs), cache.keys, cache.values)
-        layers = jnp.arange(self.config.num_layers)
-        (x, keys, values), _ = jax.lax.scan(run, carry, (params["blocks"], layers))
+        x = self._embed(params, inputs, positions, segment_ids)
+        layers = (params["blocks"], jnp.arange(self.config.num_layers), layer_traits(self.config))
+        (x, keys, values), _ = jax.lax.scan(run, (x, cache.keys, cache.values), layers)
         used = cache.used + segment_ids.shape[1]
-        return self._norm(params, x), Cache(keys, values, segments, used)
+        return self._norm(params, x), Cache(keys, values, segments, used, seen)
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix `[D, V]`: the head, or the transposed embedding where tied."""
@@ -358,17 +343,35 @@ class Decoder:
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[B, T, V]`, whole: for inspection and single positions, not training."""
         head = self.head(params).astype(hidden.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        return self.finish_logits(logits)
 
-    def _embed(self, params: Params, inputs: Array) -> jax.Array:
-        x = jnp.take(params["embed"]["embedding"], jnp.asarray(inputs), axis=0, mode="clip")
-        return constrain(x.astype(self.compute_dtype), "rows length hidden")
+    def finish_logits(self, logits: jax.Array) -> jax.Array:
+        """What comes after the product with the head: `c · tanh(logits / c)`, or nothing."""
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embed(
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array
+    ) -> jax.Array:
+        embed = params["embed"]
+        x = jnp.take(embed["embedding"], jnp.asarray(inputs), axis=0, mode="clip")
+        if self.config.learned_positions:
+            # Positions that the table lacks give NaN: a loud end instead of a wrong embedding.
+            # Padding may hold any position.
+            known = jnp.where(jnp.asarray(segment_ids) > 0, jnp.asarray(positions), 0)
+            x = x + jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
+        x = x.astype(self.compute_dtype)
+        if self.config.embed_scale != 1:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        return constrain(x, "rows length hidden")
 
     def _block(self, layer: Params) -> Block:
         graphdef, state = _abstract_block(self.config, self.lora)
         return nnx.merge(graphdef, _with_values(state, layer))
 
     def _norm(self, params: Params, x: jax.Array) -> jax.Array:
-        norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
-        norm.scale[...] = params["norm"]["scale"]
+        norm = make_norm(self.config)
+        for name, value in params["norm"].items():
+            getattr(norm, name)[...] = value
         return norm(x)

@@ -17,7 +17,7 @@ from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
 from jaxalign.models.decoder import Decoder
 from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
-from jaxalign.types import Array, Params, TokenBatch
+from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
 """Logits a device holds at a time by default: 32 M, 128 MiB in float32."""
@@ -50,7 +50,8 @@ def target_logprobs(
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
 
     Args:
-      model: anything that offers `head(params) -> [D, V]`.
+      model: anything that offers `head(params) -> [D, V]`. If it also has `finish_logits`, logits
+        pass through it (soft-capping) before the temperature.
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
@@ -68,6 +69,7 @@ def target_logprobs(
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params)
+    finish = getattr(model, "finish_logits", None)
     if chunk is None:
         chunk = max(1, CHUNK_LOGITS * row_shards() // (rows * head.shape[1]))
     chunk = min(chunk, length)
@@ -77,7 +79,8 @@ def target_logprobs(
 
     def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = logits.astype(jnp.float32) / temperature
+        logits = logits.astype(jnp.float32)
+        logits = (logits if finish is None else finish(logits)) / temperature
         logz = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
         if not entropy:
@@ -137,9 +140,26 @@ class Scorer:
         inputs: Array,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
     ) -> jax.Array:
         """Hidden states `[B, T, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids)
+        return self.base.apply(params, inputs, positions, segment_ids, branch_ids)
+
+    @property
+    def extra_terms(self) -> tuple[str, ...]:
+        """As `Decoder.extra_terms`."""
+        return self.base.extra_terms
+
+    def apply_with_losses(
+        self,
+        params: Params,
+        inputs: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Weighted]]:
+        """As `Decoder.apply_with_losses`."""
+        return self.base.apply_with_losses(params, inputs, positions, segment_ids, branch_ids)
 
     def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The scalar at every position: `hidden · score`, float32 `[B, T]`."""

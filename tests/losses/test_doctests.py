@@ -5,10 +5,12 @@ import doctest
 import pytest
 
 from jaxalign import masked
-from jaxalign.losses import dpo, ppo, reward, sft
+from jaxalign.losses import dpo, ppo, reward, router, sft
 
 
-@pytest.mark.parametrize("module", [masked, sft, reward, dpo, ppo], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [masked, sft, reward, dpo, ppo, router], ids=lambda m: m.__name__
+)
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -237,8 +237,8 @@ def test_bad_shapes_and_options_are_refused():
     for wrong in ({"num_heads": 3}, {"head_dim": 7}, {"num_layers": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             DecoderConfig(**(sizes | wrong))
-    with pytest.raises(ValueError, match=r"rope kind='yarn'.*supported"):
-        RopeConfig(kind="yarn")
+    with pytest.raises(ValueError, match=r"rope kind='axial'.*supported"):
+        RopeConfig(kind="axial")
     with pytest.raises(ValueError, match=r"remat='some'.*none, dots, block"):
         Decoder(tiny.CONFIG, remat="some")
     with pytest.raises(ValueError, match=r"compute_dtype='int8'"):

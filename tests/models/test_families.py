@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import families
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxalign.models.base import DecoderConfig, RopeConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import (
+    FAMILIES,
     GENERATION,
     config_from_hf,
     config_to_hf,
@@ -18,6 +21,7 @@ from jaxalign.models.families import (
     unflatten,
 )
 from jaxalign.models.heads import Scorer
+from jaxalign.models.lora import TARGETS, LoraConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,10 +99,10 @@ def test_biases_by_family():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "gpt_bigcode"}, r"model_type='gpt_bigcode'.*supported: 'llama', 'qwen2'"),
+        ({"model_type": "gpt_bigcode"}, r"model_type='gpt_bigcode'.*supported: 'llama', 'smollm3'"),
         ({"model_type": None}, "model_type=None"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*supported: 'silu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'.*'llama3'"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'.*supported: 'silu'"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "rope_type='axial'.*'llama3'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None"),
         ({"rope_scaling": [1]}, r"rope_scaling=\[1\]: wanted an object"),
@@ -106,9 +110,29 @@ def test_biases_by_family():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"sliding_window": 4096}, "sliding_window=4096.*full attention"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
-            "use_sliding_window=True",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters=.*the same for all layers",
         ),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3},
+            "layer_types has 'sliding_attention', but no sliding_window",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["chunked_attention"] * 3},
+            "layer_types.*chunked_attention",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True",
+        ),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [1]},
+            r"mlp_only_layers=\[1\].*every",
+        ),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su"}}, "short_factor=None"),
+        ({"attention_bias": "yes"}, "attention_bias='yes': wanted true or false"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types.*sliding_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"vocab_size": None}, "vocab_size is missing"),
@@ -172,12 +196,65 @@ def test_what_we_do_not_model_survives():
     assert back["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_biases_that_a_family_cannot_express_are_refused():
-    config = config_from_hf(LLAMA)
-    with pytest.raises(ValueError, match="qkv_bias=True and out_bias=False"):
-        config_to_hf(dataclasses.replace(config, qkv_bias=True), scorer=False, dtype="float32")
-    with pytest.raises(ValueError, match="qwen2 has biases on query, key and value only"):
-        config_to_hf(dataclasses.replace(config, family="qwen2"), scorer=False, dtype="float32")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"out_bias": True},
+        {"window": 4},
+        {"qk_norm": "head"},
+        {"logit_softcap": 30.0},
+        {"family": "qwen2"},
+        {"family": "mistral", "mlp_bias": True},
+        {"rope_layers": (True, False, True)},
+    ],
+)
+def test_what_a_family_cannot_express_is_refused(fields):
+    config = dataclasses.replace(config_from_hf(LLAMA), **fields)
+    lost = next((name for name in fields if name != "family"), "qkv_bias")
+    with pytest.raises(ValueError, match=rf"{config.family}.*cannot express.*{lost}="):
+        config_to_hf(config, scorer=False, dtype="float32")
+
+
+OLD = {
+    "gemma3_text": {"rope_theta": 5e5, "rope_local_base_freq": 77.0, "sliding_window_pattern": 3},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "mistral": {"sliding_window": None, "rope_theta": 1e6},
+    "phi3": {
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 128,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
+    },
+    "qwen3": {
+        "head_dim": 8,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_older_configs_read_as_transformers_reads_them(kind):
+    """Configs in the form of transformers 4; what comes out is the same in both forms."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="transformers' configs are checked with torch")
+    keys = {k: v for k, v in LLAMA.items() if k != "architectures"} | OLD[kind]
+    keys |= {"model_type": kind, "num_key_value_heads": 2}
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(keys))).to_dict()
+    new = {k: v for k, v in theirs.items() if k not in ("architectures", "torch_dtype")}
+    old, again = config_from_hf(keys), config_from_hf(new)
+    assert dataclasses.replace(old, source_config="") == dataclasses.replace(
+        again, source_config=""
+    )
+    written = config_to_hf(old, scorer=False, dtype="float32")
+    for hidden in (("rope_parameters",), ("rope_scaling", "rope_theta", "rope_local_base_freq")):
+        part = {k: v for k, v in written.items() if k not in hidden}
+        assert dataclasses.replace(config_from_hf(part), source_config="") == dataclasses.replace(
+            old, source_config=""
+        )
 
 
 def test_key_table():
@@ -203,3 +280,31 @@ def test_flatten_and_back():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
     assert unflatten({"a/b": 1, "a/c/d": 2, "e": 3}) == tree
+
+
+@pytest.mark.parametrize("kind", families.CASES)
+def test_adapters_and_rematerialisation_fit_every_family(kind):
+    """By shapes only: adapters on every projection that a family has, under a gradient."""
+    config = config_from_hf({"model_type": kind, **families.keys(kind)})
+    plain = Decoder(config)
+    model = dataclasses.replace(
+        plain, lora=LoraConfig(rank=2), remat="block", compute_dtype="bfloat16"
+    )
+    found, base = flatten(model.shapes), flatten(plain.shapes)
+    adapted = {path.rsplit("/", 2)[1] for path in found if path.endswith("lora_a")}
+    assert adapted == set(TARGETS) - (set() if config.gated_mlp else {"gate"})
+    assert {path for path in found if "lora_" not in path} == set(base)
+    assert all(
+        len(model_axes.split()) == len(found[path].shape)
+        for path, model_axes in flatten(model.axes).items()
+    )
+    ids = jax.ShapeDtypeStruct((2, 8), "int32")
+    loss = lambda p, ids: jnp.sum(model.apply(p, ids), dtype="float32")  # noqa: E731
+    grads = jax.eval_shape(jax.grad(loss), model.shapes, ids)
+    assert {path: x.shape for path, x in flatten(grads).items()} == {
+        path: x.shape for path, x in found.items()
+    }
+
+
+def test_every_family_has_a_case():
+    assert set(families.CASES) == set(FAMILIES)

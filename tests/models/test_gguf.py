@@ -5,17 +5,20 @@ import json
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxalign.gguf_file import GGUFFile
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
-from jaxalign.models.attention import rope_frequencies
 from jaxalign.models.base import RopeConfig
+from jaxalign.models.rope import rope_frequencies
 
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -400,3 +403,22 @@ def test_unknown_tokenizers_are_named(tmp_path, model, pre, message):
     path = write_tokenizer(tmp_path / "t.gguf", tmp_path, pre, model=model)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(path)
+
+
+def test_qwen3_with_norms_of_queries_and_keys(tmp_path):
+    tensors = weights(seed=5)
+    rng = np.random.default_rng(6)
+    for layer in range(2):
+        for name in ("q_norm", "k_norm"):
+            norm = (1 + 0.1 * rng.standard_normal(HEAD)).astype(np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = norm
+    path = write(
+        tmp_path / "m.gguf", tensors, arch="qwen3", metadata=[lambda w: w.add_key_length(HEAD)]
+    )
+    model, params = load_pretrained(path)
+    assert (model.config.family, model.config.qk_norm) == ("qwen3", "head")
+    save_pretrained(model, params, tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert saved.keys() == tensors.keys()
+    for name, value in tensors.items():  # rows in the order of the file: not interleaved
+        np.testing.assert_array_equal(saved[name], value, name)

@@ -1,5 +1,7 @@
 """Chunked log-probabilities against whole logits; scalar heads and where they are read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,3 +207,17 @@ def test_scores_are_read_at_the_last_token():
     np.testing.assert_allclose(packed[1, 0], alone[3], 1e-4, 1e-5)
     empty = TokenBatch(*(np.zeros((1, 4), np.int32) for _ in TokenBatch._fields))
     assert np.isfinite(run(tiny.SCORER, params, empty)).all()
+
+
+def test_soft_capped_logits_everywhere_that_they_are_seen(params, inputs):
+    """c · tanh(z / c) before the temperature, in numpy."""
+    hidden, targets = inputs
+    capped = Decoder(dataclasses.replace(tiny.CONFIG, logit_softcap=2.0))
+    logits = np.asarray(hidden, np.float64) @ np.asarray(params["head"]["kernel"], np.float64)
+    logits = 2 * np.tanh(logits / 2)
+    np.testing.assert_allclose(capped.logits(params, hidden), logits, 1e-5, 1e-5)
+    scaled = logits / 0.7
+    want = np.take_along_axis(scaled, targets[..., None], -1)[..., 0]
+    want -= np.log(np.exp(scaled).sum(-1))
+    got = target_logprobs(capped, params, hidden, targets, 0.7, chunk=4)
+    np.testing.assert_allclose(got, want, 1e-5, 1e-5)

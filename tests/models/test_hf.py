@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import hf
+from jaxalign import hf, hf_save
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.heads import with_scalar_head
 from jaxalign.sharding import make_mesh
@@ -369,8 +369,8 @@ def test_sources_that_are_not_models(folder, tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="wanted a JSON object"):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "gelu"}))
-    with pytest.raises(ValueError, match=r"model: config\.json: hidden_act='gelu'"):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "odd"}))
+    with pytest.raises(ValueError, match=r"model: config\.json: hidden_act='odd'"):
         load_pretrained(folder)
 
 
@@ -446,11 +446,11 @@ def test_a_failed_save_leaves_the_old_folder(folder, tmp_path, monkeypatch, mome
         raise KeyboardInterrupt
 
     if moment == "write":
-        monkeypatch.setattr(hf, "_write_json", fail)
+        monkeypatch.setattr(hf_save, "write_configs", fail)
     else:
         rename = hf.os.rename
         fails = lambda a, b: fail() if str(a).endswith(".tmp") else rename(a, b)  # noqa: E731
-        monkeypatch.setattr(hf.os, "rename", fails)
+        monkeypatch.setattr(hf_save.os, "rename", fails)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

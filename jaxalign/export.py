@@ -1,0 +1,239 @@
+"""From checkpoints to model folders (`jaxalign export`) and from those to Orbax (`import`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign import distributed, orbax_folder
+from jaxalign.checkpoint import Checkpoints
+from jaxalign.config import RUNS, ModelConfig, load_config, read_yaml
+from jaxalign.data.chat import NONE as NO_TEMPLATE
+from jaxalign.data.chat import resolve_chat_template
+from jaxalign.hf import load_model, load_pretrained, load_tokenizer, save_pretrained
+from jaxalign.hf_save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.models.base import combine
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.heads import Scorer
+from jaxalign.models.lora import merge_lora
+from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.tensor_table import tensor_table
+from jaxalign.types import Params
+
+_PARTS = ("policy", "critic")
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Attributes:
+      step: number of batches after which the checkpoint was saved; 0 for an import.
+      table: the tensors, for people.
+    """
+
+    step: int
+    table: str
+
+
+def export_run(
+    folder: str,
+    out: str,
+    step: int | None = None,
+    *,
+    part: str | None = None,
+    dtype: str | None = "source",
+) -> Exported:
+    """Writes a checkpoint of a run as a Hugging Face folder.
+
+    Only the parameters that are written are read from the checkpoint: no optimizer state, and no
+    weights of the source except under adapters, which are merged into them.
+
+    Args:
+      folder: the run's folder, with `config.yaml` and `checkpoints/`.
+      out: folder to make, see `save_pretrained`.
+      step: which checkpoint; the newest by default.
+      part: "policy" or "critic", of runs that train both; the policy by default.
+      dtype: of the tensors, see `save_pretrained`; "source" for those of the model that the run
+        started from, None for those of the checkpoint.
+
+    Raises:
+      ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
+    """
+    path = pathlib.Path(folder) / "config.yaml"
+    values = read_yaml(path)
+    algorithm = next((name for name in RUNS if name in values), None)
+    if algorithm is None:
+        raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
+    config = load_config(algorithm, values)
+    store = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=None)
+    try:
+        found, shapes = store.param_shapes(step)
+        parts = [name for name in _PARTS if name in shapes]
+        if part is not None and part not in (parts or ["policy"]):
+            raise ValueError(
+                f"part={part!r}: checkpoint {found} of {folder} has "
+                f"{', '.join(parts) if parts else 'one model only'}; leave it out"
+            )
+        chosen = (part or "policy") if parts else None
+        shapes = shapes if chosen is None else shapes[chosen]
+        mesh = _mesh(config.mesh)
+        model, frozen = _model(_source(config, chosen), config.model, shapes, mesh)
+        layout = _layout(model, shapes, mesh)
+        wanted = layout if chosen is None else {chosen: layout}
+        params, loop = store.restore_params(found, wanted)
+    finally:
+        store.close()
+    params = params if chosen is None else params[chosen]
+    model, params = whole_model(model, combine(params, frozen))
+    save_pretrained(model, params, out, tokenizer=run_tokenizer(config.model), dtype=dtype)
+    return Exported(int(loop["done"]), tensor_table(plan_tensors(model, params, dtype)))
+
+
+def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
+    """Writes a model as an Orbax folder, which loads without conversion on any number of hosts.
+
+    The folder holds `config.json`, `generation_config.json` and the tokenizer as a Hugging Face
+    folder does, and under `params/` an Orbax checkpoint of the parameter tree. It appears whole or
+    not at all, and is a source for `load_pretrained`, `load_tokenizer` and `model.source`.
+
+    Args:
+      source: folder, `.gguf` file or hub id.
+      out: folder to make, see `save_pretrained`.
+      dtype: of the parameters: float32, bfloat16, float16, or "source" for what they have there.
+
+    Raises:
+      ValueError: as `load_pretrained`, `load_tokenizer` and `save_pretrained`.
+    """
+    target = pathlib.Path(out).expanduser().resolve()
+    fresh = target.parent / f".{target.name}.{distributed.same_number():08x}.tmp"
+    doing, main = "importing a model", distributed.is_main()
+    check_replaceable(target)
+    tok = load_tokenizer(source)
+    model, params = load_pretrained(source, mesh=_mesh(None), dtype=dtype)
+    planned = plan_tensors(model, params)
+    jsons = configs(model, planned, tok)
+    try:
+        with distributed.together(doing):
+            if main:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fresh.mkdir()
+        with distributed.together(doing):
+            orbax_folder.write_params(params, fresh)
+        with distributed.together(doing):
+            if main:
+                write_configs(fresh, jsons, tok)
+                swap(fresh, target)
+    except BaseException:
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return Exported(0, tensor_table(planned))
+
+
+def run_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a run, with the template that it trains under.
+
+    So the exported model is talked to as it was trained.
+    """
+    tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
+    template = resolve_chat_template(tok, config.chat_template)
+    if template != NO_TEMPLATE:
+        tok.chat_template = template
+    return tok
+
+
+def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
+    """A model without adapters: as it is, or with its adapters merged.
+
+    Args:
+      model: a `Decoder` or `Scorer`.
+      params: all of its parameters.
+    """
+    base = model.base if isinstance(model, Scorer) else model
+    if base.lora is None:
+        return model, params
+    plain, params = merge_lora(base, params)
+    whole = dataclasses.replace(model, base=plain) if isinstance(model, Scorer) else plain
+    return whole, params
+
+
+def _mesh(config: Any) -> Mesh:
+    """The run's mesh where there are as many devices, else one that holds the most of it."""
+    if config is not None:
+        sizes = (config.data, config.fsdp, config.tensor)
+        try:
+            return make_mesh(*sizes)
+        except ValueError:
+            pass  # trained on another number of devices
+    return make_mesh(1, -1, 1)
+
+
+def _source(config: Any, part: str | None) -> str:
+    """Which model a part of a run started from."""
+    if part != "critic":
+        return config.model.source
+    return config.reward_model if config.critic is None else config.critic
+
+
+def _model(
+    source: str, config: ModelConfig, shapes: Params, mesh: Mesh
+) -> tuple[Decoder | Scorer, Params]:
+    """The model that a checkpoint's parameters belong to, and the base under adapters."""
+    adapted = config.lora is not None and _has_adapters(shapes)
+    if adapted:
+        loaded, frozen = load_pretrained(source, mesh=mesh, dtype=config.dtype)
+    else:
+        loaded, frozen = load_model(source), {}
+    base = loaded.base if isinstance(loaded, Scorer) else loaded
+    if adapted:
+        base = dataclasses.replace(base, lora=config.lora)
+    if "score" not in shapes:
+        return base, frozen
+    # A language model that was given a head, or the reward model that was trained on.
+    start = loaded if isinstance(loaded, Scorer) else Scorer(base)
+    kept = {name: value for name, value in frozen.items() if name not in ("head", "score")}
+    return dataclasses.replace(start, base=base), kept
+
+
+def _has_adapters(node: Params) -> bool:
+    return any(
+        _has_adapters(value) if isinstance(value, dict) else name.startswith("lora_")
+        for name, value in node.items()
+    )
+
+
+def _layout(model: Any, shapes: Params, mesh: Mesh) -> Params:
+    """The checkpoint's parameters with the layouts that the model gives them.
+
+    Raises:
+      ValueError: the model has no such parameters.
+    """
+
+    def place(shapes: Params, axes: Params, sizes: Params, at: str) -> Params:
+        wrong = [name for name in shapes if name not in sizes]
+        wrong += [
+            name
+            for name, value in shapes.items()
+            if name in sizes and not isinstance(value, dict)
+            if tuple(value.shape) != tuple(sizes[name].shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint does not fit its run's model: it has {at}{wrong[0]}, which the "
+                f"model does not have, or in another shape; is model.source still the same?"
+            )
+        placed = {}
+        for name, value in shapes.items():
+            if isinstance(value, dict):
+                placed[name] = place(value, axes[name], sizes[name], f"{at}{name}/")
+            else:
+                one = param_shardings({name: axes[name]}, mesh, {name: value})[name]
+                placed[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=one)
+        return placed
+
+    return place(shapes, model.axes, model.shapes, "")

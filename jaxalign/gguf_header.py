@@ -1,0 +1,190 @@
+"""The header of a GGUF file: metadata, and where its tensors lie.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. Parsed here
+because PyPI's reader builds several objects for every token of a vocabulary, which takes seconds,
+and maps the whole file into memory. What the quantised blocks mean is left to that package.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import pathlib
+import struct
+from typing import Any, NamedTuple
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_MOST_AXES = 4
+
+
+class Tensor(NamedTuple):
+    """A tensor of the file.
+
+    Attributes:
+      name: GGUF name.
+      kind: number of its element type, `gguf.GGMLQuantizationType`.
+      shape: slowest axis first, as numpy has it (GGUF lists the fastest first).
+      start: byte of the file.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    start: int
+
+
+class Metadata:
+    """What a GGUF file says about itself.
+
+    Attributes:
+      path: the file.
+      tensors: in the file's order.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < 24:
+                    raise ValueError("too short for a header")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    self._values, self.tensors = _Parser(data).parse()
+        except (ValueError, KeyError, OSError, OverflowError, struct.error) as error:
+            raise ValueError(
+                f"{path} is not a readable GGUF file: {error}; get the file again"
+            ) from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key as plain Python (strings, numbers, lists), or the default."""
+        return self._values.get(key, default)
+
+    def need(self, key: str) -> Any:
+        """The value of a key.
+
+        Raises:
+          ValueError: the file does not have it.
+        """
+        value = self.get(key)
+        if value is None:
+            raise ValueError(f"{self.path}: metadata key {key} is missing")
+        return value
+
+
+class _Parser:
+    def __init__(self, data: mmap.mmap):
+        self.data = data
+        self.at = 0
+
+    def parse(self) -> tuple[dict[str, Any], list[Tensor]]:
+        magic, version = self.take(4), self.scalar("I")
+        if magic != _MAGIC:
+            raise ValueError(f"it starts with {magic!r}, wanted {_MAGIC!r}")
+        if version not in _VERSIONS:
+            told = " (written for a big-endian machine)" if version & 0xFFFF == 0 else ""
+            raise ValueError(f"version {version}{told}; supported: little-endian 2 and 3")
+        tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
+        values: dict[str, Any] = {}
+        for _ in range(value_count):
+            key = self.string()
+            if key in values:
+                raise ValueError(f"metadata key {key} appears twice")
+            values[key] = self.value(self.scalar("I"))
+        rows = [self.tensor() for _ in range(tensor_count)]
+        align = values.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise ValueError(f"general.alignment={align!r}: wanted a positive number")
+        start = -(-self.at // align) * align
+        tensors = [row._replace(start=start + row.start) for row in rows]
+        names = [tensor.name for tensor in tensors]
+        twice = sorted({name for name in names if names.count(name) > 1}) if (
+            len(set(names)) < len(names)
+        ) else []  # fmt: skip
+        if twice:
+            raise ValueError(f"tensors {', '.join(twice)} appear twice")
+        for tensor in tensors:
+            end = tensor.start + nbytes(tensor)
+            if end > len(self.data):
+                raise ValueError(
+                    f"tensor {tensor.name} ends at byte {end}, the file has {len(self.data)}: "
+                    f"truncated"
+                )
+        return values, tensors
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError(f"{count} bytes wanted at {self.at}, of {len(self.data)}: truncated")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise ValueError(f"metadata of unknown type {kind} at byte {self.at}")
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if count > len(self.data):
+            raise ValueError(f"an array of {count} values in a file of {len(self.data)} bytes")
+        if inner in _SCALARS:
+            code = f"<{count}{_SCALARS[inner]}"
+            return list(struct.unpack(code, self.take(struct.calcsize(code))))
+        return [self.value(inner) for _ in range(count)]
+
+    def tensor(self) -> Tensor:
+        name, axes = self.string(), self.scalar("I")
+        if axes > _MOST_AXES:
+            raise ValueError(f"tensor {name} has {axes} axes")
+        shape = tuple(self.scalar("Q") for _ in range(axes))
+        return Tensor(name, self.scalar("I"), shape[::-1], self.scalar("Q"))
+
+
+def block_size(tensor: Tensor) -> tuple[int, int]:
+    """Numbers in a block of a tensor, and the bytes of a block.
+
+    Raises:
+      ValueError: an element type that PyPI's gguf does not know.
+    """
+    import gguf
+
+    try:
+        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"tensor {tensor.name} has the unknown type {tensor.kind}") from error
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in the file.
+
+    Raises:
+      ValueError: a row that is not whole blocks.
+    """
+    numbers, size = block_size(tensor)
+    if tensor.shape and tensor.shape[-1] % numbers:
+        raise ValueError(
+            f"tensor {tensor.name} has rows of {tensor.shape[-1]} numbers, which is no multiple of "
+            f"its type's blocks of {numbers}"
+        )
+    return math.prod(tensor.shape) // numbers * size

@@ -1,0 +1,69 @@
+"""Load balancing of a mixture of experts (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
+
+With f_i the part of tokens that went to expert i, and P_i the mean probability the router gave it,
+
+    L = E · Σ_i f_i · P_i        (their equations 4 to 6)
+
+is smallest, k for k experts a token, when all E experts are used alike. Both means are over all
+layers and tokens, as in transformers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.masked import keep, masked_mean
+from jaxalign.types import Array
+
+
+def load_balancing(logits: Array, top_k: int, mask: Array | None = None) -> jax.Array:
+    """The loss over a whole batch, as transformers' `load_balancing_loss_func` computes it.
+
+    A product of two means over the batch: how the batch is cut changes it, which is why training
+    here uses `document_balance`.
+
+    Args:
+      logits: the router's, `[L, N, E]`: layers, tokens, experts.
+      top_k: experts a token takes.
+      mask: bool `[N]`, which tokens count; None: all.
+
+    Returns:
+      A float32 scalar, from k to E · k.
+
+    >>> load_balancing(jnp.zeros((1, 4, 2)).at[0, :2, 0].set(1.0).at[0, 2:, 1].set(1.0), 1)
+    Array(1., dtype=float32)
+    """
+    probs = jax.nn.softmax(jnp.asarray(logits, jnp.float32), axis=-1)
+    chosen = jnp.sum(jax.nn.one_hot(jax.lax.top_k(probs, top_k)[1], probs.shape[-1]), axis=2)
+    counts = jnp.ones(probs.shape[1:2], bool) if mask is None else jnp.asarray(mask, bool)
+    counts = jnp.broadcast_to(counts[None, :, None], probs.shape)
+    share = masked_mean(chosen, counts, (0, 1))
+    return probs.shape[-1] * jnp.sum(share * masked_mean(probs, counts, (0, 1)))
+
+
+def document_balance(probs: Array, chosen: Array, segment_ids: Array) -> jax.Array:
+    """The loss of each document by itself, spread over its tokens.
+
+    Entry t is `E · Σ_i f_i · p_{t,i}` with f of t's own document: its sum over a document is the
+    document's loss times its tokens, so that the mean over all tokens of a batch weighs documents
+    by their length. Unlike the batch-wide loss this is the same however documents are packed into
+    rows and rows cut into micro-batches. It asks for balance within each document, which is more
+    than balance over the batch.
+
+    Args:
+      probs: float32 `[B, T, E]`, the router's probabilities, mean over layers.
+      chosen: float32 `[B, T, E]`, in what part of the layers a token took an expert.
+      segment_ids: int `[B, T]`, 0 on padding.
+
+    Returns:
+      float32 `[B, T]`, unreduced; 0 on padding.
+    """
+    segment_ids = jnp.asarray(segment_ids)
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]).astype(jnp.float32)
+    # TPUs would round the factors to bfloat16, which loses some counts.
+    highest = jax.lax.Precision.HIGHEST
+    taken = jnp.einsum("bts,bse->bte", same, jnp.asarray(chosen), precision=highest)
+    share = taken / jnp.sum(same, axis=2, keepdims=True)
+    loss = probs.shape[-1] * jnp.sum(share * jnp.asarray(probs, jnp.float32), axis=-1)
+    return keep(loss, segment_ids > 0)

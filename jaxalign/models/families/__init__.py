@@ -1,0 +1,203 @@
+"""What differs from one model family to the next: config keys, tensor names, nothing else.
+
+A family maps the Hugging Face `config.json` to a `DecoderConfig` and back, and lists which HF
+tensor holds which leaf of the parameter tree. The decoder itself is shared by all of them. To add
+a family, write a file here with its two config functions and its table, and enter it in
+`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.families import table
+from jaxalign.models.families.gemma2 import GEMMA2
+from jaxalign.models.families.gemma3 import GEMMA3
+from jaxalign.models.families.gpt2 import GPT2
+from jaxalign.models.families.llama import LLAMA
+from jaxalign.models.families.mistral import MISTRAL
+from jaxalign.models.families.mixtral import MIXTRAL
+from jaxalign.models.families.olmo2 import OLMO2
+from jaxalign.models.families.phi3 import PHI3
+from jaxalign.models.families.qwen2 import QWEN2
+from jaxalign.models.families.qwen3 import QWEN3
+from jaxalign.models.families.qwen3_moe import QWEN3_MOE
+from jaxalign.models.families.rope import used_rope
+from jaxalign.models.families.smollm3 import SMOLLM3
+from jaxalign.models.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
+from jaxalign.models.families.values import get, refuse, unsupported
+from jaxalign.types import Params
+
+__all__ = [
+    "FAMILIES",
+    "GENERATION",
+    "Entry",
+    "Family",
+    "Leaf",
+    "Part",
+    "config_from_hf",
+    "config_to_hf",
+    "find_family",
+    "flatten",
+    "is_scorer",
+    "leaves",
+    "tensors",
+    "unflatten",
+]
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        SMOLLM3,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        OLMO2,
+        GPT2,
+        MIXTRAL,
+        QWEN3_MOE,
+    )
+}
+"""HF `model_type` → family."""
+
+GENERATION = "_generation_config"
+"""Key under which `source_config` carries the source's `generation_config.json`, if it had one."""
+
+
+def find_family(name: Any) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+      ValueError: not one of `FAMILIES`.
+    """
+    if name not in FAMILIES:
+        raise unsupported("model_type", name, ", ".join(map(repr, FAMILIES)))
+    return FAMILIES[name]
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The shape of the decoder that a Hugging Face `config.json` describes.
+
+    Args:
+      hf: the file as a dict, in the form of transformers 4 or 5.
+
+    Raises:
+      ValueError: a key that is missing or asks for something the decoder does not have; the
+        message names the key, what it holds and what is supported.
+    """
+    family = find_family(hf.get("model_type"))
+    refuse(hf, "quantization_config", "unquantised weights, or GGUF", harmless=())
+    source = json.dumps(dict(hf), sort_keys=True)
+    config = family.read({**family.defaults, **hf})
+    return dataclasses.replace(config, family=family.model_type, source_config=source)
+
+
+def is_scorer(hf: Mapping[str, Any]) -> bool:
+    """Whether `config.json` describes a model with a scalar head.
+
+    Raises:
+      ValueError: an architecture that is neither a language model nor a scorer of its family, or
+        more than one label.
+    """
+    family = find_family(hf.get("model_type"))
+    names = get(hf, "architectures", [family.causal])
+    if names == [family.causal]:
+        return False
+    if names != [family.scorer]:
+        raise unsupported("architectures", names, f"{[family.causal]}, {[family.scorer]}")
+    labels = hf.get("num_labels")
+    if labels is None and hf.get("id2label") is not None:
+        labels = len(hf["id2label"])
+    if labels not in (None, 1):
+        raise unsupported("num_labels", labels, "1 (a scalar score)")
+    return True
+
+
+def config_to_hf(config: DecoderConfig, *, scorer: bool, dtype: str) -> dict[str, Any]:
+    """The Hugging Face `config.json` of a model, readable by transformers 4 and 5.
+
+    What the source's own config held beyond our fields (token ids, initialiser, …) is kept.
+
+    Args:
+      config: shape of the decoder.
+      scorer: whether the model has a scalar head instead of a vocabulary head.
+      dtype: of the saved weights, e.g. "bfloat16".
+
+    Raises:
+      ValueError: a shape that the family's config cannot express, e.g. experts in a Llama.
+    """
+    family = find_family(config.family)
+    # A model made here has no token ids, and must not get those that transformers takes for absent
+    # ones: they may not even be in the vocabulary.
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
+    # torch_dtype is the older name of dtype; labels belong to the head, which may have changed.
+    for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id"):
+        hf.pop(key, None)
+    if len(get(hf, "layer_types", [])) != config.num_layers:
+        hf.pop("layer_types", None)
+    hf |= family.write(config)
+    hf["architectures"] = [family.scorer if scorer else family.causal]
+    hf["model_type"] = family.model_type
+    hf["dtype"] = dtype
+    _check_expressed(config, hf)
+    if scorer:
+        hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return hf
+
+
+def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
+    """Reads back what was written: whatever the family has no key for would come back different."""
+    ours, theirs = _meaning(config), _meaning(config_from_hf(hf))
+    lost = [
+        f"{name}={ours[name]!r} (would come back as {theirs[name]!r})"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if lost:
+        raise ValueError(
+            f"a config.json of family {config.family!r} cannot express {', '.join(lost)}; "
+            f"choose the family that has it"
+        )
+
+
+def _meaning(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a config, those that say the same written the same."""
+    local = config.rope if config.local_rope is None else config.local_rope
+    layers = config.num_layers
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    same = {
+        "source_config": "",
+        "rope": None if config.learned_positions else used_rope(config.rope),
+        "local_rope": None if config.window is None else used_rope(local),
+        "rope_layers": config.rope_layers or (True,) * layers,
+        "window_layers": config.window_layers or (config.window is not None,) * layers,
+        "query_scale": round(scale, 12),
+    }
+    fields = dataclasses.fields(config)
+    return {field.name: getattr(config, field.name) for field in fields} | same
+
+
+def leaves(
+    config: DecoderConfig, shapes: Params, present: Collection[str] | None = None
+) -> list[Leaf]:
+    """Matches a model's parameter tree with the HF names of its family.
+
+    Args:
+      config: shape of the decoder.
+      shapes: `model.shapes` of a `Decoder` or `Scorer`.
+      present: tensor names of a source, to choose between the forms in which a family's
+        checkpoints come; without it, the form that is written.
+
+    Raises:
+      ValueError: a parameter that HF has no name for, e.g. an adapter.
+    """
+    return table.leaves(find_family(config.family), config, shapes, present)

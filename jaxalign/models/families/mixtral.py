@@ -1,0 +1,84 @@
+"""Mixtral: Mistral with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.families.fields import COMMON, read_common, write_common
+from jaxalign.models.families.llama import LAYER, PROJECTIONS, llama_table
+from jaxalign.models.families.mistral import read_window
+from jaxalign.models.families.table import Entry, Family, Part
+from jaxalign.models.families.values import integer, refuse
+
+ATTENTION = {ours: theirs for ours, theirs in PROJECTIONS.items() if ours.startswith("attention/")}
+
+
+def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Entry, ...]:
+    """Router and experts: a tensor an expert, as checkpoints are written.
+
+    Also as transformers 5 holds them in memory and may save them: all experts in one tensor, gate
+    and up joined.
+
+    Args:
+      block: name of the mixture in a layer.
+      names: ours ("gate", "up", "down") → theirs.
+    """
+    rows = [
+        Entry("blocks/mlp/router/kernel", f"{LAYER}{block}.gate.weight", transpose=True),
+        Entry("blocks/mlp/router/kernel", f"{LAYER}mlp.gate.weight", transpose=True),
+    ]
+    for ours, theirs in names.items():
+        name = f"{LAYER}{block}.experts.{{}}.{theirs}.weight"
+        rows.append(Entry(f"blocks/mlp/{ours}/kernel", name, transpose=True))
+    halves = lambda config: (config.intermediate_size,) * 2  # noqa: E731
+    joined = LAYER + "mlp.experts."
+    for i, ours in enumerate(("gate", "up")):
+        part = Part(axis=1, sizes=halves, number=i)
+        rows.append(Entry(f"blocks/mlp/{ours}/kernel", joined + "gate_up_proj", True, part))
+    rows.append(Entry("blocks/mlp/down/kernel", joined + "down_proj", transpose=True))
+    return tuple(rows)
+
+
+def _read(hf: Mapping[str, Any]) -> DecoderConfig:
+    refuse(hf, "router_jitter_noise", "0 (no noise)", harmless=(0,))
+    return DecoderConfig(
+        **read_common(hf),
+        **read_window(hf),
+        num_experts=integer(hf, "num_local_experts"),
+        experts_per_token=integer(hf, "num_experts_per_tok"),
+        router_aux_coef=float(hf["router_aux_loss_coef"]),
+    )
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return write_common(config) | {
+        "sliding_window": config.window,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "router_aux_loss_coef": config.router_aux_coef,
+    }
+
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    causal="MixtralForCausalLM",
+    scorer="MixtralForSequenceClassification",
+    table=(
+        *llama_table(ATTENTION),
+        *expert_rows("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    ),
+    read=_read,
+    write=_write,
+    defaults=COMMON
+    | {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1000000.0,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    },
+)

@@ -1,0 +1,61 @@
+"""Qwen 2 and 2.5: Llama with biases on query, key and value; a window in the later layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.families.fields import (
+    COMMON,
+    read_common,
+    read_windows,
+    write_common,
+    write_layer_types,
+)
+from jaxalign.models.families.llama import llama_table
+from jaxalign.models.families.table import Family
+from jaxalign.models.families.values import flag, get
+
+QWEN = COMMON | {
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+"""Defaults of all Qwens."""
+
+
+def read_qwen_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The window holds from layer `max_window_layers` on, if `use_sliding_window`."""
+    if not flag(hf, "use_sliding_window"):
+        hf = {**hf, "sliding_window": None}
+    return read_windows(hf, lambda layer: layer >= get(hf, "max_window_layers", 28))
+
+
+def write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
+    """The keys that `read_qwen_windows` reads; a window that is off keeps the size it had."""
+    kinds = write_layer_types(config)
+    keys: dict[str, Any] = {"use_sliding_window": config.window is not None, "layer_types": kinds}
+    if config.window is not None:
+        first = kinds.index("sliding_attention")
+        keys |= {"sliding_window": config.window, "max_window_layers": first}
+    return keys
+
+
+def _read(hf: Mapping[str, Any]) -> DecoderConfig:
+    return DecoderConfig(**read_common(hf), **read_qwen_windows(hf), qkv_bias=True)
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    return write_common(config) | write_qwen_windows(config)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    causal="Qwen2ForCausalLM",
+    scorer="Qwen2ForSequenceClassification",
+    table=llama_table(),
+    read=_read,
+    write=_write,
+    defaults=QWEN,
+)

@@ -1,0 +1,166 @@
+"""The parts of a block: projections, norms, attention, the feed-forward network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.lora import LoraConfig
+from jaxalign.models.matmul import project
+from jaxalign.models.rope import Rope, rotate
+
+INIT_STD = 0.02
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias) (+ α/r · (x @ lora_a) @ lora_b)` in the dtype of x."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int], axes: str, *, bias: bool,
+        lora: LoraConfig | None,
+    ):  # fmt: skip
+        fan_in, fan_out = sizes
+        in_axis, out_axis = axes.split()
+        self.kernel = nnx.Param(
+            INIT_STD * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes
+        )
+        # On the output projection the output axis is the residual stream, which stays whole.
+        bias_axis = "norm" if out_axis == "embed" else out_axis
+        self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
+        self.lora_scale = 0.0
+        if lora is None or name not in lora.targets:
+            self.lora_a = self.lora_b = None
+            return
+        # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
+        a = jax.random.normal(rngs.params(), (fan_in, lora.rank), jnp.float32) / fan_in**0.5
+        b = jnp.zeros((lora.rank, fan_out), jnp.float32)
+        self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
+        self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
+        self.lora_scale = lora.alpha / lora.rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, in]` → `[B, T, out]`."""
+        y = project(x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)[None, None]
+        if self.lora_a is not None and self.lora_b is not None:
+            down = x @ self.lora_a[...].astype(x.dtype)
+            y = y + self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) · scale`, in float32 (Zhang and Sennrich 2019).
+
+    With `offset` the stored scale is added to 1, and the product is rounded once, at the end.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: bool = False):
+        fill = jnp.zeros if offset else jnp.ones
+        self.scale = nnx.Param(fill(size, jnp.float32), axes="norm")
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[…, D]` → the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        row = (None,) * (x.ndim - 1)
+        if self.offset:
+            return (wide * (1 + self.scale[...][row].astype(jnp.float32))).astype(x.dtype)
+        # The normalised value is rounded before scaling, as the reference implementations do.
+        return (wide.astype(x.dtype) * self.scale[...][row]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x − mean) / √(variance + ε) · scale + bias`, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes="norm")
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes="norm")
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (param[...].astype(jnp.float32) for param in (self.scale, self.bias))
+        return (wide * scale[None, None] + bias[None, None]).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, size: int | None = None) -> RMSNorm | LayerNorm:
+    """A norm of the model's kind, over the residual stream or `size` dimensions."""
+    size = config.hidden_size if size is None else size
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps, offset=config.norm == "rms_offset")
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention, all but the attention itself."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        linear = functools.partial(Linear, rngs, lora=lora)
+        self.query = linear("query", (hidden, q), "embed heads", bias=config.qkv_bias)
+        self.key = linear("key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
+        self.value = linear("value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
+        self.out = linear("out", (q, hidden), "heads embed", bias=config.out_bias)
+        self.head_dim = head_dim
+        self.norm_whole = config.qk_norm == "width"
+        sizes = (q, kv) if self.norm_whole else (head_dim, head_dim)
+        normed = config.qk_norm != "none"
+        self.query_norm = make_norm(config, sizes[0]) if normed else None
+        self.key_norm = make_norm(config, sizes[1]) if normed else None
+
+    def project(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, T, heads, head_dim]`, normalised and rotated."""
+        query = self._heads(self.query(x), self.query_norm, rope)
+        key = self._heads(self.key(x), self.key_norm, rope)
+        return query, key, self._heads(self.value(x), None, None)
+
+    def merge(self, attended: jax.Array) -> jax.Array:
+        """`[B, T, H, head_dim]` → `[B, T, D]`."""
+        return self.out(attended.reshape(*attended.shape[:2], -1))
+
+    def _heads(
+        self, x: jax.Array, norm: RMSNorm | LayerNorm | None, rope: Rope | None
+    ) -> jax.Array:
+        if norm is not None and self.norm_whole:
+            x = norm(x)
+        x = x.reshape(*x.shape[:2], -1, self.head_dim)
+        if norm is not None and not self.norm_whole:
+            x = norm(x)
+        return x if rope is None else rotate(x, *rope)
+
+
+class MLP(nnx.Module):
+    """`down(act(gate(x)) · up(x))` (Shazeer 2020), or `down(act(up(x)))` without gate."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        linear = functools.partial(Linear, rngs, bias=config.mlp_bias, lora=lora)
+        self.gate = linear("gate", (hidden, inner), "embed mlp") if config.gated_mlp else None
+        self.up = linear("up", (hidden, inner), "embed mlp")
+        self.down = linear("down", (inner, hidden), "mlp embed")
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → `[B, T, D]`."""
+        act = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(act(self.up(x)))
+        return self.down(act(self.gate(x)) * self.up(x))

@@ -1,0 +1,141 @@
+"""A mixture of experts: each token takes a few of many feed-forward networks, none is dropped.
+
+Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that every
+token gets exactly its experts whatever the others chose. What the router chose is reported, for
+the load-balancing loss in `jaxalign.models.balance`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.models.layers import ACTIVATIONS, INIT_STD
+from jaxalign.models.lora import LoraConfig
+from jaxalign.sharding import map_row_shards
+from jaxalign.types import Params
+
+
+class Routing(NamedTuple):
+    """What a router did with each token.
+
+    Attributes:
+      probs: float32 `[B, T, E]`, its softmax over all experts.
+      chosen: float32 `[B, T, E]`, 1 for the experts taken (0 or 1 for one layer; summed over layers
+        a count).
+    """
+
+    probs: jax.Array
+    chosen: jax.Array
+
+
+class Router(nnx.Module):
+    """Scores of the experts for each token."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.num_experts)
+        noise = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(INIT_STD * noise, axes="embed expert")
+        self.count = config.experts_per_token
+        self.normalize = config.normalize_routing
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, Routing]:
+        """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, what it did)."""
+        kernel = self.kernel[...].astype(x.dtype)
+        logits = jnp.einsum("btd,de->bte", x, kernel, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weights, experts = jax.lax.top_k(probs, self.count)
+        if self.normalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        chosen = jax.nn.one_hot(experts, probs.shape[-1], dtype=jnp.float32)
+        return experts, weights, Routing(probs, jnp.sum(chosen, axis=2))
+
+
+class ExpertLinear(nnx.Module):
+    """A projection of every expert, `[E, in, out]`, with adapters like `Linear`'s."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int, int], axes: str,
+        lora: LoraConfig | None,
+    ):  # fmt: skip
+        count, fan_in, fan_out = sizes
+        in_axis, out_axis = axes.split()
+        noise = jax.random.normal(rngs.params(), sizes, jnp.float32)
+        self.kernel = nnx.Param(INIT_STD * noise, axes=f"expert {axes}")
+        self.lora_scale = 0.0
+        self.axes = axes
+        if lora is None or name not in lora.targets:
+            self.lora_a = self.lora_b = None
+            return
+        a = jax.random.normal(rngs.params(), (count, fan_in, lora.rank), jnp.float32)
+        b = jnp.zeros((count, lora.rank, fan_out), jnp.float32)
+        self.lora_a = nnx.Param(a / fan_in**0.5, axes=f"expert {in_axis} rank")
+        self.lora_b = nnx.Param(b, axes=f"expert rank {out_axis}")
+        self.lora_scale = lora.alpha / lora.rank
+
+    def weights(self, dtype: jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, str]]:
+        """The matrices as `multiply` takes them, and the axes they are to be laid out by there.
+
+        The residual stream is whole on every device while experts compute.
+        """
+        in_axis, out_axis = self.axes.replace("embed", "hidden").split()
+        arrays = {"kernel": self.kernel[...].astype(dtype)}
+        axes = {"kernel": f"expert {in_axis} {out_axis}"}
+        if self.lora_a is not None and self.lora_b is not None:
+            arrays["a"] = self.lora_a[...].astype(dtype)
+            arrays["b"] = self.lora_b[...].astype(dtype) * self.lora_scale
+            axes |= {"a": f"expert {in_axis} rank", "b": f"expert rank {out_axis}"}
+        return arrays, axes
+
+
+def _multiply(x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array) -> jax.Array:
+    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`."""
+    y = jax.lax.ragged_dot(x, weights["kernel"], sizes)
+    if "a" in weights:
+        down = jax.lax.ragged_dot(x, weights["a"], sizes)
+        y = y + jax.lax.ragged_dot(down, weights["b"], sizes)
+    return y
+
+
+class Experts(nnx.Module):
+    """Router and experts in the place of an MLP."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self.router = Router(config, rngs)
+        self.gate = ExpertLinear(rngs, "gate", (count, hidden, inner), "embed mlp", lora)
+        self.up = ExpertLinear(rngs, "up", (count, hidden, inner), "embed mlp", lora)
+        self.down = ExpertLinear(rngs, "down", (count, inner, hidden), "mlp embed", lora)
+        self.activation = config.activation
+        self.count = count
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
+        """`[B, T, D]` → (`[B, T, D]`, what the router did)."""
+        experts, shares, routing = self.router(x)
+        weights, axes = {}, {}
+        for name, linear in (("gate", self.gate), ("up", self.up), ("down", self.down)):
+            weights[name], axes[name] = linear.weights(x.dtype)
+        # Sorting mixes the tokens of all rows: on a mesh each device sorts its own rows only.
+        out = map_row_shards(
+            self._compute, (x, experts, shares.astype(x.dtype)), weights, axes, summed="mlp"
+        )
+        return out, routing
+
+    def _compute(
+        self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params
+    ) -> jax.Array:
+        rows, length, width = x.shape
+        each = experts.shape[-1]
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat)
+        sizes = jnp.sum(jax.nn.one_hot(flat, self.count, dtype=jnp.int32), axis=0)
+        given = jnp.take(x.reshape(-1, width), order // each, axis=0)
+        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes))
+        inner = gate * _multiply(given, weights["up"], sizes)
+        out = _multiply(inner, weights["down"], sizes)
+        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(rows, length, each, width)
+        return jnp.sum(out * shares[..., None], axis=2)

@@ -1,0 +1,147 @@
+"""Rotary positions: the frequencies of each kind of scaling, and the rotation."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models.base import RopeConfig
+from jaxalign.types import Array
+
+Rope = tuple[jax.Array, jax.Array]
+"""Cosines and sines `[B, T, 1, rotated / 2]`, float32."""
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angular frequencies `[rotated / 2]` in radians a position, float32.
+
+    - "default": `theta^(-2i/rotated)`.
+    - "linear": all divided by `factor`.
+    - "llama3": low ones divided by `factor`, high ones kept, linear in context/wavelength between.
+    - "yarn" (Peng et al. 2023, https://arxiv.org/abs/2309.00071): the same, linear in the dimension
+      between.
+    - "dynamic", "longrope": those of documents within the original context; see `rope_tables`.
+    """
+    width = config.width(head_dim)
+    freqs = 1.0 / config.theta ** (np.arange(0, width, 2, dtype=np.float32) / width)
+    if config.kind == "linear":
+        freqs = freqs / config.factor
+    elif config.kind == "llama3":
+        wavelength = 2 * math.pi / freqs
+        turns = config.original_max_positions / wavelength
+        keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        freqs = keep * freqs + (1 - keep) * freqs / config.factor
+    elif config.kind == "yarn":
+        low, high = _yarn_ramp(config, width)
+        keep = 1 - np.clip((np.arange(width // 2) - low) / (high - low), 0.0, 1.0)
+        freqs = keep * freqs + (1 - keep) * freqs / config.factor
+    elif config.kind == "longrope":
+        freqs = freqs / np.asarray(config.short_factors, np.float32)
+    return freqs.astype(np.float32)
+
+
+def _yarn_ramp(config: RopeConfig, width: int) -> tuple[float, float]:
+    """Between which dimensions frequencies go from kept to scaled."""
+
+    def dimension(turns: float) -> float:
+        context = config.original_max_positions / (turns * 2 * math.pi)
+        return width * math.log(context) / (2 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    return low, high if high != low else high + 0.001
+
+
+def rope_scale(config: RopeConfig) -> float:
+    """What cosines and sines are multiplied by: more than 1 for yarn and longrope."""
+    if config.kind not in ("yarn", "longrope"):
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.factor <= 1:
+        return 1.0
+    if config.kind == "longrope":
+        return math.sqrt(1 + math.log(config.factor) / math.log(config.original_max_positions))
+    log = 0.1 * math.log(config.factor)
+    if config.mscale and config.mscale_all_dim:
+        return (config.mscale * log + 1) / (config.mscale_all_dim * log + 1)
+    return log + 1
+
+
+def rope_tables(
+    config: RopeConfig, head_dim: int, positions: Array, segment_ids: Array | None = None
+) -> Rope:
+    """The rotation at each position.
+
+    Two kinds depend on how long a document is. Its length is that of its own tokens, not of the
+    row or batch that it shares with others (as in transformers, where it is the longest of the
+    batch), so that packing and padding change nothing:
+
+    - "dynamic" (NTK): in a document of n > `original_max_positions` = m positions, theta becomes
+      `theta · (factor · n / m − factor + 1)^(d / (d − 2))`, d the rotated width.
+    - "longrope" (Ding et al. 2024, https://arxiv.org/abs/2402.13753): frequencies are divided by
+      `long_factors` instead of `short_factors` where n > m.
+
+    Decoding with a cache knows a document up to the tokens given. Where n exceeds m, what was
+    cached keeps the rotation of its time, as in transformers, and so differs from one whole pass.
+
+    Args:
+      config: the rotary embedding.
+      head_dim: width of a head.
+      positions: int `[B, T]`.
+      segment_ids: int `[B, T]`, which tokens are of one document; None: the whole row is.
+    """
+    positions = jnp.asarray(positions)
+    freqs = jnp.reshape(rope_frequencies(config, head_dim), (1, 1, 1, -1))
+    if config.kind in ("dynamic", "longrope"):
+        freqs = _by_length(config, head_dim, freqs, _lengths(positions, segment_ids))
+    angles = positions.astype(jnp.float32)[..., None, None] * freqs
+    scale = rope_scale(config)
+    if scale == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _lengths(positions: jax.Array, segment_ids: Array | None) -> jax.Array:
+    """How many positions the document of each token has, `[B, T]`."""
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
+    segment_ids = jnp.asarray(segment_ids)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=2) + 1
+
+
+def _by_length(
+    config: RopeConfig, head_dim: int, freqs: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Frequencies `[B, T, 1, rotated / 2]` for tokens of documents of these lengths."""
+    longer = (lengths > config.original_max_positions)[..., None, None]
+    if config.kind == "longrope":
+        ratio = np.asarray(config.short_factors) / np.asarray(config.long_factors)
+        return jnp.where(longer, freqs * ratio.astype(np.float32)[None, None, None], freqs)
+    width = config.width(head_dim)
+    original = config.original_max_positions
+    stretch = config.factor * lengths.astype(jnp.float32) / original - (config.factor - 1)
+    stretch = jnp.where(longer, stretch[..., None, None], 1.0)
+    # theta' ^ (-2i/d) = theta ^ (-2i/d) · stretch ^ (-2i/(d − 2))
+    exponents = np.arange(0, width, 2, dtype=np.float32) / max(width - 2, 1)
+    return freqs * stretch ** -exponents[None, None, None]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `[B, T, heads, head_dim]` in the half-split form used by Hugging Face weights.
+
+    Where the tables are narrower than half a head, only its first dimensions are rotated.
+    """
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,126 @@
+"""A model as an Orbax folder: the same configs and tokenizer as a Hugging Face folder, but the
+weights under `params/` as our parameter tree.
+
+Orbax reads and writes each device's part by itself, so such a folder starts fast on any number of
+hosts: nothing is renamed, turned or converted.
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.models import families
+from jaxalign.source import dtypes_to_remember, read_json
+from jaxalign.types import Params
+
+PARAMS = "params"
+
+
+def is_one(folder: pathlib.Path) -> bool:
+    """Whether a folder is in this form."""
+    return (folder / PARAMS / "_METADATA").is_file()
+
+
+class OrbaxFolder:
+    """A model's parameters as `jaxalign import` writes them.
+
+    Attributes:
+      folder: where.
+      config: `config.json`.
+      dtypes: leaf of the parameter tree → dtype.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        import orbax.checkpoint as ocp
+
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        try:
+            metadata: Any = self._checkpointer.metadata((folder / PARAMS).absolute())
+            for path, leaf in families.flatten(metadata.item_metadata.tree).items():
+                self._shapes[path] = tuple(leaf.shape)
+                self.dtypes[path] = np.dtype(leaf.dtype)
+        except Exception as error:  # Orbax and its store raise errors of many kinds
+            raise self._damaged(error) from error
+
+    def load(self, shapes: Params, shardings: Mapping[str, Any], dtype: np.dtype | None) -> Params:
+        """The parameters.
+
+        Args:
+          shapes: the model's.
+          shardings: leaf → layout; empty for the default device.
+          dtype: of the result; None for what each leaf has.
+
+        Raises:
+          ValueError: parameters that do not fit the model, or a damaged folder.
+        """
+        wanted = {path: tuple(leaf.shape) for path, leaf in families.flatten(shapes).items()}
+        wrong = [
+            f"{path}: {self._shapes.get(path, 'missing')}, wanted {wanted.get(path, 'none')}"
+            for path in sorted(wanted | self._shapes)
+            if wanted.get(path) != self._shapes.get(path)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.folder}: the weights do not fit config.json. {'; '.join(wrong[:12])} "
+                f"({len(wrong)} in all); import the model again"
+            )
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = {
+            path: jax.ShapeDtypeStruct(
+                shape,
+                self.dtypes[path] if dtype is None else dtype,
+                sharding=shardings.get(path, here),
+            )
+            for path, shape in wanted.items()
+        }
+        try:
+            return self._checkpointer.restore(
+                (self.folder / PARAMS).absolute(), families.unflatten(tree)
+            )
+        except Exception as error:  # Orbax and its store raise errors of many kinds
+            raise self._damaged(error) from error
+
+    @property
+    def source_dtypes(self) -> dict[str, str]:
+        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`, by HF name as there."""
+        config = families.config_from_hf(self.config)
+        shapes = {
+            path: jax.ShapeDtypeStruct(s, self.dtypes[path]) for path, s in self._shapes.items()
+        }
+        leaves = families.leaves(config, families.unflatten(shapes))
+        return dtypes_to_remember(
+            {n: self.dtypes[leaf.path] for leaf in leaves for n in leaf.names}
+        )
+
+    def close(self) -> None:
+        """Lets go of Orbax."""
+        self._checkpointer.close()
+
+    def _damaged(self, error: Exception) -> ValueError:
+        lines = str(error).strip().splitlines() or [""]
+        return ValueError(
+            f"{self.folder / PARAMS} is not a readable Orbax checkpoint of parameters "
+            f"({type(error).__name__}: {lines[0]}); import the model again"
+        )
+
+
+def write_params(params: Params, folder: pathlib.Path) -> None:
+    """Writes `folder/params`; with several processes, each its own part.
+
+    Args:
+      params: nested dict of arrays.
+      folder: an existing folder that all processes share.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), params)

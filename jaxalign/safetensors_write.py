@@ -1,0 +1,156 @@
+"""Writing tensors as safetensors: what goes into which file, and which process writes it.
+
+The safetensors library wants all tensors of a file in memory, and a model may be larger than the
+host; so the files are written here, a piece of a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
+from jaxalign.models.families.table import Tensor
+from jaxalign.safetensors_file import DTYPES, INDEX, SINGLE
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Planned(NamedTuple):
+    """A tensor and the dtype it is written in."""
+
+    tensor: Tensor
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * math.prod(self.tensor.shape)
+
+
+class File(NamedTuple):
+    """A file to be written.
+
+    Attributes:
+      name: within the folder.
+      tensors: what it holds, in order.
+      owner: index of the process that writes it.
+    """
+
+    name: str
+    tensors: tuple[Planned, ...]
+    owner: int
+
+
+def plan_files(tensors: Sequence[Planned], max_bytes: int, processes: int) -> list[File]:
+    """Spreads tensors over files, and files over processes in turn.
+
+    Args:
+      tensors: in order.
+      max_bytes: a file holds at most this much, or one tensor.
+      processes: how many write.
+    """
+    parts: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if parts[-1] and size + tensor.nbytes > max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    count = len(parts)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = [SINGLE]
+    return [
+        File(name, tuple(part), number % processes)
+        for number, (name, part) in enumerate(zip(names, parts, strict=True))
+    ]
+
+
+def index_of(files: Sequence[File]) -> dict[str, Any] | None:
+    """The contents of the index; None for a single file, which has none."""
+    if len(files) == 1:
+        return None
+    weight_map = {planned.tensor.name: file.name for file in files for planned in file.tensors}
+    total = sum(planned.nbytes for file in files for planned in file.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def write_index(folder: pathlib.Path, files: Sequence[File]) -> None:
+    """Writes the index, where there is one."""
+    index = index_of(files)
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class Writer:
+    """One file being written; tensors may come in any order."""
+
+    def __init__(self, folder: pathlib.Path, file: File, pool: Pool):
+        self._pool, self._scratch = pool, Scratch()
+        # transformers refuses files that do not say for which framework they were written.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._starts: dict[str, int] = {}
+        offset = 0
+        for planned in file.tensors:
+            name = planned.tensor.name
+            header[name] = {
+                "dtype": _CODES[planned.dtype],
+                "shape": list(planned.tensor.shape),
+                "data_offsets": [offset, offset + planned.nbytes],
+            }
+            self._starts[name] = offset
+            offset += planned.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start aligned
+        head = len(text).to_bytes(8, "little") + text
+        self._start = len(head)
+        self._file = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _write(self._file, memoryview(head), 0)
+
+    def write(self, planned: Planned, blocks: Sequence[Sequence[Block]]) -> None:
+        """Writes a tensor from the blocks of its pieces.
+
+        Raises:
+          ValueError: values too large for the dtype.
+        """
+        tensor, start = planned.tensor, self._start + self._starts[planned.tensor.name]
+        row = math.prod(tensor.shape[1:]) * planned.dtype.itemsize
+
+        def one(rows: slice) -> None:
+            shape = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
+            count = math.prod(shape) * planned.dtype.itemsize
+            out = self._scratch.take(count).view(planned.dtype).reshape(shape)
+            if not gather_tensor_piece(tensor, blocks, rows, out):
+                raise ValueError(
+                    f"{tensor.name} holds values that {planned.dtype} cannot; save it as bfloat16 "
+                    f"or float32"
+                )
+            data = np.atleast_1d(out).reshape(-1).view(np.uint8).data
+            _write(self._file, data, start + rows.start * row)
+
+        list(self._pool.map(one, _rows(tensor.shape, row)))
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+
+def _rows(shape: tuple[int, ...], row: int) -> Iterator[slice]:
+    count = shape[0] if shape else 1
+    step = max(1, PIECE // max(1, row))
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+def _write(file: int, data: memoryview, start: int) -> None:
+    while data:
+        done = os.pwrite(file, data, start)
+        data, start = data[done:], start + done
