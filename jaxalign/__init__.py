@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxalign import losses
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
@@ -26,8 +26,10 @@ from jaxalign.types import (
     PairBatch,
     PromptBatch,
     RolloutBatch,
+    SharedPairBatch,
     TokenBatch,
     TrainState,
+    UnpairedBatch,
     Weighted,
 )
 
@@ -68,9 +70,11 @@ __all__ = [
     "PromptBatch",
     "RolloutBatch",
     "Scorer",
+    "SharedPairBatch",
     "Source",
     "TokenBatch",
     "TrainState",
+    "UnpairedBatch",
     "Weighted",
     "add_lora",
     "combine",
@@ -79,6 +83,7 @@ __all__ = [
     "generate",
     "graded_batches",
     "init_state",
+    "kto",
     "load_config",
     "load_pretrained",
     "load_tokenizer",

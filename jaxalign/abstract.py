@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
 from jaxalign.gguf_file import GGUFFile
 from jaxalign.models import families
@@ -20,7 +21,7 @@ from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.sharding import param_shardings
 from jaxalign.source import locate, read_json
-from jaxalign.types import PairBatch, Params, RolloutBatch, TokenBatch
+from jaxalign.types import PairBatch, Params, RolloutBatch, TokenBatch, UnpairedBatch
 
 
 class Parts(NamedTuple):
@@ -73,22 +74,47 @@ def _reward(config: Any, mesh: Mesh) -> Parts:
 
 def _dpo(config: Any, mesh: Mesh) -> Parts:
     model, params, frozen = _policy(config, mesh)
-    if config.reference is not None:
-        reference = _read(config.reference, config.model, mesh)
-        if not isinstance(reference, Decoder):
-            raise ValueError(
-                f"reference={config.reference!r} is a reward model; wanted a language model"
-            )
-        models = [_params(reference, mesh, config.model.dtype)[0]]
-    else:
-        models = [] if frozen else [params]
-    tx = _optimizer(config.optimizer)
+    tx = _preference_optimizer(config)
     step = dpo.make_step(model, tx, config.dpo, micro_batches=config.run.micro_batches)
-    batch = _pairs(config)
-    pairs = (config.data.rows,) if batch.mask is None else batch.mask.shape
-    logps = array(pairs, jnp.float32)
-    batch = batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
+    batch, models = _pairs(config), []
+    if config.dpo.has_reference:
+        pairs = (config.data.rows,) if batch.mask is None else batch.mask.shape
+        logps = array(pairs, jnp.float32)
+        batch = batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
+        if config.reference_cache is None:
+            models = _reference(config, mesh, params, frozen)
     return Parts(params, frozen, tx, step, batch, models)
+
+
+def _kto(config: Any, mesh: Mesh) -> Parts:
+    model, params, frozen = _policy(config, mesh)
+    tx = _preference_optimizer(config)
+    step = kto.make_step(model, tx, config.kto, micro_batches=config.run.micro_batches)
+    tokens = _tokens(config.data.rows, config.data.length)
+    per_row = array((config.data.rows,), jnp.float32)
+    desirable = array((config.data.rows,), jnp.bool_)
+    batch = UnpairedBatch(tokens, desirable, tokens, per_row, per_row)
+    return Parts(params, frozen, tx, step, batch, _reference(config, mesh, params, frozen))
+
+
+def _preference_optimizer(config: Any) -> Any:
+    tx = _optimizer(config.optimizer)
+    return tx if config.reference_sync is None else follow(tx, config.reference_sync)
+
+
+def _reference(config: Any, mesh: Mesh, params: Params, frozen: Params) -> list[Params]:
+    """What a run holds for its reference, beside the step."""
+    if config.reference is None:
+        # Adapters leave it untouched; a reference that moves is part of the optimizer's state.
+        return [] if frozen or config.reference_sync is not None else [params]
+    reference = _read(config.reference, config.model, mesh)
+    if not isinstance(reference, Decoder):
+        raise ValueError(
+            f"reference={config.reference!r} is a reward model; wanted a language model"
+        )
+    # One that moves is copied into the optimizer's state; what was loaded goes.
+    held = _params(reference, mesh, config.model.dtype)[0]
+    return [held] if config.reference_sync is None else []
 
 
 def _ppo(config: Any, mesh: Mesh) -> Parts:
@@ -125,6 +151,7 @@ PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
     "sft": _sft,
     "reward": _reward,
     "dpo": _dpo,
+    "kto": _kto,
     "ppo": _ppo,
 }
 """Algorithm → (configuration, mesh) → its parts."""

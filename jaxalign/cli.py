@@ -1,4 +1,4 @@
-"""Commands: `jaxalign sft|reward|dpo|ppo|pipeline CONFIG [key=value …]`, `quickstart`, …
+"""Commands: `jaxalign sft|reward|dpo|kto|ppo|pipeline CONFIG [key=value …]`, `quickstart`, …
 
 Wrong input ends with one message and exit status 2; `JAXALIGN_TRACEBACK=1` shows where it arose.
 """
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 _COMMANDS = {
     "sft": "supervised fine-tuning",
     "reward": "train a reward model from preference pairs",
-    "dpo": "direct preference optimisation",
+    "dpo": "direct preference optimisation and its relatives",
+    "kto": "preference optimisation from single answers marked good or bad",
     "ppo": "reinforcement learning against a reward model",
 }
 

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.data.examples import TRAIN_ON
 from jaxalign.data.filters import check_scripts
 from jaxalign.data.mixture import Source, entries_of
@@ -282,11 +283,66 @@ class DPORun(_Run):
     """`jaxalign dpo`.
 
     Attributes:
+      dpo: the algorithm's options.
       reference: the frozen reference model; None: the starting model itself.
+      reference_cache: folder for the reference's log-probabilities of all pairs, computed before
+        training if they are not there, and then used in place of the reference, which is not held
+        beside the policy. None: the reference is asked for every batch.
+      reference_sync: let the reference follow the policy; None: it stays.
     """
 
     dpo: dpo.Config = dpo.Config()
     reference: str | None = None
+    reference_cache: str | None = None
+    reference_sync: ReferenceSync | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        dpo.check_micro_batches(self.dpo, self.run.micro_batches)
+        for name in ("reference", "reference_cache", "reference_sync"):
+            value, loss_type = getattr(self, name), self.dpo.loss_type
+            _want(
+                self.dpo.has_reference or value is None,
+                name,
+                value,
+                f"null: dpo.loss_type={loss_type!r} has no reference",
+            )
+        _want(
+            self.reference_cache is None or self.reference_sync is None,
+            "reference_cache",
+            self.reference_cache,
+            "null with reference_sync, under which the reference changes",
+        )
+        _check_sync(self.reference_sync, self.reference, self.model)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KTORun(_Run):
+    """`jaxalign kto`.
+
+    Attributes:
+      kto: the algorithm's options.
+      reference: the frozen reference model; None: the starting model itself.
+      reference_sync: let the reference follow the policy; None: it stays.
+    """
+
+    kto: kto.Config = kto.Config()
+    reference: str | None = None
+    reference_sync: ReferenceSync | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _want(not self.data.packing, "data.packing", True, "false: KTO's answers are not packed")
+        _check_sync(self.reference_sync, self.reference, self.model)
+
+
+def _check_sync(sync: ReferenceSync | None, reference: str | None, model: ModelConfig) -> None:
+    _want(
+        sync is None or reference is None or model.lora is None,
+        "reference_sync",
+        sync,
+        "null with both a reference and model.lora: adapters cannot be moved towards whole weights",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,7 +387,13 @@ class PPORun(_Run):
         _want(self.model.lora is None, "model.lora", self.model.lora, "null in PPO")
 
 
-RUNS: dict[str, type[_Run]] = {"sft": SFTRun, "reward": RewardRun, "dpo": DPORun, "ppo": PPORun}
+RUNS: dict[str, type[_Run]] = {
+    "sft": SFTRun,
+    "reward": RewardRun,
+    "dpo": DPORun,
+    "kto": KTORun,
+    "ppo": PPORun,
+}
 """Command → what its YAML describes."""
 
 
@@ -430,7 +492,7 @@ def load_config(
     """The checked configuration of one run.
 
     Args:
-      algorithm: "sft", "reward", "dpo" or "ppo".
+      algorithm: "sft", "reward", "dpo", "kto" or "ppo".
       source: YAML file, or nested values.
       assignments: `key=value` overrides.
 
@@ -533,4 +595,6 @@ def _fits(hint: Any, value: Any) -> bool:
     """Whether a value is of one of several types that an option may have."""
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
     return isinstance(hint, type) and isinstance(value, hint)

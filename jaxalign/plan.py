@@ -36,7 +36,7 @@ class Plan:
     """What one device needs while the step runs, in bytes.
 
     Attributes:
-      algorithm: "sft", "reward", "dpo" or "ppo".
+      algorithm: "sft", "reward", "dpo", "kto" or "ppo".
       devices: how many of which kind.
       mesh: sizes of the mesh axes.
       params: trained parameters.
@@ -82,7 +82,7 @@ def make_plan(algorithm: str, config: Any, devices: str | None = None) -> Plan:
     """Compiles the step of a run and reads the compiler's account of its memory.
 
     Args:
-      algorithm: "sft", "reward", "dpo" or "ppo".
+      algorithm: "sft", "reward", "dpo", "kto" or "ppo".
       config: from `load_config(algorithm, …)`.
       devices: "cpu:8"; a TPU topology such as "v5e:2x4", "v5p:2x2x2", "v6e:4x4"; None: those that
         are present.

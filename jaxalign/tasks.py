@@ -8,6 +8,8 @@ cut into mini-batches in PPO), and what is measured on held-out data.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,17 +20,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.config import (
     DataConfig,
     DPORun,
+    KTORun,
     ModelConfig,
     PPORun,
     RewardRun,
     SFTRun,
 )
-from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches, stop_token_ids
+from jaxalign.data import (
+    Batches,
+    preference_batches,
+    prompt_batches,
+    sft_batches,
+    stop_token_ids,
+    unpaired_batches,
+)
 from jaxalign.export import run_tokenizer, whole_model
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.metrics import add_up, to_floats
@@ -37,6 +47,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, with_scalar_head
 from jaxalign.models.lora import add_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.references import hold_reference, keep_reference, reference_optimizer
 from jaxalign.rewards import model_reward
 from jaxalign.sharding import (
     CompiledStep,
@@ -95,6 +106,7 @@ def make_task(config: Any) -> Task:
         SFTRun: sft_task,
         RewardRun: reward_task,
         DPORun: dpo_task,
+        KTORun: kto_task,
         PPORun: ppo_task,
     }
     return makers[type(config)](config, mesh)
@@ -167,30 +179,62 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
     loaded = _load_policy(config.model, mesh, config.run.seed)
-    if config.reference is None:
-        # Under LoRA the base is the reference; else the start is kept as a copy by `init_state`.
-        plain = dataclasses.replace(loaded.model, lora=None)
-        reference = loaded.frozen if config.model.lora is not None else loaded.params
-    else:
-        plain, reference = _policy(config.reference, config.model, mesh)
-        _check_vocabulary(loaded.tok, plain, config.reference)
-    prepare = dpo.make_prepare(plain)
+    load = functools.partial(_reference, loaded=loaded, config=config.model, mesh=mesh)
     batches, held_out = _data(preference_batches, config, loaded.tok)
     total = _total(config, batches)
-    tx = _optimizer(config.optimizer, total)
+    cache = None
+    if config.reference_cache is not None:
+        every = lambda: itertools.chain(  # noqa: E731
+            itertools.islice(batches, total), held_out or ()
+        )
+        cache = keep_reference(config, loaded, every, load)
+    tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
+    state, step = _start(
+        loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
+    )
+    if cache is not None:
+        prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
+    elif config.dpo.has_reference:
+        state, reference = hold_reference(config, loaded, state, load)
+        add = dpo.make_prepare(reference.model, config.dpo)
+        prepare = lambda state, batch: add(reference.params(state), batch)  # noqa: E731
+    else:
+        prepare = lambda state, batch: batch  # noqa: E731
     return Task(
-        *_start(loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh),
+        state,
+        step,
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop: ([prepare(reference, batch)], {}),
-        evaluate=_evaluate(
-            dpo.make_loss(loaded.model, config.dpo),
-            held_out,
-            mesh,
-            lambda batch: prepare(reference, batch),
-        ),
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=_evaluate(dpo.make_loss(loaded.model, config.dpo), held_out, mesh, prepare),
+        export=_exporter(loaded.model, loaded.tok),
+    )
+
+
+def kto_task(config: KTORun, mesh: Mesh) -> Task:
+    """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
+    loaded = _load_policy(config.model, mesh, config.run.seed)
+    load = functools.partial(_reference, loaded=loaded, config=config.model, mesh=mesh)
+    batches, held_out = _data(unpaired_batches, config, loaded.tok)
+    total = _total(config, batches)
+    tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
+    micro = config.run.micro_batches
+    state, step = _start(
+        loaded, tx, kto.make_step(loaded.model, tx, config.kto, micro_batches=micro), mesh
+    )
+    state, reference = hold_reference(config, loaded, state, load)
+    add = kto.make_prepare(loaded.model, reference.model)
+    prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
+    return Task(
+        state,
+        step,
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=_evaluate(kto.make_loss(loaded.model, config.kto), held_out, mesh, prepare),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -346,6 +390,14 @@ def _policy(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Para
     return model, params
 
 
+def _reference(
+    source: str, *, loaded: Loaded, config: ModelConfig, mesh: Mesh
+) -> tuple[Decoder, Params]:
+    model, params = _policy(source, config, mesh)
+    _check_vocabulary(loaded.tok, model, source)
+    return model, params
+
+
 def _scorer(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Scorer, Params]:
     model, params = load_pretrained(
         source,
@@ -458,7 +510,7 @@ def _evaluate(
     loss: Loss,
     held_out: Batches[Any] | None,
     mesh: Mesh,
-    prepare: Callable[[Any], Any] = lambda batch: batch,
+    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
 ) -> Callable[[TrainState], Floats] | None:
     if held_out is None:
         return None
@@ -466,7 +518,7 @@ def _evaluate(
 
     def run(state: TrainState) -> Floats:
         with jax.set_mesh(mesh):
-            parts = [evaluate(state, shard_batch(prepare(b), mesh)) for b in batches]
+            parts = [evaluate(state, shard_batch(prepare(state, b), mesh)) for b in batches]
             return add_up(parts)
 
     return run

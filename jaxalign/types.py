@@ -144,14 +144,15 @@ class UnpairedBatch(NamedTuple):
       mismatched: the same prompts, each with the answer of another row of the batch: how far the
         policy has moved from the reference is estimated on them.
       ref_logps: float32 `[B]`, summed log-probability of the answer under the reference.
-      ref_mismatched_logps: the same for `mismatched`.
+      kl: float32 `[B]`, how far the policy is from the reference, estimated over the whole batch
+        (the same number in every row); added, like `ref_logps`, by `kto.make_prepare`.
     """
 
     tokens: TokenBatch
     desirable: Array
     mismatched: TokenBatch
     ref_logps: Array | None = None
-    ref_mismatched_logps: Array | None = None
+    kl: Array | None = None
 
 
 class RankedBatch(NamedTuple):

@@ -47,7 +47,11 @@ CONVERSATIONS = [
 ]
 PAIRS = [{"prompt": q, "chosen": "yes" + q[0], "rejected": "no"} for q in QUESTIONS]
 PROMPTS = [{"prompt": q} for q in QUESTIONS]
-ROWS = {"sft": CONVERSATIONS, "reward": PAIRS, "dpo": PAIRS, "ppo": PROMPTS}
+MARKED = [
+    {"prompt": q, "completion": "yes" + q[0] if i % 3 else "no", "label": bool(i % 3)}
+    for i, q in enumerate(QUESTIONS)
+]
+ROWS = {"sft": CONVERSATIONS, "reward": PAIRS, "dpo": PAIRS, "kto": MARKED, "ppo": PROMPTS}
 
 
 def make_tokenizer(chat_template=CHATML):

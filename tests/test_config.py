@@ -10,7 +10,8 @@ import pytest
 
 import jaxalign
 from jaxalign import config as configs
-from jaxalign.algorithms import dpo, ppo, reward, sft
+from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
 from jaxalign.data import Source
 from jaxalign.models.lora import LoraConfig
@@ -56,9 +57,12 @@ def test_each_command_has_its_algorithm():
         "sft": "SFTRun",
         "reward": "RewardRun",
         "dpo": "DPORun",
+        "kto": "KTORun",
         "ppo": "PPORun",
     }
-    with pytest.raises(ValueError, match="algorithm='sfft': wanted one of sft, reward, dpo, ppo"):
+    with pytest.raises(
+        ValueError, match="algorithm='sfft': wanted one of sft, reward, dpo, kto, ppo"
+    ):
         load_config("sfft", LEAST)
 
 
@@ -140,7 +144,19 @@ FULL = {
         "data.scripts=[latin, han]",
     ],
     "reward": ["reward.center_coef=0.01", "data.packing=true", "model.compute_dtype=bfloat16"],
-    "dpo": ["dpo.loss_type=ipo", "dpo.ipo_normalize=false", "reference=other/model"],
+    "dpo": [
+        "dpo.loss_type=[ipo, discopop, sft]",
+        "dpo.loss_weights=[1, 0.5, 2e-1]",
+        "dpo.ipo_normalize=false",
+        "dpo.f_divergence=alpha_divergence",
+        "dpo.f_alpha=0.3",
+        "dpo.discopop_tau=0.1",
+        "dpo.ld_alpha=0.5",
+        "dpo.wpo_weighting=true",
+        "reference=other/model",
+        "reference_sync={every: 8, alpha: 1}",
+    ],
+    "kto": ["kto.undesirable_weight=1.33", "reference_sync={alpha: 0.1}"],
     "ppo": [
         "ppo.stop_tokens=[2, 3]",
         "ppo.kl_target=6",
@@ -295,6 +311,24 @@ OUT_OF_RANGE = {
         "dpo.label_smoothing=0.5",
         "dpo.label_smoothing=-0.1",
         "dpo.ipo_normalize=false",  # an option of `ipo` only
+        "dpo.loss_type=[sigmoid, sigmoid]",
+        "dpo.loss_type=[sigmoid, simpo]",
+        "dpo.loss_weights=[1, 2]",
+        "dpo.loss_weights=[-1]",
+        "dpo.f_divergence=chi",
+        "dpo.f_alpha=0.3",  # of `alpha_divergence` only
+        "dpo.discopop_tau=1",
+        "dpo.simpo_gamma=1",
+        "dpo.ld_alpha=2",
+        "dpo.sft_coef=-1",
+        "reference_sync.every=0",
+        "reference_sync.alpha=0",
+    ),
+    "kto": (
+        "kto.beta=0",
+        "kto.desirable_weight=0",
+        "kto.undesirable_weight=-1",
+        "data.packing=true",
     ),
     "ppo": (
         "ppo.max_new_tokens=0",
@@ -358,6 +392,27 @@ def test_options_that_would_be_ignored_together_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "assignments", "told"),
+    [
+        ("dpo", ("dpo.loss_type=sft", "dpo.ld_alpha=0.5"), "ld_alpha=0.5 has no effect"),
+        ("dpo", ("dpo.loss_type=cpo", "dpo.ld_alpha=0.5"), "ld_alpha=0.5 has no effect"),
+        ("dpo", ("dpo.loss_type=aot", "dpo.wpo_weighting=true"), "wpo_weighting=True with"),
+        ("dpo", ("dpo.loss_type=sft", "dpo.wpo_weighting=true"), "wpo_weighting=True with"),
+        ("dpo", ("dpo.loss_type=[ipo, sft]", "dpo.sft_coef=1"), "say it once"),
+        ("dpo", ("dpo.loss_type=aot", "run.micro_batches=2"), "use micro_batches=1"),
+        ("dpo", ("dpo.loss_type=simpo", "reference=x"), "reference='x': wanted null"),
+        ("dpo", ("dpo.loss_type=orpo", "reference_cache=x"), "reference_cache='x': wanted null"),
+        ("dpo", ("dpo.loss_type=cpo", "reference_sync={}"), "has no reference"),
+        ("dpo", ("reference_cache=x", "reference_sync={}"), "null with reference_sync"),
+        ("dpo", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
+        ("kto", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
+    ],
+)
+def test_preference_options_that_contradict_one_another_are_refused(algorithm, assignments, told):
+    assert told in complaint(algorithm, *assignments)
+
+
+@pytest.mark.parametrize(
     ("assignment", "told"),
     [
         ("data.rows", "wanted key=value"),
@@ -397,20 +452,23 @@ def test_a_missing_file_is_named(tmp_path):
 
 READERS = {
     # Class → the files that read it, and the names under which they hold it.
-    configs.ModelConfig: (("tasks.py",), {"config", "model"}),
+    configs.ModelConfig: (("tasks.py", "export.py"), {"config", "model"}),
     configs.DataConfig: (("tasks.py",), {"data"}),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("tasks.py",), {"mesh"}),
     configs.RunConfig: (("tasks.py", "train.py"), {"run"}),
     configs.SFTRun: (("tasks.py", "train.py"), {"config"}),
     configs.RewardRun: (("tasks.py", "train.py"), {"config"}),
-    configs.DPORun: (("tasks.py", "train.py"), {"config"}),
+    configs.DPORun: (("tasks.py", "train.py", "references.py"), {"config"}),
+    configs.KTORun: (("tasks.py", "train.py", "references.py"), {"config"}),
     configs.PPORun: (("tasks.py", "train.py"), {"config"}),
     OptimizerConfig: (("optim.py",), {"config"}),
-    LoraConfig: (("models/decoder.py", "models/lora.py"), {"lora"}),
+    LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
     reward.Config: (("algorithms/reward.py",), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
+    kto.Config: (("algorithms/kto.py",), {"config"}),
+    ReferenceSync: (("algorithms/reference.py",), {"sync"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
 }
 

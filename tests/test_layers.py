@@ -48,6 +48,8 @@ PARTS = {
     "tensor_table": "hf",
     "abstract": "plan",
     "charts": "report",
+    "reference_cache": "train",
+    "references": "train",
     "export": "train",
     "tasks": "train",
     "pipeline": "cli",
@@ -55,7 +57,7 @@ PARTS = {
     "__main__": "cli",
 }
 
-ALGORITHMS = ("sft", "reward", "dpo", "ppo")
+ALGORITHMS = ("sft", "reward", "dpo", "kto", "ppo")
 
 HEAVY = ("transformers", "datasets", "grain", "orbax", "gguf", "torch", "safetensors")
 
@@ -149,7 +151,7 @@ def test_algorithms_have_the_same_sections_in_the_same_order(name):
 
 
 def test_shared_parts_of_algorithms_know_no_algorithm():
-    for part in ("step", "pairs"):
+    for part in ("step", "pairs", "reference"):
         names = {f"algorithms.{name}" for name in ALGORITHMS}
         assert not imports(PACKAGE / f"algorithms/{part}.py") & names
 

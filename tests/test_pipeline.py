@@ -91,7 +91,11 @@ def test_overrides_reach_one_stage_all_stages_and_the_folder():
         (changed(default={}), (), r"unknown keys \['default'\].*defaults"),
         (changed(defaults=3), (), "defaults=3: wanted a section"),
         (changed(folder=None), (), "folder=None"),
-        (stage(0, algorithm="sfft"), (), "stage 'first': algorithm='sfft'.*sft, reward, dpo, ppo"),
+        (
+            stage(0, algorithm="sfft"),
+            (),
+            "stage 'first': algorithm='sfft'.*sft, reward, dpo, kto, ppo",
+        ),
         (stage(0, model={"source": "${rm}"}), (), r"stage 'first': \$\{rm\} names no earlier"),
         (stage(0, run={"export": False}), (), r"stage 'rm': \$\{first\} names no earlier"),
         (stage(2, data={"rows": 0}), (), r"(?s)stage 'last': .*data\.rows=0"),

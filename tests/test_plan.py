@@ -9,12 +9,16 @@ import subprocess
 import sys
 
 import chatmodel
+import jax
 import pytest
 import yaml
 
 from jaxalign import cli
+from jaxalign.abstract import PARTS
+from jaxalign.algorithms.reference import FollowState
 from jaxalign.config import load_config
 from jaxalign.plan import find_devices, make_plan
+from jaxalign.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -82,6 +86,35 @@ def test_adapters_freeze_the_base_and_are_the_reference(shapes, tmp_path):
     adapters = 4 * (2 * 32 * 2 // 8 + 2 * 2 * 32)
     assert (plan.params, plan.frozen, plan.models) == (adapters, PARAMS // 2, 0)
     assert plan.optimizer == adam(adapters)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "held"),
+    [
+        ((), PARAMS),
+        (("reference_cache=cache",), 0),
+        (("dpo.loss_type=simpo",), 0),
+        (("reference_sync={every: 8}",), 0),
+    ],
+)
+def test_what_a_reference_takes(overrides, held, shapes, tmp_path):
+    """Parts only, nothing compiled: a reference that follows lies in the optimizer's state."""
+    run = config("dpo", shapes, tmp_path, *overrides)
+    parts = PARTS["dpo"](run, make_mesh(1, 8, 1))
+    sizes = [x.size * 4 // 8 for x in jax.tree.leaves(parts.models) if x.ndim > 1]
+    assert bool(sizes) == bool(held)
+    follows = run.reference_sync is not None
+    state = jax.eval_shape(parts.tx.init, parts.params)
+    assert isinstance(state, FollowState) == follows
+    if run.dpo.has_reference:
+        assert parts.batch.ref_chosen_logps.shape == (8,)
+
+
+def test_kto_by_hand(shapes, tmp_path):
+    plan = make_plan("kto", config("kto", shapes, tmp_path), "cpu:8")
+    assert (plan.params, plan.optimizer, plan.models) == (PARAMS, adam(PARAMS), PARAMS)
+    # A row on each device: its answer, that of another row, a mark, log π_ref and the KL.
+    assert plan.batch == 2 * TOKENS + 1 + 4 + 4
 
 
 def test_mesh_and_length_change_the_plan(shapes, tmp_path):

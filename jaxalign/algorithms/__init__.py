@@ -1,1 +1,1 @@
-"""The four algorithms, one file each: Config, make_prepare (DPO, PPO), make_loss, make_step."""
+"""One file an algorithm: Config, make_prepare (DPO, KTO, PPO), make_loss, make_step."""

@@ -4,109 +4,196 @@
 
 averaged over pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7); other
 forms by `loss_type`, see `losses.dpo`. The frozen reference acts in `prepare`: the step itself
-holds one model.
+holds one model. SimPO, ORPO and CPO have no reference, and no `prepare`.
 
-Batch: `PairBatch`, with `ref_*_logps` added by `prepare`.
+Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.algorithms.pairs import interleave, pair_mask, pairs_in_row, separate
+from jaxalign.algorithms.pairs import Answers, Pairs, layout, pair_mask, read_answers
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.losses.dpo import check_options, preference_loss
-from jaxalign.masked import masked_sum, segment_sum, weighted
-from jaxalign.models.base import LanguageModel
-from jaxalign.models.heads import target_logprobs
+from jaxalign.losses.dpo import (
+    WHOLE_BATCH,
+    as_types,
+    as_weights,
+    check_options,
+    needs_reference,
+    preference_loss,
+)
+from jaxalign.losses.sft import nll
+from jaxalign.losses.tokens import check_ld_alpha
+from jaxalign.masked import keep, weighted
+from jaxalign.models.base import LanguageModel, read_counts
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
-from jaxalign.types import Array, PairBatch, Params, TokenBatch, Weighted
+from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
+
+AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of DPO.
+    """Options of DPO. One that has no effect on the chosen `loss_type` is refused.
 
     Attributes:
-      beta: β > 0, strength of the leash to the reference (τ in IPO).
-      loss_type: see `losses.dpo.preference_loss`.
+      beta: β > 0, strength of the leash to the reference (τ in IPO, λ in ORPO).
+      loss_type: see `losses.dpo.preference_loss`; several are added up.
+      loss_weights: the weight of each of several types; None: 1 each.
       label_smoothing: in [0, 0.5): the assumed rate of flipped labels, for the types that use it.
       ipo_normalize: `ipo` only: divide log-ratios by answer length (as TRL).
+      f_divergence: what holds the policy to the reference, see `losses.divergence`.
+      f_alpha: α of `f_divergence="alpha_divergence"`.
+      discopop_tau: `discopop` only: temperature of the switch between its halves.
+      simpo_gamma: `simpo` only: the margin γ ≥ 0.
+      ld_alpha: in [0, 1]: what tokens beyond the shorter answer's length count in log-ratios
+        (LD-DPO, see `losses.tokens`); None: 1.
+      wpo_weighting: multiply a pair's loss by how likely its answers are under the policy (WPO,
+        see `losses.tokens`).
+      sft_coef: weight of the chosen answers' negative log-likelihood a token, added to the loss;
+        None: what the published loss has, 1 for `orpo` and `cpo`, 0 for the others.
     """
 
     beta: float = 0.1
-    loss_type: str = "sigmoid"
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     ipo_normalize: bool = True
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    ld_alpha: float | None = None
+    wpo_weighting: bool = False
+    sft_coef: float | None = None
 
     def __post_init__(self):
+        if not isinstance(self.loss_type, str):
+            object.__setattr__(self, "loss_type", tuple(self.loss_type))
         # The loss itself knows which options go together; let it speak before any data is read.
-        check_options(
-            beta=self.beta,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            ipo_normalize=self.ipo_normalize,
-        )
+        check_options(loss_type=self.loss_type, loss_weights=self.loss_weights, **self._options())
+        compared = set(self.types) - {"sft"}
+        if self.ld_alpha is not None:
+            check_ld_alpha(self.ld_alpha)
+            if not compared or not self.has_reference:
+                raise ValueError(
+                    f"ld_alpha={self.ld_alpha} has no effect on loss_type={self.loss_type!r}, "
+                    "which has no log-ratios; leave it out"
+                )
+        if self.wpo_weighting and (not compared or compared & set(WHOLE_BATCH)):
+            raise ValueError(
+                f"wpo_weighting=True with loss_type={self.loss_type!r}: it weights pairs, and this "
+                "loss has none of its own; leave it out"
+            )
+        if self.sft_coef is not None:
+            if not self.sft_coef >= 0:
+                raise ValueError(f"sft_coef={self.sft_coef}: wanted a number ≥ 0, or None")
+            if "sft" in self.types:
+                raise ValueError(
+                    f"sft_coef={self.sft_coef} beside loss_type={self.loss_type!r}: both are the "
+                    "same term; say it once, in loss_weights or here"
+                )
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """`loss_type` as a tuple."""
+        return as_types(self.loss_type)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference, so that batches need `make_prepare`."""
+        return needs_reference(self.types)
+
+    @property
+    def sft_weight(self) -> float:
+        """The weight of the negative log-likelihood a token in the loss."""
+        if self.sft_coef is not None:
+            return self.sft_coef
+        weights = as_weights(self.types, self.loss_weights)
+        added = dict(zip(self.types, weights, strict=True)).get("sft", 0.0)
+        return added + (1.0 if set(self.types) & {"orpo", "cpo"} else 0.0)
+
+    def _options(self) -> dict:
+        return {
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "ipo_normalize": self.ipo_normalize,
+            "f_divergence": self.f_divergence,
+            "f_alpha": self.f_alpha,
+            "discopop_tau": self.discopop_tau,
+            "simpo_gamma": self.simpo_gamma,
+        }
 
     def loss(
         self,
-        chosen_logps: jax.Array,
-        rejected_logps: jax.Array,
-        ref_chosen_logps: jax.Array,
-        ref_rejected_logps: jax.Array,
-        chosen_lengths: jax.Array,
-        rejected_lengths: jax.Array,
+        answers: Answers,
+        ref_chosen_logps: jax.Array | None,
+        ref_rejected_logps: jax.Array | None,
+        mask: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`losses.dpo.preference_loss` with these options."""
-        return preference_loss(
-            chosen_logps,
-            rejected_logps,
+        """`losses.dpo.preference_loss` with these options, without its `sft` part.
+
+        That part is an average over tokens, not pairs: the step adds it as a term of its own.
+        """
+        weights = zip(self.types, as_weights(self.types, self.loss_weights), strict=True)
+        pairwise = {name: weight for name, weight in weights if name != "sft"}
+        losses, *rewards = preference_loss(
+            answers.chosen,
+            answers.rejected,
             ref_chosen_logps,
             ref_rejected_logps,
-            beta=self.beta,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            ipo_normalize=self.ipo_normalize,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
+            loss_type=tuple(pairwise) or "sigmoid",  # for the rewards
+            loss_weights=tuple(pairwise.values()) or None,
+            chosen_lengths=answers.chosen_lengths,
+            rejected_lengths=answers.rejected_lengths,
+            pair_weights=answers.weights,
+            mask=mask,
+            **self._options(),
         )
+        return losses if pairwise else jnp.zeros_like(losses), rewards[0], rewards[1]
 
 
 def pair_logps(
-    model: LanguageModel, params: Params, batch: PairBatch
+    model: LanguageModel, params: Params, batch: Pairs, *, ld_alpha: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probabilities of both answers, Σ_t m_t · log π(y_t|·): `[B]` or `[B, S]`."""
-    tokens = interleave(batch)
-    hidden = model.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-    logprobs = target_logprobs(model, params, hidden, tokens.targets)
-    return separate(_sum_answers(logprobs, tokens, pairs_in_row(batch)))
+    answers = read_answers(model, params, batch, ld_alpha=ld_alpha)
+    return answers.chosen, answers.rejected
 
 
-def _sum_answers(x: jax.Array, tokens: TokenBatch, count: int | None) -> jax.Array:
-    if count is None:
-        return masked_sum(x, tokens.loss_mask, axis=1)
-    answers = jnp.where(jnp.asarray(tokens.loss_mask), tokens.segment_ids, 0)
-    return segment_sum(x, answers, count)
-
-
-def make_prepare(model: LanguageModel) -> Callable[[Params, PairBatch], PairBatch]:
+def make_prepare(
+    model: LanguageModel, config: Config | None = None
+) -> Callable[[Params, AnyPairs], AnyPairs]:
     """Builds `prepare(ref_params, batch) -> batch` with the reference's log-probabilities added.
 
     The reference may be any parameters of `model`; run it once an epoch, or once and keep the
     result: it never changes.
+
+    Args:
+      model: the reference.
+      config: of the step; its `ld_alpha` holds for the reference too.
+
+    Raises:
+      ValueError: the loss has no reference.
     """
+    config = Config() if config is None else config
+    if not config.has_reference:
+        raise ValueError(f"loss_type={config.loss_type!r} has no reference; nothing to prepare")
+    ld_alpha = config.ld_alpha
 
     @jax.jit
-    def logps(ref_params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
-        return pair_logps(model, ref_params, batch)
+    def logps(ref_params: Params, batch: Pairs) -> tuple[jax.Array, jax.Array]:
+        return pair_logps(model, ref_params, batch, ld_alpha=ld_alpha)
 
-    def prepare(ref_params: Params, batch: PairBatch) -> PairBatch:
+    def prepare(ref_params: Params, batch: AnyPairs) -> AnyPairs:
         mesh = mesh_of(ref_params)
         if mesh is not None:
             batch = shard_batch(batch, mesh)
@@ -118,40 +205,61 @@ def make_prepare(model: LanguageModel) -> Callable[[Params, PairBatch], PairBatc
 
 
 def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The DPO loss, one term `preference` weighted by pairs."""
+    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms."""
     config = Config() if config is None else config
+    sft_weight = config.sft_weight
 
-    def count(batch: PairBatch) -> dict[str, Array]:
-        return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
+    def count(batch: Pairs) -> dict[str, Array]:
+        mask = pair_mask(batch)
+        counts: dict[str, Array] = {"preference": jnp.sum(mask, dtype=jnp.float32)}
+        if sft_weight:
+            counts["sft"] = jnp.sum(keep(layout(batch).lengths()[0], mask))
+        return counts | read_counts(model, layout(batch).tokens)
 
-    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
+    def reference(batch: Pairs, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        if not config.has_reference:
+            return None, None
         if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
             raise ValueError(
                 "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "
                 "add them with dpo.make_prepare(model)(ref_params, batch)"
             )
-        chosen, rejected = pair_logps(model, params, batch)
-        ones = jnp.ones_like(batch.chosen.inputs, jnp.float32)
-        both = pairs_in_row(batch)
-        losses, chosen_rewards, rejected_rewards = config.loss(
-            chosen,
-            rejected,
-            jnp.asarray(batch.ref_chosen_logps),
-            jnp.asarray(batch.ref_rejected_logps),
-            _sum_answers(ones, batch.chosen, both),
-            _sum_answers(ones, batch.rejected, both),
-        )
+        return keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)
+
+    def terms(params: Params, batch: Pairs) -> tuple[dict[str, Array], dict[str, Weighted]]:
         mask = pair_mask(batch)
+        ref_chosen, ref_rejected = reference(batch, mask)
+        answers = read_answers(
+            model,
+            params,
+            batch,
+            ld_alpha=config.ld_alpha,
+            wpo_weighting=config.wpo_weighting,
+        )
+        losses, chosen_rewards, rejected_rewards = config.loss(
+            answers, ref_chosen, ref_rejected, mask
+        )
         values = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
             "rewards/margins": chosen_rewards - rejected_rewards,
             "rewards/accuracies": (chosen_rewards > rejected_rewards).astype(jnp.float32),
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
+            "logps/chosen": answers.chosen,
+            "logps/rejected": answers.rejected,
         }
+        if answers.weights is not None:
+            values["weights"] = answers.weights
         metrics = {k: weighted(jax.lax.stop_gradient(v), mask) for k, v in values.items()}
-        return {"preference": weighted(losses, mask).total}, metrics
+        sums: dict[str, Array] = {"preference": weighted(losses, mask).total}
+        if sft_weight:
+            tokens = weighted(answers.chosen_lengths, mask).total
+            total = weighted(nll(answers.plain_chosen), mask).total
+            sums["sft"] = sft_weight * total
+            metrics["nll"] = Weighted(jax.lax.stop_gradient(total), tokens)
+        for name, term in answers.extra.items():
+            sums[name] = term.total
+            metrics[name] = jax.lax.stop_gradient(term)
+        return sums, metrics
 
     return Loss(count, terms)
 
@@ -163,5 +271,21 @@ def make_step(
     *,
     micro_batches: int = 1,
 ) -> Step:
-    """`step(state, batch: PairBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
+    """`step(state, batch) -> (state, metrics)`; see `algorithms.step.make_step`.
+
+    Raises:
+      ValueError: several micro-batches with a loss that sorts the whole batch (`aot`).
+    """
+    config = Config() if config is None else config
+    check_micro_batches(config, micro_batches)
     return _make_step(make_loss(model, config), tx, micro_batches)
+
+
+def check_micro_batches(config: Config, micro_batches: int) -> None:
+    """Refuses to cut a batch whose loss sorts all of its pairs: the result would depend on it."""
+    if micro_batches > 1 and set(config.types) & set(WHOLE_BATCH):
+        raise ValueError(
+            f"micro_batches={micro_batches} with loss_type={config.loss_type!r}: it compares all "
+            "pairs of a batch with one another; use micro_batches=1 (and more devices, or fewer "
+            "rows)"
+        )

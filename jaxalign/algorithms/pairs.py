@@ -1,11 +1,20 @@
-"""How the reward model and DPO read a `PairBatch`: both sides of a pair in one forward pass."""
+"""How the reward model and DPO read a pair batch: both sides of a pair in one forward pass."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.types import PairBatch, TokenBatch
+from jaxalign.losses.tokens import length_desensitised, wpo_weight
+from jaxalign.masked import segment_sum
+from jaxalign.models.base import LanguageModel, read
+from jaxalign.models.heads import target_logprobs
+from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch, Weighted
+
+Pairs = PairBatch | SharedPairBatch
 
 
 def interleave(batch: PairBatch) -> TokenBatch:
@@ -27,13 +36,156 @@ def separate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def pairs_in_row(batch: PairBatch) -> int | None:
+def pairs_in_row(batch: Pairs) -> int | None:
     """S, the largest number of pairs in a packed row; None where every row is one pair."""
     return None if batch.mask is None else batch.mask.shape[1]
 
 
-def pair_mask(batch: PairBatch) -> jax.Array:
+def pair_mask(batch: Pairs) -> jax.Array:
     """Which pairs count: `[B]`, or `[B, S]` packed. Rows that only fill up a batch do not."""
     if batch.mask is not None:
         return jnp.asarray(batch.mask)
+    if isinstance(batch, SharedPairBatch):
+        raise ValueError("SharedPairBatch.mask is None: wanted bool [B, S], which pairs exist")
     return jnp.any(batch.chosen.loss_mask, axis=1) & jnp.any(batch.rejected.loss_mask, axis=1)
+
+
+class Layout(NamedTuple):
+    """Rows to be read, and where in them the two sides of each pair stand.
+
+    Attributes:
+      tokens: `[R, T]`.
+      sides: int32 `[R, T]`, which side of which pair of its row a token belongs to: 0 for none (and
+        for a shared prompt), 1 … `count`.
+      count: how many sides a row has at most.
+      split: `[R, count]` → (chosen, rejected), each of the batch's pairs: `[B]` or `[B, S]`.
+      join: the way back.
+    """
+
+    tokens: TokenBatch
+    sides: jax.Array
+    count: int
+    split: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    join: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @property
+    def answers(self) -> jax.Array:
+        """`sides` on the answers, 0 elsewhere."""
+        return jnp.where(jnp.asarray(self.tokens.loss_mask), self.sides, 0)
+
+    def sum_answers(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Σ_t x over each answer, for `x` `[R, T]`: (chosen, rejected)."""
+        return self.split(segment_sum(x, self.answers, self.count))
+
+    def lengths(self) -> tuple[jax.Array, jax.Array]:
+        """Tokens of each answer, float32: (chosen, rejected)."""
+        return self.sum_answers(jnp.ones(self.answers.shape))
+
+
+def layout(batch: Pairs) -> Layout:
+    """How to read a pair batch, whatever its form."""
+    if isinstance(batch, SharedPairBatch):
+        pairs, tokens = pair_mask(batch).shape[1], batch.tokens
+        if tokens.branch_ids is None:
+            raise ValueError("SharedPairBatch.tokens has no branch_ids; wanted 0, 1, 2 by token")
+        branch, segment = jnp.asarray(tokens.branch_ids), jnp.asarray(tokens.segment_ids)
+        # Row by row: chosen and rejected of pair 1, of pair 2, …
+        sides = jnp.where((branch > 0) & (segment > 0), 2 * (segment - 1) + branch, 0)
+
+        def split_branches(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            both = x.reshape(x.shape[0], pairs, 2)
+            return both[..., 0], both[..., 1]
+
+        def join_branches(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+            return jnp.stack([chosen, rejected], axis=2).reshape(chosen.shape[0], -1)
+
+        return Layout(tokens, sides, 2 * pairs, split_branches, join_branches)
+
+    tokens, pairs = interleave(batch), pairs_in_row(batch)
+    segment = jnp.asarray(tokens.segment_ids)
+
+    def join_rows(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+        return jnp.stack([chosen, rejected], axis=1).reshape(-1, 1 if pairs is None else pairs)
+
+    if pairs is not None:
+        return Layout(tokens, segment, pairs, separate, join_rows)
+
+    def split_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return separate(x[:, 0])
+
+    return Layout(tokens, (segment > 0).astype(jnp.int32), 1, split_rows, join_rows)
+
+
+class Answers(NamedTuple):
+    """Both answers of each pair as a model sees them; every array is `[B]` or `[B, S]`.
+
+    Attributes:
+      chosen: Σ_t log π of the chosen answer in nats, its tail counted `ld_alpha` times.
+      rejected: the same of the rejected one.
+      plain_chosen: Σ_t log π of the chosen answer.
+      chosen_lengths: its tokens, float32.
+      rejected_lengths: the same of the rejected one.
+      weights: the WPO weight of the pair, or None.
+      extra: loss terms of the model itself, see `models.base.read`.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+    plain_chosen: jax.Array
+    chosen_lengths: jax.Array
+    rejected_lengths: jax.Array
+    weights: jax.Array | None
+    extra: dict[str, Weighted]
+
+
+def read_answers(
+    model: LanguageModel,
+    params: Params,
+    batch: Pairs,
+    *,
+    ld_alpha: float | None = None,
+    wpo_weighting: bool = False,
+) -> Answers:
+    """Runs the model over a pair batch and adds up what it says of each answer.
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      batch: pairs, side by side or with shared prompts.
+      ld_alpha: see `losses.tokens.length_desensitised`; None: all tokens alike.
+      wpo_weighting: compute `weights`.
+    """
+    where = layout(batch)
+    tokens = where.tokens
+    hidden, extra = read(model, params, tokens)
+    logprobs = target_logprobs(model, params, hidden, tokens.targets)
+    plain = where.sum_answers(logprobs)
+    lengths = where.lengths()
+    logps = plain
+    if ld_alpha is not None:
+        ranks, shared = _ranks(where), jnp.minimum(*lengths)
+        shared = _of_each_token(where.join(shared, shared), where.answers)
+        logps = where.sum_answers(length_desensitised(logprobs, ranks, shared, ld_alpha))
+    weights = None
+    if wpo_weighting:
+        # log Σ_v p(v)² = 2 log p(y) − log q(y), where q has the logits doubled: no other pass over
+        # the vocabulary is needed than that which gives log-probabilities.
+        fixed = jax.lax.stop_gradient(hidden)
+        doubled = target_logprobs(model, params, fixed, tokens.targets, 0.5)
+        squares = where.sum_answers(jax.lax.stop_gradient(2 * logprobs - doubled))
+        chosen, rejected = map(wpo_weight, plain, squares, lengths)
+        weights = chosen * rejected
+    return Answers(*logps, plain[0], *lengths, weights, extra)
+
+
+def _ranks(where: Layout) -> jax.Array:
+    """Which token of its answer each one is, from 1; anything outside the answers."""
+    ids = jnp.arange(1, where.count + 1, dtype=jnp.int32)
+    member = where.answers[:, :, None] == ids[None, None, :]
+    return jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=2)
+
+
+def _of_each_token(x: jax.Array, answers: Array) -> jax.Array:
+    """`[R, count]` → `[R, T]`: the entry of the token's answer, 0 outside the answers."""
+    padded = jnp.pad(x, ((0, 0), (1, 0)))
+    return jnp.take_along_axis(padded, answers, axis=1, mode="clip")

@@ -5,6 +5,28 @@ float type are computed in float32. A loss has no mask: clear the slots that do 
 `jaxalign.masked.keep` before the call, so that no NaN in them reaches a gradient.
 """
 
-from jaxalign.losses import dpo, ppo, reward, router, sft
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    forms,
+    kto,
+    ppo,
+    reference_free,
+    reward,
+    router,
+    sft,
+    tokens,
+)
 
-__all__ = ["dpo", "ppo", "reward", "router", "sft"]
+__all__ = [
+    "divergence",
+    "dpo",
+    "forms",
+    "kto",
+    "ppo",
+    "reference_free",
+    "reward",
+    "router",
+    "sft",
+    "tokens",
+]

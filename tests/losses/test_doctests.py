@@ -5,13 +5,32 @@ import doctest
 import pytest
 
 from jaxalign import masked
-from jaxalign.losses import dpo, ppo, reward, router, sft
-
-
-@pytest.mark.parametrize(
-    "module", [masked, sft, reward, dpo, ppo, router], ids=lambda m: m.__name__
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    forms,
+    kto,
+    ppo,
+    reference_free,
+    reward,
+    router,
+    sft,
+    tokens,
 )
+
+MODULES = [masked, sft, reward, dpo, forms, divergence, tokens, reference_free, kto, ppo, router]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_every_preference_form_has_an_example():
+    names = [name for name, value in vars(forms).items() if value.__class__.__name__ == "function"]
+    assert len(names) > 10
+    assert all(
+        ">>>" in (vars(forms)[name].__doc__ or "") for name in names if name != "log_sigmoid"
+    )

@@ -1,13 +1,11 @@
 """Preference losses: TRL's numbers, numpy, the value at policy = reference, extremes, errors."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses.dpo import LOSS_TYPES, check_options, preference_loss
+from jaxalign.losses.dpo import LOSS_TYPES, REFERENCE_FREE, check_options, preference_loss
 
 # TRL 1.16 on six pairs (oracle/dpo_losses): summed log-probabilities, lengths, losses of the pairs.
 PAIRS = tuple(
@@ -80,7 +78,12 @@ def test_golden(loss_type, beta, eps, want):
 
 
 def test_every_type_has_a_golden_number():
-    assert {loss_type for loss_type, *_ in GOLDEN} == set(LOSS_TYPES)
+    # Those that look at a whole batch are in test_trl_preference.py, the rest in test_relatives.py.
+    others = {"aot", "aot_unpaired", "sft", *REFERENCE_FREE}
+    assert {loss_type for loss_type, *_ in GOLDEN} == set(LOSS_TYPES) - others
+
+
+PAIRWISE = [loss_type for loss_type, *_ in dict.fromkeys((g[0],) for g in GOLDEN)]
 
 
 def reference(loss_type, s_c, s_r, n_c, n_r, b, e):
@@ -112,7 +115,7 @@ def reference(loss_type, s_c, s_r, n_c, n_r, b, e):
     }[loss_type]()
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", PAIRWISE)
 def test_numpy_loop_on_packed_pairs(loss_type):
     rng = np.random.default_rng(2)
     c, r, ref_c, ref_r = rng.normal(size=(4, 3, 5)) * 4 - 20
@@ -143,10 +146,14 @@ AT_REFERENCE = {  # beta = 0.1, by hand: σ(0) = 1/2
     "sppo_hard": 50.0,
     "apo_zero": 1.0,
     "apo_down": 1.0,
+    "aot": LOG2,
+    "aot_unpaired": LOG2,
+    # The same at every pair: the chosen answers' 81.1897673 nats over their 43 tokens.
+    "sft": 81.1897673 / 43,
 }
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", AT_REFERENCE)
 def test_at_policy_equal_reference(loss_type):
     eps = 0.2 if loss_type in ("sigmoid", "robust", "exo_pair") else 0.0
     losses, chosen, rejected = preference_loss(
@@ -174,8 +181,20 @@ def test_ipo_summed_is_the_published_form():
     assert not np.allclose(got, preference_loss(*PAIRS, loss_type="ipo", **LENGTHS)[0], rtol=0.01)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_finite_at_extremes(loss_type):
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+EXTREMES = [(loss_type, "reverse_kl", 0.5) for loss_type in LOSS_TYPES] + [
+    (loss_type, *f)
+    for loss_type in DIVERGENT
+    for f in (
+        ("forward_kl", 0.5),
+        ("js_divergence", 0.5),
+        *(("alpha_divergence", alpha) for alpha in (0.5, 0.999, 2.0)),
+    )
+]
+
+
+@pytest.mark.parametrize(("loss_type", "f_divergence", "f_alpha"), EXTREMES)
+def test_finite_at_extremes(loss_type, f_divergence, f_alpha):
     chosen, rejected = jnp.meshgrid(*[jnp.array([1e4, 0.0, -1e4])] * 2)  # all nine combinations
     none, ones = jnp.zeros((3, 3)), jnp.ones((3, 3))
 
@@ -183,6 +202,7 @@ def test_finite_at_extremes(loss_type):
         losses, *_ = preference_loss(
             chosen, rejected, none, none, loss_type=loss_type, beta=1.0,
             label_smoothing=smoothing(loss_type), chosen_lengths=ones, rejected_lengths=ones,
+            f_divergence=f_divergence, f_alpha=f_alpha,
         )  # fmt: skip
         return losses.sum(), losses
 
@@ -206,7 +226,21 @@ def test_an_empty_slot_is_finite(loss_type):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"loss_type": "simpo"}, "loss_type='simpo': wanted one of sigmoid, hinge, ipo"),
+        ({"loss_type": "dpo"}, "loss_type='dpo': wanted one of sigmoid, hinge, ipo"),
+        ({"loss_type": ()}, "wanted one of sigmoid"),
+        ({"loss_type": ("sigmoid", "sigmoid")}, "each type once"),
+        ({"loss_type": ("sigmoid", "orpo")}, "each goes alone or with sft"),
+        ({"loss_weights": (1.0, 2.0)}, "one number for each loss_type"),
+        ({"loss_weights": (0.0,)}, "wanted numbers > 0"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect on loss_type='sigmoid'"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau=0.0"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect"),
+        ({"loss_type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma=-1.0: wanted"),
+        ({"f_divergence": "kl"}, "f_divergence='kl': wanted one of reverse_kl"),
+        ({"f_alpha": 0.3}, "f_alpha=0.3 has no effect on f_divergence='reverse_kl'"),
+        ({"loss_type": "nca_pair", "f_divergence": "forward_kl"}, "of a difference"),
+        ({"loss_type": "sft", "f_divergence": "forward_kl"}, "of a difference"),
+        ({"loss_type": ("ipo", "aot"), "f_divergence": "js_divergence"}, "of a difference"),
         ({"beta": 0.0}, "beta=0.0"),
         ({"beta": float("nan")}, "beta=nan"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
@@ -238,38 +272,3 @@ def test_shapes_must_agree():
         preference_loss(
             *PAIRS, loss_type="ipo", chosen_lengths=np.ones(1), rejected_lengths=np.ones(6)
         )
-
-
-def test_trl_every_plain_case(shared):
-    folder = shared / "oracle"
-    z = np.load(folder / "dpo_losses.npz")
-    mask = z["completion_mask"][:, 1:]
-    seen = set()
-    for case in json.loads((folder / "dpo_losses.json").read_text()):
-        (loss_type, *more), n = case["loss_type"], case["case"]
-        plain = case["f"] == "reverse_kl" and case["ld_alpha"] is None and not case["use_weighting"]
-        cdpo = loss_type == "sigmoid" and case["label_smoothing"] > 0  # TRL ignores it there
-        if more or loss_type not in LOSS_TYPES or not plain or cdpo:
-            continue
-
-        def loss(token_logps, case=case, loss_type=loss_type):
-            logps = jnp.where(mask > 0, token_logps, 0).sum(1)
-            losses, chosen, rejected = preference_loss(
-                logps[:6], logps[6:], z["ref_chosen_logps"], z["ref_rejected_logps"],
-                beta=case["beta"], loss_type=loss_type, label_smoothing=case["label_smoothing"],
-                chosen_lengths=mask[:6].sum(1), rejected_lengths=mask[6:].sum(1),
-            )  # fmt: skip
-            return losses.mean(), (chosen, rejected)
-
-        (value, (chosen, rejected)), grad = jax.value_and_grad(loss, has_aux=True)(
-            jnp.asarray(z["policy_token_logps"])
-        )
-        # the file's gradient is that of the log-probabilities *after* their masking
-        want_grad = np.where(mask > 0, z[f"{n}/grad_token_logps"], 0)
-        scale = np.abs(want_grad).max()
-        np.testing.assert_allclose(value, z[f"{n}/loss"], rtol=1e-5, err_msg=str(case))
-        np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-6 * scale, err_msg=str(case))
-        np.testing.assert_allclose(chosen, z[f"{n}/chosen_rewards"], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(rejected, z[f"{n}/rejected_rewards"], rtol=1e-5, atol=1e-6)
-        seen.add(loss_type)
-    assert seen == set(LOSS_TYPES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses import dpo, ppo, reward, sft
+from jaxalign.losses import divergence, dpo, kto, ppo, reference_free, reward, sft, tokens
 
 B, T = 4, 6
 RNG = np.random.default_rng(7)
@@ -43,6 +43,20 @@ CASES = {
         partial(ppo.adaptive_kl_coef, target=6.0, horizon=100.0, batch_size=8),
         [np.array(0.1), np.array(6.5)],
     ),
+    "divergence_score": (
+        partial(divergence.divergence_score, f_divergence="alpha_divergence", f_alpha=0.3),
+        per_token(1),
+    ),
+    "length_desensitised": (
+        lambda x: tokens.length_desensitised(x, np.arange(6), np.full(6, 3), 0.5),
+        [RNG.normal(size=T)],
+    ),
+    "wpo_weight": (lambda x, y: tokens.wpo_weight(x, y, np.arange(B)), per_row(2)),
+    "kto_loss": (lambda x, y: kto.kto_loss(x, y, MASK[:, 0], np.ones(B)), per_row(2)),
+    "kl_estimate": (lambda x, y: kto.kl_estimate(x, y, MASK[:, 0]), per_row(2)),
+    "simpo": (partial(reference_free.simpo, **LENGTHS), per_row(2)),
+    "orpo": (lambda x, y: reference_free.orpo(-abs(x), -abs(y), **LENGTHS), per_row(2)),
+    "cpo": (reference_free.cpo, per_row(2)),
 } | {
     loss_type: (
         partial(
@@ -72,11 +86,11 @@ def test_compiles_and_computes_in_float32(name):
 def test_every_public_loss_is_covered():
     public = {
         name
-        for module in (sft, reward, dpo, ppo)
+        for module in (sft, reward, dpo, divergence, tokens, reference_free, kto, ppo)
         for name, value in vars(module).items()
         if callable(value)
         and getattr(value, "__module__", "") == module.__name__
-        and not name.startswith(("_", "check_"))
+        and not name.startswith(("_", "check_", "as_", "needs_"))
     }
     assert public - {"preference_loss"} <= set(CASES)
     assert "preference_loss" in public

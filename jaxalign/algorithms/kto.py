@@ -1,0 +1,157 @@
+"""Kahneman-Tversky optimisation: single answers, each marked as desirable or not; no pairs.
+
+    L = mean of λ_D (1 − σ(β(s − z)))  over desirable answers,  λ_U (1 − σ(β(z − s)))  over the rest
+
+with s = log π(y|x)/π_ref(y|x) and z an estimate of how far the policy is from the reference
+(Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 7). z belongs to the whole batch
+and has no gradient: `prepare` computes it with the policy of the moment, beside the frozen
+reference's log-probabilities.
+
+Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.step import make_step as _make_step
+from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
+from jaxalign.masked import as_bool, keep, masked_sum, weighted
+from jaxalign.models.base import LanguageModel, combine, read, read_counts
+from jaxalign.models.heads import target_logprobs
+from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of KTO.
+
+    Attributes:
+      beta: β > 0, strength of the leash to the reference.
+      desirable_weight: λ_D > 0.
+      undesirable_weight: λ_U > 0. The paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3, n how many
+        answers of each kind the data has.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self):
+        check_options(
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
+
+def answer_logps(
+    model: LanguageModel, params: Params, tokens: TokenBatch
+) -> tuple[jax.Array, dict[str, Weighted]]:
+    """Summed log-probability of each row's answer, float32 `[B]`, and the model's own terms."""
+    hidden, extra = read(model, params, tokens)
+    logprobs = target_logprobs(model, params, hidden, tokens.targets)
+    return masked_sum(logprobs, tokens.loss_mask, axis=1), extra
+
+
+def make_prepare(
+    model: LanguageModel, reference: LanguageModel | None = None
+) -> Callable[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
+    """Builds `prepare(state, ref_params, batch) -> batch` with `ref_logps` and `kl` added.
+
+    The estimate is over the whole batch, however the step may cut it; the policy is read once more
+    for it, without a gradient. Run it for every batch: the policy moves.
+
+    Args:
+      model: the policy.
+      reference: the model of `ref_params`; None: the same.
+    """
+    other = model if reference is None else reference
+
+    @jax.jit
+    def compare(
+        policy: Params, ref_params: Params, batch: UnpairedBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        exists = jnp.any(as_bool(batch.mismatched.loss_mask), axis=1)
+        kl = kl_estimate(
+            answer_logps(model, policy, batch.mismatched)[0],
+            answer_logps(other, ref_params, batch.mismatched)[0],
+            exists,
+        )
+        return answer_logps(other, ref_params, batch.tokens)[0], jnp.full(exists.shape, kl)
+
+    def prepare(state: TrainState, ref_params: Params, batch: UnpairedBatch) -> UnpairedBatch:
+        mesh = mesh_of(ref_params)
+        if mesh is not None:
+            batch = shard_batch(batch, mesh)
+        with on_mesh(mesh):
+            logps, kl = compare(combine(state.params, state.frozen), ref_params, batch)
+        return batch._replace(ref_logps=logps, kl=kl)
+
+    return prepare
+
+
+def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
+    """The KTO loss: `kto` weighted by answers, and the model's own terms."""
+    config = Config() if config is None else config
+
+    def exists(batch: UnpairedBatch) -> jax.Array:
+        return jnp.any(as_bool(batch.tokens.loss_mask), axis=1)
+
+    def count(batch: UnpairedBatch) -> dict[str, Array]:
+        answers = jnp.sum(exists(batch), dtype=jnp.float32)
+        return {"kto": answers, **read_counts(model, batch.tokens)}
+
+    def terms(params: Params, batch: UnpairedBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
+        if batch.ref_logps is None or batch.kl is None:
+            raise ValueError(
+                "the KTO batch has no ref_logps / kl; add them with "
+                "kto.make_prepare(model)(state, ref_params, batch)"
+            )
+        mask = exists(batch)
+        logps, extra = answer_logps(model, params, batch.tokens)
+        kl = keep(batch.kl, mask)
+        losses, rewards = kto_loss(
+            logps,
+            keep(batch.ref_logps, mask),
+            batch.desirable,
+            kl,
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+        logps, rewards = jax.lax.stop_gradient((logps, rewards))
+        good = mask & as_bool(batch.desirable)
+        bad = mask & ~as_bool(batch.desirable)
+        metrics = {
+            "rewards/chosen": weighted(rewards, good),
+            "rewards/rejected": weighted(rewards, bad),
+            "logps/chosen": weighted(logps, good),
+            "logps/rejected": weighted(logps, bad),
+            "kl": weighted(kl, mask),
+        }
+        sums: dict[str, Array] = {"kto": weighted(losses, mask).total}
+        for name, term in extra.items():
+            sums[name] = term.total
+            metrics[name] = jax.lax.stop_gradient(term)
+        return sums, metrics
+
+    return Loss(count, terms)
+
+
+def make_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    config: Config | None = None,
+    *,
+    micro_batches: int = 1,
+) -> Step:
+    """`step(state, batch: UnpairedBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
+    return _make_step(make_loss(model, config), tx, micro_batches)

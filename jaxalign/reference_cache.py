@@ -1,0 +1,205 @@
+"""Log-probabilities of a frozen reference, computed once for all data and kept in a folder.
+
+A pair is found again by a hash of its token ids and masks, so that neither the order, nor packing,
+nor the number of epochs matters. What else decides the numbers is in the fingerprint, and a cache
+made under another fingerprint is refused: it says what differs.
+
+    folder/fingerprint.json    what the numbers belong to
+    folder/logps.npz           keys uint8 [N, 16], chosen float32 [N], rejected float32 [N]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxalign.source import locate
+from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
+
+AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
+
+_WEIGHTS = ("*.safetensors", "*.gguf", "params/**/*")
+REMEDY = "give another folder in reference_cache, or delete this one to have it made anew"
+"""What to do about a cache that does not fit."""
+
+
+class ReferenceCache:
+    """The log-probabilities of a reference for known pairs.
+
+    Args:
+      logps: key of a pair → (chosen, rejected), in nats.
+    """
+
+    def __init__(self, logps: dict[bytes, tuple[float, float]] | None = None):
+        self.logps = {} if logps is None else logps
+
+    def __len__(self) -> int:
+        return len(self.logps)
+
+    def add(self, batches: Iterable[AnyPairs], prepare: Callable[[AnyPairs], AnyPairs]) -> None:
+        """Runs the reference over all pairs that are not known yet.
+
+        Args:
+          batches: on the host.
+          prepare: adds the reference's log-probabilities to a batch.
+        """
+        for batch in batches:
+            keys = pair_keys(batch)
+            if all(key is None or key in self.logps for key in keys.flat):
+                continue
+            done = prepare(batch)
+            chosen = np.asarray(done.ref_chosen_logps, np.float32)
+            rejected = np.asarray(done.ref_rejected_logps, np.float32)
+            for at, key in np.ndenumerate(keys):
+                if key is not None:
+                    self.logps[key] = float(chosen[at]), float(rejected[at])
+
+    def fill(self, batch: AnyPairs) -> AnyPairs:
+        """The batch with `ref_chosen_logps` and `ref_rejected_logps`; 0 where there is no pair.
+
+        Raises:
+          ValueError: a pair that the cache does not know.
+        """
+        keys = pair_keys(batch)
+        both = np.zeros((2, *keys.shape), np.float32)
+        for at, key in np.ndenumerate(keys):
+            if key is not None:
+                if key not in self.logps:
+                    raise ValueError(
+                        f"the data holds a pair that is not among the {len(self)} of the reference "
+                        f"cache; {REMEDY}"
+                    )
+                both[(slice(None), *at)] = self.logps[key]
+        return batch._replace(ref_chosen_logps=both[0], ref_rejected_logps=both[1])
+
+    def missing(self, batches: Iterable[AnyPairs]) -> int:
+        """How many different pairs of the batches the cache does not know."""
+        keys = {key for batch in batches for key in pair_keys(batch).flat}
+        return len(keys - {None} - self.logps.keys())
+
+    def save(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
+        """Writes the cache; the fingerprint last, so that a broken write is no cache."""
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer(b"".join(self.logps), np.uint8).reshape(-1, 16)
+        values = np.array(list(self.logps.values()), np.float32).reshape(-1, 2)
+        arrays = {"keys": keys, "chosen": values[:, 0], "rejected": values[:, 1]}
+        with (path / "logps.npz.part").open("wb") as file:
+            np.savez(file, **arrays)  # pyrefly: ignore[bad-argument-type]
+        (path / "logps.npz.part").replace(path / "logps.npz")
+        text = json.dumps(fingerprint, indent=2, ensure_ascii=False) + "\n"
+        (path / "fingerprint.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], fingerprint: dict[str, Any]
+    ) -> ReferenceCache | None:
+        """Reads a cache; None if there is none in the folder.
+
+        Raises:
+          ValueError: the cache belongs to something else; which parts of the fingerprint differ.
+        """
+        path = pathlib.Path(folder)
+        if not (path / "fingerprint.json").is_file():
+            return None
+        try:
+            there = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))
+            with np.load(path / "logps.npz") as file:
+                keys, chosen, rejected = (file[name] for name in ("keys", "chosen", "rejected"))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"reference cache {path}: unreadable ({error}); {REMEDY}") from error
+        wrong = [
+            f"{name} (cache {there.get(name)!r}, run {fingerprint.get(name)!r})"
+            for name in sorted(there.keys() | fingerprint.keys())
+            if there.get(name) != fingerprint.get(name)
+        ]
+        if wrong:
+            raise ValueError(
+                f"reference cache {path} belongs to something else: other {'; '.join(wrong)}; "
+                f"{REMEDY}"
+            )
+        pairs = zip(keys, chosen, rejected, strict=True)
+        return cls({key.tobytes(): (float(c), float(r)) for key, c, r in pairs})
+
+
+def pair_keys(batch: PairBatch | SharedPairBatch) -> np.ndarray:
+    """A 16-byte key of each pair, as objects `[B]` or `[B, S]`; None where there is no pair.
+
+    It depends on the token ids and on which of them are trained, not on where they stand.
+    """
+    if isinstance(batch, SharedPairBatch):
+        sides = [batch.tokens, batch.tokens]
+        branches = [1, 2]
+    else:
+        sides, branches = [batch.chosen, batch.rejected], [0, 0]
+    hosts = [_on_host(side) for side in sides]
+    if batch.mask is None:
+        chosen, rejected = (np.any(side.loss_mask, axis=1) for side in hosts)
+        exists = chosen & rejected
+    else:
+        exists = np.asarray(batch.mask)
+    keys = np.full(exists.shape, None, object)
+    for at in np.argwhere(exists):
+        row, segment = int(at[0]), int(at[1]) + 1 if len(at) == 2 else None
+        digest = hashlib.blake2b(digest_size=16)
+        for side, branch in zip(hosts, branches, strict=True):
+            digest.update(_document(side, row, segment, branch))
+        keys[tuple(at)] = digest.digest()
+    return keys
+
+
+def _on_host(tokens: TokenBatch) -> TokenBatch:
+    return jax.tree.map(np.asarray, tokens)
+
+
+def _document(side: TokenBatch, row: int, segment: int | None, branch: int) -> bytes:
+    """The ids of one document up to its last trained token, and which are trained."""
+    ids = side.segment_ids[row]
+    here = ids > 0 if segment is None else ids == segment
+    if branch:
+        branches = np.asarray(side.branch_ids)[row]
+        here = here & ((branches == 0) | (branches == branch))
+    trained = side.loss_mask[row][here]
+    end = int(np.flatnonzero(trained)[-1]) + 1
+    tokens = np.append(side.inputs[row][here][:end], side.targets[row][here][end - 1])
+    return (
+        len(tokens).to_bytes(8, "little")
+        + tokens.astype("<i4").tobytes()
+        + (trained[:end].astype(np.uint8).tobytes())
+    )
+
+
+def weights_digest(source: str) -> str:
+    """SHA-256 of a model's files: weights and shape, byte for byte, without loading them."""
+    path = locate(source, (*_WEIGHTS, "config.json"))
+    if path.is_file():
+        named = {"": path}
+    else:
+        files = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
+        if not files:
+            raise ValueError(f"{path}: no weights; wanted one of {', '.join(_WEIGHTS)}")
+        named = {file.relative_to(path).as_posix(): file for file in files}
+        named["config.json"] = path / "config.json"
+    digest = hashlib.sha256()
+    for name in sorted(named):
+        digest.update(name.encode())
+        with named[name].open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tok: Any) -> str:
+    """SHA-256 of a fast tokenizer's whole definition."""
+    return hashlib.sha256(tok.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""The reference of a preference run: held beside the policy, following it, or asked beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxalign.algorithms import dpo
+from jaxalign.algorithms.reference import ReferenceSync, follow, reference_of, start_reference
+from jaxalign.config import DPORun, KTORun
+from jaxalign.data import resolve_chat_template
+from jaxalign.models.base import combine
+from jaxalign.models.decoder import Decoder
+from jaxalign.reference_cache import (
+    REMEDY,
+    ReferenceCache,
+    text_digest,
+    tokenizer_digest,
+    weights_digest,
+)
+from jaxalign.types import Params, TrainState
+
+Load = Callable[[str], tuple[Decoder, Params]]
+"""Loads the model that `reference` names."""
+
+
+class Reference(NamedTuple):
+    """A reference that is asked for every batch.
+
+    Attributes:
+      model: its model.
+      params: state → its parameters at that moment of the run.
+    """
+
+    model: Decoder
+    params: Callable[[TrainState], Params]
+
+
+def reference_optimizer(
+    tx: optax.GradientTransformation, sync: ReferenceSync | None
+) -> optax.GradientTransformation:
+    """The optimizer, with a reference in its state where that is to follow the policy."""
+    return tx if sync is None else follow(tx, sync)
+
+
+def hold_reference(
+    config: DPORun | KTORun, loaded: Any, state: TrainState, load: Load
+) -> tuple[TrainState, Reference]:
+    """The reference of a run, and the state to start from, which holds it if it is to move."""
+    if config.reference is not None:
+        model, params = load(config.reference)
+        if config.reference_sync is not None:
+            return start_reference(state, params), Reference(model, reference_of)
+        return state, Reference(model, lambda state: params)
+    if config.reference_sync is not None:
+        return state, Reference(
+            loaded.model, lambda state: combine(reference_of(state), state.frozen)
+        )
+    model, params = _start(config, loaded)
+    return state, Reference(model, lambda state: params)
+
+
+def keep_reference(
+    config: DPORun, loaded: Any, pairs: Callable[[], Iterable[Any]], load: Load
+) -> ReferenceCache:
+    """What the reference says of all pairs of a run: read from its folder, or computed and kept.
+
+    Args:
+      config: of the run, with `reference_cache`.
+      loaded: the policy as it starts.
+      pairs: gives all batches of the run, held-out ones too.
+      load: called only where there is no cache.
+
+    Raises:
+      ValueError: the cache belongs to something else, or lacks some of the run's pairs.
+    """
+    folder = config.reference_cache
+    if folder is None or jax.process_count() > 1:
+        raise ValueError(
+            f"reference_cache={folder!r} with {jax.process_count()} processes: wanted a folder and "
+            "one process"
+        )
+    template = resolve_chat_template(loaded.tok, config.model.chat_template)
+    fingerprint = {
+        "model": weights_digest(
+            config.model.source if config.reference is None else config.reference
+        ),
+        "tokenizer": tokenizer_digest(loaded.tok),
+        "chat_template": text_digest(str(template)),
+        "dtype": config.model.dtype,
+        "compute_dtype": str(loaded.model.compute_dtype),
+        "ld_alpha": config.dpo.ld_alpha,
+    }
+    cache = ReferenceCache.load(folder, fingerprint)
+    if cache is not None:
+        missing = cache.missing(pairs())
+        if missing:
+            raise ValueError(
+                f"reference cache {folder} belongs to other data: {missing} of the run's pairs are "
+                f"not among its {len(cache)}; {REMEDY}"
+            )
+        return cache
+    cache = ReferenceCache()
+    if config.reference is None:
+        model, params = _start(config, loaded)
+    else:
+        model, params = load(config.reference)
+    prepare = dpo.make_prepare(model, config.dpo)
+    cache.add(pairs(), lambda batch: prepare(params, batch))
+    cache.save(folder, fingerprint)
+    print(f"reference cache {folder}: log-probabilities of {len(cache)} pairs written")
+    return cache
+
+
+def _start(config: DPORun | KTORun, loaded: Any) -> tuple[Decoder, Params]:
+    """The starting model as a reference. Under LoRA that is the base; else `init_state` copies."""
+    adapted = config.model.lora is not None
+    model = dataclasses.replace(loaded.model, lora=None)
+    return model, loaded.frozen if adapted else loaded.params
