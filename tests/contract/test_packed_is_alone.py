@@ -115,20 +115,24 @@ def test_sft(words):
     _check(packed, jax.value_and_grad(alone)(params))
 
 
-def _pairs(tok):
+def _pairs(tok, shared):
     rng = np.random.default_rng(1)
     rows = [
         {"prompt": _said(rng, p), "chosen": _said(rng, c), "rejected": _said(rng, r)}
         for p, c, r in PAIRS
     ]
     documents = [[_ids(tok, r["prompt"], r[side]) for side in ("chosen", "rejected")] for r in rows]
-    batches = preference_batches(rows, tok, rows=2, length=40, packing=True)
+    length = 64 if shared else 40
+    batches = preference_batches(
+        rows, tok, rows=2, length=length, packing=True, shared_prefix=shared
+    )
     assert batches.stats["rows"] < len(rows)
+    assert (batches.stats["saved"] > 0) == shared
     return documents, batches
 
 
 def test_reward(words):
-    documents, batches = _pairs(words)
+    documents, batches = _pairs(words, shared=False)
     params = tiny.random_params(SCORER, seed=2)
 
     def alone(params):
@@ -140,8 +144,9 @@ def test_reward(words):
     _check(packed, jax.value_and_grad(alone)(params))
 
 
-def test_dpo(words):
-    documents, batches = _pairs(words)
+@pytest.mark.parametrize("shared", [False, True])
+def test_dpo(words, shared):
+    documents, batches = _pairs(words, shared)
     params, ref = tiny.random_params(MODEL, seed=1), tiny.random_params(MODEL, seed=3)
     before = [[_logps(ref, *document) for document in pair] for pair in documents]
 

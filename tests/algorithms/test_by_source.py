@@ -5,7 +5,7 @@ import numpy as np
 import tiny
 
 from jaxalign.algorithms import sft
-from jaxalign.algorithms.sources import by_source, source_of_sequences
+from jaxalign.algorithms.by_source import by_source, source_of_sequences
 from jaxalign.types import TokenBatch
 
 
