@@ -47,6 +47,7 @@ PARTS = {
     "safetensors_write": "hf",
     "tensor_table": "hf",
     "abstract": "plan",
+    "config_data": "config",
     "charts": "report",
     "reference_cache": "train",
     "references": "train",
