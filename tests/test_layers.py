@@ -53,6 +53,7 @@ PARTS = {
     "heldout": "train",
     "best_of": "scoring",
     "abstract": "plan",
+    "config_data": "config",
     "charts": "report",
     "reference_cache": "train",
     "references": "train",
