@@ -174,7 +174,12 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         measure = HeldOut(loaded.model, config.reward, held_out, mesh)
     return Task(
         *_start(
-            loaded, tx, reward.make_step(loaded.model, tx, config.reward, micro_batches=micro), mesh
+            loaded,
+            tx,
+            reward.make_step(
+                loaded.model, tx, config.reward, micro_batches=micro, sources=batches.sources
+            ),
+            mesh,
         ),
         batches=batches,
         total=total,
@@ -210,7 +215,10 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
     state, step = _start(
-        loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
+        loaded,
+        tx,
+        dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro, sources=batches.sources),
+        mesh,
     )
     if cache is not None:
         prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
@@ -227,7 +235,12 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=_evaluate(dpo.make_loss(loaded.model, config.dpo), held_out, mesh, prepare),
+        evaluate=_evaluate(
+            dpo.make_loss(loaded.model, config.dpo, sources=_names(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -241,7 +254,10 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
     state, step = _start(
-        loaded, tx, kto.make_step(loaded.model, tx, config.kto, micro_batches=micro), mesh
+        loaded,
+        tx,
+        kto.make_step(loaded.model, tx, config.kto, micro_batches=micro, sources=batches.sources),
+        mesh,
     )
     state, reference = hold_reference(config, loaded, state, load)
     add = kto.make_prepare(loaded.model, reference.model)
@@ -253,7 +269,12 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=_evaluate(kto.make_loss(loaded.model, config.kto), held_out, mesh, prepare),
+        evaluate=_evaluate(
+            kto.make_loss(loaded.model, config.kto, sources=_names(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 

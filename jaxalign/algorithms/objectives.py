@@ -7,18 +7,19 @@ they are judged (`judge`), and what a look at held-out data wants to know of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.algorithms.pairs import Pairs, layout, pair_mask
+from jaxalign.algorithms.by_source import by_source, source_of_sequences
+from jaxalign.algorithms.pairs import Pairs, layout, pair_mask, pair_sources
 from jaxalign.losses.graded import squared_error
 from jaxalign.losses.process import step_bce
 from jaxalign.losses.ranking import all_pairs, better, plackett_luce
 from jaxalign.losses.reward import bradley_terry
-from jaxalign.masked import as_bool, keep, last_index, weighted
+from jaxalign.masked import as_bool, keep, weighted
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import Scorer, last_hidden
 from jaxalign.types import (
@@ -54,7 +55,9 @@ class Objective(NamedTuple):
     examples: Callable[[jax.Array, Any], Examples]
 
 
-def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Objective:
+def pairs(
+    scorer: ScalarModel, center_coef: float, label_smoothing: float, sources: Sequence[str] = ()
+) -> Objective:
     """`PairBatch`, `SharedPairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs.
 
     A pair whose prompt stands in the row once has its two scores at the ends of its branches.
@@ -84,20 +87,24 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
             "scores/chosen": weighted(chosen, mask),
             "scores/rejected": weighted(rejected, mask),
         }
+        metrics |= by_source("preference", losses, mask, pair_sources(batch), sources)
         return {"preference": weighted(losses, mask).total}, metrics
 
     def examples(scores: jax.Array, batch: Pairs) -> Examples:
         chosen, rejected, mask = sides(scores, batch)
         seen = {"chosen": chosen, "rejected": rejected, "mask": mask}
-        where = layout(batch)
-        source = _sources(where.tokens, where.sides, where.count)
-        return seen if source is None else seen | {"source": where.split(source)[0]}
+        known = pair_sources(batch)
+        return seen if known is None else seen | {"source": known}
 
     return Objective(count, lambda batch: layout(batch).tokens, score, judge, examples)
 
 
 def ranking(
-    scorer: ScalarModel, kind: str, center_coef: float, label_smoothing: float
+    scorer: ScalarModel,
+    kind: str,
+    center_coef: float,
+    label_smoothing: float,
+    sources: Sequence[str] = (),
 ) -> Objective:
     """`RankedBatch`: the order of a prompt's answers, averaged over prompts."""
 
@@ -118,6 +125,9 @@ def ranking(
         last = last_hidden(hidden, tokens(batch).segment_ids)
         return scorer.scores(params, last).reshape(batch.mask.shape)
 
+    def source(batch: RankedBatch) -> jax.Array | None:
+        return _of_rows(jax.tree.map(lambda x: x[:, 0], batch.answers))
+
     def judge(scores: jax.Array, batch: RankedBatch) -> Sums:
         exists, pairs, says = order(batch)
         scores = keep(scores, exists)
@@ -133,6 +143,7 @@ def ranking(
             "best": weighted(_best_first(scores, batch.ranks, exists), says),
             "scores/mean": weighted(scores, exists),
         }
+        metrics |= by_source("preference", losses, says, source(batch), sources)
         return {"preference": weighted(losses, says).total}, metrics
 
     def examples(scores: jax.Array, batch: RankedBatch) -> Examples:
@@ -144,14 +155,13 @@ def ranking(
             "mask": exists,
             "says": says,
         }
-        first = jax.tree.map(lambda x: x[:, 0], batch.answers)
-        source = _sources(first, first.segment_ids)
-        return seen if source is None else seen | {"source": source[:, 0]}
+        known = source(batch)
+        return seen if known is None else seen | {"source": known}
 
     return Objective(count, tokens, score, judge, examples)
 
 
-def regression(scorer: Scorer) -> Objective:
+def regression(scorer: Scorer, sources: Sequence[str] = ()) -> Objective:
     """`GradedBatch`: squared errors, averaged over the grades that were given."""
 
     def count(batch: GradedBatch) -> dict[str, Array]:
@@ -175,18 +185,22 @@ def regression(scorer: Scorer) -> Objective:
             given = mask[:, column]
             metrics[f"mse/{name}"] = weighted(seen[:, column], given)
             metrics[f"scores/{name}"] = weighted(mean[:, column], given)
+        known = _of_rows(batch.tokens)
+        if known is not None:
+            known = jnp.broadcast_to(known[:, None], mask.shape)
+        metrics |= by_source("mse", errors, mask, known, sources)
         return {"mse": weighted(errors, mask).total}, metrics
 
     def examples(scores: jax.Array, batch: GradedBatch) -> Examples:
         mask = as_bool(batch.mask)
         seen = {"scores": keep(scores, mask), "grades": keep(batch.scores, mask), "mask": mask}
-        source = _sources(batch.tokens, batch.tokens.segment_ids)
-        return seen if source is None else seen | {"source": source[:, 0]}
+        known = _of_rows(batch.tokens)
+        return seen if known is None else seen | {"source": known}
 
     return Objective(count, lambda batch: batch.tokens, score, judge, examples)
 
 
-def steps(scorer: ScalarModel) -> Objective:
+def steps(scorer: ScalarModel, sources: Sequence[str] = ()) -> Objective:
     """`StepBatch`: binary cross-entropy at the end of each step, averaged over steps."""
 
     def count(batch: StepBatch) -> dict[str, Array]:
@@ -204,6 +218,7 @@ def steps(scorer: ScalarModel) -> Objective:
             "accuracy": weighted(right.astype(jnp.float32), mask),
             "probability": weighted(jax.nn.sigmoid(jax.lax.stop_gradient(scores)), mask),
         }
+        metrics |= by_source("steps", losses, mask, batch.tokens.source_ids, sources)
         return {"steps": weighted(losses, mask).total}, metrics
 
     def examples(scores: jax.Array, batch: StepBatch) -> Examples:
@@ -222,8 +237,7 @@ def _best_first(scores: jax.Array, ranks: Array, exists: jax.Array) -> jax.Array
     return (jnp.take_along_axis(jnp.asarray(ranks), pick, 1) == top)[:, 0].astype(jnp.float32)
 
 
-def _sources(tokens: TokenBatch, sequences: Array, count: int = 1) -> jax.Array | None:
-    """The source of each sequence of a row, `[B, count]`, read at its end; None where not told."""
-    if tokens.source_ids is None:
-        return None
-    return jnp.take_along_axis(jnp.asarray(tokens.source_ids), last_index(sequences, count), axis=1)
+def _of_rows(tokens: TokenBatch) -> jax.Array | None:
+    """The source of rows of one sequence each: `[B]`."""
+    source = source_of_sequences(tokens, tokens.segment_ids)
+    return None if source is None else source[:, 0]

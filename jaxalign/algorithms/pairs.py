@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.algorithms.by_source import source_of_sequences
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
 from jaxalign.masked import segment_sum
 from jaxalign.models.base import LanguageModel, read
@@ -114,6 +115,13 @@ def layout(batch: Pairs) -> Layout:
         return separate(x[:, 0])
 
     return Layout(tokens, (segment > 0).astype(jnp.int32), 1, split_rows, join_rows)
+
+
+def pair_sources(batch: Pairs) -> jax.Array | None:
+    """The source of each pair, `[B]` or `[B, S]`; None if not recorded."""
+    where = layout(batch)
+    source = source_of_sequences(where.tokens, where.sides, where.count)
+    return None if source is None else where.split(source)[0]
 
 
 class Answers(NamedTuple):

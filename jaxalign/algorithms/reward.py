@@ -20,7 +20,7 @@ The score is read at the last token of the sequence, or of each step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,15 +92,18 @@ class Config:
             raise ValueError(f"reward attributes={list(self.attributes)}: wanted each name once")
 
 
-def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
+def make_loss(
+    scorer: ScalarModel, config: Config | None = None, *, sources: Sequence[str] = ()
+) -> Loss:
     """The loss of the configured objective, and what the model itself adds (`read`).
 
-    The objective's term is `preference` (pairs, ranking), `mse` (regression) or `steps`.
+    The objective's term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With
+    several `sources`, the names of the rows' `source_ids`, also that term of each source.
 
     Raises:
       ValueError: a regression with a scorer whose attributes are others than the config's.
     """
-    objective = _objective(scorer, Config() if config is None else config)
+    objective = _objective(scorer, Config() if config is None else config, sources)
 
     def terms(params: Params, batch: Any) -> Sums:
         _, sums, metrics = _judge(scorer, objective, params, batch)
@@ -138,9 +141,10 @@ def make_step(
     config: Config | None = None,
     *,
     micro_batches: int = 1,
+    sources: Sequence[str] = (),
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`; see `algorithms.step.make_step`."""
-    return _make_step(make_loss(scorer, config), tx, micro_batches)
+    return _make_step(make_loss(scorer, config, sources=sources), tx, micro_batches)
 
 
 def _count(scorer: ScalarModel, objective: Objective, batch: Any) -> dict[str, Array]:
@@ -157,7 +161,7 @@ def _judge(
     return scores, sums | {name: term.total for name, term in extra.items()}, metrics | extra
 
 
-def _objective(scorer: ScalarModel, config: Config) -> Objective:
+def _objective(scorer: ScalarModel, config: Config, sources: Sequence[str] = ()) -> Objective:
     if config.objective == "regression":
         if not isinstance(scorer, Scorer) or scorer.attributes != config.attributes:
             has = getattr(scorer, "attributes", ())
@@ -165,10 +169,10 @@ def _objective(scorer: ScalarModel, config: Config) -> Objective:
                 f"reward attributes={list(config.attributes)}: the scorer has {list(has)}; wanted "
                 "the same names in the same order (with_scalar_head(…, attributes=…))"
             )
-        return objectives.regression(scorer)
+        return objectives.regression(scorer, sources)
     if config.objective == "steps":
-        return objectives.steps(scorer)
+        return objectives.steps(scorer, sources)
     center, smoothing = config.center_coef, config.label_smoothing
     if config.objective == "ranking":
-        return objectives.ranking(scorer, config.ranking, center, smoothing)
-    return objectives.pairs(scorer, center, smoothing)
+        return objectives.ranking(scorer, config.ranking, center, smoothing, sources)
+    return objectives.pairs(scorer, center, smoothing, sources)

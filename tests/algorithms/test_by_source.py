@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import tiny
 
-from jaxalign.algorithms import sft
+from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.algorithms.by_source import by_source, source_of_sequences
-from jaxalign.types import TokenBatch
+from jaxalign.types import PairBatch, TokenBatch
 
 
 def test_against_a_loop():
@@ -30,9 +30,12 @@ def test_the_source_of_packed_sequences():
     ids = np.array([[2, 2, 0, 1, 1, 0], [3, 0, 0, 0, 0, 0]], np.int32)
     blank = np.zeros_like(ids)
     tokens = TokenBatch(blank, blank, blank, segments, blank > 0, None, ids)
-    assert source_of_sequences(tokens, 3).tolist() == [[2, 0, 1], [3, 0, 0]]
-    assert source_of_sequences(tokens, None).tolist() == [2, 3]
-    assert source_of_sequences(tokens._replace(source_ids=None), 3) is None
+    found = source_of_sequences(tokens, segments, 3)
+    assert found[0].tolist() == [2, 0, 1]
+    assert found[1, 0] == 3  # that row has no other sequence
+    one = (segments == 1).astype(np.int32)
+    assert source_of_sequences(tokens, one).tolist() == [[2], [3]]
+    assert source_of_sequences(tokens._replace(source_ids=None), segments, 3) is None
 
 
 def test_sft_logs_each_source():
@@ -53,3 +56,29 @@ def test_sft_logs_each_source():
         np.testing.assert_allclose(metrics[f"nll/{name}"].total, part["nll"], rtol=1e-5)
     total = metrics["nll/a"].total + metrics["nll/b"].total
     np.testing.assert_allclose(total, sums["nll"], rtol=1e-5)
+
+
+def test_pairs_log_each_source():
+    """The loss of a source is that of its pairs alone, in DPO and for reward models."""
+    rng = np.random.default_rng(2)
+    sides = [
+        tiny.token_batch(tiny.lay([tiny.document(rng, 9) for _ in range(4)], tiny.alone(4), 9))
+        for _ in range(2)
+    ]
+    ids = np.array([1, 0, 0, 1])
+    marks = np.repeat(ids[:, None], 9, axis=1).astype(np.int32)
+    refs = rng.normal(size=(2, 4)).astype(np.float32)
+    mixed = PairBatch(*(side._replace(source_ids=marks) for side in sides), *refs)
+    for made, model in ((dpo, tiny.DECODER), (reward, tiny.SCORER)):
+        params = tiny.random_params(model)
+        loss = made.make_loss(model, sources=("a", "b"))
+        sums, metrics = jax.jit(loss.terms)(params, mixed)
+        plain = jax.jit(made.make_loss(model).terms)
+        for number, name in enumerate("ab"):
+            here = (ids == number)[:, None]
+            kept = [side._replace(loss_mask=side.loss_mask & here) for side in sides]
+            part, _ = plain(params, PairBatch(*kept, *refs))
+            found = metrics[f"preference/{name}"]
+            np.testing.assert_allclose(found.total, part["preference"], rtol=1e-5)
+            assert found.weight == 2
+        assert float(sums["preference"]) > 0

@@ -131,8 +131,9 @@ def _pairs(tok, shared):
     return documents, batches
 
 
-def test_reward(words):
-    documents, batches = _pairs(words, shared=False)
+@pytest.mark.parametrize("shared", [False, True])
+def test_reward(words, shared):
+    documents, batches = _pairs(words, shared)
     params = tiny.random_params(SCORER, seed=2)
 
     def alone(params):
