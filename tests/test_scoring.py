@@ -100,7 +100,7 @@ def test_attributes_and_their_weighted_sum(tok):
     ]
     got = score_rows(GRADER, params, tok, rows).results
     want = outputs(tok, params, text_of("hi", "yes"))[-1]
-    assert got[0] == pytest.approx({"kind": want[0], "long": want[1]}, rel=1e-4)
+    assert got[0] == pytest.approx({"kind": want[0], "long": want[1]}, rel=1e-4, abs=1e-6)
     assert set(got[1]["margin"]) == {"kind", "long"}
     one, weighed = weigh_attributes(GRADER, params, {"kind": 0.5, "long": -2.0})
     assert one == SCORER
