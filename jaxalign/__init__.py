@@ -17,16 +17,25 @@ from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, pooled_scores, target_logprobs, with_scalar_head
+from jaxalign.models.heads import (
+    Scorer,
+    pooled_scores,
+    target_logprobs,
+    weigh_attributes,
+    with_scalar_head,
+)
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.rewards import model_reward, text_reward
 from jaxalign.sharding import compile_step, make_mesh, shard_batch
 from jaxalign.types import (
+    GradedBatch,
     PairBatch,
     PromptBatch,
+    RankedBatch,
     RolloutBatch,
     SharedPairBatch,
+    StepBatch,
     TokenBatch,
     TrainState,
     UnpairedBatch,
@@ -34,6 +43,7 @@ from jaxalign.types import (
 )
 
 if TYPE_CHECKING:
+    from jaxalign.best_of import model_judge
     from jaxalign.config import load_config
     from jaxalign.data import (
         Source,
@@ -46,13 +56,17 @@ if TYPE_CHECKING:
         unpaired_batches,
     )
     from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+    from jaxalign.scoring import score_conversations, score_rows
 
 _LAZY = {
     "Source": "jaxalign.data",
     "graded_batches": "jaxalign.data",
+    "model_judge": "jaxalign.best_of",
     "load_config": "jaxalign.config",
     "load_pretrained": "jaxalign.hf",
     "load_tokenizer": "jaxalign.hf",
+    "score_conversations": "jaxalign.scoring",
+    "score_rows": "jaxalign.scoring",
     "preference_batches": "jaxalign.data",
     "prompt_batches": "jaxalign.data",
     "ranked_batches": "jaxalign.data",
@@ -64,14 +78,17 @@ _LAZY = {
 
 __all__ = [
     "Decoder",
+    "GradedBatch",
     "LoraConfig",
     "OptimizerConfig",
     "PairBatch",
     "PromptBatch",
+    "RankedBatch",
     "RolloutBatch",
     "Scorer",
     "SharedPairBatch",
     "Source",
+    "StepBatch",
     "TokenBatch",
     "TrainState",
     "UnpairedBatch",
@@ -93,6 +110,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "merge_lora",
+    "model_judge",
     "model_reward",
     "pooled_scores",
     "ppo",
@@ -102,6 +120,8 @@ __all__ = [
     "reward",
     "sample",
     "save_pretrained",
+    "score_conversations",
+    "score_rows",
     "sft",
     "sft_batches",
     "shard_batch",
@@ -109,6 +129,7 @@ __all__ = [
     "target_logprobs",
     "text_reward",
     "unpaired_batches",
+    "weigh_attributes",
     "with_scalar_head",
 ]
 

@@ -21,7 +21,19 @@ from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.sharding import param_shardings
 from jaxalign.source import locate, read_json
-from jaxalign.types import PairBatch, Params, RolloutBatch, TokenBatch, UnpairedBatch
+from jaxalign.types import (
+    GradedBatch,
+    PairBatch,
+    Params,
+    RankedBatch,
+    RolloutBatch,
+    StepBatch,
+    TokenBatch,
+    UnpairedBatch,
+)
+
+RANKED_ANSWERS = 4
+"""Answers of a prompt that a plan assumes where the config does not say."""
 
 
 class Parts(NamedTuple):
@@ -59,17 +71,24 @@ def _sft(config: Any, mesh: Mesh) -> Parts:
 def _reward(config: Any, mesh: Mesh) -> Parts:
     model = _read(config.model.source, config.model, mesh)
     lora = config.model.lora
-    fresh = isinstance(model, Decoder)
+    attributes = config.reward.attributes
+    fresh = isinstance(model, Decoder) or config.head == "fresh"
+    if isinstance(model, Scorer) and config.head == "pretrained" and model.attributes != attributes:
+        raise ValueError(
+            f"reward.attributes={list(attributes)}: the head of {config.model.source!r} has "
+            f"{list(model.attributes)}; wanted the same, or head=fresh"
+        )
     if isinstance(model, Decoder):
-        model = Scorer(dataclasses.replace(model, lora=lora))
+        model = Scorer(dataclasses.replace(model, lora=lora), attributes)
     elif lora is not None:
         raise ValueError(
             f"model.lora with the reward model {config.model.source!r}: start from a language model"
         )
+    model = dataclasses.replace(model, attributes=attributes)
     params, frozen = _params(model, mesh, config.model.dtype, fresh_head=fresh)
     tx = _optimizer(config.optimizer)
     step = reward.make_step(model, tx, config.reward, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _pairs(config), [])
+    return Parts(params, frozen, tx, step, _judged(config), [])
 
 
 def _dpo(config: Any, mesh: Mesh) -> Parts:
@@ -167,13 +186,14 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
             hf = file.config
     try:
         shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
+        attributes = families.attributes_of(hf) if scorer else ()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     compute = config.compute_dtype
     if compute is None:
         compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     model = Decoder(shape, compute_dtype=compute, remat=config.remat)
-    return Scorer(model) if scorer else model
+    return Scorer(model, attributes) if scorer else model
 
 
 def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
@@ -190,6 +210,12 @@ def _scorer(source: str, config: Any, mesh: Mesh) -> tuple[Scorer, Params]:
     model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
+    if len(model.attributes) > 1 and config.reward_weights is None:
+        raise ValueError(
+            f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
+            "how much each counts by reward_weights"
+        )
+    model = dataclasses.replace(model, attributes=())  # the weighted sum, if there are several
     return model, _params(model, mesh, config.model.dtype)[0]
 
 
@@ -219,6 +245,24 @@ def _tokens(rows: int, length: int) -> TokenBatch:
     ids = array((rows, length), jnp.int32)
     mask = array((rows, length), jnp.bool_)
     return TokenBatch(ids, ids, ids, ids, mask)
+
+
+def _judged(config: Any) -> Any:
+    """A batch of the objective; how many answers a prompt has is known from data only."""
+    rows, length = config.data.rows, config.data.length
+    options = config.reward
+    if options.objective == "ranking":
+        each = (rows, RANKED_ANSWERS if config.answers is None else config.answers)
+        answers = jax.tree.map(lambda x: array((*each, length), x.dtype), _tokens(rows, length))
+        return RankedBatch(answers, array(each, jnp.float32), array(each, jnp.bool_))
+    if options.objective == "regression":
+        each = (rows, len(options.attributes))
+        return GradedBatch(_tokens(rows, length), array(each, jnp.float32), array(each, jnp.bool_))
+    if options.objective == "steps":
+        tokens = _tokens(rows, length)
+        labels = array((rows, length), jnp.float32)
+        return StepBatch(tokens, labels, tokens.loss_mask)
+    return _pairs(config)
 
 
 def _pairs(config: Any) -> PairBatch:

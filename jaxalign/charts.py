@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no library, no script; colours come from the page's style sheet."""
+"""Charts of lines and bars as SVG text: no library, no script; colours are the page's."""
 
 from __future__ import annotations
 
@@ -70,7 +70,13 @@ def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
     return [points[i] for i in sorted(kept)]
 
 
-def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str) -> str:
+def line_chart(
+    series: Sequence[Points],
+    label: str,
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[float] | None = None,
+) -> str:
     """One SVG with a line for each series; a value that is no number leaves a gap.
 
     Args:
@@ -79,6 +85,7 @@ def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str)
       label: says what is shown to those who cannot see it.
       x_label: under the horizontal axis.
       y_label: along the vertical axis.
+      x_ticks: where the horizontal axis is numbered; whole steps by default.
 
     Raises:
       ValueError: no point at all.
@@ -98,18 +105,13 @@ def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str)
     def up(y: float) -> float:
         return bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - TOP)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
-    for tick in ticks:
-        y = _number(up(tick))
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y}" dy="4">{tick:g}</text>')
-    for tick in step_ticks(first, last):
-        x = _number(across(tick))
-        parts.append(f'<text class="mid" x="{x}" y="{bottom + 16}">{tick}</text>')
-    middle, height = (LEFT + right) / 2, (TOP + bottom) / 2
-    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 8}">{text(x_label)}</text>')
-    turned = f'transform="rotate(-90 12 {height:g})"'
-    parts.append(f'<text class="mid" x="12" y="{height:g}" {turned}>{text(y_label)}</text>')
+    numbered = step_ticks(first, last) if x_ticks is None else x_ticks
+    parts = _frame(
+        label,
+        (x_label, y_label),
+        [(across(tick), f"{tick:.10g}") for tick in numbered],
+        [(up(tick), f"{tick:g}") for tick in ticks],
+    )
     for number, line in enumerate(series):
         shown = thin(line)
         for piece in _pieces(shown):
@@ -121,6 +123,83 @@ def line_chart(series: Sequence[Points], label: str, x_label: str, y_label: str)
             tip = f"<title>{text(x_label)} {x:g}: {y:.6g}</title>"
             parts.append(f'<circle class="s{number}" {place} r="2.5">{tip}</circle>')
     return "".join([*parts, "</svg>"])
+
+
+def bar_chart(
+    edges: Sequence[float],
+    counts: Sequence[Sequence[float]],
+    label: str,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """One SVG with a bar for each bin and group, those of a bin side by side.
+
+    Args:
+      edges: of the bins, ascending, one more than there are bins.
+      counts: of each group, one number a bin; drawn with the classes `s0`, `s1`, ….
+      label: says what is shown to those who cannot see it.
+      x_label: under the horizontal axis.
+      y_label: along the vertical axis.
+
+    Raises:
+      ValueError: no bin, or a group with another number of bins.
+    """
+    bins = len(edges) - 1
+    if bins < 1 or any(len(group) != bins for group in counts):
+        raise ValueError(f"chart {label!r}: {[len(group) for group in counts]} bars, {bins} bins")
+    first, last = edges[0], edges[-1]
+    ticks = value_ticks(0.0, max((max(group) for group in counts), default=1.0))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def across(x: float) -> float:
+        return LEFT + (x - first) / (last - first) * (right - LEFT)
+
+    def up(y: float) -> float:
+        return bottom - y / ticks[-1] * (bottom - TOP)
+
+    inside = [tick for tick in value_ticks(first, last) if first <= tick <= last]
+    parts = _frame(
+        label,
+        (x_label, y_label),
+        [(across(tick), f"{tick:.10g}") for tick in inside],
+        [(up(tick), f"{tick:g}") for tick in ticks if tick >= 0],
+    )
+    for place in range(bins):
+        start, end = across(edges[place]), across(edges[place + 1])
+        width = (end - start) / len(counts)
+        for number, group in enumerate(counts):
+            top = up(group[place])
+            if group[place]:
+                tip = f"{edges[place]:.4g} to {edges[place + 1]:.4g}: {group[place]:g}"
+                parts.append(
+                    f'<rect class="s{number}" x="{start + number * width:.2f}" y="{_number(top)}" '
+                    f'width="{width:.2f}" height="{_number(bottom - top)}">'
+                    f"<title>{text(tip)}</title></rect>"
+                )
+    return "".join([*parts, "</svg>"])
+
+
+def _frame(
+    label: str,
+    names: tuple[str, str],
+    across: Sequence[tuple[float, str]],
+    up: Sequence[tuple[float, str]],
+) -> list[str]:
+    """The opening tag, the grid and both axes: ticks as (place, what is written there)."""
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
+    for place, written in up:
+        y = _number(place)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y}" dy="4">{written}</text>')
+    for place, written in across:
+        x = _number(place)
+        parts.append(f'<text class="mid" x="{x}" y="{bottom + 16}">{written}</text>')
+    middle, height = (LEFT + right) / 2, (TOP + bottom) / 2
+    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 8}">{text(names[0])}</text>')
+    turned = f'transform="rotate(-90 12 {height:g})"'
+    parts.append(f'<text class="mid" x="12" y="{height:g}" {turned}>{text(names[1])}</text>')
+    return parts
 
 
 def _pieces(points: Points) -> list[list[tuple[float, float]]]:

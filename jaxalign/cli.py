@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "sft": "supervised fine-tuning",
-    "reward": "train a reward model from preference pairs",
+    "reward": "train a reward model from pairs, rankings, grades or labelled steps",
     "dpo": "direct preference optimisation and its relatives",
     "kto": "preference optimisation from single answers marked good or bad",
     "ppo": "reinforcement learning against a reward model",
@@ -81,7 +81,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "prompts", nargs="*", help="read from standard input, a line each, if none"
     )
+    command.add_argument(
+        "--best-of", type=int, metavar="N", help="sample N answers, show the one scored best"
+    )
+    command.add_argument("--reward-model", metavar="MODEL", help="what scores them")
+    command.add_argument("--reward-chat-template", help="its template; its tokenizer's own if none")
+    _weights_argument(command)
     command.set_defaults(run=_generate)
+
+    command = commands.add_parser("score", help="a reward model's scores of answers, as JSON lines")
+    command.add_argument("model", help="folder or hub id of a reward model")
+    command.add_argument("files", nargs="+", help="rows with answers: files, folders, hub ids")
+    command.add_argument("--out", help="file to write; standard output if none")
+    command.add_argument("--column", default="reward", help="name of the column that is added")
+    command.add_argument("--batch", type=int, default=16, help="answers scored at a time")
+    command.add_argument(
+        "--length", type=int, help="longest prompt with answer, tokens; no limit if none"
+    )
+    command.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
+    _weights_argument(command)
+    command.set_defaults(run=_score)
 
     command = commands.add_parser("chat", help="talk to a model")
     _sampling_arguments(command)
@@ -126,6 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="a run's folder, or one that holds several")
     command.add_argument("--out", help="HTML file to write; report.html in the folder by default")
     command.set_defaults(run=_report)
+
+    command = commands.add_parser("data", help="what a run would be trained on")
+    command.add_argument("config", help="YAML file of sft, reward, dpo or ppo")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument(
+        "--as", dest="algorithm", choices=tuple(_COMMANDS), help="if the YAML does not say"
+    )
+    command.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show")
+    command.add_argument("--batches", type=int, metavar="N", help="look at the first N only")
+    command.add_argument("--html", metavar="FILE", help="write a page instead")
+    command.set_defaults(run=_data)
+
+    command = commands.add_parser("synth", help="make tasks or preference pairs with a model")
+    command.add_argument("config", help="YAML file (see configs/synth_instruct.yaml)")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.set_defaults(run=_synth)
     return parser
 
 
@@ -146,6 +181,14 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
+
+
+def _weights_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights",
+        metavar="NAME=W,…",
+        help="of a reward model's attributes, for one score: helpfulness=0.7,verbosity=-0.3",
+    )
 
 
 def _train(parsed: argparse.Namespace) -> int:
@@ -179,10 +222,84 @@ def _quickstart(parsed: argparse.Namespace) -> int:
 
 def _generate(parsed: argparse.Namespace) -> int:
     prompts = parsed.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if parsed.best_of is not None:
+        return _generate_best(parsed, prompts)
+    for option in ("reward_model", "weights", "reward_chat_template"):
+        if getattr(parsed, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: wanted --best-of N with it")
     answer = _answerer(parsed)
     for prompt, text in zip(prompts, answer(prompts), strict=True):
         print(f"> {prompt}\n{text}\n")
     return 0
+
+
+def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
+    import jax
+
+    from jaxalign.best_of import best_of, model_judge
+    from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.scoring import load_scorer
+
+    if parsed.reward_model is None:
+        raise ValueError("--best-of: wanted --reward-model, which picks the best answer")
+    scorer, scorer_params, scorer_tok = load_scorer(parsed.reward_model, _weights(parsed.weights))
+    template = parsed.reward_chat_template
+    judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
+    tok = load_tokenizer(parsed.model)
+    model, params = load_pretrained(parsed.model)
+    picked = best_of(
+        _language_model(model, parsed.model),
+        params,
+        tok,
+        prompts,
+        judge,
+        count=parsed.best_of,
+        max_new_tokens=parsed.max_new_tokens,
+        temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        top_p=parsed.top_p,
+        key=jax.random.key(parsed.seed),
+        chat_template=parsed.chat_template,
+    )
+    for prompt, one in zip(prompts, picked, strict=True):
+        scores = ", ".join(f"{score:.3g}" for score in one.scores)
+        print(f"> {prompt}\n{one.answer}\n[score {one.score:.3g} of {scores}]\n")
+    return 0
+
+
+def _score(parsed: argparse.Namespace) -> int:
+    from jaxalign.scoring import score_files
+
+    print(
+        score_files(
+            parsed.model,
+            parsed.files,
+            parsed.out,
+            column=parsed.column,
+            weights=_weights(parsed.weights),
+            batch=parsed.batch,
+            length=parsed.length,
+            chat_template=parsed.chat_template,
+        ),
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    """`a=1,b=-0.5` as numbers by name."""
+    if text is None:
+        return None
+    weights = {}
+    for part in text.split(","):
+        name, separator, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or not name.strip():
+            raise ValueError(f"--weights: got {part!r}, wanted name=number, separated by commas")
+    return weights
 
 
 def _chat(parsed: argparse.Namespace) -> int:
@@ -207,12 +324,10 @@ def _answerer(parsed: argparse.Namespace):
 
     from jaxalign.generate import generate
     from jaxalign.hf import load_pretrained, load_tokenizer
-    from jaxalign.models.decoder import Decoder
 
     tok = load_tokenizer(parsed.model)
     model, params = load_pretrained(parsed.model)
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{parsed.model!r} is a reward model; wanted a language model")
+    model = _language_model(model, parsed.model)
     key = jax.random.key(parsed.seed)
 
     def answer(prompts):
@@ -230,6 +345,14 @@ def _answerer(parsed: argparse.Namespace):
         )
 
     return answer
+
+
+def _language_model(model, source: str):
+    from jaxalign.models.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{source!r} is a reward model; wanted a language model")
+    return model
 
 
 def _export(parsed: argparse.Namespace) -> int:
@@ -266,6 +389,29 @@ def _report(parsed: argparse.Namespace) -> int:
     from jaxalign.report import write_report
 
     print(write_report(parsed.folder, parsed.out))
+    return 0
+
+
+def _data(parsed: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: an accelerator must not be taken
+
+    from jaxalign.data_page import inspect_data, show, write_page
+
+    views = inspect_data(
+        parsed.config, parsed.overrides, parsed.algorithm, parsed.examples, parsed.batches
+    )
+    if parsed.html is not None:
+        print(write_page(views, parsed.html))
+        return 0
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print("\n".join(show(view, colour) for view in views))
+    return 0
+
+
+def _synth(parsed: argparse.Namespace) -> int:
+    from jaxalign.synth import load_synth, run_synth
+
+    run_synth(load_synth(parsed.config, parsed.overrides))
     return 0
 
 

@@ -20,20 +20,13 @@ import yaml
 
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import ReferenceSync
-from jaxalign.data.examples import TRAIN_ON
-from jaxalign.data.filters import check_scripts
-from jaxalign.data.mixture import Source, entries_of
-from jaxalign.data.options import Options, packing_name
+from jaxalign.config_data import DataConfig
+from jaxalign.config_data import want as _want
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
 T = TypeVar("T")
-
-
-def _want(ok: bool, name: str, got: Any, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={got!r}: wanted {wanted}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,100 +62,6 @@ class ModelConfig:
             f"one of {names(floats)}, or null",
         )
         _want(self.remat in REMAT, "model.remat", self.remat, f"one of {names(REMAT)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and the shape of a batch. docs/data.md has examples.
-
-    Attributes:
-      train: files, folders, globs or hub ids, or sources with options (`path`, `name`, `split`,
-        `form`, `columns`, `weight`, `rows`, `epochs`; see `jaxalign.data.Source`).
-      eval: held-out data; empty for none.
-      rows: rows of a batch, over all devices.
-      length: tokens of a row (of a prompt, in PPO).
-      packing: true or "best_fit": several documents or pairs a row; "wrapped": plain texts end to
-        end, cut where a row ends (SFT); false: one a row.
-      shared_prefix: reward and DPO: both answers of a pair follow one copy of their prompt.
-      train_on: SFT: "all" answers of a conversation, the "last", "split" (an example an answer) or
-        "everything".
-      epochs: passes over the data; None repeats for ever (then `run.steps` must end the run).
-      shuffle: a fresh order each epoch.
-      keep: what stays of a row that is too long: "answer_start", "prompt_end", or "whole" (none of
-        it: such rows are dropped). None: "answer_start", and "prompt_end" in PPO.
-      buckets: widths of batches, ascending, for rows that are not packed; None: `length` only.
-      temperature: flattens the shares of a mixture of sources; 1: in proportion.
-      validation: a part (0.05) or a number of rows of `train` to be held out in place of `eval`.
-      dedup: "exact" or "near" leaves out copies of earlier rows.
-      dedup_threshold: how similar near-copies are, in (0, 1].
-      scripts: writing systems that rows are to be in (latin, han, …); empty: any.
-      script_share: the part of a row's letters that must be in them.
-      min_tokens: shorter rows are dropped.
-      max_tokens: longer rows are dropped rather than cut; None: none are.
-      on_error: "stop" at the first bad row, or "drop" and count bad rows.
-      streaming: read while training goes on, for data that does not fit in memory (`run.steps`
-        must end the run).
-      window: rows held, shuffled and packed together when streaming.
-      prefetch: batches made ahead in a thread.
-    """
-
-    train: tuple[str | Source, ...]
-    eval: tuple[str | Source, ...] = ()
-    rows: int = 32
-    length: int = 1024
-    packing: bool | str = False
-    shared_prefix: bool = False
-    train_on: str = "all"
-    epochs: int | None = 1
-    shuffle: bool = True
-    keep: str | None = None
-    buckets: tuple[int, ...] | None = None
-    temperature: float | None = None
-    validation: float | None = None
-    dedup: str | None = None
-    dedup_threshold: float = 0.8
-    scripts: tuple[str, ...] = ()
-    script_share: float = 0.5
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    on_error: str = "stop"
-    streaming: bool = False
-    window: int = 1024
-    prefetch: int = 2
-
-    def __post_init__(self):
-        _want(bool(self.train), "data.train", self.train, "at least one file")
-        _want(self.train_on in TRAIN_ON, "data.train_on", self.train_on, f"one of {TRAIN_ON}")
-        _want(
-            self.validation is None or not self.eval,
-            "data.validation",
-            self.validation,
-            "null beside data.eval",
-        )
-        check_scripts(self.scripts)
-        entries_of(self.train)
-        # The room of data knows the rest, also which options go together.
-        Options(
-            rows=self.rows,
-            length=self.length,
-            packing=packing_name(self.packing),
-            epochs=self.epochs,
-            shuffle=self.shuffle,
-            keep=self.keep,
-            buckets=self.buckets,
-            temperature=self.temperature,
-            validation=self.validation,
-            dedup=self.dedup,
-            dedup_threshold=self.dedup_threshold,
-            scripts=self.scripts if self.scripts else None,
-            script_share=self.script_share,
-            min_tokens=self.min_tokens,
-            max_tokens=self.max_tokens,
-            on_error=self.on_error,
-            streaming=self.streaming,
-            window=self.window,
-            prefetch=self.prefetch,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,9 +172,38 @@ class SFTRun(_Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRun(_Run):
-    """`jaxalign reward`."""
+    """`jaxalign reward`.
+
+    The model may be a base model, a fine-tuned one, or another reward model.
+
+    Attributes:
+      head: "pretrained" goes on with the head of a reward model (a language model has none and gets
+        a fresh one); "fresh" keeps a reward model's body only, for another objective.
+      answers: of a ranking: the most answers that a prompt may have; None: as many as any has.
+    """
 
     reward: reward.Config = reward.Config()
+    head: str = "pretrained"
+    answers: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _want(self.head in ("pretrained", "fresh"), "head", self.head, "pretrained or fresh")
+        objective, answers = self.reward.objective, self.answers
+        _want(answers is None or answers > 1, "answers", answers, "at least 2, or null")
+        _want(
+            answers is None or objective == "ranking",
+            "answers",
+            answers,
+            "null, or reward.objective=ranking",
+        )
+        for name in ("packing", "shared_prefix"):
+            _want(
+                not getattr(self.data, name) or objective == "pairs",
+                f"data.{name}",
+                getattr(self.data, name),
+                f"false with reward.objective={objective}: its rows hold one answer each",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,8 +281,11 @@ class PPORun(_Run):
       ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
         are left at their defaults.
       reward_model: folder of a reward model with the policy's tokenizer.
+      reward_weights: attribute → weight, for a reward model with several attributes: the reward is
+        the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
-      critic: where the critic starts; None: from the reward model.
+      critic: where the critic starts; None: from the reward model. One with several attributes is
+        weighed by `reward_weights` too.
       critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
         of 0. A reward model has learned to read whole answers only, so that its scores in the
         middle of one may be worse than none.
@@ -365,6 +296,7 @@ class PPORun(_Run):
 
     reward_model: str
     ppo: ppo.Config = ppo.Config()
+    reward_weights: dict[str, float] | None = None
     reference: str | None = None
     critic: str | None = None
     critic_head: str = "pretrained"
@@ -376,6 +308,13 @@ class PPORun(_Run):
         super().__post_init__()
         heads = ("pretrained", "zero")
         _want(self.critic_head in heads, "critic_head", self.critic_head, " or ".join(heads))
+        weights = self.reward_weights
+        _want(
+            weights is None or any(weights.values()),
+            "reward_weights",
+            weights,
+            "a weight other than 0 for at least one attribute, or null",
+        )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         _want(
@@ -519,6 +458,8 @@ def to_values(config: Any) -> Any:
     """A dataclass → plain nested values for YAML."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_values(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {name: to_values(value) for name, value in config.items()}
     return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxalign import distributed, orbax_folder
 from jaxalign.checkpoint import Checkpoints
-from jaxalign.config import RUNS, ModelConfig, load_config, read_yaml
+from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config, read_yaml
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.hf import load_model, load_pretrained, load_tokenizer, save_pretrained
@@ -82,7 +82,10 @@ def export_run(
         chosen = (part or "policy") if parts else None
         shapes = shapes if chosen is None else shapes[chosen]
         mesh = _mesh(config.mesh)
-        model, frozen = _model(_source(config, chosen), config.model, shapes, mesh)
+        # A critic has one output, whatever its reward model had.
+        attributes = config.reward.attributes if isinstance(config, RewardRun) else ()
+        source = _source(config, chosen)
+        model, frozen = _model(source, config.model, shapes, mesh, attributes)
         layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
         params, loop = store.restore_params(found, wanted)
@@ -181,7 +184,7 @@ def _source(config: Any, part: str | None) -> str:
 
 
 def _model(
-    source: str, config: ModelConfig, shapes: Params, mesh: Mesh
+    source: str, config: ModelConfig, shapes: Params, mesh: Mesh, attributes: tuple[str, ...]
 ) -> tuple[Decoder | Scorer, Params]:
     """The model that a checkpoint's parameters belong to, and the base under adapters."""
     adapted = config.lora is not None and _has_adapters(shapes)
@@ -194,10 +197,8 @@ def _model(
         base = dataclasses.replace(base, lora=config.lora)
     if "score" not in shapes:
         return base, frozen
-    # A language model that was given a head, or the reward model that was trained on.
-    start = loaded if isinstance(loaded, Scorer) else Scorer(base)
     kept = {name: value for name, value in frozen.items() if name not in ("head", "score")}
-    return dataclasses.replace(start, base=base), kept
+    return Scorer(base, attributes), kept
 
 
 def _has_adapters(node: Params) -> bool:

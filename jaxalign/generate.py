@@ -6,7 +6,6 @@ every row has produced a stop token.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.attention import Cache
+from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
-from jaxalign.sharding import constrain, mesh_of, on_mesh, row_shards, shard_batch
+from jaxalign.sampling import Sampling
+from jaxalign.sharding import mesh_of, on_mesh, row_shards, shard_batch
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -32,31 +32,14 @@ class Generation(NamedTuple):
         distribution over the whole vocabulary; 0 on padding.
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
+      steps: int32 scalar, decode steps that it took; None where something else wrote.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     mask: jax.Array
     finished: jax.Array
-
-
-class _State(NamedTuple):
-    cache: Cache
-    hidden: jax.Array  # [B, D] of the last token read
-    position: jax.Array  # [B] of the next token
-    live: jax.Array  # [B] still writing
-    tokens: jax.Array  # [B, R]
-    logprobs: jax.Array  # [B, R]
-    mask: jax.Array  # [B, R]
-    count: jax.Array  # columns written
-
-
-class _Sampling(NamedTuple):
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    stop_tokens: Any  # int32 [n]
-    pad_token: Any
+    steps: jax.Array | None = None
 
 
 def sample(
@@ -71,8 +54,11 @@ def sample(
     top_p: float | Array = 1.0,
     stop_tokens: Sequence[int] = (),
     pad_token: int = 0,
+    samples: int = 1,
+    slots: int | None = None,
+    cache_dtype: Any = None,
 ) -> Generation:
-    """Samples an answer to every prompt.
+    """Samples answers to every prompt.
 
     Args:
       model: the language model.
@@ -85,12 +71,19 @@ def sample(
       top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
       stop_tokens: ids that end an answer.
       pad_token: id written after the end.
+      samples: answers to each prompt; those to prompt b are the rows b·samples, b·samples + 1, …
+        The prompt is read once for all of them.
+      slots: answers written at a time; one that ends makes room for the next. None: all at once.
+        Fewer slots need a smaller cache, and lose no step to short answers. Results do not depend
+        on it.
+      cache_dtype: of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
 
     Raises:
       ValueError: a value out of its range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: wanted a positive integer")
+    for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: wanted a positive integer")
     for name, value, low, high in (
         ("temperature", temperature, 0.0, np.inf),
         ("top_k", top_k, 0, np.inf),
@@ -101,107 +94,44 @@ def sample(
     mesh = mesh_of(params)
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
-    sampling = _Sampling(
+    sampling = Sampling(
         jnp.asarray(temperature, jnp.float32),
         jnp.asarray(top_k, jnp.int32),
         jnp.asarray(top_p, jnp.float32),
         jnp.asarray(list(stop_tokens), jnp.int32),
         jnp.asarray(pad_token, jnp.int32),
     )
+    count = prompts.tokens.shape[0]
+    answers = count * samples
+    slots = answers if slots is None else min(slots, answers)
+    # Prompts that are read together: as many as the slots can take.
+    group = min(count, slots)
+    if mesh is not None and (slots % row_shards(mesh) or group % row_shards(mesh)):
+        raise ValueError(
+            f"slots={slots} and {group} prompts at a time do not divide over the mesh's "
+            f"{row_shards(mesh)} shards of rows; use a multiple"
+        )
+    kind = jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name
+    pad = jnp.asarray(pad_token, jnp.int32)
     with on_mesh(mesh):
-        state = _prefill(model, params, prompts.tokens, prompts.mask, max_new_tokens, pad_token)
-        state = _decode(model, params, state, key, sampling)
-    finished = jnp.any(state.mask, axis=1) & ~state.live
-    return Generation(state.tokens, state.logprobs, state.mask, finished)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def _prefill(
-    model: Decoder, params: Params, tokens: Array, mask: Array, max_new_tokens: int, pad_token: Any
-) -> _State:
-    rows, length = tokens.shape
-    mask = jnp.asarray(mask)
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = model.init_cache(rows, length + max_new_tokens)
-    hidden, cache = model.extend(params, cache, tokens, positions, mask.astype(jnp.int32))
-    return _State(
-        cache=cache,
-        hidden=hidden[:, -1],
-        position=jnp.sum(mask, axis=1),
-        live=jnp.any(mask, axis=1),
-        tokens=jnp.full((rows, max_new_tokens), pad_token, jnp.int32),
-        logprobs=jnp.zeros((rows, max_new_tokens), jnp.float32),
-        mask=jnp.zeros((rows, max_new_tokens), bool),
-        count=jnp.zeros((), jnp.int32),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _decode(
-    model: Decoder, params: Params, state: _State, key: jax.Array, sampling: _Sampling
-) -> _State:
-    def unfinished(state: _State) -> jax.Array:
-        return (state.count < state.tokens.shape[1]) & jnp.any(state.live)
-
-    def write_one(state: _State) -> _State:
-        logits = model.logits(params, state.hidden[:, None])[:, 0]
-        token, logprob = _choose(jax.random.fold_in(key, state.count), logits, sampling)
-        token = jnp.where(state.live, token, sampling.pad_token)
-        column = (0, state.count)
-        hidden, cache = model.extend(
-            params,
-            state.cache,
-            token[:, None],
-            state.position[:, None],
-            state.live[:, None].astype(jnp.int32),
+        state = empty_slots(
+            model,
+            pad,
+            slots=slots,
+            answers=answers,
+            prompt_length=prompts.tokens.shape[1],
+            max_new_tokens=max_new_tokens,
+            cache_dtype=kind,
         )
-        stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
-        put = jax.lax.dynamic_update_slice
-        return _State(
-            cache=cache,
-            hidden=hidden[:, 0],
-            position=state.position + 1,
-            live=state.live & ~stopped,
-            tokens=put(state.tokens, token[:, None], column),
-            logprobs=put(state.logprobs, jnp.where(state.live, logprob, 0.0)[:, None], column),
-            mask=put(state.mask, state.live[:, None], column),
-            count=state.count + 1,
-        )
-
-    # The whole state is returned so that the donated cache is updated where it lies.
-    return jax.lax.while_loop(unfinished, write_one, state)
-
-
-def _choose(key: jax.Array, logits: jax.Array, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
-    """One token a row and its log-probability: logits `[B, V]` → (`[B]`, `[B]`)."""
-    greedy = sampling.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-    scaled = constrain(scaled, "rows vocab_logits")
-    filtered = jax.lax.cond(
-        (sampling.top_k > 0) | (sampling.top_p < 1), _keep_likely, lambda x, _: x, scaled, sampling
-    )
-    token = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(scaled, axis=-1),
-        lambda: jax.random.categorical(key, filtered, axis=-1),
-    ).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
-def _keep_likely(logits: jax.Array, sampling: _Sampling) -> jax.Array:
-    """Sets all but the top-k, and then all outside the top-p nucleus, to −∞."""
-    size = logits.shape[-1]
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    rank = jnp.arange(size)[None]
-    k = jnp.where(sampling.top_k > 0, sampling.top_k, size)
-    ordered = jnp.where(rank < k, ordered, -jnp.inf)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    # Probability of all more likely tokens; the most likely one is always kept.
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = (before < sampling.top_p) & (rank < k)
-    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+        for first in range(0, count, group):
+            # The last group begins earlier rather than being shorter: one shape for all.
+            start = min(first, count - group)
+            tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
+            read = read_prompts(model, params, tokens, mask, jnp.int32(start), kind)
+            last = jnp.asarray(first + group >= count)
+            state = decode(model, params, state, read, key, sampling, last, samples=samples)
+    ended = jnp.isin(state.tokens, sampling.stop_tokens) & state.mask
+    return Generation(state.tokens, state.logprobs, state.mask, jnp.any(ended, axis=1), state.steps)
 
 
 def generate(

@@ -62,7 +62,8 @@ def load_pretrained(
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
 
     Returns:
-      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model with one label.
+      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
+      there are several or the one has a name, are the scorer's attributes.
       `params` is a nested dict of arrays.
 
     Raises:
@@ -116,7 +117,7 @@ def _model(path: pathlib.Path, file: Any, **options: Any) -> Decoder | Scorer:
     hf[SOURCE_DTYPES] = file.source_dtypes
     try:
         base = Decoder(families.config_from_hf(hf), **options)
-        return Scorer(base) if families.is_scorer(hf) else base
+        return Scorer(base, families.attributes_of(hf)) if families.is_scorer(hf) else base
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -163,7 +163,12 @@ def configs(model: Any, planned: list[Planned], tokenizer: Any) -> dict[str, dic
             f"{config.vocab_size}; they do not belong together"
         )
     embedding = next(p for p in planned if p.tensor.pieces[0].leaf.path == "embed/embedding")
-    hf = families.config_to_hf(config, scorer=scorer, dtype=embedding.dtype.name)
+    hf = families.config_to_hf(
+        config,
+        scorer=scorer,
+        dtype=embedding.dtype.name,
+        attributes=model.attributes if isinstance(model, Scorer) else (),
+    )
     hf.pop(SOURCE_DTYPES, None)
     kept = json.loads(config.source_config or "{}").get(families.GENERATION, {})
     generation = kept | _token_ids(hf | kept, tokenizer)

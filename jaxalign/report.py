@@ -11,10 +11,11 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxalign.charts import line_chart, text
+from jaxalign.charts import bar_chart, line_chart, text, value_ticks
 from jaxalign.config import RUNS, read_yaml
+from jaxalign.page import page, table
 from jaxalign.source import read_json
 
 Curve = list[tuple[float, float]]
@@ -35,34 +36,6 @@ _UNITS = {
     "time/step": "seconds",
     "time/data": "seconds",
 }
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--mute:#52514e;--grid:#e1e0d9;
---s0:#2a78d6;--s1:#c2410c}
-@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--mute:#c3c2b7;--grid:#383835;
---s0:#5598e7;--s1:#f0894f}}
-body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;
-max-width:1180px;padding:0 1rem}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}
-th,td{border-bottom:1px solid var(--grid);padding:.3rem .8rem .3rem 0;text-align:left;
-vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-td.a{white-space:pre-wrap;min-width:9rem}
-.wide{overflow-x:auto}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
-figure{margin:0}
-figcaption{font-weight:600}
-figcaption span{font-weight:400;color:var(--mute)}
-figcaption i{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .6em}
-i.s0{background:var(--s0)} i.s1{background:var(--s1)}
-svg{width:100%;height:auto} svg text{fill:var(--mute);font-size:11px}
-.mid{text-anchor:middle} .end{text-anchor:end}
-.grid{stroke:var(--grid)}
-polyline{fill:none;stroke-width:2;stroke-linejoin:round}
-polyline.s0{stroke:var(--s0)} polyline.s1{stroke:var(--s1)}
-circle.s0{fill:var(--s0)} circle.s1{fill:var(--s1)}
-summary{cursor:pointer;margin:.8rem 0}
-pre{overflow-x:auto} .note{color:var(--mute)}
-"""
 
 
 class Metrics(NamedTuple):
@@ -100,19 +73,11 @@ def make_page(folder: str | os.PathLike[str]) -> str:
     """The page as text, well-formed as HTML and as XML; see `write_report`."""
     path = pathlib.Path(folder)
     runs = find_runs(path)
-    name = text(path.resolve().name)
-    body = [f"<h1>{name}</h1>"]
+    body = []
     if (path / "summary.json").is_file():
         body.append(_summary(path / "summary.json"))
     body += [_run(run, title=None if run == path else run.name) for run in runs]
-    head = (
-        f'<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>'
-        f"<title>{name} – jaxalign</title><style>{_STYLE}</style>"
-    )
-    inner = "\n".join(body)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{inner}\n</body></html>\n'
-    )
+    return page(path.resolve().name, body)
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -184,6 +149,8 @@ def _run(folder: pathlib.Path, title: str | None) -> str:
     held_out = {name: curve for name, curve in curves.items() if name.startswith("eval/")}
     if held_out:
         parts.append("<h3>Held out</h3>" + _held_out(held_out, across))
+    if (folder / "evaluation.json").is_file():
+        parts.append(_evaluation(folder / "evaluation.json", across))
 
     groups = _grouped(curves)
     charts = {
@@ -233,7 +200,7 @@ def _figure(title: str, series: Sequence[Curve], names: Sequence[str], across: s
             for i, (label, last) in enumerate(zip(labels, lasts, strict=True))
         )
     svg = line_chart(series, title, across, _UNITS.get(title, title))
-    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
+    return _captioned(title, told, svg)
 
 
 def _held_out(curves: Mapping[str, Curve], across: str) -> str:
@@ -243,7 +210,50 @@ def _held_out(curves: Mapping[str, Curve], across: str) -> str:
         start = f"{before:.4g}" if first == 0 else "not measured"
         end = f"{after:.4g}" if last > 0 else "not yet"
         rows.append((name.removeprefix("eval/"), start, end, f"{last:g}"))
-    return _table(("figure", "before", "after", across), rows, numbers=(1, 2, 3))
+    return table(("figure", "before", "after", across), rows, numbers=(1, 2, 3))
+
+
+def _evaluation(path: pathlib.Path, across: str) -> str:
+    """A reward model's last look at held-out data: calibration, scores, attributes, sources."""
+    found = read_json(path)
+    figures, tables = [], []
+    try:
+        if found.get("calibration"):
+            bins = found["calibration"]
+            low = 0.5 if found["objective"] == "pairs" else 0.0
+            curve = [(row["predicted"], row["observed"]) for row in bins]
+            ends = [[(row["predicted"], row[end]) for end in ("low", "high")] for row in bins]
+            svg = line_chart(
+                [curve, [(low, low), (1.0, 1.0)], *ends],
+                "calibration",
+                "predicted probability",
+                "observed",
+                x_ticks=value_ticks(low, 1.0),
+            )
+            told = '<i class="s0"></i>observed <i class="s1"></i>perfect'
+            figures.append(_captioned("calibration", told, svg))
+        if "histogram" in found:
+            edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+            svg = bar_chart(edges, list(counts.values()), "scores", "score", "answers")
+            told = " ".join(f'<i class="s{i}"></i>{text(name)}' for i, name in enumerate(counts))
+            figures.append(_captioned("scores", told, svg))
+        for name in ("attributes", "sources"):
+            rows = found.get(name, [])
+            if rows:
+                heads = list(rows[0])
+                cells = [
+                    [f"{row[h]:.4g}" if isinstance(row[h], float) else row[h] for h in heads]
+                    for row in rows
+                ]
+                tables.append(table(heads, cells, numbers=range(1, len(heads))))
+        title = f"Scores of held-out answers, {across} {found['step']:g}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not what a run of `jaxalign reward` writes") from error
+    return f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>{"".join(tables)}'
+
+
+def _captioned(title: str, told: str, svg: str) -> str:
+    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
 
 
 def _summary(path: pathlib.Path) -> str:
@@ -256,23 +266,8 @@ def _summary(path: pathlib.Path) -> str:
         answers = [[row[name] for name in names] for row in summary["answers"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a summary as `jaxalign quickstart` writes it") from error
-    table = _table(("figure", "before", "after"), figures, numbers=(1, 2))
+    measured = table(("figure", "before", "after"), figures, numbers=(1, 2))
     return (
-        f"<h2>Held-out figures</h2>{table}<h2>Answers to held-out prompts</h2>"
-        f'<div class="wide">{_table(names, answers, kind="a")}</div>'
+        f"<h2>Held-out figures</h2>{measured}<h2>Answers to held-out prompts</h2>"
+        f'<div class="wide">{table(names, answers, kind="a")}</div>'
     )
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = (), kind: str = ""
-) -> str:
-    def cell(tag: str, i: int, value: Any) -> str:
-        name = "n" if i in numbers else kind
-        attribute = f' class="{name}"' if name else ""
-        return f"<{tag}{attribute}>{text(value)}</{tag}>"
-
-    lines = [
-        "<tr>" + "".join(cell(tag, i, value) for i, value in enumerate(row)) + "</tr>"
-        for tag, row in [("th", heads), *(("td", row) for row in rows)]
-    ]
-    return f"<table>{''.join(lines)}</table>"

@@ -33,18 +33,22 @@ from jaxalign.config import (
 )
 from jaxalign.data import (
     Batches,
+    graded_batches,
     preference_batches,
     prompt_batches,
+    ranked_batches,
     sft_batches,
+    step_batches,
     stop_token_ids,
     unpaired_batches,
 )
 from jaxalign.export import run_tokenizer, whole_model
+from jaxalign.heldout import HeldOut
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.metrics import add_up, to_floats
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, with_scalar_head
+from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.references import hold_reference, keep_reference, reference_optimizer
@@ -77,6 +81,7 @@ class Task(NamedTuple):
         May change `loop`.
       evaluate: state → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
+      details: curves and tables of the last evaluation, JSON-able, or None.
     """
 
     state: TrainState
@@ -87,6 +92,7 @@ class Task(NamedTuple):
     expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
     evaluate: Callable[[TrainState], Floats] | None
     export: Callable[[TrainState, Any], None]
+    details: Callable[[], dict[str, Any]] | None = None
 
 
 class Loaded(NamedTuple):
@@ -157,23 +163,41 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
 
 
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
-    """Reward model: every batch of pairs is one update."""
-    loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config.run.seed)
-    batches, held_out = _data(preference_batches, config, loaded.tok)
+    """Reward model: every batch of judged answers is one update."""
+    loaded = _with_head(_load(config.model, mesh, config.run.seed), mesh, config)
+    batches, held_out = _data(_judgements(config), config, loaded.tok)
     total = _total(config, batches)
     tx = _optimizer(config.optimizer, total)
     micro = config.run.micro_batches
+    measure = None
+    if held_out is not None:
+        measure = HeldOut(loaded.model, config.reward, held_out, mesh)
     return Task(
         *_start(
-            loaded, tx, reward.make_step(loaded.model, tx, config.reward, micro_batches=micro), mesh
+            loaded,
+            tx,
+            reward.make_step(
+                loaded.model, tx, config.reward, micro_batches=micro, sources=batches.sources
+            ),
+            mesh,
         ),
         batches=batches,
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=_evaluate(reward.make_loss(loaded.model, config.reward), held_out, mesh),
+        evaluate=measure,
         export=_exporter(loaded.model, loaded.tok),
+        details=None if measure is None else measure.details,
     )
+
+
+def _judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
+    """What makes the batches that the objective learns from."""
+    if config.reward.objective == "regression":
+        return functools.partial(graded_batches, attributes=config.reward.attributes)
+    if config.reward.objective == "ranking":
+        return functools.partial(ranked_batches, answers=config.answers)
+    return step_batches if config.reward.objective == "steps" else preference_batches
 
 
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
@@ -191,7 +215,10 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
     state, step = _start(
-        loaded, tx, dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro), mesh
+        loaded,
+        tx,
+        dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro, sources=batches.sources),
+        mesh,
     )
     if cache is not None:
         prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
@@ -208,7 +235,12 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=_evaluate(dpo.make_loss(loaded.model, config.dpo), held_out, mesh, prepare),
+        evaluate=_evaluate(
+            dpo.make_loss(loaded.model, config.dpo, sources=_names(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -222,7 +254,10 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     tx = reference_optimizer(_optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches
     state, step = _start(
-        loaded, tx, kto.make_step(loaded.model, tx, config.kto, micro_batches=micro), mesh
+        loaded,
+        tx,
+        kto.make_step(loaded.model, tx, config.kto, micro_batches=micro, sources=batches.sources),
+        mesh,
     )
     state, reference = hold_reference(config, loaded, state, load)
     add = kto.make_prepare(loaded.model, reference.model)
@@ -234,7 +269,12 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=_evaluate(kto.make_loss(loaded.model, config.kto), held_out, mesh, prepare),
+        evaluate=_evaluate(
+            kto.make_loss(loaded.model, config.kto, sources=_names(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
         export=_exporter(loaded.model, loaded.tok),
     )
 
@@ -251,12 +291,12 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
                 f"reference={config.reference!r} has another shape than the policy "
                 f"{config.model.source!r}; wanted the model that the policy started from"
             )
-    scorer, rm_params = _scorer(config.reward_model, config.model, mesh)
+    scorer, rm_params = _scorer(config.reward_model, config, mesh)
     _check_vocabulary(loaded.tok, scorer, config.reward_model)
     if config.critic is None:
         critic, critic_params = scorer, rm_params
     else:
-        critic, critic_params = _scorer(config.critic, config.model, mesh)
+        critic, critic_params = _scorer(config.critic, config, mesh, critic=True)
         _check_vocabulary(loaded.tok, critic, config.critic)
     if config.critic_head == "zero":
         head = jax.tree.map(jnp.zeros_like, critic_params["score"])
@@ -322,6 +362,18 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     )
 
 
+def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
+    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    makers: dict[type, Callable[..., Batches[Any]]] = {
+        SFTRun: sft_batches,
+        RewardRun: preference_batches,
+        DPORun: preference_batches,
+        PPORun: prompt_batches,
+    }
+    tok = run_tokenizer(config.model)
+    return tok, *_data(makers[type(config)], config, tok)
+
+
 # --- parts ---------------------------------------------------------------------------------------
 
 
@@ -369,12 +421,21 @@ def _load_policy(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
     return loaded
 
 
-def _with_head(loaded: Loaded, mesh: Mesh, seed: int) -> Loaded:
-    """A reward model to train: as loaded, or a fresh scalar head on a language model."""
-    if isinstance(loaded.model, Scorer):
-        return loaded
-    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 3)
-    scorer, full = with_scalar_head(loaded.model, loaded.frozen or loaded.params, key)
+def _with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
+    """A reward model to train: as loaded, or with a fresh head of as many outputs as are wanted."""
+    attributes, model = config.reward.attributes, loaded.model
+    if isinstance(model, Scorer):
+        if config.head == "pretrained":
+            if model.attributes != attributes:
+                raise ValueError(
+                    f"reward.attributes={list(attributes)}: the head of the reward model "
+                    f"{config.model.source!r} has {list(model.attributes)}; wanted the same, or "
+                    "head=fresh to keep its body only"
+                )
+            return loaded
+        model = model.base
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 3)
+    scorer, full = with_scalar_head(model, loaded.frozen or loaded.params, key, attributes)
     head = _put({"score": full.pop("score")}, scorer.axes, mesh)
     if loaded.frozen:
         return loaded._replace(model=scorer, params=loaded.params | head, frozen=full)
@@ -398,18 +459,29 @@ def _reference(
     return model, params
 
 
-def _scorer(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Scorer, Params]:
+def _scorer(
+    source: str, config: PPORun, mesh: Mesh, *, critic: bool = False
+) -> tuple[Scorer, Params]:
+    """A reward model with one score: of several attributes, their weighted sum."""
     model, params = load_pretrained(
         source,
         mesh=mesh,
-        dtype=config.dtype,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
+        dtype=config.model.dtype,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
     )
     if not isinstance(model, Scorer):
         raise ValueError(
             f"{source!r} is a language model without a score; wanted a reward model, "
             "as `jaxalign reward` makes"
+        )
+    # A critic of its own may have one score where the reward model has several.
+    if config.reward_weights is not None and not (critic and not model.attributes):
+        return weigh_attributes(model, params, config.reward_weights)
+    if len(model.attributes) > 1:
+        raise ValueError(
+            f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
+            "how much each counts: reward_weights: {" + f"{model.attributes[0]}: 1.0" + "}"
         )
     return model, params
 

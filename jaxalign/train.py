@@ -94,6 +94,9 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
             return {}
         figures = task.evaluate(state)
         writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+        if task.details is not None and distributed.is_main():
+            text = json.dumps({"step": step} | task.details(), indent=1)
+            (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         return figures
 
     def save() -> None:

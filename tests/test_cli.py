@@ -17,19 +17,8 @@ from jaxalign import cli
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
-    *(
-        "sft",
-        "reward",
-        "dpo",
-        "ppo",
-        "pipeline",
-        "quickstart",
-        "generate",
-        "chat",
-        "export",
-        "import",
-    ),
-    *("plan", "report"),
+    *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
+    *("import", "plan", "report", "score", "data", "synth"),
 ]
 
 
@@ -193,9 +182,13 @@ CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
 def test_the_recipes_are_valid(path):
     from jaxalign.config import RUNS, load_config
     from jaxalign.pipeline import load_stages
+    from jaxalign.synth import load_synth
 
-    if path.stem in RUNS:
-        load_config(path.stem, path)
+    algorithm = path.stem.partition("_")[0]  # reward_steps.yaml is for `jaxalign reward`
+    if algorithm == "synth":
+        load_synth(path)
+    elif algorithm in RUNS:
+        load_config(algorithm, path)
     else:
         assert load_stages(path)
 

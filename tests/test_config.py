@@ -10,10 +10,12 @@ import pytest
 
 import jaxalign
 from jaxalign import config as configs
+from jaxalign import synth
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
 from jaxalign.data import Source
+from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
 
@@ -304,7 +306,17 @@ OUT_OF_RANGE = {
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
     ),
-    "reward": ("reward.center_coef=-1", "data.packing=wrapped", "data.train_on=last"),
+    "reward": (
+        "data.packing=wrapped",
+        "data.train_on=last",
+        "reward.center_coef=-1",
+        "reward.label_smoothing=0.5",
+        "reward.objective=stars",
+        "reward.ranking=all_pairs",  # an option of `ranking` only
+        "reward.attributes=[helpfulness]",  # an option of `regression` only
+        "head=random",
+        "answers=3",  # an option of `ranking` only
+    ),
     "dpo": (
         "dpo.beta=0",
         "dpo.loss_type=cosine",
@@ -356,6 +368,9 @@ OUT_OF_RANGE = {
         "minibatches=5",  # no divisor of 32 rows
         "model.lora.rank=2",  # not in PPO
         "critic_optimizer.b1=7",
+        "reward_weights={}",
+        "reward_weights=3",
+        "reward_weights={helpfulness: high}",
     ),
 }
 
@@ -372,6 +387,9 @@ def test_a_value_out_of_range_is_named(algorithm, assignment):
 
 
 def test_options_that_would_be_ignored_together_are_refused():
+    for option in ("data.packing=true", "data.shared_prefix=true"):
+        told = complaint("reward", "reward.objective=steps", option)
+        assert f"{option.split('=')[0]}=True: wanted false with reward.objective=steps" in told
     assert "run.steps" in complaint("sft", "data.epochs=null")
     assert "run.eval_every=5: wanted 0 without data.eval" in complaint("sft", "run.eval_every=5")
     told = complaint("sft", "run.checkpoint=false", "run.save_every=5")
@@ -465,11 +483,24 @@ READERS = {
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
-    reward.Config: (("algorithms/reward.py",), {"config"}),
+    reward.Config: (("algorithms/reward.py", "heldout.py"), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
     kto.Config: (("algorithms/kto.py",), {"config"}),
     ReferenceSync: (("algorithms/reference.py",), {"sync"}),
     ppo.Config: (("algorithms/ppo.py",), {"config"}),
+    synth.SynthRun: (("synth.py",), {"config"}),
+    synth.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
+    options.WriterConfig: (("synth.py",), {"config", "writer"}),
+    options.LocalConfig: (("synth.py",), {"local"}),
+    options.ServerConfig: (("data/synthesis/server.py",), {"config", "_config"}),
+    options.InstructConfig: (
+        ("synth.py", "data/synthesis/instruct.py", "data/synthesis/filters.py"),
+        {"config", "_config", "options"},
+    ),
+    options.PreferenceConfig: (
+        ("synth.py", "data/synthesis/preferences.py"),
+        {"config", "_config", "options"},
+    ),
 }
 
 
@@ -494,7 +525,7 @@ def reads(files, holders):
 
 
 def test_the_table_of_readers_holds_every_config_class():
-    found, todo = set(), list(RUNS.values())
+    found, todo = set(), [*RUNS.values(), synth.SynthRun]
     while todo:
         cls = todo.pop()
         todo += typing.get_args(cls)

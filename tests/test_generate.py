@@ -9,9 +9,10 @@ import plain_llama
 import pytest
 import tiny
 
-from jaxalign.generate import _choose, _decode, _prefill, _Sampling, sample
-from jaxalign.models.attention import Cache
+from jaxalign.decoding import decode, empty_slots, read_prompts
+from jaxalign.generate import sample
 from jaxalign.models.heads import target_logprobs
+from jaxalign.sampling import Sampling, choose
 from jaxalign.sharding import make_mesh, param_shardings
 from jaxalign.types import PromptBatch
 
@@ -116,7 +117,7 @@ def test_the_loop_ends_when_every_row_has(params):
 
 def test_new_settings_compile_nothing_new(params):
     run(params)
-    before = _prefill._cache_size(), _decode._cache_size()
+    before = read_prompts._cache_size(), decode._cache_size()
     for options in (
         {"temperature": 0.5},
         {"temperature": 0.0},
@@ -126,16 +127,16 @@ def test_new_settings_compile_nothing_new(params):
         {"key": jax.random.key(1), "pad_token": 4},
     ):
         run(params, **options)
-    assert (_prefill._cache_size(), _decode._cache_size()) == before
+    assert (read_prompts._cache_size(), decode._cache_size()) == before
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
     """Tokens drawn from one set of logits."""
-    sampling = _Sampling(
+    sampling = Sampling(
         jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(0), jnp.int32(0)
     )
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (draws, len(logits)))
-    tokens, logprobs = jax.jit(_choose)(KEY, rows, sampling)
+    tokens, logprobs = jax.jit(choose)(jax.random.split(KEY, draws), rows, sampling)
     return np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -178,6 +179,27 @@ def test_filters_keep_exactly_the_likely_tokens(options, support):
     np.testing.assert_allclose(logprobs, want[tokens], 1e-4)
 
 
+def test_draws_follow_a_large_distribution():
+    """All 1,000 tokens at once, blocks and all: a χ² test at one in a thousand."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(1000, 0.3))
+    probs[::7] = 0
+    probs /= probs.sum()
+    with np.errstate(divide="ignore"):
+        logits = np.log(probs)
+    draws = 200_000
+    tokens, _ = filtered(logits, draws=draws)
+    counts = np.bincount(tokens, minlength=1000)
+    assert counts[probs == 0].sum() == 0
+    common = probs * draws >= 5
+    want = np.append(probs[common], probs[~common].sum()) * draws
+    got = np.append(counts[common], counts[~common].sum())
+    degrees = len(want) - 1
+    statistic = ((got - want) ** 2 / want).sum()
+    # Wilson and Hilferty's approximation of the χ² quantile at 0.999.
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
+
+
 def test_one_key_one_answer_on_any_mesh(params):
     want = run(params, stop_tokens=(9,))
     again = run(params, stop_tokens=(9,))
@@ -198,18 +220,70 @@ def test_one_key_one_answer_on_any_mesh(params):
 
 def test_cache_is_updated_in_place(params):
     """The donated cache of the decode loop is the cache that comes out: no second copy."""
-    state = _prefill(tiny.DECODER, params, prompts().tokens, prompts().mask, NEW, 0)
-    assert isinstance(state.cache, Cache)
-    sampling = _Sampling(
+    read = read_prompts(
+        tiny.DECODER, params, prompts().tokens, prompts().mask, jnp.int32(0), "float32"
+    )
+    state = empty_slots(
+        tiny.DECODER, 0, slots=4, answers=ROWS, prompt_length=WIDTH, max_new_tokens=NEW,
+        cache_dtype="float32",
+    )  # fmt: skip
+    sampling = Sampling(
         jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
     )
-    _decode(tiny.DECODER, params, state, KEY, sampling)
+    out = decode(tiny.DECODER, params, state, read, KEY, sampling, jnp.array(True), samples=1)
     assert state.cache.keys.is_deleted()
+    assert np.asarray(out.mask).sum() == (ROWS - 1) * NEW
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_slots_do_not_show(params, slots):
+    """Few slots refilled from the queue write what one slot an answer writes, in fewer steps."""
+    stops = tuple(range(3, 20))
+    want = run(params, stop_tokens=stops)
+    got = run(params, stop_tokens=stops, slots=slots)
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    lengths = np.asarray(want.mask).sum(1)
+    assert len(set(lengths.tolist())) > 2  # ragged, or this would show nothing
+    # No step is lost as long as answers wait: greedy filling of slots in order, by hand.
+    ends = np.zeros(slots, int)
+    for length in lengths[lengths > 0]:
+        ends[ends.argmin()] += length
+    assert int(got.steps) == ends.max()
+
+
+def test_samples_of_a_prompt_share_its_reading(params):
+    """n samples of a prompt are what n copies of the prompt give, with n times less reading."""
+    batch = prompts()
+    copies = PromptBatch(*(np.repeat(x, 3, axis=0) for x in batch))
+    want = run(params, batch=copies, stop_tokens=(9, 30))
+    for slots in (None, 5):
+        got = run(params, stop_tokens=(9, 30), samples=3, slots=slots)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(want.tokens)[:3].tolist()}) == 3
+
+
+def test_a_cache_in_half_precision_changes_little(params):
+    want = run(params, temperature=0.0)
+    got = run(params, temperature=0.0, cache_dtype="bfloat16")
+    first = np.asarray(want.mask)[:, 0]
+    np.testing.assert_allclose(got.logprobs[first, :2], want.logprobs[first, :2], atol=0.05)
+    assert np.any(np.asarray(got.logprobs) != np.asarray(want.logprobs))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        {"max_new_tokens": 0},
+        {"samples": 0},
+        {"slots": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
     ids=str,
 )
 def test_values_out_of_range_are_refused(params, options):

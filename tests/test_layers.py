@@ -27,6 +27,7 @@ LAYERS = {
     "algorithms": 4,
     "plan": 5,
     "rewards": 5,
+    "scoring": 5,
     "config": 5,
     "train": 6,
     "report": 6,
@@ -39,6 +40,8 @@ PARTS = {
     "gguf_header": "hf",
     "safetensors_file": "hf",
     "source": "hf",
+    "sampling": "generate",
+    "decoding": "generate",
     "tokenizer": "hf",
     "masked": "types",
     "blocks": "hf",
@@ -46,13 +49,20 @@ PARTS = {
     "orbax_folder": "hf",
     "safetensors_write": "hf",
     "tensor_table": "hf",
+    "evaluation": "metrics",
+    "heldout": "train",
+    "best_of": "scoring",
     "abstract": "plan",
+    "config_data": "config",
     "charts": "report",
     "reference_cache": "train",
     "references": "train",
     "export": "train",
+    "page": "report",
     "tasks": "train",
+    "data_page": "cli",
     "pipeline": "cli",
+    "synth": "cli",
     "quickstart": "cli",
     "__main__": "cli",
 }
@@ -151,7 +161,7 @@ def test_algorithms_have_the_same_sections_in_the_same_order(name):
 
 
 def test_shared_parts_of_algorithms_know_no_algorithm():
-    for part in ("step", "pairs", "reference"):
+    for part in ("step", "pairs", "reference", "objectives"):
         names = {f"algorithms.{name}" for name in ALGORITHMS}
         assert not imports(PACKAGE / f"algorithms/{part}.py") & names
 

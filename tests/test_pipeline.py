@@ -98,7 +98,7 @@ def test_overrides_reach_one_stage_all_stages_and_the_folder():
         ),
         (stage(0, model={"source": "${rm}"}), (), r"stage 'first': \$\{rm\} names no earlier"),
         (stage(0, run={"export": False}), (), r"stage 'rm': \$\{first\} names no earlier"),
-        (stage(2, data={"rows": 0}), (), r"(?s)stage 'last': .*data\.rows=0"),
+        (stage(2, data={"rows": 0}), (), r"(?s)stage 'last': .*data: rows: got 0"),
         (stage(1, optimiser={}), (), r"(?s)stage 'rm': .*did you mean optimizer"),
         (STAGES, ("data.rows=8",), r"starts with no stage.*first, rm, last"),
         (STAGES, ("rm=3",), "rm=3: wanted a section"),

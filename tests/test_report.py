@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from jaxalign import cli
-from jaxalign.charts import line_chart, step_ticks, thin, value_ticks
+from jaxalign.charts import bar_chart, line_chart, step_ticks, thin, value_ticks
 from jaxalign.report import find_runs, make_page, read_metrics, write_report
 
 # The plot is 280 wide from x = 70 and 160 high, from y = 176 (bottom) to 16.
@@ -266,3 +266,25 @@ def test_a_summary_of_something_else(tmp_path):
 def test_no_points_no_chart():
     with pytest.raises(ValueError, match="no points"):
         line_chart([[]], "loss", "step", "nats")
+
+
+def test_bars_stand_side_by_side_and_are_as_high_as_their_counts():
+    svg = bar_chart([0.0, 1.0, 2.0], [[2, 4], [0, 1]], "scores", "score", "answers")
+    bars = [
+        {key: float(bar.get(key)) for key in ("x", "width", "height")} | {"of": bar.get("class")}
+        for bar in ET.fromstring(svg).iter("rect")
+    ]
+    assert [bar["of"] for bar in bars] == ["s0", "s0", "s1"]  # a count of 0 has no bar
+    first, second, other = bars
+    assert second["height"] == pytest.approx(2 * first["height"], abs=0.2)
+    assert second["height"] == pytest.approx(4 * other["height"], abs=0.4)
+    assert other["x"] == pytest.approx(second["x"] + second["width"], abs=0.02)
+    with pytest.raises(ValueError, match=r"chart 'scores': \[1\] bars, 2 bins"):
+        bar_chart([0.0, 1.0, 2.0], [[1]], "scores", "score", "answers")
+
+
+def test_a_broken_evaluation_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "evaluation.json").write_text('{"step": 1, "histogram": 3}\n')
+    with pytest.raises(ValueError, match=r"evaluation\.json: not what a run"):
+        make_page(tmp_path)

@@ -261,9 +261,9 @@ def test_micro_batches_reach_the_step(chat_models, tmp_path, monkeypatch, algori
     room = getattr(tasks, algorithm)
     make = room.make_step
 
-    def spying(*arguments, micro_batches):
+    def spying(*arguments, micro_batches, **options):
         given.append(micro_batches)
-        return make(*arguments, micro_batches=micro_batches)
+        return make(*arguments, micro_batches=micro_batches, **options)
 
     monkeypatch.setattr(room, "make_step", spying)
     values = chatmodel.settings(algorithm, chat_models, tmp_path / "run", micro_batches=2)
@@ -450,3 +450,37 @@ def test_models_of_the_wrong_kind_are_refused(chat_models, tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             run(algorithm, chat_models, tmp_path / "run", changes)
+
+
+# Mixtures, held-out parts, streams
+
+
+def _mixture(tmp_path, **data):
+    """Two sources of conversations, one of them three times as often."""
+    rows = chatmodel.ROWS["sft"]
+    paths = [chatmodel.write_rows(tmp_path / f"{name}.jsonl", part)
+             for name, part in (("first", rows[:6]), ("second", rows[6:]))]  # fmt: skip
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)]
+    return {"data": {"train": sources} | data}
+
+
+def test_a_mixture_logs_each_source_and_holds_rows_out(chat_models, tmp_path):
+    changes = _mixture(tmp_path, validation=2, buckets=[16])
+    result = run("sft", chat_models, tmp_path / "run", changes, checkpoint=False, export=False)
+    for row in result.history:
+        assert row["nll/first"] > 0
+        assert row["share/first"] + row["share/second"] == pytest.approx(1)
+        whole = sum(row[f"share/{s}"] * row[f"nll/{s}"] for s in ("first", "second"))
+        assert whole == pytest.approx(row["loss"], rel=1e-5)
+        assert 0.1 < row["data/fill"] <= 1
+    assert 0.1 < np.mean([row["share/first"] for row in result.history]) < 0.45
+    assert result.before["loss/nll"] > result.after["loss/nll"] > 0
+
+
+def test_a_streamed_run_resumes_as_if_it_had_not_stopped(chat_models, tmp_path):
+    changes = _mixture(tmp_path, streaming=True, window=4, packing=True)
+    straight = run("sft", chat_models, tmp_path / "straight", changes, export=False)
+    folder = tmp_path / "stopped"
+    run("sft", chat_models, folder, changes, export=False, steps=2)
+    rest = run("sft", chat_models, folder, changes, export=False, resume=True)
+    assert rest.history == straight.history[2:]

@@ -12,14 +12,22 @@ Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.algorithms.pairs import Answers, Pairs, layout, pair_mask, read_answers
+from jaxalign.algorithms.by_source import by_source
+from jaxalign.algorithms.pairs import (
+    Answers,
+    Pairs,
+    layout,
+    pair_mask,
+    pair_sources,
+    read_answers,
+)
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.dpo import (
@@ -204,8 +212,13 @@ def make_prepare(
     return prepare
 
 
-def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms."""
+def make_loss(
+    model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
+) -> Loss:
+    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms.
+
+    With several `sources`, the names of the rows' `source_ids`, also `preference/<source>` of each.
+    """
     config = Config() if config is None else config
     sft_weight = config.sft_weight
 
@@ -250,6 +263,7 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
         if answers.weights is not None:
             values["weights"] = answers.weights
         metrics = {k: weighted(jax.lax.stop_gradient(v), mask) for k, v in values.items()}
+        metrics |= by_source("preference", losses, mask, pair_sources(batch), sources)
         sums: dict[str, Array] = {"preference": weighted(losses, mask).total}
         if sft_weight:
             tokens = weighted(answers.chosen_lengths, mask).total
@@ -270,6 +284,7 @@ def make_step(
     config: Config | None = None,
     *,
     micro_batches: int = 1,
+    sources: Sequence[str] = (),
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`; see `algorithms.step.make_step`.
 
@@ -278,7 +293,7 @@ def make_step(
     """
     config = Config() if config is None else config
     check_micro_batches(config, micro_batches)
-    return _make_step(make_loss(model, config), tx, micro_batches)
+    return _make_step(make_loss(model, config, sources=sources), tx, micro_batches)
 
 
 def check_micro_batches(config: Config, micro_batches: int) -> None:

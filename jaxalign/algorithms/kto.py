@@ -13,12 +13,13 @@ Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.algorithms.by_source import by_source, source_of_sequences
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
@@ -57,7 +58,7 @@ def answer_logps(
 ) -> tuple[jax.Array, dict[str, Weighted]]:
     """Summed log-probability of each row's answer, float32 `[B]`, and the model's own terms."""
     hidden, extra = read(model, params, tokens)
-    logprobs = target_logprobs(model, params, hidden, tokens.targets)
+    logprobs = target_logprobs(model, params, hidden, tokens.targets, mask=tokens.loss_mask)
     return masked_sum(logprobs, tokens.loss_mask, axis=1), extra
 
 
@@ -98,8 +99,13 @@ def make_prepare(
     return prepare
 
 
-def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
-    """The KTO loss: `kto` weighted by answers, and the model's own terms."""
+def make_loss(
+    model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
+) -> Loss:
+    """The KTO loss: `kto` weighted by answers, and the model's own terms.
+
+    With several `sources`, the names of the rows' `source_ids`, also `kto/<source>` of each.
+    """
     config = Config() if config is None else config
 
     def exists(batch: UnpairedBatch) -> jax.Array:
@@ -137,6 +143,9 @@ def make_loss(model: LanguageModel, config: Config | None = None) -> Loss:
             "logps/rejected": weighted(logps, bad),
             "kl": weighted(kl, mask),
         }
+        source = source_of_sequences(batch.tokens, batch.tokens.segment_ids)
+        known = None if source is None else source[:, 0]
+        metrics |= by_source("kto", losses, mask, known, sources)
         sums: dict[str, Array] = {"kto": weighted(losses, mask).total}
         for name, term in extra.items():
             sums[name] = term.total
@@ -152,6 +161,7 @@ def make_step(
     config: Config | None = None,
     *,
     micro_batches: int = 1,
+    sources: Sequence[str] = (),
 ) -> Step:
     """`step(state, batch: UnpairedBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
-    return _make_step(make_loss(model, config), tx, micro_batches)
+    return _make_step(make_loss(model, config, sources=sources), tx, micro_batches)

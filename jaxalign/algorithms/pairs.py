@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.algorithms.by_source import source_of_sequences
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
 from jaxalign.masked import segment_sum
 from jaxalign.models.base import LanguageModel, read
@@ -116,6 +117,13 @@ def layout(batch: Pairs) -> Layout:
     return Layout(tokens, (segment > 0).astype(jnp.int32), 1, split_rows, join_rows)
 
 
+def pair_sources(batch: Pairs) -> jax.Array | None:
+    """The source of each pair, `[B]` or `[B, S]`; None if not recorded."""
+    where = layout(batch)
+    source = source_of_sequences(where.tokens, where.sides, where.count)
+    return None if source is None else where.split(source)[0]
+
+
 class Answers(NamedTuple):
     """Both answers of each pair as a model sees them; every array is `[B]` or `[B, S]`.
 
@@ -158,7 +166,8 @@ def read_answers(
     where = layout(batch)
     tokens = where.tokens
     hidden, extra = read(model, params, tokens)
-    logprobs = target_logprobs(model, params, hidden, tokens.targets)
+    mask = tokens.loss_mask
+    logprobs = target_logprobs(model, params, hidden, tokens.targets, mask=mask)
     plain = where.sum_answers(logprobs)
     lengths = where.lengths()
     logps = plain
@@ -171,7 +180,7 @@ def read_answers(
         # log Σ_v p(v)² = 2 log p(y) − log q(y), where q has the logits doubled: no other pass over
         # the vocabulary is needed than that which gives log-probabilities.
         fixed = jax.lax.stop_gradient(hidden)
-        doubled = target_logprobs(model, params, fixed, tokens.targets, 0.5)
+        doubled = target_logprobs(model, params, fixed, tokens.targets, 0.5, mask=mask)
         squares = where.sum_answers(jax.lax.stop_gradient(2 * logprobs - doubled))
         chosen, rejected = map(wpo_weight, plain, squares, lengths)
         weights = chosen * rejected

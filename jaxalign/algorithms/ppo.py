@@ -206,7 +206,9 @@ def make_experience(
 
         def logprobs_under(weights: Params) -> jax.Array:
             hidden = model.apply(weights, *read)
-            logprobs = target_logprobs(model, weights, hidden, tokens.targets, config.temperature)
+            logprobs = target_logprobs(
+                model, weights, hidden, tokens.targets, config.temperature, mask=mask
+            )
             return jnp.where(mask, logprobs, 0.0)
 
         old_logprobs = logprobs_under(params["policy"])
@@ -374,7 +376,7 @@ def make_loss(model: LanguageModel, critic: ScalarModel, config: Config | None =
 
         hidden = model.apply(policy, *read)
         logprobs, entropy = target_logprobs(
-            model, policy, hidden, tokens.targets, config.temperature, entropy=True
+            model, policy, hidden, tokens.targets, config.temperature, entropy=True, mask=mask
         )
         # Masked before the arithmetic: what stands in padding must not reach a gradient.
         new, old, ref = (

@@ -1,30 +1,42 @@
-"""Reward model: a scalar score for an answer, learned from pairs.
+"""Reward model: a score for an answer, learned from people's judgements.
 
-    L = − log σ(r(x, y_chosen) − r(x, y_rejected) − margin)  [+ c · (r_chosen + r_rejected)²]
+Four objectives, by what was judged (the mathematics is in `jaxalign.losses`):
 
-averaged over pairs (Bradley and Terry 1952; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
-equation 1; the centring term: Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244). The score
-is read at the last token of the sequence.
+| objective | batch | loss | averaged over |
+| --- | --- | --- | --- |
+| "pairs" | `PairBatch`, `SharedPairBatch` | − log σ(r_chosen − r_rejected − margin) | pairs |
+| "ranking" | `RankedBatch` | Plackett–Luce, or the mean over all pairs | prompts |
+| "regression" | `GradedBatch` | (r − grade)², one output an attribute | grades |
+| "steps" | `StepBatch` | binary cross-entropy at the end of each step | steps |
 
-Batch: `PairBatch`; its reference log-probabilities are not used.
+Pairs: Bradley and Terry 1952; Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), equation 1,
+which is also the mean over all pairs of a ranking. The centring term c · (r_chosen + r_rejected)²:
+Eisenstein et al. 2023 (https://arxiv.org/abs/2312.09244). Regression: Wang et al. 2023 (HelpSteer,
+https://arxiv.org/abs/2311.09528). Steps: Lightman et al. 2023 (https://arxiv.org/abs/2305.20050).
+
+The score is read at the last token of the sequence, or of each step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxalign.algorithms.pairs import interleave, pair_mask, pairs_in_row, separate
+from jaxalign.algorithms import objectives
+from jaxalign.algorithms.objectives import Examples, Objective, Sums
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.losses.reward import bradley_terry
-from jaxalign.masked import keep, weighted
-from jaxalign.models.base import ScalarModel
-from jaxalign.models.heads import pooled_scores
-from jaxalign.types import Array, PairBatch, Params, Weighted
+from jaxalign.models.base import ScalarModel, combine, read, read_counts
+from jaxalign.models.heads import Scorer
+from jaxalign.sharding import constrain
+from jaxalign.types import Array, Params, TrainState, Weighted
+
+OBJECTIVES = ("pairs", "ranking", "regression", "steps")
+RANKINGS = ("plackett_luce", "all_pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,41 +44,95 @@ class Config:
     """Options of reward modelling.
 
     Attributes:
+      objective: what is learned from, one of `OBJECTIVES`.
       center_coef: c ≥ 0, pulls the mean score of a pair to 0 (TRL: center_rewards_coefficient).
+        With pairs, and with all pairs of a ranking.
+      label_smoothing: ε, 0 ≤ ε < ½, the share of labels taken to be the wrong way round. With
+        pairs, and with all pairs of a ranking.
+      ranking: how a ranking is learned, one of `RANKINGS`.
+      attributes: of a regression: the names of the grades, in the order of the head's outputs.
     """
 
+    objective: str = "pairs"
     center_coef: float = 0.0
+    label_smoothing: float = 0.0
+    ranking: str = "plackett_luce"
+    attributes: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"reward objective={self.objective!r}: wanted one of {', '.join(OBJECTIVES)}"
+            )
+        if self.ranking not in RANKINGS:
+            raise ValueError(
+                f"reward ranking={self.ranking!r}: wanted one of {', '.join(RANKINGS)}"
+            )
         if self.center_coef < 0:
             raise ValueError(f"reward center_coef={self.center_coef}: wanted 0 or more")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"reward label_smoothing={self.label_smoothing}: wanted 0 or more, below 0.5"
+            )
+        if self.objective != "ranking" and self.ranking != "plackett_luce":
+            raise ValueError(f"reward ranking={self.ranking!r}: wanted objective=ranking with it")
+        in_pairs = self.objective == "pairs" or self.ranking == "all_pairs"
+        for name in ("center_coef", "label_smoothing"):
+            if getattr(self, name) and not in_pairs:
+                raise ValueError(
+                    f"reward {name}={getattr(self, name)}: objective={self.objective} has no use "
+                    "for it; wanted 0, or objective=pairs, or ranking=all_pairs"
+                )
+        if (self.objective == "regression") != bool(self.attributes):
+            raise ValueError(
+                f"reward attributes={list(self.attributes)} with objective={self.objective}: "
+                "wanted the names of the grades for a regression, and none otherwise"
+            )
+        if len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"reward attributes={list(self.attributes)}: wanted each name once")
 
 
-def make_loss(scorer: ScalarModel, config: Config | None = None) -> Loss:
-    """The reward-model loss, one term `preference` weighted by pairs."""
-    config = Config() if config is None else config
+def make_loss(
+    scorer: ScalarModel, config: Config | None = None, *, sources: Sequence[str] = ()
+) -> Loss:
+    """The loss of the configured objective, and what the model itself adds (`read`).
 
-    def count(batch: PairBatch) -> dict[str, Array]:
-        return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
+    The objective's term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With
+    several `sources`, the names of the rows' `source_ids`, also that term of each source.
 
-    def terms(params: Params, batch: PairBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
-        scores = pooled_scores(scorer, params, interleave(batch), pairs_in_row(batch))
-        chosen, rejected = separate(scores)
-        mask = pair_mask(batch)
-        # Masked before the arithmetic: what stands in an empty slot must not reach a gradient.
-        chosen, rejected = keep(chosen, mask), keep(rejected, mask)
-        margin = None if batch.margin is None else keep(batch.margin, mask)
-        losses = bradley_terry(chosen, rejected, margin, config.center_coef)
-        chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
-        metrics = {
-            "accuracy": weighted((chosen > rejected).astype(jnp.float32), mask),
-            "margin": weighted(chosen - rejected, mask),
-            "scores/chosen": weighted(chosen, mask),
-            "scores/rejected": weighted(rejected, mask),
-        }
-        return {"preference": weighted(losses, mask).total}, metrics
+    Raises:
+      ValueError: a regression with a scorer whose attributes are others than the config's.
+    """
+    objective = _objective(scorer, Config() if config is None else config, sources)
 
-    return Loss(count, terms)
+    def terms(params: Params, batch: Any) -> Sums:
+        _, sums, metrics = _judge(scorer, objective, params, batch)
+        return sums, metrics
+
+    return Loss(lambda batch: _count(scorer, objective, batch), terms)
+
+
+def make_measure(
+    scorer: ScalarModel, config: Config | None = None
+) -> Callable[[TrainState, Any], tuple[dict[str, Weighted], Examples]]:
+    """Builds `measure(state, batch) -> ({metric: Weighted}, examples)`, jitted, for held-out data.
+
+    Metrics are those of `algorithms.step.make_eval`, to be added up over batches. Examples are the
+    scores themselves with what they are to be compared with, from which `jaxalign.evaluation` makes
+    intervals, calibration and histograms; on a mesh, whole on every device.
+    """
+    objective = _objective(scorer, Config() if config is None else config)
+
+    @jax.jit
+    def measure(state: TrainState, batch: Any) -> tuple[dict[str, Weighted], Examples]:
+        params = combine(state.params, state.frozen)
+        scores, sums, metrics = _judge(scorer, objective, params, batch)
+        counts = _count(scorer, objective, batch)
+        metrics |= {f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()}
+        examples = objective.examples(scores, batch)
+        return metrics, {name: constrain(value, "") for name, value in examples.items()}
+
+    return measure
 
 
 def make_step(
@@ -75,6 +141,38 @@ def make_step(
     config: Config | None = None,
     *,
     micro_batches: int = 1,
+    sources: Sequence[str] = (),
 ) -> Step:
-    """`step(state, batch: PairBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
-    return _make_step(make_loss(scorer, config), tx, micro_batches)
+    """`step(state, batch) -> (state, metrics)`; see `algorithms.step.make_step`."""
+    return _make_step(make_loss(scorer, config, sources=sources), tx, micro_batches)
+
+
+def _count(scorer: ScalarModel, objective: Objective, batch: Any) -> dict[str, Array]:
+    return {**objective.count(batch), **read_counts(scorer, objective.tokens(batch))}
+
+
+def _judge(
+    scorer: ScalarModel, objective: Objective, params: Params, batch: Any
+) -> tuple[jax.Array, dict[str, Array], dict[str, Weighted]]:
+    """(scores, `{term: sum}`, `{metric: Weighted}`) in one forward pass."""
+    hidden, extra = read(scorer, params, objective.tokens(batch))
+    scores = objective.score(params, hidden, batch)
+    sums, metrics = objective.judge(scores, batch)
+    return scores, sums | {name: term.total for name, term in extra.items()}, metrics | extra
+
+
+def _objective(scorer: ScalarModel, config: Config, sources: Sequence[str] = ()) -> Objective:
+    if config.objective == "regression":
+        if not isinstance(scorer, Scorer) or scorer.attributes != config.attributes:
+            has = getattr(scorer, "attributes", ())
+            raise ValueError(
+                f"reward attributes={list(config.attributes)}: the scorer has {list(has)}; wanted "
+                "the same names in the same order (with_scalar_head(…, attributes=…))"
+            )
+        return objectives.regression(scorer, sources)
+    if config.objective == "steps":
+        return objectives.steps(scorer, sources)
+    center, smoothing = config.center_coef, config.label_smoothing
+    if config.objective == "ranking":
+        return objectives.ranking(scorer, config.ranking, center, smoothing, sources)
+    return objectives.pairs(scorer, center, smoothing, sources)

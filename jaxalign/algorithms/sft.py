@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.algorithms.sources import by_source
+from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.sft import nll
@@ -56,10 +56,12 @@ def make_loss(
         hidden, extra = read(model, params, batch)
         metrics = dict(extra)
         if config.log_entropy:
-            logprobs, entropy = target_logprobs(model, params, hidden, batch.targets, entropy=True)
+            logprobs, entropy = target_logprobs(
+                model, params, hidden, batch.targets, entropy=True, mask=batch.loss_mask
+            )
             metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
         else:
-            logprobs = target_logprobs(model, params, hidden, batch.targets)
+            logprobs = target_logprobs(model, params, hidden, batch.targets, mask=batch.loss_mask)
         losses = nll(logprobs)
         metrics |= by_source("nll", losses, batch.loss_mask, batch.source_ids, sources)
         loss = weighted(losses, batch.loss_mask)

@@ -1,16 +1,20 @@
 """Losses as mathematics: arrays in, unreduced arrays out, no model, config or logits.
 
-Nothing here averages: divide with `jaxalign.masked`, once for the whole batch. Inputs of any
-float type are computed in float32. A loss has no mask: clear the slots that do not count with
-`jaxalign.masked.keep` before the call, so that no NaN in them reaches a gradient.
+Nothing here averages over examples: divide with `jaxalign.masked`, once for the whole batch. Inputs
+of any float type are computed in float32. A loss has no mask, unless it compares the entries of a
+row: clear the slots that do not count with `jaxalign.masked.keep` before the call, so that no NaN
+in them reaches a gradient.
 """
 
 from jaxalign.losses import (
     divergence,
     dpo,
     forms,
+    graded,
     kto,
     ppo,
+    process,
+    ranking,
     reference_free,
     reward,
     router,
@@ -22,8 +26,11 @@ __all__ = [
     "divergence",
     "dpo",
     "forms",
+    "graded",
     "kto",
     "ppo",
+    "process",
+    "ranking",
     "reference_free",
     "reward",
     "router",

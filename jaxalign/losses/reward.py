@@ -1,4 +1,4 @@
-"""Reward modelling from pairwise preferences."""
+"""Reward modelling from pairs: the chosen answer is to score higher than the rejected one."""
 
 from __future__ import annotations
 
@@ -14,32 +14,45 @@ def bradley_terry(
     rejected_scores: Array,
     margin: Array | None = None,
     center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> jax.Array:
-    """Negative log-likelihood that the chosen answer wins, with margin and centring.
+    """Negative log-likelihood that the chosen answer wins, with margin, smoothing and centring.
 
-    ℓ = −log σ(r_c − r_r − m) + c · (r_c + r_r)²
+    ℓ = −(1 − ε) · log σ(d) − ε · log σ(−d) + c · (r_c + r_r)²,  d = r_c − r_r − m
 
-    The first term is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; the margin m is Touvron et
-    al. 2023 (Llama 2, arXiv 2307.09288), eq. 2; the second term, which pins the free offset of
-    the scores near 0, is Eisenstein et al. 2023 (arXiv 2312.09244).
+    With ε = 0 the first term is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; the margin m is
+    Touvron et al. 2023 (Llama 2, arXiv 2307.09288), eq. 2; ε, the share of labels taken to be the
+    wrong way round, is Wang et al. 2024 (arXiv 2401.06080); the last term, which pins the free
+    offset of the scores near 0, is Eisenstein et al. 2023 (arXiv 2312.09244).
 
     Args:
       chosen_scores: r_c, the scalar head at the end of the chosen answer, `[B]` (any shape).
       rejected_scores: r_r, the same for the rejected answer, the same shape.
       margin: m, how much better chosen is, the same shape; None for 0.
       center_coef: c ≥ 0; 0.01 is usual.
+      label_smoothing: ε, 0 ≤ ε < ½. The loss is then least at d = log((1 − ε) / ε), not at ∞.
 
     Returns:
       float32, the shape of the scores, ≥ 0; one loss a pair, not reduced.
 
     Raises:
-      ValueError: shapes differ, or `center_coef` is negative.
+      ValueError: shapes differ, `center_coef` is negative, or `label_smoothing` is out of range.
 
     >>> bradley_terry(jnp.array([1.0]), jnp.array([1.0]), center_coef=0.5)
     Array([2.6931472], dtype=float32)
+
+    At a gap of log 3 the chosen answer wins with probability 3/4:
+
+    >>> bradley_terry(jnp.log(jnp.array([3.0])), jnp.array([0.0]), label_smoothing=0.25)
+    Array([0.56233513], dtype=float32)
     """
     if not center_coef >= 0:
         raise ValueError(f"center_coef={center_coef}: wanted a number ≥ 0; 0 switches it off")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 a "
+            "label says nothing"
+        )
     if margin is None:
         chosen, rejected = as_float32(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
         gap = chosen - rejected
@@ -48,4 +61,7 @@ def bradley_terry(
             chosen_scores=chosen_scores, rejected_scores=rejected_scores, margin=margin
         )
         gap = chosen - rejected - margin
-    return -jax.nn.log_sigmoid(gap) + center_coef * jnp.square(chosen + rejected)
+    wins = -jax.nn.log_sigmoid(gap)
+    if label_smoothing:
+        wins = (1 - label_smoothing) * wins - label_smoothing * jax.nn.log_sigmoid(-gap)
+    return wins + center_coef * jnp.square(chosen + rejected)

@@ -50,7 +50,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
         query, key, value = self._project(x, view)
-        attended = attend(query, key, value, view.mask, view.scale, self.softcap)
+        attended = attend(query, key, value, view.mask, view.scale, self.softcap, causal=True)
         return self._finish(x, attended)
 
     def extend(
@@ -292,8 +292,8 @@ class Decoder:
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
             segment_ids=jnp.zeros((rows, length), jnp.int32),
+            positions=jnp.zeros((rows, length), jnp.int32),
             used=jnp.zeros((), jnp.int32),
-            positions=None if config.window is None else jnp.zeros((rows, length), jnp.int32),
         )
 
     def extend(
@@ -313,11 +313,9 @@ class Decoder:
         """
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
-        seen = cache.positions
-        if seen is not None:
-            new = jnp.asarray(positions, seen.dtype)
-            seen = jax.lax.dynamic_update_slice(seen, new, (0, cache.used))
-        mask = cache_mask(segments, segment_ids, cache.used)
+        positions = jnp.asarray(positions, jnp.int32)
+        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
+        mask = cache_mask(segments, segment_ids, seen, positions)
         view_of = make_views(self.config, mask, positions, segment_ids, seen)
 
         # The cache rides in the carry, where XLA updates it in place; as a scanned input and
@@ -332,7 +330,7 @@ class Decoder:
         layers = (params["blocks"], jnp.arange(self.config.num_layers), layer_traits(self.config))
         (x, keys, values), _ = jax.lax.scan(run, (x, cache.keys, cache.values), layers)
         used = cache.used + segment_ids.shape[1]
-        return self._norm(params, x), Cache(keys, values, segments, used, seen)
+        return self._norm(params, x), Cache(keys, values, segments, seen, used)
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix `[D, V]`: the head, or the transposed embedding where tied."""

@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign.masked import last_index
-from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel
+from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.fused_head import fused_logprobs, identity
 from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
-"""Logits a device holds at a time by default: 32 M, 128 MiB in float32."""
+"""Most logits a device holds at a time by default: 32 M, 128 MiB in float32."""
+
+CHUNK_POSITIONS = 512
+"""Most positions a chunk holds by default: more would only push logits out of the caches."""
 
 
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[False] = False, chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[False] = False, mask: Array | None = None,
+    chunk: int | None = None,
 ) -> jax.Array: ...  # fmt: skip
 
 
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[True], chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[True], mask: Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
@@ -45,6 +52,7 @@ def target_logprobs(
     temperature: Any = 1.0,
     *,
     entropy: bool = False,
+    mask: Array | None = None,
     chunk: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
@@ -55,55 +63,73 @@ def target_logprobs(
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
-      temperature: divides the logits; positive; may be traced.
+      temperature: divides the logits; positive; may be traced. No gradient flows to it.
       entropy: also return the entropy `logsumexp(z) − Σ softmax(z)·z` of each distribution, in
         nats.
-      chunk: positions computed at a time; by default as many as make `CHUNK_LOGITS` logits a
-        device. Memory grows with it, results do not depend on it.
+      mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
+        nothing, so that the head runs over answers only. None: all.
+      chunk: positions of every row computed at a time; by default `CHUNK_POSITIONS` in all, or as
+        many as make `CHUNK_LOGITS` logits a device. Memory grows with it, results do not depend on
+        it.
 
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
     """
     rows, length, width = hidden.shape
-    targets = jnp.asarray(targets)
+    targets = jnp.asarray(targets, jnp.int32)
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
-    head = model.head(params)
-    finish = getattr(model, "finish_logits", None)
+    head = model.head(params).astype(hidden.dtype)
+    # On one device the rows are laid end to end; over several, every row stays on its own.
+    shape = (rows, length) if row_shards() > 1 else (1, rows * length)
+    hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
+    wanted = order = None
+    if mask is not None:
+        mask = jnp.asarray(mask, bool).reshape(shape)
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+        hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
+        targets = jnp.take_along_axis(targets, order, axis=1)
     if chunk is None:
-        chunk = max(1, CHUNK_LOGITS * row_shards() // (rows * head.shape[1]))
-    chunk = min(chunk, length)
-    count = math.ceil(length / chunk)
-    chunk = math.ceil(length / count)  # equal chunks: less padding
-    head = head.astype(hidden.dtype)
-
-    def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = logits.astype(jnp.float32)
-        logits = (logits if finish is None else finish(logits)) / temperature
-        logz = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-        if not entropy:
-            return chosen - logz, jnp.zeros_like(logz)
-        mean_logit = jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1)
-        return chosen - logz, logz - mean_logit
-
-    if count == 1:
-        logprobs, entropies = jax.checkpoint(one)(hidden, targets)
+        logits = CHUNK_LOGITS * row_shards()
+        chunk = min(CHUNK_POSITIONS, max(1, logits // (shape[0] * head.shape[1])))
     else:
-        pad = count * chunk - length
+        chunk = max(1, chunk * rows // shape[0])
+    count = math.ceil(shape[1] / chunk)
+    chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
+    pad = count * chunk - shape[1]
+    if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, pad)))
-        split_hidden = jnp.moveaxis(hidden.reshape(rows, count, chunk, width), 1, 0)
-        split_targets = jnp.moveaxis(targets.reshape(rows, count, chunk), 1, 0)
-        body = jax.checkpoint(one, prevent_cse=False)
-        _, (logprobs, entropies) = jax.lax.scan(
-            lambda _, xs: (None, body(*xs)), None, (split_hidden, split_targets)
-        )
-        join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length]  # noqa: E731
-        logprobs, entropies = join(logprobs), join(entropies)
-    logprobs = constrain(logprobs, "rows length")
-    return (logprobs, constrain(entropies, "rows length")) if entropy else logprobs
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    cap = getattr(model, "finish_logits", identity)
+    both = fused_logprobs(chunk, entropy, cap, hidden, head, targets, temperature, wanted)
+
+    def finish(x: jax.Array) -> jax.Array:
+        x = x[:, : shape[1]]
+        if order is not None and mask is not None:
+            x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
+            x = jnp.where(mask, x, 0.0)
+        return constrain(x.reshape(rows, length), "rows length")
+
+    return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`x[b, order[b, t]]` for permutations: going back is reading too, never a scatter."""
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _reorder_forward(x: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _reorder(x, order), order
+
+
+def _reorder_backward(order: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.take_along_axis(gradient, jnp.argsort(order, axis=1)[..., None], axis=1), None
+
+
+_reorder.defvjp(_reorder_forward, _reorder_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +138,16 @@ class Scorer:
 
     Attributes:
       base: the decoder; its output head is not used and not in the parameters.
+      attributes: names of the head's A outputs, where it predicts several grades ("helpfulness",
+        "verbosity", …); empty for the one score of a usual reward model.
     """
 
     base: Decoder
+    attributes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(set(self.attributes)) < len(self.attributes) or "" in self.attributes:
+            raise ValueError(f"attributes={list(self.attributes)}: wanted names, each of them once")
 
     @property
     def config(self) -> DecoderConfig:
@@ -125,7 +158,8 @@ class Scorer:
     def shapes(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
         shapes = {k: v for k, v in self.base.shapes.items() if k != "head"}
-        kernel = jax.ShapeDtypeStruct((self.config.hidden_size, 1), jnp.float32)
+        width = max(1, len(self.attributes))
+        kernel = jax.ShapeDtypeStruct((self.config.hidden_size, width), jnp.float32)
         return shapes | {"score": {"kernel": kernel}}
 
     @property
@@ -161,13 +195,29 @@ class Scorer:
         """As `Decoder.apply_with_losses`."""
         return self.base.apply_with_losses(params, inputs, positions, segment_ids, branch_ids)
 
-    def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """The scalar at every position: `hidden · score`, float32 `[B, T]`."""
+    def outputs(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """All outputs at every position: `hidden · score`, float32 `[B, T, A]` (A = 1 without
+        attributes)."""
         kernel = params["score"]["kernel"].astype(jnp.float32)
-        return jnp.einsum("btd,do->bto", hidden.astype(jnp.float32), kernel)[..., 0]
+        return jnp.einsum("btd,do->bto", hidden.astype(jnp.float32), kernel)
+
+    def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """The scalar at every position: `hidden · score`, float32 `[B, T]`.
+
+        Raises:
+          ValueError: there are several attributes, and no one scalar.
+        """
+        if len(self.attributes) > 1:
+            raise ValueError(
+                f"a reward model with the attributes {', '.join(self.attributes)} has no single "
+                "score; say how much each counts (weigh_attributes; reward_weights in a config)"
+            )
+        return self.outputs(params, hidden)[..., 0]
 
 
-def with_scalar_head(model: Decoder, params: Params, key: jax.Array) -> tuple[Scorer, Params]:
+def with_scalar_head(
+    model: Decoder, params: Params, key: jax.Array, attributes: tuple[str, ...] = ()
+) -> tuple[Scorer, Params]:
     """Puts a fresh scalar head on a language model: the start of a reward model or critic.
 
     The head is N(0, 1/(D + 1)) without bias (Stiennon et al. 2020; Huang et al. 2024), so that
@@ -177,18 +227,57 @@ def with_scalar_head(model: Decoder, params: Params, key: jax.Array) -> tuple[Sc
       model: the language model.
       params: its parameters; shared, not copied.
       key: a PRNG key for the head.
+      attributes: names of A outputs; none for one score.
 
     Returns:
-      (scorer, parameters with `score/kernel` `[D, 1]`).
+      (scorer, parameters with `score/kernel` `[D, 1]`, or `[D, A]`).
     """
     width = model.config.hidden_size
-    kernel = jax.random.normal(key, (width, 1), jnp.float32) / math.sqrt(width + 1)
-    scorer, mesh = Scorer(model), mesh_of(params)
+    scorer, mesh = Scorer(model, attributes), mesh_of(params)
+    shape = scorer.shapes["score"]["kernel"].shape
+    kernel = jax.random.normal(key, shape, jnp.float32) / math.sqrt(width + 1)
     if mesh is not None:
         layout = param_shardings(scorer.axes["score"], mesh, scorer.shapes["score"])
         kernel = jax.device_put(kernel, layout["kernel"])
     kept = {k: v for k, v in params.items() if k != "head"}
     return scorer, kept | {"score": {"kernel": kernel}}
+
+
+def weigh_attributes(
+    scorer: Scorer, params: Params, weights: Mapping[str, float]
+) -> tuple[Scorer, Params]:
+    """A reward model whose one score is a weighted sum of another's attributes.
+
+    The head is linear, so the sum is a head too: `hidden · (score · w)`. What comes back is an
+    ordinary reward model, for PPO, best-of-n and export.
+
+    Args:
+      scorer: a reward model with attributes.
+      params: its parameters; all but the head are shared, not copied.
+      weights: attribute → weight; those not named weigh 0.
+
+    Returns:
+      (scorer without attributes, parameters with `score/kernel` `[D, 1]`).
+
+    Raises:
+      ValueError: no attributes, no weights, or a name that is no attribute.
+    """
+    if not scorer.attributes:
+        raise ValueError(
+            f"reward weights {dict(weights)}: the reward model has one score and no attributes to "
+            "weigh; leave them out"
+        )
+    unknown = [name for name in weights if name not in scorer.attributes]
+    if unknown or not any(weights.values()):
+        raise ValueError(
+            f"reward weights {dict(weights)}: wanted a number for one or more of "
+            f"{', '.join(scorer.attributes)}" + (f", got {', '.join(unknown)}" if unknown else "")
+        )
+    column = jnp.array([[weights.get(name, 0.0)] for name in scorer.attributes], jnp.float32)
+    kernel = params["score"]["kernel"]
+    # Products of float32, where a TPU would round to bfloat16.
+    one = jnp.matmul(kernel.astype(jnp.float32), column, precision="highest").astype(kernel.dtype)
+    return dataclasses.replace(scorer, attributes=()), params | {"score": {"kernel": one}}
 
 
 def pooled_scores(
@@ -205,8 +294,22 @@ def pooled_scores(
     Returns:
       float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is none.
     """
-    hidden = scorer.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-    values = scorer.scores(params, hidden)
-    last = last_index(tokens.segment_ids, 1 if count is None else count)
-    pooled = jnp.take_along_axis(values, last, axis=1)
+    hidden, _ = read(scorer, params, tokens)
+    last = last_hidden(hidden, tokens.segment_ids, 1 if count is None else count)
+    pooled = scorer.scores(params, last)
     return pooled[:, 0] if count is None else pooled
+
+
+def last_hidden(hidden: jax.Array, segment_ids: Array, count: int = 1) -> jax.Array:
+    """The hidden state at the last token of each sequence.
+
+    Args:
+      hidden: `[B, T, D]`.
+      segment_ids: int `[B, T]`, 0 on padding.
+      count: S, the largest number of sequences a row holds.
+
+    Returns:
+      `[B, S, D]`; that of position 0 where a row has no such sequence.
+    """
+    last = last_index(segment_ids, count)
+    return jnp.take_along_axis(hidden, last[:, :, None], axis=1)

@@ -54,7 +54,7 @@ class Case:
 
     @functools.cached_property
     def params(self):
-        return jax.tree.map(np.asarray, _params(self.name))
+        return jax.tree.map(np.asarray, _params(self))
 
     def state(self, shardings=None):
         """A fresh state, on the first device or laid out on a mesh."""
@@ -71,12 +71,12 @@ class Case:
         return self.batch(examples, tiny.alone(ROWS, rows), LENGTH)
 
 
-def _params(name):
+def _params(case):
     policy = tiny.random_params(tiny.DECODER, seed=1)
     critic = tiny.random_params(tiny.SCORER, seed=2)
-    if name == "reward":
-        return critic
-    return ppo.init_params(policy, critic) if name == "ppo" else policy
+    if case.name == "ppo":
+        return ppo.init_params(policy, critic)
+    return policy if "head" in case.shapes else tiny.random_params(case, seed=2)
 
 
 def _documents(rng):
@@ -191,7 +191,7 @@ def _spoil_rollout(batch, rng):
     )
 
 
-_SIMPLE = make_optimizer(_OPTIMIZER)
+SIMPLE = make_optimizer(_OPTIMIZER)
 _DPO_READS = ("ref_chosen_logps", "ref_rejected_logps")
 
 CASES = (
@@ -200,7 +200,7 @@ CASES = (
         tiny.DECODER.axes,
         tiny.DECODER.shapes,
         lambda tx, **kw: sft.make_step(tiny.DECODER, tx, sft.Config(log_entropy=True), **kw),
-        _SIMPLE,
+        SIMPLE,
         _documents,
         _sft_batch,
         tiny.spoil,
@@ -210,7 +210,7 @@ CASES = (
         tiny.SCORER.axes,
         tiny.SCORER.shapes,
         lambda tx, **kw: reward.make_step(tiny.SCORER, tx, reward.Config(center_coef=0.05), **kw),
-        _SIMPLE,
+        SIMPLE,
         _pairs,
         _pair_batch(("margin",)),
         _spoil_pairs,
@@ -220,7 +220,7 @@ CASES = (
         tiny.DECODER.axes,
         tiny.DECODER.shapes,
         lambda tx, **kw: dpo.make_step(tiny.DECODER, tx, dpo.Config(label_smoothing=0.1), **kw),
-        _SIMPLE,
+        SIMPLE,
         _pairs,
         _pair_batch(_DPO_READS),
         _spoil_pairs,
@@ -236,7 +236,7 @@ CASES = (
             ppo.Config(temperature=0.9, kl_in="loss", kl_estimator="k3", entropy_coef=0.01),
             **kw,
         ),
-        ppo.make_optimizer(_SIMPLE, make_optimizer(_OPTIMIZER)),
+        ppo.make_optimizer(SIMPLE, make_optimizer(_OPTIMIZER)),
         _rollout_documents,
         _rollout_batch,
         _spoil_rollout,

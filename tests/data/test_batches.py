@@ -3,81 +3,27 @@
 import copy
 import json
 
+import laid
 import numpy as np
 import pytest
+from laid import documents, expected, same
 
 from jaxalign.data import (
     encode_prompt,
     preference_batches,
     prompt_batches,
     sft_batches,
-    to_conversation,
 )
-from jaxalign.data.sources import Row
-
-_WORDS = ["hello", "there", "you", "how", "are", "fine", "the", "lazy", "dog", "你好", "世界"]
-
-
-def _text(rng, least=1, most=25):
-    return " ".join(rng.choice(_WORDS, int(rng.integers(least, most))))
 
 
 @pytest.fixture
 def talks():
-    """Rows of one to three turns, of uneven lengths, all different."""
-    rng = np.random.default_rng(1)
-    rows = []
-    for n in range(37):
-        turns = []
-        for _ in range(int(rng.integers(1, 4))):
-            turns.append({"role": "user", "content": f"{n} {_text(rng)}"})
-            turns.append({"role": "assistant", "content": _text(rng)})
-        rows.append({"messages": turns})
-    return rows
+    return laid.talks()
 
 
 @pytest.fixture
 def pairs():
-    rng = np.random.default_rng(2)
-    return [
-        {"prompt": f"{n} {_text(rng)}", "chosen": _text(rng), "rejected": _text(rng), "margin": n}
-        for n in range(23)
-    ]
-
-
-def _documents(batch):
-    """(ids, mask over targets) of each document, read position by position."""
-    found = []
-    for inputs, targets, positions, segments, mask in zip(*batch[:5], strict=True):
-        for segment in range(1, segments.max() + 1):
-            where = np.flatnonzero(segments == segment)
-            assert (np.diff(where) == 1).all()
-            assert positions[where].tolist() == list(range(len(where)))
-            assert targets[where[:-1]].tolist() == inputs[where[1:]].tolist()
-            assert not mask[where[-1]]
-            found.append((tuple(inputs[where].tolist()), tuple(mask[where].tolist())))
-        assert not mask[segments == 0].any()
-    return found
-
-
-def _expected(tok, rows):
-    """(ids, mask over targets) of each row under ChatML, put together piece by piece."""
-    found = []
-    for row in rows:
-        ids, trained = [], []
-        for message in to_conversation(Row(row, "x")).messages:
-            header, said = f"<|im_start|>{message['role']}\n", message["content"]
-            answer = message["role"] == "assistant"
-            pieces = [(header, False), (said, True)] if answer else [(header + said, False)]
-            for text, counts in [*pieces, ("<|im_end|>", answer), ("\n", False)]:
-                tokens = tok.encode(text, add_special_tokens=False)
-                ids += tokens
-                trained += [counts] * len(tokens)
-        # The newline after the last answer is left out: a row ends where a rollout would.
-        ids, trained = ids[:-1], trained[:-1]
-        assert ids[-1] == tok.convert_tokens_to_ids("<|im_end|>")
-        found.append((tuple(ids), (*trained[1:], False)))
-    return sorted(found)
+    return laid.pairs()
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -88,8 +34,8 @@ def test_every_token_once_with_its_mask(tiny, talks, packing):
         assert all(leaf.shape == (4, 420) for leaf in batch[:5])
         assert all(leaf.dtype == np.int32 for leaf in batch[:4])
         assert batch.loss_mask.dtype == np.bool_
-        found += _documents(batch)
-    assert sorted(found) == _expected(tiny, talks)
+        found += documents(batch)
+    assert sorted(found) == expected(tiny, talks)
     assert batches.stats["cut"] == 0
     assert batches.stats["tokens"] == sum(len(ids) for ids, _ in found)
     assert batches.stats["trained"] == sum(sum(mask) for _, mask in found)
@@ -111,7 +57,7 @@ def test_the_last_batch_is_filled_with_empty_rows(tiny, talks):
 def test_epochs_reshuffle_and_run_on_across_their_ends(tiny, talks):
     def order(**options):
         batches = sft_batches(talks, tiny, rows=5, length=420, packing=False, **options)
-        return [ids for batch in batches for ids, _ in _documents(batch)]
+        return [ids for batch in batches for ids, _ in documents(batch)]
 
     three = order(epochs=3, seed=7)
     epochs = [three[i : i + 37] for i in (0, 37, 74)]
@@ -121,7 +67,7 @@ def test_epochs_reshuffle_and_run_on_across_their_ends(tiny, talks):
     assert order(epochs=3, seed=7) == three
     assert order(epochs=1, seed=8) != epochs[0]
     plain = order(shuffle=False)
-    assert plain == [_expected(tiny, [row])[0][0] for row in talks]
+    assert plain == [expected(tiny, [row])[0][0] for row in talks]
 
 
 def test_endless_epochs(tiny, talks):
@@ -132,11 +78,6 @@ def test_endless_epochs(tiny, talks):
         len(batches)
 
 
-def _same(a, b):
-    leaves = [(x, y) for x, y in zip(a, b, strict=True) if x is not None]
-    return all(_same(x, y) if isinstance(x, tuple) else np.array_equal(x, y) for x, y in leaves)
-
-
 def test_resume_gives_exactly_the_next_batch(tiny, talks, pairs):
     for make in (
         lambda: sft_batches(talks, tiny, rows=3, length=420, epochs=2, packing=False),
@@ -144,7 +85,7 @@ def test_resume_gives_exactly_the_next_batch(tiny, talks, pairs):
         lambda: prompt_batches(pairs, tiny, rows=3, length=420, epochs=2),
     ):
         whole = list(make())
-        assert not _same(whole[0], whole[1])
+        assert not same(whole[0], whole[1])
         for stop in (0, 1, 4, len(whole)):
             first = make()
             iterator = iter(first)
@@ -156,7 +97,7 @@ def test_resume_gives_exactly_the_next_batch(tiny, talks, pairs):
             assert second.get_state() == state
             rest = list(second)
             assert len(rest) == len(whole) - stop
-            assert all(_same(a, b) for a, b in zip(rest, whole[stop:], strict=True))
+            assert all(same(a, b) for a, b in zip(rest, whole[stop:], strict=True))
             # Only the pass after set_state starts there.
             assert len(list(second)) == len(whole)
 
@@ -187,7 +128,7 @@ def test_cuts_and_drops_are_counted_and_printed(tiny, capsys):
         {"prompt": "hello " * 90, "completion": "there"},
         {"prompt": "hello " * 91, "completion": "there"},
     ]
-    lengths = [len(ids) for ids, _ in _expected(tiny, rows)]
+    lengths = [len(ids) for ids, _ in expected(tiny, rows)]
     assert sorted(n > 60 for n in lengths) == [False, True, True, True]
     batches = sft_batches(rows, tiny, rows=2, length=60, packing=False, shuffle=False)
     assert batches.stats["read"] == 4
@@ -203,7 +144,7 @@ def test_cuts_and_drops_are_counted_and_printed(tiny, capsys):
     assert capsys.readouterr().out == ""  # once
     assert batches.describe() + "\n" == capsys.readouterr().out == printed
     # The start is kept.
-    ((ids, mask),) = _expected(tiny, rows[1:2])
+    ((ids, mask),) = expected(tiny, rows[1:2])
     assert batch.inputs[1].tolist() == list(ids[:60])
     assert batch.loss_mask[1].tolist() == [*mask[:59], False]
     assert [e.origin for e in batches.examples] == ["row 1", "row 2"]
@@ -211,7 +152,7 @@ def test_cuts_and_drops_are_counted_and_printed(tiny, capsys):
 
 def test_nothing_left_is_an_error(tiny):
     rows = [{"prompt": "hello " * 90, "completion": "there"}] * 2
-    lengths = len(_expected(tiny, rows)[0][0])
+    lengths = len(expected(tiny, rows)[0][0])
     wanted = rf"masks all False\): 2 read, .*have {lengths} to {lengths} tokens.*larger length"
     with pytest.raises(ValueError, match=wanted):
         sft_batches(rows, tiny, rows=2, length=20)
@@ -222,7 +163,7 @@ def test_nothing_left_is_an_error(tiny):
 
 def _side(tok, pair, side):
     text = {"prompt": pair["prompt"], "completion": pair[side]}
-    return _expected(tok, [text])[0]
+    return expected(tok, [text])[0]
 
 
 def test_unpacked_pairs(tiny, pairs):
@@ -233,10 +174,10 @@ def test_unpacked_pairs(tiny, pairs):
         assert batch.mask is None
         assert batch.margin.shape == (4,)
         assert batch.margin.dtype == np.float32
-        chosen, rejected = _documents(batch.chosen), _documents(batch.rejected)
+        chosen, rejected = documents(batch.chosen), documents(batch.rejected)
         rows += list(zip(chosen, rejected, batch.margin.tolist(), strict=False))
-    expected = [(_side(tiny, p, "chosen"), _side(tiny, p, "rejected"), p["margin"]) for p in pairs]
-    assert rows == expected
+    wanted = [(_side(tiny, p, "chosen"), _side(tiny, p, "rejected"), p["margin"]) for p in pairs]
+    assert rows == wanted
     assert not batch.chosen.loss_mask[3].any()
     assert not batch.rejected.loss_mask[3].any()
     bare = [{k: v for k, v in pair.items() if k != "margin"} for pair in pairs]
@@ -253,13 +194,13 @@ def test_packed_pairs_share_row_and_segment(tiny, pairs):
         for row in range(2):
             sides = []
             for side in (batch.chosen, batch.rejected):
-                sides.append(_documents(tuple(leaf[row : row + 1] for leaf in side[:5])))
+                sides.append(documents(tuple(leaf[row : row + 1] for leaf in side[:5])))
             count = len(sides[0])
             assert len(sides[1]) == count == batch.mask[row].sum()
             assert batch.mask[row, :count].all()
             found += list(zip(*sides, batch.margin[row, :count].tolist(), strict=True))
-    expected = [(_side(tiny, p, "chosen"), _side(tiny, p, "rejected"), p["margin"]) for p in pairs]
-    assert sorted(found) == sorted(expected)
+    wanted = [(_side(tiny, p, "chosen"), _side(tiny, p, "rejected"), p["margin"]) for p in pairs]
+    assert sorted(found) == sorted(wanted)
     assert len(shapes) == 1
     assert batches.stats["rows"] < 23
     bare = [{k: v for k, v in pair.items() if k != "margin"} for pair in pairs]
@@ -339,7 +280,7 @@ def test_pad_id_does_not_matter(tiny, talks):
     own.pad_token = tiny.eos_token
     after = list(sft_batches(talks, own, rows=4, length=420))
     for a, b in zip(before, after, strict=True):
-        assert _documents(a) == _documents(b)
+        assert documents(a) == documents(b)
         assert set(b.inputs[b.segment_ids == 0].tolist()) <= {tiny.eos_token_id}
     own.pad_token = None
     bare = next(iter(sft_batches(talks[:1], own, rows=2, length=420)))
@@ -359,9 +300,9 @@ def test_real_files(real, shared):
     tok = real["smollm2"]
     file = folder / "instruction-data.json"
     sft = sft_batches(file, tok, rows=8, length=192, chat_template="chatml")
-    found = [document for batch in sft for document in _documents(batch)]
+    found = [document for batch in sft for document in documents(batch)]
     rows = json.loads(file.read_text())
-    assert sorted(found) == _expected(tok, rows)
+    assert sorted(found) == expected(tok, rows)
     assert sft.stats["fill"] > 0.85
     pairs = preference_batches(
         folder / "instruction-data-with-preference.json", tok, rows=8, length=192

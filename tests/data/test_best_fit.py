@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign.data import Encoded, best_fit
+from jaxalign.data import Encoded, best_fit, wrapped
 from jaxalign.data.packing import prompt_rows, token_rows
 
 
@@ -16,12 +16,54 @@ def test_by_hand():
     assert best_fit([], 4) == []
 
 
-def test_the_reference_packs(shared):
-    """Lengths of TRL's `bfd` rows, which follow the same rule."""
-    reference = json.loads((shared / "oracle" / "packing.json").read_text())["bfd"]
-    lengths = [5, 9, 3, 12, 7, 2, 8, 16, 4, 6]
-    rows = best_fit(lengths, 16)
-    assert [[lengths[i] for i in row] for row in rows] == reference["seq_lengths"]
+# From TRL 1.16's packing of documents 0, 1, …, document d holding 100 · (d mod 5) + 0, 1, 2, …
+_LENGTHS = [5, 9, 3, 12, 7, 2, 8, 16, 4, 6]
+_BFD = [[16], [12, 4], [9, 7], [8, 6, 2], [5, 3]]
+_WRAPPED = [
+    [*range(100, 105), *range(200, 209), 300, 301],
+    [302, *range(400, 412), 0, 1, 2],
+    [3, 4, 5, 6, 100, 101, *range(200, 208), 300, 301],
+    [*range(302, 316), 400, 401],
+    [402, 403, 0, 1, 2, 3, 4, 5],
+]
+
+
+def _reference_documents():
+    return [list(range(100 * (d % 5), 100 * (d % 5) + n)) for d, n in enumerate(_LENGTHS, start=1)]
+
+
+def test_golden_packs():
+    assert [[_LENGTHS[i] for i in row] for row in best_fit(_LENGTHS, 16)] == _BFD
+    documents = _reference_documents()
+    rows = wrapped(_LENGTHS, 16)
+    found = [[t for p in row for t in documents[p.document][p.start : p.end]] for row in rows]
+    assert found == _WRAPPED
+
+
+def test_the_golden_packs_are_the_reference(shared):
+    reference = json.loads((shared / "oracle" / "packing.json").read_text())
+    assert reference["bfd"]["seq_lengths"] == _BFD
+    assert reference["wrapped"]["input_ids"] == _WRAPPED
+
+
+def test_wrapped_rows_train_every_token_but_the_first_of_each_document():
+    documents = _reference_documents()
+    encoded = [Encoded(np.array(d, np.int32), np.ones(len(d), bool)) for d in documents]
+    rows = wrapped(_LENGTHS, 16)
+    batch = token_rows(encoded, rows, rows=6, length=16, pad_id=9)
+    trained = batch.targets[batch.loss_mask].tolist()
+    assert trained == [t for d in documents for t in d[1:]]
+    assert batch.inputs[:5][batch.segment_ids[:5] > 0].tolist() == [t for d in documents for t in d]
+    # A document that goes on in the next row starts anew there: its positions too.
+    assert batch.segment_ids[1].tolist() == [1] + [2] * 12 + [3] * 3
+    assert batch.positions[1].tolist() == [0, *range(12), 0, 1, 2]
+    assert not batch.loss_mask[5].any()
+
+
+def test_no_more_than_so_many_in_a_row():
+    rows = best_fit([3, 3, 2, 2, 1, 1], 12, most=3)
+    assert sorted(i for row in rows for i in row) == list(range(6))
+    assert [len(row) for row in rows] == [3, 3]
 
 
 def test_against_a_plain_search():

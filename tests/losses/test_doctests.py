@@ -9,8 +9,11 @@ from jaxalign.losses import (
     divergence,
     dpo,
     forms,
+    graded,
     kto,
     ppo,
+    process,
+    ranking,
     reference_free,
     reward,
     router,
@@ -18,7 +21,8 @@ from jaxalign.losses import (
     tokens,
 )
 
-MODULES = [masked, sft, reward, dpo, forms, divergence, tokens, reference_free, kto, ppo, router]
+MODULES = [masked, sft, reward, ranking, graded, process, dpo, forms, divergence, tokens]
+MODULES += [reference_free, kto, ppo, router]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses import divergence, dpo, kto, ppo, reference_free, reward, sft, tokens
+from jaxalign.losses import (
+    divergence,
+    dpo,
+    graded,
+    kto,
+    ppo,
+    process,
+    ranking,
+    reference_free,
+    reward,
+    sft,
+    tokens,
+)
+
+MODULES = (sft, reward, ranking, graded, process, dpo, divergence, tokens, reference_free, kto, ppo)
 
 B, T = 4, 6
 RNG = np.random.default_rng(7)
@@ -26,7 +40,18 @@ LENGTHS = {"chosen_lengths": np.arange(1, B + 1), "rejected_lengths": np.arange(
 
 CASES = {
     "nll": (sft.nll, per_token(1)),
-    "bradley_terry": (partial(reward.bradley_terry, center_coef=0.1), per_row(3)),
+    "bradley_terry": (
+        partial(reward.bradley_terry, center_coef=0.1, label_smoothing=0.1),
+        per_row(3),
+    ),
+    "plackett_luce": (lambda r, y: ranking.plackett_luce(r, y, MASK), per_token(2)),
+    "all_pairs": (
+        lambda r, y: ranking.all_pairs(r, y, MASK, center_coef=0.1, label_smoothing=0.1),
+        per_token(2),
+    ),
+    "squared_error": (graded.squared_error, per_token(2)),
+    "step_bce": (process.step_bce, per_token(2)),
+    "solution_score": (lambda r: process.solution_score(r, MASK, "min"), per_token(1)),
     "kl": (partial(ppo.kl, estimator="k3"), per_token(2)),
     "policy_loss": (partial(ppo.policy_loss, dual_clip=2.0), per_token(3)),
     "value_loss": (ppo.value_loss, per_token(3)),
@@ -86,11 +111,12 @@ def test_compiles_and_computes_in_float32(name):
 def test_every_public_loss_is_covered():
     public = {
         name
-        for module in (sft, reward, dpo, divergence, tokens, reference_free, kto, ppo)
+        for module in MODULES
         for name, value in vars(module).items()
         if callable(value)
         and getattr(value, "__module__", "") == module.__name__
         and not name.startswith(("_", "check_", "as_", "needs_"))
     }
-    assert public - {"preference_loss"} <= set(CASES)
+    # `better` compares ranks: no floats come out of it.
+    assert public - {"preference_loss", "better"} <= set(CASES)
     assert "preference_loss" in public

@@ -74,6 +74,21 @@ def test_bradley_terry_at_extremes(gap):
     np.testing.assert_allclose(grad, [-1.0 if gap < 0 else 0.0])
 
 
+def test_bradley_terry_with_label_smoothing_by_hand():
+    # σ(ln 3) = ¾: −0.9 · log ¾ − 0.1 · log ¼; with margin ln 3 both sides are even.
+    chosen = jnp.log(jnp.array([3.0, 3.0]))
+    margin = np.log([1.0, 3.0])
+    got = bradley_terry(chosen, jnp.zeros(2), margin, label_smoothing=0.1)
+    want = [0.9 * np.log(4 / 3) + 0.1 * np.log(4), np.log(2)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_bradley_terry_with_label_smoothing_is_least_at_its_log_odds():
+    best = jnp.array([np.log(0.8 / 0.2), -1e4, 1e4])
+    grad = jax.grad(lambda r: bradley_terry(r, jnp.zeros(3), label_smoothing=0.2).sum())(best)
+    np.testing.assert_allclose(grad, [0, -0.8, 0.2], atol=1e-7)
+
+
 def test_bradley_terry_errors():
     with pytest.raises(ValueError, match=r"rejected_scores \(1,\)"):
         bradley_terry(np.zeros(2), np.zeros(1))
@@ -81,6 +96,9 @@ def test_bradley_terry_errors():
         bradley_terry(np.zeros(2), np.zeros(2), np.zeros(1))
     with pytest.raises(ValueError, match="center_coef=-1"):
         bradley_terry(np.zeros(2), np.zeros(2), center_coef=-1)
+    for epsilon in (0.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="label_smoothing="):
+            bradley_terry(np.zeros(2), np.zeros(2), label_smoothing=epsilon)
 
 
 @pytest.mark.parametrize("case", ["plain", "margin", "center", "margin_center"])

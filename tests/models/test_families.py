@@ -13,6 +13,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import (
     FAMILIES,
     GENERATION,
+    attributes_of,
     config_from_hf,
     config_to_hf,
     flatten,
@@ -160,12 +161,53 @@ def test_architectures():
     assert not is_scorer(LLAMA)
     assert is_scorer(LLAMA | scorer)
     assert is_scorer(LLAMA | scorer | {"id2label": {"0": "LABEL_0"}})
-    with pytest.raises(ValueError, match="num_labels=3"):
-        is_scorer(LLAMA | scorer | {"num_labels": 3})
-    with pytest.raises(ValueError, match="num_labels=2"):
-        is_scorer(LLAMA | scorer | {"id2label": {"0": "a", "1": "b"}})
+    assert is_scorer(LLAMA | scorer | {"num_labels": 3})
     with pytest.raises(ValueError, match=r"architectures=\['LlamaForTokenClassification'\]"):
         is_scorer(LLAMA | {"architectures": ["LlamaForTokenClassification"]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({}, ()),
+        ({"num_labels": 1}, ()),
+        ({"id2label": {"0": "LABEL_0"}}, ()),
+        ({"id2label": {"0": "helpfulness"}, "num_labels": 1}, ("helpfulness",)),
+        ({"num_labels": 2}, ("LABEL_0", "LABEL_1")),
+        ({"id2label": {"1": "b", "0": "a"}, "problem_type": "regression"}, ("a", "b")),
+        ({"id2label": {0: "a", 1: "b"}}, ("a", "b")),
+    ],
+)
+def test_labels_are_attributes(keys, names):
+    assert attributes_of(LLAMA | keys) == names
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+        ({"id2label": {"0": "a", "1": "a"}}, "id2label"),
+        ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "num_labels=3"),
+        (
+            {"id2label": {"0": "bad", "1": "good"}, "problem_type": "single_label_classification"},
+            "problem_type='single_label_classification'",
+        ),
+    ],
+)
+def test_labels_that_are_no_attributes_are_refused(keys, told):
+    with pytest.raises(ValueError, match=told):
+        attributes_of(LLAMA | keys)
+
+
+def test_attributes_are_written_as_labels_of_a_regression():
+    config = config_from_hf(LLAMA | {"problem_type": "single_label_classification"})
+    hf = config_to_hf(config, scorer=True, dtype="float32", attributes=("kind", "long"))
+    assert hf["num_labels"] == 2
+    assert hf["id2label"] == {"0": "kind", "1": "long"}
+    assert hf["label2id"] == {"kind": 0, "long": 1}
+    assert hf["problem_type"] == "regression"
+    assert attributes_of(hf) == ("kind", "long")
+    assert "problem_type" not in config_to_hf(config, scorer=True, dtype="float32")
 
 
 def test_what_we_do_not_model_survives():

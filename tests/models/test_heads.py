@@ -12,7 +12,13 @@ import tiny
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, pooled_scores, target_logprobs, with_scalar_head
+from jaxalign.models.heads import (
+    Scorer,
+    pooled_scores,
+    target_logprobs,
+    weigh_attributes,
+    with_scalar_head,
+)
 from jaxalign.optim import make_optimizer
 from jaxalign.sharding import make_mesh, param_shardings
 from jaxalign.types import TokenBatch
@@ -89,9 +95,64 @@ def test_the_whole_vocabulary_is_never_there_at_once(params):
         return jnp.sum(target_logprobs(model, params, hidden, targets, chunk=4))
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(model.shapes, hidden).as_text()
-    assert f"{rows}x4x{vocab}xf32" in text
-    assert f"{rows}x{length}x{vocab}x" not in text
-    assert f"{length // 4}x{rows}x4x{vocab}x" not in text
+    # Rows are laid end to end: 2 rows × 4 positions at a time, of 128.
+    assert f"1x8x{vocab}xf32" in text
+    for whole in (f"{rows}x{length}x{vocab}x", f"1x{rows * length}x{vocab}x", f"16x1x8x{vocab}x"):
+        assert whole not in text
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_only_wanted_positions_are_read(params, inputs, chunk):
+    """Elsewhere results are 0, and not even NaN reaches a gradient."""
+    hidden, targets = inputs
+    mask = np.random.default_rng(3).random(targets.shape) < 0.4
+    mask[1] = False
+    spoiled = jnp.where(mask[..., None], hidden, jnp.nan)
+    weights = np.random.default_rng(1).normal(size=(2, *targets.shape)).astype(np.float32)
+
+    def masked(params, hidden):
+        both = target_logprobs(
+            tiny.DECODER, params, hidden, targets, 0.7, entropy=True, mask=mask, chunk=chunk
+        )
+        return jnp.sum(weights[0] * both[0] + weights[1] * both[1]), both
+
+    def whole(params, hidden):
+        logprobs = jax.nn.log_softmax(hidden @ params["head"]["kernel"] / 0.7)
+        chosen = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, -1)
+        return jnp.sum(jnp.where(mask, weights[0] * chosen + weights[1] * entropy, 0.0))
+
+    got, both = jax.jit(jax.grad(masked, (0, 1), has_aux=True))(params, spoiled)
+    want = jax.grad(whole, (0, 1))(params, hidden)
+    exact = naive(params, hidden, targets, 0.7)
+    np.testing.assert_allclose(both[0], np.where(mask, exact[0], 0), 1e-5, 1e-5)
+    np.testing.assert_allclose(both[1], np.where(mask, exact[1], 0), 1e-4, 1e-5)
+    np.testing.assert_allclose(got[0]["head"]["kernel"], want[0]["head"]["kernel"], 1e-4, 1e-4)
+    np.testing.assert_allclose(got[1], want[1], 1e-4, 1e-4)
+    nothing = target_logprobs(
+        tiny.DECODER, params, hidden, targets, mask=np.zeros_like(mask), chunk=chunk
+    )
+    np.testing.assert_array_equal(nothing, np.zeros(targets.shape))
+
+
+def test_rows_over_devices_change_nothing(params):
+    rng = np.random.default_rng(5)
+    hidden = jnp.asarray(rng.normal(size=(8, 12, 32)).astype(np.float32))
+    targets = rng.integers(0, tiny.VOCAB, (8, 12))
+    mask = rng.random((8, 12)) < 0.5
+
+    def loss(params, hidden):
+        logprobs = target_logprobs(tiny.DECODER, params, hidden, targets, mask=mask, chunk=5)
+        return jnp.sum(logprobs * jnp.arange(12.0)[None])
+
+    run = jax.value_and_grad(loss, (0, 1))
+    want = jax.jit(run)(params, hidden)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, param_shardings(tiny.DECODER.axes, mesh, tiny.DECODER.shapes))
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(placed, hidden)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-5)
 
 
 def test_targets_of_another_shape_are_refused(params, inputs):
@@ -175,6 +236,24 @@ def test_scalar_head_takes_the_place_of_the_vocabulary(params):
         with_scalar_head(wide, {}, jax.random.key(i))[1]["score"]["kernel"] for i in range(100)
     ]
     np.testing.assert_allclose(np.std(heads), 1 / np.sqrt(65), rtol=0.05)
+
+
+def test_a_head_of_several_outputs(params):
+    names = ("a", "b", "c")
+    scorer, scored = with_scalar_head(tiny.DECODER, params, jax.random.key(0), names)
+    assert scored["score"]["kernel"].shape == scorer.shapes["score"]["kernel"].shape == (32, 3)
+    hidden = np.random.default_rng(0).normal(size=(2, 4, 32)).astype(np.float32)
+    outputs = hidden.astype(np.float64) @ np.asarray(scored["score"]["kernel"], np.float64)
+    np.testing.assert_allclose(scorer.outputs(scored, hidden), outputs, 1e-4, 1e-5)
+    with pytest.raises(ValueError, match="a, b, c has no single score"):
+        scorer.scores(scored, hidden)
+    weights = {"a": 2.0, "c": -0.5}
+    one, weighed = weigh_attributes(scorer, scored, weights)
+    want = 2 * outputs[..., 0] - 0.5 * outputs[..., 2]
+    np.testing.assert_allclose(one.scores(weighed, hidden), want, 1e-4, 1e-5)
+    assert weighed["embed"] is params["embed"]
+    with pytest.raises(ValueError, match=r"attributes=\['a', 'a'\]"):
+        Scorer(tiny.DECODER, ("a", "a"))
 
 
 def test_scalar_head_lies_on_the_models_mesh(params):

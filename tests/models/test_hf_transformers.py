@@ -220,6 +220,25 @@ def test_fresh_scalar_head_exports(case, folders, tmp_path):
     np.testing.assert_allclose(scores, want, atol=1e-5, rtol=0)
 
 
+def test_a_head_of_several_grades_comes_back(folders, tmp_path):
+    folder, _ = folders("tied_linear_rope")
+    names = ("helpfulness", "verbosity", "tact")
+    scorer, params = with_scalar_head(*load_pretrained(folder), jax.random.key(0), names)
+    save_pretrained(scorer, params, tmp_path / "out")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert theirs.config.id2label == dict(enumerate(names))
+    assert theirs.config.problem_type == "regression"
+    outputs = np.asarray(scorer.outputs(params, scorer.apply(params, TOKENS)))[:, -1]
+    np.testing.assert_allclose(outputs, torch_logits(theirs, TOKENS), atol=1e-5, rtol=0)
+    again, weights = load_pretrained(tmp_path / "out")
+    assert again.attributes == names
+    np.testing.assert_array_equal(weights["score"]["kernel"], params["score"]["kernel"])
+
+
 def test_token_ids_and_chat_template_are_exported(shared, folders, tmp_path):
     folder, _ = folders("gqa")
     tokenizer = load_tokenizer(shared / "data/stories260K/hf")

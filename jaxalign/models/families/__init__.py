@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxalign.models.base import DecoderConfig
@@ -39,6 +39,7 @@ __all__ = [
     "Family",
     "Leaf",
     "Part",
+    "attributes_of",
     "config_from_hf",
     "config_to_hf",
     "find_family",
@@ -71,6 +72,9 @@ FAMILIES: dict[str, Family] = {
 GENERATION = "_generation_config"
 """Key under which `source_config` carries the source's `generation_config.json`, if it had one."""
 
+_UNNAMED = "LABEL_0"
+"""What transformers calls the output of a head with one label that was given no name."""
+
 
 def find_family(name: Any) -> Family:
     """The family of a `model_type`.
@@ -101,11 +105,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def is_scorer(hf: Mapping[str, Any]) -> bool:
-    """Whether `config.json` describes a model with a scalar head.
+    """Whether `config.json` describes a model with a scalar head, or a head of several grades.
 
     Raises:
-      ValueError: an architecture that is neither a language model nor a scorer of its family, or
-        more than one label.
+      ValueError: an architecture that is neither a language model nor a scorer of its family.
     """
     family = find_family(hf.get("model_type"))
     names = get(hf, "architectures", [family.causal])
@@ -113,15 +116,32 @@ def is_scorer(hf: Mapping[str, Any]) -> bool:
         return False
     if names != [family.scorer]:
         raise unsupported("architectures", names, f"{[family.causal]}, {[family.scorer]}")
-    labels = hf.get("num_labels")
-    if labels is None and hf.get("id2label") is not None:
-        labels = len(hf["id2label"])
-    if labels not in (None, 1):
-        raise unsupported("num_labels", labels, "1 (a scalar score)")
     return True
 
 
-def config_to_hf(config: DecoderConfig, *, scorer: bool, dtype: str) -> dict[str, Any]:
+def attributes_of(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a scorer's outputs; empty for one that has a single, unnamed score.
+
+    Args:
+      hf: `config.json` of a sequence classification model.
+
+    Raises:
+      ValueError: labels without names for all of them, or labels that are classes, not grades.
+    """
+    unnamed = {str(number): f"LABEL_{number}" for number in range(get(hf, "num_labels", 1))}
+    labels = dict(get(hf, "id2label", unnamed))
+    names = [labels.get(str(number), labels.get(number)) for number in range(len(labels))]
+    count = get(hf, "num_labels", len(names))
+    if not names or None in names or count != len(names) or len(set(names)) < len(names):
+        raise unsupported("id2label", labels, f"names for num_labels={count} outputs, 0, 1, …")
+    if len(names) > 1 and hf.get("problem_type") not in (None, "regression"):
+        raise unsupported("problem_type", hf["problem_type"], "'regression' with several labels")
+    return () if names == [_UNNAMED] else tuple(str(name) for name in names)
+
+
+def config_to_hf(
+    config: DecoderConfig, *, scorer: bool, dtype: str, attributes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The Hugging Face `config.json` of a model, readable by transformers 4 and 5.
 
     What the source's own config held beyond our fields (token ids, initialiser, …) is kept.
@@ -130,6 +150,7 @@ def config_to_hf(config: DecoderConfig, *, scorer: bool, dtype: str) -> dict[str
       config: shape of the decoder.
       scorer: whether the model has a scalar head instead of a vocabulary head.
       dtype: of the saved weights, e.g. "bfloat16".
+      attributes: names of the outputs of that head; none for a single score.
 
     Raises:
       ValueError: a shape that the family's config cannot express, e.g. experts in a Llama.
@@ -140,7 +161,7 @@ def config_to_hf(config: DecoderConfig, *, scorer: bool, dtype: str) -> dict[str
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
     # torch_dtype is the older name of dtype; labels belong to the head, which may have changed.
-    for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id"):
+    for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
         hf.pop(key, None)
     if len(get(hf, "layer_types", [])) != config.num_layers:
         hf.pop("layer_types", None)
@@ -150,7 +171,12 @@ def config_to_hf(config: DecoderConfig, *, scorer: bool, dtype: str) -> dict[str
     hf["dtype"] = dtype
     _check_expressed(config, hf)
     if scorer:
-        hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        names = list(attributes) if attributes else [_UNNAMED]
+        hf["num_labels"] = len(names)
+        hf["id2label"] = {str(number): name for number, name in enumerate(names)}
+        hf["label2id"] = {name: number for number, name in enumerate(names)}
+        if attributes:
+            hf["problem_type"] = "regression"
     return hf
 
 

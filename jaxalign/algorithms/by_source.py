@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_bool, weighted
+from jaxalign.masked import as_bool, last_index, weighted
 from jaxalign.types import Array, TokenBatch, Weighted
 
 
@@ -42,18 +42,14 @@ def by_source(
     return metrics
 
 
-def source_of_sequences(tokens: TokenBatch, count: int | None) -> Array | None:
-    """The source of each sequence: `[B]`, or, of packed rows, `[B, count]`; None if not recorded.
+def source_of_sequences(tokens: TokenBatch, sequences: Array, count: int = 1) -> jax.Array | None:
+    """The source of each sequence of a row, read at its end: `[B, count]`; None if not recorded.
 
     Args:
-      tokens: rows; all tokens of a segment are of one source.
-      count: S, segments of a packed row at most; None: one sequence a row.
+      tokens: rows; all tokens of a sequence are of one source.
+      sequences: int `[B, T]`, which sequence a token belongs to: 0 for none, 1 … `count`.
+      count: how many sequences a row has at most.
     """
     if tokens.source_ids is None:
         return None
-    ids = jnp.asarray(tokens.source_ids)
-    if count is None:
-        return jnp.max(ids, axis=1)
-    segments = jnp.asarray(tokens.segment_ids)[:, None, :]
-    wanted = jnp.arange(1, count + 1, dtype=segments.dtype)[None, :, None]
-    return jnp.max(jnp.where(segments == wanted, ids[:, None, :], 0), axis=2)
+    return jnp.take_along_axis(jnp.asarray(tokens.source_ids), last_index(sequences, count), axis=1)

@@ -1,0 +1,52 @@
+"""Data made by models: Self-Instruct, and preference pairs by ranking sampled answers.
+
+A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); this room knows no
+model. Runs can be killed and continued: see `Journal`.
+"""
+
+from jaxalign.data.synthesis.instruct import SelfInstruct, Task, read_seed_tasks
+from jaxalign.data.synthesis.journal import Journal
+from jaxalign.data.synthesis.options import (
+    InstructConfig,
+    LocalConfig,
+    PreferenceConfig,
+    ServerConfig,
+    WriterConfig,
+)
+from jaxalign.data.synthesis.preferences import Preferences, read_prompts
+from jaxalign.data.synthesis.rouge import Pool, common_subsequence, rouge_l, words
+from jaxalign.data.synthesis.server import ServerError, ServerWriter
+from jaxalign.data.synthesis.writer import (
+    Asker,
+    FunctionWriter,
+    Reply,
+    Request,
+    Sampling,
+    Writer,
+)
+
+__all__ = [
+    "Asker",
+    "FunctionWriter",
+    "InstructConfig",
+    "Journal",
+    "LocalConfig",
+    "Pool",
+    "PreferenceConfig",
+    "Preferences",
+    "Reply",
+    "Request",
+    "Sampling",
+    "SelfInstruct",
+    "ServerConfig",
+    "ServerError",
+    "ServerWriter",
+    "Task",
+    "Writer",
+    "WriterConfig",
+    "common_subsequence",
+    "read_prompts",
+    "read_seed_tasks",
+    "rouge_l",
+    "words",
+]

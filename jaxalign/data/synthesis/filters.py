@@ -1,0 +1,92 @@
+"""What is not taken: instructions, instances and answers, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxalign.data.synthesis.options import InstructConfig
+from jaxalign.data.synthesis.prompts import Instance
+from jaxalign.data.synthesis.rouge import Pool, words
+from jaxalign.data.synthesis.writer import LENGTH, REFUSED, Reply
+
+
+class InstructionFilter:
+    """Keeps an instruction that is new, of a fair length and about text.
+
+    Args:
+      config: the thresholds.
+      instructions: those that are there already.
+    """
+
+    def __init__(self, config: InstructConfig, instructions: Sequence[str]):
+        self._config = config
+        self._keywords = [(keyword, words(keyword)) for keyword in config.keywords]
+        self._pool = Pool()
+        for instruction in instructions:
+            self._pool.add(words(instruction))
+
+    def why_not(self, instruction: str) -> tuple[str | None, float]:
+        """The reason to drop it, or None, and its greatest ROUGE-L; one that is kept is added."""
+        said = words(instruction)
+        if len(said) < self._config.min_words:
+            return f"instruction of less than {self._config.min_words} words", 0.0
+        if len(said) > self._config.max_words:
+            return f"instruction of more than {self._config.max_words} words", 0.0
+        if not instruction[0].isalnum() and instruction[0] not in "\"'“‘《（([*`":
+            return "instruction begins with a punctuation mark", 0.0
+        for keyword, parts in self._keywords:
+            if holds(said, parts):
+                return f"keyword {keyword!r}", 0.0
+        score, _ = self._pool.most_similar(said)
+        if score >= self._config.rouge_threshold:
+            return f"ROUGE-L of {self._config.rouge_threshold:g} or more with another", score
+        self._pool.add(said)
+        return None, score
+
+
+def holds(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether words stand in a text one after the other."""
+    size = len(part)
+    return size > 0 and any(
+        list(text[at : at + size]) == list(part) for at in range(len(text) - size + 1)
+    )
+
+
+def keep_instances(
+    instances: Sequence[Instance], instruction: str, config: InstructConfig
+) -> tuple[list[Instance], list[str]]:
+    """The instances of a task that can be trained on, and the reasons against the others.
+
+    Inputs that come with different outputs are all dropped, since at least one of those is wrong.
+    """
+    kept: list[Instance] = []
+    reasons: list[str] = []
+    outputs: dict[str, set[str]] = {}
+    for instance in instances:
+        outputs.setdefault(instance.input, set()).add(instance.output)
+    for instance in instances:
+        size = len(words(instance.output))
+        if not instance.output.strip():
+            reasons.append("output is empty")
+        elif size > config.max_output_words:
+            reasons.append(f"output of more than {config.max_output_words} words")
+        elif instance.output.strip() in (instance.input.strip(), instruction.strip()):
+            reasons.append("output repeats the input")
+        elif len(outputs[instance.input]) > 1:
+            reasons.append("one input with several outputs")
+        elif instance in kept:
+            reasons.append("instance is there twice")
+        else:
+            kept.append(instance)
+    return kept, reasons
+
+
+def why_no_answer(reply: Reply) -> str | None:
+    """The reason to drop a reply whatever is in it, or None."""
+    if reply.finish == REFUSED:
+        return "request refused by the server"
+    if reply.finish == LENGTH:
+        return "cut off at max_tokens"
+    if not reply.text.strip():
+        return "reply is empty"
+    return None

@@ -1,0 +1,201 @@
+"""What may be set: the writer, and the two methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+FORMS = ("messages", "prompt_completion", "alpaca")
+RANKERS = ("reward", "grade", "pairwise")
+PAIRS = ("best_worst", "all")
+
+KEYWORDS = (
+    *("image", "images", "picture", "pictures", "photo", "photos", "graph", "graphs"),
+    *("map", "maps", "draw", "plot", "file", "files", "video", "audio"),
+    *("图片", "图像", "照片", "画", "视频", "音频", "文件", "地图"),
+)
+"""Words of tasks that a model of text alone cannot do."""
+
+
+def want(ok: bool, name: str, got: Any, wanted: str) -> None:
+    """Refuses a value that an option does not take."""
+    if not ok:
+        raise ValueError(f"{name}={got!r}: wanted {wanted}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An HTTP server that speaks OpenAI's chat completions.
+
+    Attributes:
+      address: base address such as `http://localhost:8000/v1`; None: from the environment.
+      address_variable: the environment variable that holds the address.
+      key: sent as bearer token; None: from the environment, and none is sent if that has none. It
+        is better kept there: what is in a configuration is easily passed on.
+      key_variable: the environment variable that holds the key.
+      limit_field: the name under which `max_tokens` is sent; newer models of OpenAI want
+        "max_completion_tokens".
+      send_seed: send a seed with each request, a different one each. Servers that know it then
+        repeat themselves; those that refuse it need false.
+      timeout: seconds without an answer before a request is sent again.
+      retries: times that a request is sent again after a status of 408, 409, 425, 429 or 5xx, a
+        broken connection, a timeout, or an answer that cannot be read. Then the run stops.
+      backoff: seconds before the first of them; doubled each time, with jitter, to 60 at most. What
+        the server asks for (`Retry-After`) is waited, to 10 minutes at most.
+      max_refusals: requests refused one after the other (400, 413, 422: the server does not want
+        this prompt) before the run stops.
+    """
+
+    address: str | None = None
+    address_variable: str = "OPENAI_BASE_URL"
+    key: str | None = dataclasses.field(default=None, repr=False)
+    key_variable: str = "OPENAI_API_KEY"
+    limit_field: str = "max_tokens"
+    send_seed: bool = True
+    timeout: float = 120.0
+    retries: int = 6
+    backoff: float = 1.0
+    max_refusals: int = 5
+
+    def __post_init__(self):
+        fields = ("max_tokens", "max_completion_tokens")
+        want(self.limit_field in fields, "limit_field", self.limit_field, " or ".join(fields))
+        want(self.timeout > 0, "timeout", self.timeout, "positive seconds")
+        want(self.retries >= 0, "retries", self.retries, "0 or more")
+        want(self.backoff >= 0, "backoff", self.backoff, "seconds, 0 or more")
+        want(self.max_refusals > 0, "max_refusals", self.max_refusals, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """A model that is loaded here.
+
+    Attributes:
+      chat_template: None (the tokenizer's own), a built-in name, or a jinja file. Not "none".
+    """
+
+    chat_template: str | None = None
+
+    def __post_init__(self):
+        want(self.chat_template != "none", "chat_template", "none", "a template with turns")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriterConfig:
+    """Who writes, or judges.
+
+    Attributes:
+      model: its name at the server; with `local` a folder, a `.gguf` file or a hub id.
+      server: where it is; None without `local`: a server named by the environment.
+      local: set (to `{}`) for a model that is loaded here.
+      temperature: 0 is greedy. Where one right answer is wanted (whether a task is a
+        classification, verdicts of a judge) it is always 0.
+      top_p: 1 is off.
+      max_tokens: of a reply.
+      concurrency: requests at a time; of a local model, replies decoded at a time.
+    """
+
+    model: str
+    server: ServerConfig | None = None
+    local: LocalConfig | None = None
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    concurrency: int = 4
+
+    def __post_init__(self):
+        want(bool(self.model.strip()), "model", self.model, "a name")
+        want(self.server is None or self.local is None, "local", self.local, "null with a server")
+        want(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
+        want(0 < self.top_p <= 1, "top_p", self.top_p, "a part in (0, 1]")
+        want(self.max_tokens > 0, "max_tokens", self.max_tokens, "positive")
+        want(self.concurrency > 0, "concurrency", self.concurrency, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructConfig:
+    """Self-Instruct; see `jaxalign.data.synthesis.instruct`.
+
+    Attributes:
+      seeds: seed tasks: files, folders, globs or hub ids with the columns `instruction` and
+        `instances` (or `input`, `output`).
+      count: rows wanted.
+      form: of the rows: "messages", "prompt_completion" or "alpaca".
+      human_examples: seed tasks shown when new tasks are asked for.
+      machine_examples: tasks written earlier shown with them, once there are any.
+      tasks_per_prompt: new tasks asked for in one request.
+      prompts_per_round: such requests sent at once; what a round writes is shown from the next on.
+      classification_check: ask which tasks are classifications and write their labels first.
+      max_labels: rows kept of a classification task.
+      rouge_threshold: a new instruction is dropped if its ROUGE-L with any other reaches this;
+        1 drops repetitions only.
+      min_words: of an instruction. A Chinese or Japanese character counts as a word.
+      max_words: of an instruction.
+      max_output_words: of an output.
+      keywords: words (or phrases) that drop an instruction.
+      patience: rounds in a row that may end without a new row before the run stops.
+    """
+
+    seeds: tuple[str, ...]
+    count: int = 100
+    form: str = "messages"
+    human_examples: int = 6
+    machine_examples: int = 2
+    tasks_per_prompt: int = 8
+    prompts_per_round: int = 4
+    classification_check: bool = True
+    max_labels: int = 4
+    rouge_threshold: float = 0.7
+    min_words: int = 4
+    max_words: int = 150
+    max_output_words: int = 1000
+    keywords: tuple[str, ...] = KEYWORDS
+    patience: int = 10
+
+    def __post_init__(self):
+        want(bool(self.seeds), "seeds", self.seeds, "at least one file of seed tasks")
+        want(self.form in FORMS, "form", self.form, f"one of {', '.join(FORMS)}")
+        for name in ("count", "human_examples", "tasks_per_prompt", "prompts_per_round"):
+            want(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name in ("max_labels", "min_words", "max_output_words", "patience"):
+            want(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        want(self.machine_examples >= 0, "machine_examples", self.machine_examples, "0 or more")
+        want(0 < self.rouge_threshold <= 1, "rouge_threshold", self.rouge_threshold, "in (0, 1]")
+        want(self.max_words >= self.min_words, "max_words", self.max_words, "min_words or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Preference pairs; see `jaxalign.data.synthesis.preferences`.
+
+    Attributes:
+      prompts: files, folders, globs or hub ids of prompts.
+      count: prompts taken, from the first on; None: all.
+      answers: k, answers sampled to a prompt.
+      ranker: "reward" (scores of a reward model), "grade" (a judge's grades from 1 to 10) or
+        "pairwise" (a judge compares every two answers, in both orders).
+      pairs: "best_worst", one pair a prompt, or "all" pairs.
+      min_margin: least difference of scores (grades; wins, if pairwise) of a pair. Equal scores
+        never make a pair.
+      write_margin: write the difference as the column `margin`, which the reward model's loss
+        subtracts. The scores are in every row's provenance all the same.
+      prompts_per_round: prompts answered at once.
+    """
+
+    prompts: tuple[str, ...]
+    count: int | None = None
+    answers: int = 4
+    ranker: str = "grade"
+    pairs: str = "best_worst"
+    min_margin: float = 0.0
+    write_margin: bool = False
+    prompts_per_round: int = 8
+
+    def __post_init__(self):
+        want(bool(self.prompts), "prompts", self.prompts, "at least one file of prompts")
+        want(self.count is None or self.count > 0, "count", self.count, "positive or null")
+        want(self.answers > 1, "answers", self.answers, "2 or more")
+        want(self.ranker in RANKERS, "ranker", self.ranker, f"one of {', '.join(RANKERS)}")
+        want(self.pairs in PAIRS, "pairs", self.pairs, " or ".join(PAIRS))
+        want(self.min_margin >= 0, "min_margin", self.min_margin, "0 or more")
+        want(self.prompts_per_round > 0, "prompts_per_round", self.prompts_per_round, "positive")

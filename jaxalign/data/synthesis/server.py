@@ -1,0 +1,291 @@
+"""A writer behind HTTP: any server that speaks OpenAI's chat completions.
+
+The key goes into one header and nowhere else: not into files, not into messages (a server that
+repeats it in an error has it blotted out), and not to another host, since redirects are refused.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import email.utils
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxalign.data.synthesis.options import ServerConfig
+from jaxalign.data.synthesis.writer import REFUSED, Reply, Request, now
+
+_AGAIN = (408, 409, 425, 429)
+_REFUSED = (400, 413, 422)
+_LONGEST_WAIT = 60.0
+_LONGEST_ASKED = 600.0
+_MOST_BYTES = 64 * 2**20
+
+
+class ServerError(ConnectionError):
+    """The server did not answer, however often it was asked."""
+
+
+class _Again(Exception):
+    """This try failed, another may not."""
+
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
+
+class _Refused(Exception):
+    """The server does not want this prompt."""
+
+
+class _Stopped(Exception):
+    """Another request failed for good."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
+    ) -> None:
+        return None
+
+
+class ServerWriter:
+    """Asks a server, several requests at a time.
+
+    Args:
+      model: its name at the server.
+      config: where the server is, and how patiently it is asked.
+      concurrency: requests at a time.
+      environment: where address and key are looked up unless the configuration has them.
+
+    Raises:
+      ValueError: no address, one that is not http or https, or a key that no header can hold.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: ServerConfig,
+        concurrency: int,
+        environment: Mapping[str, str] = os.environ,
+    ):
+        self.name = model
+        self._config = config
+        self._concurrency = concurrency
+        self._url = _address(config, environment) + "/chat/completions"
+        self._key = _key(config, environment)
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._refusals = 0  # one after the other
+
+    def write(
+        self, requests: Sequence[Request], missing: Collection[int]
+    ) -> Iterator[tuple[int, Reply]]:
+        """See `Writer`.
+
+        Raises:
+          ServerError: a request failed after all its retries. Replies that were under way are
+            waited for and given out before.
+          ValueError: the server refuses the key, the model or the address, or too many prompts.
+        """
+        stop = threading.Event()
+        failure: BaseException | None = None
+        with concurrent.futures.ThreadPoolExecutor(self._concurrency) as threads:
+            places = {threads.submit(self._ask, requests[i], stop): i for i in missing}
+            try:
+                for future in concurrent.futures.as_completed(places):
+                    if future.cancelled():
+                        continue
+                    try:
+                        reply = future.result()
+                        self._count(reply)
+                    except _Stopped:
+                        continue
+                    except (ValueError, OSError) as error:
+                        failure = error if failure is None else failure
+                        stop.set()
+                        for other in places:
+                            other.cancel()
+                    else:
+                        yield places[future], reply
+            finally:
+                stop.set()
+                for future in places:
+                    future.cancel()
+        if failure is not None:
+            raise failure
+
+    def _count(self, reply: Reply) -> None:
+        self._refusals = self._refusals + 1 if reply.finish == REFUSED else 0
+        if self._refusals >= self._config.max_refusals:
+            raise ValueError(
+                f"{self._url}: refused {self._refusals} requests one after the other, the last "
+                f"with {reply.text}; correct the writer's settings, or raise server.max_refusals"
+            )
+
+    def _ask(self, request: Request, stop: threading.Event) -> Reply:
+        body = self._body(request)
+        wait = self._config.backoff
+        attempt = 0
+        while True:
+            if stop.is_set():
+                raise _Stopped
+            try:
+                return _reply(self._post(body))
+            except ValueError:
+                stop.set()  # here, before this thread takes up the next request
+                raise
+            except _Refused as refusal:
+                return Reply(str(refusal), REFUSED, now())
+            except _Again as failure:
+                attempt += 1
+                if attempt > self._config.retries:
+                    stop.set()
+                    raise ServerError(
+                        f"{self._url}: no answer to {request.name!r} in {attempt} tries, the "
+                        f"last failed with {failure}; what came before is kept: give the same "
+                        "command again when the server answers"
+                    ) from None
+                pause = min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                stop.wait(pause if failure.wait is None else max(pause, failure.wait))
+                wait *= 2
+
+    def _body(self, request: Request) -> bytes:
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": list(request.messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            self._config.limit_field: sampling.max_tokens,
+        }
+        if self._config.send_seed:
+            body["seed"] = request.seed
+        return json.dumps(body).encode()
+
+    def _post(self, body: bytes) -> str:
+        headers = {"Content-Type": "application/json", "User-Agent": "jaxalign"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self._url, body, headers, method="POST")
+        deadline = time.monotonic() + self._config.timeout
+        try:
+            with self._opener.open(request, timeout=self._config.timeout) as response:
+                return self._clean(_read(response, deadline).decode("utf-8", "replace"))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._failure(error) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise _Again(self._clean(f"{type(reason).__name__}: {reason}")) from None
+
+    def _failure(self, error: urllib.error.HTTPError) -> Exception:
+        try:
+            said = error.read(4096).decode("utf-8", "replace").strip()
+        except (OSError, http.client.HTTPException):
+            said = ""
+        # Blotted out before it is cut, so that no part of a key stays.
+        told = f"HTTP {error.code} {self._clean(f'{error.reason} {said}')[:300]}".strip()
+        if error.code in _AGAIN or error.code >= 500:
+            return _Again(told, _retry_after(error.headers.get("Retry-After")))
+        if error.code in _REFUSED:
+            return _Refused(told)
+        remedy = "the writer's address and model"
+        if error.code in (401, 403):
+            where = "server.key" if self._config.key is not None else self._config.key_variable
+            remedy = f"the key in {where}" if self._key is not None else f"a key, in {where}"
+        return ValueError(f"{self._url}: {told}; wanted status 200; check {remedy}")
+
+    def _clean(self, text: str) -> str:
+        return text if self._key is None else text.replace(self._key, "[key]")
+
+
+def _address(config: ServerConfig, environment: Mapping[str, str]) -> str:
+    name = "server.address"
+    address = config.address
+    if address is None:
+        name = config.address_variable
+        address = environment.get(name, "").strip()
+        if not address:
+            raise ValueError(
+                f"server.address: missing, and {name} is not set; give the base address of a "
+                "server, such as http://localhost:8000/v1"
+            )
+    parts = urllib.parse.urlsplit(address)
+    plain = parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
+    if parts.scheme not in ("http", "https") or not plain:
+        # The text is not repeated: it may hold a password.
+        raise ValueError(
+            f"{name}: wanted http://host:port/v1 or https://…, without user, query or fragment; "
+            "correct it"
+        )
+    return address.rstrip("/")
+
+
+def _key(config: ServerConfig, environment: Mapping[str, str]) -> str | None:
+    key, name = config.key, "server.key"
+    if key is None:
+        name = config.key_variable
+        key = environment.get(name, "").strip()
+        if not key:
+            return None
+    if not all("!" <= letter <= "~" for letter in key):
+        raise ValueError(f"{name}: wanted a key of printable ASCII without spaces; correct it")
+    return key
+
+
+def _read(response: Any, deadline: float) -> bytes:
+    """The whole body, by the deadline: a server that drips must not hold a run for ever."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(65536):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer did not end in time")
+        if size > _MOST_BYTES:
+            raise OSError(f"an answer of more than {_MOST_BYTES} bytes")
+    if response.length:  # read1 passes over a body that is shorter than was announced
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(parts)
+
+
+def _reply(raw: str) -> Reply:
+    """A chat completion → the reply; what is none is worth another try."""
+    try:
+        answer = json.loads(raw)
+        choice = answer["choices"][0]
+        text = choice["message"].get("content")
+        finish = choice.get("finish_reason")
+        usage = answer.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise _Again(f"no chat completion: {raw[:200]!r}") from None
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise _Again(f"a completion whose content is no text, but a {type(text).__name__}")
+    # Half a surrogate pair could not be written to a file.
+    text = text.encode("utf-8", "replace").decode()
+    finish = finish if isinstance(finish, str) else "stop"
+    return Reply(text, finish, now(), tokens if isinstance(tokens, int) else None)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds that the server asks to wait, given as a number or a date."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else None

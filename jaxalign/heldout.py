@@ -1,0 +1,77 @@
+"""What a reward model's held-out data says: scores of all examples, gathered and looked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign import evaluation
+from jaxalign.algorithms import reward
+from jaxalign.data import Batches
+from jaxalign.evaluation import Findings
+from jaxalign.metrics import add_up
+from jaxalign.models.base import ScalarModel
+from jaxalign.sharding import shard_batch
+from jaxalign.types import TrainState
+
+
+class HeldOut:
+    """Held-out figures of a reward model; call it with a state.
+
+    Args:
+      scorer: the reward model.
+      config: options of the algorithm.
+      batches: held-out data.
+      mesh: where the state lies.
+    """
+
+    def __init__(
+        self, scorer: ScalarModel, config: reward.Config, batches: Batches[Any], mesh: Mesh
+    ):
+        self._measure = reward.make_measure(scorer, config)
+        self._config = config
+        self._batches = batches
+        self._mesh = mesh
+        self._details: dict[str, Any] = {}
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Figures of all held-out data: metrics of the step, and those of `jaxalign.evaluation`."""
+        sums, parts = [], []
+        with jax.set_mesh(self._mesh):
+            for batch in self._batches:
+                metrics, examples = self._measure(state, shard_batch(batch, self._mesh))
+                sums.append(metrics)
+                parts.append(jax.device_get(examples))
+        examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
+        found = findings(self._config, examples, self._batches.sources)
+        self._details = {"objective": self._config.objective} | found.details
+        return found.figures | add_up(sums)
+
+    def details(self) -> dict[str, Any]:
+        """Curves and tables of the last call."""
+        return self._details
+
+
+def findings(
+    config: reward.Config, examples: dict[str, np.ndarray], sources: Sequence[str]
+) -> Findings:
+    """What `jaxalign.evaluation` has to say about the examples of this objective."""
+    if config.objective == "pairs":
+        return evaluation.pair_findings(examples, sources)
+    if config.objective == "ranking":
+        return evaluation.ranking_findings(examples, sources)
+    if config.objective == "regression":
+        return evaluation.grade_findings(examples, sources, config.attributes)
+    return evaluation.step_findings(examples, sources)
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of all batches; those of narrower batches end in zeros, which no mask keeps."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])

@@ -1,0 +1,35 @@
+"""Reward modelling from grades: helpfulness 3 of 4, verbosity 1, …, one number an attribute."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.masked import as_float32
+from jaxalign.types import Array
+
+
+def squared_error(scores: Array, grades: Array) -> jax.Array:
+    """How far a predicted grade is off.
+
+    ℓ = (r − y)²
+
+    The regression reward models of HelpSteer (Wang et al. 2023, arXiv 2311.09528) and HelpSteer 2
+    (Wang et al. 2024, arXiv 2406.08673). A row may lack grades: clear both arrays there
+    with `jaxalign.masked.keep` and average over the grades that were given.
+
+    Args:
+      scores: r, `[B, A]` (any shape), one column an attribute.
+      grades: y, the same shape, in whatever unit the attribute is graded.
+
+    Returns:
+      float32, the shape of the scores, ≥ 0, in squares of that unit; not reduced.
+
+    Raises:
+      ValueError: shapes differ.
+
+    >>> squared_error(jnp.array([[3.5, 1.0]]), jnp.array([[4.0, 3.0]]))
+    Array([[0.25, 4.  ]], dtype=float32)
+    """
+    scores, grades = as_float32(scores=scores, grades=grades)
+    return jnp.square(scores - grades)
