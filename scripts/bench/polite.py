@@ -85,6 +85,8 @@ def train(arguments: argparse.Namespace, data: dict[str, str]) -> dict[str, Any]
     recipe = read_yaml(pathlib.Path(__file__).with_name("polite.yaml"))
     recipe["folder"] = str(arguments.work / "stages")
     recipe["defaults"]["model"]["source"] = arguments.model
+    dpo = next(stage for stage in recipe["stages"] if stage["name"] == "dpo")
+    dpo["reference_cache"] = str(arguments.work / "reference")
     recipe["defaults"]["data"] |= {"train": [data["train"]], "eval": [data["held_out"]]}
     return run_stages(load_stages(recipe, arguments.overrides))
 
