@@ -215,6 +215,20 @@ def test_only_pairs_that_differ_are_kept_and_held_out_ones_are_fixed():
     assert not polite("Duh, it's Paris.")
 
 
+def test_the_polite_recipe_fits_the_pipeline(tmp_path):
+    from argparse import Namespace
+
+    from polite import stages
+
+    arguments = Namespace(work=tmp_path, model="m", overrides=["dpo.dpo.beta=0.2"])
+    (first, dpo), (second, reward) = stages(arguments, {"train": "a", "held_out": "b"})
+    assert (first, second) == ("dpo", "reward")
+    assert dpo.dpo.beta == 0.2
+    assert dpo.reference_cache == str(tmp_path / "reference")
+    assert reward.data.train == ("a",)
+    assert reward.data.eval == ("b",)
+
+
 def test_the_choice_of_four_is_compared_with_dpo():
     from polite import choose
 

@@ -77,10 +77,10 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
     return str(path)
 
 
-def train(arguments: argparse.Namespace, data: dict[str, str]) -> dict[str, Any]:
-    """Runs the recipe; gives each stage's result."""
+def stages(arguments: argparse.Namespace, data: dict[str, str]) -> list[tuple[str, Any]]:
+    """The recipe with model, data and folders filled in."""
     from jaxalign.config import read_yaml
-    from jaxalign.pipeline import load_stages, run_stages
+    from jaxalign.pipeline import load_stages
 
     recipe = read_yaml(pathlib.Path(__file__).with_name("polite.yaml"))
     recipe["folder"] = str(arguments.work / "stages")
@@ -88,7 +88,7 @@ def train(arguments: argparse.Namespace, data: dict[str, str]) -> dict[str, Any]
     dpo = next(stage for stage in recipe["stages"] if stage["name"] == "dpo")
     dpo["reference_cache"] = str(arguments.work / "reference")
     recipe["defaults"]["data"] |= {"train": [data["train"]], "eval": [data["held_out"]]}
-    return run_stages(load_stages(recipe, arguments.overrides))
+    return load_stages(recipe, arguments.overrides)
 
 
 def greedy(source: str, prompts: list[Any], new_tokens: int) -> list[str]:
@@ -188,6 +188,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
+    from jaxalign.data.rows import to_preference
+    from jaxalign.data.sources import read_rows
+    from jaxalign.pipeline import run_stages
+
     rows, held_out, equal = split(json.loads(arguments.data.read_text()), HELD_OUT)
     print(
         f"{len(rows)} pairs to train on, {len(held_out)} held out, {equal} left out: equal answers"
@@ -196,10 +200,7 @@ def main() -> None:
         "train": write_lines(arguments.work / "train.jsonl", rows),
         "held_out": write_lines(arguments.work / "held_out.jsonl", held_out),
     }
-    results = train(arguments, data)
-
-    from jaxalign.data.rows import to_preference
-    from jaxalign.data.sources import read_rows
+    results = run_stages(stages(arguments, data))
 
     asked = held_out[: arguments.prompts]
     prompts = [list(to_preference(row).prompt) for row in read_rows([data["held_out"]])][
