@@ -96,7 +96,7 @@ def main() -> None:
                 steps = read_steps(work / side / "steps.jsonl")
                 curves[side] = [round(step["loss"], 7) for step in steps]
             row = {"benchmark": "loss_curves", "model": label, "algorithm": algorithm}
-            row |= {"max_difference": curve_difference(curves["ours"], curves["trl"])}
+            row |= {"max_difference": float(f"{curve_difference(*curves.values()):.2g}")}
             row |= {"steps": job.steps, "pairs": job.pairs, "learning_rate": job.learning_rate}
             row |= {"curves": curves, **machine(), "versions": versions}
             print(json.dumps(row | {"curves": {k: v[::5] for k, v in curves.items()}}))
