@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
-from jaxalign.gguf_file import GGUFFile
+from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.sharding import param_shardings
-from jaxalign.source import locate, read_json
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

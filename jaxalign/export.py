@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign import distributed, orbax_folder
+from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config, read_yaml
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
-from jaxalign.hf import load_model, load_pretrained, load_tokenizer, save_pretrained
-from jaxalign.hf_save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf import load_model, load_pretrained, load_tokenizer, orbax_folder, save_pretrained
+from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.models.lora import merge_lora
 from jaxalign.sharding import make_mesh, param_shardings
-from jaxalign.tensor_table import tensor_table
 from jaxalign.types import Params
 
 _PARTS = ("policy", "critic")

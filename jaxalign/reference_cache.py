@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxalign.source import locate
+from jaxalign.hf.source import locate
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)

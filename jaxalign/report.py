@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from jaxalign.charts import bar_chart, line_chart, text, value_ticks
 from jaxalign.config import RUNS, read_yaml
+from jaxalign.hf.source import read_json
 from jaxalign.page import page, table
-from jaxalign.source import read_json
 
 Curve = list[tuple[float, float]]
 

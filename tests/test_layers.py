@@ -36,19 +36,9 @@ LAYERS = {
 
 # Files that are parts of one room although they are not in a folder.
 PARTS = {
-    "gguf_file": "hf",
-    "gguf_header": "hf",
-    "safetensors_file": "hf",
-    "source": "hf",
     "sampling": "generate",
     "decoding": "generate",
-    "tokenizer": "hf",
     "masked": "types",
-    "blocks": "hf",
-    "hf_save": "hf",
-    "orbax_folder": "hf",
-    "safetensors_write": "hf",
-    "tensor_table": "hf",
     "evaluation": "metrics",
     "heldout": "train",
     "best_of": "scoring",

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxalign.hf import load_pretrained
-from jaxalign.safetensors_file import SafetensorsFolder
+from jaxalign.hf.safetensors_file import SafetensorsFolder
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.float32)
 ENTRIES = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxalign.gguf_file import GGUFFile
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.models.base import RopeConfig
 from jaxalign.models.rope import rope_frequencies
 

@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxalign.gguf_file import GGUFFile
-from jaxalign.gguf_header import Metadata
+from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.gguf_header import Metadata
 
 PLAIN = ("F32", "F16", "F64")
 TYPES = sorted(kind.name for kind in gguf.quants._type_traits) + list(PLAIN)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import hf, hf_save
+from jaxalign.hf import load as hf
 from jaxalign.hf import load_pretrained, save_pretrained
+from jaxalign.hf import save as hf_save
 from jaxalign.models.heads import with_scalar_head
 from jaxalign.sharding import make_mesh
 

@@ -17,12 +17,11 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import blocks
-from jaxalign.hf import load_pretrained, save_pretrained
+from jaxalign.hf import blocks, load_pretrained, save_pretrained
+from jaxalign.hf.safetensors_write import Planned, index_of, plan_files
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families.table import Tensor
-from jaxalign.safetensors_write import Planned, index_of, plan_files
 from jaxalign.sharding import make_mesh
 
 HERE = pathlib.Path(__file__).parent
@@ -163,7 +162,7 @@ import os, sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import jaxalign as ja
-from jaxalign import safetensors_write
+from jaxalign.hf import safetensors_write
 source, out, failing = sys.argv[3:]
 model, params = ja.load_pretrained(source, mesh=ja.make_mesh(1, 4, 1))
 written = []
@@ -173,7 +172,7 @@ class Writer(safetensors_write.Writer):
             raise OSError("disk full")
         written.append(file.name)
         super().__init__(folder, file, pool)
-from jaxalign import hf_save
+from jaxalign.hf import save as hf_save
 hf_save.Writer = Writer
 ja.save_pretrained(model, params, out, max_shard_bytes=9000)
 print("WROTE", *written)
@@ -225,7 +224,8 @@ def test_two_processes_save_one_folder_or_none(params, tmp_path):
 KILLED = """
 import sys, time
 import tiny
-from jaxalign import hf_save, safetensors_write
+from jaxalign.hf import safetensors_write
+from jaxalign.hf import save as hf_save
 class Slow(safetensors_write.Writer):
     def write(self, planned, blocks):
         super().write(planned, blocks)

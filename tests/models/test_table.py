@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from jaxalign.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
+from jaxalign.hf.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
 from jaxalign.models.families import LLAMA
 from jaxalign.models.families.table import Entry, Part, leaves, tensors
 

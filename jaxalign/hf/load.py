@@ -1,6 +1,6 @@
-"""Models in Hugging Face form: safetensors or GGUF to sharded parameters, and back.
+"""Models from safetensors, GGUF or Orbax folders to sharded parameters.
 
-Reading goes leaf by leaf, each device's part straight from the file, see `jaxalign.blocks`.
+Reading goes leaf by leaf, each device's part straight from the file, see `jaxalign.hf.blocks`.
 Nothing here runs code from a checkpoint; pickle files are refused.
 """
 
@@ -17,21 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign import orbax_folder, safetensors_file
-from jaxalign.blocks import load_leaf, workers
-from jaxalign.gguf_file import GGUFFile
-from jaxalign.hf_save import GENERATION_FILE, save_pretrained, some, to_dtype
+from jaxalign.hf import orbax_folder, safetensors_file
+from jaxalign.hf.blocks import load_leaf, workers
+from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.save import GENERATION_FILE, some, to_dtype
+from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.models import families
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import Leaf
 from jaxalign.models.heads import Scorer
 from jaxalign.sharding import param_shardings
-from jaxalign.source import SOURCE_DTYPES, locate, read_json
-from jaxalign.tokenizer import load_tokenizer
 from jaxalign.types import Params
-
-__all__ = ["load_pretrained", "load_tokenizer", "save_pretrained"]
 
 _PATTERNS = (
     "config.json",

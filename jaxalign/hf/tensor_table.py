@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from jaxalign.safetensors_write import Planned
+from jaxalign.hf.safetensors_write import Planned
 
 
 def tensor_table(tensors: Sequence[Planned]) -> str:

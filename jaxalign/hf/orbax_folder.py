@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.hf.source import dtypes_to_remember, read_json
 from jaxalign.models import families
-from jaxalign.source import dtypes_to_remember, read_json
 from jaxalign.types import Params
 
 PARAMS = "params"
@@ -91,7 +91,7 @@ class OrbaxFolder:
 
     @property
     def source_dtypes(self) -> dict[str, str]:
-        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`, by HF name as there."""
+        """The dtypes to remember, see `jaxalign.hf.source.SOURCE_DTYPES`, by HF name as there."""
         config = families.config_from_hf(self.config)
         shapes = {
             path: jax.ShapeDtypeStruct(s, self.dtypes[path]) for path, s in self._shapes.items()

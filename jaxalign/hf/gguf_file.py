@@ -14,10 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxalign.gguf_header import Metadata, Tensor, block_size
+from jaxalign.hf.gguf_header import Metadata, Tensor, block_size
+from jaxalign.hf.source import dtypes_to_remember
 from jaxalign.models.base import RopeConfig
 from jaxalign.models.rope import rope_frequencies
-from jaxalign.source import dtypes_to_remember
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -104,7 +104,7 @@ class GGUFFile:
 
     @property
     def source_dtypes(self) -> dict[str, str]:
-        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        """The dtypes to remember, see `jaxalign.hf.source.SOURCE_DTYPES`."""
         return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ import os
 import pathlib
 from typing import Any
 
-from jaxalign.gguf_header import Metadata
-from jaxalign.source import locate
+from jaxalign.hf.gguf_header import Metadata
+from jaxalign.hf.source import locate
 
 _PATTERNS = (
     "tokenizer*",

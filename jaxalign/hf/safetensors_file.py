@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxalign.blocks import Scratch
-from jaxalign.source import dtypes_to_remember, read_json
+from jaxalign.hf.blocks import Scratch
+from jaxalign.hf.source import dtypes_to_remember, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ class SafetensorsFolder:
 
     @property
     def source_dtypes(self) -> dict[str, str]:
-        """The dtypes to remember, see `jaxalign.source.SOURCE_DTYPES`."""
+        """The dtypes to remember, see `jaxalign.hf.source.SOURCE_DTYPES`."""
         return dtypes_to_remember(self.dtypes)
 
     def close(self) -> None:

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import distributed, safetensors_file
-from jaxalign.blocks import item_blocks, workers
+from jaxalign import distributed
+from jaxalign.hf import safetensors_file
+from jaxalign.hf.blocks import item_blocks, workers
+from jaxalign.hf.orbax_folder import PARAMS
+from jaxalign.hf.safetensors_write import File, Planned, Writer, plan_files, write_index
+from jaxalign.hf.source import SOURCE_DTYPES, read_json
 from jaxalign.models import families
 from jaxalign.models.families import Leaf
 from jaxalign.models.families.table import Tensor
 from jaxalign.models.heads import Scorer
-from jaxalign.orbax_folder import PARAMS
-from jaxalign.safetensors_write import File, Planned, Writer, plan_files, write_index
-from jaxalign.source import SOURCE_DTYPES, read_json
 from jaxalign.types import Params
 
 GENERATION_FILE = "generation_config.json"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
+from jaxalign.hf.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
+from jaxalign.hf.safetensors_file import DTYPES, INDEX, SINGLE
 from jaxalign.models.families.table import Tensor
-from jaxalign.safetensors_file import DTYPES, INDEX, SINGLE
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -1,0 +1,9 @@
+"""Models and tokenizers between files and devices: Hugging Face folders, GGUF, Orbax folders."""
+
+from __future__ import annotations
+
+from jaxalign.hf.load import load_model, load_pretrained
+from jaxalign.hf.save import save_pretrained
+from jaxalign.hf.tokenizer import load_tokenizer
+
+__all__ = ["load_model", "load_pretrained", "load_tokenizer", "save_pretrained"]
