@@ -29,8 +29,6 @@ PIECE = 8 << 20
 """Bytes of a file that a thread handles at a time: few enough to stay in its cache."""
 
 _ALIGN = 64  # bytes; arrays aligned like this become arrays of a CPU device without a copy
-_TURN_BY_JAX = 2**18  # bytes from which its call is worth its cost
-_TURNED = 2**23  # bytes turned at a time: what is read and written stays in the caches
 _TILE = 16  # rows turned at a time: a cache line of 2-byte numbers in the result
 
 
@@ -319,14 +317,7 @@ def copy(target: np.ndarray, values: np.ndarray) -> bool:
     with np.errstate(over="ignore"):
         # The slow axis of the values is the fast one of the target.
         turned = target.ndim >= 2 and values.strides[-1] > values.strides[-2]
-        if turned and plain and target.itemsize <= 4 and values.nbytes >= _TURN_BY_JAX:
-            # JAX lays out a turned array several times faster than numpy copies one.
-            host = jax.local_devices(backend="cpu")[0]
-            step = max(_TILE, _TURNED * values.shape[-1] // values.nbytes)
-            for first in range(0, target.shape[-1], step):
-                part = slice(first, first + step)
-                target[..., part] = np.asarray(jax.device_put(values[..., part], host))
-        elif turned:
+        if turned:
             for first in range(0, target.shape[-1], _TILE):
                 part = slice(first, first + _TILE)
                 target[..., part] = values[..., part]
