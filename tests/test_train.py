@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 import jaxalign
 from jaxalign import cli, export, tasks
 from jaxalign import train as loop
-from jaxalign.config import load_config, merge, read_yaml
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.hf import load_pretrained
 from jaxalign.metrics import JsonlWriter
 from jaxalign.models.decoder import Decoder
