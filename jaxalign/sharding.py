@@ -196,8 +196,15 @@ def map_row_shards(
 
 def row_shards(mesh: Mesh | None = None) -> int:
     """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
+    return axis_shards("rows", mesh)
+
+
+def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
+    """Over how many shards a logical axis is split on this mesh (by default the current one)."""
     sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    return math.prod(sizes.get(name, 1) for name in RULES["rows"] or ())
+    target = RULES[axis]
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return math.prod(sizes.get(name, 1) for name in names)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

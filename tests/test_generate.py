@@ -224,15 +224,15 @@ def test_cache_is_updated_in_place(params):
         tiny.DECODER, params, prompts().tokens, prompts().mask, jnp.int32(0), "float32"
     )
     state = empty_slots(
-        tiny.DECODER, 0, slots=4, answers=ROWS, prompt_length=WIDTH, max_new_tokens=NEW,
+        tiny.DECODER, 0, np.full(ROWS, NEW), slots=4, prompt_length=WIDTH, max_new_tokens=NEW,
         cache_dtype="float32",
     )  # fmt: skip
     sampling = Sampling(
         jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
     )
     out = decode(tiny.DECODER, params, state, read, KEY, sampling, jnp.array(True), samples=1)
-    assert state.cache.keys.is_deleted()
-    assert np.asarray(out.mask).sum() == (ROWS - 1) * NEW
+    assert all(layer.is_deleted() for layer in (*state.cache.keys, *state.cache.values))
+    assert np.asarray(out.lengths).sum() == (ROWS - 1) * NEW
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
