@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling
-from jaxalign.sharding import mesh_of, on_mesh, row_shards, shard_batch
+from jaxalign.sharding import mesh_of, on_mesh, reshard, row_shards, shard_batch
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def sample(
     slots: int | None = None,
     cache_dtype: Any = None,
     lengths: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -80,6 +82,10 @@ def sample(
       cache_dtype: of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
       lengths: int `[B·samples]`, the most tokens of each answer, 1 to `max_new_tokens`; None: that
         for all.
+      mesh: where to write; the parameters are put there in its layout (`reshard`). Answers come
+        back to the mesh of the parameters. Weights that are split for training (fsdp) are gathered
+        anew for every token; whole or split over `tensor` they need not be. None: the parameters'
+        own.
 
     Raises:
       ValueError: a value out of its range.
@@ -96,7 +102,11 @@ def sample(
             raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
-    mesh = mesh_of(params)
+    home = mesh_of(params)
+    if mesh is None or mesh == home:
+        mesh = home
+    else:
+        params = reshard(params, model.axes, mesh)
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
     sampling = Sampling(
@@ -134,8 +144,11 @@ def sample(
             read = read_prompts(model, params, tokens, mask, jnp.int32(start), kind)
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
-        mask, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    return Generation(state.tokens, state.logprobs, mask, finished, state.steps)
+        there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
+    written = (state.tokens, state.logprobs, there, finished)
+    if home is not None and home != mesh:
+        written = shard_batch(written, home)
+    return Generation(*written, state.steps)
 
 
 @jax.jit
