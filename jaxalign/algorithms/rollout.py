@@ -84,8 +84,9 @@ def minibatches(
     kept = None
     if pack:
         kept, rollout = needed(rollout), without_answers(rollout)
-    for epoch in range(epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+    # All orders at once, before the first step is under way: to read one is to wait for the device.
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
+    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
         for rows_of_part in np.split(order, count):
             layout = None
             if kept is not None:
