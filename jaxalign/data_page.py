@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.charts import bar_chart, nice_step, text
-from jaxalign.config import RUNS, load_config, override, read_yaml
+from jaxalign.config import RUNS, load_config
+from jaxalign.config_yaml import override, read_yaml
 from jaxalign.data import Batches
 from jaxalign.page import page, table
 from jaxalign.tasks import load_data

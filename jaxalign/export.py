@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
-from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config, read_yaml
+from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config
+from jaxalign.config_yaml import read_yaml
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.hf import load_model, load_pretrained, load_tokenizer, orbax_folder, save_pretrained

@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from jaxalign.config import RUNS, load_config, merge, override, read_yaml
+from jaxalign.config import RUNS, load_config
+from jaxalign.config_yaml import merge, override, read_yaml
 from jaxalign.train import Result, train
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")

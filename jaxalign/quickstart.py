@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.config import read_yaml
+from jaxalign.config_yaml import read_yaml
 from jaxalign.data import read_rows
 from jaxalign.generate import generate
 from jaxalign.hf import load_pretrained, load_tokenizer

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxalign.charts import bar_chart, line_chart, text, value_ticks
-from jaxalign.config import RUNS, read_yaml
+from jaxalign.config import RUNS
+from jaxalign.config_yaml import read_yaml
 from jaxalign.hf.source import read_json
 from jaxalign.page import page, table
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.config import MeshConfig, build, override, read_yaml
+from jaxalign.config import MeshConfig
+from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation

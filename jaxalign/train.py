@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
-from jaxalign.config import RunConfig, write_yaml
+from jaxalign.config import RunConfig
+from jaxalign.config_yaml import write_yaml
 from jaxalign.data import fill_rate
 from jaxalign.metrics import JsonlWriter, check_finite, to_floats
 from jaxalign.tasks import make_task

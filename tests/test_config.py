@@ -13,7 +13,8 @@ from jaxalign import config as configs
 from jaxalign import synth
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import ReferenceSync
-from jaxalign.config import RUNS, load_config, merge, override, read_yaml, write_yaml
+from jaxalign.config import RUNS, load_config
+from jaxalign.config_yaml import merge, override, read_yaml, write_yaml
 from jaxalign.data import Source
 from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
@@ -470,16 +471,16 @@ def test_a_missing_file_is_named(tmp_path):
 
 READERS = {
     # Class → the files that read it, and the names under which they hold it.
-    configs.ModelConfig: (("tasks.py", "export.py"), {"config", "model"}),
-    configs.DataConfig: (("tasks.py",), {"data"}),
+    configs.ModelConfig: (("tasks/*.py", "export.py"), {"config", "model"}),
+    configs.DataConfig: (("tasks/*.py",), {"data"}),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
-    configs.MeshConfig: (("tasks.py",), {"mesh"}),
-    configs.RunConfig: (("tasks.py", "train.py"), {"run"}),
-    configs.SFTRun: (("tasks.py", "train.py"), {"config"}),
-    configs.RewardRun: (("tasks.py", "train.py"), {"config"}),
-    configs.DPORun: (("tasks.py", "train.py", "references.py"), {"config"}),
-    configs.KTORun: (("tasks.py", "train.py", "references.py"), {"config"}),
-    configs.PPORun: (("tasks.py", "train.py"), {"config"}),
+    configs.MeshConfig: (("tasks/*.py",), {"mesh"}),
+    configs.RunConfig: (("tasks/*.py", "train.py"), {"run"}),
+    configs.SFTRun: (("tasks/*.py", "train.py"), {"config"}),
+    configs.RewardRun: (("tasks/*.py", "train.py"), {"config"}),
+    configs.DPORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
+    configs.KTORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
+    configs.PPORun: (("tasks/*.py", "train.py"), {"config"}),
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
@@ -520,7 +521,8 @@ def reads(files, holders):
             visit(child)
 
     for file in files:
-        visit(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+        for path in PACKAGE.glob(file):
+            visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 

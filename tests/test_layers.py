@@ -45,6 +45,7 @@ PARTS = {
     "best_of": "scoring",
     "abstract": "plan",
     "config_data": "config",
+    "config_yaml": "config",
     "charts": "report",
     "reference_cache": "train",
     "references": "train",

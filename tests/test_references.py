@@ -12,7 +12,8 @@ import jaxalign
 from jaxalign import references, tasks
 from jaxalign import train as loop
 from jaxalign.algorithms.reference import FollowState, ReferenceSync, follow
-from jaxalign.config import load_config, merge
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge
 from jaxalign.export import export_run
 from jaxalign.reference_cache import ReferenceCache, pair_keys, weights_digest
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
@@ -73,7 +74,7 @@ def test_a_made_cache_is_read_packed_or_not_and_the_reference_is_not_loaded(
     def never(*args, **options):
         raise AssertionError("the reference was loaded")
 
-    monkeypatch.setattr(tasks, "_policy", never)
+    monkeypatch.setattr(tasks.loading, "language_model", never)
     monkeypatch.setattr(references.dpo, "make_prepare", never)
     cache = {"reference_cache": str(folder)}
     again = run("dpo", chat_models, tmp_path / "again", common | cache)
@@ -285,7 +286,7 @@ def test_a_run_without_a_reference_holds_none(chat_models, tmp_path, monkeypatch
         raise AssertionError("a reference was asked for")
 
     monkeypatch.setattr(references.dpo, "make_prepare", never)
-    monkeypatch.setattr(tasks, "hold_reference", never)
+    monkeypatch.setattr(tasks.dpo, "hold_reference", never)
     made = run("dpo", chat_models, tmp_path / "run", {"dpo": {"loss_type": "orpo"}})
     assert {"nll", "weight/sft"} <= made.history[0].keys()
     assert made.history[1]["loss"] < made.history[0]["loss"]

@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxalign
-from jaxalign import cli, export, tasks
+from jaxalign import algorithms, cli, export, tasks
 from jaxalign import train as loop
-from jaxalign.config import load_config, merge, read_yaml
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.hf import load_pretrained
 from jaxalign.metrics import JsonlWriter
 from jaxalign.models.decoder import Decoder
@@ -258,7 +259,7 @@ def test_layout_does_not_change_a_run(runs, chat_models, tmp_path):
 def test_micro_batches_reach_the_step(chat_models, tmp_path, monkeypatch, algorithm):
     """The results are the same with and without, so this looks at what the step is built with."""
     given = []
-    room = getattr(tasks, algorithm)
+    room = getattr(algorithms, algorithm)
     make = room.make_step
 
     def spying(*arguments, micro_batches, **options):

@@ -79,7 +79,7 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
 
 def stages(arguments: argparse.Namespace, data: dict[str, str]) -> list[tuple[str, Any]]:
     """The recipe with model, data and folders filled in."""
-    from jaxalign.config import read_yaml
+    from jaxalign.config_yaml import read_yaml
     from jaxalign.pipeline import load_stages
 
     recipe = read_yaml(pathlib.Path(__file__).with_name("polite.yaml"))

@@ -1,0 +1,205 @@
+"""YAML and `key=value` overrides → frozen dataclasses, with every problem in one error.
+
+A key that is no field of the dataclass is an error that names the nearest one. Nothing else in the
+package reads YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping.
+
+    Raises:
+      ValueError: no such file, broken YAML (with the line), or no mapping.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r}: no such file")
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config {path}: wanted 'key: value' lines, got {type(loaded).__name__}")
+    return loaded
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that would be read as a number is put in quotes."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float, so that a plain 1e-5 would be a string.
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Applies `a.b=value` assignments, whose values are YAML, to nested values.
+
+    Raises:
+      ValueError: not of the form `key=value`, or a key inside something that is no section.
+    """
+    result = _copy(values)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {assignment!r}: wanted key=value, e.g. data.rows=8")
+        node = result
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ValueError(f"override {assignment!r}: {parent!r} is no section")
+            node = child
+        try:
+            node[leaf] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {assignment!r}: {error}") from error
+    return result
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with those of `over` on top."""
+    result = _copy(base)
+    for key, value in over.items():
+        inner = result.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            result[key] = merge(inner, value)
+        else:
+            result[key] = _copy(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Nested values → a dataclass, with every problem collected into one error."""
+    problems: list[str] = []
+    built = _build(cls, values, "", problems)
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+    return built
+
+
+def to_values(config: Any) -> Any:
+    """A dataclass → plain nested values for YAML."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_values(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {name: to_values(value) for name, value in config.items()}
+    return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def write_yaml(path: str | pathlib.Path, config: Any) -> None:
+    """Writes a resolved configuration."""
+    text = yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
+def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where.rstrip('.') or 'top level'}: wanted a section, got {values!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    before = len(problems)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            problems.append(f"{name}: unknown key; {hint}")
+            continue
+        arguments[key] = _convert(hints[key], value, name, problems)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and (
+            field.default_factory is dataclasses.MISSING
+        )
+        if required and key not in values:
+            problems.append(f"{where}{key}: missing")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        problems.append(f"{where.rstrip('.') or cls.__name__}: {error}")
+        return None
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """One value of the annotated type, or a problem."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [h for h in typing.get_args(hint) if h is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        fitting = [h for h in options if _fits(h, value)]
+        return _convert((fitting or options)[0], value, name, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.", problems)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        inner = typing.get_args(hint)[0]
+        return tuple(
+            _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            problems.append(f"{name}: wanted a section, got {value!r}")
+            return value
+        inner = typing.get_args(hint)[1]
+        return {str(k): _convert(inner, v, f"{name}.{k}", problems) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, pathlib.Path):
+        return str(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        problems.append(f"{name}: wanted {hint.__name__}, got {value!r}")
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of one of several types that an option may have."""
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
+    return isinstance(hint, type) and isinstance(value, hint)

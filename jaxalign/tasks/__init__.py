@@ -1,0 +1,63 @@
+"""From a run's configuration to what the training loop turns: a file an algorithm.
+
+A `Task` hides from the loop what differs between algorithms: how a batch of data becomes batches
+for the step (nothing in SFT and reward modelling, reference log-probabilities in DPO, a rollout
+cut into mini-batches in PPO), and what is measured on held-out data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxalign.config import DPORun, KTORun, PPORun, RewardRun, SFTRun
+from jaxalign.sharding import make_mesh, row_shards
+from jaxalign.tasks.data import load_data
+from jaxalign.tasks.dpo import dpo_task
+from jaxalign.tasks.kto import kto_task
+from jaxalign.tasks.ppo import ppo_task
+from jaxalign.tasks.reward import reward_task
+from jaxalign.tasks.sft import sft_task
+from jaxalign.tasks.task import Task
+
+__all__ = [
+    "Task",
+    "dpo_task",
+    "kto_task",
+    "load_data",
+    "make_task",
+    "ppo_task",
+    "reward_task",
+    "sft_task",
+]
+
+
+def make_task(config: Any) -> Task:
+    """The task of a configuration made by `load_config`."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check_rows(config, mesh)
+    makers: dict[type, Callable[..., Task]] = {
+        SFTRun: sft_task,
+        RewardRun: reward_task,
+        DPORun: dpo_task,
+        KTORun: kto_task,
+        PPORun: ppo_task,
+    }
+    return makers[type(config)](config, mesh)
+
+
+def _check_rows(config: Any, mesh: Mesh) -> None:
+    """Refuses a batch that cannot be split evenly, before anything is loaded or sampled."""
+    parts = {"data × fsdp": row_shards(mesh), "run.micro_batches": config.run.micro_batches}
+    if isinstance(config, PPORun):
+        parts["minibatches"] = config.minibatches
+    unit = math.prod(parts.values())
+    if config.data.rows % unit:
+        raise ValueError(
+            f"data.rows={config.data.rows}: {config.data.rows} rows do not divide into "
+            f"{', '.join(f'{name} = {size}' for name, size in parts.items())}; "
+            f"use a multiple of {unit} rows"
+        )

@@ -1,0 +1,94 @@
+"""The data of a run: what it trains on and what it holds out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxalign.config import DataConfig, DPORun, PPORun, RewardRun, SFTRun
+from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches
+from jaxalign.export import run_tokenizer
+
+
+def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
+    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    makers: dict[type, Callable[..., Batches[Any]]] = {
+        SFTRun: sft_batches,
+        RewardRun: preference_batches,
+        DPORun: preference_batches,
+        PPORun: prompt_batches,
+    }
+    tok = run_tokenizer(config.model)
+    return tok, *make_data(makers[type(config)], config, tok)
+
+
+def make_data(
+    make: Callable[..., Batches[Any]], config: Any, tok: Any
+) -> tuple[Batches[Any], Batches[Any] | None]:
+    """Training data, and held-out data or None."""
+    data: DataConfig = config.data
+    shape: dict[str, Any] = {
+        "rows": data.rows,
+        "length": data.length,
+        "chat_template": config.model.chat_template,
+        "keep": data.keep,
+        "on_error": data.on_error,
+        "min_tokens": data.min_tokens,
+        "max_tokens": data.max_tokens,
+        "scripts": data.scripts if data.scripts else None,
+        "script_share": data.script_share,
+        "buckets": data.buckets,
+        "prefetch": data.prefetch,
+        "seed": config.run.seed,
+        "host": (jax.process_index(), jax.process_count()),
+    }
+    if make is sft_batches:
+        shape["train_on"] = data.train_on
+    if make is preference_batches:
+        shape["shared_prefix"] = data.shared_prefix
+    if make is not prompt_batches:
+        shape["packing"] = data.packing
+    elif data.packing:
+        raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
+    copies = {"dedup": data.dedup, "dedup_threshold": data.dedup_threshold}
+    if data.validation is not None:
+        shape["validation"] = data.validation
+    train = make(
+        data.train,
+        tok,
+        epochs=data.epochs,
+        shuffle=data.shuffle,
+        temperature=data.temperature,
+        streaming=data.streaming,
+        window=data.window,
+        **shape,
+        **copies,
+    )
+    if data.eval:
+        return train, make(data.eval, tok, epochs=1, shuffle=False, **shape)
+    if data.validation is None:
+        return train, None
+    # Weights and numbers of rows shape what is trained; what was held out is measured whole.
+    whole = [
+        source
+        if isinstance(source, str)
+        else dataclasses.replace(source, weight=None, rows=None, epochs=None)
+        for source in data.train
+    ]
+    held_out = make(whole, tok, split="validation", epochs=1, shuffle=False, **shape, **copies)
+    return train, held_out
+
+
+def names_of(batches: Batches[Any] | None) -> tuple[str, ...]:
+    """The sources by which figures are also logged."""
+    return () if batches is None else batches.sources
+
+
+def total_of(config: Any, batches: Batches[Any]) -> int:
+    """Batches that the run trains on in all: as many as there are, or `run.steps`."""
+    if config.data.epochs is None or config.data.streaming:
+        return config.run.steps
+    return min(len(batches), config.run.steps or len(batches))

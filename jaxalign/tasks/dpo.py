@@ -1,0 +1,61 @@
+"""DPO: a batch of pairs gets the log-probabilities of the reference, then is one update."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import dpo
+from jaxalign.config import DPORun
+from jaxalign.data import preference_batches
+from jaxalign.references import hold_reference, keep_reference, reference_optimizer
+from jaxalign.tasks.data import make_data, names_of, total_of
+from jaxalign.tasks.loading import load_policy, reference_model
+from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+
+
+def dpo_task(config: DPORun, mesh: Mesh) -> Task:
+    """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
+    loaded = load_policy(config.model, mesh, config.run.seed)
+    load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
+    batches, held_out = make_data(preference_batches, config, loaded.tok)
+    total = total_of(config, batches)
+    cache = None
+    if config.reference_cache is not None:
+        every = lambda: itertools.chain(  # noqa: E731
+            itertools.islice(batches, total), held_out or ()
+        )
+        cache = keep_reference(config, loaded, every, load)
+    tx = reference_optimizer(optimizer(config.optimizer, total), config.reference_sync)
+    micro = config.run.micro_batches
+    state, step = start(
+        loaded,
+        tx,
+        dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro, sources=batches.sources),
+        mesh,
+    )
+    if cache is not None:
+        prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
+    elif config.dpo.has_reference:
+        state, reference = hold_reference(config, loaded, state, load)
+        add = dpo.make_prepare(reference.model, config.dpo)
+        prepare = lambda state, batch: add(reference.params(state), batch)  # noqa: E731
+    else:
+        prepare = lambda state, batch: batch  # noqa: E731
+    return Task(
+        state,
+        step,
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=evaluator(
+            dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
+        export=exporter(loaded.model, loaded.tok),
+    )

@@ -1,0 +1,49 @@
+"""KTO: a batch of answers gets what policy and reference say of it, then is one update."""
+
+from __future__ import annotations
+
+import functools
+
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import kto
+from jaxalign.config import KTORun
+from jaxalign.data import unpaired_batches
+from jaxalign.references import hold_reference, reference_optimizer
+from jaxalign.tasks.data import make_data, names_of, total_of
+from jaxalign.tasks.loading import load_policy, reference_model
+from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+
+
+def kto_task(config: KTORun, mesh: Mesh) -> Task:
+    """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
+    loaded = load_policy(config.model, mesh, config.run.seed)
+    load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
+    batches, held_out = make_data(unpaired_batches, config, loaded.tok)
+    total = total_of(config, batches)
+    tx = reference_optimizer(optimizer(config.optimizer, total), config.reference_sync)
+    micro = config.run.micro_batches
+    state, step = start(
+        loaded,
+        tx,
+        kto.make_step(loaded.model, tx, config.kto, micro_batches=micro, sources=batches.sources),
+        mesh,
+    )
+    state, reference = hold_reference(config, loaded, state, load)
+    add = kto.make_prepare(loaded.model, reference.model)
+    prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
+    return Task(
+        state,
+        step,
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=evaluator(
+            kto.make_loss(loaded.model, config.kto, sources=names_of(held_out)),
+            held_out,
+            mesh,
+            prepare,
+        ),
+        export=exporter(loaded.model, loaded.tok),
+    )

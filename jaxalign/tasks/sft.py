@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: every batch of conversations is one update."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import sft
+from jaxalign.config import SFTRun
+from jaxalign.data import sft_batches
+from jaxalign.tasks.data import make_data, names_of, total_of
+from jaxalign.tasks.loading import load_policy
+from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+
+
+def sft_task(config: SFTRun, mesh: Mesh) -> Task:
+    """SFT: every batch of conversations is one update."""
+    loaded = load_policy(config.model, mesh, config.run.seed)
+    batches, held_out = make_data(sft_batches, config, loaded.tok)
+    total = total_of(config, batches)
+    tx = optimizer(config.optimizer, total)
+    return Task(
+        *start(
+            loaded,
+            tx,
+            sft.make_step(
+                loaded.model,
+                tx,
+                config.sft,
+                micro_batches=config.run.micro_batches,
+                sources=batches.sources,
+            ),
+            mesh,
+        ),
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([batch], {}),
+        evaluate=evaluator(
+            sft.make_loss(loaded.model, config.sft, sources=names_of(held_out)), held_out, mesh
+        ),
+        export=exporter(loaded.model, loaded.tok),
+    )

@@ -1,0 +1,97 @@
+"""What the training loop needs of an algorithm, and the parts that algorithms share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
+from jaxalign.data import Batches
+from jaxalign.export import whole_model
+from jaxalign.hf import save_pretrained
+from jaxalign.metrics import add_up
+from jaxalign.models.base import combine
+from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.sharding import CompiledStep, compile_step, shard_batch
+from jaxalign.tasks.loading import Loaded
+from jaxalign.types import TrainState
+
+Floats = dict[str, float]
+Loop = dict[str, Any]
+"""JSON-able state of the loop besides the train state: the KL coefficient of PPO."""
+
+
+class Task(NamedTuple):
+    """What the loop needs of an algorithm.
+
+    Attributes:
+      state: the train state at the start.
+      step: compiled.
+      batches: training data.
+      total: batches (iterations, in PPO) in all.
+      loop: starting value of the loop's own state.
+      expand: (key, state, batch, loop) → (batches for the step, metrics known before the update).
+        May change `loop`.
+      evaluate: state → held-out figures, or None without held-out data.
+      export: (state, folder) → None; writes the weights in Hugging Face form.
+      details: curves and tables of the last evaluation, JSON-able, or None.
+    """
+
+    state: TrainState
+    step: CompiledStep
+    batches: Batches[Any]
+    total: int
+    loop: Loop
+    expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
+    evaluate: Callable[[TrainState], Floats] | None
+    export: Callable[[TrainState, Any], None]
+    details: Callable[[], dict[str, Any]] | None = None
+
+
+def optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    """The optimizer whose schedule ends with the run, unless the configuration says otherwise."""
+    if config.total_steps is None:
+        config = dataclasses.replace(config, total_steps=updates)
+    return make_optimizer(config)
+
+
+def start(
+    loaded: Loaded, tx: optax.GradientTransformation, step: Step, mesh: Mesh
+) -> tuple[TrainState, CompiledStep]:
+    """The state at the start, and the step compiled for it."""
+    state = init_state(loaded.params, tx, loaded.frozen)
+    return state, compile_step(step, state, mesh)
+
+
+def evaluator(
+    loss: Loss,
+    held_out: Batches[Any] | None,
+    mesh: Mesh,
+    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
+) -> Callable[[TrainState], Floats] | None:
+    """Held-out figures: sums over all batches, divided once; None without held-out data."""
+    if held_out is None:
+        return None
+    batches, evaluate = held_out, make_eval(loss)
+
+    def run(state: TrainState) -> Floats:
+        with jax.set_mesh(mesh):
+            parts = [evaluate(state, shard_batch(prepare(state, b), mesh)) for b in batches]
+            return add_up(parts)
+
+    return run
+
+
+def exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
+    """Writes the trained weights, adapters folded in, in Hugging Face form."""
+
+    def export(state: TrainState, folder: Any) -> None:
+        plain, params = whole_model(model, combine(state.params, state.frozen))
+        save_pretrained(plain, params, folder, tokenizer=tok)
+
+    return export
