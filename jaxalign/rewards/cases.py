@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -62,8 +62,13 @@ class Rows:
     def __init__(self, rows: Any = None):
         self._rows: Sequence[Any] | None = getattr(rows, "examples", rows)
 
-    def __bool__(self) -> bool:
-        return self._rows is not None
+    def all(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Each row with where it came from."""
+        for number, found in enumerate(self._rows or ()):
+            if isinstance(found, Mapping):
+                yield f"row {number} of the data", found
+            else:
+                yield found.origin, found.row
 
     def fill(self, case: Case, index: int) -> Case:
         """The case with its row.

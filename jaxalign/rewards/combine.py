@@ -42,7 +42,7 @@ def combine_rewards(
         raise ValueError(
             f"weights of {', '.join(sorted(unknown))}: no such reward; known: {', '.join(rewards)}"
         )
-    factors = {name: 1.0 for name in rewards} | dict(weights or {})
+    factors = dict.fromkeys(rewards, 1.0) | dict(weights or {})
     wrong = {name: weight for name, weight in factors.items() if not math.isfinite(weight)}
     if wrong or not any(factors.values()):
         raise ValueError(f"weights={factors}: wanted finite numbers, of which one is not 0")
@@ -50,7 +50,7 @@ def combine_rewards(
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Scores:
         # All are asked before any is waited for: models compute while functions run.
         said = {name: scores_of(each, tokens, prompts, name) for name, each in rewards.items()}
-        answered = np.asarray(jax.device_get(tokens.loss_mask)).any(axis=1)
+        answered: Any = np.asarray(jax.device_get(tokens.loss_mask)).any(axis=1)
         index = np.asarray(jax.device_get(prompts.index))
         parts = {name: _checked(each, answered, index, name) for name, each in said.items()}
         total = np.zeros(len(answered), np.float64)

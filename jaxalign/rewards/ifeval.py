@@ -101,7 +101,9 @@ def _loosened(text: str) -> list[str]:
     return forms + [form.replace("*", "") for form in forms]
 
 
-def instructions(row: Mapping[str, Any], detect: Detect | None = None) -> list[Callable[[str], bool]]:
+def instructions(
+    row: Mapping[str, Any], detect: Detect | None = None
+) -> list[Callable[[str], bool]]:
     """The checks of a row, with their arguments.
 
     Raises:
@@ -115,7 +117,7 @@ def instructions(row: Mapping[str, Any], detect: Detect | None = None) -> list[C
         )
     if not ids:
         raise ValueError("the row's instruction_id_list is empty; wanted at least one instruction")
-    checks = []
+    checks: list[Callable[[str], bool]] = []
     for name, given in zip(ids, options, strict=True):
         known = str(name).removeprefix("en:")
         if known not in CHECKS:

@@ -25,8 +25,9 @@ from typing import NamedTuple
 Detect = Callable[[str], str]
 """Text → the code of its language, as `en`, `de`, `hi`."""
 
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st jr sr vs etc e.g i.e a.m p.m no fig inc ltd co gen col lt rev hon".split()
+_ABBREVIATIONS = re.compile(
+    r"mr|mrs|ms|dr|prof|st|jr|sr|rev|hon|gen|col|lt|vs|etc|e\.g|i\.e|a\.m|p\.m|no|fig|inc|ltd|co",
+    re.IGNORECASE,
 )
 _ENDING = re.compile(r"[.!?]+[\"'”’)\]*_]*(?=\s|$)")
 _CAPITAL_WORD = re.compile(r"\w+(?:[-./&]\w+)*")
@@ -43,7 +44,7 @@ def count_sentences(text: str) -> int:
             last = before[-1].lstrip("(\"'“‘*") if before else ""
             number = last.isdigit() and len(before) == 1
             initial = len(last) == 1 and last.isalpha() and last.isupper() and last != "I"
-            short = last.lower() in _ABBREVIATIONS
+            short = _ABBREVIATIONS.fullmatch(last) is not None
             if after and (number or initial or short or after[0].islower()):
                 continue
         elif after[:1].islower():

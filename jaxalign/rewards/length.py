@@ -64,9 +64,7 @@ def punish_distance(counts: np.ndarray, target: int, width: int) -> np.ndarray:
     return -np.minimum(1, np.abs(np.asarray(counts) - target) / width).astype(np.float32)
 
 
-def check_length(
-    longest: int | None, cache: int, target: int | None, width: int | None
-) -> None:
+def check_length(longest: int | None, cache: int, target: int | None, width: int | None) -> None:
     """Refuses options of `length_reward` that do not go together."""
     if (longest is None) == (target is None):
         raise ValueError(

@@ -38,9 +38,10 @@ class TextReward:
         self.name = name
         self._judge = judge
         self._tok = tok
-        self._rows = Rows(rows)
+        self._rows = rows if isinstance(rows, Rows) else Rows(rows)
 
     def __call__(self, tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
+        """Scores of all answers, float32 `[B]`."""
         cases, said = self._ask(tokens, prompts, self.name)
         for case, score in zip(cases, said, strict=True):
             if score is None:
@@ -50,9 +51,7 @@ class TextReward:
                 )
         return self._spread(tokens, cases, said).values  # pyrefly: ignore[bad-return]
 
-    def scores(
-        self, tokens: TokenBatch, prompts: PromptBatch, name: str | None = None
-    ) -> Scores:
+    def scores(self, tokens: TokenBatch, prompts: PromptBatch, name: str | None = None) -> Scores:
         """The scores, of which some may not apply.
 
         Args:
@@ -63,6 +62,19 @@ class TextReward:
         return self._spread(
             tokens, *self._ask(tokens, prompts, self.name if name is None else name)
         )
+
+    def only(self, applies: Callable[[Case], bool]) -> TextReward:
+        """The same reward, which is not asked about cases that it does not apply to."""
+
+        def judge(cases: Sequence[Case]) -> list[float | None]:
+            asked = [case for case in cases if applies(case)]
+            said = list(self._judge(asked)) if asked else []
+            if len(said) != len(asked):
+                raise RewardError(f"gave {len(said)} scores for {len(asked)} answers")
+            left = iter(said)
+            return [next(left) if applies(case) else None for case in cases]
+
+        return TextReward(judge, self._tok, self._rows, self.name)
 
     def _ask(
         self, tokens: TokenBatch, prompts: PromptBatch, name: str
@@ -184,7 +196,9 @@ def batch_reward(
                 [{"role": "assistant", "content": case.completion}] for case in cases
             ]
         else:
-            prompts, completions = map(list, zip(*((c.prompt, c.completion) for c in cases)))
+            prompts, completions = map(
+                list, zip(*((c.prompt, c.completion) for c in cases), strict=True)
+            )
         return function(prompts=prompts, completions=completions, **values)
 
     return TextReward(judge, tok, rows, _name_of(function) if name is None else name)
