@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign.algorithms.rollout import join_tokens
 from jaxalign.generate import Generation, sample
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
-from jaxalign.types import Array, Params, PromptBatch, TokenBatch
+from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
     from jaxalign.algorithms.ppo import Config
@@ -26,7 +26,7 @@ _repeat = jax.jit(
     static_argnums=1,
 )
 
-RewardFn = Callable[[TokenBatch, PromptBatch], Array]
+RewardFn = Callable[[TokenBatch, PromptBatch], Array | Scores]
 """(prompts with their answers, the prompts) → float scores `[B]`; see `jaxalign.rewards`."""
 
 
@@ -92,7 +92,7 @@ def calibrate(
         prompts = shard_batch(prompts, mesh)
     prompts, answers, tokens = draw_answers(key, model, params, prompts, config, config.temperature)
     with on_mesh(mesh):
-        scores = score_answers(reward_fn, tokens, prompts, answers.mask)
+        scores, _ = score_answers(reward_fn, tokens, prompts, answers.mask)
     scores = scores[np.any(np.asarray(answers.mask), axis=1)].astype(np.float64)
     spread = float(scores.std())
     scale = spread if how == "mean_std" and spread > 0 and math.isfinite(spread) else 1.0
@@ -105,7 +105,7 @@ def score_answers(
     prompts: PromptBatch,
     mask: Array,
     calibration: tuple[float, float] | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[str, Scores] | None]:
     """Asks a reward for the scores of sampled answers, and looks at them.
 
     Args:
@@ -116,13 +116,16 @@ def score_answers(
       calibration: (shift, scale); the scores become (score − shift) / scale.
 
     Returns:
-      float32 `[B]` on the host; 0 for a row without an answer.
+      (float32 `[B]` on the host, 0 for a row without an answer; the scores of each of several
+      rewards by name, or None).
 
     Raises:
       ValueError: scores of another shape, or one that is not finite.
     """
     answered = np.asarray(jnp.any(jnp.asarray(mask), axis=1))
-    scores = np.asarray(reward_fn(tokens, prompts), np.float32)
+    said = reward_fn(tokens, prompts)
+    said = said if isinstance(said, Scores) else Scores(said)
+    scores = np.asarray(said.values, np.float32)
     if scores.shape != answered.shape:
         raise ValueError(
             f"reward_fn gave shape {scores.shape}, wanted one score a row {answered.shape}"
@@ -135,4 +138,4 @@ def score_answers(
         )
     if calibration is not None:
         scores = (scores - np.float32(calibration[0])) / np.float32(calibration[1])
-    return np.where(answered, scores, np.float32(0))
+    return np.where(answered, scores, np.float32(0)), said.parts

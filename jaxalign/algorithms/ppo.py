@@ -255,7 +255,7 @@ def make_prepare(
         policy = combine(state.params, state.frozen)["policy"]
         prompts, answers, tokens = draw_answers(key, model, policy, prompts, config, heat)
         with on_mesh(mesh):
-            scores = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
+            scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
             scale = None
             if config.normalize_scores:
                 scale = running_scale(scores, answers, config.missing_eos_penalty, score_stats)
@@ -264,7 +264,7 @@ def make_prepare(
             end = jnp.zeros((answers.tokens.shape[0], 1))
             recorded = jnp.concatenate([blank, answers.logprobs, end], axis=1)
             if mesh is not None:
-                recorded, scores = shard_batch((recorded, scores), mesh)
+                recorded, scores, parts = shard_batch((recorded, scores, parts), mesh)
             rollout = experience(
                 state,
                 ref_params,
@@ -276,6 +276,7 @@ def make_prepare(
                 heat,
                 scale,
             )
+            rollout = rollout._replace(reward_parts=parts)
             mask = answer_mask_of(rollout)
             # The experience has one column less: nothing follows the last one.
             gap, _ = logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)

@@ -84,7 +84,9 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
 
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
     mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
-    answers a prompt, also the part of the prompts whose answers all score alike.
+    answers a prompt, also the part of the prompts whose answers all score alike. Of several
+    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
+    `applies/<name>` the part of all answers that these are.
     """
     mask = answer_mask_of(rollout)
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
@@ -100,7 +102,12 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
     shaped = masked_mean(jnp.sum(rewards, axis=1), valid)
     entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
     mean_gap, max_gap = logprob_difference(rollout.old_logprobs, sampled, mask)
-    metrics = {
+    parts: dict[str, jax.Array] = {}
+    for name, part in (rollout.reward_parts or {}).items():
+        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
+        parts[f"rewards/{name}"] = masked_mean(part.values, judged)
+        parts[f"applies/{name}"] = masked_mean(judged, valid)
+    metrics = parts | {
         "objective/scores": masked_mean(scores, valid),
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
