@@ -28,7 +28,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.actor_critic import init_params, make_optimizer
-from jaxalign.algorithms.answers import RewardFn, draw_answers, score_answers
+from jaxalign.algorithms.answers import (
+    CALIBRATIONS,
+    RewardFn,
+    calibrate,
+    draw_answers,
+    score_answers,
+)
 from jaxalign.algorithms.carried import ScoreStats, next_kl_coef, next_score_stats, running_scale
 from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.ppo_options import check_options
@@ -60,9 +66,11 @@ from jaxalign.types import (
 )
 
 __all__ = [
+    "CALIBRATIONS",
     "Config",
     "RewardFn",
     "ScoreStats",
+    "calibrate",
     "init_params",
     "join_tokens",
     "make_experience",
