@@ -146,7 +146,7 @@ def sample(
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
         there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
     written = (state.tokens, state.logprobs, there, finished)
-    if home is not None and home != mesh:
+    if home is not None:
         written = shard_batch(written, home)
     return Generation(*written, state.steps)
 

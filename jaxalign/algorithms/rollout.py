@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.algorithms.rollout_packing import lay_out, needed, pack_rows, without_answers
+from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
 from jaxalign.generate import Generation
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.masked import masked_mean, masked_sum, masked_var
@@ -85,7 +85,8 @@ def minibatches(
     multiple *= row_shards(mesh) if mesh is not None else 1
     kept = None
     if pack:
-        kept, rollout = needed(rollout), without_answers(rollout)
+        rollout = without_answers(rollout)
+        kept = np.asarray(rollout.tokens.segment_ids) > 0
     # All orders at once, before the first step is under way: to read one is to wait for the device.
     keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
     for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):

@@ -20,7 +20,7 @@ import numpy as np
 from jaxalign.data.packing import best_fit
 from jaxalign.types import Array, RolloutBatch
 
-_OF_ANSWERS = ("scores", "scaled_scores", "finished", "valid")
+_OF_ANSWERS = ("scores", "scaled_scores", "reward_parts", "finished", "valid")
 """Fields with one entry an answer: a packed row has no place for them, and no update reads them."""
 
 
@@ -36,18 +36,6 @@ class Layout(NamedTuple):
     row: np.ndarray
     column: np.ndarray
     segment_ids: np.ndarray
-
-
-def needed(rollout: RolloutBatch) -> np.ndarray:
-    """bool `[B, T]` on the host: what an update reads of each row, prompt and all.
-
-    Columns after the last one that counts, such as the stop token's own, change nothing.
-    """
-    used = np.asarray(rollout.tokens.loss_mask)
-    if rollout.value_mask is not None:
-        used = used | np.asarray(rollout.value_mask)
-    reached = np.cumsum(used[:, ::-1], axis=1)[:, ::-1] > 0
-    return reached & (np.asarray(rollout.tokens.segment_ids) > 0) | used
 
 
 def packed_shape(rows: int, length: int, part: int, sizes: int, multiple: int) -> tuple[int, int]:
@@ -67,7 +55,7 @@ def lay_out(
     """Packs rows of a rollout into the smallest of a few shapes that takes them.
 
     Args:
-      kept: bool `[B, T]`, what is needed of each row.
+      kept: bool `[B, T]`, the tokens of each row: prompt and answer.
       which: the rows to pack.
       sizes: how many shapes there may be; the largest is the rows as they are.
       multiple: the number of packed rows is a multiple of this.
@@ -106,10 +94,9 @@ def _lay(kept: np.ndarray, groups: list[list[int]], rows: int, length: int) -> L
 
 def without_answers(rollout: RolloutBatch) -> RolloutBatch:
     """The rollout less what an answer has once, so that rows need not be answers."""
-    if getattr(rollout, "ptx", None) is not None:
+    if rollout.ptx is not None:
         raise ValueError("a rollout with ptx rows cannot be packed: add them to what comes out")
-    there = [name for name in _OF_ANSWERS if hasattr(rollout, name)]
-    return rollout._replace(**dict.fromkeys(there))
+    return rollout._replace(**dict.fromkeys(_OF_ANSWERS))
 
 
 @jax.jit

@@ -18,6 +18,7 @@ from _ppo import PAD, Rollouts, read_rollouts
 
 import jaxalign as ja
 from jaxalign import ppo
+from jaxalign.algorithms import answers
 from jaxalign.generate import sample
 from jaxalign.rewards import model_reward
 
@@ -43,7 +44,7 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
     for number, lengths in enumerate(job.steps):
         start = time.perf_counter()
         # The peer's answers end where its `generate` is told to; so do ours.
-        ppo.sample = functools.partial(sample, lengths=np.array(lengths))
+        answers.sample = functools.partial(sample, lengths=np.array(lengths))
         rollout = prepare(jax.random.key(number), state, reference, prompts)
         prepared = time.perf_counter()
         metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout)]

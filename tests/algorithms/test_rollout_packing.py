@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.rollout_packing import lay_out, needed, packed_shape
+from jaxalign.algorithms.rollout_packing import lay_out, packed_shape
 from jaxalign.algorithms.step import init_state
 from jaxalign.sharding import make_mesh, shard_batch
 from jaxalign.types import RolloutBatch, TokenBatch
@@ -73,19 +73,6 @@ def test_layout_by_hand():
     assert layout.column[0].tolist() == [*range(2, 8), *range(3, 8), *range(5, 8), 6, 7]
     # Full rows stay as they are.
     assert lay_out(np.ones((4, 8), bool), range(4), sizes=16) is None
-
-
-def test_only_what_counts_is_kept():
-    rollout = short_answers()
-    kept = needed(rollout)
-    mask = rollout.value_mask
-    assert kept[mask].all()
-    np.testing.assert_array_equal(
-        kept.sum(1), [6 + 5, 3 + 11, 5 + 1, 1 + 3, 4 + 4, 2 + 2, 0, 6 + 7]
-    )
-    bare = needed(rollout._replace(value_mask=None))
-    # Without the value there, nothing reads the stop token.
-    np.testing.assert_array_equal(bare.sum(1), [10, 14, 5, 3, 7, 3, 0, 12])
 
 
 @pytest.fixture(scope="module")
