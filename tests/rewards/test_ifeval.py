@@ -105,7 +105,7 @@ TABLE = {
     ),
     "startend:end_checker": (
         {"end_phrase": "That is all."},
-        ['x that IS all. "'],
+        ['x that IS all."'],
         ["That is all. x"],
     ),
     "startend:quotation": ({}, [' "quoted" '], ['"half', 'a "b"', '"']),
@@ -238,6 +238,6 @@ def test_every_english_row_of_ifeval_can_be_checked(shared):
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert sum(len(instructions(row, german)) for row in rows) == 834
     assert {i for row in rows for i in row["instruction_id_list"]} == {f"en:{n}" for n in CHECKS}
-    # The paper's prompts are no answers to themselves, but for those that repeat them.
+    # Prompts follow some of their own instructions: they have no commas, or repeat themselves.
     figures = ifeval_accuracy([row["prompt"] for row in rows], rows, german)
-    assert 0 < figures["prompt_strict"] < 0.2
+    assert 0 < figures["prompt_strict"] < 0.5

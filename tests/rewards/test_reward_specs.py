@@ -9,7 +9,8 @@ import tiny
 from answered import TOK, answered
 
 import jaxalign
-from jaxalign.config import load_config, merge, write_yaml
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge, write_yaml
 from jaxalign.models.heads import Scorer
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.build import check_same_tokens, import_function
@@ -192,7 +193,7 @@ def test_what_cannot_be_built_is_refused_before_training(specs, told):
 
 
 def test_where_wants_rows():
-    with pytest.raises(ValueError, match="where=.*no rows to look at"):
+    with pytest.raises(ValueError, match=r"where=.*no rows to look at"):
         build_reward([LengthReward(target=5, where={"task": "sum"})], TOK)
 
 

@@ -89,17 +89,14 @@ def test_options_of_final_numbers():
     assert parse_number("3 4") is None
 
 
-def test_all_answers_of_gsm8k_are_right_answers_of_themselves(shared):
-    count = 0
-    for name in ("train", "test"):
-        for line in (shared / f"data/gsm8k/{name}.jsonl").read_text("utf-8").splitlines():
-            row = json.loads(line)
-            said = row["answer"].replace("####", "The answer is")
-            assert gsm8k_answer()("", row["answer"], row) == 1.0
-            assert gsm8k_answer()("", said, row) == 0.0
-            assert gsm8k_answer(extract="flexible")("", said, row) == 1.0
-            count += 1
-    assert count == 7473 + 1319
+def test_answers_of_gsm8k_are_right_answers_of_themselves(shared):
+    lines = (shared / "data/gsm8k/test.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 1319
+    for row in map(json.loads, lines):
+        said = row["answer"].replace("####", "The answer is")
+        assert gsm8k_answer()("", row["answer"], row) == 1.0
+        assert gsm8k_answer()("", said, row) == 0.0
+        assert gsm8k_answer(extract="flexible")("", said, row) == 1.0
 
 
 # Regular expressions
