@@ -20,6 +20,7 @@ from jaxalign.models import families
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
 from jaxalign.types import (
     GradedBatch,
@@ -140,10 +141,13 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
     if config.data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
     model, policy, _ = _policy(config, mesh)
-    scorer, scorer_params = _scorer(config.reward_model, config, mesh)
-    critic, critic_params = scorer, scorer_params
-    if config.critic is not None:
-        critic, critic_params = _scorer(config.critic, config, mesh)
+    scorers = [
+        _scorer(spec.source, spec.attributes, config, mesh)
+        for spec in config.reward_specs()
+        if isinstance(spec, ModelReward)
+    ]
+    critic_source, weights = config.critic_start()
+    critic, critic_params = _scorer(critic_source, weights, config, mesh)
     tx = ppo.make_optimizer(
         _optimizer(config.optimizer), _optimizer(config.critic_optimizer or config.optimizer)
     )
@@ -163,7 +167,8 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
         valid=per_row,
     )
     params = ppo.init_params(policy, critic_params)
-    return Parts(params, {}, tx, step, batch, [policy, scorer_params])
+    held = [policy, *(scorer_params for _, scorer_params in scorers)]
+    return Parts(params, {}, tx, step, batch, held)
 
 
 PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
@@ -206,14 +211,16 @@ def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
     return model, *_params(model, mesh, config.model.dtype)
 
 
-def _scorer(source: str, config: Any, mesh: Mesh) -> tuple[Scorer, Params]:
+def _scorer(
+    source: str, weights: dict[str, float] | None, config: Any, mesh: Mesh
+) -> tuple[Scorer, Params]:
     model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
-    if len(model.attributes) > 1 and config.reward_weights is None:
+    if len(model.attributes) > 1 and weights is None:
         raise ValueError(
             f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
-            "how much each counts by reward_weights"
+            "how much each counts by reward_weights, or attributes in a list of rewards"
         )
     model = dataclasses.replace(model, attributes=())  # the weighted sum, if there are several
     return model, _params(model, mesh, config.model.dtype)[0]

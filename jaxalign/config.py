@@ -19,6 +19,7 @@ from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
+from jaxalign.rewards.specs import ModelReward, RewardSpec
 
 T = TypeVar("T")
 
@@ -274,11 +275,15 @@ class PPORun(_Run):
     Attributes:
       ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
         are left at their defaults.
-      reward_model: folder of a reward model with the policy's tokenizer.
+      reward_model: folder of a reward model with the policy's tokenizer: short for `rewards` with
+        this one alone.
+      rewards: what scores answers, of any kind, added up with their weights; docs/rewards.md has
+        the kinds and their options.
       reward_weights: attribute → weight, for a reward model with several attributes: the reward is
         the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
-      critic: where the critic starts; None: from the reward model. One with several attributes is
+      critic: where the critic starts; None: from the (first) reward model with the policy's
+        tokenizer. One with several attributes is
         weighed by `reward_weights` too.
       critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
         of 0. A reward model has learned to read whole answers only, so that its scores in the
@@ -288,7 +293,8 @@ class PPORun(_Run):
       minibatches: updates a pass.
     """
 
-    reward_model: str
+    reward_model: str | None = dataclasses.field(default=None, metadata={"unless": "rewards"})
+    rewards: tuple[RewardSpec, ...] = ()
     ppo: ppo.Config = ppo.Config()
     reward_weights: dict[str, float] | None = None
     reference: str | None = None
@@ -309,6 +315,18 @@ class PPORun(_Run):
             weights,
             "a weight other than 0 for at least one attribute, or null",
         )
+        _want(
+            (self.reward_model is None) == bool(self.rewards),
+            "reward_model",
+            self.reward_model,
+            "it, or a list of rewards, and not both",
+        )
+        _want(
+            weights is None or self.reward_model is not None,
+            "reward_weights",
+            weights,
+            "null with rewards; a model among them has its own: attributes",
+        )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         _want(
@@ -318,6 +336,32 @@ class PPORun(_Run):
             f"a divisor of data.rows={self.data.rows}",
         )
         _want(self.model.lora is None, "model.lora", self.model.lora, "null in PPO")
+
+    def reward_specs(self) -> tuple[RewardSpec, ...]:
+        """All that scores answers, the short form among it."""
+        if self.reward_model is None:
+            return self.rewards
+        return (ModelReward(source=self.reward_model, attributes=self.reward_weights),)
+
+    def critic_start(self) -> tuple[str, dict[str, float] | None]:
+        """The model that the critic starts from, and the weights of its attributes.
+
+        Raises:
+          ValueError: none is named, and no reward model has the policy's tokenizer.
+        """
+        models = [
+            spec
+            for spec in self.reward_specs()
+            if isinstance(spec, ModelReward) and spec.tokenizer == "policy"
+        ]
+        if self.critic is not None:
+            return self.critic, models[0].attributes if models else None
+        if not models:
+            raise ValueError(
+                "critic=None: there is no reward model with the policy's tokenizer that it could "
+                "start from; name a model with a score, as `jaxalign reward` makes"
+            )
+        return models[0].source, models[0].attributes
 
 
 RUNS: dict[str, type[_Run]] = {

@@ -203,12 +203,28 @@ class PromptBatch(NamedTuple):
     Attributes:
       tokens: int32 `[B, P]`.
       mask: bool `[B, P]`, True on the prompt's tokens.
-      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row).
+      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row): its
+        place in `Batches.examples`, where reward functions find the row's other columns.
     """
 
     tokens: Array
     mask: Array
     index: Array
+
+
+class Scores(NamedTuple):
+    """What a reward says of a batch of answers.
+
+    Attributes:
+      values: float32 `[B]`.
+      applies: bool `[B]`, False where the reward has nothing to say of a row (its value is then 0
+        and counts nowhere). None: it speaks of every row.
+      parts: name → scores of the rewards that `values` was put together from; None: of one alone.
+    """
+
+    values: Array
+    applies: Array | None = None
+    parts: dict[str, Scores] | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -232,6 +248,7 @@ class RolloutBatch(NamedTuple):
         `old_logprobs`.
       finished: bool `[B]`, whether the answer ended with a stop token.
       valid: bool `[B]`, False for empty rows that fill up a batch.
+      reward_parts: name → the scores of each of several rewards, before weights and penalties.
     """
 
     tokens: TokenBatch
@@ -246,3 +263,4 @@ class RolloutBatch(NamedTuple):
     sampler_logprobs: Array | None = None
     finished: Array | None = None
     valid: Array | None = None
+    reward_parts: dict[str, Scores] | None = None

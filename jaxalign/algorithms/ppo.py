@@ -43,6 +43,7 @@ from jaxalign.types import (
     Params,
     PromptBatch,
     RolloutBatch,
+    Scores,
     TokenBatch,
     TrainState,
     Weighted,
@@ -65,7 +66,7 @@ __all__ = [
 
 _join = jax.jit(join_tokens)
 
-RewardFn = Callable[[TokenBatch, PromptBatch], Array]
+RewardFn = Callable[[TokenBatch, PromptBatch], Array | Scores]
 """(prompts with their answers, the prompts) → float scores `[B]`; see `jaxalign.rewards`."""
 
 
@@ -306,16 +307,20 @@ def make_prepare(
         kl_coef = jnp.asarray(config.kl_coef if kl_coef is None else kl_coef, jnp.float32)
         with on_mesh(mesh):
             tokens = _join(prompts, answers, config.pad_token)
-            scores = _finite(reward_fn(tokens, prompts), np.asarray(jnp.any(answers.mask, axis=1)))
+            said = reward_fn(tokens, prompts)
+            said = said if isinstance(said, Scores) else Scores(said)
+            scores = _finite(said.values, np.asarray(jnp.any(answers.mask, axis=1)))
+            parts = said.parts
             # The sampler's log-probabilities are aligned with targets: shifted by one, once.
             blank = jnp.zeros((answers.tokens.shape[0], prompts.tokens.shape[1] - 1))
             end = jnp.zeros((answers.tokens.shape[0], 1))
             recorded = jnp.concatenate([blank, answers.logprobs, end], axis=1)
             if mesh is not None:
-                recorded, scores = shard_batch((recorded, scores), mesh)
+                recorded, scores, parts = shard_batch((recorded, scores, parts), mesh)
             rollout = experience(
                 state, ref_params, tokens, scores, answers.finished, recorded, kl_coef
             )
+            rollout = rollout._replace(reward_parts=parts)
             mask = rollout.tokens.loss_mask
             # The experience has one column less: nothing follows the last one.
             gap, _ = logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)

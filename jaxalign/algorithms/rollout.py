@@ -81,7 +81,9 @@ def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
     """What a rollout says before the update, float32 scalars under TRL's names.
 
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer.
+    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. Of several rewards,
+    `rewards/<name>` is the mean over the answers that the reward applies to, and `applies/<name>`
+    the part of all answers that these are.
     """
     mask, critic_mask = rollout.tokens.loss_mask, value_mask_of(rollout)
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
@@ -97,7 +99,12 @@ def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
     spread = masked_var(rollout.returns, critic_mask)
     unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
     mean_gap, max_gap = logprob_difference(rollout.old_logprobs, sampled, mask)
-    return {
+    parts: dict[str, jax.Array] = {}
+    for name, part in (rollout.reward_parts or {}).items():
+        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
+        parts[f"rewards/{name}"] = masked_mean(part.values, judged)
+        parts[f"applies/{name}"] = masked_mean(judged, valid)
+    return parts | {
         "objective/scores": score,
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),

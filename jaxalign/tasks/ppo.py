@@ -16,13 +16,13 @@ from jaxalign.config import PPORun
 from jaxalign.data import prompt_batches, stop_token_ids
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import to_floats
-from jaxalign.rewards import model_reward
+from jaxalign.rewards import build_reward
+from jaxalign.rewards.cases import shifted
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.loading import (
-    check_vocabulary,
+    Scorers,
     language_model,
     load_policy,
-    load_scorer,
     pad_id,
     shape_of,
 )
@@ -42,13 +42,8 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
                 f"reference={config.reference!r} has another shape than the policy "
                 f"{config.model.source!r}; wanted the model that the policy started from"
             )
-    scorer, rm_params = load_scorer(config.reward_model, config, mesh)
-    check_vocabulary(loaded.tok, scorer, config.reward_model)
-    if config.critic is None:
-        critic, critic_params = scorer, rm_params
-    else:
-        critic, critic_params = load_scorer(config.critic, config, mesh, critic=True)
-        check_vocabulary(loaded.tok, critic, config.critic)
+    scorers = Scorers(config, mesh, loaded.tok)
+    critic, critic_params = scorers.critic()
     if config.critic_head == "zero":
         head = jax.tree.map(jnp.zeros_like, critic_params["score"])
         critic_params = critic_params | {"score": head}
@@ -69,7 +64,10 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     )
     both = loaded._replace(params=ppo.init_params(loaded.params, critic_params))
     step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
-    prepare = ppo.make_prepare(loaded.model, critic, model_reward(scorer, rm_params), options)
+    # One table of rows for all prompts: training data, then held-out data.
+    rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
+    reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
+    prepare = ppo.make_prepare(loaded.model, critic, reward, options)
 
     def expand(
         key: jax.Array, state: TrainState, batch: Any, loop: Loop
@@ -88,15 +86,23 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         # The same key every time: differences come from the policy, not from the draw.
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 1)
         sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
         scores: list[float] = []
         for number, batch in enumerate(held_out or ()):
+            batch = shifted(batch, len(batches.examples))
             rollout = prepare(jax.random.fold_in(key, number), state, ref_params, batch)
             answered = np.asarray(rollout.valid)
             scores += np.asarray(rollout.scores)[answered].tolist()
-            for name, value in to_floats(ppo.rollout_metrics(rollout)).items():
-                if name.startswith(("objective/", "response/")):
-                    sums[name] = sums.get(name, 0.0) + value * int(answered.sum())
-        means = {name: value / len(scores) for name, value in sums.items()}
+            figures = to_floats(ppo.rollout_metrics(rollout))
+            for name, value in figures.items():
+                if name.startswith(("objective/", "response/", "rewards/", "applies/")):
+                    part = figures.get(name.replace("rewards/", "applies/", 1), 1.0)
+                    count = answered.sum() * (part if name.startswith("rewards/") else 1.0)
+                    sums[name] = sums.get(name, 0.0) + value * float(count)
+                    counts[name] = counts.get(name, 0.0) + float(count)
+        means = {
+            name: value / counts[name] if counts[name] else 0.0 for name, value in sums.items()
+        }
         return means | {"objective/scores_std": float(np.std(scores))}
 
     def export(state: TrainState, folder: Any) -> None:
