@@ -283,14 +283,25 @@ class PPORun(_Run):
         the weighted sum. Those not named weigh 0.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the (first) reward model with the policy's
-        tokenizer. One with several attributes is
+        tokenizer; "policy": from the policy, with a fresh head. One with several attributes is
         weighed by `reward_weights` too.
-      critic_head: "pretrained" keeps the head that the critic came with; "zero" starts from values
-        of 0. A reward model has learned to read whole answers only, so that its scores in the
-        middle of one may be worse than none.
+      critic_head: "pretrained" keeps the head that the critic came with (a policy has none, and its
+        critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to read
+        whole answers only, so that its scores in the middle of one may be worse than none.
       critic_optimizer: its optimizer; None: the policy's.
+      critic_warmup: iterations in which only the critic learns.
       ppo_epochs: passes over each rollout.
       minibatches: updates a pass.
+      target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
+        iteration's updates are left out; None: never.
+      calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
+        scaled) so that the reference's answers to the first batch of prompts score 0 on average
+        (with standard deviation 1); "none": as it is.
+      ptx: text whose likelihood joins the loss with weight `ppo.ptx_coef`: data as SFT has them,
+        one batch an update.
+      dump_every: iterations between samples in `rollouts.jsonl` and histograms in
+        `histograms.jsonl`; 0: none.
+      dump_samples: answers in each such sample.
     """
 
     reward_model: str | None = dataclasses.field(default=None, metadata={"unless": "rewards"})
@@ -301,8 +312,14 @@ class PPORun(_Run):
     critic: str | None = None
     critic_head: str = "pretrained"
     critic_optimizer: OptimizerConfig | None = None
+    critic_warmup: int = 0
     ppo_epochs: int = 4
     minibatches: int = 1
+    target_kl: float | None = None
+    calibrate_reward: str = "none"
+    ptx: DataConfig | None = None
+    dump_every: int = 0
+    dump_samples: int = 4
 
     def __post_init__(self):
         super().__post_init__()
@@ -329,13 +346,57 @@ class PPORun(_Run):
         )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
+        answers = self.data.rows * self.ppo.samples
         _want(
-            self.data.rows % self.minibatches == 0,
+            answers % self.minibatches == 0,
             "minibatches",
             self.minibatches,
-            f"a divisor of data.rows={self.data.rows}",
+            f"a divisor of the {answers} answers of an iteration (data.rows × ppo.samples)",
         )
-        _want(self.model.lora is None, "model.lora", self.model.lora, "null in PPO")
+        _want(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
+        _want(
+            self.target_kl is None or self.target_kl > 0,
+            "target_kl",
+            self.target_kl,
+            "positive or null",
+        )
+        known = ppo.CALIBRATIONS
+        _want(
+            self.calibrate_reward in known,
+            "calibrate_reward",
+            self.calibrate_reward,
+            f"one of {', '.join(known)}",
+        )
+        _want(self.dump_every >= 0, "dump_every", self.dump_every, "0 or more")
+        _want(self.dump_samples > 0, "dump_samples", self.dump_samples, "positive")
+        _want(
+            (self.ptx is not None) == (self.ppo.ptx_coef > 0),
+            "ptx",
+            self.ptx,
+            f"data where ppo.ptx_coef is above 0, and nowhere else; it is {self.ppo.ptx_coef}",
+        )
+        self._check_critic()
+
+    def _check_critic(self) -> None:
+        for name, default in (
+            ("critic", None),
+            ("critic_head", "pretrained"),
+            ("critic_optimizer", None),
+            ("critic_warmup", 0),
+        ):
+            value, estimator = getattr(self, name), self.ppo.advantage_estimator
+            _want(
+                self.ppo.has_critic or value == default,
+                name,
+                value,
+                f"{default!r}: ppo.advantage_estimator={estimator} has no critic",
+            )
+        _want(
+            not self.ppo.shared_critic or self.critic is None,
+            "critic",
+            self.critic,
+            "null with ppo.shared_critic: it is a head on the policy",
+        )
 
     def reward_specs(self) -> tuple[RewardSpec, ...]:
         """All that scores answers, the short form among it."""

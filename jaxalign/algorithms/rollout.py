@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.generate import Generation
+from jaxalign.losses.advantages import equal_groups
 from jaxalign.masked import masked_mean, masked_sum, masked_var
 from jaxalign.sharding import mesh_of, shard_batch
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
@@ -76,16 +78,17 @@ def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), rollout)
 
 
-@jax.jit
-def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames="samples")
+def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
     """What a rollout says before the update, float32 scalars under TRL's names.
 
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. Of several rewards,
-    `rewards/<name>` is the mean over the answers that the reward applies to, and `applies/<name>`
-    the part of all answers that these are.
+    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
+    answers a prompt, also the part of the prompts whose answers all score alike. Of several
+    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
+    `applies/<name>` the part of all answers that these are.
     """
-    mask, critic_mask = rollout.tokens.loss_mask, value_mask_of(rollout)
+    mask = answer_mask_of(rollout)
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
     finished, sampled = rollout.finished, rollout.sampler_logprobs
     if scores is None or rewards is None or valid is None or finished is None or sampled is None:
@@ -94,29 +97,49 @@ def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
     def per_answer(x: Array) -> jax.Array:
         return masked_mean(masked_sum(x, mask, axis=1), valid)
 
-    score = masked_mean(scores, valid)
-    shaped = masked_mean(masked_sum(rewards, critic_mask, axis=1), valid)
-    spread = masked_var(rollout.returns, critic_mask)
-    unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    # Outside of answers rewards are 0.
+    shaped = masked_mean(jnp.sum(rewards, axis=1), valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
     mean_gap, max_gap = logprob_difference(rollout.old_logprobs, sampled, mask)
     parts: dict[str, jax.Array] = {}
     for name, part in (rollout.reward_parts or {}).items():
         judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
         parts[f"rewards/{name}"] = masked_mean(part.values, judged)
         parts[f"applies/{name}"] = masked_mean(judged, valid)
-    return parts | {
-        "objective/scores": score,
+    metrics = parts | {
+        "objective/scores": masked_mean(scores, valid),
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
         "objective/entropy": per_answer(-rollout.old_logprobs),
         "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": shaped - score,
-        "response/length": per_answer(jnp.ones_like(rollout.old_logprobs)),
+        "objective/non_score_reward": shaped - masked_mean(entered, valid),
+        "response/length": masked_mean(lengths, valid),
+        "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
+        "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
         "response/finished": masked_mean(finished, valid),
-        "critic/explained_variance": jnp.where(spread > 0, 1 - unexplained / spread, 0.0),
+        "val/num_eos_tokens": masked_sum(finished, valid),
         "logprobs/mean_difference": mean_gap,
         "logprobs/max_difference": max_gap,
     }
+    if rollout.answer_mask is not None:
+        trained = jnp.any(rollout.tokens.loss_mask, axis=1)
+        metrics["response/trained"] = masked_mean(trained, valid)
+    if samples > 1:
+        alike = equal_groups(scores, valid, samples)
+        metrics["groups/equal"] = masked_mean(alike, valid)
+    if rollout.returns is not None and rollout.old_values is not None:
+        critic_mask = value_mask_of(rollout)
+        spread = masked_var(rollout.returns, critic_mask)
+        unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
+        explained = jnp.where(spread > 0, 1 - unexplained / spread, 0.0)
+        metrics["critic/explained_variance"] = explained
+    return metrics
+
+
+def answer_mask_of(rollout: RolloutBatch) -> Array:
+    """The tokens of all answers, in the loss or not."""
+    return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
 
 
 def value_mask_of(rollout: RolloutBatch) -> Array:
