@@ -28,6 +28,10 @@ CHUNK_POSITIONS = 512
 """Most positions a chunk holds by default: more would only push logits out of the caches."""
 
 
+MASKED_CHUNK_POSITIONS = 256
+"""The same where only some positions are wanted, of which the last chunk is computed whole."""
+
+
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
@@ -92,11 +96,14 @@ def target_logprobs(
         targets = jnp.take_along_axis(targets, order, axis=1)
     if chunk is None:
         logits = CHUNK_LOGITS * row_shards()
-        chunk = min(CHUNK_POSITIONS, max(1, logits // (shape[0] * head.shape[1])))
+        most = CHUNK_POSITIONS if mask is None else MASKED_CHUNK_POSITIONS
+        chunk = min(most, max(1, logits // (shape[0] * head.shape[1])))
     else:
         chunk = max(1, chunk * rows // shape[0])
     count = math.ceil(shape[1] / chunk)
-    chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
+    if mask is None:
+        chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
+    chunk = min(chunk, shape[1])
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))

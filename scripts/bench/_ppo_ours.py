@@ -33,9 +33,7 @@ def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterato
 
 
 def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
-    critic, rm_params = ja.load_pretrained(
-        job.scorer, mesh=ja.make_mesh(), compute_dtype="float32"
-    )
+    critic, rm_params = ja.load_pretrained(job.scorer, mesh=ja.make_mesh(), compute_dtype="float32")
     config = ppo.Config(max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0)
     adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
     tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
