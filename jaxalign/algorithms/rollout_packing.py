@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.data.packing import best_fit
 from jaxalign.types import Array, RolloutBatch
 
 _OF_ANSWERS = ("scores", "scaled_scores", "reward_parts", "finished", "valid")
@@ -63,6 +62,8 @@ def lay_out(
     Returns:
       The layout; None where no smaller shape takes them.
     """
+    from jaxalign.data.packing import best_fit  # the data room is heavy; steps run without it
+
     counts = kept[np.asarray(which)].sum(1)
     full = [row for row, count in zip(which, counts, strict=True) if count]
     lengths = counts[counts > 0].tolist()
