@@ -292,6 +292,8 @@ class PPORun(_Run):
       critic_warmup: iterations in which only the critic learns.
       ppo_epochs: passes over each rollout.
       minibatches: updates a pass.
+      pack_updates: 0: an answer a row. n: the answers of an update are packed into fewer, longer
+        rows, of the smallest of n sizes that takes them; each size is compiled when it first comes.
       target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
         iteration's updates are left out; None: never.
       calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
@@ -315,6 +317,7 @@ class PPORun(_Run):
     critic_warmup: int = 0
     ppo_epochs: int = 4
     minibatches: int = 1
+    pack_updates: int = 0
     target_kl: float | None = None
     calibrate_reward: str = "none"
     ptx: DataConfig | None = None
@@ -346,6 +349,7 @@ class PPORun(_Run):
         )
         _want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         _want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
+        _want(self.pack_updates >= 0, "pack_updates", self.pack_updates, "0 or more")
         answers = self.data.rows * self.ppo.samples
         _want(
             answers % self.minibatches == 0,

@@ -19,6 +19,7 @@ from jaxalign.data import Source
 from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
+from jaxalign.rewards.specs import RewardSpec
 
 PACKAGE = pathlib.Path(jaxalign.__file__).parent
 
@@ -511,7 +512,8 @@ READERS = {
     configs.RewardRun: (("tasks/*.py", "train.py"), {"config"}),
     configs.DPORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
     configs.KTORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
-    configs.PPORun: (("tasks/*.py", "train.py"), {"config"}),
+    configs.PPORun: (("tasks/*.py", "train.py", "config.py"), {"config", "self"}),
+    **{spec: (("rewards/build.py",), {"spec"}) for spec in typing.get_args(RewardSpec)},
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.algorithms.rollout import join_tokens
 from jaxalign.generate import Generation, sample
@@ -37,8 +38,9 @@ def draw_answers(
     prompts: PromptBatch,
     config: Config,
     temperature: float | Array,
+    mesh: Mesh | None = None,
 ) -> tuple[PromptBatch, Generation, TokenBatch]:
-    """Samples `config.samples` answers to each prompt.
+    """Samples `config.samples` answers to each prompt, on `mesh` if that is given.
 
     Returns:
       (the prompts, each repeated for its answers; the answers; both together as rows).
@@ -57,6 +59,7 @@ def draw_answers(
         samples=config.samples,
         slots=config.slots,
         cache_dtype=config.cache_dtype,
+        mesh=mesh,
     )
     with on_mesh(mesh_of(params)):
         if config.samples > 1:

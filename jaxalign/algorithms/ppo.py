@@ -26,6 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxalign.algorithms.actor_critic import init_params, make_optimizer
 from jaxalign.algorithms.answers import (
@@ -207,6 +208,7 @@ def make_prepare(
     config: Config | None = None,
     *,
     reference: LanguageModel | None = None,
+    rollout_mesh: Mesh | None = None,
 ) -> Callable[..., RolloutBatch]:
     """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
@@ -220,6 +222,7 @@ def make_prepare(
       reward_fn: gives every answer a finite score; runs outside jit, so that it may be any Python.
       config: options.
       reference: the model of `ref_params`; None: the policy's.
+      rollout_mesh: where answers are written, see `sample`; None: where the policy lies.
 
     Returns:
       `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None,
@@ -261,7 +264,9 @@ def make_prepare(
         kl_coef = jnp.asarray(config.kl_coef if kl_coef is None else kl_coef, jnp.float32)
         heat = jnp.asarray(heat, jnp.float32)
         policy = combine(state.params, state.frozen)["policy"]
-        prompts, answers, tokens = draw_answers(key, model, policy, prompts, config, heat)
+        prompts, answers, tokens = draw_answers(
+            key, model, policy, prompts, config, heat, rollout_mesh
+        )
         with on_mesh(mesh):
             scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
             scale = None

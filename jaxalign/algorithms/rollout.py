@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
 from jaxalign.generate import Generation
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.masked import masked_mean, masked_sum, masked_var
-from jaxalign.sharding import mesh_of, shard_batch
+from jaxalign.sharding import mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
 
@@ -45,7 +46,13 @@ def logprob_difference(
 
 
 def minibatches(
-    key: jax.Array, rollout: RolloutBatch, epochs: int = 4, count: int = 4
+    key: jax.Array,
+    rollout: RolloutBatch,
+    epochs: int = 4,
+    count: int = 4,
+    *,
+    pack: int = 0,
+    multiple: int = 1,
 ) -> Iterator[RolloutBatch]:
     """Cuts a rollout into `epochs × count` mini-batches of whole rows.
 
@@ -56,20 +63,41 @@ def minibatches(
       rollout: B rows.
       epochs: passes over the rollout.
       count: mini-batches an epoch; B must be a multiple.
+      pack: 0 leaves an answer a row. n lays the answers of a mini-batch end to end in fewer, longer
+        rows (`rollout_packing`), of the smallest of n sizes that takes them: at most so many
+        shapes for a step to compile. Losses and gradients are the same; `scores`, `finished` and
+        `valid`, which belong to answers and not to rows, are None then.
+      multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
+        steps with as many `micro_batches`.
 
     Raises:
-      ValueError: B is not a multiple of `count`, or a number is not positive.
+      ValueError: B is not a multiple of `count`, or a number is out of range.
     """
     rows = rollout.advantages.shape[0]
-    if epochs < 1 or count < 1:
-        raise ValueError(f"epochs={epochs}, count={count}: wanted positive integers")
+    if epochs < 1 or count < 1 or pack < 0 or multiple < 1:
+        raise ValueError(
+            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}: wanted positive "
+            "integers (pack also 0)"
+        )
     if rows % count:
         raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
     mesh = mesh_of(rollout)
-    for epoch in range(epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+    multiple *= row_shards(mesh) if mesh is not None else 1
+    kept = None
+    if pack:
+        rollout = without_answers(rollout)
+        kept = np.asarray(rollout.tokens.segment_ids) > 0
+    # All orders at once, before the first step is under way: to read one is to wait for the device.
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
+    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
         for rows_of_part in np.split(order, count):
-            part = _take_rows(rollout, rows_of_part)
+            layout = None
+            if kept is not None:
+                layout = lay_out(kept, rows_of_part.tolist(), sizes=pack, multiple=multiple)
+            if layout is None:
+                part = _take_rows(rollout, rows_of_part)
+            else:
+                part = pack_rows(rollout, layout)
             yield part if mesh is None else shard_batch(part, mesh)
 
 

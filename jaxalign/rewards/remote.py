@@ -76,6 +76,8 @@ def http_reward(
         body = _body(cases)
         waits = pauses(backoff, random.Random(f"{seed} {number}"))
         for failures in range(1, max_failures + 1):
+            if stop.is_set():
+                break  # another request failed for good: its error is the one that is raised
             try:
                 return _scores(post(url, body, headers, timeout, key), cases, url)
             except PostError as error:
@@ -86,9 +88,7 @@ def http_reward(
                         f"{len(cases)} answers have no score, the first of them {cases[0]}"
                     ) from None
                 stop.wait(max(next(waits), error.wait or 0.0))
-            if stop.is_set():
-                break
-        return []  # another request failed for good: its error is the one that is raised
+        return []
 
     def judge(cases: Sequence[Case]) -> list[float | None]:
         stop = threading.Event()

@@ -96,7 +96,14 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             loop["score_stats"] = list(stats)
         loop["iterations"] += 1
         dump.write(loop["iterations"], rollout)
-        parts = ppo.minibatches(shuffle_key, rollout, config.ppo_epochs, config.minibatches)
+        parts = ppo.minibatches(
+            shuffle_key,
+            rollout,
+            config.ppo_epochs,
+            config.minibatches,
+            pack=config.pack_updates,
+            multiple=config.run.micro_batches,
+        )
         return add_text(parts, loop), metrics
 
     def evaluate(state: TrainState, loop: Loop) -> Floats:
