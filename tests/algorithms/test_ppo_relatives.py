@@ -252,7 +252,7 @@ def test_terms_of_the_models_own_join_the_loss(table):
     batch = batch._replace(ptx=batch.tokens)
     losses = {}
     for model in (Table(), Experts()):
-        step = ppo.make_step(model, None, optax.sgd(0.0), config)
+        step = jax.jit(ppo.make_step(model, None, optax.sgd(0.0), config))
         _, metrics = step(ppo_state(params), batch)
         losses[type(model)] = float(metrics["loss"])
     np.testing.assert_allclose(losses[Experts] - losses[Table], 2, rtol=1e-5)
@@ -358,7 +358,7 @@ def test_shared_critic_reads_and_trains_the_policys_trunk(reference):
     make = ppo.make_prepare(tiny.DECODER, tiny.SCORER, length_reward, config)
     rollout = make(KEY, state, reference, prompts())
     tokens = rollout.tokens
-    hidden = tiny.DECODER.apply(trunk, tokens.inputs, tokens.positions, tokens.segment_ids)
+    hidden = jax.jit(tiny.DECODER.apply)(trunk, tokens.inputs, tokens.positions, tokens.segment_ids)
     mask = np.asarray(rollout.value_mask)
     want = 0.3 * np.asarray(hidden).sum(-1)
     np.testing.assert_allclose(np.asarray(rollout.old_values)[mask], want[mask], 1e-4, 1e-4)
@@ -370,7 +370,7 @@ def test_shared_critic_reads_and_trains_the_policys_trunk(reference):
         totals, _ = loss.terms(params, still)
         return sum(totals.values())
 
-    grads = jax.grad(value)(state.params)
+    grads = jax.jit(jax.grad(value))(state.params)
     assert float(optax.tree.norm(grads["policy"])) > 1e-2
     assert float(optax.tree.norm(grads["critic"])) > 1e-2
     error = np.where(mask, want - np.asarray(rollout.returns), 0)
