@@ -145,10 +145,10 @@ def sample(
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
         there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    written = (state.tokens, state.logprobs, there, finished)
+    written = Generation(state.tokens, state.logprobs, there, finished)
     if home is not None:
         written = shard_batch(written, home)
-    return Generation(*written, state.steps)
+    return written._replace(steps=state.steps)
 
 
 @jax.jit

@@ -19,9 +19,6 @@ import numpy as np
 
 from jaxalign.types import Array, RolloutBatch
 
-_OF_ANSWERS = ("scores", "scaled_scores", "reward_parts", "finished", "valid")
-"""Fields with one entry an answer: a packed row has no place for them, and no update reads them."""
-
 
 class Layout(NamedTuple):
     """Where the positions of packed rows come from; all `[rows, length]`.
@@ -94,10 +91,12 @@ def _lay(kept: np.ndarray, groups: list[list[int]], rows: int, length: int) -> L
 
 
 def without_answers(rollout: RolloutBatch) -> RolloutBatch:
-    """The rollout less what an answer has once, so that rows need not be answers."""
+    """The rollout less what an answer has once: packed rows have no place for it, updates no use."""
     if rollout.ptx is not None:
         raise ValueError("a rollout with ptx rows cannot be packed: add them to what comes out")
-    return rollout._replace(**dict.fromkeys(_OF_ANSWERS))
+    return rollout._replace(
+        scores=None, scaled_scores=None, reward_parts=None, finished=None, valid=None
+    )
 
 
 @jax.jit
