@@ -91,7 +91,7 @@ def _lay(kept: np.ndarray, groups: list[list[int]], rows: int, length: int) -> L
 
 
 def without_answers(rollout: RolloutBatch) -> RolloutBatch:
-    """The rollout less what an answer has once: packed rows have no place for it, updates no use."""
+    """The rollout less what an answer has once: rows need not be answers any more."""
     if rollout.ptx is not None:
         raise ValueError("a rollout with ptx rows cannot be packed: add them to what comes out")
     return rollout._replace(
