@@ -17,13 +17,15 @@ from flax import nnx
 
 from jaxalign.losses.router import document_balance
 from jaxalign.masked import weighted
-from jaxalign.models.attention import Cache, attend, cache_mask, causal_mask
+from jaxalign.models.attention import Cache, attend
+from jaxalign.models.attention_kind import Choice, attention_kind, check_kind
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
-from jaxalign.sharding import constrain
+from jaxalign.sharding import constrain, shards
 from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -32,6 +34,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass keeps of a block: everything, matmul results only, or its input only."""
+
+_MATRIX_LENGTH = 2048
+"""Longest rows for which the plain form of attention reads who sees whom from a matrix."""
 
 
 class Block(nnx.Module):
@@ -47,10 +52,12 @@ class Block(nnx.Module):
         self.mlp_post_norm = make_norm(config) if after else None
         self.softcap = config.attention_softcap
 
-    def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
+    def __call__(
+        self, x: jax.Array, view: View, kind: str = "xla"
+    ) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
         query, key, value = self._project(x, view)
-        attended = attend(query, key, value, view.mask, view.scale, self.softcap, causal=True)
+        attended = attend(query, key, value, view.sight, view.scale, self.softcap, kind=kind)
         return self._finish(x, attended)
 
     def extend(
@@ -67,7 +74,7 @@ class Block(nnx.Module):
         own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
         attended = attend(
             query, own_keys.astype(x.dtype), own_values.astype(x.dtype),
-            view.mask, view.scale, self.softcap,
+            view.sight, view.scale, self.softcap,
         )  # fmt: skip
         return self._finish(x, attended)[0], keys, values
 
@@ -149,14 +156,17 @@ class Decoder:
       compute_dtype: dtype of activations and matmuls; parameters keep their own.
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
+      attention: which form of attention, see `jaxalign.models.attention_kind.KINDS`.
     """
 
     config: DecoderConfig
     compute_dtype: str = "float32"
     remat: str = "none"
     lora: LoraConfig | None = None
+    attention: str = "auto"
 
     def __post_init__(self):
+        check_kind(self.attention)
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: wanted one of {', '.join(REMAT)}")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
@@ -212,6 +222,20 @@ class Decoder:
         """
         return self._run(params, inputs, positions, segment_ids, branch_ids)[0]
 
+    def attention_kind(self, length: int, *, branches: bool = False) -> Choice:
+        """Which form of attention rows of this length get, and why.
+
+        Depends on the mesh in context or, without one, on the default device.
+        """
+        return attention_kind(
+            self.attention,
+            dtype=self.compute_dtype,
+            head_dim=self.config.head_dim,
+            length=length,
+            softcap=self.config.attention_softcap,
+            branches=branches,
+        )
+
     @property
     def extra_terms(self) -> tuple[str, ...]:
         """Names of the loss terms that `apply_with_losses` gives."""
@@ -257,12 +281,14 @@ class Decoder:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
-        view_of = make_views(
-            config, causal_mask(segment_ids, branch_ids), positions, segment_ids, positions
-        )
+        marks = Marks(jnp.asarray(segment_ids), jnp.asarray(positions), branch_ids)
+        length = inputs.shape[1]
+        kind = self.attention_kind(length, branches=branch_ids is not None).kind
+        matrix = kind == "xla" and length <= _MATRIX_LENGTH and shards("length") == 1
+        view_of = make_views(config, Sight(marks, marks), matrix=matrix)
 
         def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
-            x, routing = self._block(layer)(x, view_of(trait))
+            x, routing = self._block(layer)(x, view_of(trait), kind)
             return constrain(x, "rows length hidden"), routing if collect else None
 
         policy = REMAT[self.remat]
@@ -279,7 +305,8 @@ class Decoder:
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)
             nothing = Routing(zeros, zeros)
-        carry = (self._embed(params, inputs, positions, segment_ids), nothing)
+        x = self._embed(params, inputs, positions, segment_ids, "rows length hidden")
+        carry = (x, nothing)
         (x, total), _ = jax.lax.scan(step, carry, (params["blocks"], layer_traits(config)))
         return self._norm(params, x), total
 
@@ -315,8 +342,9 @@ class Decoder:
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
         positions = jnp.asarray(positions, jnp.int32)
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
-        mask = cache_mask(segments, segment_ids, seen, positions)
-        view_of = make_views(self.config, mask, positions, segment_ids, seen)
+        sight = Sight(Marks(segment_ids, positions), Marks(segments, seen), cached=True)
+        short = segment_ids.shape[1] <= _MATRIX_LENGTH
+        view_of = make_views(self.config, sight, matrix=short)
 
         # The cache rides in the carry, where XLA updates it in place; as a scanned input and
         # output it would be copied whole for every token.
@@ -326,7 +354,7 @@ class Decoder:
             block = self._block(layer)
             return block.extend(x, view_of(trait), keys, values, index, cache.used), None
 
-        x = self._embed(params, inputs, positions, segment_ids)
+        x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         layers = (params["blocks"], jnp.arange(self.config.num_layers), layer_traits(self.config))
         (x, keys, values), _ = jax.lax.scan(run, (x, cache.keys, cache.values), layers)
         used = cache.used + segment_ids.shape[1]
@@ -350,7 +378,7 @@ class Decoder:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(
-        self, params: Params, inputs: Array, positions: Array, segment_ids: Array
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
     ) -> jax.Array:
         embed = params["embed"]
         x = jnp.take(embed["embedding"], jnp.asarray(inputs), axis=0, mode="clip")
@@ -362,7 +390,7 @@ class Decoder:
         x = x.astype(self.compute_dtype)
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        return constrain(x, "rows length hidden")
+        return constrain(x, axes)
 
     def _block(self, layer: Params) -> Block:
         graphdef, state = _abstract_block(self.config, self.lora)
