@@ -41,6 +41,7 @@ class Case:
       softcap: whether scores are capped.
       branches: whether rows have branches.
       cached: whether keys and values are read from a cache.
+      adrift: whether there are several devices and no mesh in context that says what lies where.
       platform: "cpu", "gpu" or "tpu".
       device_kind: what the device calls itself.
     """
@@ -51,6 +52,7 @@ class Case:
     softcap: bool = False
     branches: bool = False
     cached: bool = False
+    adrift: bool = False
     platform: str = "cpu"
     device_kind: str = ""
 
@@ -61,6 +63,7 @@ LACKS: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
         (lambda case: case.branches, "it knows no branches"),
         (lambda case: case.dtype == "float16", "TPUs have no float16"),
         (lambda case: case.length < 128, "its least block is 128 tokens"),
+        (lambda case: case.adrift, "no mesh in context splits it over the devices"),
     ),
     "cudnn": (
         (
@@ -113,6 +116,7 @@ def attention_kind(
         softcap=softcap is not None,
         branches=branches,
         cached=cached,
+        adrift=jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1,
         platform=platform,
         device_kind=device_kind,
     )

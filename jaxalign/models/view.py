@@ -50,9 +50,7 @@ def layer_traits(config: DecoderConfig) -> Traits:
     return traits
 
 
-def make_views(
-    config: DecoderConfig, sight: Sight, *, matrix: bool
-) -> Callable[[Traits], View]:
+def make_views(config: DecoderConfig, sight: Sight, *, matrix: bool) -> Callable[[Traits], View]:
     """Lays out all that layers choose from, and returns the choice.
 
     Args:

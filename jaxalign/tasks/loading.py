@@ -37,6 +37,7 @@ def load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
         dtype=config.dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
+        attention=config.attention,
     )
     check_vocabulary(tok, model, config.source)
     if config.lora is None:
@@ -84,7 +85,11 @@ def with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
 def language_model(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Params]:
     """A frozen language model, held as the one that is trained."""
     model, params = load_pretrained(
-        source, mesh=mesh, dtype=config.dtype, compute_dtype=config.compute_dtype
+        source,
+        mesh=mesh,
+        dtype=config.dtype,
+        compute_dtype=config.compute_dtype,
+        attention=config.attention,
     )
     if not isinstance(model, Decoder):
         raise ValueError(f"reference={source!r} is a reward model; wanted a language model")
@@ -110,6 +115,7 @@ def load_scorer(
         dtype=config.model.dtype,
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
+        attention=config.model.attention,
     )
     if not isinstance(model, Scorer):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Every form of attention and its backward pass, against a plain softmax that JAX differentiates."""
+"""Every form of attention and its backward pass, against a plain softmax derived by JAX."""
 
 import functools
 
