@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from jaxalign.models import attention
+from jaxalign.models import attention, kernels
+from jaxalign.models import attention_kind as attention_kind_module
 from jaxalign.models.attention import attend
+from jaxalign.models.attention_kind import attention_kind
+from jaxalign.models.decoder import Decoder
 from jaxalign.models.sight import Marks, Sight
 from jaxalign.sharding import make_mesh
 
@@ -176,3 +180,97 @@ def test_rows_split_in_time_and_kernels(kind, sizes, options):
     mesh = make_mesh(**sizes) if sizes else make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         agree(form, mask, inputs_of(rng, rows, length), segments, softcap)
+
+
+H100 = ("gpu", "NVIDIA H100 80GB HBM3")
+TPU = ("tpu", "TPU v5 lite")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "options", "kind", "why"),
+    [
+        ("auto", ("cpu", "cpu"), {}, "xla", "cpu has no kernel"),
+        ("auto", TPU, {}, "splash", "the kernel for tpu"),
+        ("auto", TPU, {"branches": True}, "xla", "not splash: it knows no branches"),
+        ("auto", TPU, {"cached": True}, "xla", "not splash: it reads no key-value cache"),
+        ("auto", TPU, {"length": 64}, "xla", "not splash: its least block"),
+        ("auto", TPU, {"dtype": "float16"}, "xla", "not splash: TPUs have no float16"),
+        ("xla", TPU, {}, "xla", "asked for"),
+        ("splash", ("cpu", "cpu"), {}, "splash", "asked for"),
+        ("auto", H100, {"softcap": 50.0}, "xla", "not cudnn: it has no soft cap"),
+        ("auto", H100, {"dtype": "float32"}, "xla", "not cudnn: it computes in bfloat16"),
+        ("auto", H100, {"head_dim": 60}, "xla", "not cudnn: it wants heads of a multiple of 8"),
+        ("auto", H100, {"head_dim": 512}, "xla", "not cudnn: its heads are at most"),
+        ("auto", ("gpu", "AMD Instinct MI300X"), {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
+        ("cudnn", TPU, {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
+    ],
+)
+def test_which_form_runs_and_why(asked, device, options, kind, why):
+    options = {"dtype": "bfloat16", "head_dim": 64, "length": 2048} | options
+    with jax.set_mesh(make_mesh()):
+        choice = attention_kind(asked, device=device, **options)
+    assert choice.kind == kind
+    assert why in choice.why
+    assert str(choice) == f"{kind} ({choice.why})"
+
+
+def test_cudnn_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(attention_kind_module, "_has_cudnn", lambda: True)
+    options = {"dtype": "bfloat16", "head_dim": 64, "length": 2048, "device": H100}
+    assert attention_kind("auto", **options).kind == "cudnn"
+    assert attention_kind("cudnn", branches=True, **options).kind == "cudnn"
+    monkeypatch.setattr(attention_kind_module, "_has_cudnn", lambda: False)
+    assert "missing" in attention_kind("auto", **options).why
+
+
+def test_splash_needs_a_mesh_where_there_are_several_devices():
+    choice = attention_kind("auto", dtype="bfloat16", head_dim=64, length=2048, device=TPU)
+    assert "no mesh in context" in choice.why
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="attention='flash': wanted one of auto, xla, splash"):
+        Decoder(tiny.CONFIG, attention="flash")
+
+
+def test_one_document_a_row_is_told_from_packed_rows():
+    told = jax.jit(kernels._one_document)
+    for rows, want in (
+        ([[1, 1, 1], [1, 1, 0]], True),
+        ([[3, 3, 0], [0, 0, 0]], True),
+        ([[1, 1, 2], [1, 1, 1]], False),
+        ([[0, 1, 1], [1, 1, 1]], False),
+        ([[1, 0, 1], [1, 1, 1]], False),
+    ):
+        assert bool(told(jnp.asarray(rows))) is want, rows
+
+
+@pytest.mark.parametrize("case", ["one document", "packed", "branches", "sequence"])
+def test_what_cudnn_is_asked_for(case, monkeypatch):
+    """The same call by XLA: JAX promises the same meaning for either implementation."""
+    ask = jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return ask(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(kernels.jax.nn, "dot_product_attention", by_xla)
+    rng = np.random.default_rng(3)
+    rows, length, window = 2, 13, 4
+    segments, positions = rows_of_documents(rng, rows, length)
+    branches = None
+    if case == "one document":
+        segments = (np.arange(length)[None] < np.array([[13], [9]])).astype(np.int32)
+        positions = np.arange(length)[None] * segments
+    if case == "branches":
+        branches = (np.arange(length)[None] // 3 % 3 + np.zeros((rows, 1))).astype(np.int32)
+    mesh = make_mesh(fsdp=2, sequence=4) if case == "sequence" else make_mesh(fsdp=2, tensor=4)
+    for windowed in (False, True):
+        mask = mask_of(segments, positions, window if windowed else None, branches)
+
+        def form(q, k, v, c, windowed=windowed):
+            sight = sight_of(segments, positions, window, branches, jnp.asarray(windowed))
+            return attend(q, k, v, sight, c, kind="cudnn")
+
+        with jax.set_mesh(mesh):
+            agree(form, mask, inputs_of(rng, rows, length), segments)
