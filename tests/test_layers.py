@@ -159,7 +159,7 @@ def test_shared_parts_of_algorithms_know_no_algorithm():
 
 
 def test_mesh_axis_names_live_in_one_file():
-    axes = {"fsdp", "tensor"}
+    axes = {"fsdp", "tensor", "sequence"}
     for path in FILES:
         module = name_of(path)
         if room(module) in ("sharding", "config", "plan", "train", "cli"):

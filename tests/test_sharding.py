@@ -126,7 +126,7 @@ def test_axes_for_long_rows_and_for_experts():
     with jax.set_mesh(mesh):
         folded = jax.jit(fold_length)(x)
         back = jax.jit(lambda x: unfold_length(fold_length(x), 13))(x)
-    assert folded.sharding.spec[0] == ("sequence", "data", "fsdp", "expert")
+    assert folded.sharding.spec[0] == ("sequence", "fsdp", "expert")
     np.testing.assert_array_equal(folded[:4], x[:, :7])
     np.testing.assert_array_equal(folded[4:, :6], x[:, 7:])
     np.testing.assert_array_equal(back, x)

@@ -92,12 +92,28 @@ class ExpertLinear(nnx.Module):
         return arrays, axes
 
 
-def _multiply(x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array) -> jax.Array:
-    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`."""
-    y = jax.lax.ragged_dot(x, weights["kernel"], sizes)
+def _multiply(
+    x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array, taken: jax.Array | None
+) -> jax.Array:
+    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`.
+
+    Args:
+      x: the rows.
+      weights: matrices `[E, in, out]`, and adapters if there are any.
+      sizes: int32 `[E]`, rows of each expert.
+      taken: bool `[N, 1]`, which rows belong to an expert; the others give 0. None: all do.
+    """
+
+    def product(x: jax.Array, matrices: jax.Array) -> jax.Array:
+        # What a product leaves in rows of no expert, forward or backward, is not for sure a number.
+        if taken is None:
+            return jax.lax.ragged_dot(x, matrices, sizes)
+        out = jax.lax.ragged_dot(jnp.where(taken, x, 0), matrices, sizes)
+        return jnp.where(taken, out, 0)
+
+    y = product(x, weights["kernel"])
     if "a" in weights:
-        down = jax.lax.ragged_dot(x, weights["a"], sizes)
-        y = y + jax.lax.ragged_dot(down, weights["b"], sizes)
+        y = y + product(product(x, weights["a"]), weights["b"])
     return y
 
 
@@ -141,11 +157,11 @@ class Experts(nnx.Module):
         order = jnp.argsort(flat)
         sizes = jnp.sum(jax.nn.one_hot(flat, here, dtype=jnp.int32), axis=0)
         given = jnp.take(x.reshape(-1, width), order // each, axis=0)
-        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes))
-        inner = gate * _multiply(given, weights["up"], sizes)
-        out = _multiply(inner, weights["down"], sizes)
+        taken = None
         if here < self.count:
-            # What a product leaves in rows of no group is not for sure a number.
-            out = jnp.where(jnp.arange(flat.size)[:, None] < jnp.sum(sizes), out, 0)
+            taken = jnp.arange(flat.size)[:, None] < jnp.sum(sizes)
+        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes, taken))
+        inner = gate * _multiply(given, weights["up"], sizes, taken)
+        out = _multiply(inner, weights["down"], sizes, taken)
         out = jnp.take(out, jnp.argsort(order), axis=0).reshape(rows, length, each, width)
         return jnp.sum(out * shares[..., None], axis=2)

@@ -100,10 +100,17 @@ def layout_of(mesh):
     lines = [f"mesh {dict(mesh.shape)}"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         lines.append(line(f"params{jax.tree_util.keystr(path)}", leaf.shape, leaf.sharding))
+    # Of the optimizer's state only what does not lie as its parameter does.
+    own = {path: x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    like = 0
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layouts), strict=True
     ):
-        lines.append(line(f"optimizer{jax.tree_util.keystr(path)}", leaf.shape, sharding))
+        if any(own.get(path[i:]) == sharding for i in range(len(path))):
+            like += 1
+        else:
+            lines.append(line(f"optimizer{jax.tree_util.keystr(path)}", leaf.shape, sharding))
+    lines.append(f"optimizer: {like} arrays lie as their parameters")
     for axes, shape in (
         ("rows", (8,)),
         ("rows length hidden", (8, 16, 32)),
