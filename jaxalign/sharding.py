@@ -186,6 +186,17 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RU
     return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules, mesh)), axes)
 
 
+def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
+    """Lays parameters out on another mesh (of the same devices, say) by one `device_put`.
+
+    Args:
+      params: nested dict of arrays, wherever they lie.
+      axes: nested dict of their logical axes, `model.axes`.
+      mesh: where they are to lie.
+    """
+    return jax.device_put(params, param_shardings(axes, mesh, params))
+
+
 def _check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
     partition_spec(axes, rules, mesh)
     for axis, size in zip(axes.split(), shape, strict=True):
@@ -210,7 +221,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh=mesh))
 
 
-def shards(axis: str, mesh: Mesh | None = None) -> int:
+def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
     """Over how many shards a logical axis is split on this mesh (by default the current one)."""
     here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(here.shape[name] for name in mesh_axes(axis, RULES, here))
@@ -218,7 +229,7 @@ def shards(axis: str, mesh: Mesh | None = None) -> int:
 
 def row_shards(mesh: Mesh | None = None) -> int:
     """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
-    return shards("rows", mesh)
+    return axis_shards("rows", mesh)
 
 
 def row_axes(mesh: Mesh | None = None) -> str:

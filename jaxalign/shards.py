@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.sharding import RULES, mesh_axes, partition_spec, row_shards, shards
+from jaxalign.sharding import RULES, axis_shards, mesh_axes, partition_spec, row_shards
 
 
 def current_device() -> tuple[str, str]:
@@ -24,7 +24,7 @@ def current_device() -> tuple[str, str]:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
-        chosen = jax.config.jax_default_device
+        chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 (a name made at run time)
         if isinstance(chosen, str):
             device = jax.devices(chosen)[0]
         else:
@@ -53,7 +53,7 @@ def map_shards(
         spec = partition_spec(names, mesh=mesh) if isinstance(names, str) else names
         if isinstance(names, str) and jax.tree.leaves(arg):
             rows = jax.tree.leaves(arg)[0].shape[0]
-            if rows % shards(names.split()[0]):
+            if rows % axis_shards(names.split()[0]):
                 spec = PartitionSpec(None, *spec[1:])
         specs.append(spec)
     # What is whole on several devices is computed alike on all of them; nothing checks it.
@@ -85,7 +85,7 @@ def fold_length(x: jax.Array) -> jax.Array:
     Every device keeps what it has. T is padded with zeros to a multiple of n; `unfold_length`
     turns back.
     """
-    parts = shards("length")
+    parts = axis_shards("length")
     if parts == 1:
         return x
     x = pad_length(x)
@@ -95,7 +95,7 @@ def fold_length(x: jax.Array) -> jax.Array:
 
 def unfold_length(x: jax.Array, length: int) -> jax.Array:
     """The opposite of `fold_length`, for rows of this length."""
-    parts = shards("length")
+    parts = axis_shards("length")
     if parts == 1:
         return x
     x = _pin_folded(x)
@@ -111,7 +111,7 @@ def _pin_folded(x: jax.Array) -> jax.Array:
 
 def pad_length(x: jax.Array, dim: int = 1, multiple: int = 1) -> jax.Array:
     """Pads time with zeros, to a multiple of its shards and of `multiple` in each of them."""
-    pad = -x.shape[dim] % (shards("length") * multiple)
+    pad = -x.shape[dim] % (axis_shards("length") * multiple)
     if not pad:
         return x
     return jnp.pad(x, [(0, pad if i == dim else 0) for i in range(x.ndim)])
@@ -146,7 +146,7 @@ def map_row_shards(
     if mesh.empty or rows[0].shape[0] % row_shards():
         return run(*rows, weights, 0)
     length = rows[0].shape[1]
-    time = "length" if length >= shards("length") else "new"
+    time = "length" if length >= axis_shards("length") else "new"
     if time == "length":
         rows = [pad_length(x) for x in rows]
     split = partition_spec(f"rows {time}", mesh=mesh)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from jaxalign.models.kernels import cudnn, splash
 from jaxalign.models.sight import Lookout, Marks, Sight, visible
-from jaxalign.sharding import shards
+from jaxalign.sharding import axis_shards
 from jaxalign.shards import gather_shards, map_shards, pad_length, shard_index
 from jaxalign.types import Array
 
-_HIDDEN = -1e30
+HIDDEN = -1e30
 """Score of what may not be seen; finite, so that a row that sees nothing gives no NaN."""
 
 _BLOCK = 128
@@ -27,24 +27,6 @@ _MOST_BLOCKS = 8
 
 _SCORES = 2**25
 """Most scores a device holds at a time: 32 M, 128 MiB in float32."""
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, for decoding.
-
-    Attributes:
-      keys: `[L, B, S, K, head_dim]`, rotated.
-      values: `[L, B, S, K, head_dim]`.
-      segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
-      positions: int32 `[B, S]`.
-      used: int32 scalar, the column that is written next.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    used: jax.Array
 
 
 def attend(
@@ -79,10 +61,9 @@ def attend(
     query = (query * scale).astype(key.dtype)  # a traced scale is float32
     if not isinstance(sight, Sight):
         lookout = Lookout(Marks(None, None), Marks(None, None), matrix=jnp.asarray(sight))
-        return _plain(query, key, value, lookout, Rule(softcap, causal, False, _parts()))
-    if sight.cached or (kind == "xla" and shards("length") == 1):
-        rule = Rule(softcap, not sight.cached, sight.cached, _parts())
-        return _plain(query, key, value, sight.lookout(), rule)
+        return _plain(query, key, value, lookout, Rule(softcap, causal, _parts()))
+    if kind == "xla" and axis_shards("length") == 1:
+        return _plain(query, key, value, sight.lookout(), Rule(softcap, True, _parts()))
     length = query.shape[1]
     key, value = (_repeated(x, query.shape[2]) for x in (key, value))
     heads = _heads(query, key)
@@ -100,14 +81,14 @@ def attend(
 
 def _repeated(x: jax.Array, heads: int) -> jax.Array:
     """Keys or values with heads repeated, where there are fewer of them than shards of heads."""
-    parts, own = shards("heads"), x.shape[2]
+    parts, own = axis_shards("heads"), x.shape[2]
     fewer = own % parts and parts % own == 0 and heads % parts == 0
     return jnp.repeat(x, parts // own, axis=2) if fewer else x
 
 
 def _heads(query: jax.Array, key: jax.Array) -> str:
     """The logical axis of heads where they divide over their shards, else one that is whole."""
-    divide = all(x.shape[2] % shards("heads") == 0 for x in (query, key))
+    divide = all(x.shape[2] % axis_shards("heads") == 0 for x in (query, key))
     return "heads" if divide else "hidden"
 
 
@@ -120,12 +101,12 @@ def _part_of_rows(
     holds = None if windowed is None else windowed[0]
     lookout = Sight(looking, seen, False, window, holds).lookout()
     lookout = lookout._replace(first=shard_index("length") * query.shape[1])
-    return _plain(query, key, value, lookout, Rule(softcap, False, False, 1))
+    return _plain(query, key, value, lookout, Rule(softcap, False, 1))
 
 
 def _parts() -> int:
     """Over how many devices the scores are split, where the compiler splits them."""
-    return shards("rows") * shards("heads")
+    return axis_shards("rows") * axis_shards("heads")
 
 
 class Rule(NamedTuple):
@@ -134,13 +115,11 @@ class Rule(NamedTuple):
     Attributes:
       softcap: of the scores, or None.
       causal: columns after a query's own need no computing (T = S).
-      cached: see `Sight`.
       parts: over how many devices the scores are split.
     """
 
     softcap: float | None
     causal: bool
-    cached: bool
     parts: int
 
 
@@ -205,7 +184,7 @@ def _forward(rule: Rule, query, key, value, lookout: Lookout):
 
         def one(start, piece=piece, keys=keys, values=values):
             part = jax.lax.dynamic_slice_in_dim(query, start, piece.size, axis=3)
-            sees = visible(lookout, rule.cached, start, piece.size, piece.stop)
+            sees = visible(lookout, start, piece.size, piece.stop)
             scores, _ = _scores(rule.softcap, part, keys, sees)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
@@ -244,7 +223,7 @@ def _backward(rule: Rule, saved, gradient):
                 jax.lax.dynamic_slice_in_dim(x, start, piece.size, axis=3)
                 for x in (query, gradient, logz, inner)
             )
-            sees = visible(lookout, rule.cached, start, piece.size, piece.stop)
+            sees = visible(lookout, start, piece.size, piece.stop)
             scores, slope = _scores(rule.softcap, part, keys, sees)
             weights = jnp.exp(scores - part_logz)
             to_scores = weights * (_matmul(above, values.swapaxes(-1, -2)) - part_inner)
@@ -285,7 +264,7 @@ def _scores(
     if softcap is not None:
         bent = jnp.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent * bent
-    return jnp.where(mask[:, :, None], scores, _HIDDEN), slope
+    return jnp.where(mask[:, :, None], scores, HIDDEN), slope
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:

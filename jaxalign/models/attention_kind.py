@@ -1,4 +1,8 @@
-"""Which form of attention runs: one table of what each kernel covers, and the choice from it."""
+"""Which form of attention runs: one table of what each kernel covers, and the choice from it.
+
+This is about whole rows, in training, scoring and prefill. Decoding reads its cache in a form of
+its own (`jaxalign.models.cache`).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,6 @@ class Case:
       length: tokens of a row.
       softcap: whether scores are capped.
       branches: whether rows have branches.
-      cached: whether keys and values are read from a cache.
       adrift: whether there are several devices and no mesh in context that says what lies where.
       platform: "cpu", "gpu" or "tpu".
       device_kind: what the device calls itself.
@@ -51,7 +54,6 @@ class Case:
     length: int
     softcap: bool = False
     branches: bool = False
-    cached: bool = False
     adrift: bool = False
     platform: str = "cpu"
     device_kind: str = ""
@@ -59,7 +61,6 @@ class Case:
 
 LACKS: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
     "splash": (
-        (lambda case: case.cached, "it reads no key-value cache"),
         (lambda case: case.branches, "it knows no branches"),
         (lambda case: case.dtype == "float16", "TPUs have no float16"),
         (lambda case: case.length < 128, "its least block is 128 tokens"),
@@ -70,7 +71,6 @@ LACKS: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
             lambda case: case.platform != "gpu" or not case.device_kind.startswith("NVIDIA"),
             "it needs an NVIDIA GPU",
         ),
-        (lambda case: case.cached, "it reads no key-value cache"),
         (lambda case: case.softcap, "it has no soft cap"),
         (lambda case: case.dtype == "float32", "it computes in bfloat16 or float16 only"),
         (lambda case: case.head_dim % 8 != 0, "it wants heads of a multiple of 8 dimensions"),
@@ -86,7 +86,7 @@ BY_BACKEND = {"tpu": "splash", "gpu": "cudnn"}
 
 def attention_kind(
     asked: str = "auto", *, dtype: str, head_dim: int, length: int, softcap: float | None = None,
-    branches: bool = False, cached: bool = False, device: tuple[str, str] | None = None,
+    branches: bool = False, device: tuple[str, str] | None = None,
 ) -> Choice:  # fmt: skip
     """Decides which form of attention runs.
 
@@ -98,7 +98,6 @@ def attention_kind(
       length: tokens of a row.
       softcap: of the scores, or None.
       branches: whether rows have branches.
-      cached: whether keys and values are read from a cache (decoding).
       device: platform and kind, as `jaxalign.shards.current_device` gives; None: what it gives.
 
     Raises:
@@ -115,7 +114,6 @@ def attention_kind(
         length=length,
         softcap=softcap is not None,
         branches=branches,
-        cached=cached,
         adrift=jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1,
         platform=platform,
         device_kind=device_kind,

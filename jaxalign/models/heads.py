@@ -18,7 +18,7 @@ from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.fused_head import fused_logprobs, identity
-from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards, shards
+from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
@@ -84,7 +84,7 @@ def target_logprobs(
     # On one device the rows are laid end to end; over several, every row, or part of one, stays on
     # its own.
     hidden, targets = fold_length(hidden), fold_length(targets)
-    parts = row_shards() * shards("length")
+    parts = row_shards() * axis_shards("length")
     shape = targets.shape if parts > 1 else (1, rows * length)
     hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
     wanted = order = None

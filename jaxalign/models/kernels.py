@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.sight import Marks, Sight, visible
-from jaxalign.sharding import shards
+from jaxalign.sharding import axis_shards
 from jaxalign.shards import (
     current_device,
     gather_shards,
@@ -52,14 +52,19 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    length, parts = query.shape[1], shards("length")
+    length, parts = query.shape[1], axis_shards("length")
     block = _block(-(-length // parts))
     query, key, value = (pad_length(x, multiple=block) for x in (query, key, value))
     segments = pad_length(jnp.asarray(sight.looking.segments), multiple=block)
     padded = query.shape[1]
-    count = query.shape[2] // shards(heads)
-    size = dict.fromkeys(
-        ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block
+    count = query.shape[2] // axis_shards(heads)
+    sizes = library.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
 
     def kernel(window: int | None) -> Any:
@@ -68,7 +73,7 @@ def splash(
             mask = library.LocalMask((padded, padded), (window - 1, 0), 0, shard_count=parts)
         return library.make_splash_mha(
             library.MultiHeadMask([mask] * count),
-            block_sizes=library.BlockSizes(**size),
+            block_sizes=sizes,
             head_shards=1,
             q_seq_shards=parts,
             attn_logits_soft_cap=softcap,
@@ -134,7 +139,7 @@ def cudnn(
     """
     if softcap is not None:
         raise ValueError(f"cuDNN attention has no soft cap; got {softcap}: use attention='xla'")
-    parts = shards("length")
+    parts = axis_shards("length")
     attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
     key, value = (gather_shards(x, "length", 1) for x in (key, value))
     holds = None if windowed is None else windowed[0]
@@ -142,7 +147,7 @@ def cudnn(
     def masked(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         lookout = Sight(looking, seen, False, window, holds).lookout()
         lookout = lookout._replace(first=shard_index("length") * query.shape[1])
-        mask = visible(lookout, False)
+        mask = visible(lookout)
         # A bias wants even lengths.
         new, old = query.shape[1] % 2, key.shape[1] % 2
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, new), (0, old)))

@@ -28,7 +28,7 @@ class Marks(NamedTuple):
 
 
 class Lookout(NamedTuple):
-    """The arrays of a `Sight`, for functions that take arrays only.
+    """The arrays of a `Sight` along a row, for functions that take arrays only.
 
     Attributes:
       looking: marks of the T tokens that look.
@@ -77,13 +77,14 @@ class Sight:
 
     def with_matrix(self) -> Sight:
         """The same with the matrix made, for short rows: once for all layers."""
-        whole = visible(self.lookout(), self.cached)
+        whole = visible(self.lookout(), cached=self.cached)
         return dataclasses.replace(self, matrix=whole)
 
 
 def visible(
-    lookout: Lookout, cached: bool, start: Any = 0, size: int | None = None, stop: int | None = None
-) -> jax.Array:
+    lookout: Lookout, start: Any = 0, size: int | None = None, stop: int | None = None, *,
+    cached: bool = False,
+) -> jax.Array:  # fmt: skip
     """Which token sees which, for `size` tokens from `start` on and columns before `stop`.
 
     Returns:

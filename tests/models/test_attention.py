@@ -91,7 +91,7 @@ def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
         monkeypatch.setattr(attention, "_SCORES", 1)
         monkeypatch.setattr(attention, "_MOST_BLOCKS", 2)
         pieces = list(attention._pieces(
-            attention.Rule(None, True, False, 1), np.zeros((1, 2, 2, length, 8)),
+            attention.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
             np.zeros((1, 2, length, 8)),
         ))  # fmt: skip
         assert [piece[:] for piece in pieces] == [(0, 3, 128, 384), (384, 2, 128, 700),
@@ -192,7 +192,6 @@ TPU = ("tpu", "TPU v5 lite")
         ("auto", ("cpu", "cpu"), {}, "xla", "cpu has no kernel"),
         ("auto", TPU, {}, "splash", "the kernel for tpu"),
         ("auto", TPU, {"branches": True}, "xla", "not splash: it knows no branches"),
-        ("auto", TPU, {"cached": True}, "xla", "not splash: it reads no key-value cache"),
         ("auto", TPU, {"length": 64}, "xla", "not splash: its least block"),
         ("auto", TPU, {"dtype": "float16"}, "xla", "not splash: TPUs have no float16"),
         ("xla", TPU, {}, "xla", "asked for"),
