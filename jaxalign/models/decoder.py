@@ -27,6 +27,7 @@ from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
 from jaxalign.sharding import axis_shards, constrain
+from jaxalign.shards import pad_length
 from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -144,6 +145,11 @@ def _with_values(state: Any, values: Params) -> Any:
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, values)
     return state
+
+
+def _even(inputs: Array, marks: Marks) -> tuple[jax.Array, Marks]:
+    """Tokens and their marks with padding at the end where the mesh splits time unevenly."""
+    return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, marks))
 
 
 def _layer(stacked: Any, layer: int) -> Any:
@@ -285,7 +291,8 @@ class Decoder:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
-        marks = Marks(jnp.asarray(segment_ids), jnp.asarray(positions), branch_ids)
+        length = inputs.shape[1]
+        inputs, marks = _even(inputs, Marks(segment_ids, positions, branch_ids))
         view_of, kind = self._views(marks)
 
         def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
@@ -306,10 +313,10 @@ class Decoder:
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)
             nothing = Routing(zeros, zeros)
-        x = self._embed(params, inputs, positions, segment_ids, "rows length hidden")
+        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
         carry = (x, nothing)
         (x, total), _ = jax.lax.scan(step, carry, (params["blocks"], layer_traits(config)))
-        return self._norm(params, x), total
+        return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
 
     def _views(self, marks: Marks) -> tuple[Callable[[Any], View], str]:
         """How layers look at whole rows, and by which form of attention."""
@@ -339,21 +346,23 @@ class Decoder:
         """
         config, kind = self.config, self.compute_dtype if dtype is None else dtype
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
-        view_of, form = self._views(Marks(segment_ids, positions))
+        length = positions.shape[1]
+        inputs, marks = _even(inputs, Marks(segment_ids, positions))
+        view_of, form = self._views(marks)
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer, trait = xs
             (x, _), kept = self._block(layer).read(x, view_of(trait), form)
-            kept = jax.tree.map(lambda y: y.astype(kind).transpose(0, 2, 1, 3), kept)
+            kept = jax.tree.map(lambda y: y[:, :length].astype(kind).transpose(0, 2, 1, 3), kept)
             return constrain(x, "rows length hidden"), kept
 
-        x = self._embed(params, inputs, positions, segment_ids, "rows length hidden")
+        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
         x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_traits(config)))
         keys, values = (
             tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
         )
-        used = jnp.asarray(positions.shape[1], jnp.int32)
-        return self._norm(params, x), Cache(keys, values, segment_ids, positions, used)
+        used = jnp.asarray(length, jnp.int32)
+        return self._norm(params, x)[:, :length], Cache(keys, values, segment_ids, positions, used)
 
     def by_layer(self, params: Params) -> Params:
         """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
