@@ -160,7 +160,7 @@ def test_shared_parts_of_algorithms_know_no_algorithm():
 
 
 def test_mesh_axis_names_live_in_one_file():
-    axes = {"fsdp", "tensor", "sequence"}
+    axes = {"fsdp", "tensor"}
     for path in FILES:
         module = name_of(path)
         if room(module) in ("sharding", "config", "plan", "train", "cli"):
