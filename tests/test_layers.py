@@ -37,6 +37,7 @@ LAYERS = {
 
 # Files that are parts of one room although they are not in a folder.
 PARTS = {
+    "shards": "sharding",
     "sampling": "generate",
     "decoding": "generate",
     "masked": "types",

@@ -18,7 +18,8 @@ from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.fused_head import fused_logprobs, identity
-from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
+from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
+from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
@@ -84,18 +85,21 @@ def target_logprobs(
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params).astype(hidden.dtype)
-    # On one device the rows are laid end to end; over several, every row stays on its own.
-    shape = (rows, length) if row_shards() > 1 else (1, rows * length)
+    # On one device the rows are laid end to end; over several, every row, or part of one, stays on
+    # its own.
+    hidden, targets = fold_length(hidden), fold_length(targets)
+    parts = row_shards() * axis_shards("length")
+    shape = targets.shape if parts > 1 else (1, rows * length)
     hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
     wanted = order = None
     if mask is not None:
-        mask = jnp.asarray(mask, bool).reshape(shape)
+        mask = fold_length(jnp.asarray(mask, bool)).reshape(shape)
         order = jnp.argsort(~mask, axis=1, stable=True)
         wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
         hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
         targets = jnp.take_along_axis(targets, order, axis=1)
     if chunk is None:
-        logits = CHUNK_LOGITS * row_shards()
+        logits = CHUNK_LOGITS * parts
         most = CHUNK_POSITIONS if mask is None else MASKED_CHUNK_POSITIONS
         chunk = min(most, max(1, logits // (shape[0] * head.shape[1])))
     else:
@@ -117,6 +121,8 @@ def target_logprobs(
         if order is not None and mask is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
             x = jnp.where(mask, x, 0.0)
+        if parts > 1:
+            return constrain(unfold_length(x, length), "rows length")
         return constrain(x.reshape(rows, length), "rows length")
 
     return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
