@@ -1,6 +1,9 @@
 """Reward functions for PPO: `(prompts with answers, prompts) -> scores [B]`.
 
-Any callable of that form will do; here are the two usual ones.
+Any callable of that form will do; here are the two usual ones. With several processes the arrays
+are global. A function that computes with them gives global scores; one that reads them in Python
+takes `jaxalign.local_rows` of them and gives the scores of those rows, so that each host does its
+own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
+from jaxalign.sharding import local_rows
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -45,14 +49,13 @@ def text_reward(
 ) -> Callable[[TokenBatch, PromptBatch], np.ndarray]:
     """A score computed from text: `function(prompt, completion) -> float`.
 
-    Special tokens are left out of both texts. The function runs in Python, one row at a time; an
-    exception in it stops the run, and so does a score that is not finite.
+    Special tokens are left out of both texts. The function runs in Python, one row at a time, on
+    the host that holds the row; an exception in it stops the run, and so does a score that is not
+    finite.
     """
 
     def score(tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
-        batch: Any = jax.device_get(
-            (tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask)
-        )
+        batch: Any = local_rows((tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask))
         scores = np.zeros(len(batch[0]), np.float32)
         for row, (targets, answer, prompt, said) in enumerate(zip(*batch, strict=True)):
             if not answer.any():

@@ -39,6 +39,7 @@ PARTS = {
     "sampling": "generate",
     "decoding": "generate",
     "masked": "types",
+    "host_rows": "sharding",
     "evaluation": "metrics",
     "heldout": "train",
     "best_of": "scoring",

@@ -37,7 +37,7 @@ from jaxalign.losses import ppo as losses
 from jaxalign.masked import weighted, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine
 from jaxalign.models.heads import target_logprobs
-from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.sharding import local_rows, mesh_of, on_mesh, shard_batch
 from jaxalign.types import (
     Array,
     Params,
@@ -306,7 +306,9 @@ def make_prepare(
         kl_coef = jnp.asarray(config.kl_coef if kl_coef is None else kl_coef, jnp.float32)
         with on_mesh(mesh):
             tokens = _join(prompts, answers, config.pad_token)
-            scores = _finite(reward_fn(tokens, prompts), np.asarray(jnp.any(answers.mask, axis=1)))
+            # Of this host's rows, which is all a reward in Python has to know of.
+            answered = local_rows(jnp.any(answers.mask, axis=1), mesh)
+            scores = _finite(local_rows(reward_fn(tokens, prompts), mesh), answered)
             # The sampler's log-probabilities are aligned with targets: shifted by one, once.
             blank = jnp.zeros((answers.tokens.shape[0], prompts.tokens.shape[1] - 1))
             end = jnp.zeros((answers.tokens.shape[0], 1))

@@ -17,6 +17,7 @@ from jaxalign.data import prompt_batches, stop_token_ids
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import to_floats
 from jaxalign.rewards import model_reward
+from jaxalign.sharding import all_rows
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.loading import (
     check_vocabulary,
@@ -59,7 +60,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     if options.pad_token == 0:
         options = dataclasses.replace(options, pad_token=pad_id(loaded.tok))
 
-    batches, held_out = make_data(prompt_batches, config, loaded.tok)
+    batches, held_out = make_data(prompt_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     updates = total * config.ppo_epochs * config.minibatches
     policy_optimizer = config.optimizer
@@ -91,8 +92,8 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         scores: list[float] = []
         for number, batch in enumerate(held_out or ()):
             rollout = prepare(jax.random.fold_in(key, number), state, ref_params, batch)
-            answered = np.asarray(rollout.valid)
-            scores += np.asarray(rollout.scores)[answered].tolist()
+            answered, given = all_rows((rollout.valid, rollout.scores))
+            scores += given[answered].tolist()
             for name, value in to_floats(ppo.rollout_metrics(rollout)).items():
                 if name.startswith(("objective/", "response/")):
                     sums[name] = sums.get(name, 0.0) + value * int(answered.sum())
