@@ -8,16 +8,19 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEVICES = 8
+RUN = ("-m", "jaxalign.cli")
 
 
-def start(arguments, processes, log, **environment):
-    """Starts `jaxalign ARGUMENTS` on `processes` processes with 8 fake devices in all.
+def start(arguments, processes, log, *, program=RUN, folders=None, **environment):
+    """Starts a program on several processes with 8 fake devices in all.
 
     Args:
-      arguments: of the command; the same for all.
+      arguments: of the program; the same for all.
       processes: how many.
       log: a path; what process i says goes to `<log>.<i>`.
-      **environment: more variables; a list gives each process its own.
+      program: what Python runs; the command line of jaxalign by default.
+      folders: where each process runs; here by default.
+      **environment: more variables.
 
     Returns:
       The running processes.
@@ -30,18 +33,19 @@ def start(arguments, processes, log, **environment):
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
+        "JAX_NUM_PROCESSES": str(processes),
     }
     if processes > 1:
-        common |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+        common["JAX_COORDINATOR_ADDRESS"] = address
     running = []
     for index in range(processes):
-        own = {k: v[index] if isinstance(v, list) else v for k, v in environment.items()}
         with pathlib.Path(f"{log}.{index}").open("w", encoding="utf-8") as file:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "jaxalign.cli", *map(str, arguments)],
-                    env=common | {"JAX_PROCESS_ID": str(index)} | own,
+                    [sys.executable, *program, *map(str, arguments)],
+                    env=common | {"JAX_PROCESS_ID": str(index)} | environment,
+                    cwd=None if folders is None else folders[index],
                     stdout=file,
                     stderr=subprocess.STDOUT,
                 )
@@ -49,7 +53,7 @@ def start(arguments, processes, log, **environment):
     return running
 
 
-def finish(running, log, timeout=240):
+def finish(running, log, timeout=270):
     """Waits for processes; gives their exit statuses and what they said."""
     try:
         statuses = [process.wait(timeout) for process in running]

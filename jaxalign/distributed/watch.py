@@ -79,7 +79,7 @@ class Watch:
             self._beat(_DONE)
             # Wakes the thread. Python must not end while it is within the client.
             self._service.key_value_set(f"{_NEWS}/{self._index}", "", allow_overwrite=True)
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_TELLING)
 
     def fail(self, message: str) -> None:
