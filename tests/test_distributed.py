@@ -391,6 +391,7 @@ class Hosts:
 @pytest.fixture
 def hosts(monkeypatch):
     monkeypatch.setattr(watch, "who", lambda index: f"process {index} (host{index})")
+    monkeypatch.setattr(watch, "_TELLING", 0.5)
     made = []
 
     def make(count, patience):

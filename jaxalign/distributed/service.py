@@ -33,6 +33,16 @@ def seconds(name: str, default: int) -> int:
     return int(text)
 
 
+def reachable(timeout: float = 2.0) -> bool:
+    """Whether somebody listens where the service is, on the machine of process 0."""
+    host, _, port = str(global_state.coordinator_address).rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
 def announce() -> None:
     """Tells the others which machine this process runs on."""
     here = f"{socket.gethostname()}, pid {os.getpid()}"

@@ -4,13 +4,19 @@ JAX's service notices by itself when a process sends no more signs of life, and 
 others, but knows processes by number only, and hears nothing of what went wrong. So each process
 has a thread that waits for bad news and gives signs of life of its own, which process 0 watches.
 It is a little quicker than the service, which stays behind it for machines that hang altogether.
+
+The service lives in process 0. Without it, JAX aborts the other processes within milliseconds, by
+C++ code that leaves no thread of Python the time to speak; so the last word is had by a handler of
+that very abort.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,7 +27,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxalign.distributed.service import PREFIX, announce, client, seconds, who
+from jaxalign.distributed.service import PREFIX, announce, client, reachable, seconds, who
 from jaxalign.distributed.talk import barrier
 
 LOST = "JAXALIGN_LOST_SECONDS"
@@ -122,8 +128,7 @@ class Watch:
             except Exception as error:
                 if self._ended.is_set() or "DEADLINE_EXCEEDED" in str(error):
                     continue
-                # The store is where process 0 is; every other trouble with it is temporary.
-                message = f"{who(0)} is lost: it was killed, or its machine cannot be reached"
+                message = _first_is_lost()
             if self._ended.is_set() or message is None:
                 continue
             self.end()
@@ -147,6 +152,10 @@ class Watch:
                 return
 
 
+def _first_is_lost() -> str:
+    return f"{who(0)} is lost: it was killed, or its machine cannot be reached"
+
+
 _watch: Watch | None = None
 _broken = False
 
@@ -162,6 +171,8 @@ def begin() -> None:
         who(index)  # must be known when the store is gone
     _watch = Watch(client(), jax.process_index(), jax.process_count(), lost_after(), _stop)
     _watch.start()
+    if jax.process_index():
+        ctypes.CDLL(None).signal(signal.SIGABRT, _ABORTED)
     # Before JAX's own, which waits for all processes: that one would wait for the dead as well.
     atexit.register(_at_exit)
 
@@ -171,6 +182,16 @@ def _stop(message: str) -> None:
     text = f"jaxalign: {message}. This is {who(jax.process_index())}, which stops too.\n"
     os.write(2, text.encode())
     os._exit(1)
+
+
+def _aborted(number: int) -> None:
+    """JAX aborts this process; where that is for the loss of process 0, says so."""
+    if not reachable():
+        _stop(_first_is_lost())
+
+
+# By ctypes: a handler set by Python's `signal` runs when the main thread next does, which is never.
+_ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
 
 
 def _at_exit() -> None:
