@@ -15,7 +15,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from jaxalign import train as loop
-from jaxalign.config import load_config, merge
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -68,6 +69,18 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
     turned = jaxalign.shard_batch(jax.jit(lambda x: x[::-1])(batch["x"]), mesh)
     expected = every[::-1][index * 8 // count : (index + 1) * 8 // count]
     assert (jaxalign.local_rows(turned, mesh) == expected).all()
+
+import chatmodel
+from jaxalign.types import PromptBatch, TokenBatch
+mesh, yes, no = jaxalign.make_mesh(2, 2, 2), np.ones((4, 4), bool), np.zeros((4, 4), bool)
+ids = np.full((4, 4), 70 + 4 * me, np.int32) + np.arange(4, dtype=np.int32)[:, None]
+rows = TokenBatch(ids, ids, ids, ids, yes), PromptBatch(ids, no, ids[:, 0])
+rows = jaxalign.shard_batch(rows, mesh)
+heard = []
+tok = chatmodel.make_tokenizer()
+reward = jaxalign.text_reward(lambda prompt, answer: heard.append(answer) or me, tok)
+assert (reward(*rows) == np.full(4, me)).all()
+assert heard == [tok.decode(row) for row in ids], heard
 print("SUMS", distributed.total([me + 1, 2**31 - 1]))
 try:
     distributed.check_same("the configuration", {"data.rows": 8 + me})

@@ -411,9 +411,9 @@ def make_loss(model: LanguageModel, critic: ScalarModel, config: Config | None =
 
         ratio = jnp.exp(jnp.clip(new - old, -losses.MAX_LOG_RATIO, losses.MAX_LOG_RATIO))
         unclipped = -advantages * ratio
-        moved = values - old_values
         limit = jnp.inf if config.clip_range_value is None else config.clip_range_value
-        near = old_values + jnp.clip(moved, -limit, limit)
+        # A value within the bounds stays as it is, to the last bit: rounding is no clipping.
+        near = jnp.clip(values, old_values - limit, old_values + limit)
         metrics = {
             "loss/policy_avg": weighted(policy_losses, mask),
             "loss/value_avg": weighted(value_losses, value_mask),

@@ -68,6 +68,7 @@ class Watch:
         self._patience, self._stop = patience, stop
         self._pause = max(1, round(1000 * patience / 6))  # milliseconds
         self._seen: dict[int, tuple[str, float]] = {}
+        self._looked = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxalign-watch", daemon=True)
 
@@ -138,6 +139,9 @@ class Watch:
     def _look(self) -> None:
         """Process 0: who has been silent for too long?"""
         now = time.monotonic()
+        if now - self._looked > self._patience / 2:
+            self._seen.clear()  # it was this process that slept, or its machine: hear them anew
+        self._looked = now
         for key, text in self._service.key_value_dir_get(_BEAT):
             index = int(key.rsplit("/", 1)[1])
             before = self._seen.get(index)
