@@ -68,7 +68,7 @@ class Watch:
         self._patience, self._stop = patience, stop
         self._pause = max(1, round(1000 * patience / 6))  # milliseconds
         self._seen: dict[int, tuple[str, float]] = {}
-        self._looked = time.monotonic()
+        self._looked = self._awake = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxalign-watch", daemon=True)
 
@@ -140,20 +140,31 @@ class Watch:
         """Process 0: who has been silent for too long?"""
         now = time.monotonic()
         if now - self._looked > self._patience / 2:
-            self._seen.clear()  # it was this process that slept, or its machine: hear them anew
+            self._awake = now  # it was this process that slept, or its machine: hear them anew
         self._looked = now
         for key, text in self._service.key_value_dir_get(_BEAT):
             index = int(key.rsplit("/", 1)[1])
             before = self._seen.get(index)
             if before is None or before[0] != text:
                 self._seen[index] = (text, now)
-            elif text != _DONE and now - before[1] > self._patience:
-                message = (
-                    f"{who(index)} is lost: no sign of life for {now - before[1]:.0f} s; it was "
-                    "killed, or its machine hangs or cannot be reached"
-                )
-                self._tell(message)
+            elif text != _DONE and now - max(before[1], self._awake) > self._patience:
+                self._tell(_is_silent(index, now - before[1]))
                 return
+
+    def silent(self) -> str | None:
+        """Process 0: a message about one that has been silent for long, if there is one."""
+        now = time.monotonic()
+        for index, (text, since) in self._seen.items():
+            if text != _DONE and now - since > self._patience:
+                return _is_silent(index, now - since)
+        return None
+
+
+def _is_silent(index: int, silence: float) -> str:
+    return (
+        f"{who(index)} is lost: no sign of life for {silence:.0f} s; it was killed, or its machine "
+        "hangs or cannot be reached"
+    )
 
 
 def _first_is_lost() -> str:
@@ -175,8 +186,7 @@ def begin() -> None:
         who(index)  # must be known when the store is gone
     _watch = Watch(client(), jax.process_index(), jax.process_count(), lost_after(), _stop)
     _watch.start()
-    if jax.process_index():
-        ctypes.CDLL(None).signal(signal.SIGABRT, _ABORTED)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _ABORTED)
     # Before JAX's own, which waits for all processes: that one would wait for the dead as well.
     atexit.register(_at_exit)
 
@@ -189,9 +199,14 @@ def _stop(message: str) -> None:
 
 
 def _aborted(number: int) -> None:
-    """JAX aborts this process; where that is for the loss of process 0, says so."""
-    if not reachable():
-        _stop(_first_is_lost())
+    """JAX aborts this process; where that is for the loss of another, says so."""
+    message = None
+    if jax.process_index() == 0:
+        message = None if _watch is None else _watch.silent()
+    elif not reachable():
+        message = _first_is_lost()
+    if message is not None:
+        _stop(message)
 
 
 # By ctypes: a handler set by Python's `signal` runs when the main thread next does, which is never.
