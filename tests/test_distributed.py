@@ -42,7 +42,7 @@ GIVEN = {
     "process_id": 0,
     "cluster_detection_method": "deactivate",
 }
-TIMES = {"initialization_timeout": 600, "heartbeat_timeout_seconds": 45}
+TIMES = {"initialization_timeout": 600, "heartbeat_timeout_seconds": 75}
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_times_are_taken_from_the_environment(starts, monkeypatch):
     set_environment(monkeypatch, EXPLICIT | values)
     distributed.start()
     # The service is the second line: it waits a little longer than the watch.
-    times = {"initialization_timeout": 20, "heartbeat_timeout_seconds": 13}
+    times = {"initialization_timeout": 20, "heartbeat_timeout_seconds": 31}
     assert starts == [GIVEN | times]
     monkeypatch.setenv("JAXALIGN_JOIN_SECONDS", "0")
     with pytest.raises(ValueError, match="JAXALIGN_JOIN_SECONDS='0': wanted a positive"):
@@ -393,6 +393,7 @@ def hosts(monkeypatch):
     monkeypatch.setattr(watch, "who", lambda index: f"process {index} (host{index})")
     monkeypatch.setattr(watch, "_TELLING", 0.5)
     made = []
+    monkeypatch.setattr(watch, "reachable", lambda: not made[-1].store.gone)
 
     def make(count, patience):
         made.append(Hosts(count, patience))

@@ -47,8 +47,9 @@ def start() -> None:
         jax.distributed.initialize(
             **found,
             initialization_timeout=seconds(JOIN, 600),
-            # The service is behind our own watch, which can say which machine it was.
-            heartbeat_timeout_seconds=patience + max(5, patience // 2),
+            # The service is behind our own watch, which can say which machine it was. It hears of a
+            # process twice in this time, so it may notice after a little more than half of it.
+            heartbeat_timeout_seconds=2 * patience + 15,
         )
     watch.begin()
 

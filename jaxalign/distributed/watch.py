@@ -37,6 +37,7 @@ _FAILED = f"{PREFIX}/failed"
 _NEWS = f"{PREFIX}/news"
 _BEAT = f"{PREFIX}/beat"
 _DONE = "done"
+_OWN = "RESOURCE_EXHAUSTED"  # what XLA says of this process alone: its memory is full
 _TELLING = 10.0  # seconds in which the others hear of a failure here
 
 
@@ -89,6 +90,10 @@ class Watch:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_TELLING)
 
+    def wait(self) -> None:
+        """Gives the thread the time to notice the loss of another process."""
+        self._thread.join(1.5 * self._patience)
+
     def fail(self, message: str) -> None:
         """Tells the others that this process has failed, and waits until they have heard it."""
         if self._ended.is_set():
@@ -129,7 +134,9 @@ class Watch:
             except Exception as error:
                 if self._ended.is_set() or "DEADLINE_EXCEEDED" in str(error):
                     continue
-                message = _first_is_lost()
+                # Either the store is gone with process 0, or JAX is about to end this process.
+                message = _first_is_lost() if not reachable() else self.silent()
+                self._ended.wait(0.0 if message else 1.0)
             if self._ended.is_set() or message is None:
                 continue
             self.end()
@@ -152,7 +159,7 @@ class Watch:
                 return
 
     def silent(self) -> str | None:
-        """Process 0: a message about one that has been silent for long, if there is one."""
+        """On process 0: a message about one that has been silent for long, if there is one."""
         now = time.monotonic()
         for index, (text, since) in self._seen.items():
             if text != _DONE and now - since > self._patience:
@@ -250,6 +257,10 @@ def guard() -> Iterator[None]:
         raise
     except BaseException as error:
         if _watch is not None and not _broken:
+            if isinstance(error, jax.errors.JaxRuntimeError) and _OWN not in str(error):
+                # A collective fails where another process is gone: the watch will say which, and
+                # end this process.
+                _watch.wait()
             _broken = True
             summary = "".join(traceback.format_exception_only(error)).strip()
             _watch.fail(f"{who(jax.process_index())} failed: {summary}")
