@@ -378,9 +378,10 @@ def make_loss(
         moved = new - old
         if config.importance_sampling_level == "sequence":
             moved = averages.answer_mean(moved, tokens)
+        # The log-ratio against 0: added to log π_old it would come back rounded.
         policy_losses = losses.policy_loss(
-            old + moved,
-            old,
+            moved,
+            jnp.zeros_like(moved),
             advantages,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
