@@ -53,7 +53,7 @@ def combine_rewards(
         mesh = mesh_of((tokens, prompts))
         answered: Any = np.asarray(local_rows(tokens.loss_mask, mesh)).any(axis=1)
         index = np.asarray(local_rows(prompts.index, mesh))
-        said = local_rows(said, mesh)
+        said = {name: local_rows(each, mesh) for name, each in said.items()}
         parts = {name: _checked(each, answered, index, name) for name, each in said.items()}
         total = np.zeros(len(answered), np.float64)
         spoken = np.zeros(len(answered), np.bool_)
