@@ -7,6 +7,7 @@ to mesh axes; changing a layout means changing the table, never a model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxalign import host_rows
 from jaxalign.types import TrainState
 
 MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -262,26 +264,63 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+@functools.lru_cache(maxsize=16)
+def part_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads: `(index, count)`, for `host=` of the data.
+
+    With one process (0, 1): all rows.
+    """
+    return host_rows.host_part(rows_sharding(mesh), row_shards(mesh))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Places a batch of host arrays on the mesh, rows split over all axes that split rows.
+
+    With several processes, each gives its own rows (see `part_of_rows`), and gets global arrays of
+    all rows. Global arrays are laid out anew where they lie otherwise.
 
     Raises:
       ValueError: the number of rows is not a multiple of the row shards.
     """
     sharding = rows_sharding(mesh)
     parts = row_shards(mesh)
+    part = part_of_rows(mesh)
 
     def place(path: Any, x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
-        if np.shape(x)[0] % parts:
+        rows = np.shape(x)[0] * (part[1] if host_rows.is_local(x) else 1)
+        if rows % parts:
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} has {np.shape(x)[0]} rows, which the mesh "
+                f"batch{jax.tree_util.keystr(path)} has {rows} rows, which the mesh "
                 f"({row_axes(mesh)} = {parts}) does not divide; use a multiple of {parts} rows"
             )
-        return jax.device_put(x, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return host_rows.place_rows(x, sharding, part)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def local_rows(batch: Any, mesh: Mesh | None = None) -> Any:
+    """This process's rows of a batch as numpy arrays; with one process all of them.
+
+    Args:
+      batch: arrays whose first axis is rows; `shard_batch` puts such rows together again.
+      mesh: where they lie; by default found out.
+    """
+    mesh = mesh_of(batch) if mesh is None else mesh
+    if mesh is None or jax.process_count() == 1:
+        return jax.device_get(batch)
+    sharding, part = rows_sharding(mesh), part_of_rows(mesh)
+    return jax.tree.map(lambda x: host_rows.host_rows(x, sharding, part), batch)
+
+
+def all_rows(batch: Any) -> Any:
+    """All rows of a batch as numpy arrays on every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
+    return jax.tree.map(host_rows.whole, batch)
 
 
 class CompiledStep:
@@ -341,6 +380,8 @@ def _on_mesh(x: Any, mesh: Mesh) -> NamedSharding:
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
+    if not host_rows.is_local(x):
+        return host_rows.lay_out(x, sharding)
     return jax.device_put(x, sharding)
 
 

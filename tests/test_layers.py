@@ -41,6 +41,7 @@ PARTS = {
     "sampling": "generate",
     "decoding": "generate",
     "masked": "types",
+    "host_rows": "sharding",
     "evaluation": "metrics",
     "heldout": "train",
     "best_of": "scoring",
