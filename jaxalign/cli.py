@@ -127,16 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_import)
 
     command = commands.add_parser(
-        "plan", help="memory of a run's step on named devices, without weights or data"
+        "plan", help="memory, traffic and speed of a run on named devices, before renting them"
     )
-    command.add_argument("algorithm", choices=tuple(_COMMANDS))
-    command.add_argument("config", help="YAML file, as for the algorithm's command")
+    command.add_argument("config", help="YAML file; the algorithm's name may stand before it")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.add_argument(
+        "--topology",
         "--devices",
-        help="cpu:8, or a TPU topology such as v5e:2x4 or v5p:2x2x2; those present by default",
+        dest="topology",
+        help="v4-8, v5e-16, v5p-128, v6e-256, v5e:4x4, h100:8, h100:8x16 (16 nodes), a100-80g:4, "
+        "cpu:8; the devices that are present by default",
     )
-    command.add_argument("--json", action="store_true", help="bytes, for programs")
+    command.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs, seconds")
     command.set_defaults(run=_plan)
 
     command = commands.add_parser(
@@ -372,15 +374,30 @@ def _import(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    if parsed.devices is not None:
+    kind, _, count = (parsed.topology or "").partition(":")
+    if parsed.topology is not None:
         # Nothing runs, and an accelerator that is here must not be taken.
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if kind == "cpu" and count.isdecimal() and "XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
-    from jaxalign.config import load_config
+    from jaxalign.config import algorithm_of, load_config
+    from jaxalign.config_yaml import override, read_yaml
     from jaxalign.plan import make_plan
 
-    config = load_config(parsed.algorithm, parsed.config, parsed.overrides)
-    plan = make_plan(parsed.algorithm, config, parsed.devices)
+    path, overrides, algorithm = parsed.config, parsed.overrides, None
+    if path in _COMMANDS:
+        if not overrides:
+            raise ValueError(f"plan {path}: wanted a YAML file behind it")
+        algorithm, (path, *overrides) = path, overrides
+    values = override(read_yaml(path), overrides)
+    algorithm = algorithm or algorithm_of(values, "write it before the file: plan sft FILE")
+    config = load_config(algorithm, values)
+
+    def say(text: str) -> None:
+        print(f"plan: {text}", file=sys.stderr, flush=True)
+
+    plan = make_plan(algorithm, config, parsed.topology, say)
     print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
     return 0
 

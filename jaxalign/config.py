@@ -348,3 +348,22 @@ def load_config(
         raise ValueError(f"algorithm={algorithm!r}: wanted one of {', '.join(RUNS)}")
     values = source if isinstance(source, Mapping) else read_yaml(source)
     return build(RUNS[algorithm], override(values, assignments))
+
+
+def algorithm_of(values: Mapping[str, Any], remedy: str) -> str:
+    """Which algorithm a YAML is for: the one whose section it has.
+
+    Args:
+      values: nested values.
+      remedy: what to do where it cannot be told, for the message.
+
+    Raises:
+      ValueError: no section of an algorithm, several, or a pipeline.
+    """
+    found = [name for name in RUNS if name in values]
+    if len(found) == 1:
+        return found[0]
+    if "stages" in values:
+        raise ValueError("config: this is a pipeline; give the YAML of one of its stages")
+    got = " and ".join(found) if found else "no section of an algorithm"
+    raise ValueError(f"config: got {got}, so the algorithm is not known; {remedy}")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxalign.models.attention import Cache
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling, choose
+from jaxalign.sharding import constrain, divides, row_shards
 from jaxalign.types import Array, Params
 
 
@@ -95,8 +96,9 @@ def empty_slots(
 ) -> Slots:  # fmt: skip
     """Slots of which none is taken yet."""
     zeros = jnp.zeros(slots, jnp.int32)
+    cache = model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype)
     return Slots(
-        cache=model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype),
+        cache=cache._replace(keys=_spread(cache.keys), values=_spread(cache.values)),
         hidden=jnp.zeros((slots, model.config.hidden_size), model.compute_dtype),
         position=zeros,
         live=zeros.astype(bool),
@@ -108,6 +110,15 @@ def empty_slots(
         next_row=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
     )
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """Splits an empty cache `[L, B, S, K, head_dim]` over the mesh: nothing else would say where it
+    lies, and all of it would be made on one device."""
+    if x.shape[1] % row_shards():
+        return x
+    heads = "kv_heads" if divides("kv_heads", x.shape[3]) else "hidden"
+    return constrain(x, f"layers rows length {heads}")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples"), donate_argnames="slots")

@@ -200,6 +200,14 @@ def row_shards(mesh: Mesh | None = None) -> int:
     return math.prod(sizes.get(name, 1) for name in RULES["rows"] or ())
 
 
+def divides(axis: str, size: int) -> bool:
+    """Whether a dimension of this logical axis and size splits evenly over the current mesh."""
+    names = RULES[axis]
+    names = (names,) if isinstance(names, str) else names or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return size % math.prod(sizes.get(name, 1) for name in names) == 0
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """How every leaf of a batch lies on the mesh: rows split, the rest whole."""
     return NamedSharding(mesh, partition_spec("rows"))

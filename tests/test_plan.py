@@ -12,9 +12,9 @@ import chatmodel
 import jax
 import pytest
 import yaml
+from jaxalign.abstract import PARTS
 
 from jaxalign import cli
-from jaxalign.abstract import PARTS
 from jaxalign.algorithms.reference import FollowState
 from jaxalign.config import load_config
 from jaxalign.plan import find_devices, make_plan

@@ -90,13 +90,7 @@ def target_logprobs(
         wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
         hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
         targets = jnp.take_along_axis(targets, order, axis=1)
-    if chunk is None:
-        logits = CHUNK_LOGITS * row_shards()
-        chunk = min(CHUNK_POSITIONS, max(1, logits // (shape[0] * head.shape[1])))
-    else:
-        chunk = max(1, chunk * rows // shape[0])
-    count = math.ceil(shape[1] / chunk)
-    chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
+    chunk, count = head_chunks(rows, length, head.shape[1], row_shards(), chunk)
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
@@ -113,6 +107,27 @@ def target_logprobs(
         return constrain(x.reshape(rows, length), "rows length")
 
     return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
+
+
+def head_chunks(
+    rows: int, length: int, vocabulary: int, shards: int, chunk: int | None = None
+) -> tuple[int, int]:
+    """How the head cuts up its positions: (positions of a row at a time, how many times).
+
+    Args:
+      rows: of the batch.
+      length: of a row.
+      vocabulary: logits of a position.
+      shards: over how many devices the rows are split; with one they are laid end to end.
+      chunk: as in `target_logprobs`.
+    """
+    lines, positions = (rows, length) if shards > 1 else (1, rows * length)
+    if chunk is None:
+        chunk = min(CHUNK_POSITIONS, max(1, CHUNK_LOGITS * shards // (lines * vocabulary)))
+    else:
+        chunk = max(1, chunk * rows // lines)
+    count = math.ceil(positions / chunk)
+    return math.ceil(positions / count), count  # equal chunks: less padding
 
 
 @jax.custom_vjp

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.resources
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from jaxalign.algorithms.step import Step
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
+from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
@@ -46,6 +50,9 @@ class Parts(NamedTuple):
       step: as the algorithm's `make_step` gives it.
       batch: what the step takes.
       models: parameters that a run holds beside the step, for `prepare`.
+      roles: "policy", "critic", "reference", "reward" → (model, its parameters), of those that take
+        part; the reference under adapters is the base.
+      notes: what was assumed, one sentence each.
     """
 
     params: Params
@@ -54,6 +61,8 @@ class Parts(NamedTuple):
     step: Step
     batch: Any
     models: list[Params]
+    roles: dict[str, tuple[Any, Params]]
+    notes: tuple[str, ...] = ()
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
@@ -65,7 +74,8 @@ def _sft(config: Any, mesh: Mesh) -> Parts:
     model, params, frozen = _policy(config, mesh)
     tx = _optimizer(config.optimizer)
     step = sft.make_step(model, tx, config.sft, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _tokens(config.data.rows, config.data.length), [])
+    batch = _tokens(config.data.rows, config.data.length)
+    return Parts(params, frozen, tx, step, batch, [], {"policy": (model, params)})
 
 
 def _reward(config: Any, mesh: Mesh) -> Parts:
@@ -88,21 +98,21 @@ def _reward(config: Any, mesh: Mesh) -> Parts:
     params, frozen = _params(model, mesh, config.model.dtype, fresh_head=fresh)
     tx = _optimizer(config.optimizer)
     step = reward.make_step(model, tx, config.reward, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _judged(config), [])
+    return Parts(params, frozen, tx, step, _judged(config), [], {"policy": (model, params)})
 
 
 def _dpo(config: Any, mesh: Mesh) -> Parts:
     model, params, frozen = _policy(config, mesh)
     tx = _preference_optimizer(config)
     step = dpo.make_step(model, tx, config.dpo, micro_batches=config.run.micro_batches)
-    batch, models = _pairs(config), []
+    batch, models, roles = _pairs(config), [], {"policy": (model, params)}
     if config.dpo.has_reference:
         pairs = (config.data.rows,) if batch.mask is None else batch.mask.shape
         logps = array(pairs, jnp.float32)
         batch = batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
         if config.reference_cache is None:
-            models = _reference(config, mesh, params, frozen)
-    return Parts(params, frozen, tx, step, batch, models)
+            models, roles["reference"] = _reference(config, mesh, model, params, frozen)
+    return Parts(params, frozen, tx, step, batch, models, roles)
 
 
 def _kto(config: Any, mesh: Mesh) -> Parts:
@@ -113,7 +123,9 @@ def _kto(config: Any, mesh: Mesh) -> Parts:
     per_row = array((config.data.rows,), jnp.float32)
     desirable = array((config.data.rows,), jnp.bool_)
     batch = UnpairedBatch(tokens, desirable, tokens, per_row, per_row)
-    return Parts(params, frozen, tx, step, batch, _reference(config, mesh, params, frozen))
+    models, reference = _reference(config, mesh, model, params, frozen)
+    roles = {"policy": (model, params), "reference": reference}
+    return Parts(params, frozen, tx, step, batch, models, roles)
 
 
 def _preference_optimizer(config: Any) -> Any:
@@ -121,38 +133,56 @@ def _preference_optimizer(config: Any) -> Any:
     return tx if config.reference_sync is None else follow(tx, config.reference_sync)
 
 
-def _reference(config: Any, mesh: Mesh, params: Params, frozen: Params) -> list[Params]:
-    """What a run holds for its reference, beside the step."""
+def _reference(
+    config: Any, mesh: Mesh, model: Decoder, params: Params, frozen: Params
+) -> tuple[list[Params], tuple[Decoder, Params]]:
+    """What a run holds for its reference beside the step, and the reference itself."""
     if config.reference is None:
         # Adapters leave it untouched; a reference that moves is part of the optimizer's state.
-        return [] if frozen or config.reference_sync is not None else [params]
+        held = [] if frozen or config.reference_sync is not None else [params]
+        own = config.reference_sync is not None and bool(frozen)
+        plain = dataclasses.replace(model, lora=None)
+        return held, (model, combine(params, frozen)) if own else (plain, frozen or params)
     reference = _read(config.reference, config.model, mesh)
     if not isinstance(reference, Decoder):
         raise ValueError(
             f"reference={config.reference!r} is a reward model; wanted a language model"
         )
+    loaded = _params(reference, mesh, config.model.dtype)[0]
     # One that moves is copied into the optimizer's state; what was loaded goes.
-    held = _params(reference, mesh, config.model.dtype)[0]
-    return [held] if config.reference_sync is None else []
+    return [loaded] if config.reference_sync is None else [], (reference, loaded)
 
 
 def _ppo(config: Any, mesh: Mesh) -> Parts:
     if config.data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
     model, policy, _ = _policy(config, mesh)
-    scorer, scorer_params = _scorer(config.reward_model, config, mesh)
+    notes: list[str] = []
+    scorer, scorer_params = _scorer("reward_model", config, mesh, notes)
     critic, critic_params = scorer, scorer_params
     if config.critic is not None:
-        critic, critic_params = _scorer(config.critic, config, mesh)
+        critic, critic_params = _scorer("critic", config, mesh, notes)
     tx = ppo.make_optimizer(
         _optimizer(config.optimizer), _optimizer(config.critic_optimizer or config.optimizer)
     )
     step = ppo.make_step(model, critic, tx, config.ppo, micro_batches=config.run.micro_batches)
-    rows = config.data.rows // config.minibatches
+    params = ppo.init_params(policy, critic_params)
+    roles = {
+        "policy": (model, policy),
+        "critic": (critic, critic_params),
+        "reference": (model, policy),
+        "reward": (scorer, scorer_params),
+    }
+    batch = rollout(config, config.data.rows // config.minibatches)
+    return Parts(params, {}, tx, step, batch, [policy, scorer_params], roles, tuple(notes))
+
+
+def rollout(config: Any, rows: int) -> RolloutBatch:
+    """So many rows of a rollout."""
     tokens = _tokens(rows, config.data.length + config.ppo.max_new_tokens - 1)
     per_token = array(tokens.inputs.shape, jnp.float32)
     per_row = array((rows,), jnp.bool_)
-    batch = RolloutBatch(
+    return RolloutBatch(
         tokens,
         *(per_token,) * 5,
         value_mask=tokens.loss_mask,
@@ -162,8 +192,6 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
         finished=per_row,
         valid=per_row,
     )
-    params = ppo.init_params(policy, critic_params)
-    return Parts(params, {}, tx, step, batch, [policy, scorer_params])
 
 
 PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
@@ -177,13 +205,15 @@ PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
 
 
 def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
-    """A model by its shape alone; the hub is asked for `config.json` only."""
-    path = locate(source, ("config.json",))
-    if path.is_dir():
-        hf = read_json(path / "config.json")
-    else:
-        with contextlib.closing(GGUFFile(path)) as file:
-            hf = file.config
+    """A model by its shape alone: from the package, else from its `config.json` or GGUF file."""
+    hf, path = known_shape(source), source
+    if hf is None:
+        path = locate(source, ("config.json",))
+        if path.is_dir():
+            hf = read_json(path / "config.json")
+        else:
+            with contextlib.closing(GGUFFile(path)) as file:
+                hf = file.config
     try:
         shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
         attributes = families.attributes_of(hf) if scorer else ()
@@ -196,6 +226,16 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
     return Scorer(model, attributes) if scorer else model
 
 
+def known_shape(source: str) -> dict[str, Any] | None:
+    """`config.json` of a hub id that the package knows, so that planning needs no hub."""
+    folder = importlib.resources.files("jaxalign.plan") / "shapes"
+    file = folder / f"{source.rpartition('/')[2]}.json"
+    if source.count("/") != 1 or not file.is_file() or pathlib.Path(source).exists():
+        return None
+    shape = json.loads(file.read_text(encoding="utf-8"))
+    return shape if shape.pop("_name_or_path") == source else None
+
+
 def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
     model = _read(config.model.source, config.model, mesh)
     if not isinstance(model, Decoder):
@@ -206,8 +246,14 @@ def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
     return model, *_params(model, mesh, config.model.dtype)
 
 
-def _scorer(source: str, config: Any, mesh: Mesh) -> tuple[Scorer, Params]:
-    model = _read(source, config.model, mesh)
+def _scorer(name: str, config: Any, mesh: Mesh, notes: list[str]) -> tuple[Scorer, Params]:
+    source = getattr(config, name)
+    if known_shape(config.model.source) is not None and not pathlib.Path(source).exists():
+        # The policy's weights are not here either: nothing of this run is.
+        notes.append(f"{name} {source!r} is not there: taken to be shaped like the policy")
+        model = Scorer(_read(config.model.source, config.model, mesh))
+    else:
+        model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
     if len(model.attributes) > 1 and config.reward_weights is None:
