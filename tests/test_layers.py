@@ -42,7 +42,7 @@ PARTS = {
     "evaluation": "metrics",
     "heldout": "train",
     "best_of": "scoring",
-    "abstract": "plan",
+    "moments": "optim",
     "config_data": "config",
     "config_yaml": "config",
     "charts": "report",

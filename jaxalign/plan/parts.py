@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.resources
 import json
 import pathlib
@@ -228,12 +229,16 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
 
 def known_shape(source: str) -> dict[str, Any] | None:
     """`config.json` of a hub id that the package knows, so that planning needs no hub."""
-    folder = importlib.resources.files("jaxalign.plan") / "shapes"
-    file = folder / f"{source.rpartition('/')[2]}.json"
-    if source.count("/") != 1 or not file.is_file() or pathlib.Path(source).exists():
-        return None
-    shape = json.loads(file.read_text(encoding="utf-8"))
-    return shape if shape.pop("_name_or_path") == source else None
+    return None if pathlib.Path(source).exists() else _shapes().get(source)
+
+
+@functools.lru_cache
+def _shapes() -> dict[str, dict[str, Any]]:
+    found = {}
+    for file in (importlib.resources.files("jaxalign.plan") / "shapes").iterdir():
+        shape = json.loads(file.read_text(encoding="utf-8"))
+        found |= dict.fromkeys(shape.pop("_names"), shape)
+    return found
 
 
 def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
