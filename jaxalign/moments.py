@@ -82,8 +82,7 @@ def scale_by_small_adam(
         count = state.count + 1
         leaves, tree = jax.tree.flatten(updates)
         kept = [
-            [None] * len(leaves) if part is None else tree.flatten_up_to(part)
-            for part in state[1:]
+            [None] * len(leaves) if part is None else tree.flatten_up_to(part) for part in state[1:]
         ]
         key = jax.random.fold_in(jax.random.key(0), count)
         first, second = 1 - jnp.float32(b1) ** count, 1 - jnp.float32(b2) ** count

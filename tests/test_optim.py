@@ -143,7 +143,7 @@ def test_codes_of_int8_moments_by_hand():
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_rounding_is_right_on_average(kind):
     rng = np.random.default_rng(0)
-    x = np.abs(rng.normal(size=(2, 20))).astype(np.float32) * 10.0 ** -np.arange(20) ** 0.5
+    x = np.abs(rng.normal(size=(2, 20))).astype(np.float32) * 10.0 ** -(np.arange(20) ** 0.5)
     keys = jax.random.split(jax.random.key(2), 4000)
     if kind == "bfloat16":
         values = jax.vmap(lambda key: moments._to_bfloat16(key, x).astype(np.float32))(keys)
@@ -163,7 +163,13 @@ def test_small_moments_learn_as_well():
     params = jax.tree.map(lambda p: p.astype(np.float32), params)
 
     def loss(p, rows):
-        return ((jax.numpy.tanh(jax.numpy.asarray(x)[rows] @ p["a"]) @ p["b"] - jax.numpy.asarray(y)[rows]) ** 2).mean()
+        return (
+            (
+                jax.numpy.tanh(jax.numpy.asarray(x)[rows] @ p["a"]) @ p["b"]
+                - jax.numpy.asarray(y)[rows]
+            )
+            ** 2
+        ).mean()
 
     def train(kind):
         config = OptimizerConfig(learning_rate=3e-3, schedule="constant", moments=kind)
