@@ -1,6 +1,7 @@
 """Schedules and the optimizer chain against plain numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -130,12 +131,12 @@ def test_codes_of_int8_moments_by_hand():
     # Powers of 2^(1/6) and 2^(1/8) below the largest of a row are exact, whatever is drawn.
     key = jax.random.key(1)
     m = np.array([[8.0, -4.0, 8 * 2**-0.5, 0.0]], np.float32)
-    code, scale = moments.encode_m(key, m)
+    code, scale = jax.jit(moments.encode_m)(key, m)
     np.testing.assert_array_equal(code, [[127, -121, 124, 0]])
     np.testing.assert_array_equal(scale, [[8.0]])
     np.testing.assert_allclose(moments.decode_m(code, scale), m, 1e-6)
     v = np.array([[1e-6, 1e-6 / 2, 1e-6 * 2**-31.75, 1e-30, 0.0]], np.float32)
-    code, scale = moments.encode_v(key, v)
+    code, scale = jax.jit(moments.encode_v)(key, v)
     np.testing.assert_array_equal(code, [[255, 247, 1, 1, 0]])  # 1e-30 is rounded up
     np.testing.assert_allclose(moments.decode_v(code, scale)[0, :3], v[0, :3], 1e-5)
 
@@ -146,10 +147,11 @@ def test_rounding_is_right_on_average(kind):
     x = np.abs(rng.normal(size=(2, 20))).astype(np.float32) * 10.0 ** -(np.arange(20) ** 0.5)
     keys = jax.random.split(jax.random.key(2), 4000)
     if kind == "bfloat16":
-        values = jax.vmap(lambda key: moments._to_bfloat16(key, x).astype(np.float32))(keys)
+        there_and_back = lambda key: moments._to_bfloat16(key, x).astype(np.float32)  # noqa: E731
     else:
-        values = jax.vmap(lambda key: moments.decode_v(*moments.encode_v(key, x)))(keys)
-    # A step is at most 9 % (2^(1/8)); the mean of 4,000 is within 0.3 % four times out of four.
+        there_and_back = lambda key: moments.decode_v(*moments.encode_v(key, x))  # noqa: E731
+    values = jax.jit(jax.vmap(there_and_back))(keys)
+    # A step is at most 9 % (2^(1/8)): the mean of 4,000 has a deviation below 0.07 %.
     np.testing.assert_allclose(np.mean(values, axis=0), x, rtol=4e-3)
     assert np.unique(np.asarray(values)[:, 0, 3]).size == 2
 

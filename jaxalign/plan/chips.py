@@ -2,8 +2,8 @@
 
 TPUs: https://cloud.google.com/tpu/docs (system architecture of v4, v5e, v5p, v6e). Inter-chip
 bandwidth is what a chip sends over all its links together, half of the "bidirectional" figure.
-GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM); NVLink in one direction; the network between
-nodes is one InfiniBand port a GPU, HDR with A100 and NDR with H100 and H200, as in DGX systems.
+GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM); NVLink in one direction; between nodes one
+InfiniBand port a GPU, HDR with A100 and NDR with H100 and H200, as in DGX systems.
 """
 
 from __future__ import annotations

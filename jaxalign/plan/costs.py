@@ -317,20 +317,17 @@ def _kernel_flops(where: Computation, x: Instruction) -> float:
 def attention_flops(target: str, attributes: str, shapes: Sequence[Shape]) -> float:
     """FLOPs of an attention kernel, half of all pairs of tokens: those that a causal mask shows.
 
-    cuDNN (query `[B, H, T, d]`): 2 products forward, 5 backward. Splash (query `[…, H, T, d]`):
-    2 forward, 3 for the queries' gradient, 4 for that of keys and values, or 5 for both at once.
+    cuDNN (keys `[B, S, K, d]`): 2 products forward, 5 backward. Splash (keys `[…, K, S, d]`):
+    2 forward, 3 for the queries' gradient, 4 for that of keys and values.
     """
-    wide = [
-        shape for shape in shapes if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f16", "f32")
-    ]
-    if "fmha" in target and len(wide) >= 3:
-        products = 5 if "Backward" in target or "backward" in target else 2
-    elif target == "tpu_custom_call" and "splash" in attributes and len(wide) >= 3:
-        if "dkv" in attributes:
-            products = 4
-        else:
-            products = 3 if "dq" in attributes else 2
+    wide = [x for x in shapes if len(x.dims) >= 3 and x.dtype in ("bf16", "f16", "f32")]
+    if len(wide) < 3:
+        return 0.0
+    if "fmha" in target:
+        products, seen = 5 if "ackward" in target else 2, wide[1].dims[1]
+    elif target == "tpu_custom_call" and "splash" in attributes:
+        products = 4 if "dkv" in attributes else 3 if "dq" in attributes else 2
+        seen = wide[1].dims[-2]
     else:
         return 0.0
-    query, key = wide[0], wide[1]
-    return 2.0 * products * query.size * key.dims[-2] / 2
+    return 2.0 * products * wide[0].size * seen / 2

@@ -350,7 +350,7 @@ def _experience(
     """PPO's scoring of the answers, and what policy, reference and critic say of them."""
     model, _ = parts.roles["policy"]
     critic, _ = parts.roles["critic"]
-    reference, ref_params = parts.roles["reference"]
+    _, ref_params = parts.roles["reference"]
     scorer, weights = parts.roles["reward"]
     rows, length = config.data.rows, config.data.length + config.ppo.max_new_tokens
     ids = array((rows, length), jnp.int32, rows_sharding(mesh))

@@ -68,7 +68,7 @@ def test_its_step_can_be_evaluated_abstractly(name):
         after, metrics = jax.eval_shape(parts.step, state, parts.batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     assert all(jax.tree.leaves(same))
-    assert metrics["loss"].shape == () and metrics["loss"].dtype == np.float32
+    assert (metrics["loss"].shape, metrics["loss"].dtype) == ((), np.float32)
 
 
 def test_shapes_are_known_by_hub_id_only():
