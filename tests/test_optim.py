@@ -1,7 +1,6 @@
 """Schedules and the optimizer chain against plain numpy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec

@@ -28,6 +28,7 @@ from jaxalign.plan.programs import (
     train_state,
 )
 from jaxalign.plan.roofline import Speed, estimate
+from jaxalign.plan.search import candidates
 from jaxalign.plan.table import show
 from jaxalign.plan.topology import (
     find_devices,
@@ -45,6 +46,7 @@ __all__ = [
     "find_devices",
     "make_plan",
     "parse_topology",
+    "search_plans",
 ]
 
 KINDS = (
@@ -166,6 +168,53 @@ def make_plan(
         notes=parts.notes,
         **sizes,
     )
+
+
+def search_plans(
+    algorithm: str, config: Any, topology: str, say: Say = lambda text: None, *, count: int = 3
+) -> list[tuple[tuple[str, ...], Plan]]:
+    """The settings under which a run is fastest: many estimated, the best few compiled.
+
+    Tried are shapes of the mesh, remat policies, micro-batches, and moments in 8 bit beside those of
+    the configuration; rows, lengths and all else stay, so that what is learned stays too.
+
+    Args:
+      algorithm: as in `make_plan`.
+      config: where to start.
+      topology: see `parse_topology`; a kind whose speed is known, not CPUs.
+      say: is told what is going on.
+      count: plans to find.
+
+    Returns:
+      (overrides, plan) of those that fit, most tokens a second first.
+
+    Raises:
+      ValueError: devices of unknown speed, or nothing that fits.
+    """
+    devices = find_devices(topology)
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"--search on {topology!r}: the speed of these devices is not known")
+    found = candidates(algorithm, config, devices, chip)
+    say(f"{len(found)} settings may fit; compiling the best")
+    plans = []
+    for candidate in found[: 3 * count]:
+        say(f"trying {' '.join(candidate.overrides)}")
+        try:
+            plan = make_plan(algorithm, candidate.config, topology, say)
+        except ValueError as error:
+            say(f"no: {error}")
+            continue
+        if plan.fits and plan.speed is not None:
+            plans.append((candidate.overrides, plan))
+        if len(plans) == count:
+            break
+    if not plans:
+        near = next_that_holds(parse_topology(topology), 2 * len(devices))
+        raise ValueError(
+            f"--search on {topology!r}: nothing was found that fits; try {near or 'LoRA'}"
+        )
+    return sorted(plans, key=lambda one: -one[1].speed.tokens_per_second)
 
 
 def resident_bytes(parts: Parts, mesh: Mesh) -> dict[str, int]:
