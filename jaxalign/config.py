@@ -34,7 +34,8 @@ class ModelConfig:
         (plain text), or a jinja file.
       dtype: of the master weights.
       compute_dtype: of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
-      remat: "none", "dots" or "block": what the backward pass recomputes.
+      remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
+        `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
     """
 

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jaxalign.moments import MOMENTS, scale_by_small_adam
+from jaxalign.offload import in_host_memory
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -29,6 +30,7 @@ class OptimizerConfig:
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
       moments: how Adam's two moments are kept between updates: "float32" (8 bytes a parameter; in
         bfloat16 where the parameters are), "bfloat16" (4) or "int8" (2); see `jaxalign.moments`.
+      offload: keep them in the host's memory between updates.
     """
 
     learning_rate: float = 1e-5
@@ -42,6 +44,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     moments: str = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         def want(ok: bool, name: str, wanted: str) -> None:
@@ -116,6 +119,8 @@ def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTrans
             optax.add_decayed_weights(config.weight_decay, decays),
             optax.scale_by_learning_rate(schedule),
         )
+    if config.offload:
+        adamw = in_host_memory(adamw)
     if config.max_grad_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

@@ -43,6 +43,7 @@ PARTS = {
     "heldout": "train",
     "best_of": "scoring",
     "moments": "optim",
+    "offload": "optim",
     "config_data": "config",
     "config_yaml": "config",
     "charts": "report",

@@ -1,14 +1,15 @@
 """Schedules and the optimizer chain against plain numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import moments
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.step import init_state, opt_state_shardings
 from jaxalign.optim import OptimizerConfig, decays, make_optimizer, make_schedule
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import compile_step, make_mesh
 
 
 def rates(count, **options):
@@ -165,11 +166,7 @@ def test_small_moments_learn_as_well():
 
     def loss(p, rows):
         return (
-            (
-                jax.numpy.tanh(jax.numpy.asarray(x)[rows] @ p["a"]) @ p["b"]
-                - jax.numpy.asarray(y)[rows]
-            )
-            ** 2
+            (jnp.tanh(jnp.asarray(x)[rows] @ p["a"]) @ p["b"] - jnp.asarray(y)[rows]) ** 2
         ).mean()
 
     def train(kind):
@@ -201,3 +198,31 @@ def test_scales_of_rows_lie_as_the_rows_do():
     assert found == {
         PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "fsdp"), PartitionSpec()
     }  # fmt: skip
+
+
+def test_moments_in_host_memory_change_nothing():
+    mesh = make_mesh(1, 8, 1)
+    layout = NamedSharding(mesh, PartitionSpec("fsdp"))
+    params = {"kernel": jax.device_put(np.ones((8, 4), np.float32), layout)}
+
+    def train(offload):
+        tx = make_optimizer(OptimizerConfig(learning_rate=0.1, offload=offload))
+
+        def run(state, batch):
+            grads = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2 * batch[:, None]))(state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            moved = jax.tree.map(jnp.add, state.params, updates)
+            return state._replace(params=moved, opt_state=opt_state), {}
+
+        state = init_state(params, tx)
+        step = compile_step(run, state, mesh)
+        for _ in range(2):
+            state, _ = step(state, np.arange(8, dtype=np.float32))
+        assert step.compiles == 1
+        return state
+
+    plain, away = train(False), train(True)
+    np.testing.assert_array_equal(plain.params["kernel"], away.params["kernel"])
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+    assert away.params["kernel"].sharding.memory_kind != "pinned_host"

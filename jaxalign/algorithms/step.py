@@ -19,6 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.base import combine
+from jaxalign.offload import HOST, lies_in_host_memory
 from jaxalign.sharding import mesh_of, replicated, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
@@ -87,7 +88,11 @@ def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any
                 return NamedSharding(mesh, PartitionSpec(*rows))
         return everywhere
 
-    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(tx.init, params))
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        layout = like(path, leaf)
+        return layout.with_memory_kind(HOST) if lies_in_host_memory(path, leaf) else layout
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -77,6 +77,7 @@ class Plan:
       other: padding of the arguments to the device's tiles, the step counter, metrics.
       total: all of it. The program's share is the compiler's own account (arguments, temporaries
         and outputs that replace no argument).
+      host: bytes of it in the host's memory instead, not in the total.
       capacity: what the device has; None where it is not known (CPUs).
       fits: whether the total is within it; None where it is not known.
       peak: the program that needs most.
@@ -101,6 +102,7 @@ class Plan:
     temporary: int
     other: int
     total: int
+    host: int
     capacity: int | None
     fits: bool | None
     peak: str
@@ -155,6 +157,7 @@ def make_plan(
         devices=f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         mesh=dict(mesh.shape),
         total=total,
+        host=device_bytes(train_state(parts, mesh), host=True),
         capacity=capacity,
         fits=None if capacity is None else total <= capacity,
         peak=peak.name,
@@ -175,8 +178,8 @@ def search_plans(
 ) -> list[tuple[tuple[str, ...], Plan]]:
     """The settings under which a run is fastest: many estimated, the best few compiled.
 
-    Tried are shapes of the mesh, remat policies, micro-batches, and moments in 8 bit beside those of
-    the configuration; rows, lengths and all else stay, so that what is learned stays too.
+    Tried are shapes of the mesh, remat policies, micro-batches, and moments in 8 bit beside those
+    of the configuration; rows, lengths and all else stay, so that what is learned stays too.
 
     Args:
       algorithm: as in `make_plan`.

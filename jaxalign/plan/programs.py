@@ -20,6 +20,7 @@ from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.heads import head_chunks, pooled_scores
+from jaxalign.offload import HOST
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import Parts, array, rollout
 from jaxalign.plan.topology import first_line, nodes_of
@@ -85,10 +86,17 @@ def train_state(parts: Parts, mesh: Mesh) -> TrainState:
     return TrainState(counter, parts.params, parts.frozen, opt_state)
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree on one device, by its layout; whole where it has none."""
+def device_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes of a tree on one device, by its layout; whole where it has none.
+
+    Args:
+      tree: of shapes.
+      host: count what lies in the host's memory instead.
+    """
 
     def one(x: Any) -> int:
+        if host != (getattr(x.sharding, "memory_kind", None) == HOST):
+            return 0
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return math.prod(shape) * x.dtype.itemsize
 

@@ -25,8 +25,8 @@ from jaxalign.sharding import make_mesh, row_shards
 
 KEPT = {"none": 34, "dots": 12, "block": 1}
 """Values of the compute dtype that a policy keeps of a layer, in units of tokens × hidden size:
-Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, eq. 2, without the T × T scores, which are
-formed again) for "none"; results of matrix products for "dots"; the block's input for "block"."""
+Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, eq. 2, without the T × T scores, which
+are formed again) for "none"; results of matrix products for "dots"; its input for "block"."""
 
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 1.0}
 """Part of a forward pass that the backward pass repeats."""
@@ -59,7 +59,7 @@ def meshes(count: int) -> Iterator[tuple[int, int, int]]:
 def candidates(
     algorithm: str, config: Any, devices: list[jax.Device], chip: Chip
 ) -> list[Candidate]:
-    """All combinations of mesh, remat policy, micro-batches and moments that may fit, best first."""
+    """All meshes, remat policies, micro-batches and moments that may fit, best first."""
     found = []
     minibatches = getattr(config, "minibatches", 1)
     for sizes in meshes(len(devices)):

@@ -16,6 +16,8 @@ def show(plan: Any, kinds: Sequence[str]) -> str:
     lines += [f"  {kind:<10} {human(getattr(plan, kind)):>12}" for kind in kinds]
     lines.append(f"  {'total':<10} {human(plan.total):>12}   while “{plan.peak}” runs")
     lines.append(f"  {'capacity':<10} {_capacity(plan)}")
+    if plan.host:
+        lines.append(f"  {'on host':<10} {human(plan.host):>12}")
     lines += ["", *_programs(plan)]
     lines += ["", *_collectives(plan)]
     if plan.speed is not None:

@@ -28,6 +28,10 @@ RUN = {
 LINES = {
     "float32": ("float32 moments", ["optimizer.moments=float32"]),
     "bfloat16": ("bfloat16 moments", ["optimizer.moments=bfloat16"]),
+    "offload": (
+        "float32 moments in host memory",
+        ["optimizer.moments=float32", "optimizer.offload=true"],
+    ),
     "int8": ("8-bit moments", ["optimizer.moments=int8"]),
     "int8-bf16": (
         "8-bit moments, all weights bfloat16",

@@ -216,7 +216,6 @@ def test_the_nearest_that_would_do():
     assert next_that_holds(parse_topology("h100:4"), 7) == "h100:8"
     assert next_that_holds(parse_topology("h100:8"), 20) == "h100:8x4"
     assert nearest_mesh(1, -1, 3, 8) == "data=1 × fsdp=2 × tensor=4"
-    assert nearest_mesh(2, 2, 4, 8) == "data=2 × fsdp=1 × tensor=4"
 
 
 @pytest.mark.parametrize(
