@@ -153,6 +153,9 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
         required = field.default is dataclasses.MISSING and (
             field.default_factory is dataclasses.MISSING
         )
+        # An option that another one may stand for is wanted unless that is there.
+        unless = field.metadata.get("unless")
+        required |= unless is not None and unless not in values
         if required and key not in values:
             problems.append(f"{where}{key}: missing")
     if len(problems) > before:
@@ -170,6 +173,15 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if origin in (typing.Union, types.UnionType):
         options = [h for h in typing.get_args(hint) if h is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        kinds = {h.kind: h for h in options if dataclasses.is_dataclass(h) and hasattr(h, "kind")}
+        if kinds and isinstance(value, Mapping):
+            chosen = kinds.get(value.get("kind"))
+            if chosen is not None:
+                return _build(chosen, value, f"{name}.", problems)
+            problems.append(
+                f"{name}.kind: wanted one of {', '.join(kinds)}, got {value.get('kind')!r}"
+            )
             return None
         fitting = [h for h in options if _fits(h, value)]
         return _convert((fitting or options)[0], value, name, problems)

@@ -8,7 +8,8 @@ a copy of its prompt's keys and values.
 The cache of a slot is its prompt's P columns and a ring of R columns, R the longest answer. In a
 step all slots write the same column of the ring, the step's number modulo R: an answer has at most
 R tokens, so what a column loses belongs to an answer that has ended. One column for all is one
-plain update in place, where a column a slot would be a scatter.
+plain update in place, where a column a slot would be a scatter. Tokens and their log-probabilities
+go to a ring of the same kind, from which an answer is taken whole when its slot is given away.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention import Cache
+from jaxalign.models.cache import Cache
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling, choose
-from jaxalign.sharding import constrain, divides, row_shards
 from jaxalign.types import Array, Params
 
 
@@ -50,9 +50,15 @@ class Slots(NamedTuple):
       hidden: `[S, D]`, of the last token read.
       position: int32 `[S]`, of the next token.
       live: bool `[S]`, still writing.
-      row: int32 `[S]`, which answer the slot writes.
+      row: int32 `[S]`, which answer the slot writes; N: none yet.
       count: int32 `[S]`, tokens written of it.
-      tokens, logprobs, mask: `[N, R]`, the answers so far.
+      begin: int32 `[S]`, the column of the rings where it begins.
+      token_ring: int32 `[S, R]`, what the slots wrote, a column a step.
+      logprob_ring: float32 `[S, R]`.
+      tokens: int32 `[N, R]`, the answers that slots have given away.
+      logprobs: float32 `[N, R]`.
+      lengths: int32 `[N]`, their tokens.
+      limits: int32 `[N]`, the most tokens each answer may have.
       next_row: int32 scalar, the first answer that no slot has taken.
       steps: int32 scalar, decode steps done.
     """
@@ -63,9 +69,13 @@ class Slots(NamedTuple):
     live: jax.Array
     row: jax.Array
     count: jax.Array
+    begin: jax.Array
+    token_ring: jax.Array
+    logprob_ring: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
-    mask: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
     next_row: jax.Array
     steps: jax.Array
 
@@ -75,50 +85,43 @@ def read_prompts(
     model: Decoder, params: Params, tokens: Array, mask: Array, first: Array, cache_dtype: Any
 ) -> Prompts:
     """Reads a group of prompts, `[Q, P]`, padded on the left."""
-    rows, length = tokens.shape
     mask = jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = model.init_cache(rows, length, cache_dtype)
-    hidden, cache = model.extend(params, cache, tokens, positions, mask.astype(jnp.int32))
+    segments = mask.astype(jnp.int32)
+    hidden, cache = model.prefill(params, tokens, positions, segments, cache_dtype)
     lengths = jnp.sum(mask.astype(jnp.int32), axis=1)
     return Prompts(cache, hidden[:, -1], lengths, jnp.asarray(first))
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "model", "slots", "answers", "prompt_length", "max_new_tokens", "cache_dtype",
-    ),
-)  # fmt: skip
+    static_argnames=("model", "slots", "prompt_length", "max_new_tokens", "cache_dtype"),
+)
 def empty_slots(
-    model: Decoder, pad_token: Array, *, slots: int, answers: int, prompt_length: int,
+    model: Decoder, pad_token: Array, limits: Array, *, slots: int, prompt_length: int,
     max_new_tokens: int, cache_dtype: Any,
 ) -> Slots:  # fmt: skip
-    """Slots of which none is taken yet."""
+    """Slots of which none is taken yet, for as many answers as there are limits."""
     zeros = jnp.zeros(slots, jnp.int32)
-    cache = model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype)
+    answers = limits.shape[0]
+    ring = (slots, max_new_tokens)
     return Slots(
-        cache=cache._replace(keys=_spread(cache.keys), values=_spread(cache.values)),
+        cache=model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype),
         hidden=jnp.zeros((slots, model.config.hidden_size), model.compute_dtype),
         position=zeros,
         live=zeros.astype(bool),
-        row=zeros,
+        row=zeros + answers,
         count=zeros,
+        begin=zeros,
+        token_ring=jnp.zeros(ring, jnp.int32),
+        logprob_ring=jnp.zeros(ring, jnp.float32),
         tokens=jnp.full((answers, max_new_tokens), pad_token, jnp.int32),
         logprobs=jnp.zeros((answers, max_new_tokens), jnp.float32),
-        mask=jnp.zeros((answers, max_new_tokens), bool),
+        lengths=jnp.zeros(answers, jnp.int32),
+        limits=jnp.asarray(limits, jnp.int32),
         next_row=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
     )
-
-
-def _spread(x: jax.Array) -> jax.Array:
-    """Splits an empty cache `[L, B, S, K, head_dim]` over the mesh: nothing else would say where it
-    lies, and all of it would be made on one device."""
-    if x.shape[1] % row_shards():
-        return x
-    heads = "kv_heads" if divides("kv_heads", x.shape[3]) else "hidden"
-    return constrain(x, f"layers rows length {heads}")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples"), donate_argnames="slots")
@@ -139,6 +142,9 @@ def decode(
       samples: answers a prompt.
     """
     end = (prompts.first + prompts.length.shape[0]) * samples
+    if jax.default_backend() == "cpu":
+        # Once a call, not once a token: a slice of the stacked weights is a copy here.
+        params = model.by_layer(params)
 
     def writing(slots: Slots) -> jax.Array:
         hungry = (slots.next_row >= end) & jnp.any(~slots.live) & ~last
@@ -147,43 +153,65 @@ def decode(
     def fill(slots: Slots) -> Slots:
         return jax.lax.while_loop(
             lambda s: (s.next_row < end) & jnp.any(~s.live),
-            functools.partial(_fill_one, prompts=prompts, samples=samples),
+            functools.partial(_fill_one, prompts=prompts, sampling=sampling, samples=samples),
             slots,
         )
 
     # The whole state is returned so that the donated cache is updated where it lies.
-    return jax.lax.while_loop(
+    slots = jax.lax.while_loop(
         writing, lambda s: fill(_write_one(model, params, s, key, sampling)), fill(slots)
+    )
+    return _hand_in(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
+
+
+def _hand_in(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
+    """Copies the answers of the slots `which`, `[n]`, from the rings to their rows."""
+    longest = slots.tokens.shape[1]
+    number = jnp.arange(longest)[None]
+    column = (slots.begin[which, None] + number) % longest
+    row, count = slots.row[which], slots.count[which]
+    there = number < count[:, None]
+
+    def unroll(ring: jax.Array, fill: Any) -> jax.Array:
+        return jnp.where(there, jnp.take_along_axis(ring[which], column, axis=1), fill)
+
+    # A slot that holds no answer yet has a row outside, which is dropped.
+    return slots._replace(
+        tokens=slots.tokens.at[row].set(unroll(slots.token_ring, pad_token), mode="drop"),
+        logprobs=slots.logprobs.at[row].set(unroll(slots.logprob_ring, 0.0), mode="drop"),
+        lengths=slots.lengths.at[row].set(count, mode="drop"),
     )
 
 
-def _fill_one(slots: Slots, prompts: Prompts, samples: int) -> Slots:
+def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) -> Slots:
     """Gives the first free slot the next answer to write."""
     slot, row = jnp.argmin(slots.live), slots.next_row
+    slots = _hand_in(slots, slot[None], sampling.pad_token)
     prompt = row // samples - prompts.first
     cache = slots.cache
 
-    def copy(mine: jax.Array, theirs: jax.Array, axis: int) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(theirs, prompt, 1, axis)
-        at = tuple(slot if i == axis else 0 for i in range(mine.ndim))
+    def copy(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(theirs, prompt, 1)
+        at = (slot,) + (0,) * (mine.ndim - 1)
         return jax.lax.dynamic_update_slice(mine, part.astype(mine.dtype), at)
 
-    ring = slots.cache.segment_ids.shape[1] - prompts.cache.segment_ids.shape[1]
+    ring = slots.tokens.shape[1]
     fresh = jnp.pad(prompts.cache.segment_ids, ((0, 0), (0, ring)))
     length = prompts.length[prompt]
     return slots._replace(
         cache=Cache(
-            keys=copy(cache.keys, prompts.cache.keys, 1),
-            values=copy(cache.values, prompts.cache.values, 1),
-            segment_ids=copy(cache.segment_ids, fresh, 0),
-            positions=copy(cache.positions, prompts.cache.positions, 0),
+            keys=jax.tree.map(copy, cache.keys, prompts.cache.keys),
+            values=jax.tree.map(copy, cache.values, prompts.cache.values),
+            segment_ids=copy(cache.segment_ids, fresh),
+            positions=copy(cache.positions, prompts.cache.positions),
             used=cache.used,
         ),
-        hidden=copy(slots.hidden, prompts.hidden, 0),
+        hidden=copy(slots.hidden, prompts.hidden),
         position=slots.position.at[slot].set(length),
         live=slots.live.at[slot].set(length > 0),
         row=slots.row.at[slot].set(row),
         count=slots.count.at[slot].set(0),
+        begin=slots.begin.at[slot].set(slots.steps % ring),
         next_row=row + 1,
     )
 
@@ -192,30 +220,35 @@ def _write_one(
     model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling
 ) -> Slots:
     """One token in every live slot."""
-    answers, longest = slots.tokens.shape
+    longest = slots.tokens.shape[1]
+    column = slots.steps % longest
     logits = model.logits(params, slots.hidden[:, None])[:, 0]
     of_row = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.row)
     token, logprob = choose(jax.vmap(jax.random.fold_in)(of_row, slots.count), logits, sampling)
-    token = jnp.where(slots.live, token, sampling.pad_token)
     stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
-    column = slots.cache.segment_ids.shape[1] - longest + slots.steps % longest
     hidden, cache = model.extend(
         params,
-        slots.cache._replace(used=column),
+        slots.cache._replace(used=slots.cache.segment_ids.shape[1] - longest + column),
         token[:, None],
         slots.position[:, None],
         slots.live[:, None].astype(jnp.int32),
     )
-    # What a free slot "writes" falls outside and is dropped.
-    place = jnp.where(slots.live, slots.row, answers), slots.count
+
+    def put(ring: jax.Array, new: jax.Array) -> jax.Array:
+        # An answer that has ended keeps what it wrote: its slot may wait for a whole round.
+        old = jax.lax.dynamic_slice_in_dim(ring, column, 1, axis=1)
+        new = jnp.where(slots.live[:, None], new[:, None], old)
+        return jax.lax.dynamic_update_slice_in_dim(ring, new, column, axis=1)
+
+    live = slots.live
+    count = slots.count + live
     return slots._replace(
         cache=cache,
         hidden=hidden[:, 0],
-        position=slots.position + 1,
-        live=slots.live & ~stopped & (slots.count + 1 < longest),
-        count=slots.count + 1,
-        tokens=slots.tokens.at[place].set(token, mode="drop"),
-        logprobs=slots.logprobs.at[place].set(logprob, mode="drop"),
-        mask=slots.mask.at[place].set(True, mode="drop"),
+        position=slots.position + live,
+        live=live & ~stopped & (count < slots.limits[slots.row]),
+        count=count,
+        token_ring=put(slots.token_ring, token),
+        logprob_ring=put(slots.logprob_ring, logprob),
         steps=slots.steps + 1,
     )

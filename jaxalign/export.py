@@ -181,7 +181,7 @@ def _source(config: Any, part: str | None) -> str:
     """Which model a part of a run started from."""
     if part != "critic":
         return config.model.source
-    return config.reward_model if config.critic is None else config.critic
+    return config.critic_start()[0]
 
 
 def _model(

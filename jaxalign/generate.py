@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling
-from jaxalign.sharding import mesh_of, on_mesh, row_shards, shard_batch
+from jaxalign.sharding import mesh_of, on_mesh, reshard, row_shards, shard_batch
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def sample(
     samples: int = 1,
     slots: int | None = None,
     cache_dtype: Any = None,
+    lengths: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -77,6 +80,12 @@ def sample(
         Fewer slots need a smaller cache, and lose no step to short answers. Results do not depend
         on it.
       cache_dtype: of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
+      lengths: int `[B·samples]`, the most tokens of each answer, 1 to `max_new_tokens`; None: that
+        for all.
+      mesh: where to write; the parameters are put there in its layout (`reshard`). Answers come
+        back to the mesh of the parameters. Weights that are split for training (fsdp) are gathered
+        anew for every token; whole or split over `tensor` they need not be. None: the parameters'
+        own.
 
     Raises:
       ValueError: a value out of its range.
@@ -91,7 +100,13 @@ def sample(
     ):
         if not isinstance(value, jax.Array) and not low <= value <= high:
             raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
-    mesh = mesh_of(params)
+    answers = prompts.tokens.shape[0] * samples
+    limits = _limits(lengths, answers, max_new_tokens)
+    home = mesh_of(params)
+    if mesh is None or mesh == home:
+        mesh = home
+    else:
+        params = reshard(params, model.axes, mesh)
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
     sampling = Sampling(
@@ -102,7 +117,6 @@ def sample(
         jnp.asarray(pad_token, jnp.int32),
     )
     count = prompts.tokens.shape[0]
-    answers = count * samples
     slots = answers if slots is None else min(slots, answers)
     # Prompts that are read together: as many as the slots can take.
     group = min(count, slots)
@@ -117,8 +131,8 @@ def sample(
         state = empty_slots(
             model,
             pad,
+            limits,
             slots=slots,
-            answers=answers,
             prompt_length=prompts.tokens.shape[1],
             max_new_tokens=max_new_tokens,
             cache_dtype=kind,
@@ -130,8 +144,36 @@ def sample(
             read = read_prompts(model, params, tokens, mask, jnp.int32(start), kind)
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
-    ended = jnp.isin(state.tokens, sampling.stop_tokens) & state.mask
-    return Generation(state.tokens, state.logprobs, state.mask, jnp.any(ended, axis=1), state.steps)
+        there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
+    written = (state.tokens, state.logprobs, there, finished)
+    if home is not None:
+        written = shard_batch(written, home)
+    return Generation(*written, state.steps)
+
+
+@jax.jit
+def _ends(tokens: Array, lengths: Array, stop_tokens: Array) -> tuple[jax.Array, jax.Array]:
+    """Which tokens belong to the answers, and which answers have ended with a stop token."""
+    mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    stops = jnp.any(tokens[..., None] == stop_tokens[None, None], axis=-1)
+    return mask, jnp.any(stops & mask, axis=1)
+
+
+def _limits(lengths: Array | None, answers: int, max_new_tokens: int) -> np.ndarray:
+    if lengths is None:
+        return np.full(answers, max_new_tokens, np.int32)
+    limits = np.asarray(lengths)
+    if limits.shape != (answers,) or not np.issubdtype(limits.dtype, np.integer):
+        raise ValueError(
+            f"lengths: got {limits.dtype} {limits.shape}, wanted an integer for each answer, "
+            f"({answers},)"
+        )
+    if limits.min() < 1 or limits.max() > max_new_tokens:
+        raise ValueError(
+            f"lengths: got {limits.min()} to {limits.max()}, wanted 1 to "
+            f"max_new_tokens={max_new_tokens}"
+        )
+    return limits.astype(np.int32)
 
 
 def generate(

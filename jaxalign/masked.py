@@ -149,6 +149,61 @@ def last_index(segment_ids: Array, count: int) -> jax.Array:
     return jnp.max(jnp.where(_members(segment_ids, count), position, 0), axis=1)
 
 
+def run_counts(mask: Array, segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
+    """How many entries the mask has kept so far in each document of a row, this one included.
+
+    Args:
+      mask: `[B, T]`.
+      segment_ids: int `[B, T]`; a document is a run of equal ids.
+      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+
+    Returns:
+      float32 `[B, T]`, exact.
+    """
+    starts = _starts(segment_ids, branch_ids)
+    return _running(as_bool(mask).astype(jnp.float32), starts, reverse=False)
+
+
+def run_sum(x: Array, segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
+    """Σ of `x` over each document of a row, at every position of the document.
+
+    Unlike `segment_sum` it need not know how many there are, and nothing leaves a row's device.
+    Clear what does not count before the call.
+
+    Args:
+      x: `[B, T]`.
+      segment_ids: int `[B, T]`; a document is a run of equal ids.
+      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+
+    Returns:
+      float32 `[B, T]`.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    starts = _starts(segment_ids, branch_ids)
+    ends = jnp.concatenate([starts[:, 1:], jnp.ones_like(starts[:, :1])], axis=1)
+    before = _running(x, starts, reverse=False)
+    return before + _running(x, ends, reverse=True) - x
+
+
+def _starts(segment_ids: Array, branch_ids: Array | None) -> jax.Array:
+    """bool `[B, T]`: another document begins here."""
+    changed = jnp.zeros(jnp.shape(segment_ids), bool)
+    for ids in (segment_ids, branch_ids):
+        if ids is not None:
+            ids = jnp.asarray(ids)
+            changed |= jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return changed.at[:, 0].set(True)
+
+
+def _running(x: jax.Array, fresh: jax.Array, reverse: bool) -> jax.Array:
+    """Running sums along a row that begin anew where `fresh` is True."""
+
+    def add(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    return jax.lax.associative_scan(add, (fresh, x), axis=1, reverse=reverse)[1]
+
+
 def _weighted(x: Array, mask: Array, axis: Axis) -> Weighted:
     return Weighted(masked_sum(x, mask, axis), jnp.sum(as_bool(mask), axis, dtype=jnp.float32))
 

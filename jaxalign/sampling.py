@@ -51,11 +51,17 @@ def choose(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.
     kept = jax.lax.cond(
         (sampling.top_k > 0) | (sampling.top_p < 1), _keep_likely, lambda x, _: x, scaled, sampling
     )
-    token = jax.lax.cond(
-        greedy, lambda: jnp.argmax(scaled, axis=-1).astype(jnp.int32), lambda: _draw(keys, kept)
-    )
+    token = jax.lax.cond(greedy, lambda: _most_likely(scaled), lambda: _draw(keys, kept))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
     return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def _most_likely(logits: jax.Array) -> jax.Array:
+    """The first index of the largest logit: argmax, which XLA's CPU compiler does not vectorise."""
+    size = logits.shape[-1]
+    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(largest, jnp.arange(size, dtype=jnp.int32)[None], size), axis=-1)
+    return jnp.minimum(first, size - 1)  # no index is that of NaN
 
 
 def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from jaxalign.data.chat import Encoded
 from jaxalign.data.examples import Conversation, Message, Steps
 from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
-from jaxalign.data.packing import token_rows
+from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.evaluation import wilson
@@ -379,18 +379,10 @@ def _outputs_at(
     order = sorted(range(len(documents)), key=lambda i: -kept[i])
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
-        width = _width(kept[group[0]])
+        width = bucket(kept[group[0]])
         tokens = token_rows(shortened, [[i] for i in group], batch, width, 0)
         outputs = np.asarray(run(params, tokens))
         for row, i in enumerate(group):
             places = np.minimum(np.asarray(ends[i]), kept[i] - 1)
             found[i] = outputs[row, places]
     return found, cut
-
-
-def _width(size: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, …"""
-    width = 32
-    while width < size:
-        width = width * 3 // 2 if width & (width - 1) == 0 else width // 3 * 4
-    return width

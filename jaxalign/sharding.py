@@ -140,6 +140,17 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RU
     return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules)), axes)
 
 
+def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
+    """Lays parameters out on another mesh (of the same devices, say) by one `device_put`.
+
+    Args:
+      params: nested dict of arrays, wherever they lie.
+      axes: nested dict of their logical axes, `model.axes`.
+      mesh: where they are to lie.
+    """
+    return jax.device_put(params, param_shardings(axes, mesh, params))
+
+
 def _check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
     spec = partition_spec(axes, rules)
     for axis, entry, size in zip(axes.split(), spec, shape, strict=True):
@@ -196,16 +207,15 @@ def map_row_shards(
 
 def row_shards(mesh: Mesh | None = None) -> int:
     """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
+    return axis_shards("rows", mesh)
+
+
+def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
+    """Over how many shards a logical axis is split on this mesh (by default the current one)."""
     sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    return math.prod(sizes.get(name, 1) for name in RULES["rows"] or ())
-
-
-def divides(axis: str, size: int) -> bool:
-    """Whether a dimension of this logical axis and size splits evenly over the current mesh."""
-    names = RULES[axis]
-    names = (names,) if isinstance(names, str) else names or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return size % math.prod(sizes.get(name, 1) for name in names) == 0
+    target = RULES[axis]
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return math.prod(sizes.get(name, 1) for name in names)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

@@ -93,7 +93,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
     def evaluate(step: int) -> dict[str, float]:
         if task.evaluate is None:
             return {}
-        figures = task.evaluate(state)
+        figures = task.evaluate(state, loop)
         writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         if task.details is not None and distributed.is_main():
             text = json.dumps({"step": step} | task.details(), indent=1)
@@ -105,6 +105,8 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         if store is not None:
             store.save(done, state, position)
 
+    if task.begin is not None and done == 0:
+        task.begin(state, loop)
     before = evaluate(0) if done == 0 else {}
     after = before
     root = jax.random.key(run.seed)
@@ -130,6 +132,10 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         for part in parts:
             state, logged = task.step(state, part)
             updates.append(logged)
+            if task.enough is not None and task.enough(logged):
+                break
+        if task.enough is not None:
+            metrics = metrics | {"updates": len(updates)}
         metrics = metrics | _average([to_floats(logged) for logged in updates])
         done += 1
         check_finite(metrics, done)

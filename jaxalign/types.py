@@ -203,12 +203,28 @@ class PromptBatch(NamedTuple):
     Attributes:
       tokens: int32 `[B, P]`.
       mask: bool `[B, P]`, True on the prompt's tokens.
-      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row).
+      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row): its
+        place in `Batches.examples`, where reward functions find the row's other columns.
     """
 
     tokens: Array
     mask: Array
     index: Array
+
+
+class Scores(NamedTuple):
+    """What a reward says of a batch of answers.
+
+    Attributes:
+      values: float32 `[B]`.
+      applies: bool `[B]`, False where the reward has nothing to say of a row (its value is then 0
+        and counts nowhere). None: it speaks of every row.
+      parts: name → scores of the rewards that `values` was put together from; None: of one alone.
+    """
+
+    values: Array
+    applies: Array | None = None
+    parts: dict[str, Scores] | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -221,8 +237,8 @@ class RolloutBatch(NamedTuple):
       tokens: prompts and answers; `loss_mask` marks the answer's tokens, stop token included.
       old_logprobs: log π_old of the targets, by the trainer's own code, float32.
       ref_logprobs: the same under the frozen reference policy.
-      old_values: the critic's values before the update.
-      advantages: whitened (if configured) generalised advantages.
+      old_values: the critic's values before the update. None, as `returns`: there is no critic.
+      advantages: of each token, whitened if configured.
       returns: unwhitened advantages plus old values.
       value_mask: bool, where the critic is trained: `loss_mask`, plus one position when the score
         is placed after the stop token. None: `loss_mask`.
@@ -232,17 +248,33 @@ class RolloutBatch(NamedTuple):
         `old_logprobs`.
       finished: bool `[B]`, whether the answer ended with a stop token.
       valid: bool `[B]`, False for empty rows that fill up a batch.
+      answer_mask: bool, the answers' tokens, where some answers were taken out of `loss_mask`.
+        None: `loss_mask`.
+      scaled_scores: float32 `[B]`, the scores as they enter the rewards, after normalisation and
+        clipping. None: `scores`.
+      temperature: float32 `[B]`, at which the answers were sampled, the same in every row. None:
+        the configured one.
+      kl_coef: float32 `[B]`, β of the KL term of the loss, the same in every row. None: the
+        configured one.
+      ptx: rows of text whose likelihood is part of the loss. None: no such part.
+      reward_parts: name → the scores of each of several rewards, before weights and penalties.
     """
 
     tokens: TokenBatch
     old_logprobs: Array
     ref_logprobs: Array
-    old_values: Array
+    old_values: Array | None
     advantages: Array
-    returns: Array
+    returns: Array | None
     value_mask: Array | None = None
     rewards: Array | None = None
     scores: Array | None = None
     sampler_logprobs: Array | None = None
     finished: Array | None = None
     valid: Array | None = None
+    answer_mask: Array | None = None
+    scaled_scores: Array | None = None
+    temperature: Array | None = None
+    kl_coef: Array | None = None
+    ptx: TokenBatch | None = None
+    reward_parts: dict[str, Scores] | None = None

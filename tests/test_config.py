@@ -19,6 +19,7 @@ from jaxalign.data import Source
 from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
+from jaxalign.rewards.specs import RewardSpec
 
 PACKAGE = pathlib.Path(jaxalign.__file__).parent
 
@@ -166,6 +167,12 @@ FULL = {
         "critic=some/critic",
         "critic_optimizer={learning_rate: 1e-6, max_grad_norm: null}",
         "minibatches=4",
+        "ppo.samples=2",
+        "ppo.ptx_coef=0.5",
+        "ppo.mask_truncated=true",
+        "ptx={train: [pretrain.jsonl], rows: 8, length: 64}",
+        "calibrate_reward=mean_std",
+        "target_kl=0.02",
     ],
 }
 
@@ -367,7 +374,20 @@ OUT_OF_RANGE = {
         "minibatches=0",
         "critic_head=random",
         "minibatches=5",  # no divisor of 32 rows
-        "model.lora.rank=2",  # not in PPO
+        "ppo.advantage_estimator=gea",
+        "ppo.samples=0",
+        "ppo.slots=0",
+        "ppo.cache_dtype=int8",
+        "ppo.scale_rewards=rows",
+        "ppo.importance_sampling_level=word",
+        "ppo.loss_aggregation=mean",
+        "ppo.ptx_coef=-1",
+        "ppo.reward_clip=0",
+        "critic_warmup=-1",
+        "target_kl=0",
+        "calibrate_reward=std",
+        "dump_every=-1",
+        "dump_samples=0",
         "critic_optimizer.b1=7",
         "reward_weights={}",
         "reward_weights=3",
@@ -410,6 +430,9 @@ def test_options_that_would_be_ignored_together_are_refused():
         assert told in complaint("sft", *streaming, option)
 
 
+RLOO = ("ppo.advantage_estimator=rloo", "ppo.samples=2")
+
+
 @pytest.mark.parametrize(
     ("algorithm", "assignments", "told"),
     [
@@ -424,6 +447,15 @@ def test_options_that_would_be_ignored_together_are_refused():
         ("dpo", ("dpo.loss_type=cpo", "reference_sync={}"), "has no reference"),
         ("dpo", ("reference_cache=x", "reference_sync={}"), "null with reference_sync"),
         ("dpo", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
+        ("ppo", ("ppo.advantage_estimator=grpo",), "samples=1: wanted 2 or more"),
+        ("ppo", ("ppo.skip_equal_groups=true",), "samples=1: wanted 2 or more"),
+        ("ppo", (*RLOO, "ppo.lam=0.9"), "lam=0.9: wanted 0.95 with rloo"),
+        ("ppo", (*RLOO, "ppo.gamma=0.9"), "gamma=0.9: wanted 1.0 with rloo"),
+        ("ppo", (*RLOO, "ppo.scale_rewards=none"), "scale_rewards='none': wanted 'group' with"),
+        ("ppo", (*RLOO, "critic=x"), "critic='x': wanted None"),
+        ("ppo", (*RLOO, "critic_warmup=2"), "critic_warmup=2: wanted 0"),
+        ("ppo", ("ppo.shared_critic=true", "critic=x"), "critic='x': wanted null with ppo.shared"),
+        ("ppo", ("ppo.ptx_coef=1",), "ptx=None: wanted data where ppo.ptx_coef is above 0"),
         ("kto", ("reference=x", "reference_sync={}", "model.lora={}"), "cannot be moved"),
     ],
 )
@@ -480,7 +512,8 @@ READERS = {
     configs.RewardRun: (("tasks/*.py", "train.py"), {"config"}),
     configs.DPORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
     configs.KTORun: (("tasks/*.py", "train.py", "references.py"), {"config"}),
-    configs.PPORun: (("tasks/*.py", "train.py"), {"config"}),
+    configs.PPORun: (("tasks/*.py", "train.py", "config.py"), {"config", "self"}),
+    **{spec: (("rewards/build.py",), {"spec"}) for spec in typing.get_args(RewardSpec)},
     OptimizerConfig: (("optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
@@ -488,7 +521,15 @@ READERS = {
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),
     kto.Config: (("algorithms/kto.py",), {"config"}),
     ReferenceSync: (("algorithms/reference.py",), {"sync"}),
-    ppo.Config: (("algorithms/ppo.py",), {"config"}),
+    ppo.Config: (
+        (
+            "algorithms/ppo.py",
+            "algorithms/answers.py",
+            "algorithms/experience.py",
+            "algorithms/carried.py",
+        ),
+        {"config", "self"},
+    ),
     synth.SynthRun: (("synth.py",), {"config"}),
     synth.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
     options.WriterConfig: (("synth.py",), {"config", "writer"}),

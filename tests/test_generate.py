@@ -13,7 +13,7 @@ from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.generate import sample
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sampling import Sampling, choose
-from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.sharding import make_mesh, on_mesh, param_shardings
 from jaxalign.types import PromptBatch
 
 KEY = jax.random.key(11)
@@ -224,15 +224,15 @@ def test_cache_is_updated_in_place(params):
         tiny.DECODER, params, prompts().tokens, prompts().mask, jnp.int32(0), "float32"
     )
     state = empty_slots(
-        tiny.DECODER, 0, slots=4, answers=ROWS, prompt_length=WIDTH, max_new_tokens=NEW,
+        tiny.DECODER, 0, np.full(ROWS, NEW), slots=4, prompt_length=WIDTH, max_new_tokens=NEW,
         cache_dtype="float32",
     )  # fmt: skip
     sampling = Sampling(
         jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.zeros(0, jnp.int32), jnp.int32(0)
     )
     out = decode(tiny.DECODER, params, state, read, KEY, sampling, jnp.array(True), samples=1)
-    assert state.cache.keys.is_deleted()
-    assert np.asarray(out.mask).sum() == (ROWS - 1) * NEW
+    assert all(layer.is_deleted() for layer in (*state.cache.keys, *state.cache.values))
+    assert np.asarray(out.lengths).sum() == (ROWS - 1) * NEW
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
@@ -301,3 +301,46 @@ def test_a_real_model_writes_the_golden_story(shared):
     prompt = PromptBatch(np.array([[golden[0]]], np.int32), np.array([[True]]), np.array([0]))
     out = sample(model, params, prompt, jax.random.key(0), max_new_tokens=64, temperature=0.0)
     np.testing.assert_array_equal(out.tokens[0], golden[1:])
+
+
+def test_slots_waste_few_steps_on_ragged_answers(params):
+    """128 answers of 4 to 64 tokens by 16 slots, against Σ length / slots."""
+    lengths = np.random.default_rng(0).integers(4, 65, 128)
+    batch = PromptBatch(*(np.resize(x, (32, *x.shape[1:])) for x in prompts((2, 6, 3, 4))))
+    got = run(params, batch=batch, samples=4, slots=16, max_new_tokens=64, lengths=lengths)
+    np.testing.assert_array_equal(np.asarray(got.mask).sum(1), lengths)
+    assert not np.asarray(got.tokens)[~np.asarray(got.mask)].any()
+    assert not np.asarray(got.finished).any()
+    assert int(got.steps) <= 1.15 * lengths.sum() / 16
+
+
+def test_lengths_cut_answers_short_and_change_nothing_else(params):
+    want = run(params, stop_tokens=(9,))
+    lengths = np.array([1, 2, 3, 4, 5, 6, 7, 7])
+    got = run(params, stop_tokens=(9,), lengths=lengths)
+    kept = np.asarray(want.mask) & (np.arange(NEW) < lengths[:, None])
+    np.testing.assert_array_equal(got.mask, kept)
+    np.testing.assert_array_equal(np.asarray(got.tokens)[kept], np.asarray(want.tokens)[kept])
+    np.testing.assert_array_equal(got.logprobs, np.where(kept, want.logprobs, 0))
+
+
+@pytest.mark.parametrize("lengths", [np.full(ROWS, NEW + 1), np.zeros(ROWS, int), np.ones(3, int)])
+def test_lengths_out_of_range_are_refused(params, lengths):
+    with pytest.raises(ValueError, match="lengths: got"):
+        run(params, lengths=lengths)
+
+
+def test_a_mesh_of_its_own_writes_the_same(params):
+    """Trained with weights split by fsdp, written with heads split over two devices."""
+    home = make_mesh(fsdp=8)
+    placed = jax.device_put(params, param_shardings(tiny.DECODER.axes, home))
+    want = run(placed, stop_tokens=(9,))
+    other = make_mesh(data=4, tensor=2)
+    got = run(placed, stop_tokens=(9,), mesh=other)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    assert got.tokens.sharding.mesh == home
+    with on_mesh(other):
+        cache = jax.jit(lambda: tiny.DECODER.init_cache(8, 5))()
+    for layer in (*cache.keys, *cache.values):
+        assert layer.sharding.shard_shape(layer.shape) == (2, 1, 5, 8)

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(jaxalign.__file__).parent
 # Room → layer. A room is a folder or a file; a file's own entry goes before its folder's.
 LAYERS = {
     "types": 0,
+    "posting": 0,
     "losses": 1,
     "data": 1,
     "sharding": 1,
@@ -25,8 +26,8 @@ LAYERS = {
     "checkpoint": 3,
     "hf": 3,
     "algorithms": 4,
+    "rewards": 4,
     "plan": 5,
-    "rewards": 5,
     "scoring": 5,
     "config": 5,
     "train": 6,

@@ -170,7 +170,23 @@ def killing_writer(at):
 RESUMED = {
     "sft": {"data": {"packing": True}, "optimizer": {"schedule": "linear", "warmup_steps": 1}},
     # A target far from the measured KL and a short horizon, so that β moves every iteration.
-    "ppo": {"ppo": {"kl_target": 0.5, "kl_horizon": 20.0}, "ppo_epochs": 2, "minibatches": 1},
+    # With all else that PPO carries along: score statistics, calibration, texts, a late policy.
+    "ppo": {
+        "ppo": {
+            "kl_target": 0.5,
+            "kl_horizon": 20.0,
+            "normalize_scores": True,
+            "reward_clip": 2.0,
+            "ptx_coef": 0.1,
+        },
+        "ppo_epochs": 2,
+        "minibatches": 1,
+        "critic_warmup": 1,
+        "target_kl": 1e-3,
+        "calibrate_reward": "mean_std",
+        "dump_every": 1,
+        "dump_samples": 2,
+    },
 }
 
 
@@ -180,6 +196,9 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
 ):
     rows = chatmodel.write_rows(tmp_path / "held_out.jsonl", chatmodel.ROWS[algorithm][:3])
     changes = merge(RESUMED[algorithm], {"data": {"eval": [rows]}})
+    if algorithm == "ppo":
+        texts = chatmodel.write_rows(tmp_path / "texts.jsonl", chatmodel.ROWS["sft"])
+        changes["ptx"] = {"train": [texts], "rows": 8, "length": 32, "epochs": None}
     options = {"save_every": 2, "eval_every": 2}
     whole = run(algorithm, chat_models, tmp_path / "whole", changes, **options)
 
@@ -199,6 +218,18 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
         coefficients = [row["kl_coef"] for row in whole.history]
         assert coefficients[0] == 0.05
         assert len(set(coefficients)) == 4  # so that a forgotten one would show
+        # Calibrated, the reference's answers score 0 ± 1 on average.
+        assert abs(whole.history[0]["objective/scores"]) < 1
+        # The first iteration trained the critic alone; later ones stopped where they had moved.
+        assert whole.history[0]["policy/approxkl_avg"] == 0
+        assert whole.history[0]["updates"] == 2
+        moved = [row for row in whole.history if row["updates"] == 1]
+        assert all(row["policy/approxkl_avg"] > 1e-3 for row in moved)
+        for name in ("rollouts.jsonl", "histograms.jsonl"):
+            ours, theirs = ((r.folder / name).read_text("utf-8") for r in (resumed, whole))
+            assert ours == theirs
+            steps = [json.loads(line)["step"] for line in ours.splitlines()]
+            assert sorted(set(steps)) == [1, 2, 3, 4]
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, chat_models, monkeypatch):

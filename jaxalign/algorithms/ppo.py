@@ -1,4 +1,4 @@
-"""Proximal policy optimisation against a reward, with a critic, under a KL leash.
+"""Proximal policy optimisation against a reward, under a KL leash; with a critic or without.
 
     r_t = score·[t = last] − β · kl_t                                  shaped reward of a token
     A_t = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V_{t+1} − V_t             advantage
@@ -10,7 +10,12 @@ https://arxiv.org/abs/2403.17031). Four models: policy and critic are trained; t
 and the reward act in `prepare`, which samples answers, scores them and computes advantages, once
 an iteration. `minibatches` then cuts the rollout up for several epochs of steps.
 
-State: `TrainState` with `params = {"policy": …, "critic": …}`. Batch: `RolloutBatch`, `[B, T]`.
+The relatives differ in A and in how tokens are averaged: RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++
+and GSPO compare the `samples` answers to a prompt instead of asking a critic (`losses.advantages`,
+`losses.aggregate`; recipes in docs/ppo.md). Pass `critic=None` for them.
+
+State: `TrainState` with `params = {"policy": …, "critic": …}`, or the policy alone. Batch:
+`RolloutBatch`, `[B, T]`.
 """
 
 from __future__ import annotations
@@ -20,10 +25,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from jaxalign.algorithms.actor_critic import init_params, make_optimizer
+from jaxalign.algorithms.answers import (
+    CALIBRATIONS,
+    RewardFn,
+    calibrate,
+    draw_answers,
+    score_answers,
+)
+from jaxalign.algorithms.carried import ScoreStats, next_kl_coef, next_score_stats, running_scale
+from jaxalign.algorithms.experience import make_experience
+from jaxalign.algorithms.ppo_options import check_options
 from jaxalign.algorithms.rollout import (
+    answer_mask_of,
     join_tokens,
     logprob_difference,
     minibatches,
@@ -32,10 +49,11 @@ from jaxalign.algorithms.rollout import (
 )
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.generate import sample
+from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
-from jaxalign.masked import weighted, whiten
-from jaxalign.models.base import LanguageModel, ScalarModel, combine
+from jaxalign.losses.sft import nll
+from jaxalign.masked import keep, weighted
+from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import (
@@ -49,8 +67,11 @@ from jaxalign.types import (
 )
 
 __all__ = [
+    "CALIBRATIONS",
     "Config",
     "RewardFn",
+    "ScoreStats",
+    "calibrate",
     "init_params",
     "join_tokens",
     "make_experience",
@@ -60,13 +81,9 @@ __all__ = [
     "make_step",
     "minibatches",
     "next_kl_coef",
+    "next_score_stats",
     "rollout_metrics",
 ]
-
-_join = jax.jit(join_tokens)
-
-RewardFn = Callable[[TokenBatch, PromptBatch], Array]
-"""(prompts with their answers, the prompts) → float scores `[B]`; see `jaxalign.rewards`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,11 @@ class Config:
     """Options of PPO. Names as in TRL's PPOConfig where it has them.
 
     Attributes:
+      advantage_estimator: "gae" has a critic; "rloo", "grpo", "reinforce++" (Hu et al. 2025) and
+        "reinforce++_baseline" have none.
+      samples: answers to each prompt; more than one for what compares them.
+      slots: answers written at a time, see `sample`; None: all.
+      cache_dtype: of keys and values while sampling; None: the model's compute dtype.
       max_new_tokens: longest answer.
       stop_tokens: ids that end an answer.
       pad_token: id written after the end; may be any id, masks do not read it.
@@ -85,20 +107,40 @@ class Config:
       kl_in: "reward" (shaped into the rewards) or "loss" (a term of its own).
       kl_target: if set, β is adapted to keep this KL (nats an answer), see `losses.ppo`.
       kl_horizon: answers over which the controller acts.
-      gamma, lam: γ and λ of the advantage estimate.
+      gamma, lam: γ and λ of the advantage estimate; λ of "gae" only.
+      scale_rewards: of "grpo": what divides an advantage, the standard deviation of its "group", of
+        the "batch", or nothing ("none": Dr. GRPO).
       clip_range, clip_range_high, dual_clip: bounds of the ratio, see `losses.ppo.policy_loss`.
+      importance_sampling_level: "token", or "sequence": one ratio an answer, the geometric mean of
+        its tokens' (GSPO, Zheng et al. 2025); its clip ranges are of order 1e-4.
+      loss_aggregation: which tokens weigh the same, "token", "sequence" or "constant", see
+        `losses.aggregate`; of the policy's loss, with the entropy and KL terms in it.
+      mask_truncated: answers without stop token leave the loss (DAPO).
+      skip_equal_groups: prompts whose answers all score alike leave the loss (DAPO); they are
+        counted in `groups/equal`, not sampled anew.
       clip_range_value: bound of the critic's move, None for none.
       vf_coef: c_v, weight of the critic's loss.
+      shared_critic: the critic is a head on the policy's hidden states, `params["critic"]` that
+        head alone, and its loss trains the policy's trunk too.
       entropy_coef: weight of the entropy bonus; 0 is off.
-      whiten_advantages: normalise advantages over the answers' tokens of the whole rollout.
+      ptx_coef: weight of −log π a token of `RolloutBatch.ptx`, text as in pre-training (Ouyang et
+        al. 2022, eq. 2, where the sum over a text is weighed); 0 is off.
+      whiten_advantages: normalise advantages over the answers' tokens of the whole rollout. None:
+        as published, for "gae" and the two of REINFORCE++.
       whiten_rewards: divide rewards by their standard deviation, keeping the mean.
       whiten_ddof: 0 for the biased variance, 1 for the unbiased.
       score_at: "eos" (last token of the answer) or "after_eos" (the position after, as TRL).
+      normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
+      reward_clip: cut scores to ± this after that; None: no cut.
       missing_eos_penalty: subtracted from the score of an answer without stop token; ≥ 0.
       logprob_tolerance: largest mean |sampler − trainer| log-probability difference, nats a token,
         before `prepare` stops the run.
     """
 
+    advantage_estimator: str = "gae"
+    samples: int = 1
+    slots: int | None = None
+    cache_dtype: str | None = None
     max_new_tokens: int = 64
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
@@ -112,166 +154,84 @@ class Config:
     kl_horizon: float = 10000.0
     gamma: float = 1.0
     lam: float = 0.95
+    scale_rewards: str = "group"
     clip_range: float = 0.2
     clip_range_high: float | None = None
     dual_clip: float | None = None
+    importance_sampling_level: str = "token"
+    loss_aggregation: str = "token"
+    mask_truncated: bool = False
+    skip_equal_groups: bool = False
     clip_range_value: float | None = 0.2
     vf_coef: float = 0.1
+    shared_critic: bool = False
     entropy_coef: float = 0.0
-    whiten_advantages: bool = True
+    ptx_coef: float = 0.0
+    whiten_advantages: bool | None = None
     whiten_rewards: bool = False
     whiten_ddof: int = 0
     score_at: str = "eos"
+    normalize_scores: bool = False
+    reward_clip: float | None = None
     missing_eos_penalty: float = 0.0
     logprob_tolerance: float = 0.05
 
     def __post_init__(self):
-        def want(ok: bool, name: str, wanted: str) -> None:
-            if not ok:
-                raise ValueError(f"ppo {name}={getattr(self, name)!r}: wanted {wanted}")
+        check_options(self)
 
-        want(self.max_new_tokens >= 1, "max_new_tokens", "a positive integer")
-        want(self.temperature > 0, "temperature", "a positive number (sampling, not greedy)")
-        want(self.top_k >= 0, "top_k", "0 (off) or a positive integer")
-        want(0 < self.top_p <= 1, "top_p", "a value in (0, 1]")
-        want(self.kl_coef >= 0, "kl_coef", "0 or more")
-        want(self.kl_in in ("reward", "loss"), "kl_in", '"reward" or "loss"')
-        want(self.kl_target is None or self.kl_target > 0, "kl_target", "a positive number")
-        want(
-            self.kl_target is None or self.kl_in == "reward", "kl_target", 'None with kl_in="loss"'
-        )
-        want(self.kl_horizon > 0, "kl_horizon", "a positive number")
-        want(0 <= self.gamma <= 1, "gamma", "a value in [0, 1]")
-        want(0 <= self.lam <= 1, "lam", "a value in [0, 1]")
-        want(self.vf_coef >= 0, "vf_coef", "0 or more")
-        want(self.whiten_ddof in (0, 1), "whiten_ddof", "0 or 1")
-        want(self.missing_eos_penalty >= 0, "missing_eos_penalty", "0 or more")
-        want(self.logprob_tolerance > 0, "logprob_tolerance", "a positive number")
-        known = losses.KL_ESTIMATORS
-        want(self.kl_estimator in known, "kl_estimator", f"one of {', '.join(known)}")
-        losses.check_score_at(self.score_at)
-        losses.check_clip(self.clip_range, self.clip_range_high, self.dual_clip)
-        losses.check_clip_value(self.clip_range_value)
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages need a critic."""
+        return self.advantage_estimator == "gae"
 
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened."""
+        if self.whiten_advantages is None:
+            return self.advantage_estimator not in ("rloo", "grpo")
+        return self.whiten_advantages
 
-def init_params(policy_params: Params, critic_params: Params) -> Params:
-    """The trained parameters of PPO, for `init_state`: `{"policy": …, "critic": …}`."""
-    return {"policy": policy_params, "critic": critic_params}
-
-
-def make_optimizer(
-    policy_tx: optax.GradientTransformation, critic_tx: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """One optimizer out of two: policy and critic with their own rates and gradient clipping."""
-    return optax.partition(
-        {"policy": policy_tx, "critic": critic_tx},
-        lambda params: {
-            part: jax.tree.map(lambda _, part=part: part, tree) for part, tree in params.items()
-        },
-    )
-
-
-def make_experience(
-    model: LanguageModel, critic: ScalarModel, config: Config | None = None
-) -> Callable[..., RolloutBatch]:
-    """Builds the half of `prepare` that follows sampling and scoring, jitted; takes any answers.
-
-    Args:
-      model: policy and reference.
-      critic: value model.
-      config: options.
-
-    Returns:
-      `experience(state, ref_params, tokens, scores, finished, sampler_logprobs, kl_coef=None)
-      -> RolloutBatch`: `tokens` are prompts with their answers `[B, T]` as `join_tokens` makes
-      them, `scores` and `finished` `[B]`, `sampler_logprobs` `[B, T]` aligned with targets. The
-      rollout has T − 1 columns: the last one of a row predicts nothing.
-    """
-    config = Config() if config is None else config
-
-    @jax.jit
-    def experience(
-        state: TrainState,
-        ref_params: Params,
-        tokens: TokenBatch,
-        scores: Array,
-        finished: Array,
-        sampler_logprobs: Array,
-        kl_coef: Array | None = None,
-    ) -> RolloutBatch:
-        tokens, sampler_logprobs = jax.tree.map(lambda x: x[:, :-1], (tokens, sampler_logprobs))
-        params = combine(state.params, state.frozen)
-        mask = tokens.loss_mask
-        read = (tokens.inputs, tokens.positions, tokens.segment_ids)
-
-        def logprobs_under(weights: Params) -> jax.Array:
-            hidden = model.apply(weights, *read)
-            logprobs = target_logprobs(
-                model, weights, hidden, tokens.targets, config.temperature, mask=mask
+    def check_critic(self, critic: object) -> None:
+        """Raises ValueError for a critic too many or too few."""
+        if (critic is not None) != self.has_critic:
+            raise ValueError(
+                f"ppo advantage_estimator={self.advantage_estimator!r} with "
+                f"critic={None if critic is None else type(critic).__name__}: wanted "
+                f"{'a critic' if self.has_critic else 'None'}"
             )
-            return jnp.where(mask, logprobs, 0.0)
-
-        old_logprobs = logprobs_under(params["policy"])
-        ref_logprobs = logprobs_under(ref_params)
-        values = critic.scores(params["critic"], critic.apply(params["critic"], *read))
-        scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
-        in_reward = config.kl_in == "reward"
-        coef = config.kl_coef if kl_coef is None else kl_coef
-        rewards, value_mask = losses.token_rewards(
-            losses.kl(old_logprobs, ref_logprobs, config.kl_estimator),
-            scores,
-            mask,
-            kl_coef=coef if in_reward else 0.0,
-            score_at=config.score_at,
-        )
-        seen = rewards
-        if config.whiten_rewards:
-            seen = whiten(rewards, value_mask, shift_mean=False, ddof=config.whiten_ddof)
-        advantages, returns = losses.gae(
-            seen, values, value_mask, gamma=config.gamma, lam=config.lam
-        )
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask, ddof=config.whiten_ddof)
-        return RolloutBatch(
-            tokens=tokens,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            old_values=jnp.where(value_mask, values, 0.0),
-            advantages=jnp.where(mask, advantages, 0.0),
-            returns=returns,
-            value_mask=value_mask,
-            rewards=rewards,
-            scores=scores,
-            sampler_logprobs=sampler_logprobs,
-            finished=finished,
-            valid=jnp.any(mask, axis=1),
-        )
-
-    return experience
 
 
 def make_prepare(
     model: LanguageModel,
-    critic: ScalarModel,
+    critic: ScalarModel | None,
     reward_fn: RewardFn,
     config: Config | None = None,
+    *,
+    reference: LanguageModel | None = None,
+    rollout_mesh: Mesh | None = None,
 ) -> Callable[..., RolloutBatch]:
-    """Builds `prepare(key, state, ref_params, prompts, kl_coef=None) -> RolloutBatch`.
+    """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
     One iteration's experience: answers sampled from the policy, scores from `reward_fn`, per-token
-    KL against the frozen reference, values, advantages and returns. The policy's and critic's
-    weights are used where they lie, not copied.
+    KL against the frozen reference, advantages, and with a critic values and returns. Weights are
+    used where they lie, not copied. A prompt's `samples` answers are adjacent rows.
 
     Args:
-      model: policy and reference.
-      critic: value model.
+      model: the policy.
+      critic: value model; None where the advantages need none.
       reward_fn: gives every answer a finite score; runs outside jit, so that it may be any Python.
       config: options.
+      reference: the model of `ref_params`; None: the policy's.
+      rollout_mesh: where answers are written, see `sample`; None: where the policy lies.
 
     Returns:
-      `prepare`; `kl_coef` overrides the configured one (adaptive controller). It raises
-      ValueError where a score is not finite, and where the sampler's log-probabilities differ from
-      the trainer's by more than `logprob_tolerance` on average.
+      `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None,
+      calibration=None, score_stats=None)`. `kl_coef` and `temperature` override the configured
+      ones and compile nothing. `calibration = (shift, scale)` turns what `reward_fn` gives into
+      (score − shift) / scale; with `normalize_scores`, `score_stats` are those of all scores so
+      far (`next_score_stats` takes this rollout in). It raises ValueError where a score is not
+      finite, and where the sampler's log-probabilities differ from the trainer's by more than
+      `logprob_tolerance` on average.
     """
     config = Config() if config is None else config
     if config.missing_eos_penalty and not config.stop_tokens:
@@ -279,7 +239,12 @@ def make_prepare(
             f"ppo missing_eos_penalty={config.missing_eos_penalty} without stop_tokens: every "
             "answer would be unfinished; set stop_tokens, or the penalty to 0"
         )
-    experience = make_experience(model, critic, config)
+    if config.mask_truncated and not config.stop_tokens:
+        raise ValueError(
+            "ppo mask_truncated=True without stop_tokens: every answer would leave the loss; set "
+            "stop_tokens, or mask_truncated to false"
+        )
+    experience = make_experience(model, critic, config, reference=reference)
 
     def prepare(
         key: jax.Array,
@@ -287,36 +252,45 @@ def make_prepare(
         ref_params: Params,
         prompts: PromptBatch,
         kl_coef: float | Array | None = None,
+        *,
+        temperature: float | Array | None = None,
+        calibration: tuple[float, float] | None = None,
+        score_stats: ScoreStats | None = None,
     ) -> RolloutBatch:
         mesh = mesh_of(state.params)
         if mesh is not None:
             prompts = shard_batch(prompts, mesh)
-        answers = sample(
-            model,  # pyrefly: ignore[bad-argument-type]
-            combine(state.params, state.frozen)["policy"],
-            prompts,
-            key,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop_tokens=config.stop_tokens,
-            pad_token=config.pad_token,
-        )
+        heat = config.temperature if temperature is None else temperature
         kl_coef = jnp.asarray(config.kl_coef if kl_coef is None else kl_coef, jnp.float32)
+        heat = jnp.asarray(heat, jnp.float32)
+        policy = combine(state.params, state.frozen)["policy"]
+        prompts, answers, tokens = draw_answers(
+            key, model, policy, prompts, config, heat, rollout_mesh
+        )
         with on_mesh(mesh):
-            tokens = _join(prompts, answers, config.pad_token)
-            scores = _finite(reward_fn(tokens, prompts), np.asarray(jnp.any(answers.mask, axis=1)))
+            scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
+            scale = None
+            if config.normalize_scores:
+                scale = running_scale(scores, answers, config.missing_eos_penalty, score_stats)
             # The sampler's log-probabilities are aligned with targets: shifted by one, once.
             blank = jnp.zeros((answers.tokens.shape[0], prompts.tokens.shape[1] - 1))
             end = jnp.zeros((answers.tokens.shape[0], 1))
             recorded = jnp.concatenate([blank, answers.logprobs, end], axis=1)
             if mesh is not None:
-                recorded, scores = shard_batch((recorded, scores), mesh)
+                recorded, scores, parts = shard_batch((recorded, scores, parts), mesh)
             rollout = experience(
-                state, ref_params, tokens, scores, answers.finished, recorded, kl_coef
+                state,
+                ref_params,
+                tokens,
+                scores,
+                answers.finished,
+                recorded,
+                kl_coef,
+                heat,
+                scale,
             )
-            mask = rollout.tokens.loss_mask
+            rollout = rollout._replace(reward_parts=parts)
+            mask = answer_mask_of(rollout)
             # The experience has one column less: nothing follows the last one.
             gap, _ = logprob_difference(rollout.old_logprobs, recorded[:, : mask.shape[1]], mask)
             difference = float(gap)
@@ -331,106 +305,132 @@ def make_prepare(
     return prepare
 
 
-def _finite(scores: Array, answered: np.ndarray) -> np.ndarray:
-    scores = np.asarray(scores, np.float32)
-    if scores.shape != answered.shape:
-        raise ValueError(
-            f"reward_fn gave shape {scores.shape}, wanted one score a row {answered.shape}"
-        )
-    bad = np.flatnonzero(~np.isfinite(scores) & answered)
-    if bad.size:
-        raise ValueError(
-            f"reward_fn gave {scores[bad[0]]} for row {bad[0]} ({bad.size} rows not finite); "
-            "a failing reward must raise or give a finite score"
-        )
-    return np.where(answered, scores, 0.0)
+def make_loss(
+    model: LanguageModel, critic: ScalarModel | None, config: Config | None = None
+) -> Loss:
+    """The PPO loss: `policy`, weighted as `loss_aggregation` says, `value` by value positions.
 
-
-def next_kl_coef(kl_coef: float, measured_kl: float, config: Config, rows: int) -> float:
-    """β for the next iteration: the same, or adapted towards `kl_target`."""
-    if config.kl_target is None:
-        return kl_coef
-    return float(
-        losses.adaptive_kl_coef(
-            kl_coef,
-            measured_kl,
-            target=config.kl_target,
-            horizon=config.kl_horizon,
-            batch_size=rows,
-        )
-    )
-
-
-def make_loss(model: LanguageModel, critic: ScalarModel, config: Config | None = None) -> Loss:
-    """The PPO loss: terms `policy` and `entropy` weighted by answer tokens, `value` by values."""
+    Also `ptx` by its tokens, where there is such text, and what the models themselves add (`read`).
+    """
     config = Config() if config is None else config
+    config.check_critic(critic)
+    apart = critic is not None and not config.shared_critic
 
     def count(batch: RolloutBatch) -> dict[str, Array]:
-        tokens = jnp.sum(batch.tokens.loss_mask, dtype=jnp.float32)
-        return {"policy": tokens, "value": jnp.sum(value_mask_of(batch), dtype=jnp.float32)}
+        tokens = batch.tokens
+        weights: dict[str, Array] = {
+            "policy": averages.aggregate_weight(
+                tokens, config.loss_aggregation, config.max_new_tokens
+            ),
+            **read_counts(model, tokens),
+        }
+        if critic is not None:
+            weights["value"] = jnp.sum(value_mask_of(batch), dtype=jnp.float32)
+        if apart:
+            counts = read_counts(critic, tokens)
+            weights |= {f"critic_{name}": weight for name, weight in counts.items()}
+        if config.ptx_coef:
+            text = _ptx_of(batch)
+            weights["ptx"] = jnp.sum(text.loss_mask, dtype=jnp.float32)
+            for name, weight in read_counts(model, text).items():
+                weights[name] = weights[name] + weight
+        return weights
 
     def terms(params: Params, batch: RolloutBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
-        tokens, mask, value_mask = batch.tokens, batch.tokens.loss_mask, value_mask_of(batch)
-        read = (tokens.inputs, tokens.positions, tokens.segment_ids)
-        policy, value_params = params["policy"], params["critic"]
+        hidden, extra = read(model, params["policy"], batch.tokens)
+        total, metrics = policy_terms(params["policy"], hidden, batch)
+        sums: dict[str, Array] = {"policy": total}
+        if critic is not None:
+            if apart:
+                hidden, added = read(critic, params["critic"], batch.tokens)
+                extra |= {f"critic_{name}": term for name, term in added.items()}
+            values = critic.scores(params["critic"], hidden)
+            sums["value"], of_values = _value_terms(values, batch, config)
+            metrics |= of_values
+        if config.ptx_coef:
+            text = _ptx_of(batch)
+            hidden, added = read(model, params["policy"], text)
+            mask = text.loss_mask
+            logprobs = target_logprobs(model, params["policy"], hidden, text.targets, mask=mask)
+            metrics["loss/ptx_avg"] = weighted(nll(logprobs), mask)
+            sums["ptx"] = config.ptx_coef * metrics["loss/ptx_avg"].total
+            extra |= {name: jax.tree.map(jnp.add, extra[name], x) for name, x in added.items()}
+        sums |= {name: term.total for name, term in extra.items()}
+        return sums, jax.lax.stop_gradient(metrics | extra)
 
-        hidden = model.apply(policy, *read)
+    def policy_terms(
+        policy: Params, hidden: jax.Array, batch: RolloutBatch
+    ) -> tuple[Array, dict[str, Weighted]]:
+        tokens, mask = batch.tokens, batch.tokens.loss_mask
+        # The same in every row: what belongs to a whole batch has to be cut up with it.
+        heat = config.temperature if batch.temperature is None else jnp.max(batch.temperature)
+        coef = config.kl_coef if batch.kl_coef is None else jnp.max(batch.kl_coef)
         logprobs, entropy = target_logprobs(
-            model, policy, hidden, tokens.targets, config.temperature, entropy=True, mask=mask
+            model, policy, hidden, tokens.targets, heat, entropy=True, mask=mask
         )
         # Masked before the arithmetic: what stands in padding must not reach a gradient.
-        new, old, ref = (
-            jnp.where(mask, x, 0.0) for x in (logprobs, batch.old_logprobs, batch.ref_logprobs)
+        new, old, ref, advantages = (
+            keep(x, mask)
+            for x in (logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages)
         )
-        advantages = jnp.where(mask, batch.advantages, 0.0)
+        moved = new - old
+        if config.importance_sampling_level == "sequence":
+            moved = averages.answer_mean(moved, tokens)
         policy_losses = losses.policy_loss(
-            new,
+            old + moved,
             old,
             advantages,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
         )
-        policy_total = weighted(policy_losses, mask).total
+        loss = policy_losses
         if config.entropy_coef:
-            policy_total -= config.entropy_coef * weighted(entropy, mask).total
+            loss = loss - config.entropy_coef * entropy
         if config.kl_in == "loss":
-            penalty = losses.kl(new, ref, config.kl_estimator)
-            policy_total += config.kl_coef * weighted(penalty, mask).total
+            loss = loss + coef * losses.kl(new, ref, config.kl_estimator)
 
-        values = critic.scores(value_params, critic.apply(value_params, *read))
-        values, old_values, returns = (
-            jnp.where(value_mask, x, 0.0) for x in (values, batch.old_values, batch.returns)
-        )
-        value_losses = losses.value_loss(
-            values, old_values, returns, clip_range_value=config.clip_range_value
-        )
-        value_total = config.vf_coef * weighted(value_losses, value_mask).total
+        def averaged(x: jax.Array) -> Weighted:
+            return averages.aggregate(x, tokens, config.loss_aggregation, config.max_new_tokens)
 
-        ratio = jnp.exp(jnp.clip(new - old, -losses.MAX_LOG_RATIO, losses.MAX_LOG_RATIO))
-        unclipped = -advantages * ratio
-        moved = values - old_values
-        limit = jnp.inf if config.clip_range_value is None else config.clip_range_value
-        near = old_values + jnp.clip(moved, -limit, limit)
-        metrics = {
-            "loss/policy_avg": weighted(policy_losses, mask),
-            "loss/value_avg": weighted(value_losses, value_mask),
+        ratio = jnp.exp(jnp.clip(moved, -losses.MAX_LOG_RATIO, losses.MAX_LOG_RATIO))
+        return averaged(loss).total, {
+            "loss/policy_avg": averaged(policy_losses),
             "policy/approxkl_avg": weighted(0.5 * jnp.square(new - old), mask),
-            "policy/clipfrac_avg": weighted(policy_losses > unclipped, mask),
+            "policy/clipfrac_avg": weighted(policy_losses > -advantages * ratio, mask),
             "policy/entropy_avg": weighted(entropy, mask),
             "val/ratio": weighted(ratio, mask),
-            "val/clipfrac_avg": weighted(
-                jnp.square(near - returns) > jnp.square(values - returns), value_mask
-            ),
+            "val/ratio_var": weighted(jnp.square(ratio - 1), mask),
         }
-        return {"policy": policy_total, "value": value_total}, jax.lax.stop_gradient(metrics)
 
     return Loss(count, terms)
 
 
+def _value_terms(
+    values: jax.Array, batch: RolloutBatch, config: Config
+) -> tuple[Array, dict[str, Weighted]]:
+    if batch.old_values is None or batch.returns is None:
+        raise ValueError("the rollout has no old_values and returns; prepare it with the critic")
+    mask = value_mask_of(batch)
+    values, old, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
+    limit = config.clip_range_value
+    value_losses = losses.value_loss(values, old, returns, clip_range_value=limit)
+    near = old + jnp.clip(values - old, *((None, None) if limit is None else (-limit, limit)))
+    clipped = jnp.square(near - returns) > jnp.square(values - returns)
+    average = weighted(value_losses, mask)
+    metrics = {"loss/value_avg": average, "val/clipfrac_avg": weighted(clipped, mask)}
+    return config.vf_coef * average.total, metrics
+
+
+def _ptx_of(batch: RolloutBatch) -> TokenBatch:
+    if batch.ptx is None:
+        raise ValueError("ppo ptx_coef > 0 and no text; wanted batch._replace(ptx=TokenBatch)")
+    return batch.ptx
+
+
 def make_step(
     model: LanguageModel,
-    critic: ScalarModel,
+    critic: ScalarModel | None,
     tx: optax.GradientTransformation,
     config: Config | None = None,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
 from jaxalign.generate import Generation
+from jaxalign.losses.advantages import equal_groups
 from jaxalign.masked import masked_mean, masked_sum, masked_var
-from jaxalign.sharding import mesh_of, shard_batch
+from jaxalign.sharding import mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
 
@@ -43,7 +46,13 @@ def logprob_difference(
 
 
 def minibatches(
-    key: jax.Array, rollout: RolloutBatch, epochs: int = 4, count: int = 4
+    key: jax.Array,
+    rollout: RolloutBatch,
+    epochs: int = 4,
+    count: int = 4,
+    *,
+    pack: int = 0,
+    multiple: int = 1,
 ) -> Iterator[RolloutBatch]:
     """Cuts a rollout into `epochs × count` mini-batches of whole rows.
 
@@ -54,20 +63,41 @@ def minibatches(
       rollout: B rows.
       epochs: passes over the rollout.
       count: mini-batches an epoch; B must be a multiple.
+      pack: 0 leaves an answer a row. n lays the answers of a mini-batch end to end in fewer, longer
+        rows (`rollout_packing`), of the smallest of n sizes that takes them: at most so many
+        shapes for a step to compile. Losses and gradients are the same; `scores`, `finished` and
+        `valid`, which belong to answers and not to rows, are None then.
+      multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
+        steps with as many `micro_batches`.
 
     Raises:
-      ValueError: B is not a multiple of `count`, or a number is not positive.
+      ValueError: B is not a multiple of `count`, or a number is out of range.
     """
     rows = rollout.advantages.shape[0]
-    if epochs < 1 or count < 1:
-        raise ValueError(f"epochs={epochs}, count={count}: wanted positive integers")
+    if epochs < 1 or count < 1 or pack < 0 or multiple < 1:
+        raise ValueError(
+            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}: wanted positive "
+            "integers (pack also 0)"
+        )
     if rows % count:
         raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
     mesh = mesh_of(rollout)
-    for epoch in range(epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+    multiple *= row_shards(mesh) if mesh is not None else 1
+    kept = None
+    if pack:
+        rollout = without_answers(rollout)
+        kept = np.asarray(rollout.tokens.segment_ids) > 0
+    # All orders at once, before the first step is under way: to read one is to wait for the device.
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
+    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
         for rows_of_part in np.split(order, count):
-            part = _take_rows(rollout, rows_of_part)
+            layout = None
+            if kept is not None:
+                layout = lay_out(kept, rows_of_part.tolist(), sizes=pack, multiple=multiple)
+            if layout is None:
+                part = _take_rows(rollout, rows_of_part)
+            else:
+                part = pack_rows(rollout, layout)
             yield part if mesh is None else shard_batch(part, mesh)
 
 
@@ -76,14 +106,17 @@ def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), rollout)
 
 
-@jax.jit
-def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames="samples")
+def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
     """What a rollout says before the update, float32 scalars under TRL's names.
 
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer.
+    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
+    answers a prompt, also the part of the prompts whose answers all score alike. Of several
+    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
+    `applies/<name>` the part of all answers that these are.
     """
-    mask, critic_mask = rollout.tokens.loss_mask, value_mask_of(rollout)
+    mask = answer_mask_of(rollout)
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
     finished, sampled = rollout.finished, rollout.sampler_logprobs
     if scores is None or rewards is None or valid is None or finished is None or sampled is None:
@@ -92,24 +125,49 @@ def rollout_metrics(rollout: RolloutBatch) -> dict[str, jax.Array]:
     def per_answer(x: Array) -> jax.Array:
         return masked_mean(masked_sum(x, mask, axis=1), valid)
 
-    score = masked_mean(scores, valid)
-    shaped = masked_mean(masked_sum(rewards, critic_mask, axis=1), valid)
-    spread = masked_var(rollout.returns, critic_mask)
-    unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    # Outside of answers rewards are 0.
+    shaped = masked_mean(jnp.sum(rewards, axis=1), valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
     mean_gap, max_gap = logprob_difference(rollout.old_logprobs, sampled, mask)
-    return {
-        "objective/scores": score,
+    parts: dict[str, jax.Array] = {}
+    for name, part in (rollout.reward_parts or {}).items():
+        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
+        parts[f"rewards/{name}"] = masked_mean(part.values, judged)
+        parts[f"applies/{name}"] = masked_mean(judged, valid)
+    metrics = parts | {
+        "objective/scores": masked_mean(scores, valid),
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
         "objective/entropy": per_answer(-rollout.old_logprobs),
         "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": shaped - score,
-        "response/length": per_answer(jnp.ones_like(rollout.old_logprobs)),
+        "objective/non_score_reward": shaped - masked_mean(entered, valid),
+        "response/length": masked_mean(lengths, valid),
+        "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
+        "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
         "response/finished": masked_mean(finished, valid),
-        "critic/explained_variance": jnp.where(spread > 0, 1 - unexplained / spread, 0.0),
+        "val/num_eos_tokens": masked_sum(finished, valid),
         "logprobs/mean_difference": mean_gap,
         "logprobs/max_difference": max_gap,
     }
+    if rollout.answer_mask is not None:
+        trained = jnp.any(rollout.tokens.loss_mask, axis=1)
+        metrics["response/trained"] = masked_mean(trained, valid)
+    if samples > 1:
+        alike = equal_groups(scores, valid, samples)
+        metrics["groups/equal"] = masked_mean(alike, valid)
+    if rollout.returns is not None and rollout.old_values is not None:
+        critic_mask = value_mask_of(rollout)
+        spread = masked_var(rollout.returns, critic_mask)
+        unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
+        explained = jnp.where(spread > 0, 1 - unexplained / spread, 0.0)
+        metrics["critic/explained_variance"] = explained
+    return metrics
+
+
+def answer_mask_of(rollout: RolloutBatch) -> Array:
+    """The tokens of all answers, in the loss or not."""
+    return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
 
 
 def value_mask_of(rollout: RolloutBatch) -> Array:

@@ -154,6 +154,14 @@ def token_rows(
     return TokenBatch(inputs, targets, positions, segment_ids, loss_mask, source_ids=source_ids)
 
 
+def bucket(size: int) -> int:
+    """The width of a row for so many tokens, of few: the next of 32, 48, 64, 96, 128, 192, …"""
+    width = 32
+    while width < size:
+        width = width * 3 // 2 if width & (width - 1) == 0 else width // 3 * 4
+    return width
+
+
 def prompt_rows(
     prompts: Sequence[np.ndarray] | Mapping[int, np.ndarray],
     which: Sequence[int],

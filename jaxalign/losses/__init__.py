@@ -7,6 +7,8 @@ in them reaches a gradient.
 """
 
 from jaxalign.losses import (
+    advantages,
+    aggregate,
     divergence,
     dpo,
     forms,
@@ -23,6 +25,8 @@ from jaxalign.losses import (
 )
 
 __all__ = [
+    "advantages",
+    "aggregate",
     "divergence",
     "dpo",
     "forms",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign.types import Array
 
-_HIDDEN = -1e30
+HIDDEN = -1e30
 """Score of what may not be seen; finite, so that a row that sees nothing gives no NaN."""
 
 _BLOCK = 128
@@ -18,24 +17,6 @@ _BLOCK = 128
 
 _MOST_BLOCKS = 8
 """Most blocks of queries; more would save little more than the half that 8 nearly do."""
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, for decoding.
-
-    Attributes:
-      keys: `[L, B, S, K, head_dim]`, rotated.
-      values: `[L, B, S, K, head_dim]`.
-      segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
-      positions: int32 `[B, S]`.
-      used: int32 scalar, the column that is written next.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    used: jax.Array
 
 
 def causal_mask(segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
@@ -68,24 +49,6 @@ def window_mask(positions: Array, seen: Array, window: int) -> jax.Array:
     """
     distance = jnp.asarray(positions)[:, :, None] - jnp.asarray(seen)[:, None, :]
     return (distance < window)[:, None]
-
-
-def cache_mask(
-    cache_segments: jax.Array, segment_ids: jax.Array, seen: jax.Array, positions: jax.Array
-) -> jax.Array:
-    """Which cached column each new token sees: `[B, 1, T, S]` bool.
-
-    By positions, not columns: a cache may be written in any order.
-
-    Args:
-      cache_segments: `[B, S]`, new tokens already entered; 0 is never seen.
-      segment_ids: `[B, T]` of the new tokens.
-      seen: `[B, S]`, positions of the cached tokens.
-      positions: `[B, T]` of the new tokens.
-    """
-    same = segment_ids[:, :, None] == cache_segments[:, None, :]
-    earlier = seen[:, None, :] <= positions[:, :, None]
-    return (same & earlier & (cache_segments > 0)[:, None, :])[:, None]
 
 
 def attend(
@@ -196,7 +159,7 @@ def _scores(
     if softcap is not None:
         bent = jnp.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent * bent
-    return jnp.where(mask[:, :, None], scores, _HIDDEN), slope
+    return jnp.where(mask[:, :, None], scores, HIDDEN), slope
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.router import document_balance
 from jaxalign.masked import weighted
-from jaxalign.models.attention import Cache, attend, cache_mask, causal_mask
+from jaxalign.models.attention import attend, causal_mask
 from jaxalign.models.base import DecoderConfig
+from jaxalign.models.cache import Cache, attend_cached, cache_mask, empty_cache, split, write
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
@@ -57,26 +58,23 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
+        return self.read(x, view)[0]
+
+    def read(
+        self, x: jax.Array, view: View
+    ) -> tuple[tuple[jax.Array, Routing | None], tuple[jax.Array, jax.Array]]:
+        """Like a call; also gives the keys and values, `[B, T, K, head_dim]`."""
         query, key, value = self._project(x, view)
         attended = attend(query, key, value, view.mask, view.scale, self.softcap, causal=True)
-        return self._finish(x, attended)
+        return self._finish(x, attended), (key, value)
 
     def extend(
-        self, x: jax.Array, view: View, keys: jax.Array, values: jax.Array,
-        layer: jax.Array, used: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        self, x: jax.Array, view: View, keys: jax.Array, values: jax.Array, used: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Like a call, but attends to this layer's cache after writing the new tokens to it."""
         query, key, value = self._project(x, view)
-        column = (layer, 0, used, 0, 0)
-        put = jax.lax.dynamic_update_slice
-        keys = put(keys, key.astype(keys.dtype)[None], column)
-        values = put(values, value.astype(values.dtype)[None], column)
-        own_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        own_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        attended = attend(
-            query, own_keys.astype(x.dtype), own_values.astype(x.dtype),
-            view.mask, view.scale, self.softcap,
-        )  # fmt: skip
+        keys, values = write(keys, key, used), write(values, value, used)
+        attended = attend_cached(query, keys, values, view.mask, view.scale, self.softcap)
         return self._finish(x, attended)[0], keys, values
 
     def _project(self, x: jax.Array, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -146,6 +144,11 @@ def _with_values(state: Any, values: Params) -> Any:
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, values)
     return state
+
+
+def _layer(stacked: Any, layer: int) -> Any:
+    """One layer of what is stacked along a leading axis."""
+    return jax.tree.map(lambda x: x[layer], stacked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,24 +297,60 @@ class Decoder:
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens."""
-        config = self.config
-        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-        dtype = self.compute_dtype if dtype is None else dtype
-        return Cache(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
-            segment_ids=jnp.zeros((rows, length), jnp.int32),
-            positions=jnp.zeros((rows, length), jnp.int32),
-            used=jnp.zeros((), jnp.int32),
+        return empty_cache(
+            self.config, rows, length, self.compute_dtype if dtype is None else dtype
         )
+
+    def prefill(
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, dtype: Any = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads whole rows, as `apply` does, and keeps their keys and values.
+
+        Args:
+          params: as for `apply`.
+          inputs, positions, segment_ids: as for `apply`, `[B, T]`.
+          dtype: of keys and values; None: `compute_dtype`.
+
+        Returns:
+          Hidden states `[B, T, D]`, and a full cache of T columns.
+        """
+        config, kind = self.config, self.compute_dtype if dtype is None else dtype
+        positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
+        view_of = make_views(config, causal_mask(segment_ids), positions, segment_ids, positions)
+
+        def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            layer, trait = xs
+            (x, _), kept = self._block(layer).read(x, view_of(trait))
+            kept = jax.tree.map(lambda y: y.astype(kind).transpose(0, 2, 1, 3), kept)
+            return constrain(x, "rows length hidden"), kept
+
+        x = self._embed(params, inputs, positions, segment_ids)
+        x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_traits(config)))
+        keys, values = (
+            tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
+        )
+        used = jnp.asarray(positions.shape[1], jnp.int32)
+        return self._norm(params, x), Cache(keys, values, segment_ids, positions, used)
+
+    def by_layer(self, params: Params) -> Params:
+        """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
+
+        A loop over tokens then finds each layer's weights lying by themselves. Where slicing the
+        stack costs nothing (accelerators read a slice in place) this is only a second copy.
+        """
+        layers = range(self.config.num_layers)
+        blocks = tuple(_layer(params["blocks"], layer) for layer in layers)
+        return params | {"blocks": blocks}
 
     def extend(
         self, params: Params, cache: Cache, inputs: Array, positions: Array, segment_ids: Array
     ) -> tuple[jax.Array, Cache]:
-        """Reads T more tokens of every row into the cache: prefill (T large) or decode (T = 1).
+        """Reads T more tokens of every row into the cache, T small: one step of decoding.
+
+        The layers are laid out one after another, not scanned: see `jaxalign.models.cache`.
 
         Args:
-          params: as for `apply`.
+          params: as for `apply`, or what `by_layer` makes of them.
           cache: with at least T free columns.
           inputs: int32 `[B, T]`.
           positions: int32 `[B, T]`.
@@ -326,20 +365,18 @@ class Decoder:
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
         mask = cache_mask(segments, segment_ids, seen, positions)
         view_of = make_views(self.config, mask, positions, segment_ids, seen)
-
-        # The cache rides in the carry, where XLA updates it in place; as a scanned input and
-        # output it would be copied whole for every token.
-        def run(carry: Any, xs: Any) -> tuple[Any, None]:
-            x, keys, values = carry
-            layer, index, trait = xs
-            block = self._block(layer)
-            return block.extend(x, view_of(trait), keys, values, index, cache.used), None
-
+        blocks, traits = params["blocks"], layer_traits(self.config)
+        keys, values = list(cache.keys), list(cache.values)
         x = self._embed(params, inputs, positions, segment_ids)
-        layers = (params["blocks"], jnp.arange(self.config.num_layers), layer_traits(self.config))
-        (x, keys, values), _ = jax.lax.scan(run, (x, cache.keys, cache.values), layers)
+        for layer in range(self.config.num_layers):
+            own = blocks[layer] if isinstance(blocks, tuple) else _layer(blocks, layer)
+            x, keys[layer], values[layer] = self._block(own).extend(
+                x, view_of(_layer(traits, layer)), keys[layer], values[layer], cache.used
+            )
+            x = constrain(x, "rows length hidden")
         used = cache.used + segment_ids.shape[1]
-        return self._norm(params, x), Cache(keys, values, segments, seen, used)
+        cache = Cache(tuple(keys), tuple(values), segments, seen, used)
+        return self._norm(params, x), cache
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix `[D, V]`: the head, or the transposed embedding where tied."""

@@ -232,7 +232,8 @@ def resident_bytes(parts: Parts, mesh: Mesh) -> dict[str, int]:
 
 def _tokens(algorithm: str, config: Any) -> int:
     if algorithm == "ppo":
-        return config.data.rows * (config.data.length + config.ppo.max_new_tokens)
+        length = config.data.length + config.ppo.max_new_tokens
+        return config.data.rows * config.ppo.samples * length
     pairs = algorithm == "dpo" or (algorithm == "reward" and config.reward.objective == "pairs")
     return config.data.rows * config.data.length * (2 if pairs else 1)
 

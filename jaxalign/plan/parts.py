@@ -25,6 +25,7 @@ from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
 from jaxalign.types import (
     GradedBatch,
@@ -157,42 +158,69 @@ def _reference(
 def _ppo(config: Any, mesh: Mesh) -> Parts:
     if config.data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
-    model, policy, _ = _policy(config, mesh)
-    notes: list[str] = []
-    scorer, scorer_params = _scorer("reward_model", config, mesh, notes)
-    critic, critic_params = scorer, scorer_params
-    if config.critic is not None:
-        critic, critic_params = _scorer("critic", config, mesh, notes)
-    tx = ppo.make_optimizer(
-        _optimizer(config.optimizer), _optimizer(config.critic_optimizer or config.optimizer)
-    )
-    step = ppo.make_step(model, critic, tx, config.ppo, micro_batches=config.run.micro_batches)
+    options, notes = config.ppo, []
+    model, policy, base = _policy(config, mesh)
+    scorers = [
+        _scorer(spec.source, spec.attributes, config, mesh, notes)
+        for spec in config.reward_specs()
+        if isinstance(spec, ModelReward)
+    ]
+    reference = (dataclasses.replace(model, lora=None), base if base else policy)
+    roles = {"policy": (model, policy), "reference": reference}
+    roles |= {f"reward{number or ''}": pair for number, pair in enumerate(scorers)}
+    critic = critic_params = critic_tx = None
+    if options.has_critic:
+        critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
+        critic_tx = _optimizer(config.critic_optimizer or config.optimizer)
+    warmup = config.critic_warmup * config.ppo_epochs * config.minibatches
+    tx = ppo.make_optimizer(_optimizer(config.optimizer), critic_tx, critic_warmup=warmup)
+    step = ppo.make_step(model, critic, tx, options, micro_batches=config.run.micro_batches)
     params = ppo.init_params(policy, critic_params)
-    roles = {
-        "policy": (model, policy),
-        "critic": (critic, critic_params),
-        "reference": (model, policy),
-        "reward": (scorer, scorer_params),
-    }
-    batch = rollout(config, config.data.rows // config.minibatches)
-    return Parts(params, {}, tx, step, batch, [policy, scorer_params], roles, tuple(notes))
+    held = [reference[1], *(scorer_params for _, scorer_params in scorers)]
+    batch = rollout(config, config.data.rows * options.samples // config.minibatches)
+    if config.ptx is not None:
+        batch = batch._replace(ptx=_tokens(config.ptx.rows, config.ptx.length))
+    frozen = {"policy": base} if base else {}
+    return Parts(params, frozen, tx, step, batch, held, roles, tuple(dict.fromkeys(notes)))
 
 
 def rollout(config: Any, rows: int) -> RolloutBatch:
-    """So many rows of a rollout."""
-    tokens = _tokens(rows, config.data.length + config.ppo.max_new_tokens - 1)
+    """So many rows of a rollout, an answer a row."""
+    options = config.ppo
+    tokens = _tokens(rows, config.data.length + options.max_new_tokens - 1)
     per_token = array(tokens.inputs.shape, jnp.float32)
-    per_row = array((rows,), jnp.bool_)
+    flags, numbers = array((rows,), jnp.bool_), array((rows,), jnp.float32)
+    of_critic = per_token if options.has_critic else None
+    filters = options.mask_truncated or options.skip_equal_groups
+    scaled = options.normalize_scores or options.reward_clip is not None
     return RolloutBatch(
         tokens,
-        *(per_token,) * 5,
+        old_logprobs=per_token,
+        ref_logprobs=per_token,
+        old_values=of_critic,
+        advantages=per_token,
+        returns=of_critic,
         value_mask=tokens.loss_mask,
         rewards=per_token,
-        scores=array((rows,), jnp.float32),
+        scores=numbers,
         sampler_logprobs=per_token,
-        finished=per_row,
-        valid=per_row,
+        finished=flags,
+        valid=flags,
+        answer_mask=tokens.loss_mask if filters else None,
+        scaled_scores=numbers if scaled else None,
+        temperature=numbers,
+        kl_coef=numbers if options.kl_in == "loss" else None,
     )
+
+
+def _critic(config: Any, policy: Decoder, mesh: Mesh, notes: list[str]) -> tuple[Scorer, Params]:
+    """The critic of a PPO run, which may be a head on the policy alone."""
+    if not config.ppo.shared_critic and config.critic != "policy":
+        source, weights = config.critic_start()
+        return _scorer(source, weights, config, mesh, notes)
+    critic = Scorer(dataclasses.replace(policy, lora=None))
+    params, _ = _params(critic, mesh, config.model.dtype, fresh_head=True)
+    return critic, {"score": params["score"]} if config.ppo.shared_critic else params
 
 
 PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
@@ -251,20 +279,21 @@ def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
     return model, *_params(model, mesh, config.model.dtype)
 
 
-def _scorer(name: str, config: Any, mesh: Mesh, notes: list[str]) -> tuple[Scorer, Params]:
-    source = getattr(config, name)
+def _scorer(
+    source: str, weights: dict[str, float] | None, config: Any, mesh: Mesh, notes: list[str]
+) -> tuple[Scorer, Params]:
     if known_shape(config.model.source) is not None and not pathlib.Path(source).exists():
         # The policy's weights are not here either: nothing of this run is.
-        notes.append(f"{name} {source!r} is not there: taken to be shaped like the policy")
+        notes.append(f"reward model {source!r} is not there: taken to be shaped like the policy")
         model = Scorer(_read(config.model.source, config.model, mesh))
     else:
         model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
-    if len(model.attributes) > 1 and config.reward_weights is None:
+    if len(model.attributes) > 1 and weights is None:
         raise ValueError(
             f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
-            "how much each counts by reward_weights"
+            "how much each counts by reward_weights, or attributes in a list of rewards"
         )
     model = dataclasses.replace(model, attributes=())  # the weighted sum, if there are several
     return model, _params(model, mesh, config.model.dtype)[0]

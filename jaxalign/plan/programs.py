@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.algorithms import ppo
+from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
@@ -218,23 +218,25 @@ def compile_programs(
 
     if algorithm == "ppo":
         _sample(compiler, config, mesh, parts, say)
-        trips = _chunks(model, rows // config.minibatches // micro, length, config, mesh)
         _experience(compiler, config, mesh, parts, state)
+        answers = rows * config.ppo.samples
+        each = answers // config.minibatches
         whole = length + config.ppo.max_new_tokens - 1
-        each = rows // config.minibatches
-        critic, _ = parts.roles["critic"]
-        useful = forward(model, each, whole, head=True) + forward(critic, each, whole, head=False)
-        held = on_rows(rollout(config, rows), mesh)
+        trips = _chunks(model, each // micro, whole, mesh)
+        useful = forward(model, each, whole, head=True)
+        if "critic" in parts.roles and not config.ppo.shared_critic:
+            useful += forward(parts.roles["critic"][0], each, whole, head=False)
+        held = on_rows(rollout(config, answers), mesh)
         step(3 * useful, trips, config.ppo_epochs * config.minibatches, held)
         return compiler.done
     sides = {"sft": 1, "reward": 1, "dpo": 2, "kto": 1}[algorithm]
     sequences = _sequences(parts.batch) if algorithm == "reward" else sides * rows
     headless = algorithm == "reward"
-    trips = 1 if headless else _chunks(model, sequences // micro, length, None, mesh)
+    trips = 1 if headless else _chunks(model, sequences // micro, length, mesh)
     useful = forward(model, sequences, length, head=not headless)
     if "reference" in parts.roles:
         reference, weights = parts.roles["reference"]
-        whole = 1 if headless else _chunks(reference, sequences, length, None, mesh)
+        whole = 1 if headless else _chunks(reference, sequences, length, mesh)
         _prepare(compiler, algorithm, mesh, parts, reference, weights, batch, whole, useful)
     step(3 * useful, trips)
     return compiler.done
@@ -249,10 +251,8 @@ def _sequences(batch: Any) -> int:
     )
 
 
-def _chunks(model: Any, rows: int, length: int, config: Any, mesh: Mesh) -> int:
+def _chunks(model: Any, rows: int, length: int, mesh: Mesh) -> int:
     """How many chunks the vocabulary head takes when all positions are trained."""
-    if config is not None:
-        length += config.ppo.max_new_tokens - 1
     return head_chunks(rows, length, model.config.vocab_size, row_shards(mesh))[1]
 
 
@@ -290,57 +290,68 @@ def _prepare(
 
 
 def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say) -> None:
-    """PPO's rollout: prompts are read, answers written."""
+    """PPO's rollout: prompts are read, answers written, as `generate.sample` goes about it."""
     model, params = parts.roles["policy"]
-    rows, length, new = config.data.rows, config.data.length, config.ppo.max_new_tokens
-    kind = jnp.dtype(model.compute_dtype).name
-    whole = replicated(mesh)
-    split = rows_sharding(mesh)
+    if parts.frozen:
+        params = combine(params, parts.frozen["policy"])
+    options, length, new = config.ppo, config.data.length, config.ppo.max_new_tokens
+    answers = config.data.rows * options.samples
+    slots = answers if options.slots is None else min(options.slots, answers)
+    rows = min(config.data.rows, slots)
+    groups = math.ceil(config.data.rows / rows)
+    kind = jnp.dtype(options.cache_dtype or model.compute_dtype).name
+    whole, split = replicated(mesh), rows_sharding(mesh)
     scalar = array((), jnp.int32, whole)
     tokens, mask = array((rows, length), jnp.int32, split), array((rows, length), bool, split)
     sampling = Sampling(
         array((), jnp.float32, whole),
         scalar,
         array((), jnp.float32, whole),
-        array((max(1, len(config.ppo.stop_tokens)),), jnp.int32, whole),
+        array((max(1, len(options.stop_tokens)),), jnp.int32, whole),
         scalar,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    with on_mesh(mesh):
-        say("compiling empty cache …")
-        lowered = empty_slots.lower(
-            model, scalar, slots=rows, answers=rows, prompt_length=length, max_new_tokens=new,
-            cache_dtype=kind,
-        )  # fmt: skip
-        slots = _outputs(lowered, lowered.compile())
 
-        def prefill() -> Any:
-            with on_mesh(mesh):
-                return read_prompts.lower(model, params, tokens, mask, scalar, kind)
+    def empty() -> Any:
+        with on_mesh(mesh):
+            limits = array((answers,), jnp.int32, whole)
+            return empty_slots.lower(
+                model, scalar, limits, slots=slots, prompt_length=length, max_new_tokens=new,
+                cache_dtype=kind,
+            )  # fmt: skip
 
-        useful = model_flops(model.config, rows, length, head=False)
-        compiled = compiler(
-            "prefill", prefill, known=params, batch=(tokens, mask), cache=(), useful=useful,
-            made="cache",
-        )  # fmt: skip
-        compiler.done[-1] = dataclasses.replace(
-            compiler.done[-1], cache=compiler.done[-1].cache + device_bytes(slots)
-        )
-        read = _outputs(prefill(), compiled)
+    def prefill() -> Any:
+        with on_mesh(mesh):
+            return read_prompts.lower(model, params, tokens, mask, scalar, kind)
 
-        def writing() -> Any:
-            with on_mesh(mesh):
-                return decode.lower(
-                    model, params, slots, read, key, sampling, array((), bool, whole), samples=1
-                )
+    say("compiling empty slots …")
+    lowered = empty()
+    state = _outputs(lowered, lowered.compile())
+    useful = model_flops(model.config, rows, length, head=False)
+    compiled = compiler(
+        "prefill", prefill, known=params, batch=(tokens, mask), times=groups, useful=useful,
+        made="cache",
+    )  # fmt: skip
+    # The slots are there before the prompts are read.
+    first = compiler.done[-1]
+    compiler.done[-1] = dataclasses.replace(first, cache=first.cache + device_bytes(state))
+    read = _outputs(prefill(), compiled)
 
-        both = model_flops(model.config, rows, length + new, head=False)
-        head = 2.0 * rows * new * model.config.hidden_size * model.config.vocab_size
-        compiler(
-            "decode", writing, known=params, batch=(tokens, mask), cache=(slots, read), trips=new,
-            useful=both - useful + head,
-        )  # fmt: skip
+    def writing() -> Any:
+        with on_mesh(mesh):
+            last = array((), bool, whole)
+            return decode.lower(
+                model, params, state, read, key, sampling, last, samples=options.samples
+            )
+
+    both = model_flops(model.config, slots, length + new, head=False)
+    both -= model_flops(model.config, slots, length, head=False)
+    head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
+    compiler(
+        "decode", writing, known=params, batch=(tokens, mask), cache=(state, read), trips=new,
+        times=math.ceil(answers / slots), useful=both + head,
+    )  # fmt: skip
 
 
 def _outputs(lowered: Any, compiled: Any) -> Any:
@@ -357,35 +368,43 @@ def _experience(
 ) -> None:
     """PPO's scoring of the answers, and what policy, reference and critic say of them."""
     model, _ = parts.roles["policy"]
-    critic, _ = parts.roles["critic"]
-    _, ref_params = parts.roles["reference"]
-    scorer, weights = parts.roles["reward"]
-    rows, length = config.data.rows, config.data.length + config.ppo.max_new_tokens
-    ids = array((rows, length), jnp.int32, rows_sharding(mesh))
-    seen = array((rows, length), jnp.bool_, rows_sharding(mesh))
-    tokens = TokenBatch(ids, ids, ids, ids, seen)
-    scores = array((rows,), jnp.float32, rows_sharding(mesh))
-    finished = array((rows,), jnp.bool_, rows_sharding(mesh))
-    recorded = array((rows, length), jnp.float32, rows_sharding(mesh))
+    critic = parts.roles["critic"][0] if "critic" in parts.roles else None
+    reference, ref_params = parts.roles["reference"]
+    options, split = config.ppo, rows_sharding(mesh)
+    rows = config.data.rows * options.samples
+    length = config.data.length + options.max_new_tokens
+    ids = array((rows, length), jnp.int32, split)
+    tokens = TokenBatch(ids, ids, ids, ids, array((rows, length), jnp.bool_, split))
+    scores = array((rows,), jnp.float32, split)
+    finished = array((rows,), jnp.bool_, split)
+    recorded = array((rows, length), jnp.float32, split)
 
-    def score() -> Any:
-        with on_mesh(mesh):
-            run = jax.jit(lambda params, tokens: pooled_scores(scorer, params, tokens))
-            return run.lower(weights, tokens)
+    for name, (scorer, weights) in parts.roles.items():
+        if not name.startswith("reward"):
+            continue
 
-    flops = model_flops(scorer.config, rows, length, head=False)
-    compiler("score", score, known=weights, batch=tokens, useful=flops)
+        def score(scorer: Any = scorer, weights: Any = weights) -> Any:
+            with on_mesh(mesh):
+                run = jax.jit(lambda params, tokens: pooled_scores(scorer, params, tokens))
+                return run.lower(weights, tokens)
+
+        flops = model_flops(scorer.config, rows, length, head=False)
+        compiler(name.replace("reward", "score"), score, known=weights, batch=tokens, useful=flops)
 
     def experience() -> Any:
         with on_mesh(mesh):
-            run = ppo.make_experience(model, critic, config.ppo)
-            coefficient = array((), jnp.float32, replicated(mesh))
-            return run.lower(state, ref_params, tokens, scores, finished, recorded, coefficient)  # pyrefly: ignore[missing-attribute]
+            run: Any = make_experience(model, critic, options, reference=reference)
+            number = array((), jnp.float32, replicated(mesh))
+            scale = (number, number) if options.normalize_scores else None
+            return run.lower(
+                state, ref_params, tokens, scores, finished, recorded, number, number, scale
+            )
 
     flops = 2 * model_flops(model.config, rows, length - 1, head=True)
-    flops += model_flops(critic.config, rows, length - 1, head=False)
-    trips = head_chunks(rows, length - 1, model.config.vocab_size, row_shards(mesh))[1]
+    if critic is not None and not options.shared_critic:
+        flops += model_flops(critic.config, rows, length - 1, head=False)
+    known = (state.params, state.frozen, ref_params)
     compiler(
-        "experience", experience, known=(state.params, ref_params),
-        batch=(tokens, scores, finished, recorded), trips=trips, useful=flops, made="batch",
+        "experience", experience, known=known, batch=(tokens, scores, finished, recorded),
+        trips=_chunks(model, rows, length - 1, mesh), useful=flops, made="batch",
     )  # fmt: skip

@@ -52,12 +52,23 @@ def make_task(config: Any) -> Task:
 def _check_rows(config: Any, mesh: Mesh) -> None:
     """Refuses a batch that cannot be split evenly, before anything is loaded or sampled."""
     parts = {"data × fsdp": row_shards(mesh), "run.micro_batches": config.run.micro_batches}
+    answers, what = config.data.rows, "rows"
     if isinstance(config, PPORun):
         parts["minibatches"] = config.minibatches
+        if config.ppo.samples > 1:
+            answers, what = answers * config.ppo.samples, "answers (× ppo.samples)"
     unit = math.prod(parts.values())
-    if config.data.rows % unit:
+    if answers % unit:
         raise ValueError(
-            f"data.rows={config.data.rows}: {config.data.rows} rows do not divide into "
+            f"data.rows={config.data.rows}: {answers} {what} do not divide into "
             f"{', '.join(f'{name} = {size}' for name, size in parts.items())}; "
-            f"use a multiple of {unit} rows"
+            f"use a multiple of {unit} {what}"
         )
+    texts = {"data": config.data, "ptx": getattr(config, "ptx", None)}
+    for name, section in texts.items():
+        unit = row_shards(mesh) * (config.run.micro_batches if name == "ptx" else 1)
+        if section is not None and section.rows % unit:
+            raise ValueError(
+                f"{name}.rows={section.rows}: the rows do not divide over the mesh and its "
+                f"micro-batches; use a multiple of {unit} rows"
+            )

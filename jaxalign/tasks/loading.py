@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
+from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -101,15 +103,20 @@ def reference_model(
 
 
 def load_scorer(
-    source: str, config: PPORun, mesh: Mesh, *, critic: bool = False
+    source: str,
+    weights: Mapping[str, float] | None,
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    critic: bool = False,
 ) -> tuple[Scorer, Params]:
     """A reward model with one score: of several attributes, their weighted sum."""
     model, params = load_pretrained(
         source,
         mesh=mesh,
-        dtype=config.model.dtype,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
+        dtype=config.dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
     )
     if not isinstance(model, Scorer):
         raise ValueError(
@@ -117,14 +124,49 @@ def load_scorer(
             "as `jaxalign reward` makes"
         )
     # A critic of its own may have one score where the reward model has several.
-    if config.reward_weights is not None and not (critic and not model.attributes):
-        return weigh_attributes(model, params, config.reward_weights)
+    if weights is not None and not (critic and not model.attributes):
+        return weigh_attributes(model, params, weights)
     if len(model.attributes) > 1:
         raise ValueError(
             f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
-            "how much each counts: reward_weights: {" + f"{model.attributes[0]}: 1.0" + "}"
+            "how much each counts: reward_weights (attributes, of one in a list of rewards): {"
+            + f"{model.attributes[0]}: 1.0"
+            + "}"
         )
     return model, params
+
+
+class Scorers:
+    """The models with a score of a PPO run, each loaded once, whatever it is for."""
+
+    def __init__(self, config: PPORun, mesh: Mesh, tok: Any):
+        self._config, self._mesh, self._tok = config, mesh, tok
+        self._loaded: dict[str, tuple[Scorer, Params]] = {}
+
+    def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
+        """One that scores answers."""
+        return self._load(spec.source, spec.attributes, reads_ids=spec.tokenizer == "policy")
+
+    def critic(self) -> tuple[Scorer, Params]:
+        """What the critic starts from."""
+        return self._load(*self._config.critic_start(), critic=self._config.critic is not None)
+
+    def _load(
+        self,
+        source: str,
+        weights: Mapping[str, float] | None,
+        *,
+        critic: bool = False,
+        reads_ids: bool = True,
+    ) -> tuple[Scorer, Params]:
+        key = f"{source} {weights} {critic}"
+        if key not in self._loaded:
+            self._loaded[key] = load_scorer(
+                source, weights, self._config.model, self._mesh, critic=critic
+            )
+        if reads_ids:
+            check_vocabulary(self._tok, self._loaded[key][0], source)
+        return self._loaded[key]
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,19 +14,17 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
 from jaxalign.config import PPORun
-from jaxalign.data import prompt_batches, stop_token_ids
+from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
+from jaxalign.export import whole_model
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import to_floats
-from jaxalign.rewards import model_reward
+from jaxalign.models.base import combine
+from jaxalign.rewards import build_reward
+from jaxalign.rewards.cases import shifted
+from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.data import make_data, total_of
-from jaxalign.tasks.loading import (
-    check_vocabulary,
-    language_model,
-    load_policy,
-    load_scorer,
-    pad_id,
-    shape_of,
-)
+from jaxalign.tasks.dumps import RolloutDump
+from jaxalign.tasks.loading import Scorers, load_policy, pad_id
 from jaxalign.tasks.task import Floats, Loop, Task, optimizer, start
 from jaxalign.types import RolloutBatch, TrainState
 
@@ -33,25 +32,9 @@ from jaxalign.types import RolloutBatch, TrainState
 def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     """PPO: a batch of prompts becomes a rollout, cut into epochs × mini-batches of updates."""
     loaded = load_policy(config.model, mesh, config.run.seed)
-    if config.reference is None:
-        ref_params = loaded.params
-    else:
-        reference, ref_params = language_model(config.reference, config.model, mesh)
-        if shape_of(reference) != shape_of(loaded.model):
-            raise ValueError(
-                f"reference={config.reference!r} has another shape than the policy "
-                f"{config.model.source!r}; wanted the model that the policy started from"
-            )
-    scorer, rm_params = load_scorer(config.reward_model, config, mesh)
-    check_vocabulary(loaded.tok, scorer, config.reward_model)
-    if config.critic is None:
-        critic, critic_params = scorer, rm_params
-    else:
-        critic, critic_params = load_scorer(config.critic, config, mesh, critic=True)
-        check_vocabulary(loaded.tok, critic, config.critic)
-    if config.critic_head == "zero":
-        head = jax.tree.map(jnp.zeros_like, critic_params["score"])
-        critic_params = critic_params | {"score": head}
+    reference, ref_params = start_reference(config, loaded, mesh)
+    scorers = Scorers(config, mesh, loaded.tok)
+    critic, critic_params = start_critic(config, loaded, scorers)
     options = config.ppo
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)
@@ -61,53 +44,145 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
 
     batches, held_out = make_data(prompt_batches, config, loaded.tok)
     total = total_of(config, batches)
-    updates = total * config.ppo_epochs * config.minibatches
-    policy_optimizer = config.optimizer
-    critic_optimizer = config.critic_optimizer or policy_optimizer
+    each = config.ppo_epochs * config.minibatches
+    critic_optimizer = config.critic_optimizer or config.optimizer
     tx = ppo.make_optimizer(
-        optimizer(policy_optimizer, updates), optimizer(critic_optimizer, updates)
+        optimizer(config.optimizer, max(1, total - config.critic_warmup) * each),
+        optimizer(critic_optimizer, total * each) if options.has_critic else None,
+        critic_warmup=config.critic_warmup * each,
     )
-    both = loaded._replace(params=ppo.init_params(loaded.params, critic_params))
+    both = loaded._replace(
+        params=ppo.init_params(loaded.params, critic_params),
+        frozen={"policy": loaded.frozen} if loaded.frozen else {},
+    )
     step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
-    prepare = ppo.make_prepare(loaded.model, critic, model_reward(scorer, rm_params), options)
+    # One table of rows for all prompts: training data, then held-out data.
+    rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
+    reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
+    prepare = ppo.make_prepare(loaded.model, critic, reward, options, reference=reference)
+    dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
+    add_text = _text_adder(config, loaded.tok)
+
+    def begin(state: TrainState, loop: Loop) -> None:
+        if config.calibrate_reward != "none":
+            key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 5)
+            first = next(iter(batches))
+            batches.close()
+            loop["calibration"] = list(
+                ppo.calibrate(
+                    key, reference, ref_params, first, reward, options, config.calibrate_reward
+                )
+            )
+
+    def carried(loop: Loop) -> dict[str, Any]:
+        return {
+            "calibration": tuple(loop["calibration"]),
+            "score_stats": ppo.ScoreStats(*loop["score_stats"]),
+        }
 
     def expand(
         key: jax.Array, state: TrainState, batch: Any, loop: Loop
     ) -> tuple[Iterable[RolloutBatch], Floats]:
         sample_key, shuffle_key = jax.random.split(key)
-        rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"])
-        metrics = to_floats(ppo.rollout_metrics(rollout)) | {"kl_coef": loop["kl_coef"]}
+        rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"], **carried(loop))
+        metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
+        metrics["kl_coef"] = loop["kl_coef"]
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
         loop["kl_coef"] = ppo.next_kl_coef(
             loop["kl_coef"], metrics["objective/kl"], options, answers
         )
-        parts = ppo.minibatches(shuffle_key, rollout, config.ppo_epochs, config.minibatches)
-        return parts, metrics
+        if options.normalize_scores:
+            stats = ppo.next_score_stats(ppo.ScoreStats(*loop["score_stats"]), rollout)
+            loop["score_stats"] = list(stats)
+        loop["iterations"] += 1
+        dump.write(loop["iterations"], rollout)
+        parts = ppo.minibatches(
+            shuffle_key,
+            rollout,
+            config.ppo_epochs,
+            config.minibatches,
+            pack=config.pack_updates,
+            multiple=config.run.micro_batches,
+        )
+        return add_text(parts, loop), metrics
 
-    def evaluate(state: TrainState) -> Floats:
+    def evaluate(state: TrainState, loop: Loop) -> Floats:
         # The same key every time: differences come from the policy, not from the draw.
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 1)
         sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
         scores: list[float] = []
         for number, batch in enumerate(held_out or ()):
-            rollout = prepare(jax.random.fold_in(key, number), state, ref_params, batch)
+            batch = shifted(batch, len(batches.examples))
+            rollout = prepare(
+                jax.random.fold_in(key, number), state, ref_params, batch, **carried(loop)
+            )
             answered = np.asarray(rollout.valid)
             scores += np.asarray(rollout.scores)[answered].tolist()
-            for name, value in to_floats(ppo.rollout_metrics(rollout)).items():
-                if name.startswith(("objective/", "response/")):
-                    sums[name] = sums.get(name, 0.0) + value * int(answered.sum())
-        means = {name: value / len(scores) for name, value in sums.items()}
+            figures = to_floats(ppo.rollout_metrics(rollout, options.samples))
+            for name, value in figures.items():
+                if name in _NO_MEANS:
+                    continue
+                if name.startswith(("objective/", "response/", "rewards/", "applies/")):
+                    part = figures.get(name.replace("rewards/", "applies/", 1), 1.0)
+                    count = answered.sum() * (part if name.startswith("rewards/") else 1.0)
+                    sums[name] = sums.get(name, 0.0) + value * float(count)
+                    counts[name] = counts.get(name, 0.0) + float(count)
+        means = {
+            name: value / counts[name] if counts[name] else 0.0 for name, value in sums.items()
+        }
         return means | {"objective/scores_std": float(np.std(scores))}
 
     def export(state: TrainState, folder: Any) -> None:
-        save_pretrained(loaded.model, state.params["policy"], folder, tokenizer=loaded.tok)
+        policy = combine(state.params, state.frozen)["policy"]
+        save_pretrained(*whole_model(loaded.model, policy), folder, tokenizer=loaded.tok)
+
+    limit = config.target_kl
+    enough = None
+    if limit is not None:
+        enough = lambda logged: float(logged["policy/approxkl_avg"]) > limit  # noqa: E731
 
     return Task(
         *start(both, tx, step, mesh),
         batches=batches,
         total=total,
-        loop={"kl_coef": options.kl_coef},
+        loop={
+            "kl_coef": options.kl_coef,
+            "iterations": 0,
+            "calibration": [0.0, 1.0],
+            "score_stats": list(ppo.ScoreStats()),
+        },
         expand=expand,
         evaluate=evaluate if held_out is not None else None,
         export=export,
+        begin=begin,
+        enough=enough,
     )
+
+
+# Means over batches say nothing of these.
+_NO_MEANS = ("objective/scores_std", "response/length_min", "response/length_max")
+
+
+def _text_adder(
+    config: PPORun, tok: Any
+) -> Callable[[Iterable[RolloutBatch], Loop], Iterator[RolloutBatch]]:
+    """Gives every mini-batch its rows of text, if there is any; its position goes into `loop`."""
+    if config.ptx is None:
+        return lambda parts, loop: iter(parts)
+    # The section stands alone: only model and seed are shared with the run's own data.
+    section = types.SimpleNamespace(data=config.ptx, model=config.model, run=config.run)
+    text, _ = make_data(sft_batches, section, tok)
+    iterator: list[Iterator[Any]] = []
+
+    def add(parts: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:
+        if not iterator:
+            if "ptx" in loop:
+                text.set_state(loop["ptx"])
+            iterator.append(iter(text))
+        for part in parts:
+            batch = next(iterator[0])
+            loop["ptx"] = text.get_state()
+            yield part._replace(ptx=batch)
+
+    return add

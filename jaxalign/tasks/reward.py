@@ -40,7 +40,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         total=total,
         loop={},
         expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=measure,
+        evaluate=None if measure is None else lambda state, loop: measure(state),
         export=exporter(loaded.model, loaded.tok),
         details=None if measure is None else measure.details,
     )

@@ -37,8 +37,11 @@ class Task(NamedTuple):
       loop: starting value of the loop's own state.
       expand: (key, state, batch, loop) → (batches for the step, metrics known before the update).
         May change `loop`.
-      evaluate: state → held-out figures, or None without held-out data.
+      evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
+      begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
+      enough: metrics of an update → whether the rest of this batch's updates are left out; None:
+        they never are.
       details: curves and tables of the last evaluation, JSON-able, or None.
     """
 
@@ -48,9 +51,11 @@ class Task(NamedTuple):
     total: int
     loop: Loop
     expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
-    evaluate: Callable[[TrainState], Floats] | None
+    evaluate: Callable[[TrainState, Loop], Floats] | None
     export: Callable[[TrainState, Any], None]
     details: Callable[[], dict[str, Any]] | None = None
+    begin: Callable[[TrainState, Loop], None] | None = None
+    enough: Callable[[dict[str, Any]], bool] | None = None
 
 
 def optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
@@ -73,13 +78,13 @@ def evaluator(
     held_out: Batches[Any] | None,
     mesh: Mesh,
     prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
-) -> Callable[[TrainState], Floats] | None:
+) -> Callable[[TrainState, Loop], Floats] | None:
     """Held-out figures: sums over all batches, divided once; None without held-out data."""
     if held_out is None:
         return None
     batches, evaluate = held_out, make_eval(loss)
 
-    def run(state: TrainState) -> Floats:
+    def run(state: TrainState, loop: Loop) -> Floats:
         with jax.set_mesh(mesh):
             parts = [evaluate(state, shard_batch(prepare(state, b), mesh)) for b in batches]
             return add_up(parts)

@@ -119,7 +119,7 @@ class Job:
         return [data.take(at, at + self.pairs) for at in starts]
 
 
-def write_job(folder: pathlib.Path, job: Job) -> None:
+def write_job(folder: pathlib.Path, job: Any) -> None:
     """Writes `job.json`; refuses to mix with the results of another job."""
     text = json.dumps(dataclasses.asdict(job), indent=1) + "\n"
     path = folder / "job.json"
@@ -166,7 +166,7 @@ def carry_out(side: str, python: str, folder: pathlib.Path, threads: int) -> dic
     """Runs one side of a job, unless it is done already; gives its `done.json`.
 
     Args:
-      side: "ours" or "trl".
+      side: "ours", "trl", "ppo_ours" or "ppo_trl".
       python: the interpreter of that side's virtual environment.
       folder: holds `job.json`.
       threads: cores that the side may use.
@@ -175,7 +175,7 @@ def carry_out(side: str, python: str, folder: pathlib.Path, threads: int) -> dic
     if not done.exists():
         here = pathlib.Path(__file__).resolve()
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        if side == "ours":
+        if side.endswith("ours"):
             paths = [str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         else:

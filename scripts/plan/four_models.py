@@ -32,6 +32,7 @@ LINES = {
         "float32 moments in host memory",
         ["optimizer.moments=float32", "optimizer.offload=true"],
     ),
+    "shared": ("8-bit moments, shared trunk", ["optimizer.moments=int8", "ppo.shared_critic=true"]),
     "int8": ("8-bit moments", ["optimizer.moments=int8"]),
     "int8-bf16": (
         "8-bit moments, all weights bfloat16",

@@ -7,27 +7,18 @@ repeats it in an error has it blotted out), and not to another host, since redir
 from __future__ import annotations
 
 import concurrent.futures
-import email.utils
-import http.client
 import json
 import os
 import random
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign.data.synthesis.options import ServerConfig
 from jaxalign.data.synthesis.writer import REFUSED, Reply, Request, now
+from jaxalign.posting import PostError, check_url, pauses, post
 
-_AGAIN = (408, 409, 425, 429)
 _REFUSED = (400, 413, 422)
-_LONGEST_WAIT = 60.0
-_LONGEST_ASKED = 600.0
-_MOST_BYTES = 64 * 2**20
 
 
 class ServerError(ConnectionError):
@@ -48,13 +39,6 @@ class _Refused(Exception):
 
 class _Stopped(Exception):
     """Another request failed for good."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
-    ) -> None:
-        return None
 
 
 class ServerWriter:
@@ -82,7 +66,6 @@ class ServerWriter:
         self._concurrency = concurrency
         self._url = _address(config, environment) + "/chat/completions"
         self._key = _key(config, environment)
-        self._opener = urllib.request.build_opener(_NoRedirect)
         self._refusals = 0  # one after the other
 
     def write(
@@ -132,7 +115,7 @@ class ServerWriter:
 
     def _ask(self, request: Request, stop: threading.Event) -> Reply:
         body = self._body(request)
-        wait = self._config.backoff
+        waits = pauses(self._config.backoff, random.Random())
         attempt = 0
         while True:
             if stop.is_set():
@@ -153,9 +136,8 @@ class ServerWriter:
                         f"last failed with {failure}; what came before is kept: give the same "
                         "command again when the server answers"
                     ) from None
-                pause = min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                pause = next(waits)
                 stop.wait(pause if failure.wait is None else max(pause, failure.wait))
-                wait *= 2
 
     def _body(self, request: Request) -> bytes:
         sampling = request.sampling
@@ -174,37 +156,21 @@ class ServerWriter:
         headers = {"Content-Type": "application/json", "User-Agent": "jaxalign"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url, body, headers, method="POST")
-        deadline = time.monotonic() + self._config.timeout
         try:
-            with self._opener.open(request, timeout=self._config.timeout) as response:
-                return self._clean(_read(response, deadline).decode("utf-8", "replace"))
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._failure(error) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise _Again(self._clean(f"{type(reason).__name__}: {reason}")) from None
+            return post(self._url, body, headers, self._config.timeout, self._key)
+        except PostError as error:
+            raise self._failure(error) from None
 
-    def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        try:
-            said = error.read(4096).decode("utf-8", "replace").strip()
-        except (OSError, http.client.HTTPException):
-            said = ""
-        # Blotted out before it is cut, so that no part of a key stays.
-        told = f"HTTP {error.code} {self._clean(f'{error.reason} {said}')[:300]}".strip()
-        if error.code in _AGAIN or error.code >= 500:
-            return _Again(told, _retry_after(error.headers.get("Retry-After")))
-        if error.code in _REFUSED:
-            return _Refused(told)
+    def _failure(self, error: PostError) -> Exception:
+        if error.again:
+            return _Again(str(error), error.wait)
+        if error.status in _REFUSED:
+            return _Refused(str(error))
         remedy = "the writer's address and model"
-        if error.code in (401, 403):
+        if error.status in (401, 403):
             where = "server.key" if self._config.key is not None else self._config.key_variable
             remedy = f"the key in {where}" if self._key is not None else f"a key, in {where}"
-        return ValueError(f"{self._url}: {told}; wanted status 200; check {remedy}")
-
-    def _clean(self, text: str) -> str:
-        return text if self._key is None else text.replace(self._key, "[key]")
+        return ValueError(f"{self._url}: {error}; wanted status 200; check {remedy}")
 
 
 def _address(config: ServerConfig, environment: Mapping[str, str]) -> str:
@@ -218,14 +184,7 @@ def _address(config: ServerConfig, environment: Mapping[str, str]) -> str:
                 f"server.address: missing, and {name} is not set; give the base address of a "
                 "server, such as http://localhost:8000/v1"
             )
-    parts = urllib.parse.urlsplit(address)
-    plain = parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
-    if parts.scheme not in ("http", "https") or not plain:
-        # The text is not repeated: it may hold a password.
-        raise ValueError(
-            f"{name}: wanted http://host:port/v1 or https://…, without user, query or fragment; "
-            "correct it"
-        )
+    check_url(address, name, "http://host:port/v1")
     return address.rstrip("/")
 
 
@@ -239,22 +198,6 @@ def _key(config: ServerConfig, environment: Mapping[str, str]) -> str | None:
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError(f"{name}: wanted a key of printable ASCII without spaces; correct it")
     return key
-
-
-def _read(response: Any, deadline: float) -> bytes:
-    """The whole body, by the deadline: a server that drips must not hold a run for ever."""
-    parts: list[bytes] = []
-    size = 0
-    while part := response.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError("the answer did not end in time")
-        if size > _MOST_BYTES:
-            raise OSError(f"an answer of more than {_MOST_BYTES} bytes")
-    if response.length:  # read1 passes over a body that is shorter than was announced
-        raise http.client.IncompleteRead(b"", response.length)
-    return b"".join(parts)
 
 
 def _reply(raw: str) -> Reply:
@@ -275,17 +218,3 @@ def _reply(raw: str) -> Reply:
     text = text.encode("utf-8", "replace").decode()
     finish = finish if isinstance(finish, str) else "stop"
     return Reply(text, finish, now(), tokens if isinstance(tokens, int) else None)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that the server asks to wait, given as a number or a date."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else None

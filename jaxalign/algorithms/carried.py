@@ -1,0 +1,80 @@
+"""What PPO carries from one iteration to the next besides its weights: plain numbers, JSON-able."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.generate import Generation
+from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
+from jaxalign.types import Array, RolloutBatch
+
+if TYPE_CHECKING:
+    from jaxalign.algorithms.ppo import Config
+
+
+class ScoreStats(NamedTuple):
+    """Mean and spread of all scores seen so far, in float64.
+
+    Attributes:
+      count: how many scores.
+      mean: their mean.
+      squares: Σ (score − mean)².
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 where there is no spread yet, so that it can divide."""
+        spread = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return spread if spread > 0 else 1.0
+
+    def add(self, scores: Any, valid: Any) -> ScoreStats:
+        """With the valid ones of `scores` `[B]` taken in: Chan et al. 1983, equation 2.1."""
+        new = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
+        if not new.size:
+            return self
+        count, gap = self.count + new.size, float(new.mean()) - self.mean
+        squares = self.squares + float(np.square(new - new.mean()).sum())
+        return ScoreStats(
+            count,
+            self.mean + gap * new.size / count,
+            squares + gap * gap * self.count * new.size / count,
+        )
+
+
+def next_score_stats(stats: ScoreStats, rollout: RolloutBatch) -> ScoreStats:
+    """The statistics with this rollout's scores, as `prepare` used them to normalise it."""
+    if rollout.scores is None or rollout.valid is None:
+        raise ValueError("the rollout lacks scores; wanted one that make_prepare made")
+    return stats.add(rollout.scores, rollout.valid)
+
+
+def running_scale(
+    scores: Array, answers: Generation, penalty: float, stats: ScoreStats | None
+) -> tuple[np.float32, np.float32]:
+    """(mean, standard deviation) of all scores so far, these ones and their penalties included."""
+    answered = np.any(np.asarray(answers.mask), axis=1)
+    penalised = missing_eos_penalty(scores, answers.finished, penalty)
+    stats = (ScoreStats() if stats is None else stats).add(penalised, answered)
+    return np.float32(stats.mean), np.float32(stats.std)
+
+
+def next_kl_coef(kl_coef: float, measured_kl: float, config: Config, rows: int) -> float:
+    """β for the next iteration: the same, or adapted towards `kl_target`."""
+    if config.kl_target is None:
+        return kl_coef
+    return float(
+        adaptive_kl_coef(
+            kl_coef,
+            measured_kl,
+            target=config.kl_target,
+            horizon=config.kl_horizon,
+            batch_size=rows,
+        )
+    )

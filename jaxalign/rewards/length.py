@@ -1,0 +1,84 @@
+"""Rewards of an answer's length, in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxalign.types import PromptBatch, TokenBatch
+
+
+def length_reward(
+    *,
+    longest: int | None = None,
+    cache: int = 0,
+    target: int | None = None,
+    width: int | None = None,
+) -> Callable[[TokenBatch, PromptBatch], np.ndarray]:
+    """A punishment in [−1, 0] for answers that are too long, or far from a target length.
+
+    Give `longest`, for the soft overlong punishment of DAPO (Yu et al. 2025, eq. 13,
+    https://arxiv.org/abs/2503.14476):
+
+        0 for n ≤ longest − cache;  (longest − cache − n) / cache up to n = longest;  −1 beyond
+
+    or `target`, for `−min(1, |n − target| / width)`. n counts the answer's tokens, its stop token
+    included. An answer that was cut off at `max_new_tokens` counts as that long: a `longest` above
+    it would never punish fully.
+
+    Args:
+      longest: tokens after which the punishment is full.
+      cache: tokens before that over which it grows; 0: all at once.
+      target: wanted tokens.
+      width: tokens off the target at which the punishment is full; None: `target`.
+
+    Returns:
+      A reward function.
+
+    Raises:
+      ValueError: not exactly one of `longest` and `target`, or numbers out of range.
+    """
+    check_length(longest, cache, target, width)
+
+    def reward(tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
+        counts = np.asarray(jax.device_get(tokens.loss_mask)).sum(axis=1)
+        if target is not None:
+            return punish_distance(counts, target, target if width is None else width)
+        return punish_overlong(counts, longest or 0, cache)
+
+    return reward
+
+
+def punish_overlong(counts: np.ndarray, longest: int, cache: int) -> np.ndarray:
+    """DAPO's eq. 13: 0 up to `longest − cache` tokens, falling to −1 at `longest`; float32."""
+    begin = longest - cache
+    if cache == 0:
+        return -(np.asarray(counts) > longest).astype(np.float32)
+    return np.clip((begin - np.asarray(counts)) / cache, -1, 0).astype(np.float32)
+
+
+def punish_distance(counts: np.ndarray, target: int, width: int) -> np.ndarray:
+    """`−min(1, |n − target| / width)`, float32."""
+    return -np.minimum(1, np.abs(np.asarray(counts) - target) / width).astype(np.float32)
+
+
+def check_length(longest: int | None, cache: int, target: int | None, width: int | None) -> None:
+    """Refuses options of `length_reward` that do not go together."""
+    if (longest is None) == (target is None):
+        raise ValueError(
+            f"length reward with longest={longest}, target={target}: wanted exactly one of them"
+        )
+    if target is not None:
+        if cache:
+            raise ValueError(f"length reward cache={cache} with a target: use width")
+        if target < 1 or (width is not None and width < 1):
+            raise ValueError(f"length reward target={target}, width={width}: wanted positive")
+        return
+    if width is not None:
+        raise ValueError(f"length reward width={width} without a target: use cache")
+    if longest is not None and not 0 <= cache <= longest:
+        raise ValueError(
+            f"length reward longest={longest}, cache={cache}: wanted 0 ≤ cache ≤ longest"
+        )

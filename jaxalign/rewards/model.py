@@ -1,0 +1,37 @@
+"""The score of a trained reward model that has the policy's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from jaxalign.models.base import ScalarModel
+from jaxalign.models.heads import pooled_scores
+from jaxalign.types import Array, Params, PromptBatch, TokenBatch
+
+
+def model_reward(
+    scorer: ScalarModel, params: Params, *, shift: float = 0.0, scale: float = 1.0
+) -> Callable[[TokenBatch, PromptBatch], Array]:
+    """The score of a reward model at the answer's last token, `(r − shift) / scale`.
+
+    Args:
+      scorer: a reward model with the policy's tokenizer.
+      params: its parameters, used where they lie.
+      shift: mean score of reference answers, so that they score 0 (Stiennon et al. 2020).
+      scale: their standard deviation; > 0.
+    """
+    check_scale(scale)
+
+    @jax.jit
+    def score(params: Params, tokens: TokenBatch) -> jax.Array:
+        return (pooled_scores(scorer, params, tokens) - shift) / scale
+
+    return lambda tokens, prompts: score(params, tokens)
+
+
+def check_scale(scale: float) -> None:
+    """Refuses to divide by what is not positive."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"reward scale={scale}: wanted a positive number")

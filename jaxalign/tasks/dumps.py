@@ -1,0 +1,126 @@
+"""Samples of rollouts, token by token, and histograms, as JSONL in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.algorithms.rollout import answer_mask_of
+from jaxalign.types import RolloutBatch
+
+BINS = 20
+SAMPLES, HISTOGRAMS = "rollouts.jsonl", "histograms.jsonl"
+
+
+class RolloutDump:
+    """Writes `rollouts.jsonl` and `histograms.jsonl` every few iterations.
+
+    Args:
+      folder: the run's.
+      tok: the policy's tokenizer.
+      every: iterations between two dumps; 0: none are made.
+      samples: answers of a dump.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, tok: Any, every: int, samples: int):
+        self._folder, self._tok = pathlib.Path(folder), tok
+        self._every, self._samples = every, samples
+        self._begun = False
+
+    def write(self, step: int, rollout: RolloutBatch) -> None:
+        """Writes about the rollout of iteration `step`, from 1, if it is this one's turn.
+
+        A resumed run drops what an earlier one wrote of the iterations that it does again.
+        """
+        if not self._every:
+            return
+        if not self._begun:
+            self._begun = True
+            for name in (SAMPLES, HISTOGRAMS):
+                _keep_before(self._folder / name, step)
+        if (step - 1) % self._every:
+            return
+        rows = sample_rows(rollout, self._tok, self._samples)
+        _append(self._folder / SAMPLES, [{"step": step} | row for row in rows])
+        _append(self._folder / HISTOGRAMS, [{"step": step} | histograms(rollout)])
+
+
+def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, Any]]:
+    """The first answers of a rollout with all that was computed of each of their tokens.
+
+    Lists are aligned: entry t of `tokens` (text pieces), `ids`, `logprobs`, `ref_logprobs`, `kl`
+    (their difference), `rewards`, `advantages`, and with a critic `values` and `returns`, belong
+    to the t-th token of the answer. `trained` says whether the answer is in the loss.
+    """
+    batch: Any = jax.device_get(rollout._replace(ptx=None))
+    mask = answer_mask_of(batch)
+    result = []
+    for row in np.flatnonzero(mask.any(axis=1))[:count]:
+        kept = mask[row]
+        ids = batch.tokens.targets[row][kept]
+        first = int(np.flatnonzero(kept)[0])
+        # The answer's first token is the target at `first`.
+        prompt = batch.tokens.inputs[row][: first + 1][
+            batch.tokens.segment_ids[row][: first + 1] > 0
+        ]
+        columns = {
+            "logprobs": batch.old_logprobs,
+            "ref_logprobs": batch.ref_logprobs,
+            "kl": batch.old_logprobs - batch.ref_logprobs,
+            "rewards": batch.rewards,
+            "advantages": batch.advantages,
+            "values": batch.old_values,
+            "returns": batch.returns,
+        }
+        result.append(
+            {
+                "row": int(row),
+                "prompt": str(tok.decode(prompt)),
+                "answer": str(tok.decode(ids)),
+                "score": float(batch.scores[row]),
+                "finished": bool(batch.finished[row]),
+                "trained": bool(batch.tokens.loss_mask[row].any()),
+                "ids": ids.tolist(),
+                "tokens": [str(tok.decode([one])) for one in ids],
+            }
+            | {
+                name: [round(float(x), 6) for x in values[row][kept]]
+                for name, values in columns.items()
+                if values is not None
+            }
+        )
+    return result
+
+
+def histograms(rollout: RolloutBatch) -> dict[str, Any]:
+    """`scores` and `lengths` of all answers: `edges` of the bins, and the `counts` between them."""
+    batch: Any = jax.device_get(rollout._replace(ptx=None))
+    valid, mask = np.asarray(batch.valid), answer_mask_of(batch)
+    result = {}
+    for name, values in (("scores", batch.scores), ("lengths", mask.sum(axis=1))):
+        counts, edges = np.histogram(np.asarray(values, np.float64)[valid], bins=BINS)
+        result[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return result
+
+
+def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _keep_before(path: pathlib.Path, step: int) -> None:
+    """Drops the lines of iteration `step` and later ones, and one that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

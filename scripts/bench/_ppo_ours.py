@@ -1,0 +1,87 @@
+"""jaxalign's side of `ppo_speed.py`: python _ppo_ours.py FOLDER"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from _job import append, peak_mib
+from _ppo import PAD, Rollouts, read_rollouts
+
+import jaxalign as ja
+from jaxalign import ppo
+from jaxalign.algorithms import answers
+from jaxalign.generate import sample
+from jaxalign.rewards import model_reward
+
+
+def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
+    for number, lengths in enumerate(job.steps):
+        key = jax.random.key(number)
+        out = sample(
+            model, params, prompts, key, max_new_tokens=job.new_tokens, lengths=np.array(lengths)
+        )
+        yield {"written": int(np.asarray(out.mask).sum())}
+
+
+def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
+    critic, rm_params = ja.load_pretrained(job.scorer, compute_dtype="float32")
+    config = ppo.Config(max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0)
+    adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
+    tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
+    state = ja.init_state(ppo.init_params(params, rm_params), tx)
+    prepare = ppo.make_prepare(model, critic, model_reward(critic, rm_params), config)
+    step = ja.compile_step(ppo.make_step(model, critic, tx, config), state)
+    reference = jax.tree.map(lambda x: x.copy(), params)
+    for number, lengths in enumerate(job.steps):
+        start = time.perf_counter()
+        # The peer's answers end where its `generate` is told to; so do ours.
+        answers.sample = functools.partial(sample, lengths=np.array(lengths))
+        rollout = prepare(jax.random.key(number), state, reference, prompts)
+        prepared = time.perf_counter()
+        metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout)]
+        for part in ppo.minibatches(
+            jax.random.key(number), rollout, epochs=job.epochs, count=1, pack=job.pack
+        ):
+            state, of_step = step(state, part)
+            metrics.append(of_step)
+        logged = [{k: float(v) for k, v in x.items()} for x in metrics]
+        yield {
+            "written": int(np.asarray(rollout.tokens.loss_mask).sum()),
+            "prepare": round(prepared - start, 4),
+            "kl": logged[0]["objective/kl"],
+            "loss": logged[-1]["loss"],
+            "positions": int(part.tokens.inputs.size),
+            "compiles": step.compiles,
+        }
+
+
+def main() -> None:
+    folder = pathlib.Path(sys.argv[1])
+    job, out = read_rollouts(folder), folder / "ppo_ours"
+    out.mkdir(exist_ok=True)
+    model, params = ja.load_pretrained(job.policy, compute_dtype="float32")
+    rows = np.arange(job.prompts, dtype=np.int32)
+    ids = job.prompt_ids()
+    prompts = ja.PromptBatch(ids, np.ones(ids.shape, bool), rows)
+    run = iterations if job.what == "ppo" else generations
+    start = time.perf_counter()
+    for number, row in enumerate(run(job, model, params, prompts)):
+        now = time.perf_counter()
+        append(out / "steps.jsonl", {"step": number, "seconds": round(now - start, 4)} | row)
+        start = time.perf_counter()
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+    done = {"peak_mib": round(peak_mib(), 1), "versions": versions | {"jaxalign": ja.__version__}}
+    (out / "done.json").write_text(json.dumps(done) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""A reward behind HTTP, against a small server: the wire, and every way in which it may fail."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import writers
+from answered import TOK, answered
+
+from jaxalign.posting import pauses
+from jaxalign.rewards import RewardError, combine_rewards, http_reward
+
+BATCH = answered([("p one", "a"), ("p two", "bb"), ("p three", "ccc"), ("", "")])
+ROWS = [{"answer": 4}, {"answer": "x"}, {"answer": None}]
+
+
+def lengths(body, number):
+    """(status, headers, body) of a server that works."""
+    return 200, {}, json.dumps({"scores": [len(c) for c in body["completions"]]}).encode()
+
+
+def failing(times, status=503, headers=None, raw=b"busy"):
+    """A server whose first answers are something else."""
+
+    def answer(body, number):
+        return (status, headers or {}, raw) if number <= times else lengths(body, number)
+
+    return answer
+
+
+def reward(server, **options):
+    options = {"timeout": 5.0, "backoff": 0.01} | options
+    return http_reward(server.address, TOK, **options)
+
+
+def test_what_is_sent_and_what_comes_back(monkeypatch):
+    monkeypatch.setenv("MY_KEY", " secret-1 ")
+    with writers.serving(lengths) as server:
+        scores = reward(server, rows=ROWS, batch=2, key_variable="MY_KEY")(*BATCH)
+    np.testing.assert_array_equal(scores, [1, 2, 3, 0])
+    bodies = sorted((body for _, _, body in server.seen), key=lambda body: len(body["rows"]))
+    assert bodies == [
+        {"prompts": ["p three"], "completions": ["ccc"], "rows": [{"answer": None}]},
+        {"prompts": ["p one", "p two"], "completions": ["a", "bb"], "rows": ROWS[:2]},
+    ]
+    for path, headers, _ in server.seen:
+        assert path == "/v1"
+        assert headers["Content-Type"] == "application/json"
+        assert headers["Authorization"] == "Bearer secret-1"
+
+
+def test_without_rows_and_key():
+    with writers.serving(lengths) as server:
+        reward(server)(*BATCH)
+    ((_, headers, body),) = server.seen
+    assert body["rows"] == [{}, {}, {}]
+    assert "Authorization" not in headers
+
+
+def test_a_failure_that_passes_is_tried_again():
+    with writers.serving(failing(2)) as server:
+        np.testing.assert_array_equal(reward(server, max_failures=3)(*BATCH), [1, 2, 3, 0])
+    assert len(server.seen) == 3
+    assert server.seen[0][2] == server.seen[2][2]
+
+
+def test_failures_are_bounded_and_named():
+    with writers.serving(failing(99)) as server:
+        with pytest.raises(RewardError) as caught:
+            reward(server, max_failures=3, name="judge")(*BATCH)
+        told = str(caught.value)
+    assert len(server.seen) == 3
+    assert f"reward 'judge': {server.address} failed 3 times in a row" in told
+    assert "HTTP 503" in told
+    assert "busy" in told
+    assert "3 answers have no score, the first of them row 0 of the batch, prompt 'p one'" in told
+
+
+def test_one_request_that_fails_for_good_stops_the_others():
+    def answer(body, number):
+        bad = body["completions"] == ["bb"]
+        return (500, {}, b"") if bad else lengths(body, number)
+
+    with writers.serving(answer) as server, pytest.raises(RewardError, match="prompt 'p two'"):
+        reward(server, batch=1, concurrency=1, max_failures=2)(*BATCH)
+    # The first, the second twice; the third is not asked any more.
+    assert [body["completions"] for _, _, body in server.seen] == [["a"], ["bb"], ["bb"]]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 302])
+def test_a_refusal_is_not_asked_again(status):
+    key = {"Location": "http://127.0.0.1:1/"}
+    with writers.serving(failing(99, status, key)) as server:
+        with pytest.raises(
+            RewardError, match=f"failed 1 times in a row, the last with HTTP {status}"
+        ):
+            reward(server)(*BATCH)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b'{"scores": [1, 2]}', r"answered '\{.*wanted .* with 3 numbers"),
+        (b'{"rewards": [1, 2, 3]}', "wanted .*scores"),
+        (b"[1, 2, 3]", "wanted .*scores"),
+        (b"<html>", "wanted .*scores"),
+        (b'{"scores": [1, NaN, 3]}', r"reward 'http' gave nan for row 1 .*prompt 'p two'"),
+        (b'{"scores": [1, 2, 1e999]}', r"gave inf for row 2"),
+        (b'{"scores": [1, 2, "3"]}', r"gave '3' for row 2"),
+    ],
+)
+def test_an_answer_that_is_no_scores_stops(raw, told):
+    with writers.serving(lambda body, number: (200, {}, raw)) as server:
+        with pytest.raises(RewardError, match=told):
+            reward(server)(*BATCH)
+        assert len(server.seen) == 1
+
+
+def test_null_does_not_apply():
+    raw = b'{"scores": [1, null, 3]}'
+    with writers.serving(lambda body, number: (200, {}, raw)) as server:
+        both = combine_rewards({"http": reward(server), "one": lambda t, p: np.ones(4)})
+        scores = both(*BATCH)
+    np.testing.assert_array_equal(scores.values, [2, 1, 4, 0])
+    np.testing.assert_array_equal(scores.parts["http"].applies, [True, False, True, False])
+
+
+def test_a_slow_server_is_not_waited_for():
+    def slow(body, number):
+        time.sleep(0.5)
+        return lengths(body, number)
+
+    with writers.serving(slow) as server:
+        started = time.monotonic()
+        with pytest.raises(RewardError, match=r"failed 2 times in a row, the last with.*time"):
+            reward(server, timeout=0.05, max_failures=2)(*BATCH)
+        assert time.monotonic() - started < 60  # not for ever, however busy the machine
+
+
+def test_nobody_there():
+    with writers.serving(lengths) as server:
+        pass
+    with pytest.raises(RewardError, match=r"failed 2 times.*ConnectionRefused"):
+        reward(server, max_failures=2)(*BATCH)
+
+
+def test_no_more_requests_at_a_time_than_allowed():
+    at_once, most = [], []
+
+    def answer(body, number):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.pop()
+        return lengths(body, number)
+
+    batch = answered([(str(n), "x" * (n + 1)) for n in range(6)])
+    with writers.serving(answer) as server:
+        np.testing.assert_array_equal(
+            reward(server, batch=1, concurrency=2)(*batch), [1, 2, 3, 4, 5, 6]
+        )
+    assert max(most) <= 2
+
+
+def test_a_row_that_json_cannot_hold():
+    rows = [{"when": object()}] * 3
+    with (
+        writers.serving(lengths) as server,
+        pytest.raises(RewardError, match=r"row 0 .* cannot be sent as JSON"),
+    ):
+        reward(server, rows=rows)(*BATCH)
+    assert not server.seen
+
+
+def test_a_key_is_in_no_message(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-1")
+    with (
+        writers.serving(failing(99, 403, raw=b"no secret-1 here")) as server,
+        pytest.raises(RewardError) as caught,
+    ):
+        reward(server, key_variable="MY_KEY")(*BATCH)
+    assert "secret-1" not in str(caught.value)
+    assert "[key]" in str(caught.value)
+    monkeypatch.setenv("MY_KEY", "")
+    with pytest.raises(ValueError, match="MY_KEY: wanted a key"):
+        reward(server, key_variable="MY_KEY")
+
+
+def test_pauses_double_up_to_a_minute_and_come_from_the_seed():
+    import random
+
+    drawn = [wait for wait, _ in zip(pauses(4.0, random.Random("7 0")), range(8), strict=False)]
+    longest = [4, 8, 16, 32, 60, 60, 60, 60]
+    assert all(0.5 * top <= wait <= top for wait, top in zip(drawn, longest, strict=True))
+    again = [wait for wait, _ in zip(pauses(4.0, random.Random("7 0")), range(8), strict=False)]
+    assert drawn == again
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"url": "ftp://x/"}, "url: wanted http"),
+        ({"url": "http://user:word@x/"}, "url: wanted http"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"backoff": -1}, "backoff=-1"),
+        ({"max_failures": 0}, "max_failures=0"),
+        ({"batch": 0}, "batch=0"),
+        ({"concurrency": 0}, "concurrency=0"),
+    ],
+)
+def test_options_out_of_range(options, told):
+    with pytest.raises(ValueError, match=told) as caught:
+        http_reward(**{"url": "http://x/", "tok": TOK} | options)
+    assert "word" not in str(caught.value)

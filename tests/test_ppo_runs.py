@@ -1,0 +1,128 @@
+"""PPO runs beyond the plain one: no critic, adapters, a critic on the policy, dumps."""
+
+import json
+
+import chatmodel
+import jax
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import tasks
+from jaxalign import train as loop
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+
+def settings(models, folder, changes, **options):
+    return load_config("ppo", merge(chatmodel.settings("ppo", models, folder, **options), changes))
+
+
+GRPO = {"advantage_estimator": "grpo", "samples": 2, "loss_aggregation": "sequence"}
+
+
+@pytest.fixture(scope="module")
+def run(chat_models, tmp_path_factory):
+    """GRPO on adapters, with early stop and dumps."""
+    folder = tmp_path_factory.mktemp("grpo") / "run"
+    changes = {
+        "ppo": GRPO,
+        "model": {"lora": {"rank": 2, "targets": ["query", "down"]}},
+        "data": {"rows": 8},
+        "ppo_epochs": 3,
+        "minibatches": 2,
+        "target_kl": 1e-9,
+        "dump_every": 2,
+        "dump_samples": 3,
+        "optimizer": {"learning_rate": 0.03},
+    }
+    return loop.train(settings(chat_models, folder, changes, steps=3, checkpoint=False))
+
+
+def test_answers_are_compared_with_one_another_without_a_critic(run):
+    assert len(run.history) == 3
+    for row in run.history:
+        assert row["compiles"] == 1
+        assert row["weight/policy"] <= 16
+        assert not any(name.startswith(("critic/", "loss/value")) for name in row)
+        assert 0 <= row["groups/equal"] <= 1
+    # Under adapters the reference is the base: at first there is no distance.
+    assert run.history[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(run.history[2]["objective/kl"]) > 1e-5
+
+
+def test_an_iteration_ends_after_the_update_that_measured_too_much(run):
+    # The first update measures none, as nothing has moved; the second does.
+    assert [row["updates"] for row in run.history] == [2, 2, 2]
+    assert all(row["policy/approxkl_avg"] > 1e-9 / 2 for row in run.history)
+
+
+def test_adapters_are_merged_on_export(run, chat_models):
+    _, start = jaxalign.load_pretrained(chat_models / "chat")
+    _, end = jaxalign.load_pretrained(run.model)
+    start, end = chatmodel.leaves(start), chatmodel.leaves(end)
+    assert start.keys() == end.keys()
+    moved = {name for name in start if not np.array_equal(start[name], end[name])}
+    assert moved == {
+        "['blocks']['attention']['query']['kernel']",
+        "['blocks']['mlp']['down']['kernel']",
+    }
+
+
+def test_dumps_are_aligned_with_tokens(run):
+    rows = [json.loads(x) for x in (run.folder / "rollouts.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [1] * 3 + [3] * 3
+    for row in rows:
+        size = len(row["ids"])
+        for name in ("tokens", "logprobs", "ref_logprobs", "kl", "rewards", "advantages"):
+            assert len(row[name]) == size
+        assert "values" not in row
+        assert "".join(row["tokens"]) == row["answer"]
+        gap = np.array(row["logprobs"]) - np.array(row["ref_logprobs"])
+        np.testing.assert_allclose(row["kl"], gap, atol=3e-6)
+        np.testing.assert_allclose(sum(row["rewards"]), row["score"] - 0.05 * gap.sum(), atol=1e-4)
+        assert len(set(row["advantages"])) == 1
+        assert "<|im_start|>assistant" in row["prompt"]
+    lines = (run.folder / "histograms.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]
+    for line in map(json.loads, lines):
+        for name in ("scores", "lengths"):
+            assert sum(line[name]["counts"]) == 16
+            assert len(line[name]["edges"]) == len(line[name]["counts"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "critic"),
+    [
+        ({"critic": "policy"}, "whole"),
+        ({"critic": "policy", "critic_head": "zero"}, "whole"),
+        ({"ppo": {"shared_critic": True}}, "head"),
+        ({"ppo": GRPO}, None),
+    ],
+    ids=["policy", "zero", "shared", "none"],
+)
+def test_where_the_critic_starts(chat_models, tmp_path, changes, critic):
+    task = tasks.make_task(settings(chat_models, tmp_path / "run", changes))
+    params = task.state.params
+    assert set(params) == ({"policy"} if critic is None else {"policy", "critic"})
+    if critic is None:
+        return
+    head = np.asarray(params["critic"]["score"]["kernel"])
+    assert head.shape == (32, 1)
+    assert bool(head.any()) == (changes.get("critic_head") != "zero")
+    if critic == "head":
+        assert set(params["critic"]) == {"score"}
+    else:
+        trunk = {k: v for k, v in params["policy"].items() if k != "head"}
+        same = jax.tree.map(
+            np.array_equal, trunk, {k: v for k, v in params["critic"].items() if k != "score"}
+        )
+        assert all(jax.tree.leaves(same))
+
+
+def test_answers_that_do_not_divide_are_refused(chat_models, tmp_path):
+    changes = {"ppo": GRPO, "data": {"rows": 12}}
+    with pytest.raises(ValueError, match=r"data\.rows=12"):
+        tasks.make_task(settings(chat_models, tmp_path / "run", changes))
