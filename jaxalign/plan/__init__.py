@@ -200,7 +200,7 @@ def search_plans(
         raise ValueError(f"--search on {topology!r}: the speed of these devices is not known")
     found = candidates(algorithm, config, devices, chip)
     say(f"{len(found)} settings may fit; compiling the best")
-    plans = []
+    plans: list[tuple[float, tuple[str, ...], Plan]] = []
     for candidate in found[: 3 * count]:
         say(f"trying {' '.join(candidate.overrides)}")
         try:
@@ -209,7 +209,7 @@ def search_plans(
             say(f"no: {error}")
             continue
         if plan.fits and plan.speed is not None:
-            plans.append((candidate.overrides, plan))
+            plans.append((plan.speed.tokens_per_second, candidate.overrides, plan))
         if len(plans) == count:
             break
     if not plans:
@@ -217,7 +217,8 @@ def search_plans(
         raise ValueError(
             f"--search on {topology!r}: nothing was found that fits; try {near or 'LoRA'}"
         )
-    return sorted(plans, key=lambda one: -one[1].speed.tokens_per_second)
+    plans.sort(key=lambda one: -one[0])
+    return [(overrides, plan) for _, overrides, plan in plans]
 
 
 def resident_bytes(parts: Parts, mesh: Mesh) -> dict[str, int]:

@@ -246,26 +246,20 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 def _bound(module: Module, test: Computation) -> tuple[int, int] | None:
     """Which element of the state is compared with which constant."""
-    root = test.root
+    compare = root = test.root
+    sides = [test.by_name.get(name) for name in root.operands]
     if root.opcode == "fusion":
         inner = module.computations[root.called("calls") or ""]
-        names = [inner.by_name[name] for name in inner.root.operands]
-        if inner.root.opcode != "compare":
-            return None
-        outer = [
-            test.by_name[root.operands[int(x.text)]] if x.opcode == "parameter" else x
-            for x in names
-        ]
-    elif root.opcode == "compare":
-        outer = [test.by_name[name] for name in root.operands]
-    else:
+        compare = inner.root
+        within = [inner.by_name[name] for name in compare.operands]
+        sides = [sides[int(x.text)] if x.opcode == "parameter" else x for x in within]
+    if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
         return None
-    compare = inner.root if root.opcode == "fusion" else root
-    if "direction=LT" not in compare.attributes:
+    left, right = sides
+    if left is None or right is None or right.opcode != "constant":
         return None
-    left, right = outer
     index = re.search(r"index=(\d+)", left.attributes)
-    if left.opcode != "get-tuple-element" or index is None or right.opcode != "constant":
+    if left.opcode != "get-tuple-element" or index is None:
         return None
     return int(index[1]), int(right.text)
 

@@ -285,7 +285,8 @@ def _scorer(
     if known_shape(config.model.source) is not None and not pathlib.Path(source).exists():
         # The policy's weights are not here either: nothing of this run is.
         notes.append(f"reward model {source!r} is not there: taken to be shaped like the policy")
-        model = Scorer(_read(config.model.source, config.model, mesh))
+        model = _read(config.model.source, config.model, mesh)
+        model = model if isinstance(model, Scorer) else Scorer(model)
     else:
         model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):

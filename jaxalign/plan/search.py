@@ -118,11 +118,12 @@ def _estimate(
     model, _ = parts.roles["policy"]
     shape, sides = model.config, 2 if algorithm in ("dpo", "reward") else 1
     length = config.data.length
-    updates = 1
+    answers, updates = config.data.rows, 1
     if algorithm == "ppo":
+        answers *= config.ppo.samples
         length += config.ppo.max_new_tokens
         updates = config.ppo_epochs * config.minibatches
-    rows = sides * config.data.rows // getattr(config, "minibatches", 1)
+    rows = sides * answers // getattr(config, "minibatches", 1)
     tensor = mesh.shape["tensor"]
     tokens = rows * length / row_shards(mesh)  # of an update, on one device
     width = 2 * shape.hidden_size

@@ -46,7 +46,7 @@ def _capacity(plan: Any) -> str:
 def _programs(plan: Any) -> list[str]:
     resident = plan.params + plan.frozen + plan.optimizer + plan.models
     heads = ("program", "times", "memory", "TFLOP", "GB moved", "compiled")
-    lines = ["  {:<12} {:>5} {:>11} {:>10} {:>10} {:>9}".format(*heads)]
+    lines: list[str] = ["  {:<12} {:>5} {:>11} {:>10} {:>10} {:>9}".format(*heads)]
     for one in plan.programs:
         lines.append(
             f"  {one.name:<12} {one.times:>5} {human(resident + one.extra):>11} "
