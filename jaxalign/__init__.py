@@ -27,7 +27,7 @@ from jaxalign.models.heads import (
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.rewards import model_reward, text_reward
-from jaxalign.sharding import compile_step, make_mesh, shard_batch
+from jaxalign.sharding import compile_step, local_rows, make_mesh, shard_batch
 from jaxalign.types import (
     GradedBatch,
     PairBatch,
@@ -104,6 +104,7 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "load_tokenizer",
+    "local_rows",
     "losses",
     "make_eval",
     "make_mesh",

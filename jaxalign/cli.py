@@ -12,6 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxalign import distributed
+
+_TRY_AGAIN = 75  # EX_TEMPFAIL: the same command with run.resume=true goes on
+
 _COMMANDS = {
     "sft": "supervised fine-tuning",
     "reward": "train a reward model from pairs, rankings, grades or labelled steps",
@@ -28,10 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     try:
         return parsed.run(parsed) or 0
+    except distributed.Preempted as stopped:
+        print(f"jaxalign {parsed.command}: {stopped}", file=sys.stderr)
+        return _TRY_AGAIN
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"jaxalign {parsed.command}: error: {error}", file=sys.stderr)
+        distributed.leave(2)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -205,7 +213,11 @@ def _train(parsed: argparse.Namespace) -> int:
     from jaxalign.config import load_config
     from jaxalign.train import train
 
-    result = train(load_config(parsed.command, parsed.config, parsed.overrides))
+    distributed.start()
+    with distributed.guard():
+        result = train(load_config(parsed.command, parsed.config, parsed.overrides))
+    if not distributed.is_main():
+        return 0
     for name, value in result.after.items():
         start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
         print(f"held out: {name} {value:.4g}{start}")
@@ -218,7 +230,10 @@ def _train(parsed: argparse.Namespace) -> int:
 def _pipeline(parsed: argparse.Namespace) -> int:
     from jaxalign.pipeline import load_stages, run_stages
 
-    for name, result in run_stages(load_stages(parsed.config, parsed.overrides)).items():
+    distributed.start()
+    with distributed.guard():
+        results = run_stages(load_stages(parsed.config, parsed.overrides))
+    for name, result in results.items() if distributed.is_main() else ():
         print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
     return 0
 

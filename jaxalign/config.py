@@ -16,6 +16,7 @@ from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config_data import DataConfig
 from jaxalign.config_data import want as _want
 from jaxalign.config_yaml import build, override, read_yaml
+from jaxalign.models.attention_kind import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig
@@ -38,6 +39,8 @@ class ModelConfig:
       remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
         `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
+      attention: "auto" (by backend), "xla", "splash" (TPU) or "cudnn" (NVIDIA); a kernel gives way
+        to "xla" where it does not cover the case.
     """
 
     source: str
@@ -47,6 +50,7 @@ class ModelConfig:
     compute_dtype: str | None = None
     remat: str = "none"
     lora: LoraConfig | None = None
+    attention: str = "auto"
 
     def __post_init__(self):
         floats, names = ("float32", "bfloat16", "float16"), ", ".join
@@ -58,15 +62,19 @@ class ModelConfig:
             f"one of {names(floats)}, or null",
         )
         _want(self.remat in REMAT, "model.remat", self.remat, f"one of {names(REMAT)}")
+        kinds = f"one of {names(KINDS)}"
+        _want(self.attention in KINDS, "model.attention", self.attention, kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh; one may be -1, "the rest"."""
+    """Sizes of the device mesh; one may be -1, "the rest". See `jaxalign.make_mesh`."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ def _mesh(config: Any) -> Mesh:
     if config is not None:
         sizes = (config.data, config.fsdp, config.tensor)
         try:
-            return make_mesh(*sizes)
+            return make_mesh(*sizes, sequence=config.sequence, expert=config.expert)
         except ValueError:
             pass  # trained on another number of devices
     return make_mesh(1, -1, 1)

@@ -17,7 +17,14 @@ from jax.sharding import Mesh
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling
-from jaxalign.sharding import mesh_of, on_mesh, reshard, row_shards, shard_batch
+from jaxalign.sharding import (
+    mesh_of,
+    on_mesh,
+    reshard,
+    row_shards,
+    rows_sharding,
+    shard_batch,
+)
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -145,10 +152,10 @@ def sample(
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
         there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    written = (state.tokens, state.logprobs, there, finished)
+    written = Generation(state.tokens, state.logprobs, there, finished)
     if home is not None:
         written = shard_batch(written, home)
-    return Generation(*written, state.steps)
+    return written._replace(steps=state.steps)
 
 
 @jax.jit
@@ -209,6 +216,10 @@ def generate(
 
     Returns:
       One answer a prompt, special tokens removed.
+
+    Raises:
+      ValueError: the parameters are spread over several processes, of which each would answer its
+        own prompts: that is what `sample` is for.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
     from jaxalign.data.packing import prompt_rows
@@ -224,6 +235,11 @@ def generate(
     length = -(-max(map(len, encoded)) // 16) * 16
     rows = min(rows, len(encoded))
     mesh = mesh_of(params)
+    if mesh is not None and not rows_sharding(mesh).is_fully_addressable:
+        raise ValueError(
+            f"generate with parameters on {jax.process_count()} processes: wanted one; load the "
+            "model in one process, or use sample with this host's rows"
+        )
     if mesh is not None:
         rows = -(-rows // row_shards(mesh)) * row_shards(mesh)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0

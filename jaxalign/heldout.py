@@ -15,7 +15,7 @@ from jaxalign.data import Batches
 from jaxalign.evaluation import Findings
 from jaxalign.metrics import add_up
 from jaxalign.models.base import ScalarModel
-from jaxalign.sharding import shard_batch
+from jaxalign.sharding import all_rows, shard_batch
 from jaxalign.types import TrainState
 
 
@@ -45,7 +45,7 @@ class HeldOut:
             for batch in self._batches:
                 metrics, examples = self._measure(state, shard_batch(batch, self._mesh))
                 sums.append(metrics)
-                parts.append(jax.device_get(examples))
+                parts.append(all_rows(examples))
         examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
         found = findings(self._config, examples, self._batches.sources)
         self._details = {"objective": self._config.objective} | found.details

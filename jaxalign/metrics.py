@@ -52,9 +52,15 @@ class JsonlWriter:
       path: the file; its folder must exist.
       resume_at: keep what an earlier run wrote up to this step and drop the rest, so that a resumed
         run's file reads like an uninterrupted one's. None starts a new file.
+      silent: write nothing: another process does.
     """
 
-    def __init__(self, path: str | pathlib.Path, resume_at: int | None = None):
+    def __init__(
+        self, path: str | pathlib.Path, resume_at: int | None = None, *, silent: bool = False
+    ):
+        self._file = None
+        if silent:
+            return
         path = pathlib.Path(path)
         kept = []
         if resume_at is not None and path.exists():
@@ -67,13 +73,16 @@ class JsonlWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; a value that is not finite is written as a string, to stay JSON."""
+        if self._file is None:
+            return
         row = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step} | row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _step_of(line: str) -> int:

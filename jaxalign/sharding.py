@@ -7,6 +7,7 @@ to mesh axes; changing a layout means changing the table, never a model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,16 +16,22 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxalign import host_rows
 from jaxalign.types import TrainState
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+"""Every mesh axis, the one whose devices talk most last: neighbours on most machines."""
+
+_ALWAYS = ("data", "fsdp", "tensor")
+"""Axes that a mesh has whatever their size; the others where they are more than 1."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     # activations
-    "rows": ("data", "fsdp"),
-    "length": None,
+    "rows": ("data", "fsdp", "expert"),
+    "length": "sequence",
+    "new": None,
     "hidden": None,
     "vocab_logits": "tensor",
     # parameters
@@ -34,13 +41,18 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "expert": None,
+    "expert": "expert",
+    "router": None,
     "positions": None,
     "norm": None,
     "rank": None,
     "scalar": None,
 }
-"""Logical axis → mesh axis (or axes). Every logical name used anywhere is listed here."""
+"""Logical axis → mesh axis (or axes). Every logical name used anywhere is listed here.
+
+Mesh axes that a mesh lacks split nothing. "length" is time where a whole row is read at once, "new"
+time where tokens are added to a cache.
+"""
 
 
 def make_mesh(
@@ -48,23 +60,31 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    sequence: int = 1,
+    expert: int = 1,
 ) -> Mesh:
-    """Arranges the devices into a `data × fsdp × tensor` mesh.
+    """Arranges the devices into a `data × fsdp × tensor (× sequence × expert)` mesh.
 
     Args:
       data: replicas of the parameters; the batch is split over them.
       fsdp: shards of parameters and optimizer state; the batch is split over them too.
       tensor: shards of heads, MLP columns and vocabulary.
       devices: which devices; all by default. At most one size may be -1: "the rest".
+      sequence: parts of every row, for rows too long for one device: activations are split along
+        time, and attention gathers keys and values.
+      expert: shards of the experts of a mixture; the batch is split over them too, and for the
+        time of a layer's experts the devices of this axis share their tokens.
 
     Returns:
-      A mesh whose axes are all `Auto`: layouts are propagated by the compiler.
+      A mesh whose axes are all `Auto`: layouts are propagated by the compiler. `sequence` and
+      `expert` are among its axes where they are more than 1.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "expert": expert}
     for name, size in sizes.items():
         if not isinstance(size, int) or size == 0 or size < -1:
             raise ValueError(
@@ -86,17 +106,28 @@ def make_mesh(
             f"mesh {_describe(sizes)} wants {fixed} devices, there are {len(devices)}; "
             f"set one axis to -1 to take the rest, or pass devices="
         )
+    names = [name for name in MESH_AXES if name in _ALWAYS or sizes[name] > 1]
     return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+        tuple(sizes[name] for name in names),
+        tuple(names),
+        (AxisType.Auto,) * len(names),
+        devices=devices,
     )
 
 
 def _describe(sizes: Mapping[str, int]) -> str:
-    return " × ".join(f"{name}={size}" for name, size in sizes.items())
+    told = [name for name in sizes if name in _ALWAYS or sizes[name] != 1]
+    return " × ".join(f"{name}={sizes[name]}" for name in told)
 
 
-def partition_spec(axes: str, rules: Rules = RULES) -> PartitionSpec:
+def partition_spec(axes: str, rules: Rules = RULES, mesh: Any = None) -> PartitionSpec:
     """Turns logical axes (`"embed mlp"`) into a `PartitionSpec`.
+
+    Args:
+      axes: names from `rules`, one a dimension. `heads/64` is an axis of heads of 64 entries each,
+        which are not to be torn apart.
+      rules: logical axis → mesh axis (or axes).
+      mesh: concrete or abstract; mesh axes that it lacks are left out. None: all are kept.
 
     Raises:
       ValueError: an unknown logical axis, or two axes that map to the same mesh axis.
@@ -104,18 +135,35 @@ def partition_spec(axes: str, rules: Rules = RULES) -> PartitionSpec:
     entries: list[Any] = []
     used: set[str] = set()
     for axis in axes.split():
-        if axis not in rules:
-            raise ValueError(
-                f"unknown logical axis {axis!r} in {axes!r}; known: {', '.join(rules)}"
-            )
-        target = rules[axis]
-        names = (target,) if isinstance(target, str) else tuple(target or ())
+        names = mesh_axes(axis, rules, mesh, axes)
         clash = used.intersection(names)
         if clash:
             raise ValueError(f"logical axes {axes!r} map to mesh axis {clash.pop()!r} twice")
         used.update(names)
-        entries.append(target)
+        entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
+
+
+def mesh_axes(axis: str, rules: Rules, mesh: Any, axes: str = "") -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over.
+
+    Args:
+      axis: its name.
+      rules: logical axis → mesh axes.
+      mesh: axes that it lacks are left out; None: none.
+      axes: what the name stood in, for the message.
+
+    Raises:
+      ValueError: there is no such logical axis.
+    """
+    name = axis.partition("/")[0]
+    if name not in rules:
+        raise ValueError(
+            f"unknown logical axis {name!r} in {axes or axis!r}; known: {', '.join(rules)}"
+        )
+    target = rules[name]
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return tuple(name for name in names if mesh is None or name in mesh.axis_names)
 
 
 def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RULES) -> Any:
@@ -137,7 +185,7 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RU
             axes,
             shapes,
         )
-    return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules)), axes)
+    return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules, mesh)), axes)
 
 
 def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
@@ -152,14 +200,17 @@ def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def _check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
-    spec = partition_spec(axes, rules)
-    for axis, entry, size in zip(axes.split(), spec, shape, strict=True):
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    partition_spec(axes, rules, mesh)
+    for axis, size in zip(axes.split(), shape, strict=True):
+        kind, _, each = axis.partition("/")
+        names = mesh_axes(axis, rules, mesh)
         parts = math.prod(mesh.shape[n] for n in names)
-        if size % parts:
-            fits = [d for d in range(1, size + 1) if size % d == 0 and d <= 4096]
+        count = size // int(each or 1)
+        if count % parts:
+            fits = [d for d in range(1, count + 1) if count % d == 0 and d <= 4096]
+            whole = f"size {count}" if not each else f"{count} parts of {each}"
             raise ValueError(
-                f"parameter {name} {shape}: axis {axis!r} has size {size}, which mesh axis "
+                f"parameter {name} {shape}: axis {kind!r} has {whole}, which mesh axis "
                 f"{'×'.join(names)}={parts} does not divide; sizes that would fit: {fits}"
             )
 
@@ -169,40 +220,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh=mesh))
 
 
-def map_row_shards(
-    run: Callable[..., jax.Array],
-    rows: Sequence[jax.Array],
-    weights: Any,
-    axes: Any,
-    *,
-    summed: str,
-) -> jax.Array:
-    """Runs a function on each device with its own rows, for what the compiler would not split.
-
-    Without a mesh in context, or where the rows do not divide over it, runs it as it stands.
-
-    Args:
-      run: `(*rows, weights) -> rows`, its result partial wherever `summed` is split.
-      rows: arrays whose first axis is rows.
-      weights: nested dict of arrays, gathered but for the axes named.
-      axes: the same nested dict, of the logical axes that each array has inside `run`.
-      summed: logical axis that `run` contracts; partial results are added up over its shards.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or rows[0].shape[0] % row_shards():
-        return run(*rows, weights)
-    split = partition_spec("rows")
-    names = RULES[summed]
-
-    def local(rows: Sequence[jax.Array], weights: Any) -> jax.Array:
-        out = run(*rows, weights)
-        return out if names is None else jax.lax.psum(out, names)
-
-    specs = jax.tree.map(partition_spec, axes)
-    return jax.shard_map(local, in_specs=(split, specs), out_specs=split)(tuple(rows), weights)
+def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
+    """Over how many shards a logical axis is split on this mesh (by default the current one)."""
+    here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(here.shape[name] for name in mesh_axes(axis, RULES, here))
 
 
 def row_shards(mesh: Mesh | None = None) -> int:
@@ -210,17 +234,15 @@ def row_shards(mesh: Mesh | None = None) -> int:
     return axis_shards("rows", mesh)
 
 
-def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
-    """Over how many shards a logical axis is split on this mesh (by default the current one)."""
-    sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
-    target = RULES[axis]
-    names = (target,) if isinstance(target, str) else tuple(target or ())
-    return math.prod(sizes.get(name, 1) for name in names)
+def row_axes(mesh: Mesh | None = None) -> str:
+    """The mesh axes that rows are split over, in words: "data × fsdp"."""
+    here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return " × ".join(mesh_axes("rows", RULES, here))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """How every leaf of a batch lies on the mesh: rows split, the rest whole."""
-    return NamedSharding(mesh, partition_spec("rows"))
+    return NamedSharding(mesh, partition_spec("rows", mesh=mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -242,26 +264,63 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+@functools.lru_cache(maxsize=16)
+def part_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads: `(index, count)`, for `host=` of the data.
+
+    With one process (0, 1): all rows.
+    """
+    return host_rows.host_part(rows_sharding(mesh), row_shards(mesh))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch of host arrays on the mesh, rows split over `data` and `fsdp`.
+    """Places a batch of host arrays on the mesh, rows split over all axes that split rows.
+
+    With several processes, each gives its own rows (see `part_of_rows`), and gets global arrays of
+    all rows. Global arrays are laid out anew where they lie otherwise.
 
     Raises:
       ValueError: the number of rows is not a multiple of the row shards.
     """
     sharding = rows_sharding(mesh)
     parts = row_shards(mesh)
+    part = part_of_rows(mesh)
 
     def place(path: Any, x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
-        if np.shape(x)[0] % parts:
+        rows = np.shape(x)[0] * (part[1] if host_rows.is_local(x) else 1)
+        if rows % parts:
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} has {np.shape(x)[0]} rows, which the mesh "
-                f"(data × fsdp = {parts}) does not divide; use a multiple of {parts} rows"
+                f"batch{jax.tree_util.keystr(path)} has {rows} rows, which the mesh "
+                f"({row_axes(mesh)} = {parts}) does not divide; use a multiple of {parts} rows"
             )
-        return jax.device_put(x, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return host_rows.place_rows(x, sharding, part)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def local_rows(batch: Any, mesh: Mesh | None = None) -> Any:
+    """This process's rows of a batch as numpy arrays; with one process all of them.
+
+    Args:
+      batch: arrays whose first axis is rows; `shard_batch` puts such rows together again.
+      mesh: where they lie; by default found out.
+    """
+    mesh = mesh_of(batch) if mesh is None else mesh
+    if mesh is None or jax.process_count() == 1:
+        return jax.device_get(batch)
+    sharding, part = rows_sharding(mesh), part_of_rows(mesh)
+    return jax.tree.map(lambda x: host_rows.host_rows(x, sharding, part), batch)
+
+
+def all_rows(batch: Any) -> Any:
+    """All rows of a batch as numpy arrays on every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
+    return jax.tree.map(host_rows.whole, batch)
 
 
 class CompiledStep:
@@ -321,6 +380,8 @@ def _on_mesh(x: Any, mesh: Mesh) -> NamedSharding:
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
+    if not host_rows.is_local(x):
+        return host_rows.lay_out(x, sharding)
     return jax.device_put(x, sharding)
 
 
@@ -333,7 +394,7 @@ def compile_step(
 
     The state keeps the layout it has in `state` (see `load_pretrained(mesh=…)` and `init_state`);
     leaves that are not on the mesh are replicated. Batches may be host arrays: their rows are
-    split over `data × fsdp`. Metrics come back replicated.
+    split over `data × fsdp × expert`. Metrics come back replicated.
 
     Args:
       step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.

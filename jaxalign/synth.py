@@ -262,7 +262,11 @@ def _writer(config: WriterConfig, run: SynthRun) -> Writer:
 
 
 def _mesh(config: MeshConfig | None) -> Mesh | None:
-    return None if config is None else make_mesh(config.data, config.fsdp, config.tensor)
+    if config is None:
+        return None
+    return make_mesh(
+        config.data, config.fsdp, config.tensor, sequence=config.sequence, expert=config.expert
+    )
 
 
 def _rows(wanted: int, mesh: Mesh | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RunConfig
-from jaxalign.config_yaml import write_yaml
-from jaxalign.data import fill_rate
+from jaxalign.config_yaml import to_values, write_yaml
+from jaxalign.data import filled
 from jaxalign.metrics import JsonlWriter, check_finite, to_floats
 from jaxalign.tasks import make_task
 
@@ -58,28 +59,30 @@ def train(config: Any, title: str | None = None) -> Result:
     Raises:
       ValueError: a wrong configuration or input.
       FloatingPointError: the loss is no longer a number.
+      jaxalign.distributed.Preempted: a host of several got SIGTERM.
     """
-    # However the run ends, checkpoints under way are finished and files closed.
+    # However the run ends, checkpoints under way are finished and files closed. What fails on one
+    # host stops them all, before checkpoints are waited for: those need every host.
     with contextlib.ExitStack() as stack:
-        return _train(config, title, stack)
+        distributed.start()
+        if not distributed.is_main():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with distributed.guard():
+            return _train(config, title, stack)
 
 
 def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
     began = time.perf_counter()
-    distributed.start()
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes: the training loop runs in one process so far, over "
-            "all its devices; start one"
-        )
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
+    _check_hosts(folder, config)
 
     task = make_task(config)
     state, loop, done = task.state, task.loop, 0
     store = _checkpoints(run, folder)
     if store is not None:
-        stack.callback(store.close)
+        stack.callback(_close, store)
     if run.resume and store is not None and store.latest is not None:
         state, saved = store.restore(state)
         loop, done = saved["loop"], saved["done"]
@@ -87,7 +90,9 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
     # The first step donates the state that the task began with: `state` is the one to use.
     task = task._replace(state=state)
     _describe(folder, config)
-    writer = JsonlWriter(folder / "metrics.jsonl", done if done else None)
+    writer = JsonlWriter(
+        folder / "metrics.jsonl", done if done else None, silent=not distributed.is_main()
+    )
     stack.callback(writer.close)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -126,7 +131,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        filled = fill_rate(batch)
+        full, room = distributed.total(filled(batch))
         parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
         updates = []
         for part in parts:
@@ -140,7 +145,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         done += 1
         check_finite(metrics, done)
         metrics["compiles"] = task.step.compiles
-        metrics["data/fill"] = filled
+        metrics["data/fill"] = full / room
         timing = {"time/step": time.perf_counter() - started, "time/data": waited}
         writer.write(done, metrics | timing)
         history.append(metrics)
@@ -150,9 +155,15 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
             bar.write(f"{bar.desc} {done}/{task.total}: {_short(metrics)}")
         if run.eval_every and done % run.eval_every == 0 and done < task.total:
             after = evaluate(done)
-        if run.save_every and done % run.save_every == 0:
+        stop = distributed.preempted(done)
+        if stop or (run.save_every and done % run.save_every == 0):
             save()
             saved_at = done
+        if stop:
+            raise distributed.Preempted(
+                f"stopped after step {done} of {task.total}, as a host is to be taken away"
+                + ("; run.resume=true goes on from there" if store is not None else "")
+            )
     bar.close()
     if history:
         after = evaluate(done)
@@ -185,16 +196,34 @@ def _checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
     return store
 
 
+def _close(store: Checkpoints) -> None:
+    """Finishes checkpoints under way, unless another host is gone, without which none can be."""
+    if not distributed.broken():
+        store.close()
+
+
+def _check_hosts(folder: pathlib.Path, config: Any) -> None:
+    """Refuses hosts that would not run the same program on the same folder."""
+    if jax.process_count() > 1:
+        distributed.check_same("package versions", _versions())
+        distributed.check_same("the configuration", distributed.flatten(to_values(config)))
+        distributed.check_shared(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
 def _describe(folder: pathlib.Path, config: Any) -> None:
     """Leaves what is needed to do the run again: configuration and versions."""
     if not distributed.is_main():
         return
     write_yaml(folder / "config.yaml", config)
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        versions[package] = importlib.metadata.version(package)
     devices = jax.devices()
-    facts = versions | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
+    facts = _versions() | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
+    if jax.process_count() > 1:
+        facts["processes"] = str(jax.process_count())
     (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

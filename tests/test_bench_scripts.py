@@ -250,3 +250,19 @@ def test_help_says_what_a_script_wants(name):
     )
     assert done.returncode == 0, done.stderr
     assert "--work" in done.stdout
+
+
+def test_speed_of_ppo_is_a_ratio_of_medians_over_all_repeats():
+    from _ppo import draw_lengths
+    from ppo_speed import summary
+
+    lengths = np.array(draw_lengths("ragged", 50, 16, 64))
+    assert (lengths.min(), lengths.max()) == (4, 64)
+    assert set(np.ravel(draw_lengths("full", 2, 3, 64))) == {64}
+    found = {
+        "ppo_trl": {"seconds": [[6.0, 4.0], [5.0]], "peak_mib": [200.0, 100.0]},
+        "ppo_ours": {"seconds": [[2.0, 2.0], [9.0]], "peak_mib": [300.0, 300.0]},
+    }
+    got = summary(found, written=1000)
+    assert (got["speed_ratio"], got["memory_ratio"]) == (2.5, 2.0)
+    assert got["median"]["ppo_ours"]["new_tokens_a_second"] == 500

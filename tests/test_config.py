@@ -205,7 +205,7 @@ def test_written_and_read_again_is_the_same(tmp_path, algorithm):
         ("optimizer.learningrate=1", "did you mean optimizer.learning_rate?"),
         ("sft.log_entropie=true", "did you mean sft.log_entropy?"),
         ("model.lora.ranks=2", "did you mean model.lora.rank?"),
-        ("mesh.qqq=2", "mesh.qqq: unknown key; known: data, fsdp, tensor"),
+        ("mesh.qqq=2", "mesh.qqq: unknown key; known: data, fsdp, tensor, sequence, expert"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(assignment, told):

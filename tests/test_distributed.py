@@ -1,24 +1,48 @@
-"""Joining other processes: what the environment says, and nothing when it says nothing."""
+"""Joining other processes, and what they tell one another; threads stand in for processes.
+
+`test_multihost.py` has real ones.
+"""
+
+import collections
+import socket
+import threading
 
 import jax
 import pytest
-from jax.experimental import multihost_utils
 
 from jaxalign import distributed
+from jaxalign.distributed import joining, service, talk, watch
 
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
+    "JOB_COMPLETION_INDEX",
     "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "MEGASCALE_NUM_SLICES",
     "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NUM_NODES",
     "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_MCA_orte_hnp_uri",
+    "JAXALIGN_LOST_SECONDS",
+    "JAXALIGN_JOIN_SECONDS",
 )
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
     "JAX_NUM_PROCESSES": "4",
     "JAX_PROCESS_ID": "0",
 }
+GIVEN = {
+    "coordinator_address": "10.0.0.1:1234",
+    "num_processes": 4,
+    "process_id": 0,
+    "cluster_detection_method": "deactivate",
+}
+TIMES = {"initialization_timeout": 600, "heartbeat_timeout_seconds": 75}
 
 
 @pytest.fixture
@@ -37,7 +61,10 @@ def set_environment(monkeypatch, values):
         monkeypatch.setenv(name, value)
 
 
-def test_alone_nothing_happens(starts):
+def test_alone_nothing_happens(starts, monkeypatch):
+    distributed.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # also where a cluster says otherwise
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     distributed.start()
     assert starts == []
 
@@ -48,7 +75,26 @@ def test_explicit_settings_are_passed_on(starts, monkeypatch):
         monkeypatch, EXPLICIT | {"SLURM_STEP_NUM_TASKS": "2", "TPU_WORKER_HOSTNAMES": "a,b"}
     )
     distributed.start()
-    assert starts == [{"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 0}]
+    assert starts == [GIVEN | TIMES]
+
+
+def test_an_indexed_job_gives_the_number_of_the_process(starts, monkeypatch):
+    set_environment(monkeypatch, EXPLICIT | {"JOB_COMPLETION_INDEX": "3"})
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    distributed.start()
+    assert starts == [GIVEN | TIMES | {"process_id": 3}]
+
+
+def test_times_are_taken_from_the_environment(starts, monkeypatch):
+    values = {"JAXALIGN_LOST_SECONDS": "8", "JAXALIGN_JOIN_SECONDS": "20"}
+    set_environment(monkeypatch, EXPLICIT | values)
+    distributed.start()
+    # The service is the second line: it waits a little longer than the watch.
+    times = {"initialization_timeout": 20, "heartbeat_timeout_seconds": 31}
+    assert starts == [GIVEN | times]
+    monkeypatch.setenv("JAXALIGN_JOIN_SECONDS", "0")
+    with pytest.raises(ValueError, match="JAXALIGN_JOIN_SECONDS='0': wanted a positive"):
+        distributed.start()
 
 
 @pytest.mark.parametrize("absent", ["JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"])
@@ -65,23 +111,69 @@ def test_a_setting_that_is_no_number_is_named(starts, monkeypatch, name):
     set_environment(monkeypatch, EXPLICIT | {name: "two"})
     with pytest.raises(ValueError, match=f"{name}='two': wanted a whole number"):
         distributed.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "4")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID=4: wanted 0 to 3"):
+        distributed.start()
     assert starts == []
+
+
+ALL_DEVICES = {"local_device_ids": []}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+MPI5 = MPI | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 
 
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, {}),  # a device each
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, ALL_DEVICES),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
+        (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}),
+        (MPI5 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, GIVEN | ALL_DEVICES | {"process_id": 3}),
+        (
+            MPI5 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            GIVEN | {"process_id": 3, "local_device_ids": [1]},
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, {}),
+        ({"TPU_PROCESS_ADDRESSES": "host-0:8471,host-1:8471"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
 def test_clusters_are_recognised(starts, monkeypatch, environment, joins):
     set_environment(monkeypatch, environment)
     distributed.start()
-    assert starts == ([{}] if joins else [])
+    assert starts == ([] if joins is None else [joins | TIMES])
+
+
+def test_open_mpi_without_an_address_says_how_to_give_one(starts, monkeypatch):
+    set_environment(monkeypatch, MPI)
+    with pytest.raises(ValueError, match=r"4 processes but says no address.*mpirun -x JAX_COORD"):
+        distributed.start()
+    assert starts == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "joins"),
+    [
+        ({"worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2"}, True),
+        ({"worker-network-endpoints": "a:1:10.0.0.1"}, False),
+        ({"tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+        ({"tpu-env": "MEGASCALE_NUM_SLICES: ''\n"}, False),
+        ({}, False),  # no metadata server, as on Kaggle
+    ],
+)
+def test_tpu_vms_are_found_by_their_metadata(starts, monkeypatch, metadata, joins):
+    monkeypatch.setattr(joining.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(joining, "_metadata", lambda name: metadata.get(name, ""))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    distributed.start()
+    assert starts == ([TIMES] if joins else [])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the chips are not wanted
+    distributed.start()
+    assert len(starts) == int(joins)
 
 
 def test_a_second_start_does_nothing(starts, monkeypatch):
@@ -97,11 +189,266 @@ def test_only_the_first_process_writes(monkeypatch):
     assert not distributed.is_main()
 
 
-def test_a_barrier_waits_only_where_there_are_others(monkeypatch):
-    waited = []
-    monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
-    distributed.barrier("alone")
-    assert waited == []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    distributed.barrier("together")
-    assert waited == ["together"]
+# --- several -------------------------------------------------------------------------------------
+
+
+class Store:
+    """A key-value store with barriers, as JAX's service has, for threads."""
+
+    def __init__(self, count):
+        self.count, self.values, self.gone = count, {}, False
+        self.changed = threading.Condition()
+        self.barriers = collections.defaultdict(lambda: threading.Barrier(count))
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        with self.changed:
+            self._check()
+            if key in self.values and not allow_overwrite:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_dir_get(self, folder):
+        with self.changed:
+            self._check()
+            return [(k, v) for k, v in self.values.items() if k.startswith(folder + "/")]
+
+    def key_value_delete(self, folder):
+        with self.changed:
+            for key in [k for k in self.values if k.startswith(folder + "/")]:
+                del self.values[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            there = lambda: key in self.values or self.gone  # noqa: E731
+            if not self.changed.wait_for(there, milliseconds / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+            self._check()
+            return self.values[key]
+
+    def wait_at_barrier(self, name, milliseconds):
+        with self.changed:
+            barrier = self.barriers[name]
+        try:
+            barrier.wait(milliseconds / 1000)
+        except threading.BrokenBarrierError:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out") from None
+
+    def break_down(self):
+        with self.changed:
+            self.gone = True
+            self.changed.notify_all()
+
+    def _check(self):
+        if self.gone:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Runs a function of the process's number in as many threads; gives results or errors."""
+    mine = threading.local()
+
+    class Counts:
+        def __getitem__(self, name):
+            return mine.used[name]
+
+        def __setitem__(self, name, value):
+            mine.used[name] = value
+
+    def run(count, function):
+        store = Store(count)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: mine.index)
+        monkeypatch.setattr(talk, "_used", Counts())
+        for module in (talk, service, watch):
+            monkeypatch.setattr(module, "client", lambda: store)
+        service.who.cache_clear()
+        results = [None] * count
+
+        def one(index):
+            mine.index, mine.used = index, collections.Counter()
+            try:
+                service.announce()
+                results[index] = function(index)
+            except Exception as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        run.store = store
+        return results
+
+    yield run
+    service.who.cache_clear()
+
+
+def test_processes_exchange_texts_and_leave_nothing_behind(processes):
+    def talk_twice(index):
+        first = distributed.exchange("a/b", f"one {index}")
+        return first, distributed.exchange("a/b", f"two {index}"), distributed.same_number()
+
+    results = processes(3, talk_twice)
+    assert {number for *_, number in results} == {results[0][2]}
+    for first, second, _ in results:
+        assert first == ["one 0", "one 1", "one 2"]
+        assert second == ["two 0", "two 1", "two 2"]
+    kept = [key for key in processes.store.values if "/a b/" in key]
+    assert kept
+    assert all("/a b/2/" in key for key in kept)
+
+
+def test_a_barrier_names_who_did_not_come(processes):
+    def come(index):
+        if index != 1:
+            distributed.barrier("reading", timeout=0.3)
+        return "done"
+
+    results = processes(3, come)
+    assert results[1] == "done"
+    for late in (results[0], results[2]):
+        assert isinstance(late, TimeoutError)
+        assert f"reading: process 1 ({socket.gethostname()}, pid" in str(late)
+        assert "did not come within 0.3 s" in str(late)
+
+
+def test_what_fails_on_one_fails_on_all(processes):
+    def write(index):
+        with distributed.together("writing"):
+            if index == 1:
+                raise OSError("disk full")
+
+    ok, failed = processes(2, write)
+    assert isinstance(failed, OSError)
+    assert isinstance(ok, RuntimeError)
+    assert str(ok).startswith("writing failed on process 1 (")
+    assert str(ok).endswith("OSError: disk full")
+    assert processes(2, lambda index: distributed.agree(None, "writing")) == [None, None]
+
+
+def test_facts_that_differ_are_named_on_all(processes):
+    def compare(index):
+        facts = {"data.rows": 8 + (index == 2), "run.seed": 0} | ({"lora": 1} if index == 1 else {})
+        distributed.check_same("the configuration", facts)
+
+    for error in processes(3, compare):
+        assert isinstance(error, ValueError)
+        assert str(error).startswith(
+            "the configuration must be the same on all hosts: lora is 1 on"
+        )
+        assert "lora is 1 on process 1 (" in str(error)
+        assert "'missing' on process 0 (" in str(error)
+        assert "data.rows is 9 on process 2 (" in str(error)
+        assert "and 8 on process 0 (" in str(error)
+        assert "seed" not in str(error)
+    assert processes(2, lambda index: distributed.check_same("it", {"a": [1]})) == [None, None]
+
+
+def test_nested_values_are_compared_one_by_one():
+    values = {"data": {"rows": 8, "train": ["a"]}, "lora": None}
+    flat = {"data.rows": 8, "data.train": ["a"], "lora": None}
+    assert distributed.flatten(values) == flat
+
+
+def test_a_folder_that_is_not_shared_is_refused(processes, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxalign.distributed.same._NETWORK_FOLDER", 0.3)
+    look = lambda index: distributed.check_shared(tmp_path / f"host{index}")  # noqa: E731
+    for error in processes(2, look):
+        assert isinstance(error, ValueError)
+        assert "is not seen by process 1 (" in str(error)
+    shared = tmp_path / "shared"
+    assert processes(2, lambda index: distributed.check_shared(shared)) == [None, None]
+    assert list(shared.iterdir()) == []
+
+
+# --- watching ------------------------------------------------------------------------------------
+
+
+class Hosts:
+    """Watches of several processes over one store, and what each was told when it had to stop."""
+
+    def __init__(self, count, patience):
+        self.store = Store(count)
+        self.told = {}
+        self.watches = [
+            watch.Watch(
+                self.store, i, count, patience, lambda text, i=i: self.told.setdefault(i, text)
+            )
+            for i in range(count)
+        ]
+
+    def wait(self, count):
+        done = threading.Event()
+        for _ in range(100):
+            if len(self.told) >= count:
+                return
+            done.wait(0.05)
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    monkeypatch.setattr(watch, "who", lambda index: f"process {index} (host{index})")
+    monkeypatch.setattr(watch, "_TELLING", 0.5)
+    made = []
+    monkeypatch.setattr(watch, "reachable", lambda: not made[-1].store.gone)
+
+    def make(count, patience):
+        made.append(Hosts(count, patience))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for one in each.watches:
+            one.end()
+
+
+def test_a_failure_reaches_the_others_at_once(hosts):
+    group = hosts(3, patience=30)
+    for one in group.watches:
+        one.start()
+    group.watches[1].fail("process 1 (host1) failed: ValueError: no")
+    group.wait(2)
+    assert group.told == dict.fromkeys((0, 2), "process 1 (host1) failed: ValueError: no")
+    group.watches[1].fail("again")  # whoever has failed says so once
+    assert len(group.told) == 2
+
+
+def test_silence_is_noticed_and_an_end_is_no_silence(hosts):
+    group = hosts(4, patience=0.6)
+    group.store.key_value_set("jaxalign/beat/2", "7")  # was there, and says no more
+    for index in (0, 1, 3):
+        group.watches[index].start()
+    group.watches[3].end()
+    group.wait(2)
+    assert set(group.told) == {0, 1}
+    for text in group.told.values():
+        assert text.startswith("process 2 (host2) is lost: no sign of life for")
+
+
+def test_signs_of_life_are_given(hosts):
+    group = hosts(2, patience=0.6)
+    for one in group.watches:
+        one.start()
+    threading.Event().wait(1.5)
+    assert group.told == {}
+
+
+def test_without_the_store_it_is_process_0_that_is_lost(hosts):
+    group = hosts(2, patience=30)
+    group.watches[1].start()
+    group.store.break_down()
+    group.wait(1)
+    assert group.told == {
+        1: "process 0 (host0) is lost: it was killed, or its machine cannot be reached"
+    }
+
+
+def test_the_first_failure_is_the_one_that_is_told(hosts):
+    group = hosts(3, patience=30)
+    group.watches[0].start()
+    group.store.key_value_set("jaxalign/failed", "process 2 (host2) failed: OSError: disk full")
+    group.watches[1].fail("process 1 (host1) failed: TimeoutError: process 2")
+    assert group.told == {}

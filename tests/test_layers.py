@@ -37,9 +37,11 @@ LAYERS = {
 
 # Files that are parts of one room although they are not in a folder.
 PARTS = {
+    "shards": "sharding",
     "sampling": "generate",
     "decoding": "generate",
     "masked": "types",
+    "host_rows": "sharding",
     "evaluation": "metrics",
     "heldout": "train",
     "best_of": "scoring",

@@ -74,12 +74,14 @@ def test_adapters_are_merged_on_export(run, chat_models):
 def test_dumps_are_aligned_with_tokens(run):
     rows = [json.loads(x) for x in (run.folder / "rollouts.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows] == [1] * 3 + [3] * 3
+    tok = chatmodel.make_tokenizer()
     for row in rows:
         size = len(row["ids"])
         for name in ("tokens", "logprobs", "ref_logprobs", "kl", "rewards", "advantages"):
             assert len(row[name]) == size
         assert "values" not in row
-        assert "".join(row["tokens"]) == row["answer"]
+        assert tok.decode(row["ids"]) == row["answer"]
+        assert row["tokens"] == [tok.decode([one]) for one in row["ids"]]
         gap = np.array(row["logprobs"]) - np.array(row["ref_logprobs"])
         np.testing.assert_allclose(row["kl"], gap, atol=3e-6)
         np.testing.assert_allclose(sum(row["rewards"]), row["score"] - 0.05 * gap.sum(), atol=1e-4)

@@ -1,5 +1,7 @@
 """Meshes, logical axes, compiled steps: layouts that fit, and clear words where they do not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxalign.algorithms.step import init_state, opt_state_shardings
+from jaxalign.models.decoder import Decoder
 from jaxalign.sharding import (
     RULES,
     compile_step,
@@ -18,9 +21,11 @@ from jaxalign.sharding import (
     on_mesh,
     param_shardings,
     partition_spec,
+    row_axes,
     row_shards,
     shard_batch,
 )
+from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import TrainState
 
 
@@ -66,7 +71,13 @@ def test_mesh_that_does_not_fit_is_refused(sizes, message):
 
 def test_logical_axes_become_mesh_axes():
     assert partition_spec("layers embed mlp") == PartitionSpec(None, "fsdp", "tensor")
-    assert partition_spec("rows length hidden") == PartitionSpec(("data", "fsdp"), None, None)
+    rows = ("data", "fsdp", "expert")
+    assert partition_spec("rows length hidden") == PartitionSpec(rows, "sequence", None)
+    small = make_mesh(data=2, fsdp=4)
+    assert partition_spec("rows length expert", mesh=small) == PartitionSpec(
+        ("data", "fsdp"), None, None
+    )
+    assert partition_spec("embed heads/8") == PartitionSpec("fsdp", "tensor")
     assert partition_spec("norm") == PartitionSpec(None)
     rules = dict(RULES) | {"embed": None, "mlp": ("fsdp", "tensor")}
     assert partition_spec("embed mlp", rules) == PartitionSpec(None, ("fsdp", "tensor"))
@@ -88,6 +99,38 @@ def test_parameter_that_does_not_divide_is_refused():
         param_shardings(axes, make_mesh(tensor=4), shapes)
     fine = param_shardings(axes, make_mesh(tensor=2), shapes)
     assert fine["blocks"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
+
+
+def test_heads_and_experts_that_do_not_divide_are_refused():
+    config = dataclasses.replace(tiny.CONFIG, num_heads=6, num_experts=6, experts_per_token=2)
+    model = Decoder(config)
+    with pytest.raises(
+        ValueError,
+        match=r"attention.*axis 'heads' has 6 parts of 8, .*tensor=4 does not.*\[1, 2, 3, 6\]",
+    ):
+        param_shardings(model.axes, make_mesh(tensor=4), model.shapes)
+    with pytest.raises(
+        ValueError, match=r"mlp.*axis 'expert' has size 6, .*expert=4 does not.*\[1, 2, 3, 6\]"
+    ):
+        param_shardings(model.axes, make_mesh(expert=4), model.shapes)
+
+
+def test_axes_for_long_rows_and_for_experts():
+    mesh = make_mesh(sequence=2, expert=2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "sequence": 2, "tensor": 1}
+    assert row_shards(mesh) == 4
+    assert row_axes(mesh) == "data × fsdp × expert"
+    with pytest.raises(ValueError, match=r"sequence=3: 3 does not divide the 8 devices"):
+        make_mesh(sequence=3)
+    x = np.arange(4 * 13 * 3, dtype=np.float32).reshape(4, 13, 3)
+    with jax.set_mesh(mesh):
+        folded = jax.jit(fold_length)(x)
+        back = jax.jit(lambda x: unfold_length(fold_length(x), 13))(x)
+    assert folded.sharding.spec[0] == ("sequence", "fsdp", "expert")
+    np.testing.assert_array_equal(folded[:4], x[:, :7])
+    np.testing.assert_array_equal(folded[4:, :6], x[:, 7:])
+    np.testing.assert_array_equal(back, x)
+    assert fold_length(x) is x
 
 
 def test_every_parameter_of_the_models_has_a_layout():

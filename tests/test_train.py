@@ -220,11 +220,10 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
         assert len(set(coefficients)) == 4  # so that a forgotten one would show
         # Calibrated, the reference's answers score 0 ± 1 on average.
         assert abs(whole.history[0]["objective/scores"]) < 1
-        # The first iteration trained the critic alone; later ones stopped where they had moved.
-        assert whole.history[0]["policy/approxkl_avg"] == 0
-        assert whole.history[0]["updates"] == 2
-        moved = [row for row in whole.history if row["updates"] == 1]
-        assert all(row["policy/approxkl_avg"] > 1e-3 for row in moved)
+        # The first iteration trained the critic alone.
+        far = [row["policy/approxkl_avg"] > 1e-6 for row in whole.history]
+        assert far == [False, True, True, True]
+        assert [row["updates"] for row in whole.history] == [2] * 4
         for name in ("rollouts.jsonl", "histograms.jsonl"):
             ours, theirs = ((r.folder / name).read_text("utf-8") for r in (resumed, whole))
             assert ours == theirs

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.rollout import join_tokens
 from jaxalign.generate import Generation, sample
-from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.sharding import all_rows, local_rows, mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ def calibrate(
     prompts, answers, tokens = draw_answers(key, model, params, prompts, config, config.temperature)
     with on_mesh(mesh):
         scores, _ = score_answers(reward_fn, tokens, prompts, answers.mask)
-    scores = scores[np.any(np.asarray(answers.mask), axis=1)].astype(np.float64)
+    if mesh is not None:
+        scores = shard_batch(scores, mesh)
+    scores, answered = all_rows((scores, jnp.any(answers.mask, axis=1)))
+    scores = scores[answered].astype(np.float64)
     spread = float(scores.std())
     scale = spread if how == "mean_std" and spread > 0 and math.isfinite(spread) else 1.0
     return float(scores.mean()), scale
@@ -120,15 +123,17 @@ def score_answers(
 
     Returns:
       (float32 `[B]` on the host, 0 for a row without an answer; the scores of each of several
-      rewards by name, or None).
+      rewards by name, or None). With several processes these are of the rows of this one, for
+      `shard_batch`.
 
     Raises:
       ValueError: scores of another shape, or one that is not finite.
     """
-    answered = np.asarray(jnp.any(jnp.asarray(mask), axis=1))
+    mesh = mesh_of((tokens, mask))
+    answered = local_rows(jnp.any(jnp.asarray(mask), axis=1), mesh)
     said = reward_fn(tokens, prompts)
     said = said if isinstance(said, Scores) else Scores(said)
-    scores = np.asarray(said.values, np.float32)
+    scores = np.asarray(local_rows(said.values, mesh), np.float32)
     if scores.shape != answered.shape:
         raise ValueError(
             f"reward_fn gave shape {scores.shape}, wanted one score a row {answered.shape}"

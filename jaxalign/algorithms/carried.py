@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.generate import Generation
 from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
+from jaxalign.sharding import all_rows
 from jaxalign.types import Array, RolloutBatch
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class ScoreStats(NamedTuple):
 
     def add(self, scores: Any, valid: Any) -> ScoreStats:
         """With the valid ones of `scores` `[B]` taken in: Chan et al. 1983, equation 2.1."""
+        scores, valid = all_rows((scores, valid))
         new = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
         if not new.size:
             return self
@@ -59,7 +62,7 @@ def running_scale(
     scores: Array, answers: Generation, penalty: float, stats: ScoreStats | None
 ) -> tuple[np.float32, np.float32]:
     """(mean, standard deviation) of all scores so far, these ones and their penalties included."""
-    answered = np.any(np.asarray(answers.mask), axis=1)
+    answered = jnp.any(answers.mask, axis=1)
     penalised = missing_eos_penalty(scores, answers.finished, penalty)
     stats = (ScoreStats() if stats is None else stats).add(penalised, answered)
     return np.float32(stats.mean), np.float32(stats.std)

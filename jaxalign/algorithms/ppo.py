@@ -269,6 +269,8 @@ def make_prepare(
         )
         with on_mesh(mesh):
             scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
+            if mesh is not None:
+                scores, parts = shard_batch((scores, parts), mesh)
             scale = None
             if config.normalize_scores:
                 scale = running_scale(scores, answers, config.missing_eos_penalty, score_stats)
@@ -277,7 +279,7 @@ def make_prepare(
             end = jnp.zeros((answers.tokens.shape[0], 1))
             recorded = jnp.concatenate([blank, answers.logprobs, end], axis=1)
             if mesh is not None:
-                recorded, scores, parts = shard_batch((recorded, scores, parts), mesh)
+                recorded = shard_batch(recorded, mesh)
             rollout = experience(
                 state,
                 ref_params,
@@ -376,9 +378,10 @@ def make_loss(
         moved = new - old
         if config.importance_sampling_level == "sequence":
             moved = averages.answer_mean(moved, tokens)
+        # The log-ratio against 0: added to log π_old it would come back rounded.
         policy_losses = losses.policy_loss(
-            old + moved,
-            old,
+            moved,
+            jnp.zeros_like(moved),
             advantages,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
@@ -415,7 +418,8 @@ def _value_terms(
     values, old, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
     limit = config.clip_range_value
     value_losses = losses.value_loss(values, old, returns, clip_range_value=limit)
-    near = old + jnp.clip(values - old, *((None, None) if limit is None else (-limit, limit)))
+    # A value within the bounds stays as it is, to the last bit: rounding is no clipping.
+    near = values if limit is None else jnp.clip(values, old - limit, old + limit)
     clipped = jnp.square(near - returns) > jnp.square(values - returns)
     average = weighted(value_losses, mask)
     metrics = {"loss/value_avg": average, "val/clipfrac_avg": weighted(clipped, mask)}

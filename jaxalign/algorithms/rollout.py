@@ -14,7 +14,7 @@ from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answ
 from jaxalign.generate import Generation
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.masked import masked_mean, masked_sum, masked_var
-from jaxalign.sharding import mesh_of, row_shards, shard_batch
+from jaxalign.sharding import all_rows, mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
 
@@ -86,7 +86,7 @@ def minibatches(
     kept = None
     if pack:
         rollout = without_answers(rollout)
-        kept = np.asarray(rollout.tokens.segment_ids) > 0
+        kept = all_rows(rollout.tokens.segment_ids) > 0
     # All orders at once, before the first step is under way: to read one is to wait for the device.
     keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
     for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):

@@ -17,11 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.data.packing import best_fit
 from jaxalign.types import Array, RolloutBatch
-
-_OF_ANSWERS = ("scores", "scaled_scores", "reward_parts", "finished", "valid")
-"""Fields with one entry an answer: a packed row has no place for them, and no update reads them."""
 
 
 class Layout(NamedTuple):
@@ -63,6 +59,8 @@ def lay_out(
     Returns:
       The layout; None where no smaller shape takes them.
     """
+    from jaxalign.data.packing import best_fit  # the data room is heavy; steps run without it
+
     counts = kept[np.asarray(which)].sum(1)
     full = [row for row, count in zip(which, counts, strict=True) if count]
     lengths = counts[counts > 0].tolist()
@@ -93,10 +91,12 @@ def _lay(kept: np.ndarray, groups: list[list[int]], rows: int, length: int) -> L
 
 
 def without_answers(rollout: RolloutBatch) -> RolloutBatch:
-    """The rollout less what an answer has once, so that rows need not be answers."""
+    """The rollout less what an answer has once: rows need not be answers any more."""
     if rollout.ptx is not None:
         raise ValueError("a rollout with ptx rows cannot be packed: add them to what comes out")
-    return rollout._replace(**dict.fromkeys(_OF_ANSWERS))
+    return rollout._replace(
+        scores=None, scaled_scores=None, reward_parts=None, finished=None, valid=None
+    )
 
 
 @jax.jit

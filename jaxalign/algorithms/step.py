@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.base import combine
 from jaxalign.offload import HOST, lies_in_host_memory
-from jaxalign.sharding import mesh_of, replicated, row_shards
+from jaxalign.sharding import mesh_of, replicated, row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]
@@ -112,7 +112,7 @@ def split_rows(batch: Any, parts: int) -> Any:
         if rows // parts % shards:
             raise ValueError(
                 f"{rows} rows in micro_batches={parts} are {rows // parts} rows at a time, which "
-                f"the mesh (data × fsdp = {shards}) does not divide; use a multiple of "
+                f"the mesh ({row_axes()} = {shards}) does not divide; use a multiple of "
                 f"{parts * shards} rows"
             )
         return jnp.swapaxes(jnp.reshape(x, (rows // parts, parts, *x.shape[1:])), 0, 1)

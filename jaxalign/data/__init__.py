@@ -32,7 +32,7 @@ from jaxalign.data.examples import (
     Unpaired,
 )
 from jaxalign.data.faults import Faults, read_examples
-from jaxalign.data.loader import Batches, fill_rate
+from jaxalign.data.loader import Batches, filled
 from jaxalign.data.mixture import Source
 from jaxalign.data.options import Options
 from jaxalign.data.packing import best_fit, wrapped
@@ -73,7 +73,7 @@ __all__ = [
     "encode_steps",
     "encode_texts",
     "encode_training",
-    "fill_rate",
+    "filled",
     "graded_batches",
     "iter_rows",
     "preference_batches",

@@ -71,6 +71,11 @@ class Batches(Generic[Batch]):
         self._iterator: Any = None
 
     @property
+    def checksum(self) -> int:
+        """A number that changes with the data and with every setting that shapes batches."""
+        return self._checksum
+
+    @property
     def stats(self) -> dict[str, Any]:
         """What was counted.
 
@@ -273,8 +278,8 @@ def in_memory(
     )
 
 
-def fill_rate(batch: Any) -> float:
-    """The part of a batch's positions that holds tokens, in [0, 1]."""
+def filled(batch: Any) -> tuple[int, int]:
+    """How many of a batch's positions hold tokens, and how many there are."""
     full, room = 0, 0
     todo = [batch]
     while todo:
@@ -285,7 +290,7 @@ def fill_rate(batch: Any) -> float:
             full, room = full + np.count_nonzero(part.mask), room + part.mask.size
         elif isinstance(part, tuple):
             todo += part
-    return float(full) / room if room else 0.0
+    return int(full), int(room)
 
 
 def count_rows(

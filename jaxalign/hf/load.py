@@ -46,6 +46,7 @@ def load_pretrained(
     dtype: Any = jnp.float32,
     compute_dtype: str | None = None,
     remat: str = "none",
+    attention: str = "auto",
 ) -> tuple[Any, Params]:
     """Loads a model and its parameters.
 
@@ -57,6 +58,8 @@ def load_pretrained(
         has in the file (float32 where that is quantised). Not of the computation.
       compute_dtype: of activations and matmuls; by default bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
+      attention: "auto" (by backend), "xla", "splash" or "cudnn", see
+        `jaxalign.models.attention_kind`.
 
     Returns:
       `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
@@ -73,7 +76,8 @@ def load_pretrained(
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         if compute_dtype is None:
             compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        model = _model(path, file, compute_dtype=compute_dtype, remat=remat)
+        options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
+        model = _model(path, file, **options)
         config, scorer = model.config, isinstance(model, Scorer)
         shardings = {}
         if mesh is not None:

@@ -1,12 +1,18 @@
-"""Attention masks that respect documents, branches and windows, and the attention function."""
+"""The attention function: one entrance, and the form in plain XLA that covers every case."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.kernels import cudnn, splash
+from jaxalign.models.sight import Lookout, Marks, Sight, visible
+from jaxalign.sharding import axis_shards
+from jaxalign.shards import gather_shards, map_shards, pad_length, shard_index
 from jaxalign.types import Array
 
 HIDDEN = -1e30
@@ -16,138 +22,237 @@ _BLOCK = 128
 """Least number of queries taken at a time: smaller products do not keep a processor busy."""
 
 _MOST_BLOCKS = 8
-"""Most blocks of queries; more would save little more than the half that 8 nearly do."""
+"""Most blocks of queries with columns of their own; more would save little more than the half that
+8 nearly do. Long blocks are cut further, in a loop."""
 
-
-def causal_mask(segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
-    """Which token sees which: `[B, 1, T, T]` bool, earlier or same column and same segment.
-
-    Args:
-      segment_ids: int `[B, T]`.
-      branch_ids: int `[B, T]`; within its segment a token sees branch 0 and its own only.
-    """
-    segment_ids = jnp.asarray(segment_ids)
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = jnp.tril(jnp.ones((length, length), bool))[None]
-    if branch_ids is not None:
-        branch_ids = jnp.asarray(branch_ids)
-        shared = branch_ids[:, None, :] == 0
-        same = same & (shared | (branch_ids[:, :, None] == branch_ids[:, None, :]))
-    return (same & causal)[:, None]
-
-
-def window_mask(positions: Array, seen: Array, window: int) -> jax.Array:
-    """Which token is near enough to which: `[B, 1, T, S]` bool.
-
-    Distance is between positions, not columns: in a row with branches they differ.
-
-    Args:
-      positions: int `[B, T]` of the tokens that look.
-      seen: int `[B, S]` of those looked at.
-      window: how many tokens one sees, itself included.
-    """
-    distance = jnp.asarray(positions)[:, :, None] - jnp.asarray(seen)[:, None, :]
-    return (distance < window)[:, None]
+_SCORES = 2**25
+"""Most scores a device holds at a time: 32 M, 128 MiB in float32."""
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
-    scale: jax.Array | float | None = None, softcap: float | None = None, *, causal: bool = False,
+    query: jax.Array, key: jax.Array, value: jax.Array, sight: Sight | Array,
+    scale: jax.Array | float | None = None, softcap: float | None = None, *,
+    causal: bool = False, kind: str = "xla",
 ) -> jax.Array:  # fmt: skip
     """Softmax attention `softmax(scale · q·kᵀ) · v` with grouped key and value heads.
 
     The backward pass keeps no `[T, S]` matrix: it forms the weights again from the logsumexp of
-    each row (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4, without its tiling).
+    each row (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
+
+    Where the mesh in context splits time, a device attends from its part of every row: it gathers
+    the keys and values of the whole row (with grouped heads a fraction of the activations).
 
     Args:
       query: `[B, T, H, head_dim]`.
       key: `[B, S, K, head_dim]`; each serves H / K query heads.
       value: `[B, S, K, head_dim]`.
-      mask: bool `[B, 1, T, S]`. A row without any True (padding) gets a meaningless finite value.
+      sight: who sees whom; or bool `[B, 1, T, S]`, for "xla" only. A row that sees nothing
+        (padding) gets a meaningless finite value.
       scale: of the scores; None: 1/√head_dim. May be traced.
       softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
-      causal: the mask shows no column after a query's own (T = S), so that those need no
-        computing.
+      causal: the matrix shows no column after a query's own (T = S), so that those need no
+        computing. A `Sight` knows that by itself.
+      kind: "xla", "splash" or "cudnn", as `jaxalign.models.attention_kind` answers.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = (query * scale).astype(key.dtype)  # a traced scale is float32
+    if not isinstance(sight, Sight):
+        lookout = Lookout(Marks(None, None), Marks(None, None), matrix=jnp.asarray(sight))
+        return _plain(query, key, value, lookout, Rule(softcap, causal, _parts()))
+    if kind == "xla" and axis_shards("length") == 1:
+        return _plain(query, key, value, sight.lookout(), Rule(softcap, True, _parts()))
+    length = query.shape[1]
+    key, value = (_repeated(x, query.shape[2]) for x in (key, value))
+    heads = _heads(query, key)
+    if kind == "splash":
+        return splash(query, key, value, sight, softcap, heads)
+    query, key, value = (pad_length(x) for x in (query, key, value))
+    marks = jax.tree.map(lambda x: pad_length(jnp.asarray(x)), sight.looking)
+    run = _part_of_rows if kind == "xla" else cudnn
+    run = functools.partial(run, window=sight.window, softcap=softcap)
+    axes = (f"rows length {heads}", *(f"rows length {heads}",) * 2, "rows length", "rows", "new")
+    windowed = None if sight.windowed is None else jnp.asarray(sight.windowed)[None]
+    out = map_shards(run, (query, key, value, marks, marks, windowed), axes)
+    return out[:, :length]
+
+
+def _repeated(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values with heads repeated, where there are fewer of them than shards of heads."""
+    parts, own = axis_shards("heads"), x.shape[2]
+    fewer = own % parts and parts % own == 0 and heads % parts == 0
+    return jnp.repeat(x, parts // own, axis=2) if fewer else x
+
+
+def _heads(query: jax.Array, key: jax.Array) -> str:
+    """The logical axis of heads where they divide over their shards, else one that is whole."""
+    divide = all(x.shape[2] % axis_shards("heads") == 0 for x in (query, key))
+    return "heads" if divide else "hidden"
+
+
+def _part_of_rows(
+    query: jax.Array, key: jax.Array, value: jax.Array, looking: Marks, seen: Marks,
+    windowed: jax.Array | None, *, window: int | None, softcap: float | None,
+) -> jax.Array:  # fmt: skip
+    """The plain form on a device that has a part of every row, and marks of the whole of it."""
+    key, value = (gather_shards(x, "length", 1) for x in (key, value))
+    holds = None if windowed is None else windowed[0]
+    lookout = Sight(looking, seen, False, window, holds).lookout()
+    lookout = lookout._replace(first=shard_index("length") * query.shape[1])
+    return _plain(query, key, value, lookout, Rule(softcap, False, 1))
+
+
+def _parts() -> int:
+    """Over how many devices the scores are split, where the compiler splits them."""
+    return axis_shards("rows") * axis_shards("heads")
+
+
+class Rule(NamedTuple):
+    """What of the plain form is settled while tracing.
+
+    Attributes:
+      softcap: of the scores, or None.
+      causal: columns after a query's own need no computing (T = S).
+      parts: over how many devices the scores are split.
+    """
+
+    softcap: float | None
+    causal: bool
+    parts: int
+
+
+def _plain(
+    query: jax.Array, key: jax.Array, value: jax.Array, lookout: Lookout, rule: Rule
+) -> jax.Array:
+    """Scaled queries `[B, T, H, d]`, keys and values `[B, S, K, d]` → `[B, T, H, d]`."""
     rows, new, heads, width = query.shape
-    shared = key.shape[2]
     # The query heads of a group are stacked along the rows of one matrix, so that both products
     # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
     # as the general contraction of jax.nn.dot_product_attention for narrow heads.
-    scale = width**-0.5 if scale is None else scale
-    query = (query * scale).astype(key.dtype)  # a traced scale is float32
-    query = query.reshape(rows, new, shared, -1, width)
+    query = query.reshape(rows, new, key.shape[2], -1, width)
     out = _attend(
-        softcap,
-        causal,
+        rule,
         query.transpose(0, 2, 3, 1, 4),
         key.transpose(0, 2, 1, 3),
         value.transpose(0, 2, 1, 3),
-        mask,
+        lookout,
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, new, heads, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    softcap: float | None, causal: bool, query: jax.Array, key: jax.Array, value: jax.Array,
-    mask: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """Query `[B, K, G, T, d]`, key and value `[B, K, S, d]`, mask `[B, 1, T, S]` → as query."""
-    return _forward(softcap, causal, query, key, value, mask)[0]
+    rule: Rule, query: jax.Array, key: jax.Array, value: jax.Array, lookout: Lookout
+) -> jax.Array:
+    """Query `[B, K, G, T, d]`, key and value `[B, K, S, d]` → as query."""
+    return _forward(rule, query, key, value, lookout)[0]
 
 
-def _forward(softcap: float | None, causal: bool, query, key, value, mask):
+class _Piece(NamedTuple):
+    """`count` times `size` queries from `start` on, which see columns before `stop` only."""
+
+    start: int
+    count: int
+    size: int
+    stop: int
+
+
+def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
+    """How the queries are taken: in blocks with columns of their own, and these in a loop."""
+    length, columns = query.shape[3], key.shape[2]
+    block = length
+    if rule.causal and length == columns and length >= 2 * _BLOCK:
+        block = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        stop = end if block < length else columns
+        each = query.shape[0] * query.shape[1] * query.shape[2] * stop
+        fit = _SCORES * rule.parts // each // _BLOCK * _BLOCK
+        size = min(end - start, max(_BLOCK, fit))
+        count = (end - start) // size
+        yield _Piece(start, count, size, stop)
+        if start + count * size < end:
+            yield _Piece(start + count * size, 1, end - start - count * size, stop)
+
+
+def _forward(rule: Rule, query, key, value, lookout: Lookout):
     outs, logzs = [], []
-    for here, seen in _blocks(query.shape[3], key.shape[2], causal):
-        scores, _ = _scores(softcap, query[..., here, :], key[:, :, seen], mask[..., here, seen])
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _matmul(weights.astype(value.dtype), value[:, :, seen])
-        outs.append((out / total).astype(query.dtype))
-        logzs.append(top + jnp.log(total))
+    for piece in _pieces(rule, query, key):
+        keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
+
+        def one(start, piece=piece, keys=keys, values=values):
+            part = jax.lax.dynamic_slice_in_dim(query, start, piece.size, axis=3)
+            sees = visible(lookout, start, piece.size, piece.stop)
+            scores, _ = _scores(rule.softcap, part, keys, sees)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            out = _matmul(weights.astype(values.dtype), values)
+            return (out / total).astype(query.dtype), top + jnp.log(total)
+
+        if piece.count == 1:
+            out, logz = one(piece.start)
+        else:
+            starts = piece.start + piece.size * jnp.arange(piece.count)
+            out, logz = (_joined(x) for x in jax.lax.map(one, starts))
+        outs.append(out)
+        logzs.append(logz)
     out, logz = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=3) for x in (outs, logzs))
-    return out, (query, key, value, mask, out, logz)
+    return out, (query, key, value, lookout, out, logz)
 
 
-def _backward(softcap: float | None, causal: bool, saved, gradient):
-    query, key, value, mask, out, logz = saved
+def _joined(x: jax.Array) -> jax.Array:
+    """`[n, B, K, G, t, d]` → `[B, K, G, n · t, d]`."""
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _backward(rule: Rule, saved, gradient):
+    query, key, value, lookout, out, logz = saved
     # Σ_s p_s · (∂L/∂p_s) of each query, without the weights.
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    to_query = []
+    to_queries = []
     to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    for here, seen in _blocks(query.shape[3], key.shape[2], causal):
-        part, keys, values = query[..., here, :], key[:, :, seen], value[:, :, seen]
-        scores, slope = _scores(softcap, part, keys, mask[..., here, seen])
-        weights = jnp.exp(scores - logz[..., here, :])
-        above = gradient[..., here, :]
-        to_weights = _matmul(above, values.swapaxes(-1, -2))
-        to_scores = weights * (to_weights - inner[..., here, :])
-        if slope is not None:
-            to_scores = to_scores * slope
-        weights, to_scores = weights.astype(query.dtype), to_scores.astype(query.dtype)
-        to_query.append(_matmul(to_scores, keys).astype(query.dtype))
-        to_key = to_key.at[:, :, seen].add(_columns(part, to_scores))
-        to_value = to_value.at[:, :, seen].add(_columns(above, weights))
-    joined = to_query[0] if len(to_query) == 1 else jnp.concatenate(to_query, axis=3)
+    for piece in _pieces(rule, query, key):
+        keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
+
+        def one(start, piece=piece, keys=keys, values=values):
+            part, above, part_logz, part_inner = (
+                jax.lax.dynamic_slice_in_dim(x, start, piece.size, axis=3)
+                for x in (query, gradient, logz, inner)
+            )
+            sees = visible(lookout, start, piece.size, piece.stop)
+            scores, slope = _scores(rule.softcap, part, keys, sees)
+            weights = jnp.exp(scores - part_logz)
+            to_scores = weights * (_matmul(above, values.swapaxes(-1, -2)) - part_inner)
+            if slope is not None:
+                to_scores = to_scores * slope
+            weights, to_scores = weights.astype(query.dtype), to_scores.astype(query.dtype)
+            sums = (_columns(part, to_scores), _columns(above, weights))
+            return sums, _matmul(to_scores, keys).astype(query.dtype)
+
+        if piece.count == 1:
+            sums, to_query = one(piece.start)
+        else:
+            starts = piece.start + piece.size * jnp.arange(piece.count)
+            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
+            sums, to_query = jax.lax.scan(functools.partial(_add, one), zeros, starts)
+            to_query = _joined(to_query)
+        to_key = to_key.at[:, :, : piece.stop].add(sums[0])
+        to_value = to_value.at[:, :, : piece.stop].add(sums[1])
+        to_queries.append(to_query)
+    joined = to_queries[0] if len(to_queries) == 1 else jnp.concatenate(to_queries, axis=3)
     return joined, to_key.astype(key.dtype), to_value.astype(value.dtype), None
 
 
+def _add(one, sums, start):
+    new, other = one(start)
+    return jax.tree.map(jnp.add, sums, new), other
+
+
 _attend.defvjp(_forward, _backward)
-
-
-def _blocks(length: int, seen: int, causal: bool) -> list[tuple[slice, slice]]:
-    """Queries to take at a time, each with the columns that they may see."""
-    if not causal or length != seen or length < 2 * _BLOCK:
-        return [(slice(0, length), slice(0, seen))]
-    size = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
-    stops = [min(start + size, length) for start in range(0, length, size)]
-    return [(slice(stop - ((stop - 1) % size + 1), stop), slice(0, stop)) for stop in stops]
 
 
 def _scores(

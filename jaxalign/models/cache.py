@@ -47,8 +47,8 @@ def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Ca
     return Cache(
         keys=layers(),
         values=layers(),
-        segment_ids=constrain(jnp.zeros((rows, length), jnp.int32), "rows length"),
-        positions=constrain(jnp.zeros((rows, length), jnp.int32), "rows length"),
+        segment_ids=constrain(jnp.zeros((rows, length), jnp.int32), "rows new"),
+        positions=constrain(jnp.zeros((rows, length), jnp.int32), "rows new"),
         used=jnp.zeros((), jnp.int32),
     )
 
@@ -59,25 +59,7 @@ def split(x: jax.Array) -> jax.Array:
     Where the mesh does not divide the heads (fewer of them than shards), every shard has them all.
     """
     whole = x.shape[1] % axis_shards("kv_heads")
-    return constrain(x, f"rows {'length' if whole else 'kv_heads'} length hidden")
-
-
-def cache_mask(
-    cache_segments: jax.Array, segment_ids: jax.Array, seen: jax.Array, positions: jax.Array
-) -> jax.Array:
-    """Which cached column each new token sees: `[B, 1, T, S]` bool.
-
-    By positions, not columns: a cache may be written in any order.
-
-    Args:
-      cache_segments: `[B, S]`, new tokens already entered; 0 is never seen.
-      segment_ids: `[B, T]` of the new tokens.
-      seen: `[B, S]`, positions of the cached tokens.
-      positions: `[B, T]` of the new tokens.
-    """
-    same = segment_ids[:, :, None] == cache_segments[:, None, :]
-    earlier = seen[:, None, :] <= positions[:, :, None]
-    return (same & earlier & (cache_segments > 0)[:, None, :])[:, None]
+    return constrain(x, f"rows {'hidden' if whole else 'kv_heads'} new hidden")
 
 
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:

@@ -18,14 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.router import document_balance
 from jaxalign.masked import weighted
-from jaxalign.models.attention import attend, causal_mask
+from jaxalign.models.attention import attend
+from jaxalign.models.attention_kind import Choice, attention_kind, check_kind
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.cache import Cache, attend_cached, cache_mask, empty_cache, split, write
+from jaxalign.models.cache import Cache, attend_cached, empty_cache, split, write
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
-from jaxalign.sharding import constrain
+from jaxalign.sharding import axis_shards, constrain
+from jaxalign.shards import pad_length
 from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -42,6 +45,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 """What the backward pass keeps of a block: everything, matmul results only, its input only, or that
 in the host's memory."""
 
+_MATRIX_LENGTH = 2048
+"""Longest rows for which the plain form of attention reads who sees whom from a matrix."""
+
 
 class Block(nnx.Module):
     """Attention and a feed-forward network, each normalised and added to the residual stream."""
@@ -56,16 +62,18 @@ class Block(nnx.Module):
         self.mlp_post_norm = make_norm(config) if after else None
         self.softcap = config.attention_softcap
 
-    def __call__(self, x: jax.Array, view: View) -> tuple[jax.Array, Routing | None]:
+    def __call__(
+        self, x: jax.Array, view: View, kind: str = "xla"
+    ) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
-        return self.read(x, view)[0]
+        return self.read(x, view, kind)[0]
 
     def read(
-        self, x: jax.Array, view: View
+        self, x: jax.Array, view: View, kind: str = "xla"
     ) -> tuple[tuple[jax.Array, Routing | None], tuple[jax.Array, jax.Array]]:
         """Like a call; also gives the keys and values, `[B, T, K, head_dim]`."""
         query, key, value = self._project(x, view)
-        attended = attend(query, key, value, view.mask, view.scale, self.softcap, causal=True)
+        attended = attend(query, key, value, view.sight, view.scale, self.softcap, kind=kind)
         return self._finish(x, attended), (key, value)
 
     def extend(
@@ -74,7 +82,8 @@ class Block(nnx.Module):
         """Like a call, but attends to this layer's cache after writing the new tokens to it."""
         query, key, value = self._project(x, view)
         keys, values = write(keys, key, used), write(values, value, used)
-        attended = attend_cached(query, keys, values, view.mask, view.scale, self.softcap)
+        seen = view.sight.matrix
+        attended = attend_cached(query, keys, values, seen, view.scale, self.softcap)
         return self._finish(x, attended)[0], keys, values
 
     def _project(self, x: jax.Array, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -146,6 +155,11 @@ def _with_values(state: Any, values: Params) -> Any:
     return state
 
 
+def _even(inputs: Array, marks: Marks) -> tuple[jax.Array, Marks]:
+    """Tokens and their marks with padding at the end where the mesh splits time unevenly."""
+    return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, marks))
+
+
 def _layer(stacked: Any, layer: int) -> Any:
     """One layer of what is stacked along a leading axis."""
     return jax.tree.map(lambda x: x[layer], stacked)
@@ -160,14 +174,17 @@ class Decoder:
       compute_dtype: dtype of activations and matmuls; parameters keep their own.
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
+      attention: which form of attention, see `jaxalign.models.attention_kind.KINDS`.
     """
 
     config: DecoderConfig
     compute_dtype: str = "float32"
     remat: str = "none"
     lora: LoraConfig | None = None
+    attention: str = "auto"
 
     def __post_init__(self):
+        check_kind(self.attention)
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: wanted one of {', '.join(REMAT)}")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
@@ -223,6 +240,20 @@ class Decoder:
         """
         return self._run(params, inputs, positions, segment_ids, branch_ids)[0]
 
+    def attention_kind(self, length: int, *, branches: bool = False) -> Choice:
+        """Which form of attention rows of this length get, and why.
+
+        Depends on the mesh in context or, without one, on the default device.
+        """
+        return attention_kind(
+            self.attention,
+            dtype=self.compute_dtype,
+            head_dim=self.config.head_dim,
+            length=length,
+            softcap=self.config.attention_softcap,
+            branches=branches,
+        )
+
     @property
     def extra_terms(self) -> tuple[str, ...]:
         """Names of the loss terms that `apply_with_losses` gives."""
@@ -268,13 +299,13 @@ class Decoder:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
-        view_of = make_views(
-            config, causal_mask(segment_ids, branch_ids), positions, segment_ids, positions
-        )
+        length = inputs.shape[1]
+        inputs, marks = _even(inputs, Marks(segment_ids, positions, branch_ids))
+        view_of, kind = self._views(marks)
 
         def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
             x = checkpoint_name(x, "block_input")
-            x, routing = self._block(layer)(x, view_of(trait))
+            x, routing = self._block(layer)(x, view_of(trait), kind)
             return constrain(x, "rows length hidden"), routing if collect else None
 
         policy = REMAT[self.remat]
@@ -291,9 +322,17 @@ class Decoder:
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)
             nothing = Routing(zeros, zeros)
-        carry = (self._embed(params, inputs, positions, segment_ids), nothing)
+        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
+        carry = (x, nothing)
         (x, total), _ = jax.lax.scan(step, carry, (params["blocks"], layer_traits(config)))
-        return self._norm(params, x), total
+        return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
+
+    def _views(self, marks: Marks) -> tuple[Callable[[Any], View], str]:
+        """How layers look at whole rows, and by which form of attention."""
+        length = marks.segments.shape[1]
+        kind = self.attention_kind(length, branches=marks.branches is not None).kind
+        matrix = kind == "xla" and length <= _MATRIX_LENGTH and axis_shards("length") == 1
+        return make_views(self.config, Sight(marks, marks), matrix=matrix), kind
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens."""
@@ -316,21 +355,23 @@ class Decoder:
         """
         config, kind = self.config, self.compute_dtype if dtype is None else dtype
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
-        view_of = make_views(config, causal_mask(segment_ids), positions, segment_ids, positions)
+        length = positions.shape[1]
+        inputs, marks = _even(inputs, Marks(segment_ids, positions))
+        view_of, form = self._views(marks)
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer, trait = xs
-            (x, _), kept = self._block(layer).read(x, view_of(trait))
-            kept = jax.tree.map(lambda y: y.astype(kind).transpose(0, 2, 1, 3), kept)
+            (x, _), kept = self._block(layer).read(x, view_of(trait), form)
+            kept = jax.tree.map(lambda y: y[:, :length].astype(kind).transpose(0, 2, 1, 3), kept)
             return constrain(x, "rows length hidden"), kept
 
-        x = self._embed(params, inputs, positions, segment_ids)
+        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
         x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_traits(config)))
         keys, values = (
             tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
         )
-        used = jnp.asarray(positions.shape[1], jnp.int32)
-        return self._norm(params, x), Cache(keys, values, segment_ids, positions, used)
+        used = jnp.asarray(length, jnp.int32)
+        return self._norm(params, x)[:, :length], Cache(keys, values, segment_ids, positions, used)
 
     def by_layer(self, params: Params) -> Params:
         """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
@@ -363,17 +404,17 @@ class Decoder:
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
         positions = jnp.asarray(positions, jnp.int32)
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
-        mask = cache_mask(segments, segment_ids, seen, positions)
-        view_of = make_views(self.config, mask, positions, segment_ids, seen)
+        sight = Sight(Marks(segment_ids, positions), Marks(segments, seen), cached=True)
+        view_of = make_views(self.config, sight, matrix=True)
         blocks, traits = params["blocks"], layer_traits(self.config)
         keys, values = list(cache.keys), list(cache.values)
-        x = self._embed(params, inputs, positions, segment_ids)
+        x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         for layer in range(self.config.num_layers):
             own = blocks[layer] if isinstance(blocks, tuple) else _layer(blocks, layer)
             x, keys[layer], values[layer] = self._block(own).extend(
                 x, view_of(_layer(traits, layer)), keys[layer], values[layer], cache.used
             )
-            x = constrain(x, "rows length hidden")
+            x = constrain(x, "rows new hidden")
         used = cache.used + segment_ids.shape[1]
         cache = Cache(tuple(keys), tuple(values), segments, seen, used)
         return self._norm(params, x), cache
@@ -396,7 +437,7 @@ class Decoder:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(
-        self, params: Params, inputs: Array, positions: Array, segment_ids: Array
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
     ) -> jax.Array:
         embed = params["embed"]
         x = jnp.take(embed["embedding"], jnp.asarray(inputs), axis=0, mode="clip")
@@ -408,7 +449,7 @@ class Decoder:
         x = x.astype(self.compute_dtype)
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        return constrain(x, "rows length hidden")
+        return constrain(x, axes)
 
     def _block(self, layer: Params) -> Block:
         graphdef, state = _abstract_block(self.config, self.lora)

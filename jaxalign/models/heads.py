@@ -18,7 +18,8 @@ from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.fused_head import fused_logprobs, identity
-from jaxalign.sharding import constrain, mesh_of, param_shardings, row_shards
+from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
+from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25
@@ -26,6 +27,10 @@ CHUNK_LOGITS = 2**25
 
 CHUNK_POSITIONS = 512
 """Most positions a chunk holds by default: more would only push logits out of the caches."""
+
+
+MASKED_CHUNK_POSITIONS = 256
+"""The same where only some positions are wanted, of which the last chunk is computed whole."""
 
 
 @overload
@@ -80,17 +85,21 @@ def target_logprobs(
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params).astype(hidden.dtype)
-    # On one device the rows are laid end to end; over several, every row stays on its own.
-    shape = (rows, length) if row_shards() > 1 else (1, rows * length)
+    # On one device the rows are laid end to end; over several, every row, or part of one, stays on
+    # its own.
+    hidden, targets = fold_length(hidden), fold_length(targets)
+    parts = row_shards() * axis_shards("length")
+    shape = targets.shape if parts > 1 else (1, rows * length)
     hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
     wanted = order = None
     if mask is not None:
-        mask = jnp.asarray(mask, bool).reshape(shape)
+        mask = fold_length(jnp.asarray(mask, bool)).reshape(shape)
         order = jnp.argsort(~mask, axis=1, stable=True)
         wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
         hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
         targets = jnp.take_along_axis(targets, order, axis=1)
-    chunk, count = head_chunks(rows, length, head.shape[1], row_shards(), chunk)
+    chunk = None if chunk is None else max(1, chunk * rows // shape[0])
+    chunk, count = head_chunks(*shape, head.shape[1], parts, chunk, masked=mask is not None)
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
@@ -104,30 +113,34 @@ def target_logprobs(
         if order is not None and mask is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
             x = jnp.where(mask, x, 0.0)
+        if parts > 1:
+            return constrain(unfold_length(x, length), "rows length")
         return constrain(x.reshape(rows, length), "rows length")
 
     return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
 
 
 def head_chunks(
-    rows: int, length: int, vocabulary: int, shards: int, chunk: int | None = None
-) -> tuple[int, int]:
-    """How the head cuts up its positions: (positions of a row at a time, how many times).
+    lines: int, positions: int, vocabulary: int, parts: int, chunk: int | None = None, *,
+    masked: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """How the head cuts up its positions: (positions of a line at a time, how many times).
 
     Args:
-      rows: of the batch.
-      length: of a row.
+      lines: rows, or parts of rows.
+      positions: of a line.
       vocabulary: logits of a position.
-      shards: over how many devices the rows are split; with one they are laid end to end.
-      chunk: as in `target_logprobs`.
+      parts: over how many devices the lines are split.
+      chunk: positions at a time; None: as `target_logprobs` chooses.
+      masked: not all positions are wanted.
     """
-    lines, positions = (rows, length) if shards > 1 else (1, rows * length)
     if chunk is None:
-        chunk = min(CHUNK_POSITIONS, max(1, CHUNK_LOGITS * shards // (lines * vocabulary)))
-    else:
-        chunk = max(1, chunk * rows // lines)
+        most = MASKED_CHUNK_POSITIONS if masked else CHUNK_POSITIONS
+        chunk = min(most, max(1, CHUNK_LOGITS * parts // (lines * vocabulary)))
     count = math.ceil(positions / chunk)
-    return math.ceil(positions / count), count  # equal chunks: less padding
+    if not masked:
+        chunk = math.ceil(positions / count)  # equal chunks: less padding
+    return min(chunk, positions), count
 
 
 @jax.custom_vjp

@@ -115,10 +115,11 @@ class Attention(nnx.Module):
         hidden, head_dim = config.hidden_size, config.head_dim
         q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
         linear = functools.partial(Linear, rngs, lora=lora)
-        self.query = linear("query", (hidden, q), "embed heads", bias=config.qkv_bias)
+        whole = f"heads/{head_dim}"  # a head is not to be torn apart
+        self.query = linear("query", (hidden, q), f"embed {whole}", bias=config.qkv_bias)
         self.key = linear("key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
         self.value = linear("value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
-        self.out = linear("out", (q, hidden), "heads embed", bias=config.out_bias)
+        self.out = linear("out", (q, hidden), f"{whole} embed", bias=config.out_bias)
         self.head_dim = head_dim
         self.norm_whole = config.qk_norm == "width"
         sizes = (q, kv) if self.norm_whole else (head_dim, head_dim)

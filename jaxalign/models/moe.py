@@ -7,7 +7,7 @@ the load-balancing loss in `jaxalign.models.balance`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.layers import ACTIVATIONS, INIT_STD
 from jaxalign.models.lora import LoraConfig
-from jaxalign.sharding import map_row_shards
+from jaxalign.shards import map_row_shards
 from jaxalign.types import Params
 
 
@@ -39,7 +39,7 @@ class Router(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.num_experts)
         noise = jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(INIT_STD * noise, axes="embed expert")
+        self.kernel = nnx.Param(INIT_STD * noise, axes="embed router")
         self.count = config.experts_per_token
         self.normalize = config.normalize_routing
 
@@ -92,12 +92,28 @@ class ExpertLinear(nnx.Module):
         return arrays, axes
 
 
-def _multiply(x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array) -> jax.Array:
-    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`."""
-    y = jax.lax.ragged_dot(x, weights["kernel"], sizes)
+def _multiply(
+    x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array, taken: jax.Array | None
+) -> jax.Array:
+    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`.
+
+    Args:
+      x: the rows.
+      weights: matrices `[E, in, out]`, and adapters if there are any.
+      sizes: int32 `[E]`, rows of each expert.
+      taken: bool `[N, 1]`, which rows belong to an expert; the others give 0. None: all do.
+    """
+
+    def product(x: jax.Array, matrices: jax.Array) -> jax.Array:
+        # What a product leaves in rows of no expert, forward or backward, is not for sure a number.
+        if taken is None:
+            return jax.lax.ragged_dot(x, matrices, sizes)
+        out = jax.lax.ragged_dot(jnp.where(taken, x, 0), matrices, sizes)
+        return jnp.where(taken, out, 0)
+
+    y = product(x, weights["kernel"])
     if "a" in weights:
-        down = jax.lax.ragged_dot(x, weights["a"], sizes)
-        y = y + jax.lax.ragged_dot(down, weights["b"], sizes)
+        y = y + product(product(x, weights["a"]), weights["b"])
     return y
 
 
@@ -119,23 +135,33 @@ class Experts(nnx.Module):
         weights, axes = {}, {}
         for name, linear in (("gate", self.gate), ("up", self.up), ("down", self.down)):
             weights[name], axes[name] = linear.weights(x.dtype)
-        # Sorting mixes the tokens of all rows: on a mesh each device sorts its own rows only.
-        out = map_row_shards(
-            self._compute, (x, experts, shares.astype(x.dtype)), weights, axes, summed="mlp"
-        )
+        # Sorting mixes the tokens of all rows: on a mesh each device sorts its own rows only, or
+        # those of the devices that hold the other experts too.
+        given = (x, experts, shares.astype(x.dtype))
+        out = map_row_shards(self._compute, given, weights, axes, summed="mlp", spread="expert")
         return out, routing
 
     def _compute(
-        self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params
+        self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params, first: Any
     ) -> jax.Array:
+        """What the experts that are here, from number `first` on, add to each token."""
         rows, length, width = x.shape
         each = experts.shape[-1]
-        flat = experts.reshape(-1)
+        here = weights["gate"]["kernel"].shape[0]
+        flat = experts.reshape(-1) - first
+        if here < self.count:
+            # Choices of experts elsewhere are sorted last, belong to no group and count 0.
+            mine = (flat >= 0) & (flat < here)
+            flat = jnp.where(mine, flat, here)
+            shares = jnp.where(mine.reshape(shares.shape), shares, 0)
         order = jnp.argsort(flat)
-        sizes = jnp.sum(jax.nn.one_hot(flat, self.count, dtype=jnp.int32), axis=0)
+        sizes = jnp.sum(jax.nn.one_hot(flat, here, dtype=jnp.int32), axis=0)
         given = jnp.take(x.reshape(-1, width), order // each, axis=0)
-        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes))
-        inner = gate * _multiply(given, weights["up"], sizes)
-        out = _multiply(inner, weights["down"], sizes)
+        taken = None
+        if here < self.count:
+            taken = jnp.arange(flat.size)[:, None] < jnp.sum(sizes)
+        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes, taken))
+        inner = gate * _multiply(given, weights["up"], sizes, taken)
+        out = _multiply(inner, weights["down"], sizes, taken)
         out = jnp.take(out, jnp.argsort(order), axis=0).reshape(rows, length, each, width)
         return jnp.sum(out * shares[..., None], axis=2)

@@ -6,6 +6,7 @@ does not differ is settled while tracing and costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.attention import window_mask
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.rope import Rope, rope_tables
-from jaxalign.types import Array
+from jaxalign.models.sight import Sight
 
 Traits = dict[str, Any]
 """Of each layer, or of one of them: `windowed`, `rotated` (bool) and `scale` (float32)."""
@@ -26,12 +26,12 @@ class View(NamedTuple):
     """How one layer looks at the tokens.
 
     Attributes:
-      mask: bool `[B, 1, T, S]`, which token sees which.
+      sight: which token sees which.
       rope: rotation of the new tokens, or None.
       scale: of the attention scores, or None for the default.
     """
 
-    mask: jax.Array
+    sight: Sight
     rope: Rope | None
     scale: Any
 
@@ -50,35 +50,36 @@ def layer_traits(config: DecoderConfig) -> Traits:
     return traits
 
 
-def make_views(
-    config: DecoderConfig, mask: jax.Array, positions: Array, segment_ids: Array, seen: Any
-) -> Callable[[Traits], View]:
+def make_views(config: DecoderConfig, sight: Sight, *, matrix: bool) -> Callable[[Traits], View]:
     """Lays out all that layers choose from, and returns the choice.
 
     Args:
       config: of the model.
-      mask: bool `[B, 1, T, S]`, which token sees which where no window holds.
-      positions: int `[B, T]` of the new tokens.
-      segment_ids: int `[B, T]` of the new tokens.
-      seen: int `[B, S]`, positions of what they look at; unused without a window.
+      sight: which token sees which where no window holds.
+      matrix: whether who sees whom is laid out as a matrix, once for all layers.
 
     Returns:
       traits of a layer → its view.
     """
     windowed = config.window is not None and (not config.window_layers or any(config.window_layers))
-    near = mask
-    if windowed and config.window is not None:
-        near = mask & window_mask(positions, seen, config.window)
+    near = dataclasses.replace(sight, window=config.window) if windowed else sight
+    if matrix:
+        sight, near = sight.with_matrix(), near.with_matrix()
     rope = local = None
     if not config.learned_positions and (not config.rope_layers or any(config.rope_layers)):
-        rope = local = rope_tables(config.rope, config.head_dim, positions, segment_ids)
+        marks = sight.looking
+        positions, segments = marks.positions, marks.segments
+        rope = local = rope_tables(config.rope, config.head_dim, positions, segments)
         if windowed and config.local_rope is not None:
-            local = rope_tables(config.local_rope, config.head_dim, positions, segment_ids)
+            local = rope_tables(config.local_rope, config.head_dim, positions, segments)
 
     def view(trait: Traits) -> View:
-        seen_by, turn = (near, local) if windowed else (mask, rope)
+        seen_by, turn = (near, local) if windowed else (sight, rope)
         if "windowed" in trait:
-            seen_by = jnp.where(trait["windowed"], near, mask)
+            chosen = None
+            if matrix:
+                chosen = jnp.where(trait["windowed"], near.matrix, sight.matrix)
+            seen_by = dataclasses.replace(near, windowed=trait["windowed"], matrix=chosen)
             if local is not rope:
                 turn = jax.tree.map(lambda a, b: jnp.where(trait["windowed"], a, b), local, rope)
         if "rotated" in trait and turn is not None:

@@ -36,7 +36,7 @@ from jaxalign.plan.topology import (
     next_that_holds,
     parse_topology,
 )
-from jaxalign.sharding import make_mesh, row_shards
+from jaxalign.sharding import make_mesh, row_axes, row_shards
 
 __all__ = [
     "Costs",
@@ -243,7 +243,9 @@ def _mesh(config: Any, topology: str | None) -> Mesh:
     devices = find_devices(topology)
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     try:
-        return make_mesh(*sizes, devices=devices)
+        return make_mesh(
+            *sizes, devices=devices, sequence=config.mesh.sequence, expert=config.mesh.expert
+        )
     except ValueError as error:
         if any(size < -1 or not size for size in sizes):
             raise
@@ -256,8 +258,8 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
     if config.data.rows % unit:
         near = max(unit, round(config.data.rows / unit) * unit)
         raise ValueError(
-            f"data.rows={config.data.rows} does not divide over data × fsdp, micro-batches and "
-            f"mini-batches on these devices; use a multiple of {unit} rows, the nearest is {near}"
+            f"data.rows={config.data.rows} does not divide over {row_axes(mesh)}, micro-batches "
+            f"and mini-batches on these devices; use a multiple of {unit}, the nearest is {near}"
         )
 
 

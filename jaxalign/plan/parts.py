@@ -251,7 +251,7 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
     compute = config.compute_dtype
     if compute is None:
         compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    model = Decoder(shape, compute_dtype=compute, remat=config.remat)
+    model = Decoder(shape, compute_dtype=compute, remat=config.remat, attention=config.attention)
     return Scorer(model, attributes) if scorer else model
 
 

@@ -25,7 +25,14 @@ from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import Parts, array, rollout
 from jaxalign.plan.topology import first_line, nodes_of
 from jaxalign.sampling import Sampling
-from jaxalign.sharding import compile_step, on_mesh, replicated, row_shards, rows_sharding
+from jaxalign.sharding import (
+    axis_shards,
+    compile_step,
+    on_mesh,
+    replicated,
+    row_shards,
+    rows_sharding,
+)
 from jaxalign.types import Params, TokenBatch, TrainState
 
 Say = Callable[[str], None]
@@ -253,7 +260,10 @@ def _sequences(batch: Any) -> int:
 
 def _chunks(model: Any, rows: int, length: int, mesh: Mesh) -> int:
     """How many chunks the vocabulary head takes when all positions are trained."""
-    return head_chunks(rows, length, model.config.vocab_size, row_shards(mesh))[1]
+    cuts = axis_shards("length", mesh)
+    parts = row_shards(mesh) * cuts
+    lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
+    return head_chunks(*lines, model.config.vocab_size, parts)[1]
 
 
 def _prepare(

@@ -16,6 +16,10 @@
 
 Any callable of that form will do for PPO; docs/rewards.md tells how to write one. Importing this
 package loads neither transformers nor the data room.
+
+With several processes the arrays are global. A function that computes with them gives global
+scores; one that reads them in Python takes `jaxalign.local_rows` of them and gives the scores of
+those rows, so that each host does its own.
 """
 
 from jaxalign.rewards.build import build_reward

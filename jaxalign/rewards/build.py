@@ -32,6 +32,7 @@ from jaxalign.rewards.specs import (
     RewardSpec,
 )
 from jaxalign.rewards.text import TextReward, batch_reward, text_reward
+from jaxalign.sharding import local_rows, mesh_of
 from jaxalign.types import Params, PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -244,8 +245,10 @@ def _only_where(
         return reward.only(lambda case: _fits(case.row, where))
 
     def masked(tokens: TokenBatch, prompts: PromptBatch) -> Scores:
-        index = np.asarray(prompts.index)
-        return Scores(reward(tokens, prompts), fitting[np.maximum(index, 0)] & (index >= 0))
+        mesh = mesh_of((tokens, prompts))
+        index = np.asarray(local_rows(prompts.index, mesh))
+        said = local_rows(reward(tokens, prompts), mesh)
+        return Scores(said, fitting[np.maximum(index, 0)] & (index >= 0))
 
     return masked
 

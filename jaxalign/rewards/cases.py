@@ -7,8 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-
+from jaxalign.sharding import local_rows
 from jaxalign.types import PromptBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def cases_of(
     said = [
         (place, index, prompt[there], targets[answer])
         for place, (targets, answer, prompt, there, index) in enumerate(
-            zip(*jax.device_get(arrays), strict=True)
+            zip(*local_rows(arrays), strict=True)
         )
         if answer.any()
     ]

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxalign.rewards.cases import RewardError
 from jaxalign.rewards.text import scores_of
+from jaxalign.sharding import local_rows, mesh_of
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 
@@ -50,8 +50,10 @@ def combine_rewards(
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Scores:
         # All are asked before any is waited for: models compute while functions run.
         said = {name: scores_of(each, tokens, prompts, name) for name, each in rewards.items()}
-        answered: Any = np.asarray(jax.device_get(tokens.loss_mask)).any(axis=1)
-        index = np.asarray(jax.device_get(prompts.index))
+        mesh = mesh_of((tokens, prompts))
+        answered: Any = np.asarray(local_rows(tokens.loss_mask, mesh)).any(axis=1)
+        index = np.asarray(local_rows(prompts.index, mesh))
+        said = {name: local_rows(each, mesh) for name, each in said.items()}
         parts = {name: _checked(each, answered, index, name) for name, each in said.items()}
         total = np.zeros(len(answered), np.float64)
         spoken = np.zeros(len(answered), np.bool_)

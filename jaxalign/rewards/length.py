@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
+from jaxalign.sharding import local_rows
 from jaxalign.types import PromptBatch, TokenBatch
 
 
@@ -43,7 +43,7 @@ def length_reward(
     check_length(longest, cache, target, width)
 
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
-        counts = np.asarray(jax.device_get(tokens.loss_mask)).sum(axis=1)
+        counts = np.asarray(local_rows(tokens.loss_mask)).sum(axis=1)
         if target is not None:
             return punish_distance(counts, target, target if width is None else width)
         return punish_overlong(counts, longest or 0, cache)

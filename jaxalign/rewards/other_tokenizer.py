@@ -17,7 +17,7 @@ from jaxalign.models.heads import Scorer, pooled_scores
 from jaxalign.rewards.cases import Case, RewardError
 from jaxalign.rewards.model import check_scale
 from jaxalign.rewards.text import TextReward
-from jaxalign.sharding import mesh_of, on_mesh, row_shards, shard_batch
+from jaxalign.sharding import mesh_of, on_mesh, row_shards, rows_sharding, shard_batch
 from jaxalign.types import Params, TokenBatch
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ def retokenised_reward(
             )
         kept = [type(one)(one.ids[-longest:], one.trained[-longest:]) for one in documents]
         mesh = mesh_of(params)
+        if mesh is not None and not rows_sharding(mesh).is_fully_addressable:
+            raise RewardError(
+                f"a reward model with another tokenizer on {jax.process_count()} processes: wanted "
+                "one, as each would rebuild its own conversations; serve it (http) instead"
+            )
         shards = 1 if mesh is None else row_shards(mesh)
         size = -(-batch // shards) * shards
         order = sorted(range(len(kept)), key=lambda i: -len(kept[i].ids))

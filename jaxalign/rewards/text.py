@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxalign.rewards.cases import Case, RewardError, Rows, cases_of, origin_in
+from jaxalign.sharding import local_rows
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ class TextReward:
     def _spread(
         self, tokens: TokenBatch, cases: Sequence[Case], said: Sequence[float | None]
     ) -> Scores:
-        values = np.zeros(len(tokens.targets), np.float32)
-        applies = np.zeros(len(tokens.targets), np.bool_)
+        count = len(local_rows(tokens.loss_mask))
+        values = np.zeros(count, np.float32)
+        applies = np.zeros(count, np.bool_)
         for case, score in zip(cases, said, strict=True):
             if score is not None:
                 values[case.place], applies[case.place] = score, True

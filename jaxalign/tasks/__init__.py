@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxalign.config import DPORun, KTORun, PPORun, RewardRun, SFTRun
-from jaxalign.sharding import make_mesh, row_shards
+from jaxalign.sharding import make_mesh, row_axes, row_shards
 from jaxalign.tasks.data import load_data
 from jaxalign.tasks.dpo import dpo_task
 from jaxalign.tasks.kto import kto_task
@@ -37,7 +37,13 @@ __all__ = [
 
 def make_task(config: Any) -> Task:
     """The task of a configuration made by `load_config`."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        sequence=config.mesh.sequence,
+        expert=config.mesh.expert,
+    )
     _check_rows(config, mesh)
     makers: dict[type, Callable[..., Task]] = {
         SFTRun: sft_task,
@@ -51,7 +57,7 @@ def make_task(config: Any) -> Task:
 
 def _check_rows(config: Any, mesh: Mesh) -> None:
     """Refuses a batch that cannot be split evenly, before anything is loaded or sampled."""
-    parts = {"data × fsdp": row_shards(mesh), "run.micro_batches": config.run.micro_batches}
+    parts = {row_axes(mesh): row_shards(mesh), "run.micro_batches": config.run.micro_batches}
     answers, what = config.data.rows, "rows"
     if isinstance(config, PPORun):
         parts["minibatches"] = config.minibatches

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
+from jaxalign import distributed
 from jaxalign.config import DataConfig, DPORun, PPORun, RewardRun, SFTRun
 from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches
 from jaxalign.export import run_tokenizer
+from jaxalign.sharding import part_of_rows
 
 
 def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
@@ -26,9 +28,19 @@ def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
 
 
 def make_data(
-    make: Callable[..., Batches[Any]], config: Any, tok: Any
+    make: Callable[..., Batches[Any]], config: Any, tok: Any, mesh: Mesh | None = None
 ) -> tuple[Batches[Any], Batches[Any] | None]:
-    """Training data, and held-out data or None."""
+    """Training data, and held-out data or None.
+
+    Every host reads and lays out all data, so that all know which rows belong to which batch, and
+    builds the rows that it holds of each.
+
+    Args:
+      make: what makes the batches.
+      config: of the run.
+      tok: its tokenizer.
+      mesh: which says what this host holds; None: everything.
+    """
     data: DataConfig = config.data
     shape: dict[str, Any] = {
         "rows": data.rows,
@@ -43,7 +55,7 @@ def make_data(
         "buckets": data.buckets,
         "prefetch": data.prefetch,
         "seed": config.run.seed,
-        "host": (jax.process_index(), jax.process_count()),
+        "host": (0, 1) if mesh is None else part_of_rows(mesh),
     }
     if make is sft_batches:
         shape["train_on"] = data.train_on
@@ -67,10 +79,20 @@ def make_data(
         **shape,
         **copies,
     )
+    held_out = None
     if data.eval:
-        return train, make(data.eval, tok, epochs=1, shuffle=False, **shape)
-    if data.validation is None:
-        return train, None
+        held_out = make(data.eval, tok, epochs=1, shuffle=False, **shape)
+    elif data.validation is not None:
+        held_out = _held_out(make, data, tok, shape | copies)
+    facts = {"data.train": train.checksum, "held-out data": held_out and held_out.checksum}
+    distributed.check_same("the data (by its checksum)", facts)
+    return train, held_out
+
+
+def _held_out(
+    make: Callable[..., Batches[Any]], data: DataConfig, tok: Any, shape: dict[str, Any]
+) -> Batches[Any]:
+    """What `data.validation` keeps back from training."""
     # Weights and numbers of rows shape what is trained; what was held out is measured whole.
     whole = [
         source
@@ -78,8 +100,7 @@ def make_data(
         else dataclasses.replace(source, weight=None, rows=None, epochs=None)
         for source in data.train
     ]
-    held_out = make(whole, tok, split="validation", epochs=1, shuffle=False, **shape, **copies)
-    return train, held_out
+    return make(whole, tok, split="validation", epochs=1, shuffle=False, **shape)
 
 
 def names_of(batches: Batches[Any] | None) -> tuple[str, ...]:

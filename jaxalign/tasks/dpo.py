@@ -20,7 +20,7 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
     """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
     loaded = load_policy(config.model, mesh, config.run.seed)
     load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
-    batches, held_out = make_data(preference_batches, config, loaded.tok)
+    batches, held_out = make_data(preference_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     cache = None
     if config.reference_cache is not None:

@@ -6,10 +6,11 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxalign import distributed
 from jaxalign.algorithms.rollout import answer_mask_of
+from jaxalign.sharding import all_rows
 from jaxalign.types import RolloutBatch
 
 BINS = 20
@@ -38,15 +39,18 @@ class RolloutDump:
         """
         if not self._every:
             return
-        if not self._begun:
+        main = distributed.is_main()
+        if main and not self._begun:
             self._begun = True
             for name in (SAMPLES, HISTOGRAMS):
                 _keep_before(self._folder / name, step)
         if (step - 1) % self._every:
             return
-        rows = sample_rows(rollout, self._tok, self._samples)
-        _append(self._folder / SAMPLES, [{"step": step} | row for row in rows])
-        _append(self._folder / HISTOGRAMS, [{"step": step} | histograms(rollout)])
+        # Gathered by all hosts, written by one.
+        rows, counts = sample_rows(rollout, self._tok, self._samples), histograms(rollout)
+        if main:
+            _append(self._folder / SAMPLES, [{"step": step} | row for row in rows])
+            _append(self._folder / HISTOGRAMS, [{"step": step} | counts])
 
 
 def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, Any]]:
@@ -56,7 +60,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
     (their difference), `rewards`, `advantages`, and with a critic `values` and `returns`, belong
     to the t-th token of the answer. `trained` says whether the answer is in the loss.
     """
-    batch: Any = jax.device_get(rollout._replace(ptx=None))
+    batch: Any = all_rows(rollout._replace(ptx=None))
     mask = answer_mask_of(batch)
     result = []
     for row in np.flatnonzero(mask.any(axis=1))[:count]:
@@ -98,7 +102,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
 
 def histograms(rollout: RolloutBatch) -> dict[str, Any]:
     """`scores` and `lengths` of all answers: `edges` of the bins, and the `counts` between them."""
-    batch: Any = jax.device_get(rollout._replace(ptx=None))
+    batch: Any = all_rows(rollout._replace(ptx=None))
     valid, mask = np.asarray(batch.valid), answer_mask_of(batch)
     result = {}
     for name, values in (("scores", batch.scores), ("lengths", mask.sum(axis=1))):

@@ -19,7 +19,7 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
     loaded = load_policy(config.model, mesh, config.run.seed)
     load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
-    batches, held_out = make_data(unpaired_batches, config, loaded.tok)
+    batches, held_out = make_data(unpaired_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     tx = reference_optimizer(optimizer(config.optimizer, total), config.reference_sync)
     micro = config.run.micro_batches

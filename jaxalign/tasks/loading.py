@@ -39,6 +39,7 @@ def load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
         dtype=config.dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
+        attention=config.attention,
     )
     check_vocabulary(tok, model, config.source)
     if config.lora is None:
@@ -86,7 +87,11 @@ def with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
 def language_model(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Params]:
     """A frozen language model, held as the one that is trained."""
     model, params = load_pretrained(
-        source, mesh=mesh, dtype=config.dtype, compute_dtype=config.compute_dtype
+        source,
+        mesh=mesh,
+        dtype=config.dtype,
+        compute_dtype=config.compute_dtype,
+        attention=config.attention,
     )
     if not isinstance(model, Decoder):
         raise ValueError(f"reference={source!r} is a reward model; wanted a language model")
@@ -117,6 +122,7 @@ def load_scorer(
         dtype=config.dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
+        attention=config.attention,
     )
     if not isinstance(model, Scorer):
         raise ValueError(

@@ -21,6 +21,7 @@ from jaxalign.metrics import to_floats
 from jaxalign.models.base import combine
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
+from jaxalign.sharding import all_rows
 from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.dumps import RolloutDump
@@ -42,7 +43,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     if options.pad_token == 0:
         options = dataclasses.replace(options, pad_token=pad_id(loaded.tok))
 
-    batches, held_out = make_data(prompt_batches, config, loaded.tok)
+    batches, held_out = make_data(prompt_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     each = config.ppo_epochs * config.minibatches
     critic_optimizer = config.critic_optimizer or config.optimizer
@@ -61,7 +62,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
     prepare = ppo.make_prepare(loaded.model, critic, reward, options, reference=reference)
     dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
-    add_text = _text_adder(config, loaded.tok)
+    add_text = _text_adder(config, loaded.tok, mesh)
 
     def begin(state: TrainState, loop: Loop) -> None:
         if config.calibrate_reward != "none":
@@ -117,8 +118,8 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             rollout = prepare(
                 jax.random.fold_in(key, number), state, ref_params, batch, **carried(loop)
             )
-            answered = np.asarray(rollout.valid)
-            scores += np.asarray(rollout.scores)[answered].tolist()
+            answered, given = all_rows((rollout.valid, rollout.scores))
+            scores += given[answered].tolist()
             figures = to_floats(ppo.rollout_metrics(rollout, options.samples))
             for name, value in figures.items():
                 if name in _NO_MEANS:
@@ -165,14 +166,14 @@ _NO_MEANS = ("objective/scores_std", "response/length_min", "response/length_max
 
 
 def _text_adder(
-    config: PPORun, tok: Any
+    config: PPORun, tok: Any, mesh: Mesh
 ) -> Callable[[Iterable[RolloutBatch], Loop], Iterator[RolloutBatch]]:
     """Gives every mini-batch its rows of text, if there is any; its position goes into `loop`."""
     if config.ptx is None:
         return lambda parts, loop: iter(parts)
     # The section stands alone: only model and seed are shared with the run's own data.
     section = types.SimpleNamespace(data=config.ptx, model=config.model, run=config.run)
-    text, _ = make_data(sft_batches, section, tok)
+    text, _ = make_data(sft_batches, section, tok, mesh)
     iterator: list[Iterator[Any]] = []
 
     def add(parts: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:

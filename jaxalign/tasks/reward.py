@@ -20,7 +20,7 @@ from jaxalign.tasks.task import Task, exporter, optimizer, start
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     """Reward model: every batch of judged answers is one update."""
     loaded = with_head(load(config.model, mesh, config.run.seed), mesh, config)
-    batches, held_out = make_data(_judgements(config), config, loaded.tok)
+    batches, held_out = make_data(_judgements(config), config, loaded.tok, mesh)
     total = total_of(config, batches)
     tx = optimizer(config.optimizer, total)
     micro = config.run.micro_batches

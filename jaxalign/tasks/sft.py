@@ -15,7 +15,7 @@ from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
 def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     """SFT: every batch of conversations is one update."""
     loaded = load_policy(config.model, mesh, config.run.seed)
-    batches, held_out = make_data(sft_batches, config, loaded.tok)
+    batches, held_out = make_data(sft_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     tx = optimizer(config.optimizer, total)
     return Task(

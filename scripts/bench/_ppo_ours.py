@@ -33,7 +33,7 @@ def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterato
 
 
 def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
-    critic, rm_params = ja.load_pretrained(job.scorer, compute_dtype="float32")
+    critic, rm_params = ja.load_pretrained(job.scorer, mesh=ja.make_mesh(), compute_dtype="float32")
     config = ppo.Config(max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0)
     adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
     tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
@@ -68,7 +68,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_rollouts(folder), folder / "ppo_ours"
     out.mkdir(exist_ok=True)
-    model, params = ja.load_pretrained(job.policy, compute_dtype="float32")
+    model, params = ja.load_pretrained(job.policy, mesh=ja.make_mesh(), compute_dtype="float32")
     rows = np.arange(job.prompts, dtype=np.int32)
     ids = job.prompt_ids()
     prompts = ja.PromptBatch(ids, np.ones(ids.shape, bool), rows)
@@ -79,7 +79,7 @@ def main() -> None:
         append(out / "steps.jsonl", {"step": number, "seconds": round(now - start, 4)} | row)
         start = time.perf_counter()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    done = {"peak_mib": round(peak_mib(), 1), "versions": versions | {"jaxalign": ja.__version__}}
+    done = {"peak_mib": round(peak_mib(), 1), "versions": versions}
     (out / "done.json").write_text(json.dumps(done) + "\n")
 
 

@@ -12,7 +12,7 @@ from test_ppo import KEY, length_reward, prompts
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
-from jaxalign.types import RolloutBatch
+from jaxalign.types import RolloutBatch, Weighted
 
 RLOO = ppo.Config(
     max_new_tokens=6, stop_tokens=(5, 9), temperature=0.8, kl_coef=0.3,
@@ -236,6 +236,30 @@ def ppo_state(params):
     return init_state(params, optax.sgd(0.0))
 
 
+class Experts(Table):
+    """A table with a loss term of its own, of 2 a token, as a mixture of experts has."""
+
+    extra_terms = ("router",)
+
+    def apply_with_losses(self, params, inputs, positions=None, segment_ids=None):
+        count = jnp.sum(segment_ids > 0, dtype=jnp.float32)
+        return params["logits"], {"router": Weighted(2 * count, count)}
+
+
+def test_terms_of_the_models_own_join_the_loss(table):
+    params, batch, *_ = table
+    config = ppo.Config(advantage_estimator="reinforce++", ptx_coef=1.0)
+    batch = batch._replace(ptx=batch.tokens)
+    losses = {}
+    for model in (Table(), Experts()):
+        step = jax.jit(ppo.make_step(model, None, optax.sgd(0.0), config))
+        _, metrics = step(ppo_state(params), batch)
+        losses[type(model)] = float(metrics["loss"])
+    np.testing.assert_allclose(losses[Experts] - losses[Table], 2, rtol=1e-5)
+    assert metrics["weight/router"] == 60  # rollout and text, 30 positions each
+    assert metrics["router"] == 2
+
+
 def test_text_joins_the_loss_by_its_mean_token(table):
     params, batch, new, *_ = table
     text = batch.tokens
@@ -334,7 +358,7 @@ def test_shared_critic_reads_and_trains_the_policys_trunk(reference):
     make = ppo.make_prepare(tiny.DECODER, tiny.SCORER, length_reward, config)
     rollout = make(KEY, state, reference, prompts())
     tokens = rollout.tokens
-    hidden = tiny.DECODER.apply(trunk, tokens.inputs, tokens.positions, tokens.segment_ids)
+    hidden = jax.jit(tiny.DECODER.apply)(trunk, tokens.inputs, tokens.positions, tokens.segment_ids)
     mask = np.asarray(rollout.value_mask)
     want = 0.3 * np.asarray(hidden).sum(-1)
     np.testing.assert_allclose(np.asarray(rollout.old_values)[mask], want[mask], 1e-4, 1e-4)
@@ -346,7 +370,7 @@ def test_shared_critic_reads_and_trains_the_policys_trunk(reference):
         totals, _ = loss.terms(params, still)
         return sum(totals.values())
 
-    grads = jax.grad(value)(state.params)
+    grads = jax.jit(jax.grad(value))(state.params)
     assert float(optax.tree.norm(grads["policy"])) > 1e-2
     assert float(optax.tree.norm(grads["critic"])) > 1e-2
     error = np.where(mask, want - np.asarray(rollout.returns), 0)
@@ -372,7 +396,7 @@ def test_temperature_and_kl_coef_compile_nothing_anew(policy, reference):
     state = init_state(policy.params, ppo.make_optimizer(optax.sgd(0.0)))
     first = make(KEY, state, reference, few)
     _, calm = step(state, first)
-    with jax.log_compiles(False), jax.no_tracing():
+    with jax.no_tracing():
         other = make(KEY, state, reference, few, 0.05, temperature=1.3)
         _, hot = step(state, other)
     assert float(other.temperature[0]) == pytest.approx(1.3)

@@ -103,7 +103,7 @@ def test_loss_and_gradient_are_those_of_the_rows(state, step):
 
 
 def test_every_epoch_packs_every_token_once_into_few_shapes():
-    rollout = short_answers(answers=(5, 2, 1, 3, 4, 2, 3, 4))
+    rollout = short_answers((6, 3, 5, 1, 4, 2, 1, 6), (5, 2, 1, 3, 4, 2, 3, 4))
     token = np.asarray(rollout.advantages)[rollout.tokens.loss_mask]
     shapes = set()
     for epoch in (0, 2):

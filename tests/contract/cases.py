@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -72,11 +73,14 @@ class Case:
 
 
 def _params(case):
-    policy = tiny.random_params(tiny.DECODER, seed=1)
-    critic = tiny.random_params(tiny.SCORER, seed=2)
     if case.name == "ppo":
-        return ppo.init_params(policy, critic)
-    return policy if "head" in case.shapes else tiny.random_params(case, seed=2)
+        parts = (case.shapes["policy"], case.shapes["critic"])
+        return ppo.init_params(*(_random(x, seed) for seed, x in enumerate(parts, start=1)))
+    return _random(case.shapes, 1 if "head" in case.shapes else 2)
+
+
+def _random(shapes, seed):
+    return tiny.random_params(types.SimpleNamespace(shapes=shapes), seed)
 
 
 def _documents(rng):
@@ -194,51 +198,57 @@ def _spoil_rollout(batch, rng):
 SIMPLE = make_optimizer(_OPTIMIZER)
 _DPO_READS = ("ref_chosen_logps", "ref_rejected_logps")
 
-CASES = (
-    Case(
-        "sft",
-        tiny.DECODER.axes,
-        tiny.DECODER.shapes,
-        lambda tx, **kw: sft.make_step(tiny.DECODER, tx, sft.Config(log_entropy=True), **kw),
-        SIMPLE,
-        _documents,
-        _sft_batch,
-        tiny.spoil,
-    ),
-    Case(
-        "reward",
-        tiny.SCORER.axes,
-        tiny.SCORER.shapes,
-        lambda tx, **kw: reward.make_step(tiny.SCORER, tx, reward.Config(center_coef=0.05), **kw),
-        SIMPLE,
-        _pairs,
-        _pair_batch(("margin",)),
-        _spoil_pairs,
-    ),
-    Case(
-        "dpo",
-        tiny.DECODER.axes,
-        tiny.DECODER.shapes,
-        lambda tx, **kw: dpo.make_step(tiny.DECODER, tx, dpo.Config(label_smoothing=0.1), **kw),
-        SIMPLE,
-        _pairs,
-        _pair_batch(_DPO_READS),
-        _spoil_pairs,
-    ),
-    Case(
-        "ppo",
-        ppo.init_params(tiny.DECODER.axes, tiny.SCORER.axes),
-        ppo.init_params(tiny.DECODER.shapes, tiny.SCORER.shapes),
-        lambda tx, **kw: ppo.make_step(
-            tiny.DECODER,
-            tiny.SCORER,
-            tx,
-            ppo.Config(temperature=0.9, kl_in="loss", kl_estimator="k3", entropy_coef=0.01),
-            **kw,
+
+def make_cases(decoder, scorer):
+    """The four algorithms with these models."""
+    return (
+        Case(
+            "sft",
+            decoder.axes,
+            decoder.shapes,
+            lambda tx, **kw: sft.make_step(decoder, tx, sft.Config(log_entropy=True), **kw),
+            SIMPLE,
+            _documents,
+            _sft_batch,
+            tiny.spoil,
         ),
-        ppo.make_optimizer(SIMPLE, make_optimizer(_OPTIMIZER)),
-        _rollout_documents,
-        _rollout_batch,
-        _spoil_rollout,
-    ),
-)
+        Case(
+            "reward",
+            scorer.axes,
+            scorer.shapes,
+            lambda tx, **kw: reward.make_step(scorer, tx, reward.Config(center_coef=0.05), **kw),
+            SIMPLE,
+            _pairs,
+            _pair_batch(("margin",)),
+            _spoil_pairs,
+        ),
+        Case(
+            "dpo",
+            decoder.axes,
+            decoder.shapes,
+            lambda tx, **kw: dpo.make_step(decoder, tx, dpo.Config(label_smoothing=0.1), **kw),
+            SIMPLE,
+            _pairs,
+            _pair_batch(_DPO_READS),
+            _spoil_pairs,
+        ),
+        Case(
+            "ppo",
+            ppo.init_params(decoder.axes, scorer.axes),
+            ppo.init_params(decoder.shapes, scorer.shapes),
+            lambda tx, **kw: ppo.make_step(
+                decoder,
+                scorer,
+                tx,
+                ppo.Config(temperature=0.9, kl_in="loss", kl_estimator="k3", entropy_coef=0.01),
+                **kw,
+            ),
+            ppo.make_optimizer(SIMPLE, make_optimizer(_OPTIMIZER)),
+            _rollout_documents,
+            _rollout_batch,
+            _spoil_rollout,
+        ),
+    )
+
+
+CASES = make_cases(tiny.DECODER, tiny.SCORER)

@@ -146,12 +146,12 @@ def _spoil_unpaired(batch, rng):
     )
 
 
-def _case(name, module, config, documents, batch, spoil):
+def _case(name, module, config, documents, batch, spoil, decoder=tiny.DECODER):
     return Case(
         name,
-        tiny.DECODER.axes,
-        tiny.DECODER.shapes,
-        lambda tx, **kw: module.make_step(tiny.DECODER, tx, config, **kw),
+        decoder.axes,
+        decoder.shapes,
+        lambda tx, **kw: module.make_step(decoder, tx, config, **kw),
         cases.make_optimizer(cases._OPTIMIZER),
         documents,
         batch,
@@ -168,13 +168,19 @@ EVERYTHING = dpo.Config(
     wpo_weighting=True,
 )
 
+
+def kto_case(decoder):
+    """KTO with this model."""
+    config = kto.Config(undesirable_weight=2.0)
+    return _case("kto", kto, config, _unpaired, _unpaired_batch, _spoil_unpaired, decoder)
+
+
 PREFERENCE_CASES = (
     _case("everything", dpo, EVERYTHING, pairs, plain_batch, _spoil_plain),
     _case("aot", dpo, dpo.Config(loss_type="aot_unpaired"), pairs, plain_batch, _spoil_plain),
     _case("shared", dpo, EVERYTHING, pairs, shared_batch, _spoil_shared),
-    _case("kto", kto, kto.Config(undesirable_weight=2.0), _unpaired, _unpaired_batch,
-          _spoil_unpaired),
-)  # fmt: skip
+    kto_case(tiny.DECODER),
+)
 
 PACKS = {"everything": True, "aot": True, "shared": True, "kto": False}
-MESHES = {"everything": "2x2x2", "aot": "data8", "shared": "2x2x2", "kto": "2x2x2"}
+MESHES = {"everything": "2x2x2", "aot": "rows4", "shared": "2x2x2", "kto": "2x2x2"}

@@ -12,7 +12,7 @@ from jaxalign.checkpoint import Checkpoints
 from jaxalign.sharding import compile_step, make_mesh, param_shardings
 
 MESHES = {
-    "data8": ({"data": 8, "fsdp": 1, "tensor": 1}, 1),
+    "rows4": ({"data": 4, "fsdp": 1, "sequence": 2}, 1),
     "fsdp8": ({"data": 1, "fsdp": 8, "tensor": 1}, 1),
     # Four row shards, so that two micro-batches of four rows each are spread over all of them.
     "2x2x2": ({"data": 2, "fsdp": 2, "tensor": 2}, 2),

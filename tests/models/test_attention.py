@@ -1,11 +1,20 @@
-"""Attention and its own backward pass, against a plain softmax that JAX differentiates."""
+"""Every form of attention and its backward pass, against a plain softmax derived by JAX."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from jaxalign.models.attention import attend, causal_mask
+from jaxalign.models import attention, kernels
+from jaxalign.models import attention_kind as attention_kind_module
+from jaxalign.models.attention import attend
+from jaxalign.models.attention_kind import attention_kind
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.sight import Marks, Sight
+from jaxalign.sharding import make_mesh
 
 
 def plain(query, key, value, mask, scale, softcap):
@@ -18,30 +27,96 @@ def plain(query, key, value, mask, scale, softcap):
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
-@pytest.mark.parametrize(
-    ("length", "softcap", "causal"),
-    [(9, None, False), (9, 2.0, True), (300, 2.0, True), (300, None, True), (1100, None, True)],
-)
-def test_values_and_gradients(length, softcap, causal):
-    """Short rows in one piece, long ones in blocks that skip what lies ahead."""
-    rng = np.random.default_rng(0)
-    shapes = ((1, length, 4, 8), (1, length, 2, 8), (1, length, 2, 8))
-    inputs = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    mask = causal_mask(np.sort(rng.integers(1, 4, (1, length)), axis=1))
-    weights = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+def rows_of_documents(rng, rows, length, documents=3):
+    """Segments and positions `[rows, length]`: packed documents, padding at the end."""
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(1, length), documents, replace=False))
+        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), start=1):
+            segments[row, start:stop] = number
+            positions[row, start:stop] = np.arange(stop - start)
+    return segments, positions
 
-    def ours(query, key, value, scale):
-        out = attend(query, key, value, mask, scale, softcap, causal=causal)
-        return jnp.sum(weights * out)
 
-    def theirs(query, key, value, scale):
-        return jnp.sum(weights * plain(query, key, value, mask, scale, softcap))
+def mask_of(segments, positions, window=None, branches=None):
+    """Who sees whom, one pair at a time."""
+    rows, length = segments.shape
+    mask = np.zeros((rows, 1, length, length), bool)
+    for b, t, s in np.ndindex(rows, length, length):
+        sees = s <= t and segments[b, t] == segments[b, s]
+        if window is not None:
+            sees = sees and positions[b, t] - positions[b, s] < window
+        if branches is not None:
+            sees = sees and branches[b, s] in (0, branches[b, t])
+        mask[b, 0, t, s] = sees
+    return mask
 
-    got = jax.jit(jax.value_and_grad(ours, (0, 1, 2, 3)))(*inputs, 0.4)
-    want = jax.jit(jax.value_and_grad(theirs, (0, 1, 2, 3)))(*inputs, 0.4)
+
+def inputs_of(rng, rows, length, heads=4, shared=2, width=8):
+    shapes = ((rows, length, heads, width), *((rows, length, shared, width),) * 2)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def agree(form, mask, inputs, segments, softcap=None, scale=0.4):
+    """Values and gradients of a form and of the plain softmax, where tokens count."""
+    rng = np.random.default_rng(5)
+    weights = rng.normal(size=inputs[0].shape) * (segments > 0)[:, :, None, None]
+    weights = jnp.asarray(weights, jnp.float32)
+
+    def total(run, *args):
+        return jnp.sum(weights * run(*args))
+
+    ours = functools.partial(total, lambda q, k, v, c: form(q, k, v, c))
+    theirs = functools.partial(total, lambda q, k, v, c: plain(q, k, v, mask, c, softcap))
+    got = jax.jit(jax.value_and_grad(ours, (0, 1, 2, 3)))(*inputs, scale)
+    want = jax.jit(jax.value_and_grad(theirs, (0, 1, 2, 3)))(*inputs, scale)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        scale = float(jnp.abs(b).max())
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(scale, 10.0))
+        most = float(jnp.abs(b).max())
+        np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), atol=1e-5 * max(most, 10))
+
+
+def sight_of(segments, positions, window=None, branches=None, windowed=None):
+    marks = Marks(jnp.asarray(segments), jnp.asarray(positions), branches)
+    return Sight(marks, marks, window=window, windowed=windowed)
+
+
+@pytest.mark.parametrize(
+    ("length", "softcap", "window", "in_loops"),
+    [(9, None, None, 0), (9, 2.0, 4, 0), (300, 2.0, 50, 0), (700, None, 300, 1)],
+)
+@pytest.mark.parametrize("matrix", [False, True])
+def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
+    """Short rows in one piece, long ones in blocks that skip what lies ahead, or in loops too."""
+    if in_loops:
+        monkeypatch.setattr(attention, "_SCORES", 1)
+        monkeypatch.setattr(attention, "_MOST_BLOCKS", 2)
+        pieces = list(attention._pieces(
+            attention.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
+            np.zeros((1, 2, length, 8)),
+        ))  # fmt: skip
+        assert [piece[:] for piece in pieces] == [(0, 3, 128, 384), (384, 2, 128, 700),
+                                                  (640, 1, 60, 700)]  # fmt: skip
+    rng = np.random.default_rng(0)
+    segments, positions = rows_of_documents(rng, 1, length)
+    sight = sight_of(segments, positions, window)
+    sight = sight.with_matrix() if matrix else sight
+
+    def form(q, k, v, c):
+        return attend(q, k, v, sight, c, softcap)
+
+    mask = mask_of(segments, positions, window)
+    agree(form, mask, inputs_of(rng, 1, length), segments, softcap)
+
+
+def test_a_matrix_of_ones_own():
+    rng = np.random.default_rng(0)
+    mask = rng.random((2, 1, 9, 9)) < 0.5
+    mask |= np.eye(9, dtype=bool)
+
+    def form(q, k, v, c):
+        return attend(q, k, v, mask, c)
+
+    agree(form, mask, inputs_of(rng, 2, 9), np.ones((2, 9)))
 
 
 def test_rows_that_see_nothing_stay_finite():
@@ -52,10 +127,149 @@ def test_rows_that_see_nothing_stay_finite():
     assert np.isfinite(grads).all()
 
 
-def test_no_score_matrix_is_kept_for_the_backward_pass():
-    x = jax.ShapeDtypeStruct((1, 512, 2, 4), jnp.float32)
-    mask = jnp.ones((1, 1, 512, 512), bool)
-    _, pull = jax.eval_shape(lambda x: jax.vjp(lambda x: attend(x, x, x, mask, causal=True), x), x)
-    kept = [leaf.shape for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32]
-    assert kept
-    assert max(np.prod(shape) for shape in kept) <= 2 * 512 * 4
+def test_nothing_kept_or_made_grows_with_the_square_of_the_length():
+    def sizes(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+        ones = jnp.ones((1, length), jnp.int32)
+        sight = sight_of(ones, ones)
+        run = jax.grad(lambda x: jnp.sum(attend(x, x, x, sight)))
+        _, pull = jax.eval_shape(lambda x: jax.vjp(lambda x: attend(x, x, x, sight), x), x)
+        kept = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(pull))
+        made = max(np.prod(shape) for shape in _shapes(jax.make_jaxpr(run)(x).jaxpr))
+        return kept, made
+
+    kept, made = sizes(2**15)
+    assert kept <= 2**15 * 2 * 4
+    assert made <= attention._SCORES
+
+
+def _shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (x.aval.shape for x in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [
+        ("xla", {"fsdp": 2, "sequence": 4}, {"window": 5, "softcap": 3.0, "branches": True}),
+        ("splash", {}, {"window": 5, "windowed": True, "softcap": 3.0}),
+        ("splash", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+    ],
+    ids=["xla-sequence", "splash", "splash-mesh"],
+)
+def test_rows_split_in_time_and_kernels(kind, sizes, options):
+    """A length that no shard and no block divides; documents across the borders of shards."""
+    rng = np.random.default_rng(1)
+    rows, length = 2, 30
+    segments, positions = rows_of_documents(rng, rows, length)
+    branches = None
+    if options.get("branches"):
+        branches = (np.arange(length)[None] // 3 % 3 + np.zeros((rows, 1))).astype(np.int32)
+    window, softcap = options.get("window"), options.get("softcap")
+
+    def form(q, k, v, c):
+        windowed = jnp.asarray(options["windowed"]) if "windowed" in options else None
+        sight = sight_of(segments, positions, window, branches, windowed)
+        return attend(q, k, v, sight, c, softcap, kind=kind)
+
+    mask = mask_of(segments, positions, window, branches)
+    mesh = make_mesh(**sizes) if sizes else make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        agree(form, mask, inputs_of(rng, rows, length), segments, softcap)
+
+
+H100 = ("gpu", "NVIDIA H100 80GB HBM3")
+TPU = ("tpu", "TPU v5 lite")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "options", "kind", "why"),
+    [
+        ("auto", ("cpu", "cpu"), {}, "xla", "cpu has no kernel"),
+        ("auto", TPU, {}, "splash", "the kernel for tpu"),
+        ("auto", TPU, {"branches": True}, "xla", "not splash: it knows no branches"),
+        ("auto", TPU, {"length": 64}, "xla", "not splash: its least block"),
+        ("auto", TPU, {"dtype": "float16"}, "xla", "not splash: TPUs have no float16"),
+        ("xla", TPU, {}, "xla", "asked for"),
+        ("splash", ("cpu", "cpu"), {}, "splash", "asked for"),
+        ("auto", H100, {"softcap": 50.0}, "xla", "not cudnn: it has no soft cap"),
+        ("auto", H100, {"dtype": "float32"}, "xla", "not cudnn: it computes in bfloat16"),
+        ("auto", H100, {"head_dim": 60}, "xla", "not cudnn: it wants heads of a multiple of 8"),
+        ("auto", H100, {"head_dim": 512}, "xla", "not cudnn: its heads are at most"),
+        ("auto", ("gpu", "AMD Instinct MI300X"), {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
+        ("cudnn", TPU, {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
+    ],
+)
+def test_which_form_runs_and_why(asked, device, options, kind, why):
+    options = {"dtype": "bfloat16", "head_dim": 64, "length": 2048} | options
+    with jax.set_mesh(make_mesh()):
+        choice = attention_kind(asked, device=device, **options)
+    assert choice.kind == kind
+    assert why in choice.why
+    assert str(choice) == f"{kind} ({choice.why})"
+
+
+def test_cudnn_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(attention_kind_module, "_has_cudnn", lambda: True)
+    options = {"dtype": "bfloat16", "head_dim": 64, "length": 2048, "device": H100}
+    assert attention_kind("auto", **options).kind == "cudnn"
+    assert attention_kind("cudnn", branches=True, **options).kind == "cudnn"
+    monkeypatch.setattr(attention_kind_module, "_has_cudnn", lambda: False)
+    assert "missing" in attention_kind("auto", **options).why
+
+
+def test_splash_needs_a_mesh_where_there_are_several_devices():
+    choice = attention_kind("auto", dtype="bfloat16", head_dim=64, length=2048, device=TPU)
+    assert "no mesh in context" in choice.why
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="attention='flash': wanted one of auto, xla, splash"):
+        Decoder(tiny.CONFIG, attention="flash")
+
+
+def test_one_document_a_row_is_told_from_packed_rows():
+    told = jax.jit(kernels._one_document)
+    for rows, want in (
+        ([[1, 1, 1], [1, 1, 0]], True),
+        ([[3, 3, 0], [0, 0, 0]], True),
+        ([[1, 1, 2], [1, 1, 1]], False),
+        ([[0, 1, 1], [1, 1, 1]], False),
+        ([[1, 0, 1], [1, 1, 1]], False),
+    ):
+        assert bool(told(jnp.asarray(rows))) is want, rows
+
+
+@pytest.mark.parametrize("case", ["one document", "packed", "branches", "sequence"])
+def test_what_cudnn_is_asked_for(case, monkeypatch):
+    """The same call by XLA: JAX promises the same meaning for either implementation."""
+    ask = jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return ask(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(kernels.jax.nn, "dot_product_attention", by_xla)
+    rng = np.random.default_rng(3)
+    rows, length, window = 2, 13, 4
+    segments, positions = rows_of_documents(rng, rows, length)
+    branches = None
+    if case == "one document":
+        segments = (np.arange(length)[None] < np.array([[13], [9]])).astype(np.int32)
+        positions = np.arange(length)[None] * segments
+    if case == "branches":
+        branches = (np.arange(length)[None] // 3 % 3 + np.zeros((rows, 1))).astype(np.int32)
+    mesh = make_mesh(fsdp=2, sequence=4) if case == "sequence" else make_mesh(fsdp=2, tensor=4)
+    for windowed in (False, True):
+        mask = mask_of(segments, positions, window if windowed else None, branches)
+
+        def form(q, k, v, c, windowed=windowed):
+            sight = sight_of(segments, positions, window, branches, jnp.asarray(windowed))
+            return attend(q, k, v, sight, c, kind="cudnn")
+
+        with jax.set_mesh(mesh):
+            agree(form, mask, inputs_of(rng, rows, length), segments)

@@ -233,7 +233,7 @@ def test_without_the_compiler(module, name, monkeypatch):
 @pytest.mark.parametrize(
     ("algorithm", "overrides", "message"),
     [
-        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8 rows, the nearest is 16"),
+        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8, the nearest is 16"),
         ("sft", ["run.micro_batches=2"], "data.rows=8 .*multiple of 16"),
         ("sft", ["model.source=absent/model.gguf"], "no such folder or .gguf file"),
         ("sft", ["mesh.tensor=3"], "does not divide the 8 devices.*nearest mesh for 8 is data=1"),

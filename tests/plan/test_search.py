@@ -24,11 +24,14 @@ def test_settings_that_may_fit_fastest_first():
     seconds = [one.seconds for one in found]
     assert seconds == sorted(seconds)
     assert all(one.memory < 1.1 * chip.memory for one in found)
-    # 14.8 GB of parameters and moments do not fit beside gradients without being cut.
-    assert not any("mesh.fsdp=1" in one.overrides and one.config.mesh.tensor == 1 for one in found)
+    # 14.8 GB of parameters and float32 moments do not fit beside gradients without being cut.
+    uncut = [
+        one.config for one in found if (one.config.mesh.fsdp, one.config.mesh.tensor) == (1, 1)
+    ]
+    assert {one.optimizer.moments for one in uncut} <= {"int8"}
     # 16,384 tokens a device: what all layers keep is 37 GB without remat.
     whole = [one for one in found if one.config.run.micro_batches == 1]
-    assert {one.config.model.remat for one in whole} == {"block"}
+    assert "none" not in {one.config.model.remat for one in whole}
     best = found[0]
     assert 0.3 < 64 * 2048 * 6 * 1.24e9 / 8 / chip.flops / best.seconds < 1.1
     again = config(*best.overrides)

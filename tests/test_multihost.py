@@ -1,0 +1,270 @@
+"""Two processes of 4 devices each train as one of 8 does, and stop together when one is lost."""
+
+import json
+import pathlib
+import shutil
+import signal
+import socket
+import time
+
+import chatmodel
+import multihost
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from jaxalign import train as loop
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+SPREAD = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+HOST = socket.gethostname()
+LOST = 60.0  # seconds in which the others must have stopped
+
+
+def configured(algorithm, models, folder, changes=None, **run):
+    """A YAML file of a tiny run, over hosts (data) and within them (fsdp, tensor)."""
+    values = chatmodel.settings(algorithm, models, folder, **run)
+    path = pathlib.Path(f"{folder}.yaml")
+    path.write_text(yaml.safe_dump(merge(merge(values, SPREAD), changes or {})), encoding="utf-8")
+    return path
+
+
+def same_metrics(one, two):
+    assert len(one) == len(two)
+    for ours, theirs in zip(chatmodel.timeless(one), chatmodel.timeless(two), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def same_weights(one, two):
+    ours, theirs = (load_file(pathlib.Path(folder) / "model.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5)
+
+
+PROGRAM = """
+import os, sys, time
+from jaxalign import distributed
+distributed.start()
+import jax, numpy as np
+import jaxalign
+from jaxalign.sharding import all_rows, part_of_rows
+
+me = jax.process_index()
+print("PARTS", *[part_of_rows(jaxalign.make_mesh(*sizes)) for sizes in ((2, 2, 2), (1, 1, 8))])
+for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
+    mesh = jaxalign.make_mesh(*sizes)
+    index, count = part_of_rows(mesh)
+    every = np.arange(16.0).reshape(8, 2)
+    mine = every[index * 8 // count : (index + 1) * 8 // count]
+    batch = jaxalign.shard_batch({"x": mine}, mesh)
+    assert batch["x"].shape == (8, 2), batch["x"].shape
+    assert not batch["x"].is_fully_addressable
+    assert (jaxalign.local_rows(batch)["x"] == mine).all()
+    assert (all_rows(batch)["x"] == every).all()
+    turned = jaxalign.shard_batch(jax.jit(lambda x: x[::-1])(batch["x"]), mesh)
+    expected = every[::-1][index * 8 // count : (index + 1) * 8 // count]
+    assert (jaxalign.local_rows(turned, mesh) == expected).all()
+
+import chatmodel
+from jaxalign.types import PromptBatch, TokenBatch
+mesh, yes, no = jaxalign.make_mesh(2, 2, 2), np.ones((4, 4), bool), np.zeros((4, 4), bool)
+ids = np.full((4, 4), 70 + 4 * me, np.int32) + np.arange(4, dtype=np.int32)[:, None]
+rows = TokenBatch(ids, ids, ids, ids, yes), PromptBatch(ids, no, ids[:, 0])
+rows = jaxalign.shard_batch(rows, mesh)
+heard = []
+tok = chatmodel.make_tokenizer()
+reward = jaxalign.text_reward(lambda prompt, answer: heard.append(answer) or me, tok)
+assert (reward(*rows) == np.full(4, me)).all()
+assert heard == [tok.decode(row) for row in ids], heard
+print("SUMS", distributed.total([me + 1, 2**31 - 1]))
+try:
+    distributed.check_same("the configuration", {"data.rows": 8 + me})
+except ValueError as error:
+    print("DIFFER", error)
+if me == 0:
+    time.sleep(2)
+try:
+    distributed.barrier("slow", timeout=1)
+    print("LATE", None)
+except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+    print("LATE", type(error).__name__, error)
+from jaxalign import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_are_one_program(chat_models, tmp_path):
+    """Rows, sums and errors between two real processes; then SFT on both, as in this one."""
+    changes = {"data": {"packing": True, "length": 96, "rows": 4}}
+    config = configured("sft", chat_models, tmp_path / "two", changes, steps=2, export=False)
+    log = tmp_path / "log"
+    running = multihost.start(["sft", config], 2, log, program=("-c", PROGRAM))
+    alone = load_config("sft", config, [f"run.folder={tmp_path / 'one'}"])
+    one = loop.train(alone)
+    statuses, said = multihost.finish(running, log)
+    assert statuses == [0, 0], said
+
+    for index, text in enumerate(said):
+        assert f"PARTS ({index}, 2) (0, 1)\n" in text
+        assert "SUMS [3, 4294967294]\n" in text
+        assert "DIFFER the configuration must be the same on all hosts: data.rows is 9 on" in text
+        assert f"process 1 ({HOST}, pid {running[1].pid}) and 8 on process 0 (" in text
+    assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in said[1]
+    # One log, of the first host.
+    assert "run folder:" in said[0]
+    assert "run folder:" not in said[1]
+    same_metrics(chatmodel.lines(tmp_path / "two"), chatmodel.lines(one.folder))
+    versions = json.loads((tmp_path / "two/versions.json").read_text(encoding="utf-8"))
+    assert versions["processes"] == "2"
+    assert versions["devices"].startswith("8 ×")
+
+
+# --- slow ----------------------------------------------------------------------------------------
+
+
+def stages(models, folder):
+    """All algorithms in one pipeline: packed, with held-out data, checkpoints and exports."""
+    made = []
+    for algorithm in ("sft", "reward", "dpo", "kto", "ppo"):
+        values = chatmodel.settings(algorithm, models, folder / algorithm)
+        rows = chatmodel.ROWS[algorithm][:9]
+        changes = SPREAD | {
+            "data": {"eval": [chatmodel.write_rows(folder / f"held-{algorithm}.jsonl", rows)]},
+            "run": {"save_every": 2, "eval_every": 2, "seed": 1},
+        }
+        if algorithm in ("sft", "reward", "dpo"):
+            changes["data"] |= {"packing": True, "length": 96}
+        if algorithm == "ppo":
+            changes["data"]["rows"] = 16
+            changes |= {"minibatches": 2, "ppo_epochs": 2}
+        values = merge(values, changes)
+        del values["run"]["folder"]
+        made.append({"name": algorithm, "algorithm": algorithm} | values)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path):
+    """The same YAML and command: losses, rewards, KL, held-out figures and exported weights."""
+    path = tmp_path / "all.yaml"
+    values = {"folder": str(tmp_path / "none"), "stages": stages(chat_models, tmp_path)}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    for processes in (2, 1):
+        log, folder = tmp_path / f"log{processes}", tmp_path / str(processes)
+        running = multihost.start(["pipeline", path, f"folder={folder}"], processes, log)
+        statuses, said = multihost.finish(running, log, 900)
+        assert statuses == [0] * processes, said
+    for stage in values["stages"]:
+        one, two = (tmp_path / number / stage["name"] for number in ("1", "2"))
+        rows = chatmodel.lines(two)
+        assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+        same_metrics(rows, chatmodel.lines(one))
+        same_weights(one / "model", two / "model")
+        assert not list(two.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, victim):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    config = configured(
+        "sft", chat_models, folder, steps=1_000_000, save_every=2, export=False, log_every=1_000_000
+    )
+    running = multihost.start(["sft", config], 2, log)
+    while not (folder / "checkpoints/4").exists():
+        assert all(process.poll() is None for process in running), multihost.finish(running, log)
+        time.sleep(0.1)
+    running[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    status = running[1 - victim].wait(2 * LOST)
+    took = time.monotonic() - killed
+    _, said = multihost.finish(running, log)
+    print(f"process {1 - victim} ended {took:.1f} s after process {victim} was killed, {status}")
+    assert took < LOST
+    assert status != 0
+    assert f"process {victim} ({HOST}, pid {running[victim].pid}) is lost" in said[1 - victim]
+
+    shutil.copytree(folder, tmp_path / "copy")
+    there = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
+    steps = max(there) + 2
+    ends = [f"run.steps={steps}", "run.resume=true"]
+    log = tmp_path / "log2"
+    two = multihost.start(["sft", config, *ends], 2, log)
+    statuses, said = multihost.finish(two, log)
+    assert statuses == [0, 0], said
+    again = load_config("sft", config, [*ends, f"run.folder={tmp_path / 'copy'}"])
+    one = loop.train(again)
+    assert [row["step"] for row in chatmodel.lines(one.folder)] == list(range(1, steps + 1))
+    whole = loop.train(
+        load_config("sft", config, [f"run.folder={tmp_path / 'whole'}", f"run.steps={steps}"])
+    )
+    same_metrics(chatmodel.lines(folder), chatmodel.lines(whole.folder))
+    same_metrics(chatmodel.lines(one.folder), chatmodel.lines(whole.folder))
+
+
+FAILING = """
+import sys
+import jax
+from jaxalign import cli, train
+check = train.check_finite
+def fail(metrics, step):
+    if jax.process_index() == 1 and step == 2:
+        raise FloatingPointError("step 2: loss=nan")
+    check(metrics, step)
+train.check_finite = fail
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_failing_host_stops_all_with_its_message(chat_models, tmp_path):
+    config = configured("sft", chat_models, tmp_path / "run", steps=1_000_000, save_every=1)
+    log = tmp_path / "log"
+    running = multihost.start(["sft", config], 2, log, program=("-c", FAILING))
+    statuses, said = multihost.finish(running, log)
+    assert statuses == [1, 2]
+    told = f"process 1 ({HOST}, pid {running[1].pid}) failed: FloatingPointError: step 2: loss=nan"
+    assert told in said[0]
+    assert "jaxalign sft: error: step 2: loss=nan" in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        chatmodel.write_rows(folder / "data.jsonl", chatmodel.CONVERSATIONS[number:])
+    changes = {"data": {"train": ["data.jsonl"]}}
+    config = configured("sft", chat_models, tmp_path / "run", changes)
+    running = multihost.start(["sft", config], 2, tmp_path / "log", folders=folders)
+    statuses, said = multihost.finish(running, tmp_path / "log")
+    assert 0 not in statuses
+    for text in said:
+        assert "the data (by its checksum) must be the same on all hosts: data.train is" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    config = configured("sft", chat_models, folder, steps=1_000_000, export=False)
+    running = multihost.start(["sft", config], 2, log)
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
+        assert all(process.poll() is None for process in running), multihost.finish(running, log)
+        time.sleep(0.2)
+    running[1].send_signal(signal.SIGTERM)  # one host is told; all stop after the same step
+    statuses, said = multihost.finish(running, log)
+    assert statuses == [75, 75], said
+    done = len(chatmodel.lines(folder))
+    assert f"stopped after step {done} of 1000000" in said[0]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(done)]
