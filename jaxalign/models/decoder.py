@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.router import document_balance
 from jaxalign.masked import weighted
@@ -34,8 +35,15 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What the backward pass keeps of a block: everything, matmul results only, or its input only."""
+"""What the backward pass keeps of a block: everything, matmul results only, its input only, or that
+in the host's memory."""
 
 _MATRIX_LENGTH = 2048
 """Longest rows for which the plain form of attention reads who sees whom from a matrix."""
@@ -311,6 +319,7 @@ class Decoder:
         view_of, kind = self._views(marks)
 
         def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
+            x = checkpoint_name(x, "block_input")
             x, routing = self._block(layer)(x, view_of(trait), kind)
             return constrain(x, "rows length hidden"), routing if collect else None
 
