@@ -70,7 +70,6 @@ def lay_out(
             return None
         if max(lengths, default=0) > length or sum(lengths) > rows * length:
             continue
-        from jaxalign.data.packing import best_fit  # `import jaxalign` leaves the data room out
 
         groups = best_fit(lengths, length)
         if len(groups) <= rows:
