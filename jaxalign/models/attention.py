@@ -25,8 +25,11 @@ _MOST_BLOCKS = 8
 """Most blocks of queries with columns of their own; more would save little more than the half that
 8 nearly do. Long blocks are cut further, in a loop."""
 
-_SCORES = 2**25
-"""Most scores a device holds at a time: 32 M, 128 MiB in float32."""
+_LONG = 8192
+"""Columns above which fewer queries than `_BLOCK` are enough work."""
+
+_SCORES = 2**22
+"""Scores a device takes at a time: 4 M, 16 MiB in float32; more where so few queries have more."""
 
 
 def attend(
@@ -169,8 +172,9 @@ def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
         end = min(start + block, length)
         stop = end if block < length else columns
         each = query.shape[0] * query.shape[1] * query.shape[2] * stop
-        fit = _SCORES * rule.parts // each // _BLOCK * _BLOCK
-        size = min(end - start, max(_BLOCK, fit))
+        least = _BLOCK if stop <= _LONG else _BLOCK // 4
+        fit = _SCORES * rule.parts // each // least * least
+        size = min(end - start, max(least, fit))
         count = (end - start) // size
         yield _Piece(start, count, size, stop)
         if start + count * size < end:

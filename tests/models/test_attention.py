@@ -39,16 +39,16 @@ def rows_of_documents(rng, rows, length, documents=3):
 
 
 def mask_of(segments, positions, window=None, branches=None):
-    """Who sees whom, one pair at a time."""
+    """Who sees whom: `[B, 1, T, T]`, one query at a time."""
     rows, length = segments.shape
     mask = np.zeros((rows, 1, length, length), bool)
-    for b, t, s in np.ndindex(rows, length, length):
-        sees = s <= t and segments[b, t] == segments[b, s]
+    for b, t in np.ndindex(rows, length):
+        sees = (np.arange(length) <= t) & (segments[b] == segments[b, t])
         if window is not None:
-            sees = sees and positions[b, t] - positions[b, s] < window
+            sees &= positions[b, t] - positions[b] < window
         if branches is not None:
-            sees = sees and branches[b, s] in (0, branches[b, t])
-        mask[b, 0, t, s] = sees
+            sees &= (branches[b] == 0) | (branches[b] == branches[b, t])
+        mask[b, 0, t] = sees
     return mask
 
 
