@@ -291,9 +291,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_told(complain, mesh, told):
 
 
 def test_a_model_that_does_not_fit_the_mesh_is_told(complain, broken, chat_models):
-    told = complain("sft", {"mesh": {"tensor": 8}})  # 8 divides everything but 260 tokens
-    assert "embed" in told
-    assert "260" in told
+    told = complain("sft", {"mesh": {"tensor": 8}})
+    assert "axis 'heads' has 4 parts of 8" in told
+    assert "sizes that would fit: [1, 2, 4]" in told
     assert "does not divide" in told
 
 

@@ -25,8 +25,11 @@ _MOST_BLOCKS = 8
 """Most blocks of queries with columns of their own; more would save little more than the half that
 8 nearly do. Long blocks are cut further, in a loop."""
 
-_SCORES = 2**25
-"""Most scores a device holds at a time: 32 M, 128 MiB in float32."""
+_LONG = 8192
+"""Columns above which fewer queries than `_BLOCK` are enough work."""
+
+_SCORES = 2**22
+"""Scores a device takes at a time: 4 M, 16 MiB in float32; more where so few queries have more."""
 
 
 def attend(
@@ -169,8 +172,9 @@ def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
         end = min(start + block, length)
         stop = end if block < length else columns
         each = query.shape[0] * query.shape[1] * query.shape[2] * stop
-        fit = _SCORES * rule.parts // each // _BLOCK * _BLOCK
-        size = min(end - start, max(_BLOCK, fit))
+        least = _BLOCK if stop <= _LONG else _BLOCK // 4
+        fit = _SCORES * rule.parts // each // least * least
+        size = min(end - start, max(least, fit))
         count = (end - start) // size
         yield _Piece(start, count, size, stop)
         if start + count * size < end:
@@ -179,7 +183,9 @@ def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
 
 def _forward(rule: Rule, query, key, value, lookout: Lookout):
     outs, logzs = [], []
-    for piece in _pieces(rule, query, key):
+    pieces = list(_pieces(rule, query, key))
+    query, lookout = _tied(pieces, query, lookout)
+    for piece in pieces:
         keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
 
         def one(start, piece=piece, keys=keys, values=values):
@@ -203,6 +209,17 @@ def _forward(rule: Rule, query, key, value, lookout: Lookout):
     return out, (query, key, value, lookout, out, logz)
 
 
+def _tied(pieces: list[_Piece], query: jax.Array, lookout: Lookout) -> tuple[jax.Array, Lookout]:
+    """Ties who sees whom to the queries where there are loops.
+
+    It depends on no parameter; left free, JAX would move it out of the loops (when it splits what a
+    gradient needs from what it does not) and so make the whole `[T, T]` mask after all.
+    """
+    if all(piece.count == 1 for piece in pieces):
+        return query, lookout
+    return jax.lax.optimization_barrier((query, lookout))
+
+
 def _joined(x: jax.Array) -> jax.Array:
     """`[n, B, K, G, t, d]` → `[B, K, G, n · t, d]`."""
     x = jnp.moveaxis(x, 0, 3)
@@ -215,7 +232,9 @@ def _backward(rule: Rule, saved, gradient):
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     to_queries = []
     to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    for piece in _pieces(rule, query, key):
+    pieces = list(_pieces(rule, query, key))
+    query, lookout = _tied(pieces, query, lookout)
+    for piece in pieces:
         keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
 
         def one(start, piece=piece, keys=keys, values=values):

@@ -57,7 +57,7 @@ PPO_CASES = (
     _case("gspo", **GROUPS, loss_aggregation="constant", importance_sampling_level="sequence"),
     _case("shared", critic=tiny.SCORER, text=True, shared_critic=True, ptx_coef=0.5),
 )
-MESHES = {"grpo": "data8", "gspo": "2x2x2", "shared": "2x2x2"}
+MESHES = {"grpo": "rows4", "gspo": "2x2x2", "shared": "2x2x2"}
 
 
 @pytest.fixture(scope="module", params=PPO_CASES, ids=repr)

@@ -154,10 +154,10 @@ def test_the_parameter_tree_is_the_documented_one():
     want = {
         "embed/embedding": ((V, D), "vocab embed"),
         "blocks/attention_norm/scale": ((L, D), "layers norm"),
-        "blocks/attention/query/kernel": ((L, D, 32), "layers embed heads"),
+        "blocks/attention/query/kernel": ((L, D, 32), "layers embed heads/8"),
         "blocks/attention/key/kernel": ((L, D, 16), "layers embed kv_heads"),
         "blocks/attention/value/kernel": ((L, D, 16), "layers embed kv_heads"),
-        "blocks/attention/out/kernel": ((L, 32, D), "layers heads embed"),
+        "blocks/attention/out/kernel": ((L, 32, D), "layers heads/8 embed"),
         "blocks/mlp_norm/scale": ((L, D), "layers norm"),
         "blocks/mlp/gate/kernel": ((L, D, F), "layers embed mlp"),
         "blocks/mlp/up/kernel": ((L, D, F), "layers embed mlp"),

@@ -200,7 +200,7 @@ def test_load_on_a_mesh(folder, tmp_path, shape, monkeypatch):
 
 def test_a_mesh_that_does_not_divide_is_refused(folder):
     mesh = make_mesh(data=1, fsdp=1, tensor=8)
-    with pytest.raises(ValueError, match="axis 'mlp' has size 12"):
+    with pytest.raises(ValueError, match="axis 'heads' has 2 parts of 8"):
         load_pretrained(folder, mesh=mesh)
 
 
