@@ -227,7 +227,10 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def _backward(rule: Rule, saved, gradient):
+    # Where layers are not in a loop the compiler sees both passes at once, and would keep the
+    # weights of the first rather than form them again.
     query, key, value, lookout, out, logz = saved
+    query, key = jax.lax.optimization_barrier((query, key))
     # Σ_s p_s · (∂L/∂p_s) of each query, without the weights.
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     to_queries = []
