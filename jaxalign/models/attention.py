@@ -227,16 +227,17 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def _backward(rule: Rule, saved, gradient):
-    # Where layers are not in a loop the compiler sees both passes at once, and would keep the
-    # weights of the first rather than form them again.
     query, key, value, lookout, out, logz = saved
-    query, key = jax.lax.optimization_barrier((query, key))
     # Σ_s p_s · (∂L/∂p_s) of each query, without the weights.
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     to_queries = []
     to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
     pieces = list(_pieces(rule, query, key))
     query, lookout = _tied(pieces, query, lookout)
+    if all(piece.count == 1 for piece in pieces):
+        # Where layers are not in a loop the compiler sees both passes at once, and would keep the
+        # weights of the first rather than form them again.
+        query, key = jax.lax.optimization_barrier((query, key))
     for piece in pieces:
         keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
 
