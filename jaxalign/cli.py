@@ -135,16 +135,26 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_import)
 
     command = commands.add_parser(
-        "plan", help="memory of a run's step on named devices, without weights or data"
+        "plan", help="memory, traffic and speed of a run on named devices, before renting them"
     )
-    command.add_argument("algorithm", choices=tuple(_COMMANDS))
-    command.add_argument("config", help="YAML file, as for the algorithm's command")
+    command.add_argument("config", help="YAML file; the algorithm's name may stand before it")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.add_argument(
+        "--topology",
         "--devices",
-        help="cpu:8, or a TPU topology such as v5e:2x4 or v5p:2x2x2; those present by default",
+        dest="topology",
+        help="v4-8, v5e-16, v5p-128, v6e-256, v5e:4x4, h100:8, h100:8x16 (16 nodes), a100-80g:4, "
+        "cpu:8; the devices that are present by default",
     )
-    command.add_argument("--json", action="store_true", help="bytes, for programs")
+    command.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs, seconds")
+    command.add_argument(
+        "--search",
+        nargs="?",
+        type=int,
+        const=3,
+        metavar="N",
+        help="find the N (3) fastest settings that fit: mesh, remat, micro-batches, moments",
+    )
     command.set_defaults(run=_plan)
 
     command = commands.add_parser(
@@ -387,17 +397,51 @@ def _import(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    if parsed.devices is not None:
-        # Nothing runs, and an accelerator that is here must not be taken.
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    kind, _, count = (parsed.topology or "").partition(":")
+    if parsed.topology is not None:
+        _leave_accelerators()
+    if kind == "cpu" and count.isdecimal() and "XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
-    from jaxalign.config import load_config
-    from jaxalign.plan import make_plan
+    from jaxalign.config import algorithm_of, load_config
+    from jaxalign.config_yaml import override, read_yaml
+    from jaxalign.plan import make_plan, search_plans
 
-    config = load_config(parsed.algorithm, parsed.config, parsed.overrides)
-    plan = make_plan(parsed.algorithm, config, parsed.devices)
+    path, overrides, algorithm = parsed.config, parsed.overrides, None
+    if path in _COMMANDS:
+        if not overrides:
+            raise ValueError(f"plan {path}: wanted a YAML file behind it")
+        algorithm, (path, *overrides) = path, overrides
+    values = override(read_yaml(path), overrides)
+    algorithm = algorithm or algorithm_of(values, "write it before the file: plan sft FILE")
+    config = load_config(algorithm, values)
+
+    def say(text: str) -> None:
+        print(f"plan: {text}", file=sys.stderr, flush=True)
+
+    if parsed.search is not None:
+        if parsed.topology is None:
+            raise ValueError("--search: wanted --topology with it, e.g. --topology v5p-128")
+        if parsed.search < 1:
+            raise ValueError(f"--search {parsed.search}: wanted 1 or more")
+        found = search_plans(algorithm, config, parsed.topology, say, count=parsed.search)
+        if parsed.json:
+            rows = [{"overrides": o, "plan": dataclasses.asdict(plan)} for o, plan in found]
+            print(json.dumps(rows))
+        for overrides, plan in () if parsed.json else found:
+            print(f"{' '.join(overrides)}\n{plan}\n")
+        return 0
+    plan = make_plan(algorithm, config, parsed.topology, say)
     print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
     return 0
+
+
+def _leave_accelerators() -> None:
+    """Nothing is going to run, and an accelerator that is here must not be taken."""
+    import jax
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that are started from here
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -408,7 +452,7 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _data(parsed: argparse.Namespace) -> int:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: an accelerator must not be taken
+    _leave_accelerators()
 
     from jaxalign.data_page import inspect_data, show, write_page
 

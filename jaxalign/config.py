@@ -36,7 +36,8 @@ class ModelConfig:
         (plain text), or a jinja file.
       dtype: of the master weights.
       compute_dtype: of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
-      remat: "none", "dots" or "block": what the backward pass recomputes.
+      remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
+        `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
       attention: "auto" (by backend), "xla", "splash" (TPU) or "cudnn" (NVIDIA); a kernel gives way
         to "xla" where it does not cover the case.
@@ -465,3 +466,22 @@ def load_config(
         raise ValueError(f"algorithm={algorithm!r}: wanted one of {', '.join(RUNS)}")
     values = source if isinstance(source, Mapping) else read_yaml(source)
     return build(RUNS[algorithm], override(values, assignments))
+
+
+def algorithm_of(values: Mapping[str, Any], remedy: str) -> str:
+    """Which algorithm a YAML is for: the one whose section it has.
+
+    Args:
+      values: nested values.
+      remedy: what to do where it cannot be told, for the message.
+
+    Raises:
+      ValueError: no section of an algorithm, several, or a pipeline.
+    """
+    found = [name for name in RUNS if name in values]
+    if len(found) == 1:
+        return found[0]
+    if "stages" in values:
+        raise ValueError("config: this is a pipeline; give the YAML of one of its stages")
+    got = " and ".join(found) if found else "no section of an algorithm"
+    raise ValueError(f"config: got {got}, so the algorithm is not known; {remedy}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.charts import bar_chart, nice_step, text
-from jaxalign.config import RUNS, load_config
+from jaxalign.config import RUNS, algorithm_of, load_config
 from jaxalign.config_yaml import override, read_yaml
 from jaxalign.data import Batches
 from jaxalign.page import page, table
@@ -97,7 +97,7 @@ def inspect_data(
         raise ValueError(f"batches={most}: wanted 1 or more")
     values = override(source if isinstance(source, Mapping) else read_yaml(source), assignments)
     if algorithm is None:
-        algorithm = _algorithm(values)
+        algorithm = algorithm_of(values, f"give --as {'|'.join(RUNS)}")
     config = load_config(algorithm, values)
     # One pass, whatever the run would make of it.
     data = dataclasses.replace(config.data, epochs=1)
@@ -108,18 +108,6 @@ def inspect_data(
         if held_out is not None:
             views.append(_view(f"held-out data of {algorithm}", held_out, tok, examples, most))
     return views
-
-
-def _algorithm(values: Mapping[str, Any]) -> str:
-    found = [name for name in RUNS if name in values]
-    if len(found) == 1:
-        return found[0]
-    if "stages" in values:
-        raise ValueError("config: this is a pipeline; give the YAML of one of its stages")
-    got = " and ".join(found) if found else "no section of an algorithm"
-    raise ValueError(
-        f"config: got {got}, so the algorithm is not known; give --as {'|'.join(RUNS)}"
-    )
 
 
 def _view(title: str, batches: Batches[Any], tok: Any, examples: int, most: int | None) -> View:

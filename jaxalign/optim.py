@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from jaxalign.moments import MOMENTS, scale_by_small_adam
+from jaxalign.offload import in_host_memory
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -25,6 +28,9 @@ class OptimizerConfig:
       b1, b2, eps: Adam's.
       weight_decay: on matrices (embeddings and heads too), not on norms and biases.
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
+      moments: how Adam's two moments are kept between updates: "float32" (8 bytes a parameter; in
+        bfloat16 where the parameters are), "bfloat16" (4) or "int8" (2); see `jaxalign.moments`.
+      offload: keep them in the host's memory between updates.
     """
 
     learning_rate: float = 1e-5
@@ -37,6 +43,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    moments: str = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         def want(ok: bool, name: str, wanted: str) -> None:
@@ -53,6 +61,7 @@ class OptimizerConfig:
         want(self.eps > 0, "eps", "a positive number")
         want(self.weight_decay >= 0, "weight_decay", "0 or more")
         want(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "positive")
+        want(self.moments in MOMENTS, "moments", f"one of {', '.join(MOMENTS)}")
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -94,14 +103,24 @@ def decays(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
     """Clipping, then AdamW with the configured schedule."""
     config = OptimizerConfig() if config is None else config
-    adamw = optax.adamw(
-        make_schedule(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
+    schedule = make_schedule(config)
+    if config.moments == "float32":
+        adamw = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        )
+    else:
+        adamw = optax.chain(
+            scale_by_small_adam(config.moments, config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(schedule),
+        )
+    if config.offload:
+        adamw = in_host_memory(adamw)
     if config.max_grad_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

@@ -6,9 +6,9 @@ import chatmodel
 import jax
 import numpy as np
 import pytest
+from jaxalign.abstract import PARTS
 
 import jaxalign
-from jaxalign.abstract import PARTS
 from jaxalign.config import load_config
 from jaxalign.models.heads import Scorer
 from jaxalign.report import make_page

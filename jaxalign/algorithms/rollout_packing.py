@@ -70,6 +70,7 @@ def lay_out(
             return None
         if max(lengths, default=0) > length or sum(lengths) > rows * length:
             continue
+
         groups = best_fit(lengths, length)
         if len(groups) <= rows:
             return _lay(kept, [[full[i] for i in group] for group in groups], rows, length)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.base import combine
+from jaxalign.offload import HOST, lies_in_host_memory
 from jaxalign.sharding import mesh_of, replicated, row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
@@ -76,15 +77,22 @@ def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any
 
     def like(path: Any, leaf: Any) -> NamedSharding:
         # A moment sits in the optimizer's state under the path of its parameter. (optax's own
-        # tree_map_params cannot see through `optax.partition`.) Factored or reduced statistics
-        # have another shape than their parameter.
+        # tree_map_params cannot see through `optax.partition`.) Statistics of another shape than
+        # their parameter lie everywhere, but for those of its rows, which lie as the rows do.
         for start in range(len(path)):
             param = by_path.get(path[start:])
             if param is not None and param.shape == leaf.shape:
                 return param.sharding
+            if param is not None and leaf.shape and leaf.shape == (*param.shape[:-1], 1):
+                rows = tuple(param.sharding.spec)[: len(leaf.shape) - 1]
+                return NamedSharding(mesh, PartitionSpec(*rows))
         return everywhere
 
-    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(tx.init, params))
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        layout = like(path, leaf)
+        return layout.with_memory_kind(HOST) if lies_in_host_memory(path, leaf) else layout
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -1,7 +1,7 @@
 """The decoder: flax.nnx modules inside, pure functions on a nested dict of arrays outside.
 
 Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so compile time and
-program size do not grow with depth.
+program size do not grow with depth (but for the first few layers on a CPU, see `_unrolled`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.router import document_balance
 from jaxalign.masked import weighted
@@ -27,15 +28,22 @@ from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
 from jaxalign.sharding import axis_shards, constrain
-from jaxalign.shards import pad_length
+from jaxalign.shards import current_device, pad_length
 from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What the backward pass keeps of a block: everything, matmul results only, or its input only."""
+"""What the backward pass keeps of a block: everything, matmul results only, its input only, or that
+in the host's memory."""
 
 _MATRIX_LENGTH = 2048
 """Longest rows for which the plain form of attention reads who sees whom from a matrix."""
@@ -150,6 +158,21 @@ def _with_values(state: Any, values: Params) -> Any:
 def _even(inputs: Array, marks: Marks) -> tuple[jax.Array, Marks]:
     """Tokens and their marks with padding at the end where the mesh splits time unevenly."""
     return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, marks))
+
+
+_UNROLLED = 8
+"""Most layers that a CPU's program holds one after the other."""
+
+
+def _unrolled(config: DecoderConfig) -> int:
+    """How many layers the loop over them does at a time.
+
+    On a CPU the loop copies what each layer's backward pass needs into one array for all and out
+    again: a twelfth of a small model's step. Accelerators write it where it belongs. Deep models
+    stay in the loop everywhere, since a program as long as they are deep takes long to compile.
+    """
+    few = config.num_layers <= _UNROLLED and current_device()[0] == "cpu"
+    return config.num_layers if few else 1
 
 
 def _layer(stacked: Any, layer: int) -> Any:
@@ -296,6 +319,7 @@ class Decoder:
         view_of, kind = self._views(marks)
 
         def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
+            x = checkpoint_name(x, "block_input")
             x, routing = self._block(layer)(x, view_of(trait), kind)
             return constrain(x, "rows length hidden"), routing if collect else None
 
@@ -315,7 +339,8 @@ class Decoder:
             nothing = Routing(zeros, zeros)
         x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
         carry = (x, nothing)
-        (x, total), _ = jax.lax.scan(step, carry, (params["blocks"], layer_traits(config)))
+        layers = (params["blocks"], layer_traits(config))
+        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=_unrolled(config))
         return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
 
     def _views(self, marks: Marks) -> tuple[Callable[[Any], View], str]:

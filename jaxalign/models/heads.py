@@ -98,16 +98,8 @@ def target_logprobs(
         wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
         hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
         targets = jnp.take_along_axis(targets, order, axis=1)
-    if chunk is None:
-        logits = CHUNK_LOGITS * parts
-        most = CHUNK_POSITIONS if mask is None else MASKED_CHUNK_POSITIONS
-        chunk = min(most, max(1, logits // (shape[0] * head.shape[1])))
-    else:
-        chunk = max(1, chunk * rows // shape[0])
-    count = math.ceil(shape[1] / chunk)
-    if mask is None:
-        chunk = math.ceil(shape[1] / count)  # equal chunks: less padding
-    chunk = min(chunk, shape[1])
+    chunk = None if chunk is None else max(1, chunk * rows // shape[0])
+    chunk, count = head_chunks(*shape, head.shape[1], parts, chunk, masked=mask is not None)
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
@@ -126,6 +118,29 @@ def target_logprobs(
         return constrain(x.reshape(rows, length), "rows length")
 
     return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
+
+
+def head_chunks(
+    lines: int, positions: int, vocabulary: int, parts: int, chunk: int | None = None, *,
+    masked: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """How the head cuts up its positions: (positions of a line at a time, how many times).
+
+    Args:
+      lines: rows, or parts of rows.
+      positions: of a line.
+      vocabulary: logits of a position.
+      parts: over how many devices the lines are split.
+      chunk: positions at a time; None: as `target_logprobs` chooses.
+      masked: not all positions are wanted.
+    """
+    if chunk is None:
+        most = MASKED_CHUNK_POSITIONS if masked else CHUNK_POSITIONS
+        chunk = min(most, max(1, CHUNK_LOGITS * parts // (lines * vocabulary)))
+    count = math.ceil(positions / chunk)
+    if not masked:
+        chunk = math.ceil(positions / count)  # equal chunks: less padding
+    return min(chunk, positions), count
 
 
 @jax.custom_vjp

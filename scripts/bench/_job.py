@@ -162,7 +162,9 @@ ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)
 """Keeps glibc from giving memory back after every tensor, whose page faults slow torch on a CPU."""
 
 
-def carry_out(side: str, python: str, folder: pathlib.Path, threads: int) -> dict[str, Any]:
+def carry_out(
+    side: str, python: str, folder: pathlib.Path, threads: int, devices: int = 1
+) -> dict[str, Any]:
     """Runs one side of a job, unless it is done already; gives its `done.json`.
 
     Args:
@@ -170,6 +172,7 @@ def carry_out(side: str, python: str, folder: pathlib.Path, threads: int) -> dic
       python: the interpreter of that side's virtual environment.
       folder: holds `job.json`.
       threads: cores that the side may use.
+      devices: of ours: how many CPU devices it sees.
     """
     done = folder / side / "done.json"
     if not done.exists():
@@ -178,6 +181,7 @@ def carry_out(side: str, python: str, folder: pathlib.Path, threads: int) -> dic
         if side.endswith("ours"):
             paths = [str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+            env.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
         else:
             env |= ALLOCATOR | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             env.pop("PYTHONPATH", None)

@@ -20,6 +20,7 @@ from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
+from jaxalign.sharding import shard_batch
 
 
 class Update(NamedTuple):
@@ -73,7 +74,7 @@ def updates(job: Job) -> list[Update]:
         return [Update(pairs, g, len(g), slots) for pairs, g in zip(parts, laid, strict=True)]
     pairs = load_pairs(job.train).take(0, len(parts) * job.pairs)
     laid = groups(pairs)
-    rows = math.ceil(len(laid) / len(parts))
+    rows = math.ceil(len(laid) / len(parts) / job.threads) * job.threads
     slots = max(map(len, laid))
     return [Update(pairs, laid[at : at + rows], rows, slots) for at in range(0, len(laid), rows)]
 
@@ -101,13 +102,14 @@ class Steps:
     def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows not in self._compiled:
-            parts = rows // self._job.row_group if self._job.row_group else 1
+            parts = _parts(rows, self._job.row_group, jax.device_count())
             if self._job.algorithm == "reward":
                 step = reward.make_step(self._model, self._tx, micro_batches=parts)
             else:
                 config = dpo.Config(beta=self._job.beta)
                 step = dpo.make_step(self._model, self._tx, config, micro_batches=parts)
             self._compiled[rows] = ja.compile_step(step, state)
+        batch = shard_batch(batch, self._compiled[rows].mesh)
         if self._prepare is not None:
             batch = self._prepare(reference, batch)
         return self._compiled[rows](state, batch)
@@ -115,6 +117,14 @@ class Steps:
     @property
     def compiles(self) -> int:
         return sum(step.compiles for step in self._compiled.values())
+
+
+def _parts(rows: int, group: int, devices: int) -> int:
+    """The fewest micro-batches of at most `group` rows that divide evenly over the devices."""
+    if not group:
+        return 1
+    fit = [n for n in range(1, rows + 1) if rows % (n * devices) == 0 and rows // n <= group]
+    return fit[0] if fit else rows // devices
 
 
 def score(job: Job, scorer: Any, params: Any, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +154,9 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_job(folder), folder / "ours"
     out.mkdir(exist_ok=True)
-    model, params = ja.load_pretrained(job.model, mesh=ja.make_mesh(), compute_dtype="float32")
+    # A device a core: whatever XLA does not spread over the cores by itself then runs on both.
+    mesh = ja.make_mesh(data=-1, fsdp=1)
+    model, params = ja.load_pretrained(job.model, mesh=mesh, compute_dtype="float32")
     tx = ja.make_optimizer(
         ja.OptimizerConfig(
             learning_rate=job.learning_rate,

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from jaxalign import cli
-from jaxalign.abstract import PARTS
 from jaxalign.algorithms.reference import FollowState
 from jaxalign.config import load_config
-from jaxalign.plan import find_devices, make_plan
+from jaxalign.plan import find_devices, make_plan, parse_topology
+from jaxalign.plan.parts import PARTS
+from jaxalign.plan.topology import nearest_mesh, next_that_holds
 from jaxalign.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -31,8 +32,22 @@ PARAMS = 4 * (2 * EMBEDDING + BLOCKS + NORMS)  # with the output head
 SCORER = 4 * (EMBEDDING + BLOCKS + NORMS + 32 // 8)
 # A device has 1 of 8 rows of 32 tokens: four int32 and a bool a token.
 TOKENS = 32 * (4 * 4 + 1)
-# 32 + 6 − 1 columns: four int32, seven float32, two masks; a score, a temperature, two flags a row.
+# 32 + 6 − 1 columns: four int32, seven float32, two masks; score, temperature, two flags a row.
 ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 2 * 4 + 2
+
+PROGRAMS = {
+    "sft": ["update"],
+    "reward": ["update"],
+    "dpo": ["reference", "update"],
+    "ppo": ["prefill", "decode", "score", "experience", "update"],
+}
+# One row of 32 tokens on a device. Weights: a product forward, two backward; attention: two
+# forward, five backward (the scores are formed again); the head: one and three.
+SFT_FLOPS = (
+    3 * 2 * 32 * 8 * BLOCKS
+    + 2 * 7 * 2 * 32 * 32 * 32
+    + 4 * 2 * 32 * 32 * 260
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +77,8 @@ def adam(params, trees=1):
         ("sft", PARAMS, adam(PARAMS), TOKENS, 0),
         ("reward", SCORER, adam(SCORER), 2 * TOKENS, 0),
         ("dpo", PARAMS, adam(PARAMS), 2 * (TOKENS + 4), PARAMS),
-        ("ppo", PARAMS + SCORER, adam(PARAMS + SCORER, 2), ROLLOUT, PARAMS + SCORER),
+        # the rollout, and one mini-batch of it: here as much again
+        ("ppo", PARAMS + SCORER, adam(PARAMS + SCORER, 2), 2 * ROLLOUT, PARAMS + SCORER),
     ],
 )
 def test_bytes_by_hand(algorithm, params, optimizer, batch, models, shapes, tmp_path):
@@ -75,7 +91,20 @@ def test_bytes_by_hand(algorithm, params, optimizer, batch, models, shapes, tmp_
     assert plan.temporary > params
     assert 0 <= plan.other < 4096
     parts = plan.params + plan.optimizer + plan.batch + plan.models + plan.temporary + plan.other
-    assert plan.total == parts
+    assert plan.total == parts + plan.cache
+    assert (plan.peak, plan.cache) == ("update", 0)
+    names = [program.name for program in plan.programs]
+    assert names == PROGRAMS[algorithm]
+    if algorithm == "sft":
+        assert plan.costs.flops == pytest.approx(SFT_FLOPS, rel=0.02)
+        # FSDP: every weight that is cut is gathered at least once forward and once backward.
+        assert plan.costs.inner > 2 * 7 * 4 * (EMBEDDING + BLOCKS)
+    if algorithm == "ppo":
+        held = {program.name: program.cache for program in plan.programs}
+        # Keys and values, 2 layers of 2 heads of 8, float32; a segment and a position a column.
+        column = 2 * 2 * 2 * 8 * 4
+        assert held["decode"] >= (32 + 6) * column + 32 * column
+        assert held["prefill"] >= 32 * column
     assert plan.compile_seconds > 0
 
 
@@ -130,7 +159,7 @@ def test_the_command(shapes, tmp_path, capsys):
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump(chatmodel.settings("sft", shapes, tmp_path / "run")))
     # Overrides may stand on either side of an option.
-    command = ["plan", "sft", str(path), "data.rows=16", "--devices", "cpu:8"]
+    command = ["plan", "sft", str(path), "data.rows=16", "--topology", "cpu:8"]
     assert cli.main([*command, "data.length=16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["params"], told["batch"]) == (PARAMS, TOKENS)
@@ -152,9 +181,14 @@ def test_an_unknown_option_is_no_override(text, capsys):
     ("name", "message"),
     [
         ("cpu:9", "8 CPU devices.*XLA_FLAGS=--xla_force_host_platform_device_count=9"),
-        ("cpu:0", "wanted cpu:N"),
-        ("v5e", "wanted cpu:N, or a TPU topology"),
-        ("gpu:8", "wanted cpu:N"),
+        ("cpu:0", "wanted one such as"),
+        ("v5e", "no such devices; wanted one such as"),
+        ("gpu:8", "nearest kind is cpu; wanted one such as"),
+        ("v5p-100", "named by TensorCores.*nearest are v5p-64 and v5p-128"),
+        ("v6e-48", "named by chips.*nearest are v6e-32 and v6e-64"),
+        ("v5p:4x4", "slices of v5p are shaped 2x2x1, "),
+        ("h100:16", "a node has 8 GPUs; the nearest is h100:8x2"),
+        ("h100-80g:8", "nearest kind is"),
     ],
 )
 def test_devices_that_are_not_there(name, message):
@@ -162,22 +196,47 @@ def test_devices_that_are_not_there(name, message):
         find_devices(name)
 
 
-def test_without_the_tpu_compiler(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "shape", "devices"),
+    [
+        ("v4-8", (2, 2, 1), 4), ("v5e-16", (4, 4), 16), ("v5p-8", (2, 2, 1), 4),
+        ("v5p-128", (4, 4, 4), 64), ("v5p-4096", (8, 16, 16), 2048), ("v6e-256", (16, 16), 256),
+        ("v5e-16x2", (4, 4), 32), ("v5e:2x4", (2, 4), 8), ("h100:8", (1, 8), 8),
+        ("h100:8x16", (16, 8), 128), ("a100-80g:4", (1, 4), 4), ("cpu:8", (8,), 8),
+    ],
+)  # fmt: skip
+def test_names_of_topologies(name, shape, devices):
+    named = parse_topology(name)
+    assert (named.shape, named.devices) == (shape, devices)
+
+
+def test_the_nearest_that_would_do():
+    assert next_that_holds(parse_topology("v5p-8"), 9) == "v5p-32"
+    assert next_that_holds(parse_topology("v5e-16"), 300) is None
+    assert next_that_holds(parse_topology("h100:4"), 7) == "h100:8"
+    assert next_that_holds(parse_topology("h100:8"), 20) == "h100:8x4"
+    assert nearest_mesh(1, -1, 3, 8) == "data=1 × fsdp=2 × tensor=4"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("libtpu", "v5e-16"), ("jax_cuda12_plugin", "h100:8")]
+)
+def test_without_the_compiler(module, name, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
-    )
-    with pytest.raises(ValueError, match=r'pip install "jaxalign\[plan-tpu\]"'):
-        find_devices("v5e:2x4")
+    gone = (module, "jax_cuda13_plugin")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else find(n))
+    extra = "plan-tpu" if module == "libtpu" else "plan-gpu"
+    with pytest.raises(ValueError, match=rf'pip install "jaxalign\[{extra}\]"'):
+        find_devices(name)
 
 
 @pytest.mark.parametrize(
     ("algorithm", "overrides", "message"),
     [
-        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8"),
+        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8, the nearest is 16"),
         ("sft", ["run.micro_batches=2"], "data.rows=8 .*multiple of 16"),
         ("sft", ["model.source=absent/model.gguf"], "no such folder or .gguf file"),
-        ("sft", ["mesh.tensor=3"], "does not divide the 8 devices"),
+        ("sft", ["mesh.tensor=3"], "does not divide the 8 devices.*nearest mesh for 8 is data=1"),
         ("ppo", ["data.packing=true"], "not packed"),
     ],
 )
@@ -233,8 +292,12 @@ def test_compiles_for_absent_tpus(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("devices", "overrides", "message"),
     [
-        ("v5e:3x5", [], r"'v5e:3x5': the TPU compiler knows no such topology .*; try one such as"),
-        ("v5e:2x4", ["data.rows=8192", "data.length=8192"], r"the step does not fit the device: "),
+        ("v5e:3x5", [], r"'v5e:3x5': slices of v5e are shaped|knows no such devices"),
+        (
+            "v5e:2x4",
+            ["data.rows=8192", "data.length=8192"],
+            r"update does not fit the device: |cannot fit",
+        ),
     ],
 )
 def test_what_the_tpu_compiler_refuses(devices, overrides, message, shapes, tmp_path):

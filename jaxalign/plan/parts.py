@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ from jaxalign.algorithms.step import Step
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
+from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
@@ -47,6 +52,9 @@ class Parts(NamedTuple):
       step: as the algorithm's `make_step` gives it.
       batch: what the step takes.
       models: parameters that a run holds beside the step, for `prepare`.
+      roles: "policy", "critic", "reference", "reward" → (model, its parameters), of those that take
+        part; the reference under adapters is the base.
+      notes: what was assumed, one sentence each.
     """
 
     params: Params
@@ -55,6 +63,8 @@ class Parts(NamedTuple):
     step: Step
     batch: Any
     models: list[Params]
+    roles: dict[str, tuple[Any, Params]]
+    notes: tuple[str, ...] = ()
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
@@ -66,7 +76,8 @@ def _sft(config: Any, mesh: Mesh) -> Parts:
     model, params, frozen = _policy(config, mesh)
     tx = _optimizer(config.optimizer)
     step = sft.make_step(model, tx, config.sft, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _tokens(config.data.rows, config.data.length), [])
+    batch = _tokens(config.data.rows, config.data.length)
+    return Parts(params, frozen, tx, step, batch, [], {"policy": (model, params)})
 
 
 def _reward(config: Any, mesh: Mesh) -> Parts:
@@ -89,21 +100,21 @@ def _reward(config: Any, mesh: Mesh) -> Parts:
     params, frozen = _params(model, mesh, config.model.dtype, fresh_head=fresh)
     tx = _optimizer(config.optimizer)
     step = reward.make_step(model, tx, config.reward, micro_batches=config.run.micro_batches)
-    return Parts(params, frozen, tx, step, _judged(config), [])
+    return Parts(params, frozen, tx, step, _judged(config), [], {"policy": (model, params)})
 
 
 def _dpo(config: Any, mesh: Mesh) -> Parts:
     model, params, frozen = _policy(config, mesh)
     tx = _preference_optimizer(config)
     step = dpo.make_step(model, tx, config.dpo, micro_batches=config.run.micro_batches)
-    batch, models = _pairs(config), []
+    batch, models, roles = _pairs(config), [], {"policy": (model, params)}
     if config.dpo.has_reference:
         pairs = (config.data.rows,) if batch.mask is None else batch.mask.shape
         logps = array(pairs, jnp.float32)
         batch = batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
         if config.reference_cache is None:
-            models = _reference(config, mesh, params, frozen)
-    return Parts(params, frozen, tx, step, batch, models)
+            models, roles["reference"] = _reference(config, mesh, model, params, frozen)
+    return Parts(params, frozen, tx, step, batch, models, roles)
 
 
 def _kto(config: Any, mesh: Mesh) -> Parts:
@@ -114,7 +125,9 @@ def _kto(config: Any, mesh: Mesh) -> Parts:
     per_row = array((config.data.rows,), jnp.float32)
     desirable = array((config.data.rows,), jnp.bool_)
     batch = UnpairedBatch(tokens, desirable, tokens, per_row, per_row)
-    return Parts(params, frozen, tx, step, batch, _reference(config, mesh, params, frozen))
+    models, reference = _reference(config, mesh, model, params, frozen)
+    roles = {"policy": (model, params), "reference": reference}
+    return Parts(params, frozen, tx, step, batch, models, roles)
 
 
 def _preference_optimizer(config: Any) -> Any:
@@ -122,47 +135,65 @@ def _preference_optimizer(config: Any) -> Any:
     return tx if config.reference_sync is None else follow(tx, config.reference_sync)
 
 
-def _reference(config: Any, mesh: Mesh, params: Params, frozen: Params) -> list[Params]:
-    """What a run holds for its reference, beside the step."""
+def _reference(
+    config: Any, mesh: Mesh, model: Decoder, params: Params, frozen: Params
+) -> tuple[list[Params], tuple[Decoder, Params]]:
+    """What a run holds for its reference beside the step, and the reference itself."""
     if config.reference is None:
         # Adapters leave it untouched; a reference that moves is part of the optimizer's state.
-        return [] if frozen or config.reference_sync is not None else [params]
+        held = [] if frozen or config.reference_sync is not None else [params]
+        own = config.reference_sync is not None and bool(frozen)
+        plain = dataclasses.replace(model, lora=None)
+        return held, (model, combine(params, frozen)) if own else (plain, frozen or params)
     reference = _read(config.reference, config.model, mesh)
     if not isinstance(reference, Decoder):
         raise ValueError(
             f"reference={config.reference!r} is a reward model; wanted a language model"
         )
+    loaded = _params(reference, mesh, config.model.dtype)[0]
     # One that moves is copied into the optimizer's state; what was loaded goes.
-    held = _params(reference, mesh, config.model.dtype)[0]
-    return [held] if config.reference_sync is None else []
+    return [loaded] if config.reference_sync is None else [], (reference, loaded)
 
 
 def _ppo(config: Any, mesh: Mesh) -> Parts:
     if config.data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
-    options = config.ppo
+    options, notes = config.ppo, []
     model, policy, base = _policy(config, mesh)
     scorers = [
-        _scorer(spec.source, spec.attributes, config, mesh)
+        _scorer(spec.source, spec.attributes, config, mesh, notes)
         for spec in config.reward_specs()
         if isinstance(spec, ModelReward)
     ]
-    reference = base if base else policy
+    reference = (dataclasses.replace(model, lora=None), base if base else policy)
+    roles = {"policy": (model, policy), "reference": reference}
+    roles |= {f"reward{number or ''}": pair for number, pair in enumerate(scorers)}
     critic = critic_params = critic_tx = None
     if options.has_critic:
-        critic, critic_params = _critic(config, model, mesh)
+        critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
         critic_tx = _optimizer(config.critic_optimizer or config.optimizer)
     warmup = config.critic_warmup * config.ppo_epochs * config.minibatches
     tx = ppo.make_optimizer(_optimizer(config.optimizer), critic_tx, critic_warmup=warmup)
     step = ppo.make_step(model, critic, tx, options, micro_batches=config.run.micro_batches)
-    rows = config.data.rows * options.samples // config.minibatches
+    params = ppo.init_params(policy, critic_params)
+    held = [reference[1], *(scorer_params for _, scorer_params in scorers)]
+    batch = rollout(config, config.data.rows * options.samples // config.minibatches)
+    if config.ptx is not None:
+        batch = batch._replace(ptx=_tokens(config.ptx.rows, config.ptx.length))
+    frozen = {"policy": base} if base else {}
+    return Parts(params, frozen, tx, step, batch, held, roles, tuple(dict.fromkeys(notes)))
+
+
+def rollout(config: Any, rows: int) -> RolloutBatch:
+    """So many rows of a rollout, an answer a row."""
+    options = config.ppo
     tokens = _tokens(rows, config.data.length + options.max_new_tokens - 1)
     per_token = array(tokens.inputs.shape, jnp.float32)
     flags, numbers = array((rows,), jnp.bool_), array((rows,), jnp.float32)
     of_critic = per_token if options.has_critic else None
     filters = options.mask_truncated or options.skip_equal_groups
     scaled = options.normalize_scores or options.reward_clip is not None
-    batch = RolloutBatch(
+    return RolloutBatch(
         tokens,
         old_logprobs=per_token,
         ref_logprobs=per_token,
@@ -179,18 +210,14 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
         scaled_scores=numbers if scaled else None,
         temperature=numbers,
         kl_coef=numbers if options.kl_in == "loss" else None,
-        ptx=None if config.ptx is None else _tokens(config.ptx.rows, config.ptx.length),
     )
-    params = ppo.init_params(policy, critic_params)
-    held = [reference, *(scorer_params for _, scorer_params in scorers)]
-    return Parts(params, {"policy": base} if base else {}, tx, step, batch, held)
 
 
-def _critic(config: Any, policy: Decoder, mesh: Mesh) -> tuple[Scorer, Params]:
+def _critic(config: Any, policy: Decoder, mesh: Mesh, notes: list[str]) -> tuple[Scorer, Params]:
     """The critic of a PPO run, which may be a head on the policy alone."""
     if not config.ppo.shared_critic and config.critic != "policy":
         source, weights = config.critic_start()
-        return _scorer(source, weights, config, mesh)
+        return _scorer(source, weights, config, mesh, notes)
     critic = Scorer(dataclasses.replace(policy, lora=None))
     params, _ = _params(critic, mesh, config.model.dtype, fresh_head=True)
     return critic, {"score": params["score"]} if config.ppo.shared_critic else params
@@ -207,13 +234,15 @@ PARTS: dict[str, Callable[[Any, Mesh], Parts]] = {
 
 
 def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
-    """A model by its shape alone; the hub is asked for `config.json` only."""
-    path = locate(source, ("config.json",))
-    if path.is_dir():
-        hf = read_json(path / "config.json")
-    else:
-        with contextlib.closing(GGUFFile(path)) as file:
-            hf = file.config
+    """A model by its shape alone: from the package, else from its `config.json` or GGUF file."""
+    hf, path = known_shape(source), source
+    if hf is None:
+        path = locate(source, ("config.json",))
+        if path.is_dir():
+            hf = read_json(path / "config.json")
+        else:
+            with contextlib.closing(GGUFFile(path)) as file:
+                hf = file.config
     try:
         shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
         attributes = families.attributes_of(hf) if scorer else ()
@@ -222,8 +251,22 @@ def _read(source: str, config: Any, mesh: Mesh) -> Decoder | Scorer:
     compute = config.compute_dtype
     if compute is None:
         compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    model = Decoder(shape, compute_dtype=compute, remat=config.remat)
+    model = Decoder(shape, compute_dtype=compute, remat=config.remat, attention=config.attention)
     return Scorer(model, attributes) if scorer else model
+
+
+def known_shape(source: str) -> dict[str, Any] | None:
+    """`config.json` of a hub id that the package knows, so that planning needs no hub."""
+    return None if pathlib.Path(source).exists() else _shapes().get(source)
+
+
+@functools.lru_cache
+def _shapes() -> dict[str, dict[str, Any]]:
+    found = {}
+    for file in (importlib.resources.files("jaxalign.plan") / "shapes").iterdir():
+        shape = json.loads(file.read_text(encoding="utf-8"))
+        found |= dict.fromkeys(shape.pop("_names"), shape)
+    return found
 
 
 def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
@@ -237,9 +280,15 @@ def _policy(config: Any, mesh: Mesh) -> tuple[Decoder, Params, Params]:
 
 
 def _scorer(
-    source: str, weights: dict[str, float] | None, config: Any, mesh: Mesh
+    source: str, weights: dict[str, float] | None, config: Any, mesh: Mesh, notes: list[str]
 ) -> tuple[Scorer, Params]:
-    model = _read(source, config.model, mesh)
+    if known_shape(config.model.source) is not None and not pathlib.Path(source).exists():
+        # The policy's weights are not here either: nothing of this run is.
+        notes.append(f"reward model {source!r} is not there: taken to be shaped like the policy")
+        model = _read(config.model.source, config.model, mesh)
+        model = model if isinstance(model, Scorer) else Scorer(model)
+    else:
+        model = _read(source, config.model, mesh)
     if not isinstance(model, Scorer):
         raise ValueError(f"{source!r} is a language model without a score; wanted a reward model")
     if len(model.attributes) > 1 and weights is None:

@@ -1,0 +1,172 @@
+"""Adam whose two moments take 2 bytes each (bfloat16) or 1 (int8), rounded at random.
+
+    m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   update = m̂ / (√v̂ + ε)
+
+(Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1), in float32; only what is kept
+between two updates is small. With β₂ = 0.999 a step changes v by a thousandth of itself, less than
+half of what either form can tell apart, so that rounding to the nearest would keep v where it is
+for ever. Values are therefore rounded up or down at random with the odds that make the expectation
+exact (Gupta et al. 2015, https://arxiv.org/abs/1502.02551, §3.1). The random numbers are a function
+of the update's number: a resumed run draws the same, on any mesh.
+
+int8 is a logarithmic form over a float32 scale s, the largest magnitude of each row (the last axis
+of a parameter): block-wise quantisation with a non-linear map, as 8-bit Adam has it (Dettmers et
+al. 2022, https://arxiv.org/abs/2110.02861, §2), with these maps:
+
+    m = sign(c) · s · 2^((|c| − 127) / 6),   c ∈ −127 … 127      21 octaves, steps of 12 %
+    v = s · 2^((c − 255) / 8),               c ∈ 0 … 255         32 octaves, steps of 9 %
+
+c = 0 is zero. A v below the last octave is rounded up, so that no update is divided by too little.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.types import Array
+
+MOMENTS = ("float32", "bfloat16", "int8")
+"""How Adam's moments may be kept."""
+
+_M_LEVELS, _M_OCTAVE = 127, 6
+_V_LEVELS, _V_OCTAVE = 255, 8
+
+
+class SmallMoments(NamedTuple):
+    """What is kept between two updates.
+
+    Attributes:
+      count: updates so far, int32.
+      mu, nu: m and v, shaped as the parameters: bfloat16, or the codes, int8 and uint8.
+      mu_scale, nu_scale: s of each row, float32 `[…, 1]`; None in bfloat16.
+    """
+
+    count: Array
+    mu: Any
+    nu: Any
+    mu_scale: Any = None
+    nu_scale: Any = None
+
+
+def scale_by_small_adam(
+    kind: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Like `optax.scale_by_adam`, with the moments kept in "bfloat16" or "int8".
+
+    Raises:
+      ValueError: another kind.
+    """
+    if kind not in ("bfloat16", "int8"):
+        raise ValueError(f"moments={kind!r}: wanted bfloat16 or int8")
+
+    def init(params: Any) -> SmallMoments:
+        count = jnp.zeros((), jnp.int32)
+        if kind == "bfloat16":
+            zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.bfloat16), params)
+            return SmallMoments(count, zeros, jax.tree.map(jnp.copy, zeros))
+
+        def make(dtype: Any) -> Any:
+            return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), dtype), params)
+
+        def scales() -> Any:
+            return jax.tree.map(lambda p: jnp.zeros(_row(jnp.shape(p)), jnp.float32), params)
+
+        return SmallMoments(count, make(jnp.int8), make(jnp.uint8), scales(), scales())
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SmallMoments]:
+        del params
+        count = state.count + 1
+        leaves, tree = jax.tree.flatten(updates)
+        kept = [
+            [None] * len(leaves) if part is None else tree.flatten_up_to(part) for part in state[1:]
+        ]
+        key = jax.random.fold_in(jax.random.key(0), count)
+        first, second = 1 - jnp.float32(b1) ** count, 1 - jnp.float32(b2) ** count
+        made, news = [], []
+        for number, (g, mu, nu, mu_scale, nu_scale) in enumerate(zip(leaves, *kept, strict=True)):
+            g = g.astype(jnp.float32)
+            m = b1 * _decode_m(mu, mu_scale) + (1 - b1) * g
+            v = b2 * _decode_v(nu, nu_scale) + (1 - b2) * jnp.square(g)
+            made.append((m / first) / (jnp.sqrt(v / second) + eps))
+            m_key, v_key = jax.random.split(jax.random.fold_in(key, number))
+            if kind == "bfloat16":
+                news.append((_to_bfloat16(m_key, m), _to_bfloat16(v_key, v), None, None))
+            else:
+                m_code, m_scale = encode_m(m_key, m)
+                v_code, v_scale = encode_v(v_key, v)
+                news.append((m_code, v_code, m_scale, v_scale))
+        parts = [
+            None if kept[i] and kept[i][0] is None else tree.unflatten([new[i] for new in news])
+            for i in range(4)
+        ]
+        return tree.unflatten(made), SmallMoments(count, *parts)
+
+    return optax.GradientTransformation(init, update)
+
+
+def encode_m(key: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """m → (codes int8, scales float32 `[…, 1]`); the codes' expectation is m."""
+    scale, size = _scaled(m)
+    code = _levels(key, size, _M_LEVELS, _M_OCTAVE, floor=0)
+    return (jnp.sign(m) * code).astype(jnp.int8), scale
+
+
+def encode_v(key: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """v ≥ 0 → (codes uint8, scales float32 `[…, 1]`); only 0 becomes 0."""
+    scale, size = _scaled(v)
+    return _levels(key, size, _V_LEVELS, _V_OCTAVE, floor=1).astype(jnp.uint8), scale
+
+
+def decode_m(code: jax.Array, scale: jax.Array) -> jax.Array:
+    """Codes and scales → m, float32."""
+    code = code.astype(jnp.float32)
+    return jnp.sign(code) * scale * _value(jnp.abs(code), _M_LEVELS, _M_OCTAVE)
+
+
+def decode_v(code: jax.Array, scale: jax.Array) -> jax.Array:
+    """Codes and scales → v, float32."""
+    return scale * _value(code.astype(jnp.float32), _V_LEVELS, _V_OCTAVE)
+
+
+def _row(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], 1) if shape else ()
+
+
+def _decode_m(kept: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return kept.astype(jnp.float32) if scale is None else decode_m(kept, scale)
+
+
+def _decode_v(kept: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return kept.astype(jnp.float32) if scale is None else decode_v(kept, scale)
+
+
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest magnitude of each row, and magnitudes as parts of it."""
+    size = jnp.abs(x)
+    scale = jnp.max(size, axis=-1, keepdims=True) if x.ndim else size
+    return scale, size / jnp.where(scale > 0, scale, 1.0)
+
+
+def _value(code: jax.Array, levels: int, octave: int) -> jax.Array:
+    return jnp.where(code > 0, jnp.exp2((code - levels) / octave), 0.0)
+
+
+def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor: int) -> jax.Array:
+    """Part of the scale, 0 to 1 → 0 … levels; nothing but 0 falls below `floor`."""
+    exact = levels + octave * jnp.log2(jnp.where(part > 0, part, 1.0))
+    lower = jnp.clip(jnp.floor(exact), 0, levels - 1)
+    low, high = (_value(x, levels, octave) for x in (lower, lower + 1))
+    up = jax.random.uniform(key, part.shape) * (high - low) < part - low
+    return jnp.where(part > 0, jnp.maximum(lower + up, floor), 0.0)
+
+
+def _to_bfloat16(key: jax.Array, x: jax.Array) -> jax.Array:
+    """float32 → bfloat16, up or down: what is cut off, plus a random number, carries or not."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    kept = (bits + noise) >> 16
+    return jax.lax.bitcast_convert_type(kept.astype(jnp.uint16), jnp.bfloat16)

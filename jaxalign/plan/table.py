@@ -1,0 +1,79 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxalign.plan.chips import GIB
+
+
+def show(plan: Any, kinds: Sequence[str]) -> str:
+    """The table: memory by kind, programs, collectives, speed, assumptions."""
+    mesh = " × ".join(f"{name}={size}" for name, size in plan.mesh.items())
+    what = "iteration" if plan.algorithm == "ppo" else "step"
+    lines = [f"{plan.algorithm} {what} on {plan.devices}, mesh {mesh}; on each device:"]
+    lines += [f"  {kind:<10} {human(getattr(plan, kind)):>12}" for kind in kinds]
+    lines.append(f"  {'total':<10} {human(plan.total):>12}   while “{plan.peak}” runs")
+    lines.append(f"  {'capacity':<10} {_capacity(plan)}")
+    if plan.host:
+        lines.append(f"  {'on host':<10} {human(plan.host):>12}")
+    lines += ["", *_programs(plan)]
+    lines += ["", *_collectives(plan)]
+    if plan.speed is not None:
+        speed = plan.speed
+        each = ", ".join(f"{name} {t:.3g} s" for name, t in speed.by_resource.items())
+        lines += [
+            "",
+            f"at best {speed.seconds:.3g} s a {what} (bound by {speed.bound}; {each}; "
+            f"{speed.seconds_serial:.3g} s if nothing overlapped): "
+            f"{speed.tokens_per_second:,.0f} tokens/s, MFU {100 * speed.mfu:.0f} %",
+            f"assumed: {speed.assumptions}",
+        ]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines.append(f"compiled in {plan.compile_seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def _capacity(plan: Any) -> str:
+    if plan.capacity is None:
+        return f"{'unknown':>12}"
+    spare = plan.capacity - plan.total
+    told = f"fits, {human(spare)} to spare" if plan.fits else f"DOES NOT FIT, {human(-spare)} over"
+    return f"{human(plan.capacity):>12}   {told}"
+
+
+def _programs(plan: Any) -> list[str]:
+    resident = plan.params + plan.frozen + plan.optimizer + plan.models
+    heads = ("program", "times", "memory", "TFLOP", "GB moved", "compiled")
+    lines: list[str] = ["  {:<12} {:>5} {:>11} {:>10} {:>10} {:>9}".format(*heads)]
+    for one in plan.programs:
+        lines.append(
+            f"  {one.name:<12} {one.times:>5} {human(resident + one.extra):>11} "
+            f"{one.costs.flops / 1e12:>10.3f} {one.costs.bytes / 1e9:>10.2f} {one.seconds:>7.1f} s"
+        )
+    return lines
+
+
+def _collectives(plan: Any) -> list[str]:
+    if not plan.costs.collectives:
+        return ["  no collectives"]
+    inner = "NVLink" if "NVIDIA" in plan.devices else "ICI" if "TPU" in plan.devices else "inner"
+    lines = [f"  {'sent in':<20} {'runs':>8} {'GB ' + inner:>12} {'GB network':>12}"]
+    for kind, traffic in plan.costs.collectives.items():
+        lines.append(
+            f"  {kind:<20} {traffic.count:>8.0f} {traffic.inner / 1e9:>12.3f} "
+            f"{traffic.outer / 1e9:>12.3f}"
+        )
+    return lines
+
+
+def human(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    for unit in ("B", "KiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} MiB"
