@@ -217,6 +217,8 @@ def _tied(pieces: list[_Piece], query: jax.Array, lookout: Lookout) -> tuple[jax
     """
     if all(piece.count == 1 for piece in pieces):
         return query, lookout
+    if lookout.first is None:
+        lookout = lookout._replace(first=jnp.zeros((), jnp.int32))
     return jax.lax.optimization_barrier((query, lookout))
 
 

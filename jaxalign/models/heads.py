@@ -99,7 +99,9 @@ def target_logprobs(
         hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
         targets = jnp.take_along_axis(targets, order, axis=1)
     chunk = None if chunk is None else max(1, chunk * rows // shape[0])
-    chunk, count = head_chunks(*shape, head.shape[1], parts, chunk, masked=mask is not None)
+    chunk, count = head_chunks(
+        shape[0], shape[1], head.shape[1], parts, chunk, masked=mask is not None
+    )
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
