@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxalign import distributed
 
@@ -156,6 +157,31 @@ def _parser() -> argparse.ArgumentParser:
         help="find the N (3) fastest settings that fit: mesh, remat, micro-batches, moments",
     )
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "bench", help="speed and memory of training and generation here, beside the machine's limit"
+    )
+    command.add_argument("config", nargs="?", help="measure this run's own model and data instead")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--what", nargs="+", metavar="WHAT", help="sft reward dpo ppo generate")
+    command.add_argument(
+        "--sizes", nargs="+", metavar="SIZE", help="XS S M 0.5B 1B 3B; S M if none"
+    )
+    command.add_argument(
+        "--layouts", nargs="+", metavar="LAYOUT", help="full padded packed; full packed if none"
+    )
+    for name, what in (
+        ("rows", "rows of a step: pairs, prompts"),
+        ("length", "tokens of a row, or of a prompt"),
+        ("new-tokens", "of an answer"),
+        ("micro-batches", "parts of a step"),
+        ("repeats", "measured steps, of which medians are told"),
+    ):
+        command.add_argument(f"--{name}", type=int, help=what)
+    command.add_argument("--dtype", help="of activations: float32, bfloat16")
+    command.add_argument("--remat", help="none, dots, block, offload")
+    command.add_argument("--out", metavar="FILE", help="append the records to it as JSON lines")
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser(
         "report", help="a run's or a pipeline's curves and figures as one HTML page"
@@ -403,18 +429,9 @@ def _plan(parsed: argparse.Namespace) -> int:
     if kind == "cpu" and count.isdecimal() and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
-    from jaxalign.config import algorithm_of, load_config
-    from jaxalign.config_yaml import override, read_yaml
     from jaxalign.plan import make_plan, search_plans
 
-    path, overrides, algorithm = parsed.config, parsed.overrides, None
-    if path in _COMMANDS:
-        if not overrides:
-            raise ValueError(f"plan {path}: wanted a YAML file behind it")
-        algorithm, (path, *overrides) = path, overrides
-    values = override(read_yaml(path), overrides)
-    algorithm = algorithm or algorithm_of(values, "write it before the file: plan sft FILE")
-    config = load_config(algorithm, values)
+    algorithm, config = _algorithm_and_config(parsed)
 
     def say(text: str) -> None:
         print(f"plan: {text}", file=sys.stderr, flush=True)
@@ -433,6 +450,46 @@ def _plan(parsed: argparse.Namespace) -> int:
         return 0
     plan = make_plan(algorithm, config, parsed.topology, say)
     print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
+    return 0
+
+
+def _algorithm_and_config(parsed: argparse.Namespace) -> tuple[str, Any]:
+    """Of a YAML file, before which the algorithm's name may stand."""
+    from jaxalign.config import algorithm_of, load_config
+    from jaxalign.config_yaml import override, read_yaml
+
+    path, overrides, algorithm = parsed.config, parsed.overrides, None
+    if path in _COMMANDS:
+        if not overrides:
+            raise ValueError(f"{parsed.command} {path}: wanted a YAML file behind it")
+        algorithm, (path, *overrides) = path, overrides
+    values = override(read_yaml(path), overrides)
+    told = f"write it before the file: {parsed.command} sft FILE"
+    algorithm = algorithm or algorithm_of(values, told)
+    return algorithm, load_config(algorithm, values)
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from jaxalign.bench import measure_config, show
+    from jaxalign.bench.command import bench, write
+
+    names = ("rows", "length", "new_tokens", "micro_batches", "repeats", "dtype", "remat")
+    options = {name: getattr(parsed, name) for name in names}
+    if parsed.config is None:
+        what = parsed.what or ["sft", "reward", "dpo", "ppo", "generate"]
+        layouts = parsed.layouts or ["full", "packed"]
+        records = bench(what, parsed.sizes or ["S", "M"], layouts, options, parsed.out)
+        return 1 if any("error" in record for record in records) else 0
+    given = [name for name in names if options[name] is not None and name != "repeats"]
+    given += [name for name in ("what", "sizes", "layouts") if getattr(parsed, name)]
+    if given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} with a configuration: wanted key=value overrides of it"
+        )
+    algorithm, config = _algorithm_and_config(parsed)
+    record = measure_config(algorithm, config, parsed.repeats or 7)
+    write(record, parsed.out)
+    print(show([record]))
     return 0
 
 
