@@ -34,7 +34,7 @@ def llama(
 
 
 SIZES: dict[str, DecoderConfig] = {
-    "XS": llama(256, 64, 2, 4, 128),
+    "XS": llama(256, 64, 2, 4, 128, kv_heads=2),
     "S": llama(8192, 256, 4, 4, 688),
     "M": llama(32000, 512, 8, 8, 1376),
     "0.5B": llama(128256, 1024, 24, 16, 4096, kv_heads=8, tied=True),
