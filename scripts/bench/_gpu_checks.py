@@ -1,7 +1,8 @@
 """Every step's numbers on the accelerator beside a CPU's: python _gpu_checks.py; prints JSON.
 
-Float32 with full precision of matrix products must agree closely; bfloat16 with the attention kernel
-of the device, beside float32 on the CPU, within what bfloat16 rounds. Weights are drawn on the CPU.
+Float32 with full precision of matrix products must agree closely; bfloat16 with the attention
+kernel of the device, beside float32 on the CPU, within what bfloat16 rounds. Weights are drawn on
+the CPU.
 """
 
 from __future__ import annotations

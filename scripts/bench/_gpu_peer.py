@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -177,7 +178,7 @@ def trl_step(job: dict[str, Any]) -> dict[str, Any]:
         callbacks=[Times()],
     )  # fmt: skip
     trainer.train()
-    step = statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
+    step = statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
     return {"step_seconds": step, "tokens_per_second": tokens / step}
 
 
