@@ -58,6 +58,8 @@ PARTS = {
     "page": "report",
     "tasks": "train",
     "data_page": "cli",
+    "cli_answers": "cli",
+    "programs": "sharding",
     "pipeline": "cli",
     "synth": "cli",
     "quickstart": "cli",
