@@ -76,8 +76,8 @@ def test_an_iteration_of_ppo_reads_the_answers_with_every_model():
     assert got.scoring == 2 * one + 2 * headless  # policy and reference; critic and reward model
     assert got.update == 4 * 3 * (one + headless)
     assert got.rollout == one
-    # Both answers to one prompt: its first token, which sees itself, and the last, which sees 5,
-    # are not part of an answer that is being written.
+    # With two answers to a prompt, what no answer's token is chosen from counts once for both: here
+    # the last token of each row, which sees 5.
     shared = ppo_flops(tokens, tiny.DECODER, None, [], epochs=1, samples=2)
     twice = forward_flops(TINY, Work(1.0, 5.0))
     assert shared.rollout == one - twice

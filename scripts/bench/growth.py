@@ -4,8 +4,8 @@
     python scripts/bench/growth.py --work FOLDER --what start        # or rows, memory
 
 rows: time a token of SFT (size S, rows of 256) from 2 to 64 rows, two rows computed at a time; it
-should be flat. memory: peak of the process over rows of 1k to 32k tokens (a small model, one row, no
-recomputation); it should grow with the tokens, not with their square. start: seconds from the
+should be flat. memory: peak of the process over rows of 1k to 32k tokens (a small model, one row,
+no recomputation); it should grow with the tokens, not with their square. start: seconds from the
 command `jaxalign sft` (size S, 8 × 256 tokens) to the end of its first step, without and with the
 compiled programs of an earlier run. Every figure is of a fresh process.
 """
@@ -13,6 +13,7 @@ compiled programs of an earlier run. Every figure is of a fresh process.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -54,10 +55,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     records = done(run_cases(cases))
     peak = {n: r["peak_bytes"] for n, r in zip(lengths, records, strict=True)}
-    slope = {
-        f"{a} to {b}": (peak[b] - peak[a]) / (b - a)
-        for a, b in zip(lengths, lengths[1:], strict=False)
-    }
+    slope = {f"{a} to {b}": (peak[b] - peak[a]) / (b - a) for a, b in itertools.pairwise(lengths)}
     seconds = {n: r["step_seconds"] for n, r in zip(lengths, records, strict=True)}
     return {"peak_bytes": peak, "bytes_a_token": slope, "step_seconds": seconds}
 
