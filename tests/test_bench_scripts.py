@@ -133,7 +133,7 @@ def test_padded_pairs_are_a_row_each(tmp_path):
 
 
 def test_pooled_pairs_make_as_many_updates_of_one_shape(tmp_path):
-    batches, tokens = the_updates(tmp_path, pairs=1, layout="pooled", row_length=8)
+    batches, tokens = the_updates(tmp_path, pairs=1, layout="pooled", row_length=8, threads=1)
     # Two rows in all (4 + 4 and 3), three updates wished for: one row each, none for the third.
     assert [batch.chosen.inputs.shape for batch in batches] == [(1, 8), (1, 8)]
     assert [batch.mask.tolist() for batch in batches] == [[[True, True]], [[True, False]]]

@@ -28,7 +28,7 @@ def _no_models(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("jaxalign.tasks.load_pretrained", refuse)
+    monkeypatch.setattr("jaxalign.tasks.loading.load_pretrained", refuse)
 
 
 def values(tokenizer, algorithm, train, **data):

@@ -6,11 +6,11 @@ import chatmodel
 import jax
 import numpy as np
 import pytest
-from jaxalign.abstract import PARTS
 
 import jaxalign
 from jaxalign.config import load_config
 from jaxalign.models.heads import Scorer
+from jaxalign.plan.parts import PARTS
 from jaxalign.report import make_page
 from jaxalign.sharding import make_mesh
 from jaxalign.tasks import make_task

@@ -236,6 +236,10 @@ def _backward(rule: Rule, saved, gradient):
     to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
     pieces = list(_pieces(rule, query, key))
     query, lookout = _tied(pieces, query, lookout)
+    if all(piece.count == 1 for piece in pieces):
+        # Where layers are not in a loop the compiler sees both passes at once, and would keep the
+        # weights of the first rather than form them again.
+        query, key = jax.lax.optimization_barrier((query, key))
     for piece in pieces:
         keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
 

@@ -42,7 +42,7 @@ def on_mesh(case, name):
     return compile_step(step, state, mesh), lambda: case.state(shardings)
 
 
-def same(expected, got, rtol=1e-5, moved=1e-6):
+def same(expected, got, rtol=1e-5):
     """Metrics to `rtol` relative; parameters after the step to the same, in units of the step."""
     (params, metrics), (state, got_metrics) = expected, got
     assert set(metrics) == set(got_metrics)
@@ -50,8 +50,9 @@ def same(expected, got, rtol=1e-5, moved=1e-6):
         np.testing.assert_allclose(got_metrics[name], value, rtol, 1e-6, err_msg=name)
     for path, want in jax.tree_util.tree_leaves_with_path(params):
         have = functools.reduce(lambda tree, key: tree[key.key], path, state.params)
-        # One step moves a parameter by up to 1e-2 (the learning rate); 1e-6 is 1e-4 of that.
-        np.testing.assert_allclose(have, want, 1e-6, moved, err_msg=str(path))
+        # One step moves a parameter by up to 1e-2 (the learning rate); 2e-6 is 2e-4 of that. Adam's
+        # first step divides a gradient by its own size, and so shows the rounding of a small one.
+        np.testing.assert_allclose(have, want, 1e-6, 2e-6, err_msg=str(path))
 
 
 def test_expected_step_moves_and_weighs(case, expected):
