@@ -304,6 +304,28 @@ def test_ranked_and_step_batches():
     assert plain(StepBatch(tokens, ranks, ranks > 0)) == [[("", [1, 2], [0, 1])]]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "options", "row", "shown"),
+    [
+        ("kto", {}, {"prompt": "hi", "completion": "ok", "label": True}, 1),
+        (
+            "reward",
+            {"objective": "ranking"},
+            {"prompt": "hi", "answers": ["a", "b", "c"], "ranks": [1, 2, 3]},
+            3,
+        ),
+    ],
+    ids=["kto", "ranking"],
+)
+def test_answers_that_are_no_pairs(tokenizer, tmp_path, algorithm, options, row, shown):
+    path = rows(tmp_path, "rows.jsonl", *[row] * 4)
+    given = values(tokenizer, algorithm, [path]) | {algorithm: options}
+    if shown > 1:
+        given["answers"] = shown
+    (view,) = inspect_data(given, examples=100)
+    assert sum(map(len, view.examples)) == 4 * shown
+
+
 def test_the_command_and_training_read_the_same(tokenizer, tmp_path):
     """Lengths against the batch functions themselves."""
     sources = [str(EXAMPLES / "en" / "preferences.jsonl")]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxalign import distributed
-from jaxalign.config import DataConfig, DPORun, PPORun, RewardRun, SFTRun
-from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches
+from jaxalign.config import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
+from jaxalign.data import (
+    Batches,
+    graded_batches,
+    preference_batches,
+    prompt_batches,
+    ranked_batches,
+    sft_batches,
+    step_batches,
+    unpaired_batches,
+)
 from jaxalign.export import run_tokenizer
 from jaxalign.sharding import part_of_rows
 
@@ -19,12 +29,22 @@ def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
     """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
     makers: dict[type, Callable[..., Batches[Any]]] = {
         SFTRun: sft_batches,
-        RewardRun: preference_batches,
         DPORun: preference_batches,
+        KTORun: unpaired_batches,
         PPORun: prompt_batches,
     }
+    make = judgements(config) if isinstance(config, RewardRun) else makers[type(config)]
     tok = run_tokenizer(config.model)
-    return tok, *make_data(makers[type(config)], config, tok)
+    return tok, *make_data(make, config, tok)
+
+
+def judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
+    """What makes the batches that a reward model's objective learns from."""
+    if config.reward.objective == "regression":
+        return functools.partial(graded_batches, attributes=config.reward.attributes)
+    if config.reward.objective == "ranking":
+        return functools.partial(ranked_batches, answers=config.answers)
+    return step_batches if config.reward.objective == "steps" else preference_batches
 
 
 def make_data(

@@ -13,7 +13,7 @@ from jaxalign.data import preference_batches
 from jaxalign.references import hold_reference, keep_reference, reference_optimizer
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy, reference_model
-from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
 
 
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:
@@ -44,18 +44,8 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         prepare = lambda state, batch: add(reference.params(state), batch)  # noqa: E731
     else:
         prepare = lambda state, batch: batch  # noqa: E731
-    return Task(
-        state,
-        step,
-        batches=batches,
-        total=total,
-        loop={},
-        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=evaluator(
-            dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out)),
-            held_out,
-            mesh,
-            prepare,
-        ),
-        export=exporter(loaded.model, loaded.tok),
+    loss = dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out))
+    evaluate = evaluator(loss, held_out, mesh, prepare)
+    return updates_task(
+        loaded, state, step, batches, total=total, evaluate=evaluate, prepare=prepare
     )

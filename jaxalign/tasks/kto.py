@@ -12,7 +12,7 @@ from jaxalign.data import unpaired_batches
 from jaxalign.references import hold_reference, reference_optimizer
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy, reference_model
-from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
 
 
 def kto_task(config: KTORun, mesh: Mesh) -> Task:
@@ -32,18 +32,8 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     state, reference = hold_reference(config, loaded, state, load)
     add = kto.make_prepare(loaded.model, reference.model)
     prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
-    return Task(
-        state,
-        step,
-        batches=batches,
-        total=total,
-        loop={},
-        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
-        evaluate=evaluator(
-            kto.make_loss(loaded.model, config.kto, sources=names_of(held_out)),
-            held_out,
-            mesh,
-            prepare,
-        ),
-        export=exporter(loaded.model, loaded.tok),
+    loss = kto.make_loss(loaded.model, config.kto, sources=names_of(held_out))
+    evaluate = evaluator(loss, held_out, mesh, prepare)
+    return updates_task(
+        loaded, state, step, batches, total=total, evaluate=evaluate, prepare=prepare
     )

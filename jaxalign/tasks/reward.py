@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
 from jaxalign.config import RewardRun
-from jaxalign.data import Batches, graded_batches, preference_batches, ranked_batches, step_batches
 from jaxalign.heldout import HeldOut
-from jaxalign.tasks.data import make_data, total_of
+from jaxalign.tasks.data import judgements, make_data, total_of
 from jaxalign.tasks.loading import load, with_head
 from jaxalign.tasks.task import Task, exporter, optimizer, start
 
@@ -20,7 +15,7 @@ from jaxalign.tasks.task import Task, exporter, optimizer, start
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     """Reward model: every batch of judged answers is one update."""
     loaded = with_head(load(config.model, mesh, config.run.seed), mesh, config)
-    batches, held_out = make_data(_judgements(config), config, loaded.tok, mesh)
+    batches, held_out = make_data(judgements(config), config, loaded.tok, mesh)
     total = total_of(config, batches)
     tx = optimizer(config.optimizer, total)
     micro = config.run.micro_batches
@@ -44,12 +39,3 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         export=exporter(loaded.model, loaded.tok),
         details=None if measure is None else measure.details,
     )
-
-
-def _judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
-    """What makes the batches that the objective learns from."""
-    if config.reward.objective == "regression":
-        return functools.partial(graded_batches, attributes=config.reward.attributes)
-    if config.reward.objective == "ranking":
-        return functools.partial(ranked_batches, answers=config.answers)
-    return step_batches if config.reward.objective == "steps" else preference_batches

@@ -9,7 +9,7 @@ from jaxalign.config import SFTRun
 from jaxalign.data import sft_batches
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy
-from jaxalign.tasks.task import Task, evaluator, exporter, optimizer, start
+from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
 
 
 def sft_task(config: SFTRun, mesh: Mesh) -> Task:
@@ -18,25 +18,13 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     batches, held_out = make_data(sft_batches, config, loaded.tok, mesh)
     total = total_of(config, batches)
     tx = optimizer(config.optimizer, total)
-    return Task(
-        *start(
-            loaded,
-            tx,
-            sft.make_step(
-                loaded.model,
-                tx,
-                config.sft,
-                micro_batches=config.run.micro_batches,
-                sources=batches.sources,
-            ),
-            mesh,
-        ),
-        batches=batches,
-        total=total,
-        loop={},
-        expand=lambda key, state, batch, loop: ([batch], {}),
-        evaluate=evaluator(
-            sft.make_loss(loaded.model, config.sft, sources=names_of(held_out)), held_out, mesh
-        ),
-        export=exporter(loaded.model, loaded.tok),
+    micro = config.run.micro_batches
+    state, step = start(
+        loaded,
+        tx,
+        sft.make_step(loaded.model, tx, config.sft, micro_batches=micro, sources=batches.sources),
+        mesh,
     )
+    loss = sft.make_loss(loaded.model, config.sft, sources=names_of(held_out))
+    evaluate = evaluator(loss, held_out, mesh)
+    return updates_task(loaded, state, step, batches, total=total, evaluate=evaluate)

@@ -92,6 +92,29 @@ def evaluator(
     return run
 
 
+def updates_task(
+    loaded: Loaded,
+    state: TrainState,
+    step: CompiledStep,
+    batches: Batches[Any],
+    *,
+    total: int,
+    evaluate: Callable[[TrainState, Loop], Floats] | None,
+    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
+) -> Task:
+    """The task in which every batch, once prepared, is one update."""
+    return Task(
+        state,
+        step,
+        batches=batches,
+        total=total,
+        loop={},
+        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        evaluate=evaluate,
+        export=exporter(loaded.model, loaded.tok),
+    )
+
+
 def exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
     """Writes the trained weights, adapters folded in, in Hugging Face form."""
 
