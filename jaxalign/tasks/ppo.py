@@ -60,7 +60,14 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     # One table of rows for all prompts: training data, then held-out data.
     rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
     reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
-    prepare = ppo.make_prepare(loaded.model, critic, reward, options, reference=reference)
+    prepare = ppo.make_prepare(
+        loaded.model,
+        critic,
+        reward,
+        options,
+        reference=reference,
+        rollout_rules=config.mesh.rules_of.get("rollout"),
+    )
     dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 
