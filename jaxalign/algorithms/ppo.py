@@ -49,6 +49,7 @@ from jaxalign.algorithms.rollout import (
 )
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
+from jaxalign.axis_rules import Rules
 from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.sft import nll
@@ -209,6 +210,7 @@ def make_prepare(
     *,
     reference: LanguageModel | None = None,
     rollout_mesh: Mesh | None = None,
+    rollout_rules: Rules | None = None,
 ) -> Callable[..., RolloutBatch]:
     """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
@@ -223,6 +225,7 @@ def make_prepare(
       config: options.
       reference: the model of `ref_params`; None: the policy's.
       rollout_mesh: where answers are written, see `sample`; None: where the policy lies.
+      rollout_rules: layouts while they are, see `sample`; None: those of the rest.
 
     Returns:
       `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None,
@@ -265,7 +268,7 @@ def make_prepare(
         heat = jnp.asarray(heat, jnp.float32)
         policy = combine(state.params, state.frozen)["policy"]
         prompts, answers, tokens = draw_answers(
-            key, model, policy, prompts, config, heat, rollout_mesh
+            key, model, policy, prompts, config, heat, rollout_mesh, rollout_rules
         )
         with on_mesh(mesh):
             scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
