@@ -115,7 +115,7 @@ def set_apart(
     dealt: dict[str | None, list[jax.Device]] = {None: [], **{name: [] for name in counts}}
     for host in sorted(hosts):
         mine = [device for device in devices if device.process_index == host]
-        for name, count in reversed(counts.items()):
+        for name, count in reversed(list(counts.items())):
             share = count // len(hosts)
             dealt[name] += mine[-share:]
             mine = mine[:-share]
