@@ -371,7 +371,14 @@ def make_loss(
         heat = config.temperature if batch.temperature is None else jnp.max(batch.temperature)
         coef = config.kl_coef if batch.kl_coef is None else jnp.max(batch.kl_coef)
         logprobs, entropy = target_logprobs(
-            model, policy, hidden, tokens.targets, heat, entropy=True, mask=mask
+            model,
+            policy,
+            hidden,
+            tokens.targets,
+            heat,
+            entropy=True,
+            entropy_gradient=config.entropy_coef != 0,
+            mask=mask,
         )
         # Masked before the arithmetic: what stands in padding must not reach a gradient.
         new, old, ref, advantages = (

@@ -119,6 +119,14 @@ class Job:
         return [data.take(at, at + self.pairs) for at in starts]
 
 
+def micro_batches(rows: int, group: int, devices: int) -> int:
+    """The fewest micro-batches of at most `group` rows that divide evenly over the devices."""
+    if not group:
+        return 1
+    fit = [n for n in range(1, rows + 1) if rows % (n * devices) == 0 and rows // n <= group]
+    return fit[0] if fit else rows // devices
+
+
 def write_job(folder: pathlib.Path, job: Any) -> None:
     """Writes `job.json`; refuses to mix with the results of another job."""
     text = json.dumps(dataclasses.asdict(job), indent=1) + "\n"
