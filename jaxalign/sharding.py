@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import host_rows
-from jaxalign.axis_rules import RULES as RULES
 from jaxalign.axis_rules import Rules, current_rules, keep_rules, use_rules
 from jaxalign.meshes import describe, make_mesh
 from jaxalign.types import TrainState

@@ -17,6 +17,7 @@ from jaxalign.axis_rules import RULES, current_rules, use_rules
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge
 from jaxalign.models.cache import split
+from jaxalign.models.heads import target_logprobs
 from jaxalign.references import hold_reference
 from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import (
@@ -27,6 +28,7 @@ from jaxalign.sharding import (
     param_shardings,
     partition_spec,
     relaid,
+    shard_batch,
 )
 from jaxalign.shards import map_row_shards
 from jaxalign.tasks.actors import start_critic, start_reference
@@ -140,6 +142,20 @@ def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, me
             lambda x, weights, first: x, [x], weights, {"up": "expert hidden mlp"},
             summed="mlp", spread="expert",
         )  # fmt: skip
+
+
+def test_a_vocabulary_over_the_axis_of_rows_is_read_whole():
+    """Each device has other rows: parts of the vocabulary cannot be joined between them."""
+    model, rng = tiny.DECODER, np.random.default_rng(0)
+    params = tiny.random_params(model)
+    hidden = rng.normal(size=(8, 4, model.config.hidden_size)).astype(np.float32)
+    targets = rng.integers(0, tiny.VOCAB, (8, 4)).astype(np.int32)
+    read = jax.jit(lambda params, x, y: target_logprobs(model, params, x, y))
+    want = read(params, hidden, targets)
+    mesh = make_mesh(fsdp=8)
+    with jax.set_mesh(mesh), use_rules({"vocab": "fsdp", "embed": None}):
+        placed = jax.device_put(params, param_shardings(model.axes, mesh))
+        np.testing.assert_allclose(read(placed, *shard_batch((hidden, targets), mesh)), want, 1e-5)
 
 
 # In a user's YAML

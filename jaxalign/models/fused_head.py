@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxalign.sharding import RULES, mesh_axes
+from jaxalign.sharding import mesh_axes
 
 Entropy = Literal["none", "value", "gradient"]
 """Whether entropies are computed, and whether a gradient flows through them: that is a second pass
@@ -126,10 +126,12 @@ def _cut(lines: int, head: jax.Array) -> _Cut:
             parts *= mesh.shape[name]
         return () if size % parts else names
 
-    axes = functools.partial(mesh_axes, rules=RULES, mesh=mesh)
+    axes = functools.partial(mesh_axes, mesh=mesh)
     rows = over((*axes("length"), *axes("rows")), lines)
     embed = over(tuple(name for name in axes("embed") if name in rows), head.shape[0])
-    return _Cut(rows, over(axes("vocab"), head.shape[1]), embed)
+    # Parts of the vocabulary are joined between devices that hold the same rows.
+    vocabulary = tuple(name for name in axes("vocab") if name not in rows)
+    return _Cut(rows, over(vocabulary, head.shape[1]), embed)
 
 
 def _logits(
