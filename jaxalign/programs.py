@@ -26,7 +26,7 @@ def keep_programs() -> pathlib.Path | None:
       The folder; None where nothing was changed.
     """
     asked = os.environ.get(FOLDER)
-    if asked == "" or jax.config.jax_compilation_cache_dir is not None:
+    if asked == "" or jax.config.values["jax_compilation_cache_dir"] is not None:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = pathlib.Path(asked or pathlib.Path(home) / "jaxalign" / "programs").expanduser()

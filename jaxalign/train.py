@@ -69,7 +69,7 @@ def train(config: Any, title: str | None = None) -> Result:
         if not distributed.is_main():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        with distributed.guard():
+        with distributed.guard(), config.mesh.use_rules():
             return _train(config, title, stack)
 
 

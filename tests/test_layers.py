@@ -40,6 +40,8 @@ LAYERS = {
 # Files that are parts of one room although they are not in a folder.
 PARTS = {
     "shards": "sharding",
+    "axis_rules": "sharding",
+    "meshes": "sharding",
     "sampling": "generate",
     "decoding": "generate",
     "masked": "types",
@@ -50,6 +52,7 @@ PARTS = {
     "moments": "optim",
     "offload": "optim",
     "config_data": "config",
+    "config_mesh": "config",
     "config_yaml": "config",
     "charts": "report",
     "reference_cache": "train",

@@ -103,7 +103,7 @@ class Case:
         return row_parts(self.shape[0], 2, row_shards(mesh))
 
 
-_DEFAULTS: dict[str, dict[str, int]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"rows": 8, "length": 256},
     "reward": {"rows": 8, "length": 256},
     "dpo": {"rows": 8, "length": 256},
@@ -115,8 +115,8 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 
 def make_case(what: str, size: str, layout: str, options: dict[str, Any]) -> Case:
     """A case with the defaults of what it measures; options that are None keep them."""
-    chosen = {name: value for name, value in options.items() if value is not None}
-    return Case(what=what, size=size, layout=layout, **_DEFAULTS.get(what, {}) | chosen)
+    chosen: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
+    return Case(what=what, size=size, layout=layout, **{**_DEFAULTS.get(what, {}), **chosen})
 
 
 def row_parts(rows: int, group: int, shards: int) -> int:

@@ -85,10 +85,10 @@ class Compiled:
     def __init__(self) -> None:
         self.programs, self.seconds = 0, 0.0
 
-    def __call__(self, event: str, seconds: float, **_: Any) -> None:
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """Is told of everything that JAX times."""
         if event == "/jax/core/compile/backend_compile_duration":
-            self.programs, self.seconds = self.programs + 1, self.seconds + seconds
+            self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
 
 @contextlib.contextmanager

@@ -11,15 +11,30 @@ the backward pass forms the gradient of a recomputed chunk,
 
 with g and e the incoming gradients of log p(y) and H. Chunks past the last position that is wanted
 are skipped while the program runs, so that the cost grows with the trained positions only.
+
+On a mesh every device walks over its own rows and its own part of the vocabulary, and what devices
+owe each other is sent before or after the walk: the head is gathered over the parameters' shards
+once for both passes, its gradient is added up on the device and then reduce-scattered once. Parts
+of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
+
+    Z = log Σ_s exp(Z_s),      Σ_v p_v z_v = Σ_s exp(Z_s − Z) M_s.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxalign.sharding import mesh_axes
+
+Entropy = Literal["none", "value", "gradient"]
+"""Whether entropies are computed, and whether a gradient flows through them: that is a second pass
+over the logits of the backward pass."""
 
 Finish = Callable[[jax.Array], jax.Array]
 """What a model does to its logits, elementwise (a soft-cap); hashable, so that jit can cache."""
@@ -33,7 +48,7 @@ def identity(logits: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def fused_logprobs(
     chunk: int,
-    entropy: bool,
+    entropy: Entropy,
     finish: Finish,
     hidden: jax.Array,
     head: jax.Array,
@@ -45,7 +60,8 @@ def fused_logprobs(
 
     Args:
       chunk: positions of every row that are computed at a time; divides N.
-      entropy: whether to compute the second result, which is 0 otherwise.
+      entropy: "none": the second result is 0; "value": it is computed, and no gradient flows
+        through it; "gradient".
       finish: applied to the raw logits.
       hidden: `[R, N, D]`.
       head: `[D, V]`, in the dtype of `hidden`.
@@ -60,6 +76,64 @@ def fused_logprobs(
     return _forward(chunk, entropy, finish, hidden, head, targets, temperature, wanted)[0]
 
 
+class _Cut(NamedTuple):
+    """How the work is cut up over the mesh in context; mesh axes, none of them where it is not.
+
+    Attributes:
+      rows: that rows are split over.
+      vocabulary: that columns of the head are.
+      embed: those of `rows` that the head's rows lie over between steps.
+    """
+
+    rows: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+
+    def run(self, work: Callable[..., Any], kinds: str, made: str, *args: Any) -> Any:
+        """Runs `work` on each device with its part of every argument.
+
+        Args:
+          work: the function.
+          kinds: a letter for each argument: r: its first axis is rows; h: a head, or its gradient,
+            as it lies between steps; g: a head, gathered but for the vocabulary; s: the same on
+            every device.
+          made: the same of its results.
+          *args: the arguments.
+        """
+        if not self.rows and not self.vocabulary:
+            return work(*args)
+        columns = self.vocabulary or None
+        specs = {
+            "r": PartitionSpec(self.rows or None),
+            "h": PartitionSpec(self.embed or None, columns),
+            "g": PartitionSpec(None, columns),
+            "s": PartitionSpec(),
+        }
+        into, out = (tuple(specs[kind] for kind in told) for told in (kinds, made))
+        # What is whole on several devices is computed alike on all of them; nothing checks it.
+        return jax.shard_map(work, in_specs=into, out_specs=out, check_vma=False)(*args)
+
+
+def _cut(lines: int, head: jax.Array) -> _Cut:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _Cut()
+
+    def over(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+        names = tuple(name for name in names if mesh.shape[name] > 1)
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        return () if size % parts else names
+
+    axes = functools.partial(mesh_axes, mesh=mesh)
+    rows = over((*axes("length"), *axes("rows")), lines)
+    embed = over(tuple(name for name in axes("embed") if name in rows), head.shape[0])
+    # Parts of the vocabulary are joined between devices that hold the same rows.
+    vocabulary = tuple(name for name in axes("vocab") if name not in rows)
+    return _Cut(rows, over(vocabulary, head.shape[1]), embed)
+
+
 def _logits(
     finish: Finish, hidden: jax.Array, head: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
@@ -70,34 +144,73 @@ def _logits(
 
 
 def _forward(
-    chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
+    chunk: int, entropy: Entropy, finish: Finish, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
 ):  # fmt: skip
-    zeros = jnp.zeros(targets.shape, jnp.float32)
+    cut = _cut(hidden.shape[0], head)
+    work = functools.partial(_read, chunk, entropy, finish, cut)
+    args = (hidden, head, targets, temperature, wanted)
+    chosen, logz, mean, whole = cut.run(work, "rhrss", "rrrg", *args)
+    saved = (hidden, whole, *args[2:], logz, mean)
+    return (chosen - logz, mean if entropy == "none" else logz - mean), saved
+
+
+def _read(
+    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
+    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """One device's z_y, logsumexp(z) and Σ p·z, joined with those of the other parts of the
+    vocabulary; and the gathered head, for the backward pass."""
+    zeros, shared = jnp.zeros(targets.shape, jnp.float32), cut.vocabulary
+    if cut.embed:
+        head = jax.lax.all_gather(head, cut.embed, axis=0, tiled=True)
+    columns, first = head.shape[1], _first(head, shared)
 
     def one(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         part = functools.partial(_part, i, chunk)
         logits, _ = _logits(finish, part(hidden), head, temperature)
         logz = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, part(targets)[..., None], axis=-1, mode="clip")
-        results = [chosen[..., 0] - logz, logz]
-        if entropy:
+        column = part(targets) - first
+        chosen = jnp.take_along_axis(logits, column[..., None], axis=-1, mode="clip")[..., 0]
+        if shared:
+            chosen = jnp.where((column >= 0) & (column < columns), chosen, 0.0)
+        results = [chosen, logz]
+        if entropy != "none":
             results.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         return tuple(put(old, new, i * chunk) for old, new in zip(done, results, strict=True))
 
-    start = (zeros,) * (3 if entropy else 2)
+    start = (zeros,) * (2 if entropy == "none" else 3)
     count = _count(wanted, targets.shape[1], chunk)
-    logprobs, logz, *mean = jax.lax.fori_loop(0, count, one, start)
-    mean = mean[0] if entropy else zeros
-    saved = (hidden, head, targets, temperature, wanted, logz, mean)
-    return (logprobs, logz - mean if entropy else zeros), saved
+    chosen, logz, *mean = jax.lax.fori_loop(0, count, one, start)
+    mean = zeros if entropy == "none" else mean[0]
+    if not shared:
+        return chosen, logz, mean, head
+    top = jax.lax.pmax(logz, shared)
+    joined = top + jnp.log(jax.lax.psum(jnp.exp(logz - top), shared))
+    if entropy != "none":
+        mean = jax.lax.psum(jnp.exp(logz - joined) * mean, shared)
+    if wanted is not None:
+        joined = jnp.where(jnp.arange(targets.shape[1])[None] < count * chunk, joined, 0.0)
+    return jax.lax.psum(chosen, shared), joined, mean, head
 
 
-def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
-    hidden, head, targets, temperature, wanted, logz, mean = saved
-    to_logprobs, to_entropy = gradients
+def _backward(chunk: int, entropy: Entropy, finish: Finish, saved, gradients):
+    hidden, head = saved[:2]
+    cut = _cut(hidden.shape[0], head)
+    work = functools.partial(_differentiate, chunk, entropy, finish, cut)
+    to_hidden, to_head = cut.run(work, "rgrssrrrr", "rh", *saved, *gradients)
+    return to_hidden, to_head.astype(head.dtype), None, None, None
+
+
+def _differentiate(
+    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
+    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, logz: jax.Array,
+    mean: jax.Array, to_logprobs: jax.Array, to_entropy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """One device's part of the gradients, added up with those of the others."""
     vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
+    vocabulary += _first(head, cut.vocabulary)
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         to_hidden, to_head = done
@@ -109,7 +222,7 @@ def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
         # Compared, not scattered: a scatter would be a second pass over all logits.
         to_logits = jnp.where(vocabulary == part(targets)[..., None], gradient, 0.0)
         to_logits -= probs * gradient
-        if entropy:
+        if entropy == "gradient":
             to_logits -= part(to_entropy)[..., None] * probs * (logits - part(mean)[..., None])
         to_logits = back(to_logits).astype(hidden.dtype)
         new = jnp.matmul(to_logits, head.T)
@@ -121,7 +234,17 @@ def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
     count = _count(wanted, targets.shape[1], chunk)
     to_hidden, to_head = jax.lax.fori_loop(0, count, one, start)
-    return to_hidden, to_head.astype(head.dtype), None, None, None
+    if cut.vocabulary:
+        to_hidden = jax.lax.psum(to_hidden, cut.vocabulary)
+    if cut.embed:
+        to_head = jax.lax.psum_scatter(to_head, cut.embed, scatter_dimension=0, tiled=True)
+    rest = tuple(name for name in cut.rows if name not in cut.embed)
+    return to_hidden, jax.lax.psum(to_head, rest) if rest else to_head
+
+
+def _first(head: jax.Array, shared: tuple[str, ...]) -> jax.Array | int:
+    """The first word of this device's part of the vocabulary."""
+    return jax.lax.axis_index(shared) * head.shape[1] if shared else 0
 
 
 def _part(i: jax.Array, chunk: int, x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
+from jaxalign.axis_rules import Rules, use_rules
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
@@ -144,13 +145,17 @@ def _reference(
         held = [] if frozen or config.reference_sync is not None else [params]
         own = config.reference_sync is not None and bool(frozen)
         plain = dataclasses.replace(model, lora=None)
+        if "reference" in config.mesh.rules_of:  # a copy of its own
+            params = relaid_shapes(plain, frozen or params, mesh, config.mesh.rules_of["reference"])
+            return [params], (plain, params)
         return held, (model, combine(params, frozen)) if own else (plain, frozen or params)
     reference = _read(config.reference, config.model, mesh)
     if not isinstance(reference, Decoder):
         raise ValueError(
             f"reference={config.reference!r} is a reward model; wanted a language model"
         )
-    loaded = _params(reference, mesh, config.model.dtype)[0]
+    with config.mesh.use_rules("reference"):
+        loaded = _params(reference, mesh, config.model.dtype)[0]
     # One that moves is copied into the optimizer's state; what was loaded goes.
     return [loaded] if config.reference_sync is None else [], (reference, loaded)
 
@@ -160,17 +165,21 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
     options, notes = config.ppo, []
     model, policy, base = _policy(config, mesh)
-    scorers = [
-        _scorer(spec.source, spec.attributes, config, mesh, notes)
-        for spec in config.reward_specs()
-        if isinstance(spec, ModelReward)
-    ]
-    reference = (dataclasses.replace(model, lora=None), base if base else policy)
+    with config.mesh.use_rules("reward"):
+        scorers = [
+            _scorer(spec.source, spec.attributes, config, mesh, notes)
+            for spec in config.reward_specs()
+            if isinstance(spec, ModelReward)
+        ]
+    start = dataclasses.replace(model, lora=None)
+    held = base if base else policy
+    reference = (start, relaid_shapes(start, held, mesh, config.mesh.rules_of.get("reference")))
     roles = {"policy": (model, policy), "reference": reference}
     roles |= {f"reward{number or ''}": pair for number, pair in enumerate(scorers)}
     critic = critic_params = critic_tx = None
     if options.has_critic:
-        critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
+        with config.mesh.use_rules("critic"):
+            critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
         critic_tx = _optimizer(config.critic_optimizer or config.optimizer)
     warmup = config.critic_warmup * config.ppo_epochs * config.minibatches
     tx = ppo.make_optimizer(_optimizer(config.optimizer), critic_tx, critic_warmup=warmup)
@@ -313,6 +322,15 @@ def _params(
         kind = jnp.float32 if made else jnp.dtype(dtype)
         part[path] = array(shape.shape, kind, shardings[path])
     return families.unflatten(trained), families.unflatten(frozen)
+
+
+def relaid_shapes(model: Decoder, params: Params, mesh: Mesh, over: Rules | None) -> Params:
+    """What `sharding.relaid` gives, of arrays that are not there."""
+    if not over:
+        return params
+    with use_rules(over):
+        layout = param_shardings(model.axes, mesh, model.shapes)
+    return jax.tree.map(lambda x, sharding: array(x.shape, x.dtype, sharding), params, layout)
 
 
 def _optimizer(config: OptimizerConfig) -> Any:

@@ -23,7 +23,7 @@ from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
 from jaxalign.offload import HOST
 from jaxalign.plan.costs import Costs, count_costs
-from jaxalign.plan.parts import Parts, array, rollout
+from jaxalign.plan.parts import Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
 from jaxalign.sampling import Sampling
 from jaxalign.sharding import (
@@ -209,7 +209,8 @@ def compile_programs(
         return row_flops(part.config, count, tokens, head=head)
 
     if algorithm == "ppo":
-        _sample(compiler, config, mesh, parts, say)
+        with config.mesh.use_rules("rollout"):
+            _sample(compiler, config, mesh, parts, say)
         _experience(compiler, config, mesh, parts, state)
         answers = rows * config.ppo.samples
         each = answers // config.minibatches
@@ -289,6 +290,9 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     model, params = parts.roles["policy"]
     if parts.frozen:
         params = combine(params, parts.frozen["policy"])
+    own = config.mesh.rules_of.get("rollout")
+    known = () if own else params  # a copy of its own for as long as it writes
+    params = relaid_shapes(model, params, mesh, own)
     options, length, new = config.ppo, config.data.length, config.ppo.max_new_tokens
     answers = config.data.rows * options.samples
     slots = answers if options.slots is None else min(options.slots, answers)
@@ -325,7 +329,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     state = _outputs(lowered, lowered.compile())
     useful = row_flops(model.config, rows, length, head=False)
     compiled = compiler(
-        "prefill", prefill, known=params, batch=(tokens, mask), times=groups, useful=useful,
+        "prefill", prefill, known=known, batch=(tokens, mask), times=groups, useful=useful,
         made="cache",
     )  # fmt: skip
     # The slots are there before the prompts are read.
@@ -344,7 +348,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     both -= row_flops(model.config, slots, length, head=False)
     head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
     compiler(
-        "decode", writing, known=params, batch=(tokens, mask), cache=(state, read), trips=new,
+        "decode", writing, known=known, batch=(tokens, mask), cache=(state, read), trips=new,
         times=math.ceil(answers / slots), useful=both + head,
     )  # fmt: skip
 

@@ -66,7 +66,14 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     judges = [scorers.reward(spec)[0] for spec in specs]
     watch = Stopwatch()
     watched = watch.around(reward, "rollout", "reward")
-    prepare = ppo.make_prepare(loaded.model, critic, watched, options, reference=reference)
+    prepare = ppo.make_prepare(
+        loaded.model,
+        critic,
+        watched,
+        options,
+        reference=reference,
+        rollout_rules=config.mesh.rules_of.get("rollout"),
+    )
     dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 

@@ -34,6 +34,7 @@ class Rollouts:
       passes: over `lengths`; in the first of them jaxalign compiles, so it is not measured.
       epochs: of PPO's updates.
       pack: ours: see `ppo.minibatches`.
+      row_group: ours: rows computed at a time in an update; 0 for all.
       threads: for the peer; XLA takes what the process may use.
     """
 
@@ -49,6 +50,7 @@ class Rollouts:
     passes: int = 3
     epochs: int = 4
     pack: int = 0
+    row_group: int = 0
     threads: int = 2
 
     @property

@@ -54,6 +54,7 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
         lengths=draw_lengths(kind, draws, prompts, new_tokens),
         passes=arguments.passes + 1,
         pack=arguments.pack if kind == "ragged" else 0,
+        row_group=arguments.row_group,
         threads=arguments.threads,
     )
 
@@ -71,7 +72,7 @@ def measure(
         folder = case / f"repeat-{repeat}"
         write_job(folder, job)
         for side, python in pythons.items():
-            done = carry_out(side, python, folder, job.threads)
+            done = carry_out(side, python, folder, job.threads, arguments.devices)
             steps = read_steps(folder / side / "steps.jsonl")[len(job.lengths) :]
             wrong = [s["step"] for s in steps if s["written"] != sum(job.steps[s["step"]])]
             if wrong:
@@ -116,6 +117,8 @@ def main() -> None:
     parser.add_argument(
         "--pack", type=int, default=16, help="ours, ragged: sizes of packed batches"
     )
+    parser.add_argument("--row-group", type=int, default=0, help="ours: rows computed at a time")
+    parser.add_argument("--devices", type=int, default=1, help="ours: CPU devices")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()

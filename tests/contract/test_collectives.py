@@ -2,6 +2,7 @@
 than one layer's parameters at a time."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -14,6 +15,8 @@ from jaxalign.algorithms import sft
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.plan.costs import COLLECTIVES
+from jaxalign.plan.hlo import parse
 from jaxalign.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import TokenBatch, TrainState
 
@@ -22,8 +25,9 @@ CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=7, vocab_size=80)
 ROWS, LENGTH = 16, 64
 
 
+@functools.cache
 def abstract_step(mesh, remat):
-    """A train step's lowering from shapes alone."""
+    """A train step compiled from shapes alone, as text."""
     model = Decoder(CONFIG, remat=remat)
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="constant"))
     params = jax.tree.map(
@@ -55,9 +59,10 @@ def gathered(text):
     return found
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}], ids=["fsdp8", "2x2x2"]
-)
+MESHES = [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=["fsdp8", "2x2x2"])
 def test_no_all_gather_of_more_than_a_layer(sizes):
     mesh = make_mesh(**sizes)
     text = abstract_step(mesh, "block")
@@ -75,6 +80,47 @@ def test_no_all_gather_of_more_than_a_layer(sizes):
     logits = [shape for shape in shapes if shape and shape[-1] in (words, words // 2)
               and math.prod(shape) > head]  # fmt: skip
     assert not logits
+
+
+def sent(text):
+    """Collectives: (kind, whether it is in a loop, shapes sent, shapes received)."""
+    module = parse(text)
+    looped = set()
+
+    def mark(name):
+        if name not in looped:
+            looped.add(name)
+            for x in module.computations[name]:
+                for other in re.findall(r"%([\w.\-]+)", x.attributes):
+                    if other in module.computations:
+                        mark(other)
+
+    for computation in module.computations.values():
+        for x in computation:
+            if x.opcode == "while":
+                mark(x.called("body"))
+    for name, computation in module.computations.items():
+        for x in computation:
+            kind = x.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                shapes = [shape.dims for shape in computation.operand_shapes(x)]
+                yield kind, name in looped, shapes, [shape.dims for shape in x.shapes]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=["fsdp8", "2x2x2"])
+def test_the_head_is_gathered_once_and_its_gradient_reduced_once(sizes):
+    """However many chunks of positions the head reads: nothing of it is sent in their loop."""
+    mesh = make_mesh(**sizes)
+    words = CONFIG.vocab_size // sizes.get("tensor", 1)
+    whole, part = (CONFIG.hidden_size, words), (CONFIG.hidden_size // sizes["fsdp"], words)
+    found = list(sent(abstract_step(mesh, "block")))
+    assert not [one for one in found if one[1] and {whole, part} & {*one[2], *one[3]}]
+    gathers = [one for one in found if one[0] == "all-gather" and whole in one[3]]
+    assert len(gathers) == 1, gathers
+    # Over fsdp it is scattered; the parts are then added up over what else splits tokens.
+    reductions = [one for one in found if one[0] in ("all-reduce", "reduce-scatter")]
+    assert sum(one[2].count(whole) for one in reductions) == 1
+    assert sum(one[2].count(part) for one in reductions) == ("sequence" in sizes)
 
 
 def test_the_reader_finds_all_gathers():
