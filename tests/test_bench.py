@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import chatmodel
 import jax
 import numpy as np
 import pytest
 import tiny
+import yaml
 
 from jaxalign.bench import SIZES, Case, measure, show
 from jaxalign.bench.case import Runner, Sample, make_case, row_parts
@@ -184,3 +186,23 @@ def test_the_command_measures_everything_in_processes_of_its_own(tmp_path, capsy
     parts = {r["case"]["what"]: set(r["parts"]) for r in records}
     assert parts["ppo"] == {"rollout", "reward", "experience", "update"}
     assert parts["dpo"] == {"data", "reference", "update"}
+
+
+@pytest.mark.parametrize("algorithm", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_a_run_of_ones_own_is_measured_on_its_data(algorithm, chat_models, tmp_path, capsys):
+    values = chatmodel.settings(algorithm, chat_models, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.dump(values))
+    out = tmp_path / "records.jsonl"
+    asked = ["bench", algorithm, str(tmp_path / "run.yaml"), "--repeats", "2", "--out", str(out)]
+    assert main(asked) == 0
+    record = json.loads(out.read_text())
+    assert record["case"]["what"] == algorithm
+    # 8 conversations of at least 19 tokens, or prompts with answers of at most 6.
+    assert record["tokens_per_second"] * record["step_seconds"] > 8 * 12
+    wanted = {"data", "update"} | (
+        {"rollout", "reward", "experience"} if algorithm == "ppo" else set()
+    )
+    assert set(record["parts"]) == wanted
+    assert record["step_compiles"] == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert algorithm in capsys.readouterr().out

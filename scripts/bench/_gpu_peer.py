@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -149,7 +150,7 @@ def trl_step(job: dict[str, Any]) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     options = {
-        "output_dir": "/tmp/gpu-peer",
+        "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": rows,
         "max_steps": steps,
         "learning_rate": 1e-6,
