@@ -48,6 +48,7 @@ PARTS = {
     "moments": "optim",
     "offload": "optim",
     "config_data": "config",
+    "config_reference": "config",
     "config_yaml": "config",
     "charts": "report",
     "reference_cache": "train",

@@ -13,6 +13,7 @@ from jaxalign.losses import ppo as losses
 from jaxalign.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.heads import target_logprobs
+from jaxalign.offload import on_device
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def make_experience(
             return jnp.where(mask, logprobs, 0.0), hidden
 
         old_logprobs, hidden = logprobs_under(model, params["policy"])
-        ref_logprobs, _ = logprobs_under(other, ref_params)
+        ref_logprobs, _ = logprobs_under(other, on_device(ref_params))
         scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
         scaled = scale_scores(scores, score_scale, config.reward_clip)
         token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)

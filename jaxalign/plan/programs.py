@@ -20,7 +20,7 @@ from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.heads import head_chunks, pooled_scores
-from jaxalign.offload import HOST
+from jaxalign.offload import HOST, on_device
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import Parts, array, rollout
 from jaxalign.plan.topology import first_line, nodes_of
@@ -274,11 +274,11 @@ def _prepare(
     policy, params = parts.roles["policy"]
 
     def dpo(ref: Params, pairs: Any) -> Any:
-        answers = read_answers(reference, ref, pairs)
+        answers = read_answers(reference, on_device(ref), pairs)
         return answers.chosen, answers.rejected
 
     def kto(own: Params, ref: Params, answers: Any) -> Any:
-        other = answers.mismatched
+        other, ref = answers.mismatched, on_device(ref)
         return (
             answer_logps(policy, own, other)[0],
             answer_logps(reference, ref, other)[0],
@@ -395,7 +395,7 @@ def _experience(
 
         def score(scorer: Any = scorer, weights: Any = weights) -> Any:
             with on_mesh(mesh):
-                run = jax.jit(lambda params, tokens: pooled_scores(scorer, params, tokens))
+                run = jax.jit(lambda own, tokens: pooled_scores(scorer, on_device(own), tokens))
                 return run.lower(weights, tokens)
 
         flops = model_flops(scorer.config, rows, length, head=False)

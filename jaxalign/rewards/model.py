@@ -8,6 +8,7 @@ import jax
 
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
+from jaxalign.offload import on_device
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
 
@@ -26,7 +27,7 @@ def model_reward(
 
     @jax.jit
     def score(params: Params, tokens: TokenBatch) -> jax.Array:
-        return (pooled_scores(scorer, params, tokens) - shift) / scale
+        return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
     return lambda tokens, prompts: score(params, tokens)
 

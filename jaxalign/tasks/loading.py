@@ -16,6 +16,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
+from jaxalign.offload import to_host_memory
 from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Params
@@ -152,6 +153,11 @@ class Scorers:
     def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
         """One that scores answers."""
         return self._load(spec.source, spec.attributes, reads_ids=spec.tokenizer == "policy")
+
+    def held(self, spec: ModelReward) -> tuple[Scorer, Params]:
+        """The same in the host's memory."""
+        scorer, params = self.reward(spec)
+        return scorer, to_host_memory(params)
 
     def critic(self) -> tuple[Scorer, Params]:
         """What the critic starts from."""

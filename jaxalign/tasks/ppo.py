@@ -19,6 +19,7 @@ from jaxalign.export import whole_model
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import to_floats
 from jaxalign.models.base import combine
+from jaxalign.offload import on_device, to_host_memory
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
 from jaxalign.sharding import all_rows
@@ -36,7 +37,10 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     reference, ref_params = start_reference(config, loaded, mesh)
     scorers = Scorers(config, mesh, loaded.tok)
     critic, critic_params = start_critic(config, loaded, scorers)
-    options = config.ppo
+    # Named apart, so that nothing below keeps the weights that the policy starts from.
+    model, tok, options = loaded.model, loaded.tok, config.ppo
+    if config.offload_frozen and (config.reference is not None or not loaded.frozen):
+        ref_params = to_host_memory(ref_params)
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)
         options = dataclasses.replace(options, stop_tokens=stops)
@@ -59,9 +63,10 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
     # One table of rows for all prompts: training data, then held-out data.
     rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
-    reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
-    prepare = ppo.make_prepare(loaded.model, critic, reward, options, reference=reference)
-    dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
+    held = scorers.held if config.offload_frozen else scorers.reward
+    reward = build_reward(config.reward_specs(), tok, rows=rows, load=held)
+    prepare = ppo.make_prepare(model, critic, reward, options, reference=reference)
+    dump = RolloutDump(config.run.folder, tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 
     def begin(state: TrainState, loop: Loop) -> None:
@@ -71,7 +76,13 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             batches.close()
             loop["calibration"] = list(
                 ppo.calibrate(
-                    key, reference, ref_params, first, reward, options, config.calibrate_reward
+                    key,
+                    reference,
+                    jax.jit(on_device)(ref_params),  # it writes answers, not only reads them
+                    first,
+                    reward,
+                    options,
+                    config.calibrate_reward,
                 )
             )
 
@@ -136,7 +147,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
 
     def export(state: TrainState, folder: Any) -> None:
         policy = combine(state.params, state.frozen)["policy"]
-        save_pretrained(*whole_model(loaded.model, policy), folder, tokenizer=loaded.tok)
+        save_pretrained(*whole_model(model, policy), folder, tokenizer=tok)
 
     limit = config.target_kl
     enough = None

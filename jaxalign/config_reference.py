@@ -1,0 +1,34 @@
+"""What a configuration may say of a reference, the same for all that have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxalign.config_data import want
+
+
+def check_sync(config: Any) -> None:
+    """Refuses a whole reference that follows adapters."""
+    want(
+        config.reference_sync is None or config.reference is None or config.model.lora is None,
+        "reference_sync",
+        config.reference_sync,
+        "null with both a reference and model.lora: adapters cannot be moved towards whole weights",
+    )
+
+
+def check_offload(config: Any, *, held: bool) -> None:
+    """Refuses to move a reference out of the way that is not there.
+
+    Args:
+      config: of a preference run.
+      held: whether its reference is asked at every batch.
+    """
+    own = config.reference is not None or config.model.lora is None
+    want(
+        not config.offload_frozen or (held and own and config.reference_sync is None),
+        "offload_frozen",
+        config.offload_frozen,
+        "false: no reference is held beside the step (it is cached, follows the policy, is the "
+        "base under adapters, or there is none)",
+    )
