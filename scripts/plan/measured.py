@@ -1,6 +1,6 @@
 """Plan against run: memory and FLOPs of an SFT step of 110M parameters on 8 fake CPU devices.
 
-    python scripts/plan/measured.py [--rows 8] [--length 256] [--json OUT]
+    python scripts/plan/measured.py [--rows 8] [--length 512] [--json OUT]
 
 Compared are what `jaxalign plan` says, what the compiled step of the run itself reports, by how
 much the process grows at its peak while it trains, and the FLOPs by hand (docs/plan.md).
@@ -48,12 +48,14 @@ SHAPE = {
 
 
 def flops_by_hand(config, remat, tokens, length):
-    """As docs/plan.md has it: plain attention, which forms all pairs of a row."""
+    """As docs/plan.md has it, for rows of several chunks of the head."""
     width, layers = config.hidden_size, config.num_layers
     heads = config.num_heads * config.head_dim
     shared = config.num_kv_heads * config.head_dim
     matrices = layers * width * (2 * heads + 2 * shared + 3 * config.intermediate_size)
-    product = 2 * layers * heads * length  # queries by keys, of one token
+    block = max(128, -(-length // 1024) * 128)
+    seen = (length + block) / 2 if length >= 256 else length
+    product = 2 * layers * heads * seen  # queries by keys, of one token
     again = 1 if remat == "block" else 0
     each = (3 + again) * 2 * matrices + (7 + 2 * again) * product
     return tokens * (each + 4 * 2 * width * config.vocab_size)
@@ -144,7 +146,7 @@ def measure(remat, rows, length, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=DEVICES)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", metavar="OUT")
     parsed = parser.parse_args()
     found = []
