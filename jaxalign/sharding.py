@@ -106,13 +106,16 @@ def make_mesh(
             f"mesh {_describe(sizes)} wants {fixed} devices, there are {len(devices)}; "
             f"set one axis to -1 to take the rest, or pass devices="
         )
-    names = [name for name in MESH_AXES if name in _ALWAYS or sizes[name] > 1]
-    return jax.make_mesh(
-        tuple(sizes[name] for name in names),
-        tuple(names),
-        (AxisType.Auto,) * len(names),
-        devices=devices,
-    )
+    names = tuple(name for name in MESH_AXES if name in _ALWAYS or sizes[name] > 1)
+    shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
+    try:
+        return jax.make_mesh(shape, names, types, devices=devices)
+    except NotImplementedError:
+        # Sizes that are no products of a TPU slice's sides: 64 of 8 × 16 × 16 chips, say.
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, names, axis_types=types)
 
 
 def _describe(sizes: Mapping[str, int]) -> str:

@@ -23,7 +23,7 @@ RECIPES = ROOT / "configs/recipes/llama-3.1-8b"
 # micro-batches of a row or two a chip, less memory where there is little.
 SMALL = ["optimizer.moments=int8", "model.dtype=bfloat16"]
 ROWS: dict[str, list[str]] = {
-    "sft-v5e-16": ["run.micro_batches=8", "optimizer.moments=int8"],
+    "sft-v5e-16": ["run.micro_batches=8", *SMALL],
     "sft-v5p-8": ["run.micro_batches=16"],
     "sft-v5p-128": ["run.micro_batches=2"],
     "sft-v6e-256": ["data.rows=256", "run.micro_batches=1"],
