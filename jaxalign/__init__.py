@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.axis_rules import use_rules
 from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
@@ -130,6 +131,7 @@ __all__ = [
     "target_logprobs",
     "text_reward",
     "unpaired_batches",
+    "use_rules",
     "weigh_attributes",
     "with_scalar_head",
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config_data import DataConfig
 from jaxalign.config_data import want as _want
+from jaxalign.config_mesh import MeshConfig
 from jaxalign.config_reference import check_offload, check_sync
 from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.models.attention_kind import KINDS
@@ -68,17 +69,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Sizes of the device mesh; one may be -1, "the rest". See `jaxalign.make_mesh`."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    sequence: int = 1
-    expert: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run writes, and when.
 
@@ -127,9 +117,17 @@ class _Run:
     data: DataConfig
     run: RunConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    # Models besides the one that is trained, which these options of `mesh` may name.
+    models_with_rules: ClassVar[tuple[str, ...]] = ()
+    models_apart: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
+        for option, known in (("rules_of", self.models_with_rules), ("apart", self.models_apart)):
+            for name, value in getattr(self.mesh, option).items():
+                wanted = f"one of {', '.join(known)}" if known else "none of it in this algorithm"
+                _want(name in known, f"mesh.{option}.{name}", value, wanted)
         _want(
             self.data.epochs is not None or self.run.steps is not None,
             "run.steps",
@@ -231,6 +229,8 @@ class DPORun(_Run):
     reference_sync: ReferenceSync | None = None
     offload_frozen: bool = False
 
+    models_with_rules: ClassVar[tuple[str, ...]] = ("reference",)
+
     def __post_init__(self):
         super().__post_init__()
         dpo.check_micro_batches(self.dpo, self.run.micro_batches)
@@ -268,6 +268,8 @@ class KTORun(_Run):
     reference: str | None = None
     reference_sync: ReferenceSync | None = None
     offload_frozen: bool = False
+
+    models_with_rules: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -334,6 +336,9 @@ class PPORun(_Run):
     ptx: DataConfig | None = None
     dump_every: int = 0
     dump_samples: int = 4
+
+    models_with_rules: ClassVar[tuple[str, ...]] = ("reference", "reward", "critic", "rollout")
+    models_apart: ClassVar[tuple[str, ...]] = ("reference", "reward")
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,7 +8,13 @@ from jaxalign.config_data import want
 
 
 def check_sync(config: Any) -> None:
-    """Refuses a whole reference that follows adapters."""
+    """Refuses a reference that cannot follow: a whole one of adapters, one that lies otherwise."""
+    want(
+        config.reference_sync is None or "reference" not in config.mesh.rules_of,
+        "reference_sync",
+        config.reference_sync,
+        "null with mesh.rules_of.reference: a reference that moves lies as the policy does",
+    )
     want(
         config.reference_sync is None or config.reference is None or config.model.lora is None,
         "reference_sync",
@@ -24,7 +30,8 @@ def check_offload(config: Any, *, held: bool) -> None:
       config: of a preference run.
       held: whether its reference is asked at every batch.
     """
-    own = config.reference is not None or config.model.lora is None
+    apart = config.reference is not None or "reference" in config.mesh.rules_of
+    own = apart or config.model.lora is None
     want(
         not config.offload_frozen or (held and own and config.reference_sync is None),
         "offload_frozen",

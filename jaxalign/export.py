@@ -86,8 +86,9 @@ def export_run(
         # A critic has one output, whatever its reward model had.
         attributes = config.reward.attributes if isinstance(config, RewardRun) else ()
         source = _source(config, chosen)
-        model, frozen = _model(source, config.model, shapes, mesh, attributes)
-        layout = _layout(model, shapes, mesh)
+        with config.mesh.use_rules():
+            model, frozen = _model(source, config.model, shapes, mesh, attributes)
+            layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
         params, loop = store.restore_params(found, wanted)
     finally:
@@ -169,9 +170,8 @@ def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
 def _mesh(config: Any) -> Mesh:
     """The run's mesh where there are as many devices, else one that holds the most of it."""
     if config is not None:
-        sizes = (config.data, config.fsdp, config.tensor)
         try:
-            return make_mesh(*sizes, sequence=config.sequence, expert=config.expert)
+            return config.make()
         except ValueError:
             pass  # trained on another number of devices
     return make_mesh(1, -1, 1)

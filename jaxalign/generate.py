@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.axis_rules import Rules, use_rules
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling
 from jaxalign.sharding import (
     mesh_of,
     on_mesh,
+    relaid,
     reshard,
     row_shards,
     rows_sharding,
@@ -67,6 +69,7 @@ def sample(
     cache_dtype: Any = None,
     lengths: Array | None = None,
     mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -93,6 +96,9 @@ def sample(
         back to the mesh of the parameters. Weights that are split for training (fsdp) are gathered
         anew for every token; whole or split over `tensor` they need not be. None: the parameters'
         own.
+      rules: entries of the table of layouts (`jaxalign.axis_rules`) that hold while it writes: the
+        parameters are put there, and activations and the cache (`cache_rows`, `cache_heads`,
+        `cache_length`) lie so. None: those that hold anyway.
 
     Raises:
       ValueError: a value out of its range.
@@ -109,13 +115,6 @@ def sample(
             raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
-    home = mesh_of(params)
-    if mesh is None or mesh == home:
-        mesh = home
-    else:
-        params = reshard(params, model.axes, mesh)
-    if mesh is not None:
-        prompts = shard_batch(prompts, mesh)
     sampling = Sampling(
         jnp.asarray(temperature, jnp.float32),
         jnp.asarray(top_k, jnp.int32),
@@ -123,7 +122,32 @@ def sample(
         jnp.asarray(list(stop_tokens), jnp.int32),
         jnp.asarray(pad_token, jnp.int32),
     )
-    count = prompts.tokens.shape[0]
+    home = mesh_of(params)
+    with use_rules(rules):
+        if mesh is not None and mesh != home:
+            params = reshard(params, model.axes, mesh)
+        else:
+            mesh, params = home, relaid(params, model.axes, rules)
+        written = _write(
+            model, params, prompts, key, sampling, limits,
+            max_new_tokens=max_new_tokens, samples=samples, slots=slots, cache_dtype=cache_dtype,
+            mesh=mesh,
+        )  # fmt: skip
+    steps = written.steps
+    if home is not None:
+        written = shard_batch(written._replace(steps=None), home)
+    return written._replace(steps=steps)
+
+
+def _write(
+    model: Decoder, params: Params, prompts: PromptBatch, key: jax.Array, sampling: Sampling,
+    limits: np.ndarray, *, max_new_tokens: int, samples: int, slots: int | None, cache_dtype: Any,
+    mesh: Mesh | None,
+) -> Generation:  # fmt: skip
+    """The answers, one a limit, where the parameters lie."""
+    if mesh is not None:
+        prompts = shard_batch(prompts, mesh)
+    count, answers = prompts.tokens.shape[0], len(limits)
     slots = answers if slots is None else min(slots, answers)
     # Prompts that are read together: as many as the slots can take.
     group = min(count, slots)
@@ -133,11 +157,10 @@ def sample(
             f"{row_shards(mesh)} shards of rows; use a multiple"
         )
     kind = jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name
-    pad = jnp.asarray(pad_token, jnp.int32)
     with on_mesh(mesh):
         state = empty_slots(
             model,
-            pad,
+            sampling.pad_token,
             limits,
             slots=slots,
             prompt_length=prompts.tokens.shape[1],
@@ -152,10 +175,7 @@ def sample(
             last = jnp.asarray(first + group >= count)
             state = decode(model, params, state, read, key, sampling, last, samples=samples)
         there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    written = Generation(state.tokens, state.logprobs, there, finished)
-    if home is not None:
-        written = shard_batch(written, home)
-    return written._replace(steps=state.steps)
+    return Generation(state.tokens, state.logprobs, there, finished, state.steps)
 
 
 @jax.jit

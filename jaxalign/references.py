@@ -23,6 +23,7 @@ from jaxalign.reference_cache import (
     tokenizer_digest,
     weights_digest,
 )
+from jaxalign.sharding import relaid
 from jaxalign.types import Params, TrainState
 
 Load = Callable[[str], tuple[Decoder, Params]]
@@ -53,7 +54,8 @@ def hold_reference(
 ) -> tuple[TrainState, Reference]:
     """The reference of a run, and the state to start from, which holds it if it is to move."""
     if config.reference is not None:
-        model, params = load(config.reference)
+        with config.mesh.use_rules("reference"):
+            model, params = load(config.reference)
         if config.reference_sync is not None:
             return start_reference(state, params), Reference(model, reference_of)
         return state, _held(config, model, params)
@@ -108,7 +110,8 @@ def keep_reference(
     if config.reference is None:
         model, params = _start(config, loaded)
     else:
-        model, params = load(config.reference)
+        with config.mesh.use_rules("reference"):
+            model, params = load(config.reference)
     prepare = dpo.make_prepare(model, config.dpo)
     cache.add(pairs(), lambda batch: prepare(params, batch))
     cache.save(folder, fingerprint)
@@ -125,4 +128,5 @@ def _start(config: DPORun | KTORun, loaded: Any) -> tuple[Decoder, Params]:
     """The starting model as a reference. Under LoRA that is the base; else `init_state` copies."""
     adapted = config.model.lora is not None
     model = dataclasses.replace(loaded.model, lora=None)
-    return model, loaded.frozen if adapted else loaded.params
+    params = loaded.frozen if adapted else loaded.params
+    return model, relaid(params, model.axes, config.mesh.rules_of.get("reference"))

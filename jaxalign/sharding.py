@@ -1,7 +1,6 @@
-"""Meshes, logical-axis rules and compiled steps: the only file that knows mesh-axis names.
+"""From logical axes to layouts on a mesh, batches on a mesh, and compiled steps.
 
-Parameters and activations name *logical* axes ("embed", "mlp", "rows", …). One table maps them
-to mesh axes; changing a layout means changing the table, never a model.
+Which mesh axes a logical axis is split over is said in `axis_rules` alone.
 """
 
 from __future__ import annotations
@@ -9,127 +8,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import host_rows
+from jaxalign.axis_rules import Rules, current_rules, keep_rules, use_rules
+from jaxalign.meshes import describe, make_mesh
 from jaxalign.types import TrainState
 
-MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-"""Every mesh axis, the one whose devices talk most last: neighbours on most machines."""
 
-_ALWAYS = ("data", "fsdp", "tensor")
-"""Axes that a mesh has whatever their size; the others where they are more than 1."""
-
-Rules = Mapping[str, str | tuple[str, ...] | None]
-
-RULES: Rules = {
-    # activations
-    "rows": ("data", "fsdp", "expert"),
-    "length": "sequence",
-    "new": None,
-    "hidden": None,
-    "vocab_logits": "tensor",
-    # parameters
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
-    "router": None,
-    "positions": None,
-    "norm": None,
-    "rank": None,
-    "scalar": None,
-}
-"""Logical axis → mesh axis (or axes). Every logical name used anywhere is listed here.
-
-Mesh axes that a mesh lacks split nothing. "length" is time where a whole row is read at once, "new"
-time where tokens are added to a cache.
-"""
-
-
-def make_mesh(
-    data: int = 1,
-    fsdp: int = -1,
-    tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
-    *,
-    sequence: int = 1,
-    expert: int = 1,
-) -> Mesh:
-    """Arranges the devices into a `data × fsdp × tensor (× sequence × expert)` mesh.
-
-    Args:
-      data: replicas of the parameters; the batch is split over them.
-      fsdp: shards of parameters and optimizer state; the batch is split over them too.
-      tensor: shards of heads, MLP columns and vocabulary.
-      devices: which devices; all by default. At most one size may be -1: "the rest".
-      sequence: parts of every row, for rows too long for one device: activations are split along
-        time, and attention gathers keys and values.
-      expert: shards of the experts of a mixture; the batch is split over them too, and for the
-        time of a layer's experts the devices of this axis share their tokens.
-
-    Returns:
-      A mesh whose axes are all `Auto`: layouts are propagated by the compiler. `sequence` and
-      `expert` are among its axes where they are more than 1.
-
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices.
-    """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "expert": expert}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size == 0 or size < -1:
-            raise ValueError(
-                f"mesh axis {name}={size!r}: wanted a positive integer, or -1 for the rest"
-            )
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one can be 'the rest'")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        if len(devices) % fixed:
-            raise ValueError(
-                f"mesh {_describe(sizes)}: {fixed} does not divide the {len(devices)} devices; "
-                f"choose sizes whose product divides {len(devices)}"
-            )
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise ValueError(
-            f"mesh {_describe(sizes)} wants {fixed} devices, there are {len(devices)}; "
-            f"set one axis to -1 to take the rest, or pass devices="
-        )
-    names = tuple(name for name in MESH_AXES if name in _ALWAYS or sizes[name] > 1)
-    shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
-    try:
-        return jax.make_mesh(shape, names, types, devices=devices)
-    except NotImplementedError:
-        # Sizes that are no products of a TPU slice's sides: 64 of 8 × 16 × 16 chips, say.
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, names, axis_types=types)
-
-
-def _describe(sizes: Mapping[str, int]) -> str:
-    told = [name for name in sizes if name in _ALWAYS or sizes[name] != 1]
-    return " × ".join(f"{name}={sizes[name]}" for name in told)
-
-
-def partition_spec(axes: str, rules: Rules = RULES, mesh: Any = None) -> PartitionSpec:
+def partition_spec(axes: str, rules: Rules | None = None, mesh: Any = None) -> PartitionSpec:
     """Turns logical axes (`"embed mlp"`) into a `PartitionSpec`.
 
     Args:
       axes: names from `rules`, one a dimension. `heads/64` is an axis of heads of 64 entries each,
         which are not to be torn apart.
-      rules: logical axis → mesh axis (or axes).
+      rules: logical axis → mesh axis (or axes); None: the table that holds now.
       mesh: concrete or abstract; mesh axes that it lacks are left out. None: all are kept.
 
     Raises:
@@ -138,7 +36,7 @@ def partition_spec(axes: str, rules: Rules = RULES, mesh: Any = None) -> Partiti
     entries: list[Any] = []
     used: set[str] = set()
     for axis in axes.split():
-        names = mesh_axes(axis, rules, mesh, axes)
+        names = mesh_axes(axis, mesh, rules, axes)
         clash = used.intersection(names)
         if clash:
             raise ValueError(f"logical axes {axes!r} map to mesh axis {clash.pop()!r} twice")
@@ -147,19 +45,20 @@ def partition_spec(axes: str, rules: Rules = RULES, mesh: Any = None) -> Partiti
     return PartitionSpec(*entries)
 
 
-def mesh_axes(axis: str, rules: Rules, mesh: Any, axes: str = "") -> tuple[str, ...]:
+def mesh_axes(axis: str, mesh: Any, rules: Rules | None = None, axes: str = "") -> tuple[str, ...]:
     """The mesh axes that a logical axis is split over.
 
     Args:
       axis: its name.
-      rules: logical axis → mesh axes.
       mesh: axes that it lacks are left out; None: none.
+      rules: logical axis → mesh axes; None: the table that holds now.
       axes: what the name stood in, for the message.
 
     Raises:
       ValueError: there is no such logical axis.
     """
     name = axis.partition("/")[0]
+    rules = current_rules() if rules is None else rules
     if name not in rules:
         raise ValueError(
             f"unknown logical axis {name!r} in {axes or axis!r}; known: {', '.join(rules)}"
@@ -169,7 +68,7 @@ def mesh_axes(axis: str, rules: Rules, mesh: Any, axes: str = "") -> tuple[str, 
     return tuple(name for name in names if mesh is None or name in mesh.axis_names)
 
 
-def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RULES) -> Any:
+def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | None = None) -> Any:
     """Shardings of a parameter tree.
 
     Args:
@@ -177,7 +76,7 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules = RU
       mesh: where the parameters go.
       shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given,
         every sharded dimension is checked to divide.
-      rules: logical axis → mesh axis.
+      rules: logical axis → mesh axis; None: the table that holds now.
 
     Raises:
       ValueError: a dimension that the mesh axis does not divide: which, by what, what would fit.
@@ -202,11 +101,28 @@ def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.device_put(params, param_shardings(axes, mesh, params))
 
 
-def _check_divides(name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
+def relaid(params: Any, axes: Any, over: Rules | None) -> Any:
+    """Parameters on their mesh as other entries of the table say; as they lie for None.
+
+    Args:
+      params: nested dict of arrays.
+      axes: nested dict of their logical axes, `model.axes`.
+      over: logical axis → mesh axes, see `use_rules`.
+    """
+    mesh = mesh_of(params)
+    if not over or mesh is None:
+        return params
+    with use_rules(over):
+        return reshard(params, axes, mesh)
+
+
+def _check_divides(
+    name: str, axes: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules | None
+) -> None:
     partition_spec(axes, rules, mesh)
     for axis, size in zip(axes.split(), shape, strict=True):
         kind, _, each = axis.partition("/")
-        names = mesh_axes(axis, rules, mesh)
+        names = mesh_axes(axis, mesh, rules)
         parts = math.prod(mesh.shape[n] for n in names)
         count = size // int(each or 1)
         if count % parts:
@@ -229,7 +145,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
     """Over how many shards a logical axis is split on this mesh (by default the current one)."""
     here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(here.shape[name] for name in mesh_axes(axis, RULES, here))
+    return math.prod(here.shape[name] for name in mesh_axes(axis, here))
 
 
 def row_shards(mesh: Mesh | None = None) -> int:
@@ -240,7 +156,7 @@ def row_shards(mesh: Mesh | None = None) -> int:
 def row_axes(mesh: Mesh | None = None) -> str:
     """The mesh axes that rows are split over, in words: "data × fsdp"."""
     here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return " × ".join(mesh_axes("rows", RULES, here))
+    return " × ".join(mesh_axes("rows", here))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -267,13 +183,15 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-@functools.lru_cache(maxsize=16)
 def part_of_rows(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process reads: `(index, count)`, for `host=` of the data.
 
     With one process (0, 1): all rows.
     """
-    return host_rows.host_part(rows_sharding(mesh), row_shards(mesh))
+    return _part_of_rows(rows_sharding(mesh), row_shards(mesh))
+
+
+_part_of_rows = functools.lru_cache(maxsize=16)(host_rows.host_part)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -319,6 +237,26 @@ def local_rows(batch: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(lambda x: host_rows.host_rows(x, sharding, part), batch)
 
 
+def carried(batch: Any, mesh: Mesh) -> Any:
+    """A batch on another mesh, as `shard_batch` lays it out.
+
+    Between meshes of other devices rows go by way of the hosts: they are few bytes, and no process
+    needs the rows of another.
+
+    Raises:
+      ValueError: a process has other rows here than there.
+    """
+    home = mesh_of(batch)
+    if home is None or set(home.devices.flat) == set(mesh.devices.flat):
+        return shard_batch(batch, mesh)
+    if part_of_rows(home) != part_of_rows(mesh):
+        raise ValueError(
+            f"rows on mesh {describe(home.shape)} are to go to mesh {describe(mesh.shape)}, but "
+            "hosts have other rows there; give every host the same share of both meshes"
+        )
+    return shard_batch(local_rows(batch, home), mesh)
+
+
 def all_rows(batch: Any) -> Any:
     """All rows of a batch as numpy arrays on every process; all of them must call this."""
     if jax.process_count() == 1:
@@ -331,6 +269,7 @@ class CompiledStep:
 
     def __init__(self, step: Callable[..., Any], state: TrainState, mesh: Mesh):
         self.mesh = mesh
+        self._rules = keep_rules()
         self._shardings = jax.tree.map(lambda x: _on_mesh(x, mesh), state)
         trained, frozen = _part(self._shardings)
 
@@ -349,13 +288,13 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Runs one step; `state` is donated (all but `frozen`) and must not be used again."""
         trained, frozen = _part(jax.tree.map(_place, state, self._shardings))
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self._rules():
             trained, metrics = self._jitted(trained, frozen, shard_batch(batch, self.mesh))
         return trained._replace(frozen=frozen), metrics
 
     def lower(self, state: Any, batch: Any) -> Any:
         """Lowers for abstract or concrete arguments, without running."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self._rules():
             return self._jitted.lower(*_part(state), batch)
 
     @property
@@ -374,8 +313,8 @@ def _on_mesh(x: Any, mesh: Mesh) -> NamedSharding:
         return replicated(mesh)
     if sharding.mesh != mesh:
         raise ValueError(
-            f"compile_step on mesh {_describe(mesh.shape)}: the state lies on another mesh, "
-            f"{_describe(sharding.mesh.shape)}; make both with one mesh"
+            f"compile_step on mesh {describe(mesh.shape)}: the state lies on another mesh, "
+            f"{describe(sharding.mesh.shape)}; make both with one mesh"
         )
     return sharding
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.sharding import RULES, axis_shards, mesh_axes, partition_spec, row_shards
+from jaxalign.sharding import axis_shards, mesh_axes, partition_spec, row_shards
 
 
 def current_device() -> tuple[str, str]:
@@ -63,13 +63,13 @@ def map_shards(
 
 def gather_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Inside `map_shards`: joins the parts of an array that is split along a logical axis."""
-    names = mesh_axes(axis, RULES, jax.sharding.get_abstract_mesh())
+    names = mesh_axes(axis, jax.sharding.get_abstract_mesh())
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
 def shard_index(axis: str) -> jax.Array:
     """Inside `map_shards`: which part of a logical axis this device holds."""
-    names = mesh_axes(axis, RULES, jax.sharding.get_abstract_mesh())
+    names = mesh_axes(axis, jax.sharding.get_abstract_mesh())
     return jax.lax.axis_index(names) if names else jnp.zeros((), jnp.int32)
 
 
@@ -105,7 +105,7 @@ def unfold_length(x: jax.Array, length: int) -> jax.Array:
 
 def _pin_folded(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    names = (*mesh_axes("length", RULES, mesh), *mesh_axes("rows", RULES, mesh))
+    names = (*mesh_axes("length", mesh), *mesh_axes("rows", mesh))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(names))
 
 
@@ -150,8 +150,17 @@ def map_row_shards(
     if time == "length":
         rows = [pad_length(x) for x in rows]
     split = partition_spec(f"rows {time}", mesh=mesh)
-    summed_over = mesh_axes(summed, RULES, mesh)
-    spread_over = mesh_axes(spread, RULES, mesh)
+    # Parts that are added up must be of the same rows.
+    partition_spec(f"rows {time} {summed}", mesh=mesh)
+    summed_over = mesh_axes(summed, mesh)
+    spread_over = mesh_axes(spread, mesh)
+    rows_over = mesh_axes("rows", mesh)
+    alone = sorted(set(spread_over).difference(rows_over))
+    if alone:
+        raise ValueError(
+            f"rule {spread}={spread_over}: devices share their rows along it, so rows must be "
+            f"split over it too; {', '.join(alone)} is not among rows={rows_over}"
+        )
 
     def local(rows: Sequence[jax.Array], weights: Any) -> jax.Array:
         first = shard_index(spread) * jax.tree.leaves(weights)[0].shape[0] if spread_over else 0

@@ -9,6 +9,7 @@ The methods are in `jaxalign.data.synthesis`; here are the configuration and wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.config import MeshConfig
+from jaxalign.config_mesh import MeshConfig
 from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
 from jaxalign.data.packing import prompt_rows, token_rows
@@ -48,7 +49,7 @@ from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, pooled_scores
 from jaxalign.pipeline import EXAMPLES
-from jaxalign.sharding import make_mesh, on_mesh, row_shards, shard_batch
+from jaxalign.sharding import on_mesh, row_shards, shard_batch
 
 _STEP = 64  # prompts and answers are padded to a multiple of this, so that few shapes are compiled
 
@@ -102,6 +103,11 @@ class SynthRun:
     mesh: MeshConfig | None = None
 
     def __post_init__(self):
+        for option in ("rules_of", "apart"):
+            given = {} if self.mesh is None else getattr(self.mesh, option)
+            want(
+                not given, f"mesh.{option}", given, "nothing: that is for models of a training run"
+            )
         want(self.out.endswith(".jsonl"), "out", self.out, "a file name that ends with .jsonl")
         want(self.language in LANGUAGES, "language", self.language, " or ".join(LANGUAGES))
         want(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, less than 2**32")
@@ -181,6 +187,11 @@ def run_synth(
       ValueError: wrong sources or settings, or a writer that brings nothing.
       ServerError: a server that does not answer. What came before is kept.
     """
+    with contextlib.nullcontext() if config.mesh is None else config.mesh.use_rules():
+        return _run_synth(config, writer, judge)
+
+
+def _run_synth(config: SynthRun, writer: Writer | None, judge: Writer | None) -> SynthResult:
     method = _instruct if config.instruct is not None else _preferences
     prepared = method(config, writer, judge)
     journal = Journal(config.out)
@@ -264,9 +275,7 @@ def _writer(config: WriterConfig, run: SynthRun) -> Writer:
 def _mesh(config: MeshConfig | None) -> Mesh | None:
     if config is None:
         return None
-    return make_mesh(
-        config.data, config.fsdp, config.tensor, sequence=config.sequence, expert=config.expert
-    )
+    return config.make()
 
 
 def _rows(wanted: int, mesh: Mesh | None) -> int:

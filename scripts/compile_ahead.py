@@ -1,6 +1,7 @@
 """Compiles train steps for devices that are not there, and says what a device would hold.
 
     python scripts/compile_ahead.py --devices v5e:4x4 h100:8 --algorithms sft dpo ppo
+    python scripts/compile_ahead.py --devices v5e:4x4 --slices 2 --mesh data=2
 
 One JSON line a step: the form of attention, the kernels in the compiled program, bytes a device.
 TPUs need `pip install libtpu`; GPUs need `jax-cuda12-plugin`, `jax-cuda12-pjrt` (of JAX's version)
@@ -56,13 +57,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def find_devices(name: str):
+def find_devices(name: str, slices: int):
     kind, _, size = name.partition(":")
     if kind == "h100":
         return topologies.get_topology_desc(
-            platform="cuda", topology=f"1x1x{size}", target_config=H100
+            platform="cuda", topology=f"{slices}x1x{size}", target_config=H100
         ).devices
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=slices
+    ).devices
 
 
 def abstract(shapes, shardings):
@@ -98,9 +101,9 @@ def make_case(algorithm: str, model: Decoder, rows: int, length: int):
     return axes, shapes, tx, step, RolloutBatch(tokens, *(each,) * 5)
 
 
-def compile_one(algorithm: str, devices: str, model: Decoder, sizes: dict[str, int], rows: int,
-                length: int) -> dict:  # fmt: skip
-    mesh = make_mesh(devices=find_devices(devices), **sizes)
+def compile_one(algorithm: str, devices: str, slices: int, model: Decoder, sizes: dict[str, int],
+                rows: int, length: int) -> dict:  # fmt: skip
+    mesh = make_mesh(devices=find_devices(devices, slices), **sizes)
     axes, shapes, tx, step, batch = make_case(algorithm, model, rows, length)
     params = abstract(shapes, param_shardings(axes, mesh, shapes))
     opt_state = abstract(jax.eval_shape(tx.init, params), opt_state_shardings(params, tx))
@@ -119,8 +122,8 @@ def compile_one(algorithm: str, devices: str, model: Decoder, sizes: dict[str, i
         + account.output_size_in_bytes - account.alias_size_in_bytes
     )  # fmt: skip
     return {
-        "algorithm": algorithm, "devices": devices, "mesh": dict(mesh.shape), "rows": rows,
-        "length": length, "attention": str(choice), "kernels": sorted(kernels),
+        "algorithm": algorithm, "devices": devices, "slices": slices, "mesh": dict(mesh.shape),
+        "rows": rows, "length": length, "attention": str(choice), "kernels": sorted(kernels),
         "state_gib": round(account.argument_size_in_bytes / 2**30, 2),
         "temporary_gib": round(account.temp_size_in_bytes / 2**30, 2),
         "total_gib": round(total / 2**30, 2), "compile_seconds": round(seconds, 1),
@@ -131,6 +134,7 @@ def compile_one(algorithm: str, devices: str, model: Decoder, sizes: dict[str, i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", nargs="+", default=["v5e:4x4", "h100:8"])
+    parser.add_argument("--slices", type=int, default=1, help="of so many devices (nodes, of GPUs)")
     parser.add_argument("--algorithms", nargs="+", default=["sft", "dpo", "ppo"])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
@@ -143,7 +147,9 @@ def main() -> int:
     model = Decoder(config, compute_dtype="bfloat16", remat="block", attention=given.attention)
     for devices in given.devices:
         for algorithm in given.algorithms:
-            line = compile_one(algorithm, devices, model, sizes, given.rows, given.length)
+            line = compile_one(
+                algorithm, devices, given.slices, model, sizes, given.rows, given.length
+            )
             print(json.dumps(line), flush=True)
     return 0
 

@@ -126,15 +126,15 @@ def test_chat_remembers_what_was_said(chat_models, monkeypatch, capsys):
 
 
 def test_pipeline_takes_overrides_by_stage(chat_models, tmp_path, capsys):
-    stage = chatmodel.settings("dpo", chat_models, tmp_path / "x")
-    stage |= {"name": "only", "algorithm": "dpo", "run": {"log_every": 100}}
+    stage = chatmodel.settings("sft", chat_models, tmp_path / "x")
+    stage |= {"name": "only", "algorithm": "sft", "run": {"log_every": 100}}
     config = write_config(
         tmp_path / "pipeline.yaml", {"folder": str(tmp_path / "out"), "stages": [stage]}
     )
-    assert cli.main(["pipeline", config, "only.run.steps=1", "only.dpo.beta=0.5"]) == 0
+    assert cli.main(["pipeline", config, "only.run.steps=1", "only.run.seed=7"]) == 0
     assert f"only: {tmp_path / 'out' / 'only'}" in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "out" / "only" / "config.yaml").read_text())
-    assert written["dpo"]["beta"] == 0.5
+    assert written["run"]["seed"] == 7
     assert len(chatmodel.lines(tmp_path / "out" / "only")) == 1
 
 

@@ -509,7 +509,7 @@ READERS = {
     configs.ModelConfig: (("tasks/*.py", "export.py"), {"config", "model"}),
     configs.DataConfig: (("tasks/*.py",), {"data"}),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
-    configs.MeshConfig: (("tasks/*.py",), {"mesh"}),
+    configs.MeshConfig: (("tasks/*.py", "config_mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("tasks/*.py", "train.py"), {"run"}),
     configs.SFTRun: (("tasks/*.py", "train.py"), {"config"}),
     configs.RewardRun: (("tasks/*.py", "train.py"), {"config"}),

@@ -10,7 +10,7 @@ import threading
 import jax
 import pytest
 
-from jaxalign import distributed
+from jaxalign import config, distributed, train
 from jaxalign.distributed import joining, service, talk, watch
 
 VARIABLES = (
@@ -345,6 +345,35 @@ def test_facts_that_differ_are_named_on_all(processes):
         assert "and 8 on process 0 (" in str(error)
         assert "seed" not in str(error)
     assert processes(2, lambda index: distributed.check_same("it", {"a": [1]})) == [None, None]
+
+
+@pytest.mark.parametrize("differs", ["versions", "configuration", "nothing"])
+def test_a_run_refuses_hosts_with_other_packages_or_options(
+    processes, monkeypatch, tmp_path, differs
+):
+    def options(index):
+        rows = 8 * (1 + index * (differs == "configuration"))
+        values = {
+            "model": {"source": "m"}, "data": {"train": ["d.jsonl"], "rows": rows, "length": 32},
+            "run": {"folder": str(tmp_path), "steps": 1},
+        }  # fmt: skip
+        return config.load_config("sft", values)
+
+    def versions():
+        return {"jax": f"0.1{jax.process_index() * (differs == 'versions')}"}
+
+    monkeypatch.setattr(train, "_versions", versions)
+    found = processes(2, lambda index: train._check_hosts(tmp_path, options(index)))
+    if differs == "nothing":
+        assert found == [None, None]
+        return
+    told = {
+        "versions": "package versions must be the same on all hosts: jax is '0.11' on process 1 (",
+        "configuration": "the configuration must be the same on all hosts: data.rows is 16 on",
+    }[differs]
+    for error in found:
+        assert isinstance(error, ValueError)
+        assert str(error).startswith(told)
 
 
 def test_nested_values_are_compared_one_by_one():

@@ -55,6 +55,8 @@ import jaxalign
 from jaxalign.sharding import all_rows, part_of_rows
 
 me = jax.process_index()
+mesh = jaxalign.make_mesh(2, 4, dcn={"fsdp": 2})
+print("HOSTS", [[device.process_index for device in row] for row in mesh.devices[..., 0]])
 print("PARTS", *[part_of_rows(jaxalign.make_mesh(*sizes)) for sizes in ((2, 2, 2), (1, 1, 8))])
 for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
     mesh = jaxalign.make_mesh(*sizes)
@@ -114,6 +116,7 @@ def test_two_processes_are_one_program(chat_models, tmp_path):
 
     for index, text in enumerate(said):
         assert f"PARTS ({index}, 2) (0, 1)\n" in text
+        assert "HOSTS [[0, 0, 1, 1], [0, 0, 1, 1]]" in text
         assert "SUMS [3, 4294967294]\n" in text
         assert "DIFFER the configuration must be the same on all hosts: data.rows is 9 on" in text
         assert f"process 1 ({HOST}, pid {running[1].pid}) and 8 on process 0 (" in text
@@ -145,6 +148,14 @@ def stages(models, folder):
         if algorithm == "ppo":
             changes["data"]["rows"] = 16
             changes |= {"minibatches": 2, "ppo_epochs": 2}
+            # Frozen models on devices of their own, of both hosts;
+            # answers written with whole weights and a cache split along time.
+            changes["mesh"] = {
+                "data": 2,
+                "fsdp": 2,
+                "apart": {"reference": 2, "reward": 2},
+                "rules_of": {"rollout": {"embed": None, "cache_length": "fsdp", "rows": "data"}},
+            }
         values = merge(values, changes)
         del values["run"]["folder"]
         made.append({"name": algorithm, "algorithm": algorithm} | values)

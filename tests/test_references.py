@@ -1,6 +1,7 @@
 """Runs whose reference is asked once and kept, follows the policy, or does not exist; KTO runs."""
 
 import json
+import shutil
 
 import chatmodel
 import jax
@@ -13,7 +14,7 @@ from jaxalign import references, tasks
 from jaxalign import train as loop
 from jaxalign.algorithms.reference import FollowState, ReferenceSync, follow
 from jaxalign.config import load_config
-from jaxalign.config_yaml import merge
+from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.export import export_run
 from jaxalign.reference_cache import ReferenceCache, pair_keys, weights_digest
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
@@ -28,6 +29,17 @@ def config(algorithm, models, folder, changes=None, **options):
 
 def run(*args, **options):
     return loop.train(config(*args, **{"export": False, "steps": 2} | options))
+
+
+def resumed(result, folder, at):
+    """The run gone on with in another folder, as if it had been cut off after step `at`."""
+    shutil.copytree(result.folder, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name != str(at):
+            shutil.rmtree(path)
+    given = [f"run.folder={folder}", "run.resume=true"]
+    algorithm = "kto" if "kto" in read_yaml(folder / "config.yaml") else "dpo"
+    return loop.train(load_config(algorithm, folder / "config.yaml", given))
 
 
 @pytest.fixture(scope="module")
@@ -240,15 +252,13 @@ def test_follow_moves_every_so_many_updates_by_hand():
 def test_a_synced_run_follows_and_resumes_exactly(chat_models, tmp_path):
     """A hard copy after every second update: the third batch sees policy = reference again."""
     changes = {"reference_sync": {"every": 2, "alpha": 1.0}}
-    whole = run("dpo", chat_models, tmp_path / "whole", changes, steps=4)
+    whole = run("dpo", chat_models, tmp_path / "whole", changes, steps=4, save_every=3)
     margins = [row["rewards/margins"] for row in whole.history]
     assert [margins[0], margins[2]] == pytest.approx([0, 0], abs=1e-5)
     assert abs(margins[1]) > 1e-3
     assert abs(margins[3]) > 1e-3
 
-    run("dpo", chat_models, tmp_path / "cut", changes, steps=3)
-    cut = config("dpo", chat_models, tmp_path / "cut", changes, steps=4, resume=True)
-    assert loop.train(cut).history == whole.history[3:]
+    assert resumed(whole, tmp_path / "cut", at=3).history == whole.history[3:]
     assert export_run(str(tmp_path / "cut"), str(tmp_path / "model")).step == 4
 
 
@@ -299,7 +309,7 @@ def test_a_run_without_a_reference_holds_none(chat_models, tmp_path, monkeypatch
 def test_a_kto_run_starts_at_one_half_learns_and_resumes(chat_models, tmp_path):
     held = [chatmodel.write_rows(tmp_path / "held_out.jsonl", chatmodel.MARKED[:9])]
     changes = {"data": {"eval": held}, "kto": {"undesirable_weight": 2.0}}
-    whole = run("kto", chat_models, tmp_path / "whole", changes, steps=4)
+    whole = run("kto", chat_models, tmp_path / "whole", changes, steps=4, save_every=2)
     first = whole.history[0]
     # Policy = reference: σ(0) = ½ of each answer's weight, no rewards, no KL.
     good = sum(row["label"] for row in chatmodel.MARKED[:9])
@@ -312,6 +322,4 @@ def test_a_kto_run_starts_at_one_half_learns_and_resumes(chat_models, tmp_path):
     assert after["rewards/chosen"] > after["rewards/rejected"]
     assert max(row["kl"] for row in whole.history) > 1e-3
 
-    run("kto", chat_models, tmp_path / "cut", changes, steps=2)
-    cut = config("kto", chat_models, tmp_path / "cut", changes, steps=4, resume=True)
-    assert loop.train(cut).history == whole.history[2:]
+    assert resumed(whole, tmp_path / "cut", at=2).history == whole.history[2:]

@@ -11,9 +11,9 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxalign.algorithms.step import init_state, opt_state_shardings
+from jaxalign.axis_rules import RULES
 from jaxalign.models.decoder import Decoder
 from jaxalign.sharding import (
-    RULES,
     compile_step,
     constrain,
     make_mesh,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import chatmodel
 import jax
@@ -35,6 +36,29 @@ def held_out(tmp_path, algorithm):
     return {"data": {"eval": [chatmodel.write_rows(tmp_path / "held_out.jsonl", rows)]}}
 
 
+RESUMED = {
+    "sft": {"data": {"packing": True}, "optimizer": {"schedule": "linear", "warmup_steps": 1}},
+    # A target far from the measured KL and a short horizon, so that β moves every iteration.
+    # With all else that PPO carries along: score statistics, calibration, texts, a late policy.
+    "ppo": {
+        "ppo": {
+            "kl_target": 0.5,
+            "kl_horizon": 20.0,
+            "normalize_scores": True,
+            "reward_clip": 2.0,
+            "ptx_coef": 0.1,
+        },
+        "ppo_epochs": 2,
+        "minibatches": 1,
+        "critic_warmup": 1,
+        "target_kl": 1e-3,
+        "calibrate_reward": "mean_std",
+        "dump_every": 1,
+        "dump_samples": 2,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def runs(chat_models, tmp_path_factory):
     """One run of each algorithm with held-out data, made when first asked for."""
@@ -44,6 +68,10 @@ def runs(chat_models, tmp_path_factory):
         if algorithm not in made:
             folder = tmp_path_factory.mktemp(algorithm)
             changes = held_out(folder, algorithm)
+            if algorithm == "ppo":
+                texts = chatmodel.write_rows(folder / "texts.jsonl", chatmodel.ROWS["sft"])
+                ptx = {"train": [texts], "rows": 8, "length": 32, "epochs": None}
+                changes = merge(changes, RESUMED["ppo"]) | {"ptx": ptx}
             made[algorithm] = run(
                 algorithm, chat_models, folder / "run", changes, save_every=2, eval_every=2
             )
@@ -167,47 +195,27 @@ def killing_writer(at):
     return Writer
 
 
-RESUMED = {
-    "sft": {"data": {"packing": True}, "optimizer": {"schedule": "linear", "warmup_steps": 1}},
-    # A target far from the measured KL and a short horizon, so that β moves every iteration.
-    # With all else that PPO carries along: score statistics, calibration, texts, a late policy.
-    "ppo": {
-        "ppo": {
-            "kl_target": 0.5,
-            "kl_horizon": 20.0,
-            "normalize_scores": True,
-            "reward_clip": 2.0,
-            "ptx_coef": 0.1,
-        },
-        "ppo_epochs": 2,
-        "minibatches": 1,
-        "critic_warmup": 1,
-        "target_kl": 1e-3,
-        "calibrate_reward": "mean_std",
-        "dump_every": 1,
-        "dump_samples": 2,
-    },
-}
-
-
 @pytest.mark.parametrize("algorithm", RESUMED)
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
-    tmp_path, chat_models, monkeypatch, algorithm
+    runs, tmp_path, chat_models, monkeypatch, algorithm
 ):
-    rows = chatmodel.write_rows(tmp_path / "held_out.jsonl", chatmodel.ROWS[algorithm][:3])
-    changes = merge(RESUMED[algorithm], {"data": {"eval": [rows]}})
     if algorithm == "ppo":
-        texts = chatmodel.write_rows(tmp_path / "texts.jsonl", chatmodel.ROWS["sft"])
-        changes["ptx"] = {"train": [texts], "rows": 8, "length": 32, "epochs": None}
-    options = {"save_every": 2, "eval_every": 2}
-    whole = run(algorithm, chat_models, tmp_path / "whole", changes, **options)
+        whole = runs("ppo")
+    else:
+        changes = merge(RESUMED[algorithm], held_out(tmp_path, algorithm))
+        options = {"save_every": 2, "eval_every": 2}
+        whole = run(algorithm, chat_models, tmp_path / "whole", changes, **options)
+
+    def again(*given):
+        folder = f"run.folder={tmp_path / 'killed'}"
+        return loop.train(load_config(algorithm, whole.folder / "config.yaml", [folder, *given]))
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "JsonlWriter", killing_writer(at=4))
         with pytest.raises(Killed):
-            run(algorithm, chat_models, tmp_path / "killed", changes, **options)
+            again()
     assert not (tmp_path / "killed" / "model").exists()
-    resumed = run(algorithm, chat_models, tmp_path / "killed", changes, resume=True, **options)
+    resumed = again("run.resume=true")
 
     assert len(resumed.history) == 2  # it went on from step 2
     ours, theirs = (chatmodel.lines(r.folder) for r in (resumed, whole))
@@ -510,8 +518,9 @@ def test_a_mixture_logs_each_source_and_holds_rows_out(chat_models, tmp_path):
 
 def test_a_streamed_run_resumes_as_if_it_had_not_stopped(chat_models, tmp_path):
     changes = _mixture(tmp_path, streaming=True, window=4, packing=True)
-    straight = run("sft", chat_models, tmp_path / "straight", changes, export=False)
+    straight = run("sft", chat_models, tmp_path / "straight", changes, export=False, save_every=2)
     folder = tmp_path / "stopped"
-    run("sft", chat_models, folder, changes, export=False, steps=2)
+    shutil.copytree(straight.folder, folder)
+    shutil.rmtree(folder / "checkpoints/4")
     rest = run("sft", chat_models, folder, changes, export=False, resume=True)
     assert rest.history == straight.history[2:]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.rollout import join_tokens
+from jaxalign.axis_rules import Rules
 from jaxalign.generate import Generation, sample
 from jaxalign.sharding import all_rows, local_rows, mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
@@ -39,8 +40,9 @@ def draw_answers(
     config: Config,
     temperature: float | Array,
     mesh: Mesh | None = None,
+    rules: Rules | None = None,
 ) -> tuple[PromptBatch, Generation, TokenBatch]:
-    """Samples `config.samples` answers to each prompt, on `mesh` if that is given.
+    """Samples `config.samples` answers to each prompt, on `mesh` and by `rules` if those are given.
 
     Returns:
       (the prompts, each repeated for its answers; the answers; both together as rows).
@@ -60,6 +62,7 @@ def draw_answers(
         slots=config.slots,
         cache_dtype=config.cache_dtype,
         mesh=mesh,
+        rules=rules,
     )
     with on_mesh(mesh_of(params)):
         if config.samples > 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
@@ -14,6 +16,7 @@ from jaxalign.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.heads import target_logprobs
 from jaxalign.offload import on_device
+from jaxalign.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
 if TYPE_CHECKING:
@@ -33,7 +36,8 @@ def make_experience(
       model: the policy.
       critic: value model; None where the advantages need none.
       config: options.
-      reference: the model of `ref_params`; None: the policy's.
+      reference: the model of `ref_params`; None: the policy's. Its parameters may lie on other
+        devices than the policy's.
 
     Returns:
       `experience(state, ref_params, tokens, scores, finished, sampler_logprobs, kl_coef=None,
@@ -46,10 +50,23 @@ def make_experience(
     config.check_critic(critic)
     other = model if reference is None else reference
 
+    def logprobs_under(
+        which: LanguageModel, weights: Params, tokens: TokenBatch, heat: Array | float
+    ) -> tuple[jax.Array, jax.Array]:
+        mask = tokens.loss_mask
+        hidden, _ = read(which, weights, tokens)
+        logprobs = target_logprobs(which, weights, hidden, tokens.targets, heat, mask=mask)
+        return jnp.where(mask, logprobs, 0.0), hidden
+
+    @jax.jit
+    def asked(ref_params: Params, tokens: TokenBatch, heat: Array) -> jax.Array:
+        tokens = jax.tree.map(lambda x: x[:, :-1], tokens)
+        return logprobs_under(other, on_device(ref_params), tokens, heat)[0]
+
     @jax.jit
     def experience(
         state: TrainState,
-        ref_params: Params,
+        ref_params: Params | None,
         tokens: TokenBatch,
         scores: Array,
         finished: Array,
@@ -57,6 +74,7 @@ def make_experience(
         kl_coef: Array | None = None,
         temperature: Array | None = None,
         score_scale: tuple[Array, Array] | None = None,
+        ref_logprobs: Array | None = None,
     ) -> RolloutBatch:
         tokens, sampler_logprobs = jax.tree.map(lambda x: x[:, :-1], (tokens, sampler_logprobs))
         params = combine(state.params, state.frozen)
@@ -65,13 +83,9 @@ def make_experience(
         heat = config.temperature if temperature is None else temperature
         coef = config.kl_coef if kl_coef is None else kl_coef
 
-        def logprobs_under(which: LanguageModel, weights: Params) -> tuple[jax.Array, jax.Array]:
-            hidden, _ = read(which, weights, tokens)
-            logprobs = target_logprobs(which, weights, hidden, tokens.targets, heat, mask=mask)
-            return jnp.where(mask, logprobs, 0.0), hidden
-
-        old_logprobs, hidden = logprobs_under(model, params["policy"])
-        ref_logprobs, _ = logprobs_under(other, on_device(ref_params))
+        old_logprobs, hidden = logprobs_under(model, params["policy"], tokens, heat)
+        if ref_logprobs is None:
+            ref_logprobs, _ = logprobs_under(other, on_device(ref_params or {}), tokens, heat)
         scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
         scaled = scale_scores(scores, score_scale, config.reward_clip)
         token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
@@ -146,7 +160,29 @@ def make_experience(
             kl_coef=everywhere(kl_coef) if config.kl_in == "loss" else None,
         )
 
-    return experience
+    @functools.wraps(experience)
+    def anywhere(
+        state: TrainState,
+        ref_params: Params,
+        tokens: TokenBatch,
+        scores: Array,
+        finished: Array,
+        sampler_logprobs: Array,
+        kl_coef: Array | None = None,
+        temperature: Array | None = None,
+        score_scale: tuple[Array, Array] | None = None,
+    ) -> RolloutBatch:
+        here, there = mesh_of(state.params), mesh_of(ref_params)
+        rest = (tokens, scores, finished, sampler_logprobs, kl_coef, temperature, score_scale)
+        if here is None or there is None or here == there:
+            return experience(state, ref_params, *rest)
+        heat = jnp.asarray(config.temperature if temperature is None else temperature)
+        with on_mesh(there):
+            said = asked(ref_params, carried(tokens, there), np.asarray(heat))
+        return experience(state, None, *rest, carried(said, here))
+
+    anywhere.lower = experience.lower  # pyrefly: ignore[missing-attribute]
+    return anywhere
 
 
 def scale_scores(

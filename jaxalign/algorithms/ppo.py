@@ -49,6 +49,7 @@ from jaxalign.algorithms.rollout import (
 )
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
+from jaxalign.axis_rules import Rules
 from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.sft import nll
@@ -209,6 +210,7 @@ def make_prepare(
     *,
     reference: LanguageModel | None = None,
     rollout_mesh: Mesh | None = None,
+    rollout_rules: Rules | None = None,
 ) -> Callable[..., RolloutBatch]:
     """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
@@ -223,6 +225,7 @@ def make_prepare(
       config: options.
       reference: the model of `ref_params`; None: the policy's.
       rollout_mesh: where answers are written, see `sample`; None: where the policy lies.
+      rollout_rules: layouts while they are, see `sample`; None: those of the rest.
 
     Returns:
       `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None,
@@ -265,7 +268,7 @@ def make_prepare(
         heat = jnp.asarray(heat, jnp.float32)
         policy = combine(state.params, state.frozen)["policy"]
         prompts, answers, tokens = draw_answers(
-            key, model, policy, prompts, config, heat, rollout_mesh
+            key, model, policy, prompts, config, heat, rollout_mesh, rollout_rules
         )
         with on_mesh(mesh):
             scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
@@ -368,7 +371,14 @@ def make_loss(
         heat = config.temperature if batch.temperature is None else jnp.max(batch.temperature)
         coef = config.kl_coef if batch.kl_coef is None else jnp.max(batch.kl_coef)
         logprobs, entropy = target_logprobs(
-            model, policy, hidden, tokens.targets, heat, entropy=True, mask=mask
+            model,
+            policy,
+            hidden,
+            tokens.targets,
+            heat,
+            entropy=True,
+            entropy_gradient=config.entropy_coef != 0,
+            mask=mask,
         )
         # Masked before the arithmetic: what stands in padding must not reach a gradient.
         new, old, ref, advantages = (

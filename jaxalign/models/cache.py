@@ -47,8 +47,8 @@ def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Ca
     return Cache(
         keys=layers(),
         values=layers(),
-        segment_ids=constrain(jnp.zeros((rows, length), jnp.int32), "rows new"),
-        positions=constrain(jnp.zeros((rows, length), jnp.int32), "rows new"),
+        segment_ids=constrain(jnp.zeros((rows, length), jnp.int32), "cache_rows cache_length"),
+        positions=constrain(jnp.zeros((rows, length), jnp.int32), "cache_rows cache_length"),
         used=jnp.zeros((), jnp.int32),
     )
 
@@ -58,8 +58,8 @@ def split(x: jax.Array) -> jax.Array:
 
     Where the mesh does not divide the heads (fewer of them than shards), every shard has them all.
     """
-    whole = x.shape[1] % axis_shards("kv_heads")
-    return constrain(x, f"rows {'hidden' if whole else 'kv_heads'} new hidden")
+    whole = x.shape[1] % axis_shards("cache_heads")
+    return constrain(x, f"cache_rows {'hidden' if whole else 'cache_heads'} cache_length hidden")
 
 
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:

@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxalign.sharding import RULES, mesh_axes
+from jaxalign.sharding import mesh_axes
+
+Entropy = Literal["none", "value", "gradient"]
+"""Whether entropies are computed, and whether a gradient flows through them: that is a second pass
+over the logits of the backward pass."""
 
 Finish = Callable[[jax.Array], jax.Array]
 """What a model does to its logits, elementwise (a soft-cap); hashable, so that jit can cache."""
@@ -44,7 +48,7 @@ def identity(logits: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def fused_logprobs(
     chunk: int,
-    entropy: bool,
+    entropy: Entropy,
     finish: Finish,
     hidden: jax.Array,
     head: jax.Array,
@@ -56,7 +60,8 @@ def fused_logprobs(
 
     Args:
       chunk: positions of every row that are computed at a time; divides N.
-      entropy: whether to compute the second result, which is 0 otherwise.
+      entropy: "none": the second result is 0; "value": it is computed, and no gradient flows
+        through it; "gradient".
       finish: applied to the raw logits.
       hidden: `[R, N, D]`.
       head: `[D, V]`, in the dtype of `hidden`.
@@ -121,10 +126,12 @@ def _cut(lines: int, head: jax.Array) -> _Cut:
             parts *= mesh.shape[name]
         return () if size % parts else names
 
-    axes = functools.partial(mesh_axes, rules=RULES, mesh=mesh)
+    axes = functools.partial(mesh_axes, mesh=mesh)
     rows = over((*axes("length"), *axes("rows")), lines)
     embed = over(tuple(name for name in axes("embed") if name in rows), head.shape[0])
-    return _Cut(rows, over(axes("vocab"), head.shape[1]), embed)
+    # Parts of the vocabulary are joined between devices that hold the same rows.
+    vocabulary = tuple(name for name in axes("vocab") if name not in rows)
+    return _Cut(rows, over(vocabulary, head.shape[1]), embed)
 
 
 def _logits(
@@ -137,7 +144,7 @@ def _logits(
 
 
 def _forward(
-    chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
+    chunk: int, entropy: Entropy, finish: Finish, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
 ):  # fmt: skip
     cut = _cut(hidden.shape[0], head)
@@ -145,11 +152,11 @@ def _forward(
     args = (hidden, head, targets, temperature, wanted)
     chosen, logz, mean, whole = cut.run(work, "rhrss", "rrrg", *args)
     saved = (hidden, whole, *args[2:], logz, mean)
-    return (chosen - logz, logz - mean if entropy else mean), saved
+    return (chosen - logz, mean if entropy == "none" else logz - mean), saved
 
 
 def _read(
-    chunk: int, entropy: bool, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
+    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """One device's z_y, logsumexp(z) and Σ p·z, joined with those of the other parts of the
@@ -168,27 +175,27 @@ def _read(
         if shared:
             chosen = jnp.where((column >= 0) & (column < columns), chosen, 0.0)
         results = [chosen, logz]
-        if entropy:
+        if entropy != "none":
             results.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         return tuple(put(old, new, i * chunk) for old, new in zip(done, results, strict=True))
 
-    start = (zeros,) * (3 if entropy else 2)
+    start = (zeros,) * (2 if entropy == "none" else 3)
     count = _count(wanted, targets.shape[1], chunk)
     chosen, logz, *mean = jax.lax.fori_loop(0, count, one, start)
-    mean = mean[0] if entropy else zeros
+    mean = zeros if entropy == "none" else mean[0]
     if not shared:
         return chosen, logz, mean, head
     top = jax.lax.pmax(logz, shared)
     joined = top + jnp.log(jax.lax.psum(jnp.exp(logz - top), shared))
-    if entropy:
+    if entropy != "none":
         mean = jax.lax.psum(jnp.exp(logz - joined) * mean, shared)
     if wanted is not None:
         joined = jnp.where(jnp.arange(targets.shape[1])[None] < count * chunk, joined, 0.0)
     return jax.lax.psum(chosen, shared), joined, mean, head
 
 
-def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
+def _backward(chunk: int, entropy: Entropy, finish: Finish, saved, gradients):
     hidden, head = saved[:2]
     cut = _cut(hidden.shape[0], head)
     work = functools.partial(_differentiate, chunk, entropy, finish, cut)
@@ -197,7 +204,7 @@ def _backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
 
 
 def _differentiate(
-    chunk: int, entropy: bool, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
+    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, logz: jax.Array,
     mean: jax.Array, to_logprobs: jax.Array, to_entropy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
@@ -215,7 +222,7 @@ def _differentiate(
         # Compared, not scattered: a scatter would be a second pass over all logits.
         to_logits = jnp.where(vocabulary == part(targets)[..., None], gradient, 0.0)
         to_logits -= probs * gradient
-        if entropy:
+        if entropy == "gradient":
             to_logits -= part(to_entropy)[..., None] * probs * (logits - part(mean)[..., None])
         to_logits = back(to_logits).astype(hidden.dtype)
         new = jnp.matmul(to_logits, head.T)

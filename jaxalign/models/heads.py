@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.fused_head import fused_logprobs, identity
+from jaxalign.models.fused_head import Entropy, fused_logprobs, identity
 from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import Array, Params, TokenBatch, Weighted
@@ -36,16 +36,16 @@ MASKED_CHUNK_POSITIONS = 256
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[False] = False, mask: Array | None = None,
-    chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[False] = False, entropy_gradient: bool = True,
+    mask: Array | None = None, chunk: int | None = None,
 ) -> jax.Array: ...  # fmt: skip
 
 
 @overload
 def target_logprobs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array,
-    temperature: Any = 1.0, *, entropy: Literal[True], mask: Array | None = None,
-    chunk: int | None = None,
+    temperature: Any = 1.0, *, entropy: Literal[True], entropy_gradient: bool = True,
+    mask: Array | None = None, chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def target_logprobs(
     temperature: Any = 1.0,
     *,
     entropy: bool = False,
+    entropy_gradient: bool = True,
     mask: Array | None = None,
     chunk: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -71,6 +72,8 @@ def target_logprobs(
       temperature: divides the logits; positive; may be traced. No gradient flows to it.
       entropy: also return the entropy `logsumexp(z) − Σ softmax(z)·z` of each distribution, in
         nats.
+      entropy_gradient: whether a gradient flows through the entropy; without, entropies that are
+        only logged cost nothing in the backward pass.
       mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
         nothing, so that the head runs over answers only. None: all.
       chunk: positions of every row computed at a time; by default `CHUNK_POSITIONS` in all, or as
@@ -108,7 +111,10 @@ def target_logprobs(
         targets = jnp.pad(targets, ((0, 0), (0, pad)))
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
     cap = getattr(model, "finish_logits", identity)
-    both = fused_logprobs(chunk, entropy, cap, hidden, head, targets, temperature, wanted)
+    kind: Entropy = "none"
+    if entropy:
+        kind = "gradient" if entropy_gradient else "value"
+    both = fused_logprobs(chunk, kind, cap, hidden, head, targets, temperature, wanted)
 
     def finish(x: jax.Array) -> jax.Array:
         x = x[:, : shape[1]]

@@ -36,7 +36,7 @@ from jaxalign.plan.topology import (
     next_that_holds,
     parse_topology,
 )
-from jaxalign.sharding import make_mesh, row_axes, row_shards
+from jaxalign.sharding import row_axes, row_shards
 
 __all__ = [
     "Costs",
@@ -134,6 +134,16 @@ def make_plan(
     """
     if algorithm not in PARTS:
         raise ValueError(f"algorithm={algorithm!r}: wanted one of {', '.join(PARTS)}")
+    if config.mesh.apart:
+        raise ValueError(
+            f"mesh.apart={config.mesh.apart}: a plan is of devices that all do the same; plan the "
+            "rest with as many devices fewer and without it"
+        )
+    with config.mesh.use_rules():
+        return _make_plan(algorithm, config, topology, say)
+
+
+def _make_plan(algorithm: str, config: Any, topology: str | None, say: Say) -> Plan:
     mesh = _mesh(config, topology)
     _check_rows(config, mesh)
     parts = PARTS[algorithm](config, mesh)
@@ -198,7 +208,8 @@ def search_plans(
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         raise ValueError(f"--search on {topology!r}: the speed of these devices is not known")
-    found = candidates(algorithm, config, devices, chip)
+    with config.mesh.use_rules():
+        found = candidates(algorithm, config, devices, chip)
     say(f"{len(found)} settings may fit; compiling the best")
     plans: list[tuple[float, tuple[str, ...], Plan]] = []
     for candidate in found[: 3 * count]:
@@ -243,9 +254,7 @@ def _mesh(config: Any, topology: str | None) -> Mesh:
     devices = find_devices(topology)
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     try:
-        return make_mesh(
-            *sizes, devices=devices, sequence=config.mesh.sequence, expert=config.mesh.expert
-        )
+        return config.mesh.make(devices)
     except ValueError as error:
         if any(size < -1 or not size for size in sizes):
             raise

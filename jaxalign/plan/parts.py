@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
+from jaxalign.axis_rules import Rules, use_rules
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
@@ -145,16 +146,21 @@ def _reference(
         if config.reference_sync is not None and frozen:
             return [], (model, combine(params, frozen))
         plain = dataclasses.replace(model, lora=None)
-        if frozen or config.reference_sync is not None:
+        if "reference" in config.mesh.rules_of:  # a copy of its own
+            own = relaid_shapes(plain, frozen or params, mesh, config.mesh.rules_of["reference"])
+        elif frozen or config.reference_sync is not None:
             return [], (plain, frozen or params)
-        own = _away(params) if config.offload_frozen else params
+        else:
+            own = params
+        own = _away(own) if config.offload_frozen else own
         return [own], (plain, own)
     reference = _read(config.reference, config.model, mesh)
     if not isinstance(reference, Decoder):
         raise ValueError(
             f"reference={config.reference!r} is a reward model; wanted a language model"
         )
-    loaded = _params(reference, mesh, config.model.dtype)[0]
+    with config.mesh.use_rules("reference"):
+        loaded = _params(reference, mesh, config.model.dtype)[0]
     loaded = _away(loaded) if config.offload_frozen else loaded
     # One that moves is copied into the optimizer's state; what was loaded goes.
     return [loaded] if config.reference_sync is None else [], (reference, loaded)
@@ -165,28 +171,33 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
     options, notes = config.ppo, []
     model, policy, base = _policy(config, mesh)
-    scorers = [
-        _scorer(spec.source, spec.attributes, config, mesh, notes)
-        for spec in config.reward_specs()
-        if isinstance(spec, ModelReward)
-    ]
-    reference = (dataclasses.replace(model, lora=None), base if base else policy)
+    with config.mesh.use_rules("reward"):
+        scorers = [
+            _scorer(spec.source, spec.attributes, config, mesh, notes)
+            for spec in config.reward_specs()
+            if isinstance(spec, ModelReward)
+        ]
+    start = dataclasses.replace(model, lora=None)
+    frozen_start = base if base else policy
+    rules = config.mesh.rules_of.get("reference")
+    reference = (start, relaid_shapes(start, frozen_start, mesh, rules))
+    # Adapters leave their base untouched: unless it is to lie otherwise, it is there already.
+    shared = bool(base) and not rules
     if config.offload_frozen:
         scorers = [(scorer, _away(weights)) for scorer, weights in scorers]
-        if not base:
-            reference = (reference[0], _away(policy))
+        reference = reference if shared else (start, _away(reference[1]))
     roles = {"policy": (model, policy), "reference": reference}
     roles |= {f"reward{number or ''}": pair for number, pair in enumerate(scorers)}
     critic = critic_params = critic_tx = None
     if options.has_critic:
-        critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
+        with config.mesh.use_rules("critic"):
+            critic, critic_params = roles["critic"] = _critic(config, model, mesh, notes)
         critic_tx = _optimizer(config.critic_optimizer or config.optimizer)
     warmup = config.critic_warmup * config.ppo_epochs * config.minibatches
     tx = ppo.make_optimizer(_optimizer(config.optimizer), critic_tx, critic_warmup=warmup)
     step = ppo.make_step(model, critic, tx, options, micro_batches=config.run.micro_batches)
     params = ppo.init_params(policy, critic_params)
-    # Adapters leave their base untouched: it is the reference, and there already.
-    held = [*([] if base else [reference[1]]), *(scorer_params for _, scorer_params in scorers)]
+    held = [*([] if shared else [reference[1]]), *(scorer_params for _, scorer_params in scorers)]
     batch = rollout(config, config.data.rows * options.samples // config.minibatches)
     if config.ptx is not None:
         batch = batch._replace(ptx=_tokens(config.ptx.rows, config.ptx.length))
@@ -330,6 +341,15 @@ def _away(params: Params) -> Params:
     return jax.tree.map(
         lambda x: array(x.shape, x.dtype, x.sharding.with_memory_kind(HOST)), params
     )
+
+
+def relaid_shapes(model: Decoder, params: Params, mesh: Mesh, over: Rules | None) -> Params:
+    """What `sharding.relaid` gives, of arrays that are not there."""
+    if not over:
+        return params
+    with use_rules(over):
+        layout = param_shardings(model.axes, mesh, model.shapes)
+    return jax.tree.map(lambda x, sharding: array(x.shape, x.dtype, sharding), params, layout)
 
 
 def _optimizer(config: OptimizerConfig) -> Any:

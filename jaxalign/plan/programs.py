@@ -18,11 +18,12 @@ from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.decoding import decode, empty_slots, read_prompts
-from jaxalign.models.base import DecoderConfig, combine
+from jaxalign.flops import row_flops
+from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
 from jaxalign.offload import HOST, on_device
 from jaxalign.plan.costs import Costs, count_costs
-from jaxalign.plan.parts import Parts, array, rollout
+from jaxalign.plan.parts import Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
 from jaxalign.sampling import Sampling
 from jaxalign.sharding import (
@@ -50,7 +51,7 @@ class Program:
       temporary: gradients, activations, whatever the compiler keeps while it runs.
       other: padding of the arguments to the device's tiles, results that replace no argument.
       costs: what it does.
-      useful: FLOPs that the mathematics asks for, on all devices together (see `model_flops`).
+      useful: FLOPs that the mathematics asks for, on all devices together (see `jaxalign.flops`).
       seconds: tracing and compiling.
     """
 
@@ -113,23 +114,6 @@ def device_bytes(tree: Any, *, host: bool = False) -> int:
 def on_rows(tree: Any, mesh: Mesh) -> Any:
     """A batch of shapes with its rows split over the mesh."""
     return jax.tree.map(lambda x: array(x.shape, x.dtype, rows_sharding(mesh)), tree)
-
-
-def model_flops(config: DecoderConfig, rows: int, length: int, *, head: bool) -> float:
-    """FLOPs of one forward pass as the mathematics asks for: see docs/plan.md.
-
-    2 a weight of a matrix and token (of experts, those that a token takes), and for attention
-    2·2·(T + 1)/2 a token, head dimension and head, causal.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp = (3 if config.gated_mlp else 2) * width * inner
-    if config.num_experts:
-        mlp = mlp * config.experts_per_token + width * config.num_experts
-    layer = 2 * width * heads + 2 * width * shared + mlp
-    pairs = 4 * heads * (length + 1) / 2
-    vocabulary = 2 * width * config.vocab_size if head else 0
-    return rows * length * (config.num_layers * (2 * layer + pairs) + vocabulary)
 
 
 class _Compiler:
@@ -213,6 +197,7 @@ def compile_programs(
     model, _ = parts.roles["policy"]
     batch = on_rows(parts.batch, mesh)
     update = compile_step(parts.step, state, mesh)
+    passes = 2 if parts.frozen else 3  # frozen weights need no gradient
 
     def step(useful: float, trips: int, times: int = 1, held: Any = ()) -> None:
         compiler(
@@ -221,10 +206,11 @@ def compile_programs(
         )  # fmt: skip
 
     def forward(part: Any, count: int, tokens: int, *, head: bool) -> float:
-        return model_flops(part.config, count, tokens, head=head)
+        return row_flops(part.config, count, tokens, head=head)
 
     if algorithm == "ppo":
-        _sample(compiler, config, mesh, parts, say)
+        with config.mesh.use_rules("rollout"):
+            _sample(compiler, config, mesh, parts, say)
         _experience(compiler, config, mesh, parts, state)
         answers = rows * config.ppo.samples
         each = answers // config.minibatches
@@ -234,7 +220,7 @@ def compile_programs(
         if "critic" in parts.roles and not config.ppo.shared_critic:
             useful += forward(parts.roles["critic"][0], each, whole, head=False)
         held = on_rows(rollout(config, answers), mesh)
-        step(3 * useful, trips, config.ppo_epochs * config.minibatches, held)
+        step(passes * useful, trips, config.ppo_epochs * config.minibatches, held)
         return compiler.done
     sides = {"sft": 1, "reward": 1, "dpo": 2, "kto": 1}[algorithm]
     sequences = _sequences(parts.batch) if algorithm == "reward" else sides * rows
@@ -245,7 +231,7 @@ def compile_programs(
         reference, weights = parts.roles["reference"]
         whole = 1 if headless else _chunks(reference, sequences, length, mesh)
         _prepare(compiler, algorithm, mesh, parts, reference, weights, batch, whole, useful)
-    step(3 * useful, trips)
+    step(passes * useful, trips)
     return compiler.done
 
 
@@ -304,6 +290,9 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     model, params = parts.roles["policy"]
     if parts.frozen:
         params = combine(params, parts.frozen["policy"])
+    own = config.mesh.rules_of.get("rollout")
+    known = () if own else params  # a copy of its own for as long as it writes
+    params = relaid_shapes(model, params, mesh, own)
     options, length, new = config.ppo, config.data.length, config.ppo.max_new_tokens
     answers = config.data.rows * options.samples
     slots = answers if options.slots is None else min(options.slots, answers)
@@ -338,9 +327,9 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     say("compiling empty slots …")
     lowered = empty()
     state = _outputs(lowered, lowered.compile())
-    useful = model_flops(model.config, rows, length, head=False)
+    useful = row_flops(model.config, rows, length, head=False)
     compiled = compiler(
-        "prefill", prefill, known=params, batch=(tokens, mask), times=groups, useful=useful,
+        "prefill", prefill, known=known, batch=(tokens, mask), times=groups, useful=useful,
         made="cache",
     )  # fmt: skip
     # The slots are there before the prompts are read.
@@ -355,11 +344,11 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
                 model, params, state, read, key, sampling, last, samples=options.samples
             )
 
-    both = model_flops(model.config, slots, length + new, head=False)
-    both -= model_flops(model.config, slots, length, head=False)
+    both = row_flops(model.config, slots, length + new, head=False)
+    both -= row_flops(model.config, slots, length, head=False)
     head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
     compiler(
-        "decode", writing, known=params, batch=(tokens, mask), cache=(state, read), trips=new,
+        "decode", writing, known=known, batch=(tokens, mask), cache=(state, read), trips=new,
         times=math.ceil(answers / slots), useful=both + head,
     )  # fmt: skip
 
@@ -398,7 +387,7 @@ def _experience(
                 run = jax.jit(lambda own, tokens: pooled_scores(scorer, on_device(own), tokens))
                 return run.lower(weights, tokens)
 
-        flops = model_flops(scorer.config, rows, length, head=False)
+        flops = row_flops(scorer.config, rows, length, head=False)
         compiler(name.replace("reward", "score"), score, known=weights, batch=tokens, useful=flops)
 
     def experience() -> Any:
@@ -410,9 +399,9 @@ def _experience(
                 state, ref_params, tokens, scores, finished, recorded, number, number, scale
             )
 
-    flops = 2 * model_flops(model.config, rows, length - 1, head=True)
+    flops = 2 * row_flops(model.config, rows, length - 1, head=True)
     if critic is not None and not options.shared_critic:
-        flops += model_flops(critic.config, rows, length - 1, head=False)
+        flops += row_flops(critic.config, rows, length - 1, head=False)
     known = (state.params, state.frozen, ref_params)
     compiler(
         "experience", experience, known=known, batch=(tokens, scores, finished, recorded),

@@ -9,6 +9,7 @@ import jax
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
 from jaxalign.offload import on_device
+from jaxalign.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
 
@@ -19,7 +20,7 @@ def model_reward(
 
     Args:
       scorer: a reward model with the policy's tokenizer.
-      params: its parameters, used where they lie.
+      params: its parameters, used where they lie: on the devices of the answers or on others.
       shift: mean score of reference answers, so that they score 0 (Stiennon et al. 2020).
       scale: their standard deviation; > 0.
     """
@@ -29,7 +30,14 @@ def model_reward(
     def score(params: Params, tokens: TokenBatch) -> jax.Array:
         return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
-    return lambda tokens, prompts: score(params, tokens)
+    def reward(tokens: TokenBatch, prompts: PromptBatch) -> Array:
+        here, there = mesh_of(tokens), mesh_of(params)
+        if here is None or there is None or here == there:
+            return score(params, tokens)
+        with on_mesh(there):
+            return carried(score(params, carried(tokens, there)), here)
+
+    return reward
 
 
 def check_scale(scale: float) -> None:

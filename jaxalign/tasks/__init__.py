@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxalign.config import DPORun, KTORun, PPORun, RewardRun, SFTRun
-from jaxalign.sharding import make_mesh, row_axes, row_shards
+from jaxalign.sharding import row_axes, row_shards
 from jaxalign.tasks.data import load_data
 from jaxalign.tasks.dpo import dpo_task
 from jaxalign.tasks.kto import kto_task
@@ -37,13 +37,7 @@ __all__ = [
 
 def make_task(config: Any) -> Task:
     """The task of a configuration made by `load_config`."""
-    mesh = make_mesh(
-        config.mesh.data,
-        config.mesh.fsdp,
-        config.mesh.tensor,
-        sequence=config.mesh.sequence,
-        expert=config.mesh.expert,
-    )
+    mesh = config.mesh.make()
     _check_rows(config, mesh)
     makers: dict[type, Callable[..., Task]] = {
         SFTRun: sft_task,
@@ -70,6 +64,13 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
             f"{', '.join(f'{name} = {size}' for name, size in parts.items())}; "
             f"use a multiple of {unit} {what}"
         )
+    for model in config.mesh.apart:
+        unit = row_shards(config.mesh.make(model=model))
+        if answers % unit:
+            raise ValueError(
+                f"data.rows={config.data.rows}: {answers} {what} do not divide over "
+                f"mesh.apart.{model} = {unit} devices; use a multiple of {unit} {what}"
+            )
     texts = {"data": config.data, "ptx": getattr(config, "ptx", None)}
     for name, section in texts.items():
         unit = row_shards(mesh) * (config.run.micro_batches if name == "ptx" else 1)

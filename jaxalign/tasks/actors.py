@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxalign.config import PPORun
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, with_scalar_head
+from jaxalign.sharding import relaid
 from jaxalign.tasks.loading import Loaded, Scorers, language_model, shape_of
 from jaxalign.types import Params
 
@@ -18,12 +19,17 @@ from jaxalign.types import Params
 def start_reference(config: PPORun, loaded: Loaded, mesh: Mesh) -> tuple[Decoder, Params]:
     """The frozen reference: the model named, or the start; under adapters that is the base."""
     model, params = _start(loaded)
-    if config.reference is None:
-        return model, params
-    reference, params = language_model(config.reference, config.model, mesh)
+    away = "reference" in config.mesh.apart
+    if config.reference is None and not away:
+        return model, relaid(params, model.axes, config.mesh.rules_of.get("reference"))
+    source = config.model.source if config.reference is None else config.reference
+    with config.mesh.use_rules("reference"):
+        if away:
+            mesh = config.mesh.make(model="reference")
+        reference, params = language_model(source, config.model, mesh)
     if shape_of(reference) != shape_of(model):
         raise ValueError(
-            f"reference={config.reference!r} has another shape than the policy "
+            f"reference={source!r} has another shape than the policy "
             f"{config.model.source!r}; wanted the model that the policy started from"
         )
     return reference, params
@@ -39,6 +45,7 @@ def start_critic(
     if options.shared_critic or config.critic == "policy":
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 4)
         critic, params = with_scalar_head(*_start(loaded), key)
+        params = relaid(params, critic.axes, config.mesh.rules_of.get("critic"))
     else:
         critic, params = scorers.critic()
     if config.critic_head == "zero":

@@ -152,7 +152,8 @@ class Scorers:
 
     def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
         """One that scores answers."""
-        return self._load(spec.source, spec.attributes, reads_ids=spec.tokenizer == "policy")
+        reads = spec.tokenizer == "policy"
+        return self._load("reward", spec.source, spec.attributes, reads_ids=reads)
 
     def held(self, spec: ModelReward) -> tuple[Scorer, Params]:
         """The same in the host's memory."""
@@ -161,21 +162,27 @@ class Scorers:
 
     def critic(self) -> tuple[Scorer, Params]:
         """What the critic starts from."""
-        return self._load(*self._config.critic_start(), critic=self._config.critic is not None)
+        start, named = self._config.critic_start(), self._config.critic is not None
+        return self._load("critic", *start, critic=named)
 
     def _load(
         self,
+        role: str,
         source: str,
         weights: Mapping[str, float] | None,
         *,
         critic: bool = False,
         reads_ids: bool = True,
     ) -> tuple[Scorer, Params]:
-        key = f"{source} {weights} {critic}"
+        layout = self._config.mesh.rules_of.get(role, {})
+        apart = self._config.mesh.apart.get(role)
+        key = f"{source} {weights} {critic} {sorted(layout.items())} {apart}"
         if key not in self._loaded:
-            self._loaded[key] = load_scorer(
-                source, weights, self._config.model, self._mesh, critic=critic
-            )
+            mesh = self._mesh if apart is None else self._config.mesh.make(model=role)
+            with self._config.mesh.use_rules(role):
+                self._loaded[key] = load_scorer(
+                    source, weights, self._config.model, mesh, critic=critic
+                )
         if reads_ids:
             check_vocabulary(self._tok, self._loaded[key][0], source)
         return self._loaded[key]

@@ -16,13 +16,15 @@ from jaxalign.algorithms import ppo
 from jaxalign.config import PPORun
 from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
 from jaxalign.export import whole_model
+from jaxalign.flops import ppo_flops
 from jaxalign.hf import save_pretrained
-from jaxalign.metrics import to_floats
+from jaxalign.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.models.base import combine
 from jaxalign.offload import on_device, to_host_memory
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
-from jaxalign.sharding import all_rows
+from jaxalign.rewards.specs import ModelReward
+from jaxalign.sharding import all_rows, local_rows
 from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.dumps import RolloutDump
@@ -38,8 +40,9 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     scorers = Scorers(config, mesh, loaded.tok)
     critic, critic_params = start_critic(config, loaded, scorers)
     # Named apart, so that nothing below keeps the weights that the policy starts from.
-    model, tok, options = loaded.model, loaded.tok, config.ppo
-    if config.offload_frozen and (config.reference is not None or not loaded.frozen):
+    model, tok, adapted, options = loaded.model, loaded.tok, bool(loaded.frozen), config.ppo
+    apart = config.reference is not None or "reference" in config.mesh.rules_of
+    if config.offload_frozen and (apart or not adapted):
         ref_params = to_host_memory(ref_params)
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)
@@ -65,7 +68,18 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
     held = scorers.held if config.offload_frozen else scorers.reward
     reward = build_reward(config.reward_specs(), tok, rows=rows, load=held)
-    prepare = ppo.make_prepare(model, critic, reward, options, reference=reference)
+    specs = [spec for spec in config.reward_specs() if isinstance(spec, ModelReward)]
+    judges = [scorers.reward(spec)[0] for spec in specs]
+    watch = Stopwatch()
+    watched = watch.around(reward, "rollout", "reward")
+    prepare = ppo.make_prepare(
+        model,
+        critic,
+        watched,
+        options,
+        reference=reference,
+        rollout_rules=config.mesh.rules_of.get("rollout"),
+    )
     dump = RolloutDump(config.run.folder, tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 
@@ -96,8 +110,10 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         key: jax.Array, state: TrainState, batch: Any, loop: Loop
     ) -> tuple[Iterable[RolloutBatch], Floats]:
         sample_key, shuffle_key = jax.random.split(key)
+        watch.start()
         rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"], **carried(loop))
         metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
+        metrics |= watch.stop("experience") | cost(rollout)
         metrics["kl_coef"] = loop["kl_coef"]
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
         loop["kl_coef"] = ppo.next_kl_coef(
@@ -117,6 +133,20 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             multiple=config.run.micro_batches,
         )
         return add_text(parts, loop), metrics
+
+    def cost(rollout: RolloutBatch) -> Floats:
+        tokens = local_rows(rollout.tokens)
+        flops = ppo_flops(
+            tokens,
+            model,
+            critic,
+            judges,
+            epochs=config.ppo_epochs,
+            samples=options.samples,
+            frozen=adapted,
+            shared_critic=options.shared_critic,
+        )
+        return {TOKENS: float(np.sum(tokens.segment_ids > 0)), FLOPS: flops.total}
 
     def evaluate(state: TrainState, loop: Loop) -> Floats:
         # The same key every time: differences come from the policy, not from the draw.

@@ -16,6 +16,7 @@ from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 
 import jaxalign as ja
 from jaxalign import dpo, reward
+from jaxalign.bench.case import row_parts
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
@@ -102,7 +103,8 @@ class Steps:
     def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows not in self._compiled:
-            parts = _parts(rows, self._job.row_group, jax.device_count())
+            group = self._job.row_group or rows
+            parts = row_parts(rows, group, jax.device_count())
             if self._job.algorithm == "reward":
                 step = reward.make_step(self._model, self._tx, micro_batches=parts)
             else:
@@ -117,14 +119,6 @@ class Steps:
     @property
     def compiles(self) -> int:
         return sum(step.compiles for step in self._compiled.values())
-
-
-def _parts(rows: int, group: int, devices: int) -> int:
-    """The fewest micro-batches of at most `group` rows that divide evenly over the devices."""
-    if not group:
-        return 1
-    fit = [n for n in range(1, rows + 1) if rows % (n * devices) == 0 and rows // n <= group]
-    return fit[0] if fit else rows // devices
 
 
 def score(job: Job, scorer: Any, params: Any, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:

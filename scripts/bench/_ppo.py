@@ -24,6 +24,7 @@ class Rollouts:
       what: "ppo" or "generate".
       policy: folder in Hugging Face form, also the reference.
       scorer: the same of a reward model, also the start of the critic; PPO only.
+      shape: vocabulary, hidden, layers, heads, width of the MLP.
       vocab: ids are drawn from FIRST to this.
       prompts: rows.
       prompt_length: tokens of each prompt.
@@ -33,6 +34,7 @@ class Rollouts:
       passes: over `lengths`; in the first of them jaxalign compiles, so it is not measured.
       epochs: of PPO's updates.
       pack: ours: see `ppo.minibatches`.
+      row_group: ours: rows computed at a time in an update; 0 for all.
       threads: for the peer; XLA takes what the process may use.
     """
 
@@ -40,6 +42,7 @@ class Rollouts:
     policy: str
     scorer: str = ""
     vocab: int
+    shape: tuple[int, int, int, int, int]
     prompts: int = 16
     prompt_length: int = 64
     new_tokens: int
@@ -47,6 +50,7 @@ class Rollouts:
     passes: int = 3
     epochs: int = 4
     pack: int = 0
+    row_group: int = 0
     threads: int = 2
 
     @property

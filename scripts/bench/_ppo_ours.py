@@ -19,8 +19,13 @@ from _ppo import PAD, Rollouts, read_rollouts
 import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms import answers
+from jaxalign.bench.case import row_parts
 from jaxalign.generate import sample
 from jaxalign.rewards import model_reward
+
+
+def load(folder: str) -> tuple[Any, Any]:
+    return ja.load_pretrained(folder, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32")
 
 
 def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
@@ -33,13 +38,15 @@ def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterato
 
 
 def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
-    critic, rm_params = ja.load_pretrained(job.scorer, mesh=ja.make_mesh(), compute_dtype="float32")
+    critic, rm_params = ja.load_pretrained(
+        job.scorer, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32"
+    )
     config = ppo.Config(max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0)
     adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
     tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
     state = ja.init_state(ppo.init_params(params, rm_params), tx)
     prepare = ppo.make_prepare(model, critic, model_reward(critic, rm_params), config)
-    step = ja.compile_step(ppo.make_step(model, critic, tx, config), state)
+    steps: dict[int, Any] = {}  # of every number of rows that a batch may have
     reference = jax.tree.map(lambda x: x.copy(), params)
     for number, lengths in enumerate(job.steps):
         start = time.perf_counter()
@@ -51,7 +58,12 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
         for part in ppo.minibatches(
             jax.random.key(number), rollout, epochs=job.epochs, count=1, pack=job.pack
         ):
-            state, of_step = step(state, part)
+            rows = part.tokens.inputs.shape[0]
+            if rows not in steps:
+                parts = row_parts(rows, job.row_group or rows, jax.device_count())
+                of_rows = ppo.make_step(model, critic, tx, config, micro_batches=parts)
+                steps[rows] = ja.compile_step(of_rows, state)
+            state, of_step = steps[rows](state, part)
             metrics.append(of_step)
         logged = [{k: float(v) for k, v in x.items()} for x in metrics]
         yield {
@@ -60,7 +72,7 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
             "kl": logged[0]["objective/kl"],
             "loss": logged[-1]["loss"],
             "positions": int(part.tokens.inputs.size),
-            "compiles": step.compiles,
+            "compiles": sum(step.compiles for step in steps.values()),
         }
 
 
@@ -68,7 +80,9 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_rollouts(folder), folder / "ppo_ours"
     out.mkdir(exist_ok=True)
-    model, params = ja.load_pretrained(job.policy, mesh=ja.make_mesh(), compute_dtype="float32")
+    model, params = ja.load_pretrained(
+        job.policy, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32"
+    )
     rows = np.arange(job.prompts, dtype=np.int32)
     ids = job.prompt_ids()
     prompts = ja.PromptBatch(ids, np.ones(ids.shape, bool), rows)

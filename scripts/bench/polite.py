@@ -8,8 +8,9 @@ answers are the same are left out (and counted); of the rest, ordered by their S
 110 are held out. `polite.yaml` is the recipe; overrides are passed on to it. Then:
 
 * the start and the DPO model answer held-out instructions greedily;
-* the start samples 4 answers to each of them, and the reward model chooses the best. Whether that
-  is the politer one is judged by two that took no part in the choice: the DPO model's implicit
+* the model whose weights lie halfway between the two, which is polite now and then (the start
+  hardly ever is), samples 4 answers to each of them, and the reward model chooses the best. Whether
+  that is the politer one is judged by two that took no part in the choice: the DPO model's implicit
   reward log π − log π_start, and a list of polite phrases.
 """
 
@@ -110,7 +111,7 @@ def greedy(source: str, prompts: list[Any], new_tokens: int) -> list[str]:
 def best_of_four(
     arguments: argparse.Namespace, results: dict[str, Any], rows: list[dict], prompts: list[Any]
 ) -> tuple[dict[str, Any], list[dict]]:
-    """Samples four answers of the start to each prompt; figures and examples of the choice."""
+    """Samples four answers to each prompt; figures and examples of the choice."""
     import jax
 
     import jaxalign as ja
@@ -118,9 +119,11 @@ def best_of_four(
 
     model, params = ja.load_pretrained(arguments.model)
     tok = ja.load_tokenizer(arguments.model)
+    _, dpo_params = ja.load_pretrained(str(results["dpo"].model))
+    halfway = jax.tree.map(lambda a, b: (a + b) / 2, params, dpo_params)
     answers = ja.generate(
         model,
-        params,
+        halfway,
         tok,
         [prompt for prompt in prompts for _ in range(4)],
         max_new_tokens=arguments.new_tokens,
@@ -146,7 +149,6 @@ def best_of_four(
         )
     )
     scorer, rm_params = ja.load_pretrained(str(results["reward"].model))
-    _, dpo_params = ja.load_pretrained(str(results["dpo"].model))
     score = jax.jit(lambda params, tokens: ja.pooled_scores(scorer, params, tokens))
     logps = dpo.make_prepare(model)
 

@@ -49,10 +49,12 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
         policy=policy,
         scorer=scorer,
         vocab=SIZES[size][0],
+        shape=SIZES[size],
         new_tokens=new_tokens,
         lengths=draw_lengths(kind, draws, prompts, new_tokens),
         passes=arguments.passes + 1,
         pack=arguments.pack if kind == "ragged" else 0,
+        row_group=arguments.row_group,
         threads=arguments.threads,
     )
 
@@ -61,13 +63,16 @@ def measure(
     arguments: argparse.Namespace, case: pathlib.Path, job: Rollouts
 ) -> dict[str, dict[str, list]]:
     """Runs both sides in turn, several times: the seconds of every measured step."""
-    pythons = dict(zip(SIDES, (arguments.peer, sys.executable), strict=True))
-    found: dict[str, dict[str, list]] = {side: {"seconds": [], "peak_mib": []} for side in SIDES}
+    pythons = {SIDES[0]: arguments.peer}
+    if job.what == "generate" and arguments.tunix is not None:
+        pythons["ppo_tunix"] = arguments.tunix
+    pythons[SIDES[1]] = sys.executable
+    found: dict[str, dict[str, list]] = {side: {"seconds": [], "peak_mib": []} for side in pythons}
     for repeat in range(arguments.repeats):
         folder = case / f"repeat-{repeat}"
         write_job(folder, job)
         for side, python in pythons.items():
-            done = carry_out(side, python, folder, job.threads)
+            done = carry_out(side, python, folder, job.threads, arguments.devices)
             steps = read_steps(folder / side / "steps.jsonl")[len(job.lengths) :]
             wrong = [s["step"] for s in steps if s["written"] != sum(job.steps[s["step"]])]
             if wrong:
@@ -82,7 +87,7 @@ def measure(
 
 
 def summary(found: dict[str, dict[str, list]], written: float) -> dict:
-    """Medians, and ours against the peer's."""
+    """Medians, and ours against the fastest peer's."""
     median = {
         side: {
             "seconds": round(statistics.median(itertools.chain(*figures["seconds"])), 4),
@@ -92,7 +97,8 @@ def summary(found: dict[str, dict[str, list]], written: float) -> dict:
     }
     for figures in median.values():
         figures["new_tokens_a_second"] = round(written / figures["seconds"], 1)
-    peer, ours = (median[side] for side in SIDES)
+    ours = median[SIDES[1]]
+    peer = min((median[s] for s in median if s != SIDES[1]), key=lambda one: one["seconds"])
     ratio = {"speed_ratio": round(peer["seconds"] / ours["seconds"], 3)}
     return ratio | {"memory_ratio": round(ours["peak_mib"] / peer["peak_mib"], 3), "median": median}
 
@@ -100,6 +106,7 @@ def summary(found: dict[str, dict[str, list]], written: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="interpreter of TRL 1.12's environment")
+    parser.add_argument("--tunix", help="interpreter of Tunix's, for generation")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
     parser.add_argument("--what", nargs="+", default=["ppo", "generate"])
     parser.add_argument("--sizes", nargs="+", default=["S", "M"], help="of generation; PPO is S")
@@ -110,6 +117,8 @@ def main() -> None:
     parser.add_argument(
         "--pack", type=int, default=16, help="ours, ragged: sizes of packed batches"
     )
+    parser.add_argument("--row-group", type=int, default=0, help="ours: rows computed at a time")
+    parser.add_argument("--devices", type=int, default=1, help="ours: CPU devices")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()

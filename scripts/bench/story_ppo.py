@@ -21,9 +21,13 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import time
 from typing import Any
+
+# A device a core: each works through its own rows, which is faster than two cores on one operation.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
 
 import jax
 import numpy as np
@@ -84,6 +88,7 @@ class Recipe:
     iterations: int
     epochs: int
     minibatches: int
+    micro_batches: int = 2
 
 
 RECIPES = {
@@ -105,7 +110,7 @@ class Stories:
     def __init__(self, folder: pathlib.Path):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-        self.mesh = ja.make_mesh()
+        self.mesh = ja.make_mesh(data=-1, fsdp=1)
         self.tok = ja.load_tokenizer(folder)
         self.model, self.params = ja.load_pretrained(
             folder, mesh=self.mesh, compute_dtype="float32"
@@ -160,7 +165,11 @@ def train(
         )
     )
     state = ja.init_state(params, tx)
-    step = ja.compile_step(ppo.make_step(stories.model, critic, tx, config), state, stories.mesh)
+    step = ja.compile_step(
+        ppo.make_step(stories.model, critic, tx, config, micro_batches=recipe.micro_batches),
+        state,
+        stories.mesh,
+    )
     prepare = ppo.make_prepare(stories.model, critic, stories.reward, config)
     prompts = stories.prompts(ROLLOUTS // config.samples)
 
@@ -278,16 +287,20 @@ def main() -> None:
     parser.add_argument("--svg", type=pathlib.Path)
     for name in ("kl-coef", "rate", "critic-rate"):
         parser.add_argument(f"--{name}", type=float, help="instead of the recipe's")
-    for name in ("iterations", "epochs", "minibatches"):
+    for name in ("iterations", "epochs", "minibatches", "micro-batches"):
         parser.add_argument(f"--{name}", type=int, help="instead of the recipe's")
+    parser.add_argument("--options", type=json.loads, default={}, help="of ppo.Config, as JSON")
     given = parser.parse_args()
     if given.plot:
         plot(given.plot, given.csv, given.svg)
         return
     stories = Stories(given.model)
     named = [field.name for field in dataclasses.fields(Recipe) if field.name != "options"]
+    named = [name for name in named if hasattr(given, name)]
     changes = {name: getattr(given, name) for name in named if getattr(given, name) is not None}
-    recipe = dataclasses.replace(RECIPES[given.algorithm], **changes)
+    recipe = RECIPES[given.algorithm]
+    changes["options"] = recipe.options | given.options
+    recipe = dataclasses.replace(recipe, **changes)
 
     def report(row: dict[str, Any]) -> None:
         print(json.dumps(row), flush=True)

@@ -50,8 +50,8 @@ def same(expected, got, rtol=1e-5):
         np.testing.assert_allclose(got_metrics[name], value, rtol, 1e-6, err_msg=name)
     for path, want in jax.tree_util.tree_leaves_with_path(params):
         have = functools.reduce(lambda tree, key: tree[key.key], path, state.params)
-        # One step moves a parameter by up to 1e-2 (the learning rate), and rounding of a gradient by
-        # 1e-7 a small one by 10 times as much (learning rate / eps). So a lone entry may be 2e-6
+        # One step moves a parameter by up to 1e-2 (the learning rate), and rounding of a gradient
+        # by 1e-7 a small one by 10 times as much (learning rate / eps). So a lone entry may be 2e-6
         # off, 2e-4 of the step, but not the whole array: its root mean square is held tighter.
         np.testing.assert_allclose(have, want, 1e-6, 2e-6, err_msg=str(path))
         assert np.sqrt(np.mean(np.square(np.asarray(have) - want))) < 3e-7, path

@@ -1,6 +1,7 @@
 """Mixtures: counted row by row; the same under any host count and after a resume."""
 
 import collections
+import functools
 import itertools
 import json
 
@@ -285,6 +286,34 @@ def test_hosts_share_batches_and_positions(tiny, tmp_path, kind):
     joined = [_joined(list(rows)) for rows in zip(*rest, strict=True)]
     assert len(joined) == len(whole) - 3
     assert all(same(a, b) for a, b in zip(joined, whole[3:], strict=True))
+
+
+def test_across_hosts_every_row_comes_once_an_epoch(tiny):
+    """Counted row by row, also where two hosts stop and four go on."""
+    rows = [{"prompt": f"number {i}"} for i in range(22)]
+
+    def numbers(batches):
+        return [np.asarray(b.index)[np.asarray(b.mask).any(axis=1)].tolist() for b in batches]
+
+    def hosts(count, **options):
+        make = functools.partial(prompt_batches, rows, tiny, rows=4, length=200, epochs=3)
+        return [make(host=(index, count), **options) for index in range(count)]
+
+    seen = [[] for _ in range(2)]
+    for index, batches in enumerate(hosts(2)):
+        iterator = iter(batches)
+        seen[index] = numbers(next(iterator) for _ in range(7))
+        position = batches.get_state()
+        batches.close()
+    for batches in hosts(4):
+        batches.set_state(position)
+        seen.append(numbers(batches))
+    assert {len(one) for one in seen[2:]} == {17 - 7}  # 3 × 22 rows, 4 at a time
+    given = collections.Counter(itertools.chain.from_iterable(itertools.chain(*seen)))
+    assert given == dict.fromkeys(range(22), 3)
+    # No row twice before every row has come once, whichever host it is given to.
+    first = [row for batch in range(5) for host in seen[:2] for row in host[batch]]
+    assert len(first) == len(set(first)) == 20
 
 
 def test_hosts_must_divide_the_rows(tiny):

@@ -84,6 +84,27 @@ def test_gradient_equals_that_of_whole_logits(params, inputs, chunk):
     np.testing.assert_allclose(got[1], want[1], 1e-4, 1e-4)
 
 
+def test_no_gradient_flows_through_an_entropy_that_is_only_logged(params, inputs):
+    hidden, targets = inputs
+
+    def total(hidden, learned):
+        logprobs, entropy = target_logprobs(
+            tiny.DECODER, params, hidden, targets, 0.7, entropy=True, entropy_gradient=learned
+        )
+        return jnp.sum(logprobs) + 3.0 * jnp.sum(entropy)
+
+    def naive_total(hidden):
+        logprobs = jax.nn.log_softmax(hidden @ params["head"]["kernel"] / 0.7)
+        entropy = jax.lax.stop_gradient(-jnp.sum(jnp.exp(logprobs) * logprobs))
+        return jnp.sum(jnp.take_along_axis(logprobs, targets[..., None], -1)) + 3.0 * entropy
+
+    value, gradient = jax.value_and_grad(lambda x: total(x, False))(hidden)
+    want, expected = jax.value_and_grad(naive_total)(hidden)
+    np.testing.assert_allclose(value, want, 1e-5)
+    np.testing.assert_allclose(gradient, expected, 1e-4, 1e-5)
+    assert np.abs(jax.grad(lambda x: total(x, True))(hidden) - expected).max() > 1e-2
+
+
 def test_the_whole_vocabulary_is_never_there_at_once(params):
     """The largest array in the compiled gradient holds one chunk of logits, not all."""
     rows, length, vocab = 2, 64, 512

@@ -1,0 +1,76 @@
+"""The section `mesh` of a run's configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.axis_rules import check_rules, use_rules
+from jaxalign.meshes import make_mesh, set_apart
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the device mesh, and what lies how on it. See `jaxalign.make_mesh`.
+
+    Attributes:
+      data: replicas; one of the sizes may be -1, "the rest".
+      fsdp: shards of parameters and optimizer state.
+      tensor: shards of heads, MLP columns and vocabulary.
+      sequence: parts of every row.
+      expert: shards of the experts of a mixture.
+      dcn: axis → how many of its parts lie in different slices or nodes; None: found out.
+      rules: logical axis → mesh axis, several, or null (whole): entries that take the place of
+        those in the table `jaxalign.axis_rules.RULES`, for parameters and activations.
+      rules_of: the same for one model alone, on top of `rules`: how the parameters of `reference`,
+        `reward` and `critic` lie; and under `rollout` the policy's parameters, its cache and its
+        activations while answers are written.
+      apart: model → devices that hold it and nothing else, the last ones of each host; the sizes
+        above are then those of the rest. Such a model is split along `fsdp`.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+    dcn: dict[str, int] | None = None
+    rules: dict[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
+    rules_of: dict[str, dict[str, str | tuple[str, ...] | None]] = dataclasses.field(
+        default_factory=dict
+    )
+    apart: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_rules(self.rules)
+        with use_rules(self.rules):
+            for rules in self.rules_of.values():
+                check_rules(rules)
+
+    def make(self, devices: Sequence[jax.Device] | None = None, model: str | None = None) -> Mesh:
+        """The mesh, of all devices or of these; or the one that `model` alone lies on.
+
+        A model that has no devices of its own lies on the mesh of the run.
+        """
+        if self.apart:
+            dealt = set_apart(list(jax.devices() if devices is None else devices), self.apart)
+            if model in self.apart:
+                return make_mesh(devices=dealt[model])
+            devices = dealt[None]
+        return make_mesh(
+            self.data,
+            self.fsdp,
+            self.tensor,
+            devices,
+            sequence=self.sequence,
+            expert=self.expert,
+            dcn=self.dcn,
+        )
+
+    def use_rules(self, model: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """The table of layouts of a run, or within it of one of its models."""
+        return use_rules(self.rules if model is None else self.rules_of.get(model))

@@ -1,0 +1,272 @@
+"""The table of layouts: what may be put into it, what that changes, and in a user's YAML."""
+
+import chatmodel
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import yaml
+from jax.sharding import PartitionSpec
+
+from jaxalign import cli
+from jaxalign import train as loop
+from jaxalign.algorithms.step import init_state
+from jaxalign.axis_rules import RULES, current_rules, use_rules
+from jaxalign.config import load_config
+from jaxalign.config_yaml import merge
+from jaxalign.models.cache import split
+from jaxalign.models.heads import target_logprobs
+from jaxalign.references import hold_reference
+from jaxalign.rewards.specs import ModelReward
+from jaxalign.sharding import (
+    compile_step,
+    constrain,
+    make_mesh,
+    mesh_of,
+    param_shardings,
+    partition_spec,
+    relaid,
+    shard_batch,
+)
+from jaxalign.shards import map_row_shards
+from jaxalign.tasks.actors import start_critic, start_reference
+from jaxalign.tasks.loading import Scorers, load_policy
+from jaxalign.types import TrainState
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+
+def test_entries_hold_for_a_while_and_lie_on_top_of_one_another():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    axes = tiny.DECODER.axes["blocks"]["mlp"]["up"]["kernel"]
+    assert partition_spec(axes) == PartitionSpec(None, "fsdp", "tensor")
+    with use_rules({"embed": ["data", "fsdp"], "rows": "data"}):
+        assert partition_spec(axes) == PartitionSpec(None, ("data", "fsdp"), "tensor")
+        with use_rules({"mlp": None}):
+            layout = param_shardings(tiny.DECODER.axes, mesh, tiny.DECODER.shapes)
+            kernel = layout["blocks"]["mlp"]["up"]["kernel"]
+            assert kernel.spec == PartitionSpec(None, ("data", "fsdp"), None)
+            assert kernel.shard_shape((2, 16, 24)) == (2, 4, 24)
+            assert current_rules()["rows"] == ("data",)
+        with use_rules(None):
+            assert partition_spec(axes) == PartitionSpec(None, ("data", "fsdp"), "tensor")
+    assert current_rules() is RULES
+
+
+def test_a_jitted_function_is_traced_anew_under_another_table():
+    mesh, traced = make_mesh(data=2, fsdp=4), []
+
+    @jax.jit
+    def spread(x):
+        traced.append(1)
+        return constrain(x, "rows length")
+
+    x = jnp.ones((8, 4))
+    with jax.set_mesh(mesh):
+        for over, parts in ((None, 8), ({"rows": "data"}, 2), (None, 8), ({"rows": "data"}, 2)):
+            with use_rules(over):
+                assert spread(x).sharding.shard_shape((8, 4)) == (8 // parts, 4)
+    assert len(traced) == 2
+
+
+def test_a_compiled_step_keeps_the_table_it_was_made_under():
+    mesh = make_mesh(data=2, fsdp=4)
+
+    def step(state, batch):
+        rows = constrain(batch, "rows")
+        return TrainState(state.step + 1, {"sum": jnp.sum(rows)}, {}, state.opt_state), {}
+
+    state = init_state({"sum": jnp.zeros(())}, optax.sgd(0.0))
+    with use_rules({"rows": "data"}):
+        compiled = compile_step(step, state, mesh)
+    state, _ = compiled(state, np.ones(2, np.float32))  # 2 rows: no multiple of 8
+    assert float(state.params["sum"]) == 2
+
+
+def test_the_cache_has_entries_of_its_own():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    keys = jnp.ones((8, 2, 4, 8))  # rows, heads, columns, width
+    with jax.set_mesh(mesh):
+        assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 1, 4, 8)
+        with use_rules({"cache_heads": None, "cache_length": "tensor"}):
+            assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 2, 2, 8)
+        with use_rules({"kv_heads": None, "rows": "data"}):  # said of all, it holds for the cache
+            assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (4, 2, 4, 8)
+
+
+def test_parameters_are_laid_out_by_other_entries():
+    mesh = make_mesh(fsdp=8)
+    model = tiny.DECODER
+    params = jax.device_put(tiny.random_params(model), param_shardings(model.axes, mesh))
+    assert relaid(params, model.axes, None) is params
+    whole = relaid(params, model.axes, {"embed": None})
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"heds": "tensor"}, r"rule heds='tensor': no such logical axis, did you mean 'heads'\?"),
+        ({"hidden": "tensor"}, r"rule hidden=.*no such logical axis"),
+        ({"mlp": "tenser"}, r"rule mlp='tenser': no such mesh axis 'tenser', did you mean 'tensor"),
+        ({"mlp": ("fsdp", "fsdp")}, r"rule mlp=.*wanted each mesh axis once"),
+    ],
+    ids=str,
+)
+def test_entries_that_mean_nothing_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message), use_rules(rules):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules", "message"),
+    [
+        # A device would add up parts of different rows.
+        ({"fsdp": 8}, {"mlp": "fsdp"}, "'rows length mlp' map to mesh axis 'fsdp' twice"),
+        # A device would hand the tokens of one row to holders of another.
+        ({"expert": 2}, {"rows": "fsdp"}, r"rule expert=.*expert is not among rows="),
+    ],
+    ids=["summed", "shared"],
+)
+def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, message):
+    x, weights = jnp.ones((8, 4, 16)), {"up": jnp.ones((2, 16, 8))}
+    with (
+        jax.set_mesh(make_mesh(**sizes)),
+        use_rules(rules),
+        pytest.raises(ValueError, match=message),
+    ):
+        map_row_shards(
+            lambda x, weights, first: x, [x], weights, {"up": "expert hidden mlp"},
+            summed="mlp", spread="expert",
+        )  # fmt: skip
+
+
+def test_a_vocabulary_over_the_axis_of_rows_is_read_whole():
+    """Each device has other rows: parts of the vocabulary cannot be joined between them."""
+    model, rng = tiny.DECODER, np.random.default_rng(0)
+    params = tiny.random_params(model)
+    hidden = rng.normal(size=(8, 4, model.config.hidden_size)).astype(np.float32)
+    targets = rng.integers(0, tiny.VOCAB, (8, 4)).astype(np.int32)
+    read = jax.jit(lambda params, x, y: target_logprobs(model, params, x, y))
+    want = read(params, hidden, targets)
+    mesh = make_mesh(fsdp=8)
+    with jax.set_mesh(mesh), use_rules({"vocab": "fsdp", "embed": None}):
+        placed = jax.device_put(params, param_shardings(model.axes, mesh))
+        np.testing.assert_allclose(read(placed, *shard_batch((hidden, targets), mesh)), want, 1e-5)
+
+
+# In a user's YAML
+
+RULES_OF = {
+    "reference": {"embed": None},
+    "reward": {"mlp": ["fsdp", "tensor"], "embed": None},
+    "critic": {"embed": ["data", "fsdp"]},
+    "rollout": {"embed": None, "cache_heads": None},
+}
+SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def parts_of(params):
+    """Over how many devices the MLP's first matrix is split: (width, columns)."""
+    kernel = params["blocks"]["mlp"]["up"]["kernel"]
+    whole, part = kernel.shape, kernel.sharding.shard_shape(kernel.shape)
+    return whole[1] // part[1], whole[2] // part[2]
+
+
+def test_a_rule_on_the_command_line_changes_a_layout(chat_models, tmp_path, monkeypatch):
+    kept, make = [], loop.make_task
+
+    def spying(config):
+        kept.append(make(config))
+        return kept[-1]
+
+    monkeypatch.setattr(loop, "make_task", spying)
+    values = chatmodel.settings("sft", chat_models, tmp_path / "run", steps=2, checkpoint=False)
+    values = merge(values, {"mesh": SPREAD | {"rules": {"mlp": None}}, "run": {"export": False}})
+    file = tmp_path / "sft.yaml"
+    lines = {}
+    for name, more in (("plain", ["mesh.rules={}"]), ("ruled", ["mesh.rules.embed=[fsdp, data]"])):
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        folder = tmp_path / name
+        assert cli.main(["sft", str(file), f"run.folder={folder}", *more]) == 0
+        lines[name] = chatmodel.timeless(chatmodel.lines(folder))
+    plain, ruled = (task.state for task in kept)
+    assert parts_of(plain.params) == (2, 2)
+    assert parts_of(ruled.params) == (4, 1)
+    moments = [x for x in jax.tree.leaves(ruled.opt_state) if x.shape == (2, 32, 48)]
+    assert moments
+    assert all(x.sharding.shard_shape(x.shape) == (2, 8, 48) for x in moments)
+    for ours, theirs in zip(lines["ruled"], lines["plain"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    again = load_config("sft", tmp_path / "ruled/config.yaml")  # what it ran with, it writes down
+    assert again.mesh.rules == {"mlp": None, "embed": ("fsdp", "data")}
+    assert cli.main(["sft", str(file), "mesh.rules.embd=fsdp"]) == 2
+
+
+def test_models_have_rules_of_their_own(chat_models, tmp_path):
+    values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
+    values |= {"mesh": SPREAD | {"rules_of": RULES_OF}}
+    config = load_config("ppo", values)
+    mesh = config.mesh.make()
+    policy = load_policy(config.model, mesh, 0)
+    scorers = Scorers(config, mesh, policy.tok)
+    assert parts_of(policy.params) == (2, 2)
+    _, reference = start_reference(config, policy, mesh)
+    assert parts_of(reference) == (1, 2)
+    _, critic = start_critic(config, policy, scorers)
+    assert parts_of(critic) == (4, 2)
+    spec = ModelReward(source=str(chat_models / "scorer"))
+    assert parts_of(scorers.reward(spec)[1]) == (1, 4)
+    named = load_config(
+        "ppo", values | {"critic": "policy", "reference": values["model"]["source"]}
+    )
+    assert parts_of(start_reference(named, policy, mesh)[1]) == (1, 2)
+    assert parts_of(start_critic(named, policy, scorers)[1]) == (4, 2)
+
+    alone = {"mesh": {"tensor": 2, "apart": {"reference": 2, "reward": 2}}}
+    config = load_config("ppo", values | alone)
+    mesh = config.mesh.make()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    policy = load_policy(config.model, mesh, 0)
+    scorers = Scorers(config, mesh, policy.tok)
+    held = (policy.params, start_reference(config, policy, mesh)[1], scorers.reward(spec)[1])
+    numbers = [{d.id for d in mesh_of(params).devices.flat} for params in held]
+    assert numbers == [{0, 1, 2, 3}, {4, 5}, {6, 7}]
+    _, critic = start_critic(config, policy, scorers)  # from the reward model, but at home
+    assert mesh_of(critic) == mesh
+
+    values = chatmodel.settings("dpo", chat_models, tmp_path / "dpo")
+    values |= {"mesh": SPREAD | {"rules_of": {"reference": {"embed": None}}}}
+    config = load_config("dpo", values)
+    _, held = hold_reference(config, policy, None, load=None)
+    assert parts_of(held.params(None)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "message"),
+    [
+        ("sft", {"rules": {"embd": "fsdp"}}, r"mesh: rule embd='fsdp'.*did you mean 'embed'"),
+        ("sft", {"rules": {"embed": 3}}, r"mesh\.rules\.embed: wanted"),
+        ("sft", {"rules_of": {"reference": {}}}, r"rules_of\.reference=.*none of it"),
+        ("dpo", {"apart": {"reference": 2}}, r"apart\.reference=.*none of it in this algorithm"),
+        ("dpo", {"rules_of": {"critic": {}}}, r"rules_of\.critic=.*one of reference"),
+        ("ppo", {"rules_of": {"reward": {"mlp": "x"}}}, r"rule mlp='x': no such mesh axis"),
+    ],
+    ids=str,
+)
+def test_rules_that_mean_nothing_are_refused_with_the_config(
+    chat_models, tmp_path, algorithm, changes, message
+):
+    values = chatmodel.settings(algorithm, chat_models, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        load_config(algorithm, values | {"mesh": changes})
+
+
+def test_a_reference_that_moves_has_no_rules(chat_models, tmp_path):
+    values = chatmodel.settings("dpo", chat_models, tmp_path / "run")
+    values |= {"reference_sync": {}, "mesh": {"rules_of": {"reference": {"embed": None}}}}
+    with pytest.raises(ValueError, match=r"reference_sync=.*null with mesh\.rules_of\.reference"):
+        load_config("dpo", values)
