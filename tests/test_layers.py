@@ -53,6 +53,7 @@ PARTS = {
     "offload": "optim",
     "config_data": "config",
     "config_mesh": "config",
+    "config_reference": "config",
     "config_yaml": "config",
     "charts": "report",
     "reference_cache": "train",

@@ -21,7 +21,7 @@ from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.flops import row_flops
 from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
-from jaxalign.offload import HOST
+from jaxalign.offload import HOST, on_device
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
@@ -260,11 +260,11 @@ def _prepare(
     policy, params = parts.roles["policy"]
 
     def dpo(ref: Params, pairs: Any) -> Any:
-        answers = read_answers(reference, ref, pairs)
+        answers = read_answers(reference, on_device(ref), pairs)
         return answers.chosen, answers.rejected
 
     def kto(own: Params, ref: Params, answers: Any) -> Any:
-        other = answers.mismatched
+        other, ref = answers.mismatched, on_device(ref)
         return (
             answer_logps(policy, own, other)[0],
             answer_logps(reference, ref, other)[0],
@@ -384,7 +384,7 @@ def _experience(
 
         def score(scorer: Any = scorer, weights: Any = weights) -> Any:
             with on_mesh(mesh):
-                run = jax.jit(lambda params, tokens: pooled_scores(scorer, params, tokens))
+                run = jax.jit(lambda own, tokens: pooled_scores(scorer, on_device(own), tokens))
                 return run.lower(weights, tokens)
 
         flops = row_flops(scorer.config, rows, length, head=False)
