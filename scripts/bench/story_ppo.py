@@ -95,7 +95,7 @@ class Recipe:
 
 
 RECIPES = {
-    "ppo": Recipe({"vf_coef": 0.5, "lam": 0.98}, 0.02, 4e-4, 1e-3, 110, 1, 1),
+    "ppo": Recipe({"vf_coef": 0.5, "lam": 0.98}, 0.0165, 4.2e-4, 1e-3, 112, 1, 1),
     "rloo": Recipe(
         {"advantage_estimator": "rloo", "samples": 4, "whiten_advantages": True},
         0.025, 4e-4, 0.0, 160, 1, 1,
