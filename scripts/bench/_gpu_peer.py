@@ -164,6 +164,7 @@ def trl_step(job: dict[str, Any]) -> dict[str, Any]:
         "disable_tqdm": True,
     }
     ids = rng.integers(2, job["shape"]["vocab_size"], shape)
+    others: dict[str, Any] = {}
     if job["what"] == "sft":
         data = Dataset.from_dict({"input_ids": ids.tolist()})
         kind, config, tokens = SFTTrainer, SFTConfig(**options), rows * job["length"]
@@ -174,9 +175,11 @@ def trl_step(job: dict[str, Any]) -> dict[str, Any]:
         columns["rejected_ids"] = other[:, cut:]
         data = Dataset.from_dict({name: value.tolist() for name, value in columns.items()})
         kind, config, tokens = Tokenized, DPOConfig(**options), 2 * rows * job["length"]
+        # A model that is not from a folder cannot be loaded again as its own reference.
+        others["ref_model"] = build(job)
     trainer = kind(
         model=build(job), args=config, train_dataset=data, processing_class=tokenizer(),
-        callbacks=[Times()],
+        callbacks=[Times()], **others,
     )  # fmt: skip
     trainer.train()
     step = statistics.median(b - a for a, b in itertools.pairwise(ends[1:]))
