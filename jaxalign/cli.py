@@ -10,9 +10,11 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxalign import distributed
+from jaxalign.programs import keep_programs
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL: the same command with run.resume=true goes on
 
@@ -25,11 +27,17 @@ _COMMANDS = {
 }
 
 
+_COMPUTING = (*_COMMANDS, "pipeline", "quickstart", "generate", "score", "chat", "synth")
+"""Commands whose compiled programs are kept for the next time."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     # Without torch, transformers offers tokenizers only, which is all that is wanted of it here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parsed = _parse(arguments)
+    if parsed.command in _COMPUTING:
+        keep_programs()
     try:
         return parsed.run(parsed) or 0
     except distributed.Preempted as stopped:
@@ -95,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reward-model", metavar="MODEL", help="what scores them")
     command.add_argument("--reward-chat-template", help="its template; its tokenizer's own if none")
     _weights_argument(command)
-    command.set_defaults(run=_generate)
+    command.set_defaults(run=_answers("generate"))
 
     command = commands.add_parser("score", help="a reward model's scores of answers, as JSON lines")
     command.add_argument("model", help="folder or hub id of a reward model")
@@ -108,11 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
     _weights_argument(command)
-    command.set_defaults(run=_score)
+    command.set_defaults(run=_answers("score"))
 
     command = commands.add_parser("chat", help="talk to a model")
     _sampling_arguments(command)
-    command.set_defaults(run=_chat)
+    command.set_defaults(run=_answers("chat"))
 
     command = commands.add_parser(
         "export", help="write a run's checkpoint as a Hugging Face folder"
@@ -156,6 +164,31 @@ def _parser() -> argparse.ArgumentParser:
         help="find the N (3) fastest settings that fit: mesh, remat, micro-batches, moments",
     )
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "bench", help="speed and memory of training and generation here, beside the machine's limit"
+    )
+    command.add_argument("config", nargs="?", help="measure this run's own model and data instead")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--what", nargs="+", metavar="WHAT", help="sft reward dpo ppo generate")
+    command.add_argument(
+        "--sizes", nargs="+", metavar="SIZE", help="XS S M 0.5B 1B 3B; S M if none"
+    )
+    command.add_argument(
+        "--layouts", nargs="+", metavar="LAYOUT", help="full padded packed; full packed if none"
+    )
+    for name, what in (
+        ("rows", "rows of a step: pairs, prompts"),
+        ("length", "tokens of a row, or of a prompt"),
+        ("new-tokens", "of an answer"),
+        ("micro-batches", "parts of a step"),
+        ("repeats", "measured steps, of which medians are told"),
+    ):
+        command.add_argument(f"--{name}", type=int, help=what)
+    command.add_argument("--dtype", help="of activations: float32, bfloat16")
+    command.add_argument("--remat", help="none, dots, block, offload")
+    command.add_argument("--out", metavar="FILE", help="append the records to it as JSON lines")
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser(
         "report", help="a run's or a pipeline's curves and figures as one HTML page"
@@ -245,139 +278,15 @@ def _quickstart(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(parsed: argparse.Namespace) -> int:
-    prompts = parsed.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if parsed.best_of is not None:
-        return _generate_best(parsed, prompts)
-    for option in ("reward_model", "weights", "reward_chat_template"):
-        if getattr(parsed, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')}: wanted --best-of N with it")
-    answer = _answerer(parsed)
-    for prompt, text in zip(prompts, answer(prompts), strict=True):
-        print(f"> {prompt}\n{text}\n")
-    return 0
+def _answers(name: str) -> Callable[[argparse.Namespace], int]:
+    """A command of `cli_answers`."""
 
+    def run(parsed: argparse.Namespace) -> int:
+        from jaxalign import cli_answers
 
-def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
-    import jax
+        return getattr(cli_answers, name)(parsed)
 
-    from jaxalign.best_of import best_of, model_judge
-    from jaxalign.hf import load_pretrained, load_tokenizer
-    from jaxalign.scoring import load_scorer
-
-    if parsed.reward_model is None:
-        raise ValueError("--best-of: wanted --reward-model, which picks the best answer")
-    scorer, scorer_params, scorer_tok = load_scorer(parsed.reward_model, _weights(parsed.weights))
-    template = parsed.reward_chat_template
-    judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
-    tok = load_tokenizer(parsed.model)
-    model, params = load_pretrained(parsed.model)
-    picked = best_of(
-        _language_model(model, parsed.model),
-        params,
-        tok,
-        prompts,
-        judge,
-        count=parsed.best_of,
-        max_new_tokens=parsed.max_new_tokens,
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        key=jax.random.key(parsed.seed),
-        chat_template=parsed.chat_template,
-    )
-    for prompt, one in zip(prompts, picked, strict=True):
-        scores = ", ".join(f"{score:.3g}" for score in one.scores)
-        print(f"> {prompt}\n{one.answer}\n[score {one.score:.3g} of {scores}]\n")
-    return 0
-
-
-def _score(parsed: argparse.Namespace) -> int:
-    from jaxalign.scoring import score_files
-
-    print(
-        score_files(
-            parsed.model,
-            parsed.files,
-            parsed.out,
-            column=parsed.column,
-            weights=_weights(parsed.weights),
-            batch=parsed.batch,
-            length=parsed.length,
-            chat_template=parsed.chat_template,
-        ),
-        file=sys.stderr,
-    )
-    return 0
-
-
-def _weights(text: str | None) -> dict[str, float] | None:
-    """`a=1,b=-0.5` as numbers by name."""
-    if text is None:
-        return None
-    weights = {}
-    for part in text.split(","):
-        name, separator, value = part.partition("=")
-        try:
-            weights[name.strip()] = float(value)
-        except ValueError:
-            separator = ""
-        if not separator or not name.strip():
-            raise ValueError(f"--weights: got {part!r}, wanted name=number, separated by commas")
-    return weights
-
-
-def _chat(parsed: argparse.Namespace) -> int:
-    answer = _answerer(parsed)
-    said: list[dict[str, str]] = []
-    print("Empty line to end.")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return 0
-        said.append({"role": "user", "content": line})
-        text = answer([said])[0]
-        said.append({"role": "assistant", "content": text})
-        print(text)
-
-
-def _answerer(parsed: argparse.Namespace):
-    import jax
-
-    from jaxalign.generate import generate
-    from jaxalign.hf import load_pretrained, load_tokenizer
-
-    tok = load_tokenizer(parsed.model)
-    model, params = load_pretrained(parsed.model)
-    model = _language_model(model, parsed.model)
-    key = jax.random.key(parsed.seed)
-
-    def answer(prompts):
-        return generate(
-            model,
-            params,
-            tok,
-            prompts,
-            max_new_tokens=parsed.max_new_tokens,
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            top_p=parsed.top_p,
-            key=key,
-            chat_template=parsed.chat_template,
-        )
-
-    return answer
-
-
-def _language_model(model, source: str):
-    from jaxalign.models.decoder import Decoder
-
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{source!r} is a reward model; wanted a language model")
-    return model
+    return run
 
 
 def _export(parsed: argparse.Namespace) -> int:
@@ -403,18 +312,9 @@ def _plan(parsed: argparse.Namespace) -> int:
     if kind == "cpu" and count.isdecimal() and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
 
-    from jaxalign.config import algorithm_of, load_config
-    from jaxalign.config_yaml import override, read_yaml
     from jaxalign.plan import make_plan, search_plans
 
-    path, overrides, algorithm = parsed.config, parsed.overrides, None
-    if path in _COMMANDS:
-        if not overrides:
-            raise ValueError(f"plan {path}: wanted a YAML file behind it")
-        algorithm, (path, *overrides) = path, overrides
-    values = override(read_yaml(path), overrides)
-    algorithm = algorithm or algorithm_of(values, "write it before the file: plan sft FILE")
-    config = load_config(algorithm, values)
+    algorithm, config = _algorithm_and_config(parsed)
 
     def say(text: str) -> None:
         print(f"plan: {text}", file=sys.stderr, flush=True)
@@ -433,6 +333,46 @@ def _plan(parsed: argparse.Namespace) -> int:
         return 0
     plan = make_plan(algorithm, config, parsed.topology, say)
     print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
+    return 0
+
+
+def _algorithm_and_config(parsed: argparse.Namespace) -> tuple[str, Any]:
+    """Of a YAML file, before which the algorithm's name may stand."""
+    from jaxalign.config import algorithm_of, load_config
+    from jaxalign.config_yaml import override, read_yaml
+
+    path, overrides, algorithm = parsed.config, parsed.overrides, None
+    if path in _COMMANDS:
+        if not overrides:
+            raise ValueError(f"{parsed.command} {path}: wanted a YAML file behind it")
+        algorithm, (path, *overrides) = path, overrides
+    values = override(read_yaml(path), overrides)
+    told = f"write it before the file: {parsed.command} sft FILE"
+    algorithm = algorithm or algorithm_of(values, told)
+    return algorithm, load_config(algorithm, values)
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from jaxalign.bench import measure_config, show
+    from jaxalign.bench.command import bench, write
+
+    names = ("rows", "length", "new_tokens", "micro_batches", "repeats", "dtype", "remat")
+    options = {name: getattr(parsed, name) for name in names}
+    if parsed.config is None:
+        what = parsed.what or ["sft", "reward", "dpo", "ppo", "generate"]
+        layouts = parsed.layouts or ["full", "packed"]
+        records = bench(what, parsed.sizes or ["S", "M"], layouts, options, parsed.out)
+        return 1 if any("error" in record for record in records) else 0
+    given = [name for name in names if options[name] is not None and name != "repeats"]
+    given += [name for name in ("what", "sizes", "layouts") if getattr(parsed, name)]
+    if given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} with a configuration: wanted key=value overrides of it"
+        )
+    algorithm, config = _algorithm_and_config(parsed)
+    record = measure_config(algorithm, config, parsed.repeats or 7)
+    write(record, parsed.out)
+    print(show([record]))
     return 0
 
 

@@ -16,6 +16,7 @@ from jaxalign.algorithms.reference import ReferenceSync
 from jaxalign.config_data import DataConfig
 from jaxalign.config_data import want as _want
 from jaxalign.config_mesh import MeshConfig
+from jaxalign.config_reference import check_offload, check_sync
 from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.models.attention_kind import KINDS
 from jaxalign.models.decoder import REMAT
@@ -219,12 +220,14 @@ class DPORun(_Run):
         training if they are not there, and then used in place of the reference, which is not held
         beside the policy. None: the reference is asked for every batch.
       reference_sync: let the reference follow the policy; None: it stays.
+      offload_frozen: keep the reference in the host's memory but while it is asked.
     """
 
     dpo: dpo.Config = dpo.Config()
     reference: str | None = None
     reference_cache: str | None = None
     reference_sync: ReferenceSync | None = None
+    offload_frozen: bool = False
 
     models_with_rules: ClassVar[tuple[str, ...]] = ("reference",)
 
@@ -245,7 +248,9 @@ class DPORun(_Run):
             self.reference_cache,
             "null with reference_sync, under which the reference changes",
         )
-        _check_sync(self.reference_sync, self)
+        check_sync(self)
+        held = self.dpo.has_reference and self.reference_cache is None
+        check_offload(self, held=held)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,33 +261,21 @@ class KTORun(_Run):
       kto: the algorithm's options.
       reference: the frozen reference model; None: the starting model itself.
       reference_sync: let the reference follow the policy; None: it stays.
+      offload_frozen: keep the reference in the host's memory but while it is asked.
     """
 
     kto: kto.Config = kto.Config()
     reference: str | None = None
     reference_sync: ReferenceSync | None = None
+    offload_frozen: bool = False
 
     models_with_rules: ClassVar[tuple[str, ...]] = ("reference",)
 
     def __post_init__(self):
         super().__post_init__()
         _want(not self.data.packing, "data.packing", True, "false: KTO's answers are not packed")
-        _check_sync(self.reference_sync, self)
-
-
-def _check_sync(sync: ReferenceSync | None, run: DPORun | KTORun) -> None:
-    _want(
-        sync is None or "reference" not in run.mesh.rules_of,
-        "reference_sync",
-        sync,
-        "null with mesh.rules_of.reference: a reference that moves lies as the policy does",
-    )
-    _want(
-        sync is None or run.reference is None or run.model.lora is None,
-        "reference_sync",
-        sync,
-        "null with both a reference and model.lora: adapters cannot be moved towards whole weights",
-    )
+        check_sync(self)
+        check_offload(self, held=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,6 +309,8 @@ class PPORun(_Run):
       calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
         scaled) so that the reference's answers to the first batch of prompts score 0 on average
         (with standard deviation 1); "none": as it is.
+      offload_frozen: keep reward models and the reference in the host's memory but while they are
+        asked. A reference that is the base under adapters stays, since the policy reads it too.
       ptx: text whose likelihood joins the loss with weight `ppo.ptx_coef`: data as SFT has them,
         one batch an update.
       dump_every: iterations between samples in `rollouts.jsonl` and histograms in
@@ -337,6 +332,7 @@ class PPORun(_Run):
     pack_updates: int = 0
     target_kl: float | None = None
     calibrate_reward: str = "none"
+    offload_frozen: bool = False
     ptx: DataConfig | None = None
     dump_every: int = 0
     dump_samples: int = 4

@@ -158,9 +158,13 @@ def decode(
         )
 
     # The whole state is returned so that the donated cache is updated where it lies.
-    slots = jax.lax.while_loop(
-        writing, lambda s: fill(_write_one(model, params, s, key, sampling)), fill(slots)
-    )
+    write = functools.partial(_write_one, model, params, key=key, sampling=sampling)
+    if slots.row.shape[0] == slots.tokens.shape[0] == prompts.length.shape[0] * samples:
+        # A slot for every answer: filled at once, where each device has its own rows. To copy them
+        # one by one, all devices would gather all prompts' keys and values.
+        slots = jax.lax.while_loop(writing, write, _fill_all(slots, prompts, samples))
+    else:
+        slots = jax.lax.while_loop(writing, lambda s: fill(write(s)), fill(slots))
     return _hand_in(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
 
 
@@ -180,6 +184,33 @@ def _hand_in(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
         tokens=slots.tokens.at[row].set(unroll(slots.token_ring, pad_token), mode="drop"),
         logprobs=slots.logprobs.at[row].set(unroll(slots.logprob_ring, 0.0), mode="drop"),
         lengths=slots.lengths.at[row].set(count, mode="drop"),
+    )
+
+
+def _fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
+    """Gives each of as many slots as there are answers its own."""
+
+    def each(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, samples, axis=0)
+
+    def copy(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(mine, each(theirs).astype(mine.dtype), (0,) * mine.ndim)
+
+    cache, answers = slots.cache, slots.row.shape[0]
+    fresh = jnp.pad(prompts.cache.segment_ids, ((0, 0), (0, slots.tokens.shape[1])))
+    return slots._replace(
+        cache=Cache(
+            keys=jax.tree.map(copy, cache.keys, prompts.cache.keys),
+            values=jax.tree.map(copy, cache.values, prompts.cache.values),
+            segment_ids=each(fresh),
+            positions=copy(cache.positions, prompts.cache.positions),
+            used=cache.used,
+        ),
+        hidden=each(prompts.hidden).astype(slots.hidden.dtype),
+        position=each(prompts.length),
+        live=each(prompts.length) > 0,
+        row=jnp.arange(answers, dtype=slots.row.dtype),
+        next_row=jnp.asarray(answers, slots.next_row.dtype),
     )
 
 

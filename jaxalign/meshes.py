@@ -78,7 +78,12 @@ def make_mesh(
     shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
     outer = split_over_slices(sizes, devices, dcn)
     if not outer:
-        return jax.make_mesh(shape, tuple(names), types, devices=devices)
+        try:
+            return jax.make_mesh(shape, tuple(names), types, devices=devices)
+        except NotImplementedError:
+            # Sizes that are no products of a TPU slice's sides: 64 of 8 × 16 × 16 chips, say.
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, tuple(names), axis_types=types)
     between = [outer.get(name, 1) for name in names]
     within = [size // count for size, count in zip(shape, between, strict=True)]
     placed = mesh_utils.create_hybrid_device_mesh(
@@ -115,7 +120,7 @@ def set_apart(
     dealt: dict[str | None, list[jax.Device]] = {None: [], **{name: [] for name in counts}}
     for host in sorted(hosts):
         mine = [device for device in devices if device.process_index == host]
-        for name, count in reversed(counts.items()):
+        for name, count in reversed(list(counts.items())):
             share = count // len(hosts)
             dealt[name] += mine[-share:]
             mine = mine[:-share]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,60 @@ def add_up(parts: Sequence[Mapping[str, Weighted]]) -> dict[str, float]:
         for n in names
     }
     return {n: float(total / weight) if weight > 0 else 0.0 for n, (total, weight) in sums.items()}
+
+
+TOKENS, FLOPS = "time/tokens", "time/flops"
+"""Under these names a task tells the loop the real tokens and the model FLOPs of a batch."""
+
+
+def rates(tokens: float, flops: float, seconds: float, peak: float | None) -> dict[str, float]:
+    """Speed of a step.
+
+    Args:
+      tokens: real tokens of the step, all devices.
+      flops: its model FLOPs (`jaxalign.flops`), all devices.
+      seconds: what it took.
+      peak: FLOP/s of all devices together at best; None where it is not known.
+    """
+    found = {
+        "time/tokens_per_second": tokens / seconds,
+        "time/model_flops_per_second": flops / seconds,
+    }
+    return found if peak is None else found | {"time/mfu": flops / seconds / peak}
+
+
+class Stopwatch:
+    """Seconds of consecutive parts, `time/<part>`, each waited for."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        """Begins anew."""
+        self._parts, self._last = {}, time.perf_counter()
+
+    def lap(self, part: str, done: Any = None) -> None:
+        """Ends a part once the arrays `done` are there."""
+        jax.block_until_ready(done)
+        now = time.perf_counter()
+        self._parts[f"time/{part}"], self._last = now - self._last, now
+
+    def stop(self, part: str, done: Any = None) -> dict[str, float]:
+        """Ends the last part; gives the seconds of all."""
+        self.lap(part, done)
+        return self._parts
+
+    def around(self, run: Callable[..., Any], before: str, within: str) -> Callable[..., Any]:
+        """`run`, ending the part `before` when its arguments are there, then its own, `within`."""
+
+        def timed(*arguments: Any) -> Any:
+            self.lap(before, arguments)
+            result = run(*arguments)
+            self.lap(within, result)
+            return result
+
+        return timed
 
 
 class JsonlWriter:

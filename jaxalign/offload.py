@@ -1,4 +1,7 @@
-"""Optimizer state in the host's memory: what only the update reads need not lie on the device."""
+"""In the host's memory: what is not read all the time need not lie on the device.
+
+Optimizer state is read by the update alone, frozen models by what is asked of them between updates.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,25 @@ def in_host_memory(tx: optax.GradientTransformation) -> optax.GradientTransforma
         return updates, HostState(new)
 
     return optax.GradientTransformation(init, update)
+
+
+def to_host_memory(tree: Any) -> Any:
+    """Copies of arrays in the host's memory, each device's part with its host.
+
+    Args:
+      tree: of arrays. Programs that read it must fetch it, by `on_device`.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), tree)
+
+
+def on_device(tree: Any) -> Any:
+    """Inside a program: fetches what lies in the host's memory, for as long as the program runs."""
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+
+    def fetch(x: Any) -> Any:
+        return jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
+
+    return jax.tree.map(fetch, tree)
 
 
 def lies_in_host_memory(path: Any, leaf: Any) -> bool:

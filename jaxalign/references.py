@@ -15,6 +15,7 @@ from jaxalign.config import DPORun, KTORun
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
+from jaxalign.offload import to_host_memory
 from jaxalign.reference_cache import (
     REMEDY,
     ReferenceCache,
@@ -57,13 +58,12 @@ def hold_reference(
             model, params = load(config.reference)
         if config.reference_sync is not None:
             return start_reference(state, params), Reference(model, reference_of)
-        return state, Reference(model, lambda state: params)
+        return state, _held(config, model, params)
     if config.reference_sync is not None:
         return state, Reference(
             loaded.model, lambda state: combine(reference_of(state), state.frozen)
         )
-    model, params = _start(config, loaded)
-    return state, Reference(model, lambda state: params)
+    return state, _held(config, *_start(config, loaded))
 
 
 def keep_reference(
@@ -117,6 +117,11 @@ def keep_reference(
     cache.save(folder, fingerprint)
     print(f"reference cache {folder}: log-probabilities of {len(cache)} pairs written")
     return cache
+
+
+def _held(config: DPORun | KTORun, model: Decoder, params: Params) -> Reference:
+    params = to_host_memory(params) if config.offload_frozen else params
+    return Reference(model, lambda state: params)
 
 
 def _start(config: DPORun | KTORun, loaded: Any) -> tuple[Decoder, Params]:

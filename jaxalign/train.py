@@ -19,7 +19,8 @@ from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RunConfig
 from jaxalign.config_yaml import to_values, write_yaml
 from jaxalign.data import filled
-from jaxalign.metrics import JsonlWriter, check_finite, to_floats
+from jaxalign.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
+from jaxalign.plan.chips import peak_flops
 from jaxalign.tasks import make_task
 
 _PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -126,13 +127,14 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         dynamic_ncols=True,
     )
     stack.callback(bar.close)
-    saved_at = done
+    saved_at, peak = done, peak_flops()
     while done < task.total:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        full, room = distributed.total(filled(batch))
         parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
+        timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
+        full, room, *counts = distributed.total([*filled(batch), *_whole(timing)])
         updates = []
         for part in parts:
             state, logged = task.step(state, part)
@@ -146,7 +148,9 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         check_finite(metrics, done)
         metrics["compiles"] = task.step.compiles
         metrics["data/fill"] = full / room
-        timing = {"time/step": time.perf_counter() - started, "time/data": waited}
+        seconds = time.perf_counter() - started
+        timing |= {"time/step": seconds, "time/data": waited}
+        timing |= rates(counts[0], counts[1] * _GIGA + counts[2], seconds, peak)
         writer.write(done, metrics | timing)
         history.append(metrics)
         bar.set_postfix_str(_short(metrics), refresh=False)
@@ -225,6 +229,14 @@ def _describe(folder: pathlib.Path, config: Any) -> None:
     if jax.process_count() > 1:
         facts["processes"] = str(jax.process_count())
     (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+_GIGA = 10**9
+
+
+def _whole(timing: dict[str, float]) -> list[int]:
+    """Tokens and FLOPs (10⁹ and the rest) of this process, out of what else was timed."""
+    return [int(timing.pop(TOKENS)), *divmod(int(timing.pop(FLOPS)), _GIGA)]
 
 
 def _average(updates: list[dict[str, float]]) -> dict[str, float]:

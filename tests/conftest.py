@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # gone from later versions
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAXALIGN_CACHE", "")  # no program of another day
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pathlib

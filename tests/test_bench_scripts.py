@@ -266,3 +266,104 @@ def test_speed_of_ppo_is_a_ratio_of_medians_over_all_repeats():
     got = summary(found, written=1000)
     assert (got["speed_ratio"], got["memory_ratio"]) == (2.5, 2.0)
     assert got["median"]["ppo_ours"]["new_tokens_a_second"] == 500
+
+
+def texts(kind):
+    from _sft import Texts
+
+    return Texts(kind=kind, size="S", shape=(64, 8, 1, 1, 8), model="m", row_length=512)
+
+
+def test_texts_have_the_lengths_of_their_kind_and_lose_none_when_packed():
+    from _sft_ours import batches
+
+    full = [len(ids) for ids in texts("full").documents()]
+    assert (len(full), set(full)) == (32, {256})
+    assert [len(rows) for rows in batches(texts("full"))] == [8] * 4
+    ragged = [len(ids) for ids in texts("ragged").documents()]
+    assert len(ragged) == 64
+    assert 32 <= min(ragged) < max(ragged) <= 256
+    plan = batches(texts("ragged"))
+    assert {len(rows) for rows in plan} == {4}
+    assert sorted(i for rows in plan for row in rows for i in row) == list(range(64))
+    assert max(sum(ragged[i] for i in row) for rows in plan for row in rows) <= 512
+
+
+def test_sft_is_compared_with_each_peer_and_with_the_limit():
+    from sft_speed import flops_of, summary
+
+    # S: 4 layers of 4·256² + 3·256·688 weights, 256 · 8192 of the head, no target for the last.
+    weights = 4 * (4 * 256**2 + 3 * 256 * 688)
+    forward = 2 * 3 * weights + 2 * 256 * 8192 * 2 + 4 * 4 * 256 * (1 + 2 + 3)
+    assert flops_of(texts("full"), [3]) == 3 * forward
+    found = {
+        "trl_padded": {"tokens_a_second": [10.0], "flops_a_second": [2e9], "peak_mib": [50]},
+        "sft_ours": {
+            "tokens_a_second": [10.0, 40.0, 30.0],
+            "flops_a_second": [6e9, 6e9, 7e9],
+            "peak_mib": [20, 20, 30],
+        },
+        "matmul_flops": [9e9, 1e10],
+    }
+    got = summary(found)
+    assert got["ratios"] == {"trl_padded": {"speed": 3.0, "memory": 0.4}}
+    assert got["median"]["sft_ours"]["of_limit"] == 0.6
+    assert got["matmul_gflops"] == 10.0
+
+
+def a_part(name, *programs):
+    from gpu import Part
+
+    commands = tuple(({"try": n}, [sys.executable, "-c", p]) for n, p in enumerate(programs))
+    return Part(name=name, commands=commands, seconds=30.0)
+
+
+def test_a_part_that_fails_leaves_the_others_alone():
+    import time
+
+    from gpu import carry_out, compared, told
+
+    later = time.perf_counter() + 60
+    full = "import sys; print('RESOURCE_EXHAUSTED: out of memory', file=sys.stderr); sys.exit(1)"
+    good = """print('noise'); print('{"tokens_per_second": 30.0, "step_seconds": 1.0}')"""
+    fits = carry_out(a_part("sft", full, good), later)
+    assert fits["tokens_per_second"] == 30.0
+    assert fits["case"] == {"try": 1}
+    assert "RESOURCE_EXHAUSTED" in fits["attempts"][0]["error"]
+    broken = carry_out(a_part("dpo", "raise ValueError('no such thing')", good), later)
+    assert broken["error"] == "ValueError: no such thing"  # another try would fail in the same way
+    assert carry_out(a_part("ppo", good), time.perf_counter())["skipped"] == "no time left"
+    peer = {"part": "peer sft", "tokens_per_second": 20.0}
+    assert compared([fits, broken, peer]) == {"sft": 1.5}
+    assert told(broken).startswith("dpo") and "no such thing" in told(broken)  # noqa: PT018
+
+
+def test_the_gpu_script_measures_what_was_asked_for_most_wanted_first():
+    from argparse import Namespace
+
+    from gpu import plan
+
+    parts = plan(Namespace(tiny=False, peer="python3"))
+    names = [part.name for part in parts]
+    assert names[:2] == ["checks", "sft 3B 8192"]
+    wanted = {f"{what} {size} {n}" for what in ("sft", "dpo") for size in ("1B", "3B")
+              for n in (2048, 8192)}  # fmt: skip
+    assert wanted | {"ppo", "generate 3B", "peer sft 3B 8192", "peer dpo 3B 8192"} <= set(names)
+    (sft,) = [part for part in parts if part.name == "sft 3B 8192"]
+    assert sft.commands[0][0]["rows"] * sft.commands[0][0]["length"] == 16384
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_gpu_script_runs_to_its_end_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(SCRIPTS / "gpu.py"), "--tiny", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--budget", "1500", "--only", "checks", "sft", "ppo", "generate"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = {part["part"]: part for part in json.loads(out.read_text())["parts"]}
+    assert parts["checks"]["agree"], parts["checks"]["wrong"] + parts["checks"]["errors"]
+    assert all("tokens_per_second" in part for name, part in parts.items() if name != "checks")

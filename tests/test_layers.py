@@ -23,6 +23,7 @@ LAYERS = {
     "metrics": 1,
     "models": 2,
     "generate": 3,
+    "flops": 3,
     "checkpoint": 3,
     "hf": 3,
     "algorithms": 4,
@@ -32,7 +33,8 @@ LAYERS = {
     "config": 5,
     "train": 6,
     "report": 6,
-    "cli": 7,
+    "bench": 7,
+    "cli": 8,
 }
 
 # Files that are parts of one room although they are not in a folder.
@@ -51,6 +53,7 @@ PARTS = {
     "offload": "optim",
     "config_data": "config",
     "config_mesh": "config",
+    "config_reference": "config",
     "config_yaml": "config",
     "charts": "report",
     "reference_cache": "train",
@@ -59,6 +62,8 @@ PARTS = {
     "page": "report",
     "tasks": "train",
     "data_page": "cli",
+    "cli_answers": "cli",
+    "programs": "sharding",
     "pipeline": "cli",
     "synth": "cli",
     "quickstart": "cli",

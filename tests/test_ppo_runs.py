@@ -12,6 +12,7 @@ from jaxalign import tasks
 from jaxalign import train as loop
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge
+from jaxalign.offload import to_host_memory
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -93,6 +94,29 @@ def test_dumps_are_aligned_with_tokens(run):
         for name in ("scores", "lengths"):
             assert sum(line[name]["counts"]) == 16
             assert len(line[name]["edges"]) == len(line[name]["counts"]) + 1
+
+
+def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
+    moved = []
+
+    def see(tree):
+        moved.append(to_host_memory(tree))
+        return moved[-1]
+
+    for room in (tasks.ppo, tasks.loading):
+        monkeypatch.setattr(room, "to_host_memory", see)
+    changes = {"ppo": GRPO, "offload_frozen": True}
+    task = tasks.make_task(settings(chat_models, tmp_path / "run", changes))
+    reference, scorer = moved
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(moved)}
+    assert kinds == {"pinned_host"}
+    assert ("score" in reference, "score" in scorer) == (False, True)
+    batch = next(iter(task.batches))
+    task.batches.close()
+    _, metrics = task.expand(jax.random.key(0), task.state, batch, task.loop)
+    # The reference is what the policy starts from; the scorer has read the answers.
+    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert metrics["objective/scores_std"] > 0
 
 
 @pytest.mark.parametrize(

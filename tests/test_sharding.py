@@ -213,3 +213,16 @@ def test_state_off_the_mesh_is_replicated():
     assert dict(step.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     state, _ = step(state, {"x": np.ones((8, 1))})
     assert len(state.params["kernel"].sharding.device_set) == 8
+
+
+def test_sizes_that_are_no_products_of_a_slices_sides(monkeypatch):
+    """64 of 8 × 16 × 16 chips: JAX wants to be told that it may split a side."""
+
+    def refuse(*args, **options):
+        raise NotImplementedError
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh(data=2, fsdp=-1, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 3

@@ -42,6 +42,7 @@ from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
 from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, read_counts
+from jaxalign.offload import on_device
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
 
@@ -199,7 +200,7 @@ def make_prepare(
 
     @jax.jit
     def logps(ref_params: Params, batch: Pairs) -> tuple[jax.Array, jax.Array]:
-        return pair_logps(model, ref_params, batch, ld_alpha=ld_alpha)
+        return pair_logps(model, on_device(ref_params), batch, ld_alpha=ld_alpha)
 
     def prepare(ref_params: Params, batch: AnyPairs) -> AnyPairs:
         mesh = mesh_of(ref_params)

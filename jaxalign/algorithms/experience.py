@@ -15,6 +15,7 @@ from jaxalign.losses import ppo as losses
 from jaxalign.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.heads import target_logprobs
+from jaxalign.offload import on_device
 from jaxalign.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
@@ -60,7 +61,7 @@ def make_experience(
     @jax.jit
     def asked(ref_params: Params, tokens: TokenBatch, heat: Array) -> jax.Array:
         tokens = jax.tree.map(lambda x: x[:, :-1], tokens)
-        return logprobs_under(other, ref_params, tokens, heat)[0]
+        return logprobs_under(other, on_device(ref_params), tokens, heat)[0]
 
     @jax.jit
     def experience(
@@ -84,7 +85,7 @@ def make_experience(
 
         old_logprobs, hidden = logprobs_under(model, params["policy"], tokens, heat)
         if ref_logprobs is None:
-            ref_logprobs, _ = logprobs_under(other, ref_params or {}, tokens, heat)
+            ref_logprobs, _ = logprobs_under(other, on_device(ref_params or {}), tokens, heat)
         scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
         scaled = scale_scores(scores, score_scale, config.reward_clip)
         token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)

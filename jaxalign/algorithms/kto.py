@@ -26,6 +26,7 @@ from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
 from jaxalign.masked import as_bool, keep, masked_sum, weighted
 from jaxalign.models.base import LanguageModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs
+from jaxalign.offload import on_device
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
 
@@ -80,6 +81,7 @@ def make_prepare(
     def compare(
         policy: Params, ref_params: Params, batch: UnpairedBatch
     ) -> tuple[jax.Array, jax.Array]:
+        ref_params = on_device(ref_params)
         exists = jnp.any(as_bool(batch.mismatched.loss_mask), axis=1)
         kl = kl_estimate(
             answer_logps(model, policy, batch.mismatched)[0],

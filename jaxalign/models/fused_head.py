@@ -239,7 +239,12 @@ def _differentiate(
     if cut.embed:
         to_head = jax.lax.psum_scatter(to_head, cut.embed, scatter_dimension=0, tiled=True)
     rest = tuple(name for name in cut.rows if name not in cut.embed)
-    return to_hidden, jax.lax.psum(to_head, rest) if rest else to_head
+    to_head = jax.lax.psum(to_head, rest) if rest else to_head
+    if cut.rows:
+        # The TPU compiler moves sums over devices out of a loop over micro-batches, and fails where
+        # their results are converted before they are added up.
+        to_head = jax.lax.optimization_barrier(to_head)
+    return to_hidden, to_head
 
 
 def _first(head: jax.Array, shared: tuple[str, ...]) -> jax.Array | int:

@@ -143,21 +143,20 @@ def cudnn(
     attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
     key, value = (gather_shards(x, "length", 1) for x in (key, value))
     holds = None if windowed is None else windowed[0]
+    length = query.shape[1]
+    # Its backward pass wants even lengths. What is added comes last, where no causal query sees it.
+    new, old = length % 2, key.shape[1] % 2
+    query = jnp.pad(query, ((0, 0), (0, new), (0, 0), (0, 0)))
+    key, value = (jnp.pad(x, ((0, 0), (0, old), (0, 0), (0, 0))) for x in (key, value))
 
     def masked(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         lookout = Sight(looking, seen, False, window, holds).lookout()
-        lookout = lookout._replace(first=shard_index("length") * query.shape[1])
-        mask = visible(lookout)
-        # A bias wants even lengths.
-        new, old = query.shape[1] % 2, key.shape[1] % 2
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, new), (0, old)))
-        query = jnp.pad(query, ((0, 0), (0, new), (0, 0), (0, 0)))
-        key, value = (jnp.pad(x, ((0, 0), (0, old), (0, 0), (0, 0))) for x in (key, value))
-        out = attend(query, key, value, mask=mask, is_causal=parts == 1)
-        return out[:, : out.shape[1] - new]
+        lookout = lookout._replace(first=shard_index("length") * length)
+        mask = jnp.pad(visible(lookout), ((0, 0), (0, 0), (0, new), (0, old)))
+        return attend(query, key, value, mask=mask, is_causal=parts == 1)
 
     if parts > 1 or looking.branches is not None:
-        return masked(query, key, value)
+        return masked(query, key, value)[:, :length]
 
     def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return attend(query, key, value, is_causal=True)
@@ -170,7 +169,7 @@ def cudnn(
     which = _one_document(looking.segments).astype(jnp.int32)
     if holds is not None:
         which = which * (1 + holds.astype(jnp.int32))
-    return jax.lax.switch(which, branches, query, key, value)
+    return jax.lax.switch(which, branches, query, key, value)[:, :length]
 
 
 def _one_document(segments: jax.Array) -> jax.Array:

@@ -167,7 +167,7 @@ def _make_plan(algorithm: str, config: Any, topology: str | None, say: Say) -> P
         devices=f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         mesh=dict(mesh.shape),
         total=total,
-        host=device_bytes(train_state(parts, mesh), host=True),
+        host=device_bytes((train_state(parts, mesh), parts.models), host=True),
         capacity=capacity,
         fits=None if capacity is None else total <= capacity,
         peak=peak.name,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 GIB = 2**30
 
 
@@ -66,6 +68,13 @@ KINDS: dict[str, str] = {
     "NVIDIA H200": "h200",
 }
 """`device_kind` as JAX tells it → name of the chip."""
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of all devices that are present, together; None where their speed is not known."""
+    devices = jax.devices()
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None else chip.flops * len(devices)
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -25,6 +25,7 @@ from jaxalign.models import families
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
+from jaxalign.offload import HOST
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
@@ -142,13 +143,17 @@ def _reference(
     """What a run holds for its reference beside the step, and the reference itself."""
     if config.reference is None:
         # Adapters leave it untouched; a reference that moves is part of the optimizer's state.
-        held = [] if frozen or config.reference_sync is not None else [params]
-        own = config.reference_sync is not None and bool(frozen)
+        if config.reference_sync is not None and frozen:
+            return [], (model, combine(params, frozen))
         plain = dataclasses.replace(model, lora=None)
         if "reference" in config.mesh.rules_of:  # a copy of its own
-            params = relaid_shapes(plain, frozen or params, mesh, config.mesh.rules_of["reference"])
-            return [params], (plain, params)
-        return held, (model, combine(params, frozen)) if own else (plain, frozen or params)
+            own = relaid_shapes(plain, frozen or params, mesh, config.mesh.rules_of["reference"])
+        elif frozen or config.reference_sync is not None:
+            return [], (plain, frozen or params)
+        else:
+            own = params
+        own = _away(own) if config.offload_frozen else own
+        return [own], (plain, own)
     reference = _read(config.reference, config.model, mesh)
     if not isinstance(reference, Decoder):
         raise ValueError(
@@ -156,6 +161,7 @@ def _reference(
         )
     with config.mesh.use_rules("reference"):
         loaded = _params(reference, mesh, config.model.dtype)[0]
+    loaded = _away(loaded) if config.offload_frozen else loaded
     # One that moves is copied into the optimizer's state; what was loaded goes.
     return [loaded] if config.reference_sync is None else [], (reference, loaded)
 
@@ -172,8 +178,14 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
             if isinstance(spec, ModelReward)
         ]
     start = dataclasses.replace(model, lora=None)
-    held = base if base else policy
-    reference = (start, relaid_shapes(start, held, mesh, config.mesh.rules_of.get("reference")))
+    frozen_start = base if base else policy
+    rules = config.mesh.rules_of.get("reference")
+    reference = (start, relaid_shapes(start, frozen_start, mesh, rules))
+    # Adapters leave their base untouched: unless it is to lie otherwise, it is there already.
+    shared = bool(base) and not rules
+    if config.offload_frozen:
+        scorers = [(scorer, _away(weights)) for scorer, weights in scorers]
+        reference = reference if shared else (start, _away(reference[1]))
     roles = {"policy": (model, policy), "reference": reference}
     roles |= {f"reward{number or ''}": pair for number, pair in enumerate(scorers)}
     critic = critic_params = critic_tx = None
@@ -185,7 +197,7 @@ def _ppo(config: Any, mesh: Mesh) -> Parts:
     tx = ppo.make_optimizer(_optimizer(config.optimizer), critic_tx, critic_warmup=warmup)
     step = ppo.make_step(model, critic, tx, options, micro_batches=config.run.micro_batches)
     params = ppo.init_params(policy, critic_params)
-    held = [reference[1], *(scorer_params for _, scorer_params in scorers)]
+    held = [*([] if shared else [reference[1]]), *(scorer_params for _, scorer_params in scorers)]
     batch = rollout(config, config.data.rows * options.samples // config.minibatches)
     if config.ptx is not None:
         batch = batch._replace(ptx=_tokens(config.ptx.rows, config.ptx.length))
@@ -322,6 +334,13 @@ def _params(
         kind = jnp.float32 if made else jnp.dtype(dtype)
         part[path] = array(shape.shape, kind, shardings[path])
     return families.unflatten(trained), families.unflatten(frozen)
+
+
+def _away(params: Params) -> Params:
+    """The same in the host's memory."""
+    return jax.tree.map(
+        lambda x: array(x.shape, x.dtype, x.sharding.with_memory_kind(HOST)), params
+    )
 
 
 def relaid_shapes(model: Decoder, params: Params, mesh: Mesh, over: Rules | None) -> Params:

@@ -18,9 +18,10 @@ from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.decoding import decode, empty_slots, read_prompts
-from jaxalign.models.base import DecoderConfig, combine
+from jaxalign.flops import row_flops
+from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
-from jaxalign.offload import HOST
+from jaxalign.offload import HOST, on_device
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
@@ -50,7 +51,7 @@ class Program:
       temporary: gradients, activations, whatever the compiler keeps while it runs.
       other: padding of the arguments to the device's tiles, results that replace no argument.
       costs: what it does.
-      useful: FLOPs that the mathematics asks for, on all devices together (see `model_flops`).
+      useful: FLOPs that the mathematics asks for, on all devices together (see `jaxalign.flops`).
       seconds: tracing and compiling.
     """
 
@@ -113,23 +114,6 @@ def device_bytes(tree: Any, *, host: bool = False) -> int:
 def on_rows(tree: Any, mesh: Mesh) -> Any:
     """A batch of shapes with its rows split over the mesh."""
     return jax.tree.map(lambda x: array(x.shape, x.dtype, rows_sharding(mesh)), tree)
-
-
-def model_flops(config: DecoderConfig, rows: int, length: int, *, head: bool) -> float:
-    """FLOPs of one forward pass as the mathematics asks for: see docs/plan.md.
-
-    2 a weight of a matrix and token (of experts, those that a token takes), and for attention
-    2·2·(T + 1)/2 a token, head dimension and head, causal.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp = (3 if config.gated_mlp else 2) * width * inner
-    if config.num_experts:
-        mlp = mlp * config.experts_per_token + width * config.num_experts
-    layer = 2 * width * heads + 2 * width * shared + mlp
-    pairs = 4 * heads * (length + 1) / 2
-    vocabulary = 2 * width * config.vocab_size if head else 0
-    return rows * length * (config.num_layers * (2 * layer + pairs) + vocabulary)
 
 
 class _Compiler:
@@ -213,6 +197,7 @@ def compile_programs(
     model, _ = parts.roles["policy"]
     batch = on_rows(parts.batch, mesh)
     update = compile_step(parts.step, state, mesh)
+    passes = 2 if parts.frozen else 3  # frozen weights need no gradient
 
     def step(useful: float, trips: int, times: int = 1, held: Any = ()) -> None:
         compiler(
@@ -221,7 +206,7 @@ def compile_programs(
         )  # fmt: skip
 
     def forward(part: Any, count: int, tokens: int, *, head: bool) -> float:
-        return model_flops(part.config, count, tokens, head=head)
+        return row_flops(part.config, count, tokens, head=head)
 
     if algorithm == "ppo":
         with config.mesh.use_rules("rollout"):
@@ -235,7 +220,7 @@ def compile_programs(
         if "critic" in parts.roles and not config.ppo.shared_critic:
             useful += forward(parts.roles["critic"][0], each, whole, head=False)
         held = on_rows(rollout(config, answers), mesh)
-        step(3 * useful, trips, config.ppo_epochs * config.minibatches, held)
+        step(passes * useful, trips, config.ppo_epochs * config.minibatches, held)
         return compiler.done
     sides = {"sft": 1, "reward": 1, "dpo": 2, "kto": 1}[algorithm]
     sequences = _sequences(parts.batch) if algorithm == "reward" else sides * rows
@@ -246,7 +231,7 @@ def compile_programs(
         reference, weights = parts.roles["reference"]
         whole = 1 if headless else _chunks(reference, sequences, length, mesh)
         _prepare(compiler, algorithm, mesh, parts, reference, weights, batch, whole, useful)
-    step(3 * useful, trips)
+    step(passes * useful, trips)
     return compiler.done
 
 
@@ -275,11 +260,11 @@ def _prepare(
     policy, params = parts.roles["policy"]
 
     def dpo(ref: Params, pairs: Any) -> Any:
-        answers = read_answers(reference, ref, pairs)
+        answers = read_answers(reference, on_device(ref), pairs)
         return answers.chosen, answers.rejected
 
     def kto(own: Params, ref: Params, answers: Any) -> Any:
-        other = answers.mismatched
+        other, ref = answers.mismatched, on_device(ref)
         return (
             answer_logps(policy, own, other)[0],
             answer_logps(reference, ref, other)[0],
@@ -342,7 +327,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     say("compiling empty slots …")
     lowered = empty()
     state = _outputs(lowered, lowered.compile())
-    useful = model_flops(model.config, rows, length, head=False)
+    useful = row_flops(model.config, rows, length, head=False)
     compiled = compiler(
         "prefill", prefill, known=known, batch=(tokens, mask), times=groups, useful=useful,
         made="cache",
@@ -359,8 +344,8 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
                 model, params, state, read, key, sampling, last, samples=options.samples
             )
 
-    both = model_flops(model.config, slots, length + new, head=False)
-    both -= model_flops(model.config, slots, length, head=False)
+    both = row_flops(model.config, slots, length + new, head=False)
+    both -= row_flops(model.config, slots, length, head=False)
     head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
     compiler(
         "decode", writing, known=known, batch=(tokens, mask), cache=(state, read), trips=new,
@@ -399,10 +384,10 @@ def _experience(
 
         def score(scorer: Any = scorer, weights: Any = weights) -> Any:
             with on_mesh(mesh):
-                run = jax.jit(lambda params, tokens: pooled_scores(scorer, params, tokens))
+                run = jax.jit(lambda own, tokens: pooled_scores(scorer, on_device(own), tokens))
                 return run.lower(weights, tokens)
 
-        flops = model_flops(scorer.config, rows, length, head=False)
+        flops = row_flops(scorer.config, rows, length, head=False)
         compiler(name.replace("reward", "score"), score, known=weights, batch=tokens, useful=flops)
 
     def experience() -> Any:
@@ -414,9 +399,9 @@ def _experience(
                 state, ref_params, tokens, scores, finished, recorded, number, number, scale
             )
 
-    flops = 2 * model_flops(model.config, rows, length - 1, head=True)
+    flops = 2 * row_flops(model.config, rows, length - 1, head=True)
     if critic is not None and not options.shared_critic:
-        flops += model_flops(critic.config, rows, length - 1, head=False)
+        flops += row_flops(critic.config, rows, length - 1, head=False)
     known = (state.params, state.frozen, ref_params)
     compiler(
         "experience", experience, known=known, batch=(tokens, scores, finished, recorded),

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxalign.flops import row_flops
 from jaxalign.models.decoder import REMAT
 from jaxalign.plan.chips import Chip
 from jaxalign.plan.parts import PARTS, Parts
-from jaxalign.plan.programs import device_bytes, model_flops, train_state
+from jaxalign.plan.programs import device_bytes, train_state
 from jaxalign.sharding import make_mesh, row_shards
 
 KEPT = {"none": 34, "dots": 12, "block": 1}
@@ -132,7 +133,7 @@ def _estimate(
     # One layer is worked on whole, whatever is kept.
     memory = held + gradients + tokens / micro * (kept + width * KEPT["none"] / tensor)
     trained = 2 if algorithm == "ppo" else 1
-    flops = trained * model_flops(shape, rows, length, head=True) * (3 + AGAIN[remat]) / mesh.size
+    flops = trained * row_flops(shape, rows, length, head=True) * (3 + AGAIN[remat]) / mesh.size
     weights = 2 * sum(x.size for x in jax.tree.leaves(parts.params)) / tensor  # bfloat16
     shards = mesh.shape["fsdp"]
     passes = 2 + (AGAIN[remat] > 0.5)

@@ -175,6 +175,8 @@ def _tpus(name: str, named: Named) -> list[jax.Device]:
     _need("libtpu", name, "TPU", "plan-tpu")
     # Off a TPU machine the compiler would wait long for a metadata server that is not there.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing runs on a TPU here: two plans may be made at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {}
     if named.family == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on the machines

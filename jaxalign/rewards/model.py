@@ -8,6 +8,7 @@ import jax
 
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
+from jaxalign.offload import on_device
 from jaxalign.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
@@ -27,7 +28,7 @@ def model_reward(
 
     @jax.jit
     def score(params: Params, tokens: TokenBatch) -> jax.Array:
-        return (pooled_scores(scorer, params, tokens) - shift) / scale
+        return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Array:
         here, there = mesh_of(tokens), mesh_of(params)

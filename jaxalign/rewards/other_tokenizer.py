@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxalign.models.heads import Scorer, pooled_scores
+from jaxalign.offload import on_device
 from jaxalign.rewards.cases import Case, RewardError
 from jaxalign.rewards.model import check_scale
 from jaxalign.rewards.text import TextReward
@@ -84,7 +85,7 @@ def retokenised_reward(
 
     @jax.jit
     def score(params: Params, tokens: TokenBatch) -> jax.Array:
-        return (pooled_scores(scorer, params, tokens) - shift) / scale
+        return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
     def judge(cases: Sequence[Case]) -> list[float]:
         from jaxalign.data.packing import bucket, token_rows

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo
 from jaxalign.config import DPORun
 from jaxalign.data import preference_batches
+from jaxalign.flops import forward_flops, update_flops, work_of
 from jaxalign.references import hold_reference, keep_reference, reference_optimizer
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy, reference_model
@@ -36,6 +38,7 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro, sources=batches.sources),
         mesh,
     )
+    asked = cache is None and config.dpo.has_reference
     if cache is not None:
         prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
     elif config.dpo.has_reference:
@@ -46,6 +49,13 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         prepare = lambda state, batch: batch  # noqa: E731
     loss = dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
+    frozen = bool(loaded.frozen)
+
+    def flops(batch: Any) -> float:
+        update = update_flops(loaded.model, batch, frozen=frozen)
+        return update + (forward_flops(loaded.model.config, work_of(batch)) if asked else 0.0)
+
     return updates_task(
-        loaded, state, step, batches, total=total, evaluate=evaluate, prepare=prepare
-    )
+        loaded, state, step, batches,
+        total=total, flops=flops, evaluate=evaluate, prepare=prepare,
+    )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import kto
 from jaxalign.config import KTORun
 from jaxalign.data import unpaired_batches
+from jaxalign.flops import forward_flops, update_flops, work_of
 from jaxalign.references import hold_reference, reference_optimizer
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy, reference_model
@@ -34,6 +36,16 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
     loss = kto.make_loss(loaded.model, config.kto, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
+    frozen = bool(loaded.frozen)
+
+    def flops(batch: Any) -> float:
+        # The policy reads the mismatched answers too, the reference both.
+        update = update_flops(loaded.model, batch.tokens, frozen=frozen)
+        other = work_of(batch.mismatched)
+        asked = work_of(batch.tokens).add(other).add(other)
+        return update + forward_flops(loaded.model.config, asked)
+
     return updates_task(
-        loaded, state, step, batches, total=total, evaluate=evaluate, prepare=prepare
-    )
+        loaded, state, step, batches,
+        total=total, flops=flops, evaluate=evaluate, prepare=prepare,
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
+from jaxalign.offload import to_host_memory
 from jaxalign.rewards.specs import ModelReward
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Params
@@ -153,6 +154,11 @@ class Scorers:
         """One that scores answers."""
         reads = spec.tokenizer == "policy"
         return self._load("reward", spec.source, spec.attributes, reads_ids=reads)
+
+    def held(self, spec: ModelReward) -> tuple[Scorer, Params]:
+        """The same in the host's memory."""
+        scorer, params = self.reward(spec)
+        return scorer, to_host_memory(params)
 
     def critic(self) -> tuple[Scorer, Params]:
         """What the critic starts from."""

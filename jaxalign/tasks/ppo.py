@@ -16,12 +16,15 @@ from jaxalign.algorithms import ppo
 from jaxalign.config import PPORun
 from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
 from jaxalign.export import whole_model
+from jaxalign.flops import ppo_flops
 from jaxalign.hf import save_pretrained
-from jaxalign.metrics import to_floats
+from jaxalign.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.models.base import combine
+from jaxalign.offload import on_device, to_host_memory
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
-from jaxalign.sharding import all_rows
+from jaxalign.rewards.specs import ModelReward
+from jaxalign.sharding import all_rows, local_rows
 from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.dumps import RolloutDump
@@ -36,7 +39,11 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     reference, ref_params = start_reference(config, loaded, mesh)
     scorers = Scorers(config, mesh, loaded.tok)
     critic, critic_params = start_critic(config, loaded, scorers)
-    options = config.ppo
+    # Named apart, so that nothing below keeps the weights that the policy starts from.
+    model, tok, adapted, options = loaded.model, loaded.tok, bool(loaded.frozen), config.ppo
+    apart = config.reference is not None or "reference" in config.mesh.rules_of
+    if config.offload_frozen and (apart or not adapted):
+        ref_params = to_host_memory(ref_params)
     if not options.stop_tokens:
         stops = stop_token_ids(loaded.tok, config.model.chat_template)
         options = dataclasses.replace(options, stop_tokens=stops)
@@ -59,16 +66,21 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
     # One table of rows for all prompts: training data, then held-out data.
     rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
-    reward = build_reward(config.reward_specs(), loaded.tok, rows=rows, load=scorers.reward)
+    held = scorers.held if config.offload_frozen else scorers.reward
+    reward = build_reward(config.reward_specs(), tok, rows=rows, load=held)
+    specs = [spec for spec in config.reward_specs() if isinstance(spec, ModelReward)]
+    judges = [scorers.reward(spec)[0] for spec in specs]
+    watch = Stopwatch()
+    watched = watch.around(reward, "rollout", "reward")
     prepare = ppo.make_prepare(
-        loaded.model,
+        model,
         critic,
-        reward,
+        watched,
         options,
         reference=reference,
         rollout_rules=config.mesh.rules_of.get("rollout"),
     )
-    dump = RolloutDump(config.run.folder, loaded.tok, config.dump_every, config.dump_samples)
+    dump = RolloutDump(config.run.folder, tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 
     def begin(state: TrainState, loop: Loop) -> None:
@@ -78,7 +90,13 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             batches.close()
             loop["calibration"] = list(
                 ppo.calibrate(
-                    key, reference, ref_params, first, reward, options, config.calibrate_reward
+                    key,
+                    reference,
+                    jax.jit(on_device)(ref_params),  # it writes answers, not only reads them
+                    first,
+                    reward,
+                    options,
+                    config.calibrate_reward,
                 )
             )
 
@@ -92,8 +110,10 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         key: jax.Array, state: TrainState, batch: Any, loop: Loop
     ) -> tuple[Iterable[RolloutBatch], Floats]:
         sample_key, shuffle_key = jax.random.split(key)
+        watch.start()
         rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"], **carried(loop))
         metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
+        metrics |= watch.stop("experience") | cost(rollout)
         metrics["kl_coef"] = loop["kl_coef"]
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
         loop["kl_coef"] = ppo.next_kl_coef(
@@ -113,6 +133,20 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             multiple=config.run.micro_batches,
         )
         return add_text(parts, loop), metrics
+
+    def cost(rollout: RolloutBatch) -> Floats:
+        tokens = local_rows(rollout.tokens)
+        flops = ppo_flops(
+            tokens,
+            model,
+            critic,
+            judges,
+            epochs=config.ppo_epochs,
+            samples=options.samples,
+            frozen=adapted,
+            shared_critic=options.shared_critic,
+        )
+        return {TOKENS: float(np.sum(tokens.segment_ids > 0)), FLOPS: flops.total}
 
     def evaluate(state: TrainState, loop: Loop) -> Floats:
         # The same key every time: differences come from the policy, not from the draw.
@@ -143,7 +177,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
 
     def export(state: TrainState, folder: Any) -> None:
         policy = combine(state.params, state.frozen)["policy"]
-        save_pretrained(*whole_model(loaded.model, policy), folder, tokenizer=loaded.tok)
+        save_pretrained(*whole_model(model, policy), folder, tokenizer=tok)
 
     limit = config.target_kl
     enough = None

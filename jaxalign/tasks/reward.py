@@ -6,10 +6,11 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
 from jaxalign.config import RewardRun
+from jaxalign.flops import update_flops
 from jaxalign.heldout import HeldOut
 from jaxalign.tasks.data import judgements, make_data, total_of
 from jaxalign.tasks.loading import load, with_head
-from jaxalign.tasks.task import Task, exporter, optimizer, start
+from jaxalign.tasks.task import Task, cost_of, exporter, optimizer, start
 
 
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:
@@ -22,6 +23,10 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     measure = None
     if held_out is not None:
         measure = HeldOut(loaded.model, config.reward, held_out, mesh)
+    frozen = bool(loaded.frozen)
+    flops = lambda batch: update_flops(  # noqa: E731
+        loaded.model, batch, frozen=frozen, head=False
+    )
     return Task(
         *start(
             loaded,
@@ -34,7 +39,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop: ([batch], {}),
+        expand=lambda key, state, batch, loop: ([batch], cost_of(batch, flops)),
         evaluate=None if measure is None else lambda state, loop: measure(state),
         export=exporter(loaded.model, loaded.tok),
         details=None if measure is None else measure.details,

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import sft
 from jaxalign.config import SFTRun
 from jaxalign.data import sft_batches
+from jaxalign.flops import update_flops
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy
 from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
@@ -27,4 +28,13 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     )
     loss = sft.make_loss(loaded.model, config.sft, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh)
-    return updates_task(loaded, state, step, batches, total=total, evaluate=evaluate)
+    frozen = bool(loaded.frozen)
+    return updates_task(
+        loaded,
+        state,
+        step,
+        batches,
+        total=total,
+        flops=lambda batch: update_flops(loaded.model, batch, frozen=frozen),
+        evaluate=evaluate,
+    )

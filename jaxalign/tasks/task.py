@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.data import Batches
 from jaxalign.export import whole_model
+from jaxalign.flops import work_of
 from jaxalign.hf import save_pretrained
-from jaxalign.metrics import add_up
+from jaxalign.metrics import FLOPS, TOKENS, add_up
 from jaxalign.models.base import combine
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.sharding import CompiledStep, compile_step, shard_batch
@@ -36,7 +37,8 @@ class Task(NamedTuple):
       total: batches (iterations, in PPO) in all.
       loop: starting value of the loop's own state.
       expand: (key, state, batch, loop) → (batches for the step, metrics known before the update).
-        May change `loop`.
+        May change `loop`. Among the metrics are `TOKENS` and `FLOPS`, what this process's rows are
+        in real tokens and model FLOPs, of which the loop makes rates.
       evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
       begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
@@ -99,20 +101,29 @@ def updates_task(
     batches: Batches[Any],
     *,
     total: int,
+    flops: Callable[[Any], float],
     evaluate: Callable[[TrainState, Loop], Floats] | None,
     prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
 ) -> Task:
-    """The task in which every batch, once prepared, is one update."""
+    """The task in which every batch, once prepared, is one update of so many model FLOPs."""
     return Task(
         state,
         step,
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop: ([prepare(state, batch)], {}),
+        expand=lambda key, state, batch, loop: (
+            [prepare(state, batch)],
+            cost_of(batch, flops),
+        ),
         evaluate=evaluate,
         export=exporter(loaded.model, loaded.tok),
     )
+
+
+def cost_of(batch: Any, flops: Callable[[Any], float]) -> Floats:
+    """A batch's real tokens and model FLOPs, as `Task.expand` gives them."""
+    return {TOKENS: work_of(batch).tokens, FLOPS: flops(batch)}
 
 
 def exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:

@@ -119,14 +119,6 @@ class Job:
         return [data.take(at, at + self.pairs) for at in starts]
 
 
-def micro_batches(rows: int, group: int, devices: int) -> int:
-    """The fewest micro-batches of at most `group` rows that divide evenly over the devices."""
-    if not group:
-        return 1
-    fit = [n for n in range(1, rows + 1) if rows % (n * devices) == 0 and rows // n <= group]
-    return fit[0] if fit else rows // devices
-
-
 def write_job(folder: pathlib.Path, job: Any) -> None:
     """Writes `job.json`; refuses to mix with the results of another job."""
     text = json.dumps(dataclasses.asdict(job), indent=1) + "\n"
@@ -171,16 +163,22 @@ ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)
 
 
 def carry_out(
-    side: str, python: str, folder: pathlib.Path, threads: int, devices: int = 1
+    side: str,
+    python: str,
+    folder: pathlib.Path,
+    threads: int,
+    devices: int = 1,
+    script: str | None = None,
 ) -> dict[str, Any]:
     """Runs one side of a job, unless it is done already; gives its `done.json`.
 
     Args:
-      side: "ours", "trl", "ppo_ours" or "ppo_trl".
+      side: "ours", "trl", "ppo_ours", …: the folder of its results.
       python: the interpreter of that side's virtual environment.
       folder: holds `job.json`.
       threads: cores that the side may use.
       devices: of ours: how many CPU devices it sees.
+      script: the program, told the side as a second argument; None: `_SIDE.py`.
     """
     done = folder / side / "done.json"
     if not done.exists():
@@ -193,8 +191,8 @@ def carry_out(
         else:
             env |= ALLOCATOR | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             env.pop("PYTHONPATH", None)
-        script = here.with_name(f"_{side}.py")
-        subprocess.run([python, str(script), str(folder)], env=env, check=True)
+        program = here.with_name(f"_{side}.py" if script is None else script)
+        subprocess.run([python, str(program), str(folder), side], env=env, check=True)
     return json.loads(done.read_text())
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from _job import Job, Pairs, append, load_pairs, micro_batches, peak_mib, read_job
+from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 
 import jaxalign as ja
 from jaxalign import dpo, reward
+from jaxalign.bench.case import row_parts
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
@@ -102,7 +103,8 @@ class Steps:
     def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows not in self._compiled:
-            parts = micro_batches(rows, self._job.row_group, jax.device_count())
+            group = self._job.row_group or rows
+            parts = row_parts(rows, group, jax.device_count())
             if self._job.algorithm == "reward":
                 step = reward.make_step(self._model, self._tx, micro_batches=parts)
             else:

@@ -21,8 +21,9 @@ python="${PYTHON:-python3.11}"
 # What each peer is made of, one pip call a line: torch comes first, so that nothing else chooses it.
 case "$peer" in
 trl-1.16.0) steps=("torch==2.13.0" "trl==1.16.0 datasets") ;;
+tunix-0.1.7) steps=("google-tunix==0.1.7") ;;
 trl-1.12.0) steps=("torch==2.13.0" "trl==1.12.0 datasets") ;; # the last with a PPOTrainer
-*) die "peer '$peer': known are trl-1.16.0 and trl-1.12.0" ;;
+*) die "peer '$peer': known are trl-1.16.0, trl-1.12.0 and tunix-0.1.7" ;;
 esac
 
 if [[ ! -f "$folder/.installed" ]]; then

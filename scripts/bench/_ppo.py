@@ -24,6 +24,7 @@ class Rollouts:
       what: "ppo" or "generate".
       policy: folder in Hugging Face form, also the reference.
       scorer: the same of a reward model, also the start of the critic; PPO only.
+      shape: vocabulary, hidden, layers, heads, width of the MLP.
       vocab: ids are drawn from FIRST to this.
       prompts: rows.
       prompt_length: tokens of each prompt.
@@ -41,6 +42,7 @@ class Rollouts:
     policy: str
     scorer: str = ""
     vocab: int
+    shape: tuple[int, int, int, int, int]
     prompts: int = 16
     prompt_length: int = 64
     new_tokens: int

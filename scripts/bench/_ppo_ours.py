@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from _job import append, micro_batches, peak_mib
+from _job import append, peak_mib
 from _ppo import PAD, Rollouts, read_rollouts
 
 import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms import answers
+from jaxalign.bench.case import row_parts
 from jaxalign.generate import sample
 from jaxalign.rewards import model_reward
 
@@ -59,7 +60,7 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
         ):
             rows = part.tokens.inputs.shape[0]
             if rows not in steps:
-                parts = micro_batches(rows, job.row_group, jax.device_count())
+                parts = row_parts(rows, job.row_group or rows, jax.device_count())
                 of_rows = ppo.make_step(model, critic, tx, config, micro_batches=parts)
                 steps[rows] = ja.compile_step(of_rows, state)
             state, of_step = steps[rows](state, part)

@@ -10,26 +10,25 @@ import numpy as np
 from _job import Pairs
 
 import jaxalign as ja
+from jaxalign import bench
 from jaxalign.models.base import DecoderConfig
 
-SIZES = {"S": (8192, 256, 4, 4, 688), "M": (32000, 512, 8, 8, 1376)}
+SIZES = {
+    name: (s.vocab_size, s.hidden_size, s.num_layers, s.num_heads, s.intermediate_size)
+    for name, s in bench.SIZES.items()
+    if s.num_kv_heads == s.num_heads and not s.tie_embeddings
+}
 """Llama shapes of the benchmarks: vocabulary, hidden, layers, heads, width of the MLP."""
+
+
+def shape_of(size: str) -> DecoderConfig:
+    """The shape of that name."""
+    return bench.SIZES[size]
 
 
 def random_llama(size: str, seed: int = 0) -> tuple[ja.Decoder, Any]:
     """A Llama with random weights, its head apart from the embedding."""
-    vocab, hidden, layers, heads, inner = SIZES[size]
-    config = DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        tie_embeddings=False,
-    )
-    model = ja.Decoder(config)
+    model = ja.Decoder(shape_of(size))
     return model, model.init(jax.random.key(seed))
 
 

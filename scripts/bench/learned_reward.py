@@ -7,8 +7,8 @@ MODEL is a small language model (stories260K), which first learns from polite an
 alike, so that it writes either. The reward model starts from `--scorer` (by default from MODEL),
 and is judged on pairs that it never saw (`polite.py` tells how they are held out). PPO answers the
 instructions of the training pairs; score and KL (nats an answer) are those of fresh answers to the
-held-out instructions, before and after, for every KL coefficient in `learned_reward.yaml`. The
-share of polite phrases is a judge that took no part.
+held-out instructions, before and after, once for each of `--kl-coefs`; `learned_reward.yaml` is the
+recipe. The share of polite phrases is a judge that took no part.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from _job import append, machine, wilson
 from polite import HELD_OUT, polite, split, write_lines
 
 import jaxalign as ja
-from jaxalign.config_yaml import read_yaml
+from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.pipeline import load_stages, run_stages
+
+
+def stage_name(kl_coef: float) -> str:
+    """Without a dot, which would end the name of a stage in an override."""
+    return f"ppo-{kl_coef:g}".replace(".", "_")
 
 
 def stages(arguments: argparse.Namespace, rows: list[dict], held_out: list[dict]) -> Any:
@@ -44,8 +49,11 @@ def stages(arguments: argparse.Namespace, rows: list[dict], held_out: list[dict]
     recipe = read_yaml(pathlib.Path(__file__).with_name("learned_reward.yaml"))
     recipe["folder"] = str(arguments.work / "stages")
     recipe["defaults"]["model"]["source"] = arguments.model
+    ppo = recipe["stages"].pop()
+    for kl_coef in arguments.kl_coefs:
+        changes = {"name": stage_name(kl_coef), "ppo": {"kl_coef": kl_coef}}
+        recipe["stages"].append(merge(ppo, changes))
     for stage in recipe["stages"]:
-        stage["data"] = dict(stage["data"])
         if stage["algorithm"] == "sft":
             stage["data"]["train"] = [data["sft"]]
             continue
@@ -55,12 +63,13 @@ def stages(arguments: argparse.Namespace, rows: list[dict], held_out: list[dict]
     return load_stages(recipe, arguments.overrides)
 
 
-def sampled(source: str, rows: list[dict], new_tokens: int) -> list[str]:
+def sampled(source: str, path: str, new_tokens: int) -> list[str]:
     """An answer of the model to each instruction, sampled."""
     from jaxalign.data.rows import to_preference
+    from jaxalign.data.sources import read_rows
 
     model, params = ja.load_pretrained(source)
-    prompts = [list(to_preference(row).prompt) for row in rows]
+    prompts = [list(to_preference(row).prompt) for row in read_rows([path])]
     return ja.generate(
         model, params, ja.load_tokenizer(source), prompts, max_new_tokens=new_tokens,
         temperature=1.0, key=jax.random.key(0), chat_template="alpaca",
@@ -73,6 +82,7 @@ def main() -> None:
     parser.add_argument("data", type=pathlib.Path, help="instruction-data-with-preference.json")
     parser.add_argument("overrides", nargs="*", metavar="stage.key=value")
     parser.add_argument("--scorer", help="where the reward model starts; default: MODEL")
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the answers shown")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON line is appended here")
@@ -93,14 +103,17 @@ def main() -> None:
         "ci95": [round(x, 4) for x in wilson(right, len(held_out))],
         "seconds": round(reward.seconds),
     }
-    frontier, answers = [], {"start": sampled(str(results["sft"].model), held_out, 64)}
-    for name, result in results.items():
-        if not name.startswith("ppo"):
-            continue
-        answers[name] = sampled(str(result.model), held_out, arguments.new_tokens)
+    frontier: list[dict[str, Any]] = []
+    answers: dict[str, list[str]] = {}
+    asked = str(arguments.work / "held_out.jsonl")
+    answers["start"] = sampled(str(results["sft"].model), asked, arguments.new_tokens)
+    for kl_coef in arguments.kl_coefs:
+        name = stage_name(kl_coef)
+        result = results[name]
+        answers[name] = sampled(str(result.model), asked, arguments.new_tokens)
         frontier.append(
             {
-                "kl_coef": float(name.removeprefix("ppo-")),
+                "kl_coef": kl_coef,
                 "iterations": len(result.history),
                 "score_before": round(result.before["objective/scores"], 3),
                 "score": round(result.after["objective/scores"], 3),

@@ -49,6 +49,7 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
         policy=policy,
         scorer=scorer,
         vocab=SIZES[size][0],
+        shape=SIZES[size],
         new_tokens=new_tokens,
         lengths=draw_lengths(kind, draws, prompts, new_tokens),
         passes=arguments.passes + 1,
@@ -62,8 +63,11 @@ def measure(
     arguments: argparse.Namespace, case: pathlib.Path, job: Rollouts
 ) -> dict[str, dict[str, list]]:
     """Runs both sides in turn, several times: the seconds of every measured step."""
-    pythons = dict(zip(SIDES, (arguments.peer, sys.executable), strict=True))
-    found: dict[str, dict[str, list]] = {side: {"seconds": [], "peak_mib": []} for side in SIDES}
+    pythons = {SIDES[0]: arguments.peer}
+    if job.what == "generate" and arguments.tunix is not None:
+        pythons["ppo_tunix"] = arguments.tunix
+    pythons[SIDES[1]] = sys.executable
+    found: dict[str, dict[str, list]] = {side: {"seconds": [], "peak_mib": []} for side in pythons}
     for repeat in range(arguments.repeats):
         folder = case / f"repeat-{repeat}"
         write_job(folder, job)
@@ -83,7 +87,7 @@ def measure(
 
 
 def summary(found: dict[str, dict[str, list]], written: float) -> dict:
-    """Medians, and ours against the peer's."""
+    """Medians, and ours against the fastest peer's."""
     median = {
         side: {
             "seconds": round(statistics.median(itertools.chain(*figures["seconds"])), 4),
@@ -93,7 +97,8 @@ def summary(found: dict[str, dict[str, list]], written: float) -> dict:
     }
     for figures in median.values():
         figures["new_tokens_a_second"] = round(written / figures["seconds"], 1)
-    peer, ours = (median[side] for side in SIDES)
+    ours = median[SIDES[1]]
+    peer = min((median[s] for s in median if s != SIDES[1]), key=lambda one: one["seconds"])
     ratio = {"speed_ratio": round(peer["seconds"] / ours["seconds"], 3)}
     return ratio | {"memory_ratio": round(ours["peak_mib"] / peer["peak_mib"], 3), "median": median}
 
@@ -101,6 +106,7 @@ def summary(found: dict[str, dict[str, list]], written: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="interpreter of TRL 1.12's environment")
+    parser.add_argument("--tunix", help="interpreter of Tunix's, for generation")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
     parser.add_argument("--what", nargs="+", default=["ppo", "generate"])
     parser.add_argument("--sizes", nargs="+", default=["S", "M"], help="of generation; PPO is S")

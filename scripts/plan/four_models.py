@@ -29,17 +29,25 @@ LINES = {
     "float32": ("float32 moments", ["optimizer.moments=float32"]),
     "bfloat16": ("bfloat16 moments", ["optimizer.moments=bfloat16"]),
     "offload": (
-        "float32 moments in host memory",
-        ["optimizer.moments=float32", "optimizer.offload=true"],
+        "float32 moments and frozen models in host memory",
+        ["optimizer.moments=float32", "optimizer.offload=true", "offload_frozen=true"],
     ),
     "shared": ("8-bit moments, shared trunk", ["optimizer.moments=int8", "ppo.shared_critic=true"]),
     "int8": ("8-bit moments", ["optimizer.moments=int8"]),
+    "int8-away": (
+        "8-bit moments, frozen models in host memory",
+        ["optimizer.moments=int8", "offload_frozen=true"],
+    ),
     "int8-bf16": (
         "8-bit moments, all weights bfloat16",
         ["optimizer.moments=int8", "model.dtype=bfloat16"],
     ),
+    "least": (
+        "8-bit moments, all weights bfloat16, frozen models in host memory",
+        ["optimizer.moments=int8", "model.dtype=bfloat16", "offload_frozen=true"],
+    ),
 }
-KINDS = ("params", "optimizer", "models", "batch", "cache", "temporary", "other")
+KINDS = ("params", "optimizer", "models", "batch", "cache", "temporary", "other", "host")
 
 
 def main():

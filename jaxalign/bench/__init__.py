@@ -1,0 +1,184 @@
+"""`jaxalign bench`: how fast training and generation are here, beside what the machine can do.
+
+Every number is of the library's own steps. A case (`Case`) runs in a process of its own, so that
+its peak memory is its own, and one that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxalign.bench.case import ROWS, WHAT, Case, Runner, Sample
+from jaxalign.bench.machine import (
+    Limit,
+    cores,
+    counting,
+    limit,
+    peak_memory,
+    reset_peak,
+    versions,
+)
+from jaxalign.bench.sizes import SIZES
+from jaxalign.bench.table import show
+from jaxalign.sharding import make_mesh
+
+__all__ = [
+    "ROWS",
+    "SIZES",
+    "WHAT",
+    "Case",
+    "Runner",
+    "Sample",
+    "measure",
+    "measure_config",
+    "run_case",
+    "run_cases",
+    "show",
+]
+
+
+def runner_of(case: Case, mesh: Any) -> Runner:
+    """What runs a case's steps."""
+    if case.what == "generate":
+        from jaxalign.bench.rollouts import generate_runner as make
+    elif case.what == "ppo":
+        from jaxalign.bench.rollouts import ppo_runner as make
+    else:
+        from jaxalign.bench.updates import update_runner as make
+    return make(case, mesh)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Measures a case in this process; gives its record, see `measure`."""
+    case = case.resolved()
+    mesh = case.mesh()
+    with jax.set_mesh(mesh):
+        bound = limit(mesh, case.dtype)
+    record = measure(lambda: runner_of(case, mesh), bound, case.repeats, case.seconds)
+    if "decode_step_bytes" in record and bound.bandwidth is not None:
+        rate = record["decode_step_bytes"] / record["decode_step_seconds"] / len(jax.devices())
+        record["fraction_of_bandwidth"] = rate / bound.bandwidth
+    # JSON has no infinity.
+    return {"case": dataclasses.asdict(case) | {"seconds": None}} | record
+
+
+def measure_config(algorithm: str, config: Any, repeats: int) -> dict[str, Any]:
+    """Measures a run's own model and data, as `load_config` gave them, in this process."""
+    from jaxalign.bench.configured import config_runner
+
+    mesh = make_mesh(data=-1, fsdp=1)
+    dtype = config.model.compute_dtype or "float32"
+    record = measure(lambda: config_runner(config), limit(mesh, dtype), repeats)
+    data = config.data
+    case = {"what": algorithm, "size": config.model.source, "rows": data.rows}
+    case |= {"length": data.length, "layout": "packed" if data.packing else "padded"}
+    return {"case": case} | record
+
+
+def measure(
+    prepare: Callable[[], Runner],
+    bound: Limit,
+    repeats: int,
+    seconds: float = float("inf"),
+) -> dict[str, Any]:
+    """Runs a case: once to compile, once to settle, then `repeats` times for the medians.
+
+    Args:
+      prepare: makes the case ready.
+      bound: what the machine can do.
+      repeats: measured steps.
+      seconds: stop measuring after this long, once there were two.
+
+    Returns:
+      A record, JSON-able: medians of `tokens_per_second`, `model_flops_per_second`,
+      `step_seconds` and `parts`; `fraction_of_limit`; `peak_bytes`; `first_step_seconds`;
+      `compile_seconds`, what the first step took longer than a later one; `compiles`, programs
+      compiled up to it, and `recompiles`, after it; devices, date and versions.
+    """
+    reset_peak()
+    with counting() as seen:
+        start = time.perf_counter()
+        runner = prepare()
+        ready = time.perf_counter() - start
+        start = time.perf_counter()
+        runner.run()
+        first = time.perf_counter() - start
+        runner.run()
+        before = seen.programs
+        samples: list[Sample] = []
+        start = time.perf_counter()
+        while len(samples) < repeats:
+            samples.append(runner.run())
+            if time.perf_counter() - start > seconds and len(samples) >= 2:
+                break
+        again = seen.programs - before
+    memory = peak_memory()
+    step = statistics.median(one.seconds for one in samples)
+    rate = statistics.median(one.flops / one.seconds for one in samples)
+    record = {
+        "tokens_per_second": statistics.median(one.tokens / one.seconds for one in samples),
+        "model_flops_per_second": rate,
+        "limit_flops_per_second": bound.flops,
+        "limit": bound.source,
+        "fraction_of_limit": rate / bound.flops,
+        "step_seconds": step,
+        "parts": {
+            name: statistics.median(one.parts[name] for one in samples) for name in samples[0].parts
+        },
+        "padding": statistics.mean(one.padding for one in samples),
+        "all_seconds": [round(one.seconds, 6) for one in samples],
+        "ready_seconds": ready,
+        "first_step_seconds": first,
+        "compile_seconds": max(0.0, first - step),
+        "backend_compile_seconds": seen.seconds,
+        "compiles": before,
+        "recompiles": again,
+        **memory,
+    }
+    if runner.compiles is not None:
+        record["step_compiles"] = runner.compiles()
+    record |= runner.facts(samples)
+    device = jax.devices()[0]
+    record |= {"devices": len(jax.devices()), "device": device.device_kind}
+    record |= {"processor": platform.processor() or platform.machine()}
+    return record | {"date": datetime.date.today().isoformat(), "versions": versions()}
+
+
+def run_cases(
+    cases: Sequence[Case], tell: Callable[[dict[str, Any]], None] = lambda record: None
+) -> list[dict[str, Any]]:
+    """Measures every case in a process of its own.
+
+    Args:
+      cases: what to measure.
+      tell: is given every record as it comes; that of a case that failed has `error` instead.
+    """
+    # Where there is no accelerator, each core computes rows of its own.
+    env = {"JAX_NUM_CPU_DEVICES": str(cores())} | os.environ
+    records = []
+    for case in cases:
+        asked = json.dumps(dataclasses.asdict(case))
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxalign.bench", asked], capture_output=True, text=True, env=env
+        )
+        lines = done.stdout.splitlines()
+        if done.returncode == 0 and lines:
+            record = json.loads(lines[-1])
+        else:
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            record = {"case": dataclasses.asdict(case) | {"seconds": None}, "error": last}
+        records.append(record)
+        tell(record)
+    return records

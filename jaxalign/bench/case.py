@@ -1,0 +1,157 @@
+"""What is measured (`Case`), and what comes of it (`Sample`, `Record`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.bench.sizes import SIZES
+from jaxalign.models.attention_kind import check_kind
+from jaxalign.models.decoder import REMAT
+from jaxalign.sharding import make_mesh, row_shards
+
+WHAT = ("sft", "reward", "dpo", "ppo", "generate")
+ROWS = ("full", "padded", "packed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to measure, on random weights and tokens.
+
+    Attributes:
+      what: one of `WHAT`.
+      size: key of `SIZES`.
+      layout: "full": every row as long as it may be. "padded": lengths drawn uniformly from an
+        eighth of it, a document a row (PPO: answers that end at random). "packed": the same
+        documents packed (PPO: its updates), in half as many rows of twice the length.
+      rows: rows of a step (pairs of reward and DPO, prompts of PPO and generation).
+      length: tokens of a row or side; of a prompt in PPO and generation.
+      new_tokens: longest answer of PPO and generation.
+      epochs: of PPO's updates.
+      dtype: of activations; "auto": bfloat16 on GPU and TPU, float32 elsewhere.
+      param_dtype: of the weights.
+      remat: key of `REMAT`.
+      attention: see `jaxalign.models.attention_kind.KINDS`.
+      micro_batches: parts of a step; 0: on a CPU of two rows each, elsewhere one.
+      optimizer_dtype: of AdamW's moments, "float32", "bfloat16" or "int8".
+      repeats: measured steps (iterations, calls).
+      seconds: stop measuring after this long, once there were two.
+    """
+
+    what: str
+    size: str = "S"
+    layout: str = "full"
+    rows: int = 8
+    length: int = 256
+    new_tokens: int = 64
+    epochs: int = 4
+    dtype: str = "auto"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    micro_batches: int = 0
+    optimizer_dtype: str = "float32"
+    repeats: int = 7
+    seconds: float = math.inf
+
+    def __post_init__(self):
+        for name, choices in (
+            ("what", WHAT), ("size", tuple(SIZES)), ("layout", ROWS), ("remat", tuple(REMAT)),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: wanted one of {', '.join(choices)}"
+                )
+        check_kind(self.attention)
+        for name in ("rows", "length", "new_tokens", "epochs", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: wanted a positive integer")
+        if self.micro_batches < 0:
+            raise ValueError(f"micro_batches={self.micro_batches}: wanted 0 or more")
+        if self.layout == "packed" and self.what == "generate":
+            raise ValueError("generate: prompts are not packed; wanted layout full or padded")
+        if self.layout == "packed" and self.rows % 2:
+            raise ValueError(f"rows={self.rows}, packed: wanted an even number")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the batch, and their length."""
+        twice = self.layout == "packed" and self.what != "ppo"
+        return (self.rows // 2, 2 * self.length) if twice else (self.rows, self.length)
+
+    def mesh(self) -> Mesh:
+        """All devices: on a CPU each for its own rows, elsewhere along `fsdp`."""
+        cpu = jax.default_backend() == "cpu"
+        return make_mesh(data=-1, fsdp=1) if cpu else make_mesh()
+
+    def resolved(self) -> Case:
+        """The same with its dtype said."""
+        if self.dtype != "auto":
+            return self
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return dataclasses.replace(self, dtype=dtype)
+
+    def parts(self, mesh: Mesh) -> int:
+        """Micro-batches of a step."""
+        if self.micro_batches or jax.default_backend() != "cpu":
+            return max(1, self.micro_batches)
+        return row_parts(self.shape[0], 2, row_shards(mesh))
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"rows": 8, "length": 256},
+    "reward": {"rows": 8, "length": 256},
+    "dpo": {"rows": 8, "length": 256},
+    "ppo": {"rows": 16, "length": 64, "new_tokens": 64},
+    "generate": {"rows": 16, "length": 64, "new_tokens": 128},
+}
+"""What a case is like when it is not said."""
+
+
+def make_case(what: str, size: str, layout: str, options: dict[str, Any]) -> Case:
+    """A case with the defaults of what it measures; options that are None keep them."""
+    chosen: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
+    return Case(what=what, size=size, layout=layout, **{**_DEFAULTS.get(what, {}), **chosen})
+
+
+def row_parts(rows: int, group: int, shards: int) -> int:
+    """The fewest micro-batches of at most `group` rows that divide evenly over the devices."""
+    fit = [n for n in range(1, rows + 1) if rows % (n * shards) == 0 and rows // n <= group]
+    return fit[0] if fit else max(1, rows // shards)
+
+
+class Sample(NamedTuple):
+    """One measured step.
+
+    Attributes:
+      seconds: all of it, data included.
+      tokens: real tokens that it read (trained on), or wrote (generation).
+      flops: model FLOPs.
+      parts: seconds of its parts by name; "data" is what it waited for its batch.
+      padding: part of the batch's positions that hold no token.
+    """
+
+    seconds: float
+    tokens: float
+    flops: float
+    parts: dict[str, float]
+    padding: float = 0.0
+
+
+class Runner(NamedTuple):
+    """A case made ready.
+
+    Attributes:
+      run: one step.
+      compiles: how often its step was compiled so far; None where several programs take part.
+      facts: what else to record.
+    """
+
+    run: Callable[[], Sample]
+    compiles: Callable[[], int] | None = None
+    facts: Callable[[Sequence[Sample]], dict[str, Any]] = lambda samples: {}

@@ -1,0 +1,58 @@
+"""What `jaxalign bench` measures when it is told little."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jaxalign.bench import run_cases, show
+from jaxalign.bench.case import Case, make_case
+
+
+def bench(
+    what: Sequence[str],
+    sizes: Sequence[str],
+    layouts: Sequence[str],
+    options: dict[str, Any],
+    out: str | None,
+) -> list[dict[str, Any]]:
+    """Measures all that was asked for, prints a table, and adds JSON lines to a file.
+
+    Args:
+      what, sizes, layouts: see `Case`; what does not go together is left out, and said.
+      options: of `Case`; None: the case's own default.
+      out: file to append records to; None: none.
+
+    Raises:
+      ValueError: something unknown, or nothing left.
+    """
+    cases: list[Case] = []
+    for size in sizes:
+        for one in what:
+            for layout in layouts:
+                if one == "generate" and layout == "packed":
+                    print("bench: generation has no packed rows: left out", file=sys.stderr)
+                    continue
+                cases.append(make_case(one, size, layout, options))
+    if not cases:
+        raise ValueError("bench: nothing to measure; wanted generate with --layouts full or padded")
+
+    def tell(record: dict[str, Any]) -> None:
+        case = record["case"]
+        state = record.get("error", "done")
+        print(f"bench: {case['what']} {case['size']} {case['layout']}: {state}", file=sys.stderr)
+        write(record, out)
+
+    records = run_cases(cases, tell)
+    print(show(records))
+    return records
+
+
+def write(record: dict[str, Any], out: str | None) -> None:
+    """Adds a record to a file of JSON lines."""
+    if out is not None:
+        with pathlib.Path(out).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,114 @@
+"""What the machine can do at best, how much memory was taken, and what was compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.plan.chips import chip_of, peak_flops
+from jaxalign.sharding import replicated, rows_sharding
+
+
+class Limit(NamedTuple):
+    """The speed that nothing can exceed.
+
+    Attributes:
+      flops: FLOP/s of all devices.
+      source: where the number comes from.
+      bandwidth: bytes/s of one device's memory; None where it is not known.
+    """
+
+    flops: float
+    source: str
+    bandwidth: float | None = None
+
+
+def limit(mesh: Mesh, dtype: str) -> Limit:
+    """The maker's peak of bfloat16 products; of other devices the best rate measured now."""
+    peak = peak_flops()
+    if peak is not None:
+        chip = chip_of(jax.devices()[0].device_kind)
+        return Limit(peak, "maker's peak, bfloat16", None if chip is None else chip.bandwidth)
+    return Limit(matmul_rate(mesh, dtype), f"best {dtype} matrix product of this run")
+
+
+def matmul_rate(mesh: Mesh, dtype: str, sizes: tuple[int, ...] = (1024, 2048), tries: int = 6):
+    """FLOP/s of the fastest of several square matrix products, rows split over the mesh."""
+    best = 0.0
+    product = jax.jit(lambda a, b: a @ b, out_shardings=rows_sharding(mesh))
+    for size in sizes:
+        draw = jax.random.normal(jax.random.key(size), (size, size), dtype)
+        left = jax.device_put(draw, rows_sharding(mesh))
+        right = jax.device_put(draw, replicated(mesh))
+        jax.block_until_ready(product(left, right))
+        for _ in range(tries):
+            start = time.perf_counter()
+            jax.block_until_ready(product(left, right))
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def reset_peak() -> None:
+    """Forgets the process' peak memory, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> dict[str, Any]:
+    """Most bytes taken: on a device since the start; on a CPU by the process since `reset_peak`."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"peak_bytes": int(stats["peak_bytes_in_use"]), "peak_of": "device"}
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return {"peak_bytes": int(line.split()[1]) * 1024, "peak_of": "process"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return {"peak_bytes": peak * scale, "peak_of": "process"}
+
+
+class Compiled:
+    """Counts programs, and the seconds that making machine code of them took."""
+
+    def __init__(self) -> None:
+        self.programs, self.seconds = 0, 0.0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        """Is told of everything that JAX times."""
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Compiled]:
+    """Counts what is compiled within the block."""
+    seen = Compiled()
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seen)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    able = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if able is None else len(able(0))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides speed."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {"python": platform.python_version()} | found

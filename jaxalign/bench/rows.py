@@ -1,0 +1,88 @@
+"""Random batches of a case, built when they are asked for, as a loader would."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxalign.bench.case import Case
+from jaxalign.bench.sizes import SIZES
+from jaxalign.data.chat import Encoded
+from jaxalign.data.packing import best_fit, token_rows
+from jaxalign.types import PairBatch, PromptBatch, TokenBatch
+
+_BATCHES = 4
+"""Distinct batches of a case, at least."""
+
+_PROMPT_SHARE = 0.25
+"""Part of the shorter side of a pair that is its prompt."""
+
+
+def token_batches(case: Case) -> Iterator[TokenBatch]:
+    """Rows of SFT; every token but the first of a document is trained."""
+    rng = np.random.default_rng(0)
+    lengths = _lengths(case, rng, 1)[:, 0]
+    documents = [_document(rng, case, int(n), 0) for n in lengths]
+    rows, length = case.shape
+    for groups in _groups(case, lengths.tolist()):
+        yield token_rows(documents, groups, rows, length, 0)
+
+
+def pair_batches(case: Case) -> Iterator[PairBatch]:
+    """Pairs that share a prompt of a quarter of the shorter side."""
+    rng = np.random.default_rng(0)
+    lengths = _lengths(case, rng, 2)
+    sides: tuple[list[Encoded], list[Encoded]] = ([], [])
+    for pair in lengths:
+        prompt = max(1, int(pair.min() * _PROMPT_SHARE))
+        start = rng.integers(2, SIZES[case.size].vocab_size, prompt).astype(np.int32)
+        for side, length in zip(sides, pair, strict=True):
+            document = _document(rng, case, int(length), prompt)
+            document.ids[:prompt] = start
+            side.append(document)
+    rows, length = case.shape
+    plan = _groups(case, lengths.max(1).tolist(), cycle=False)
+    slots = max(len(group) for groups in plan for group in groups)
+    for groups in itertools.cycle(plan):
+        chosen, rejected = (token_rows(side, groups, rows, length, 0) for side in sides)
+        mask = np.arange(slots)[None] < np.array([len(group) for group in groups])[:, None]
+        yield PairBatch(chosen, rejected, mask=mask if case.layout == "packed" else None)
+
+
+def prompt_batch(case: Case) -> PromptBatch:
+    """Prompts, padded on the left where they are ragged."""
+    rng = np.random.default_rng(1)
+    shape = (case.rows, case.length)
+    tokens = rng.integers(2, SIZES[case.size].vocab_size, shape).astype(np.int32)
+    shortest = case.length if case.layout == "full" else _shortest(case.length)
+    lengths = rng.integers(shortest, case.length + 1, case.rows)
+    mask = np.arange(case.length)[None] >= (case.length - lengths)[:, None]
+    return PromptBatch(np.where(mask, tokens, 0), mask, np.arange(case.rows, dtype=np.int32))
+
+
+def _shortest(length: int) -> int:
+    return max(2, length // 8)
+
+
+def _lengths(case: Case, rng: np.random.Generator, sides: int) -> np.ndarray:
+    # Packed rows take more documents than there are rows.
+    count = _BATCHES * case.rows * (2 if case.layout == "packed" else 1)
+    shortest = case.length if case.layout == "full" else _shortest(case.length)
+    return rng.integers(shortest, case.length + 1, (count, sides))
+
+
+def _document(rng: np.random.Generator, case: Case, length: int, prompt: int) -> Encoded:
+    ids = rng.integers(2, SIZES[case.size].vocab_size, length).astype(np.int32)
+    return Encoded(ids, np.arange(length) >= prompt)
+
+
+def _groups(case: Case, lengths: Sequence[int], *, cycle: bool = True):
+    """Which documents the rows of each batch hold, whole batches only, over and over."""
+    rows, length = case.shape
+    laid = [[i] for i in range(len(lengths))]
+    if case.layout == "packed":
+        laid = best_fit(lengths, length)
+    plan = [laid[at : at + rows] for at in range(0, len(laid) - rows + 1, rows)]
+    return itertools.cycle(plan) if cycle else plan

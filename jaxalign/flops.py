@@ -1,0 +1,155 @@
+"""Model FLOPs: what the mathematics of a step asks for, not what a program happens to do.
+
+A forward pass takes 2 FLOPs a weight of a matrix and token (of experts, those that a token takes),
+and 2·2 a head, head dimension and pair of a token with one that it sees. A step takes 3 times its
+forward pass, with frozen weights under adapters 2 times. Recomputed activations, padding and masked
+pairs do not count, so that the same data gives the same number however it is laid out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.models.base import DecoderConfig
+from jaxalign.types import PromptBatch, TokenBatch
+
+
+class Work(NamedTuple):
+    """What a model has to read. Works add up entry by entry (`add`).
+
+    Attributes:
+      tokens: real ones.
+      pairs: of a token and one that it sees, itself included.
+      trained: tokens that the vocabulary head is asked for.
+    """
+
+    tokens: float = 0.0
+    pairs: float = 0.0
+    trained: float = 0.0
+
+    def add(self, other: Work) -> Work:
+        """Both together."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def work_of(batch: Any) -> Work:
+    """The work in all `TokenBatch`es (and prompts) of a batch; its arrays may be of any kind."""
+    if isinstance(batch, TokenBatch):
+        # A token at position t of its document, or of its branch after it, sees t + 1 tokens.
+        real = np.asarray(batch.segment_ids) > 0
+        seen = np.asarray(batch.positions)[real] + 1.0
+        return Work(float(real.sum()), float(seen.sum()), float(np.sum(batch.loss_mask)))
+    if isinstance(batch, PromptBatch):
+        lengths = np.asarray(batch.mask).sum(-1, dtype=np.float64)
+        return Work(float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum()))
+    total = Work()
+    for part in batch if isinstance(batch, tuple) else ():
+        total = total.add(work_of(part))
+    return total
+
+
+def forward_flops(config: DecoderConfig, work: Work, *, head: bool = True) -> float:
+    """FLOPs of one forward pass.
+
+    Args:
+      config: shape of the model.
+      work: what it reads.
+      head: whether the vocabulary head takes part, for the trained tokens.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mlp = (3 if config.gated_mlp else 2) * width * inner
+    if config.num_experts:
+        mlp = mlp * config.experts_per_token + width * config.num_experts
+    layer = 2 * (2 * width * heads + 2 * width * shared + mlp)
+    body = config.num_layers * (layer * work.tokens + 4 * heads * work.pairs)
+    return body + (2.0 * width * config.vocab_size * work.trained if head else 0.0)
+
+
+def row_flops(config: DecoderConfig, rows: int, length: int, *, head: bool) -> float:
+    """`forward_flops` of full rows, one document a row, every token trained."""
+    tokens = float(rows * length)
+    return forward_flops(config, Work(tokens, tokens * (length + 1) / 2, tokens), head=head)
+
+
+def decode_flops(config: DecoderConfig, prompts: Work, rows: int, prompt: int, new: int) -> float:
+    """FLOPs of reading prompts once and writing `new` tokens to each of `rows` answers.
+
+    Args:
+      config: shape of the model.
+      prompts: the work in the prompts.
+      rows: answers.
+      prompt: tokens of each answer's prompt.
+      new: tokens of each answer.
+    """
+    seen = new * prompt + new * (new + 1) / 2
+    written = Work(rows * new, rows * seen, rows * new)
+    return forward_flops(config, prompts.add(written))
+
+
+def update_flops(model: Any, batch: Any, *, frozen: bool = False, head: bool = True) -> float:
+    """FLOPs of one update: forward, and the gradients of activations and of trained weights."""
+    passes = 2 if frozen else 3
+    return passes * forward_flops(model.config, work_of(batch), head=head)
+
+
+class PPOFlops(NamedTuple):
+    """FLOPs of one iteration of PPO.
+
+    Attributes:
+      rollout: prompts read, answers written.
+      scoring: reward models, and what policy, reference and critic say of the answers.
+      update: all epochs.
+    """
+
+    rollout: float
+    scoring: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return sum(self)
+
+
+def ppo_flops(
+    tokens: TokenBatch,
+    policy: Any,
+    critic: Any | None,
+    scorers: list[Any],
+    *,
+    epochs: int,
+    samples: int = 1,
+    frozen: bool = False,
+    shared_critic: bool = False,
+) -> PPOFlops:
+    """FLOPs of the iteration that made and learns from a rollout.
+
+    Args:
+      tokens: prompts and answers, as in the rollout that `ppo.make_prepare` gives.
+      policy: the policy; the reference has its shape.
+      critic: the critic, or None.
+      scorers: the reward models.
+      epochs: passes over the rollout.
+      samples: answers that share the reading of their prompt.
+      frozen: whether the policy is trained by adapters.
+      shared_critic: the critic is a head on the policy.
+    """
+    whole, mask = work_of(tokens), np.asarray(tokens.loss_mask)
+    read = (np.asarray(tokens.segment_ids) > 0) & ~mask
+    again = np.asarray(tokens.positions)[read] + 1.0
+    part = 1 - 1 / samples
+    written = Work(
+        whole.tokens - part * read.sum(), whole.pairs - part * again.sum(), whole.trained
+    )
+    one = forward_flops(policy.config, whole)
+    apart = critic is not None and not shared_critic
+    values = forward_flops(critic.config, whole, head=False) if apart else 0.0
+    scored = sum(forward_flops(scorer.config, whole, head=False) for scorer in scorers)
+    return PPOFlops(
+        rollout=forward_flops(policy.config, written),
+        scoring=scored + 2 * one + values,
+        update=epochs * ((2 if frozen else 3) * one + 3 * values),
+    )

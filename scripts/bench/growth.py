@@ -1,0 +1,154 @@
+"""How cost grows with the work on a CPU, and how long a run takes to its first step.
+
+    python scripts/bench/growth.py --work FOLDER --out docs/results/growth.jsonl
+    python scripts/bench/growth.py --work FOLDER --what start        # or rows, memory
+
+rows: time a token of SFT (size S, rows of 256) from 2 to 64 rows, two rows computed at a time; it
+should be flat. memory: peak of the process over rows of 1k to 32k tokens (a small model, one row,
+no recomputation); it should grow with the tokens, not with their square. start: seconds from the
+command `jaxalign sft` (size S, 8 × 256 tokens) to the end of its first step, without and with the
+compiled programs of an earlier run. Every figure is of a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from _job import append, machine
+
+import jaxalign as ja
+from jaxalign.bench import Case, run_cases
+from jaxalign.bench.sizes import SIZES
+
+ROWS = (2, 4, 8, 16, 32, 64)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds a token by rows of a step, and the largest over the smallest."""
+    counts = [n for n in ROWS if n <= arguments.most_rows]
+    cases = [
+        Case(what="sft", size=arguments.size, rows=n, repeats=arguments.repeats, seconds=60.0)
+        for n in counts
+    ]
+    records = done(run_cases(cases))
+    cost = {n: 1e6 / r["tokens_per_second"] for n, r in zip(counts, records, strict=True)}
+    return {"microseconds_a_token": cost, "spread": max(cost.values()) / min(cost.values())}
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Bytes that each further token takes, between every two lengths."""
+    os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # one row is one device's
+    lengths = [n for n in LENGTHS if n <= arguments.longest]
+    cases = [
+        Case(what="sft", size="XS", rows=1, length=n, micro_batches=1, repeats=1) for n in lengths
+    ]
+    records = done(run_cases(cases))
+    peak = {n: r["peak_bytes"] for n, r in zip(lengths, records, strict=True)}
+    slope = {f"{a} to {b}": (peak[b] - peak[a]) / (b - a) for a, b in itertools.pairwise(lengths)}
+    seconds = {n: r["step_seconds"] for n, r in zip(lengths, records, strict=True)}
+    return {"peak_bytes": peak, "bytes_a_token": slope, "step_seconds": seconds}
+
+
+def done(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, if all cases ran."""
+    for record in records:
+        if "error" in record:
+            raise SystemExit(f"{record['case']}: {record['error']}")
+    return records
+
+
+def start(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to the first step, cold and warm."""
+    folder = arguments.work.absolute() / "start"
+    config = make_run(folder, arguments.size)
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(arguments.repeats):
+        shutil.rmtree(folder / "programs", ignore_errors=True)
+        for kind in found:
+            found[kind].append(first_step(folder, config))
+    return {kind: {"median": statistics.median(v), "all": v} for kind, v in found.items()}
+
+
+def first_step(folder: pathlib.Path, config: pathlib.Path) -> float:
+    """Runs the command; gives the seconds until its first line of metrics."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    metrics = folder / "run" / "metrics.jsonl"
+    env = os.environ | {"JAXALIGN_CACHE": str(folder / "programs")}
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(x for x in (root, env.get("PYTHONPATH")) if x)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "jaxalign.cli", "sft", str(config)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - began
+        if process.wait():
+            raise SystemExit((folder / "log.txt").read_text())
+    return round(seconds, 2)
+
+
+def make_run(folder: pathlib.Path, size: str) -> pathlib.Path:
+    """A random Llama with a tokenizer of bytes, texts that fill their rows, and a configuration."""
+    import jax
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    path = folder / "config.yaml"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ("<pad>", "<end>")
+    vocab = {token: i for i, token in enumerate(special)}
+    vocab |= {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), len(vocab))}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>"
+    )
+    model = ja.Decoder(SIZES[size])
+    ja.save_pretrained(model, model.init(jax.random.key(0)), folder / "model", tokenizer=tok)
+    texts = [{"prompt": f"{number:04d} ", "completion": "word " * 60} for number in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    path.write_text(
+        f"model: {{source: {folder / 'model'}, chat_template: none}}\n"
+        f"data: {{train: [{folder / 'data.jsonl'}], rows: 8, length: 256}}\n"
+        f"run: {{folder: {folder / 'run'}, steps: 2, export: false, checkpoint: false}}\n"
+    )
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
+    parser.add_argument("--what", nargs="+", default=["rows", "memory", "start"])
+    parser.add_argument("--size", default="S", help="of rows and start")
+    parser.add_argument("--most-rows", type=int, default=ROWS[-1])
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
+    arguments = parser.parse_args()
+    measures = {"rows": rows, "memory": memory, "start": start}
+    for what in arguments.what:
+        row = {"benchmark": "growth", "what": what, **measures[what](arguments), **machine()}
+        print(json.dumps(row))
+        if arguments.out is not None:
+            append(arguments.out, row)
+
+
+if __name__ == "__main__":
+    main()
