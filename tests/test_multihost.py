@@ -98,21 +98,68 @@ except (TimeoutError, jax.errors.JaxRuntimeError) as error:
     print("LATE", type(error).__name__, error)
 if me == 1:
     client().key_value_set("test/given-up", "")
+
+from jaxalign.hf import load_pretrained, save, save_pretrained
+model, params = load_pretrained(os.environ["SAVED"], mesh=mesh)
+written, Writer = [], save.Writer
+class Watched(Writer):
+    def __init__(self, folder, file, pool):
+        if "failing" in str(folder) and me == 1:
+            raise OSError("disk full")
+        written.append(file.name)
+        super().__init__(folder, file, pool)
+save.Writer = Watched
+save_pretrained(model, params, os.environ["SAVE_TO"] + "/out", max_shard_bytes=9000)
+print("WROTE", *written)
+try:
+    save_pretrained(model, params, os.environ["SAVE_TO"] + "/failing", max_shard_bytes=9000)
+except (OSError, RuntimeError) as error:
+    print("FAILED", error)
+save.Writer = Writer
+
 from jaxalign import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+def check_saved(said, source, place):
+    """Both wrote their files of one folder; of a folder that failed on one there is nothing."""
+    assert "FAILED saving a model failed on process 1" in said[0]
+    assert "FAILED disk full" in said[1]
+    (one,), (other,) = (
+        [line.split()[1:] for line in text.splitlines() if line.startswith("WROTE")]
+        for text in said
+    )
+    assert one
+    assert other
+    files = sorted(path.name for path in (place / "out").glob("*.safetensors"))
+    assert sorted(one + other) == files
+    assert len(files) > 2
+    assert [path.name for path in place.iterdir()] == ["out"]
+    again = {}
+    for name in files:
+        again |= load_file(place / "out" / name)
+    stored = load_file(source / "model.safetensors")
+    assert again.keys() == stored.keys()
+    for name, value in stored.items():
+        assert again[name].tobytes() == value.tobytes(), name
+    assert (place / "out/config.json").is_file()
+
+
 def test_two_processes_are_one_program(chat_models, tmp_path):
-    """Rows, sums and errors between two real processes; then SFT on both, as in this one."""
+    """Rows, sums, files and errors between two real processes; then SFT on both, as in this one."""
     changes = {"data": {"packing": True, "length": 96, "rows": 4}}
     config = configured("sft", chat_models, tmp_path / "two", changes, steps=2, export=False)
     log = tmp_path / "log"
-    running = multihost.start(["sft", config], 2, log, program=("-c", PROGRAM))
+    source, place = chat_models / "chat", tmp_path / "saved"
+    running = multihost.start(
+        ["sft", config], 2, log, program=("-c", PROGRAM), SAVED=str(source), SAVE_TO=str(place)
+    )
     alone = load_config("sft", config, [f"run.folder={tmp_path / 'one'}"])
     one = loop.train(alone)
     statuses, said = multihost.finish(running, log)
     assert statuses == [0, 0], said
+    check_saved(said, source, place)
 
     for index, text in enumerate(said):
         assert f"PARTS ({index}, 2) (0, 1)\n" in text

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import tracemalloc
@@ -155,68 +154,6 @@ def test_files_are_shared_out_in_turn():
         assert [file.owner for file in other] == [i % count for i in range(3)]
     (single,) = plan_files(planned(10, 10), 80, processes=4)
     assert (single.name, single.owner, index_of([single])) == ("model.safetensors", 0, None)
-
-
-PROCESS = """
-import os, sys, jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import jaxalign as ja
-from jaxalign.hf import safetensors_write
-source, out, failing = sys.argv[3:]
-model, params = ja.load_pretrained(source, mesh=ja.make_mesh(1, 4, 1))
-written = []
-class Writer(safetensors_write.Writer):
-    def __init__(self, folder, file, pool):
-        if failing in str(folder) and jax.process_index() == 1:
-            raise OSError("disk full")
-        written.append(file.name)
-        super().__init__(folder, file, pool)
-from jaxalign.hf import save as hf_save
-hf_save.Writer = Writer
-ja.save_pretrained(model, params, out, max_shard_bytes=9000)
-print("WROTE", *written)
-try:
-    ja.save_pretrained(model, params, out.replace("out", failing), max_shard_bytes=9000)
-except (OSError, RuntimeError) as error:
-    print("FAILED", error)
-"""
-
-
-def test_two_processes_save_one_folder_or_none(params, tmp_path):
-    save_pretrained(tiny.DECODER, params, tmp_path / "source")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    places = [str(tmp_path / "source"), str(tmp_path / "place/out"), "failing"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(number), *places],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in (0, 1)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], told
-    assert "FAILED saving a model failed on process 1" in told[0]
-    assert "FAILED disk full" in told[1]
-    lines = [line.split() for text in told for line in text.splitlines() if "WROTE" in line]
-    assert all(len(line) > 1 for line in lines)  # both wrote
-    wrote = [name for line in lines for name in line[1:]]
-    files = sorted(path.name for path in (tmp_path / "place/out").glob("*.safetensors"))
-    assert sorted(wrote) == files
-    assert len(files) > 2
-    assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
-    again = stored(tmp_path / "place/out")
-    source = stored(tmp_path / "source")
-    assert again.keys() == source.keys()
-    for name, value in source.items():
-        assert again[name].tobytes() == value.tobytes(), name
-    assert (tmp_path / "place/out/config.json").is_file()
 
 
 # --- killed --------------------------------------------------------------------------------------
