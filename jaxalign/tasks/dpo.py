@@ -49,11 +49,12 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         prepare = lambda state, batch: batch  # noqa: E731
     loss = dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
-    frozen = bool(loaded.frozen)
+    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    model, frozen = loaded.model, bool(loaded.frozen)
 
     def flops(batch: Any) -> float:
-        update = update_flops(loaded.model, batch, frozen=frozen)
-        return update + (forward_flops(loaded.model.config, work_of(batch)) if asked else 0.0)
+        update = update_flops(model, batch, frozen=frozen)
+        return update + (forward_flops(model.config, work_of(batch)) if asked else 0.0)
 
     return updates_task(
         loaded, state, step, batches,

@@ -36,14 +36,15 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
     loss = kto.make_loss(loaded.model, config.kto, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
-    frozen = bool(loaded.frozen)
+    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    model, frozen = loaded.model, bool(loaded.frozen)
 
     def flops(batch: Any) -> float:
         # The policy reads the mismatched answers too, the reference both.
-        update = update_flops(loaded.model, batch.tokens, frozen=frozen)
+        update = update_flops(model, batch.tokens, frozen=frozen)
         other = work_of(batch.mismatched)
         asked = work_of(batch.tokens).add(other).add(other)
-        return update + forward_flops(loaded.model.config, asked)
+        return update + forward_flops(model.config, asked)
 
     return updates_task(
         loaded, state, step, batches,

@@ -23,7 +23,8 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     measure = None
     if held_out is not None:
         measure = HeldOut(loaded.model, config.reward, held_out, mesh)
-    frozen = bool(loaded.frozen)
+    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    model, frozen = loaded.model, bool(loaded.frozen)
     flops = lambda batch: update_flops(  # noqa: E731
         loaded.model, batch, frozen=frozen, head=False
     )

@@ -28,13 +28,14 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     )
     loss = sft.make_loss(loaded.model, config.sft, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh)
-    frozen = bool(loaded.frozen)
+    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    model, frozen = loaded.model, bool(loaded.frozen)
     return updates_task(
         loaded,
         state,
         step,
         batches,
         total=total,
-        flops=lambda batch: update_flops(loaded.model, batch, frozen=frozen),
+        flops=lambda batch: update_flops(model, batch, frozen=frozen),
         evaluate=evaluate,
     )
