@@ -26,7 +26,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
     model, frozen = loaded.model, bool(loaded.frozen)
     flops = lambda batch: update_flops(  # noqa: E731
-        loaded.model, batch, frozen=frozen, head=False
+        model, batch, frozen=frozen, head=False
     )
     return Task(
         *start(
