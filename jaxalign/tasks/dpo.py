@@ -49,7 +49,7 @@ def dpo_task(config: DPORun, mesh: Mesh) -> Task:
         prepare = lambda state, batch: batch  # noqa: E731
     loss = dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
-    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
     model, frozen = loaded.model, bool(loaded.frozen)
 
     def flops(batch: Any) -> float:

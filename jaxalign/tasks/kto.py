@@ -36,7 +36,7 @@ def kto_task(config: KTORun, mesh: Mesh) -> Task:
     prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
     loss = kto.make_loss(loaded.model, config.kto, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh, prepare)
-    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
     model, frozen = loaded.model, bool(loaded.frozen)
 
     def flops(batch: Any) -> float:

@@ -23,7 +23,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     measure = None
     if held_out is not None:
         measure = HeldOut(loaded.model, config.reward, held_out, mesh)
-    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
     model, frozen = loaded.model, bool(loaded.frozen)
     flops = lambda batch: update_flops(  # noqa: E731
         model, batch, frozen=frozen, head=False

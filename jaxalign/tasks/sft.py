@@ -28,7 +28,7 @@ def sft_task(config: SFTRun, mesh: Mesh) -> Task:
     )
     loss = sft.make_loss(loaded.model, config.sft, sources=names_of(held_out))
     evaluate = evaluator(loss, held_out, mesh)
-    # `flops` lives as long as the task: it must not hold the weights that the state was copied from.
+    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
     model, frozen = loaded.model, bool(loaded.frozen)
     return updates_task(
         loaded,
