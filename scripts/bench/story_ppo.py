@@ -95,7 +95,7 @@ class Recipe:
 
 
 RECIPES = {
-    "ppo": Recipe({"vf_coef": 0.5, "lam": 0.98}, 0.0165, 4.2e-4, 1e-3, 112, 1, 1),
+    "ppo": Recipe({"vf_coef": 0.5, "lam": 0.98}, 0.0175, 4e-4, 1e-3, 140, 1, 1),
     "rloo": Recipe(
         {"advantage_estimator": "rloo", "samples": 4, "whiten_advantages": True},
         0.025, 4e-4, 0.0, 160, 1, 1,
@@ -310,7 +310,8 @@ def main() -> None:
         if given.out:
             append(given.out, machine() | row)
 
-    about = {"algorithm": given.algorithm, "iterations": recipe.iterations, "rate": recipe.rate}
+    named = ("iterations", "rate", "critic_rate", "epochs", "minibatches", "options")
+    about = {"algorithm": given.algorithm} | {name: getattr(recipe, name) for name in named}
     if given.ideal:
         report({"kind": "ideal", "points": ideal(stories)})
     elif given.frontier:
