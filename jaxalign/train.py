@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -127,14 +129,35 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         dynamic_ncols=True,
     )
     stack.callback(bar.close)
-    saved_at, peak = done, peak_flops()
+    saved_at, reported, peak = done, time.perf_counter(), peak_flops()
+    waiting: collections.deque[_Sent] = collections.deque()
+
+    def report(sent: _Sent) -> None:
+        """Reads the metrics of a step, waiting for it, and writes them down."""
+        nonlocal reported
+        full, room, tokens, giga, flops = sent.counts()
+        metrics = sent.metrics | _average([to_floats(logged) for logged in sent.updates])
+        check_finite(metrics, sent.step)
+        metrics["compiles"] = sent.compiles
+        metrics["data/fill"] = full / room
+        now = time.perf_counter()
+        seconds, reported = now - reported, now
+        timing = sent.timing | {"time/step": seconds}
+        timing |= rates(tokens, giga * _GIGA + flops, seconds, peak)
+        writer.write(sent.step, metrics | timing)
+        history.append(metrics)
+        bar.set_postfix_str(_short(metrics), refresh=False)
+        bar.update()
+        if sent.step % run.log_every == 0 and not bar.disable:
+            bar.write(f"{bar.desc} {sent.step}/{task.total}: {_short(metrics)}")
+
     while done < task.total:
-        started = time.perf_counter()
+        began_waiting = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - started
+        waited = time.perf_counter() - began_waiting
         parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
         timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
-        full, room, *counts = distributed.total([*filled(batch), *_whole(timing)])
+        counts = distributed.total([*filled(batch), *_whole(timing)])
         updates = []
         for part in parts:
             state, logged = task.step(state, part)
@@ -143,24 +166,20 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
                 break
         if task.enough is not None:
             metrics = metrics | {"updates": len(updates)}
-        metrics = metrics | _average([to_floats(logged) for logged in updates])
         done += 1
-        check_finite(metrics, done)
-        metrics["compiles"] = task.step.compiles
-        metrics["data/fill"] = full / room
-        seconds = time.perf_counter() - started
-        timing |= {"time/step": seconds, "time/data": waited}
-        timing |= rates(counts[0], counts[1] * _GIGA + counts[2], seconds, peak)
-        writer.write(done, metrics | timing)
-        history.append(metrics)
-        bar.set_postfix_str(_short(metrics), refresh=False)
-        bar.update()
-        if done % run.log_every == 0 and not bar.disable:
-            bar.write(f"{bar.desc} {done}/{task.total}: {_short(metrics)}")
-        if run.eval_every and done % run.eval_every == 0 and done < task.total:
-            after = evaluate(done)
+        timing |= {"time/data": waited}
+        waiting.append(_Sent(done, updates, metrics, timing, counts, task.step.compiles))
+        evaluates = bool(run.eval_every) and done % run.eval_every == 0 and done < task.total
         stop = distributed.preempted(done)
-        if stop or (run.save_every and done % run.save_every == 0):
+        saves = stop or bool(run.save_every and done % run.save_every == 0)
+        # A step's metrics are read once the next step is under way, so that no device waits for
+        # this loop; but nothing is saved, or judged on held-out data, that was not found sound.
+        ahead = task.ahead and not evaluates and not saves and done < task.total
+        while len(waiting) > ahead:
+            report(waiting.popleft())
+        if evaluates:
+            after = evaluate(done)
+        if saves:
             save()
             saved_at = done
         if stop:
@@ -168,6 +187,8 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
                 f"stopped after step {done} of {task.total}, as a host is to be taken away"
                 + ("; run.resume=true goes on from there" if store is not None else "")
             )
+        if evaluates or saves:
+            reported = time.perf_counter()
     bar.close()
     if history:
         after = evaluate(done)
@@ -229,6 +250,17 @@ def _describe(folder: pathlib.Path, config: Any) -> None:
     if jax.process_count() > 1:
         facts["processes"] = str(jax.process_count())
     (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class _Sent(NamedTuple):
+    """A step that is under way: what is known of it, and what can be read when it is done."""
+
+    step: int
+    updates: list[dict[str, Any]]
+    metrics: dict[str, float]
+    timing: dict[str, float]
+    counts: Callable[[], list[int]]
+    compiles: int
 
 
 _GIGA = 10**9

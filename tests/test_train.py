@@ -355,6 +355,43 @@ def test_a_loss_that_is_no_number_stops_the_run(chat_models, tmp_path):
     assert [row["step"] for row in rows] == [1]
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, "send 1, send 2, read 1, send 3, read 2, send 4, read 3, read 4"),
+        # What is saved was found sound before.
+        ({"save_every": 3}, "send 1, send 2, read 1, send 3, read 2, read 3, send 4, read 4"),
+        ({"eval_every": 2}, "send 1, send 2, read 1, read 2, send 3, send 4, read 3, read 4"),
+    ],
+    ids=["plain", "saved", "judged"],
+)
+def test_the_next_step_is_sent_before_metrics_are_read(
+    chat_models, tmp_path, monkeypatch, options, wanted
+):
+    """Else the devices would wait for the loop between steps."""
+    events = []
+    make, check = loop.make_task, loop.check_finite
+
+    def make_task(config):
+        task = make(config)
+
+        def expand(*given):
+            events.append(f"send {sum(event.startswith('send') for event in events) + 1}")
+            return task.expand(*given)
+
+        return task._replace(expand=expand)
+
+    def check_finite(metrics, step):
+        events.append(f"read {step}")
+        check(metrics, step)
+
+    monkeypatch.setattr(loop, "make_task", make_task)
+    monkeypatch.setattr(loop, "check_finite", check_finite)
+    changes = held_out(tmp_path, "sft")
+    run("sft", chat_models, tmp_path / "run", changes, steps=4, export=False, **options)
+    assert ", ".join(events) == wanted
+
+
 # LoRA
 
 

@@ -199,6 +199,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         export=export,
         begin=begin,
         enough=enough,
+        ahead=False,
     )
 
 

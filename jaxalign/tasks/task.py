@@ -44,6 +44,8 @@ class Task(NamedTuple):
       begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
       enough: metrics of an update → whether the rest of this batch's updates are left out; None:
         they never are.
+      ahead: whether a step may be sent out before the metrics of the last one are read. False where
+        `expand` waits for the devices in any case.
       details: curves and tables of the last evaluation, JSON-able, or None.
     """
 
@@ -58,6 +60,7 @@ class Task(NamedTuple):
     details: Callable[[], dict[str, Any]] | None = None
     begin: Callable[[TrainState, Loop], None] | None = None
     enough: Callable[[dict[str, Any]], bool] | None = None
+    ahead: bool = True
 
 
 def optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
