@@ -306,6 +306,9 @@ class PPORun(_Run):
         rows, of the smallest of n sizes that takes them; each size is compiled when it first comes.
       target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
         iteration's updates are left out; None: never.
+      prompt_draws: batches of prompts that an iteration has answered, at most, until the places of
+        prompts whose answers all score alike are filled (DAPO's dynamic sampling); wants
+        `ppo.skip_equal_groups`, and data that does not end (`data.epochs` null).
       calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
         scaled) so that the reference's answers to the first batch of prompts score 0 on average
         (with standard deviation 1); "none": as it is.
@@ -331,6 +334,7 @@ class PPORun(_Run):
     minibatches: int = 1
     pack_updates: int = 0
     target_kl: float | None = None
+    prompt_draws: int = 1
     calibrate_reward: str = "none"
     offload_frozen: bool = False
     ptx: DataConfig | None = None
@@ -380,6 +384,16 @@ class PPORun(_Run):
             self.target_kl,
             "positive or null",
         )
+        _want(self.prompt_draws > 0, "prompt_draws", self.prompt_draws, "positive")
+        if self.prompt_draws > 1:
+            skips, epochs = self.ppo.skip_equal_groups, self.data.epochs
+            _want(
+                skips and epochs is None,
+                "prompt_draws",
+                self.prompt_draws,
+                "1, or ppo.skip_equal_groups=true with data.epochs=null; they are "
+                f"{skips} and {epochs}",
+            )
         known = ppo.CALIBRATIONS
         _want(
             self.calibrate_reward in known,

@@ -155,7 +155,8 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         began_waiting = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began_waiting
-        parts, metrics = task.expand(jax.random.fold_in(root, done), state, batch, loop)
+        key = jax.random.fold_in(root, done)
+        parts, metrics = task.expand(key, state, batch, loop, batches)
         timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
         counts = distributed.total([*filled(batch), *_whole(timing)])
         updates = []

@@ -452,6 +452,8 @@ RLOO = ("ppo.advantage_estimator=rloo", "ppo.samples=2")
         ("kto", ("offload_frozen=true", "reference_sync={}"), "offload_frozen=True: wanted false"),
         ("ppo", ("ppo.advantage_estimator=grpo",), "samples=1: wanted 2 or more"),
         ("ppo", ("ppo.skip_equal_groups=true",), "samples=1: wanted 2 or more"),
+        ("ppo", ("prompt_draws=0",), "prompt_draws=0: wanted positive"),
+        ("ppo", ("prompt_draws=2", "data.epochs=2"), "prompt_draws=2: wanted 1, or ppo.skip_equal"),
         ("ppo", (*RLOO, "ppo.lam=0.9"), "lam=0.9: wanted 0.95 with rloo"),
         ("ppo", (*RLOO, "ppo.gamma=0.9"), "gamma=0.9: wanted 1.0 with rloo"),
         ("ppo", (*RLOO, "ppo.scale_rewards=none"), "scale_rewards='none': wanted 'group' with"),

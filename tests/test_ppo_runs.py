@@ -54,6 +54,32 @@ def test_answers_are_compared_with_one_another_without_a_critic(run):
     assert abs(run.history[2]["objective/kl"]) > 1e-5
 
 
+def test_places_of_equal_answers_are_filled_from_further_prompts(chat_models, tmp_path):
+    """DAPO's dynamic sampling; stopped and resumed, it goes on with the same prompts."""
+    changes = {
+        "ppo": GRPO | {"skip_equal_groups": True},
+        "prompt_draws": 3,
+        "reward_model": None,
+        "rewards": [{"kind": "regex", "pattern": "[a-m]"}],
+    }
+
+    def train(name, **options):
+        return loop.train(settings(chat_models, tmp_path / name, changes, export=False, **options))
+
+    whole = train("whole", steps=4, checkpoint=False)
+    for row in whole.history:
+        assert row["groups/equal"] > 0 or row["groups/draws"] == 1
+        assert row["groups/draws"] == 3 or row["groups/left_equal"] == 0
+        # Of 8 prompts; what one batch had is filled by what the next ones have.
+        assert row["groups/left_equal"] < 8 * row["groups/equal"] or not row["groups/equal"]
+    assert {row["groups/draws"] for row in whole.history} & {2, 3}
+    train("parts", steps=2, save_every=2)
+    parts = train("parts", steps=4, save_every=2, resume=True)
+    assert chatmodel.timeless(chatmodel.lines(parts.folder)) == chatmodel.timeless(
+        chatmodel.lines(whole.folder)
+    )
+
+
 def test_an_iteration_ends_after_the_update_that_measured_too_much(run):
     # The first update measures none, as nothing has moved; the second does.
     assert [row["updates"] for row in run.history] == [2, 2, 2]
@@ -113,7 +139,7 @@ def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
     assert ("score" in reference, "score" in scorer) == (False, True)
     batch = next(iter(task.batches))
     task.batches.close()
-    _, metrics = task.expand(jax.random.key(0), task.state, batch, task.loop)
+    _, metrics = task.expand(jax.random.key(0), task.state, batch, task.loop, iter(()))
     # The reference is what the policy starts from; the scorer has read the answers.
     assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["objective/scores_std"] > 0

@@ -39,6 +39,7 @@ from jaxalign.algorithms.answers import (
 from jaxalign.algorithms.carried import ScoreStats, next_kl_coef, next_score_stats, running_scale
 from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.ppo_options import check_options
+from jaxalign.algorithms.resampling import count_equal_groups, fill_equal_groups
 from jaxalign.algorithms.rollout import (
     answer_mask_of,
     join_tokens,
@@ -73,6 +74,8 @@ __all__ = [
     "RewardFn",
     "ScoreStats",
     "calibrate",
+    "count_equal_groups",
+    "fill_equal_groups",
     "init_params",
     "join_tokens",
     "make_experience",

@@ -107,23 +107,38 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         }
 
     def expand(
-        key: jax.Array, state: TrainState, batch: Any, loop: Loop
+        key: jax.Array, state: TrainState, batch: Any, loop: Loop, more: Iterator[Any]
     ) -> tuple[Iterable[RolloutBatch], Floats]:
         sample_key, shuffle_key = jax.random.split(key)
-        watch.start()
-        rollout = prepare(sample_key, state, ref_params, batch, loop["kl_coef"], **carried(loop))
+        kl_coef, scale = loop["kl_coef"], carried(loop)
+
+        def answer(number: int, batch: Any) -> tuple[RolloutBatch, Floats]:
+            # The first has the plain key, so that runs that take one batch are what they were.
+            key = jax.random.fold_in(sample_key, number) if number else sample_key
+            watch.start()
+            rollout = prepare(key, state, ref_params, batch, kl_coef, **scale)
+            jax.block_until_ready(rollout)
+            return rollout, watch.stop("experience") | cost(rollout)
+
+        rollout, costs = answer(0, batch)
         metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
-        metrics |= watch.stop("experience") | cost(rollout)
-        metrics["kl_coef"] = loop["kl_coef"]
+        metrics["kl_coef"] = kl_coef
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
-        loop["kl_coef"] = ppo.next_kl_coef(
-            loop["kl_coef"], metrics["objective/kl"], options, answers
-        )
+        loop["kl_coef"] = ppo.next_kl_coef(kl_coef, metrics["objective/kl"], options, answers)
         if options.normalize_scores:
             stats = ppo.next_score_stats(ppo.ScoreStats(*loop["score_stats"]), rollout)
             loop["score_stats"] = list(stats)
         loop["iterations"] += 1
         dump.write(loop["iterations"], rollout)
+        if config.prompt_draws > 1:
+            draws, left = 1, ppo.count_equal_groups(rollout, options.samples)
+            while left and draws < config.prompt_draws:
+                other, further = answer(draws, next(more))
+                rollout, left = ppo.fill_equal_groups(rollout, other, options.samples)
+                costs = {name: costs[name] + further[name] for name in costs}
+                draws += 1
+            metrics |= {"groups/draws": draws, "groups/left_equal": left}
+        metrics |= costs
         parts = ppo.minibatches(
             shuffle_key,
             rollout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +36,10 @@ class Task(NamedTuple):
       batches: training data.
       total: batches (iterations, in PPO) in all.
       loop: starting value of the loop's own state.
-      expand: (key, state, batch, loop) → (batches for the step, metrics known before the update).
-        May change `loop`. Among the metrics are `TOKENS` and `FLOPS`, what this process's rows are
-        in real tokens and model FLOPs, of which the loop makes rates.
+      expand: (key, state, batch, loop, more) → (batches for the step, metrics known before the
+        update). May change `loop`, and may take further batches from the iterator `more`. Among
+        the metrics are `TOKENS` and `FLOPS`, what this process's rows are in real tokens and model
+        FLOPs, of which the loop makes rates.
       evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
       begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
@@ -54,7 +55,9 @@ class Task(NamedTuple):
     batches: Batches[Any]
     total: int
     loop: Loop
-    expand: Callable[[jax.Array, TrainState, Any, Loop], tuple[Iterable[Any], Floats]]
+    expand: Callable[
+        [jax.Array, TrainState, Any, Loop, Iterator[Any]], tuple[Iterable[Any], Floats]
+    ]
     evaluate: Callable[[TrainState, Loop], Floats] | None
     export: Callable[[TrainState, Any], None]
     details: Callable[[], dict[str, Any]] | None = None
@@ -115,7 +118,7 @@ def updates_task(
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop: (
+        expand=lambda key, state, batch, loop, more: (
             [prepare(state, batch)],
             cost_of(batch, flops),
         ),

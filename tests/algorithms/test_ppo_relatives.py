@@ -140,6 +140,37 @@ def test_answers_that_leave_the_loss_are_counted_and_stay_in_the_baseline(
     assert "critic/explained_variance" not in metrics
 
 
+def test_prompts_with_nothing_to_learn_from_give_their_places_to_others(rollout):
+    """Whole groups, in order, each once; of another width, padded with what no mask reads."""
+    other = jax.tree.map(lambda x: x[::-1], rollout)  # padding first, then the groups turned round
+    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 3))) if x.ndim > 1 else x, other)
+    alike, unlike, padding = [1.0, 1, 1, 1], [1.0, 2, 3, 4], [0.0] * 4
+    first = rollout._replace(scores=np.array(alike + unlike + padding, np.float32))
+    second = wide._replace(scores=np.array(padding + unlike + alike, np.float32))
+    assert ppo.count_equal_groups(first, 4) == 1
+
+    filled, left = ppo.fill_equal_groups(first, second, 4)
+    assert left == 0
+    for got, mine, theirs in zip(*map(jax.tree.leaves, (filled, first, second)), strict=True):
+        assert got.shape == (12, *theirs.shape[1:])
+        got, mine, theirs = (np.asarray(x) for x in (got, mine, theirs))
+        np.testing.assert_array_equal(got[:4], theirs[4:8])
+        if mine.ndim > 1:
+            assert not got[4:, mine.shape[1] :].any()
+            got = got[:, : mine.shape[1]]
+        np.testing.assert_array_equal(got[4:], mine[4:])
+    assert int(filled.tokens.loss_mask[4:].sum()) == int(first.tokens.loss_mask[4:].sum())
+
+    # What the other one cannot fill is told.
+    same, left = ppo.fill_equal_groups(first, first, 4)
+    assert left == 0
+    np.testing.assert_array_equal(same.scores[:4], unlike)
+    none = second._replace(scores=np.array(padding + alike + alike, np.float32))
+    same, left = ppo.fill_equal_groups(first, none, 4)
+    assert left == 1
+    assert same is first
+
+
 # The loss, on a table of logits: five answers of 1 to 5 tokens, one row each.
 
 
