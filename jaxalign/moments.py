@@ -86,19 +86,28 @@ def scale_by_small_adam(
         ]
         key = jax.random.fold_in(jax.random.key(0), count)
         first, second = 1 - jnp.float32(b1) ** count, 1 - jnp.float32(b2) ** count
-        made, news = [], []
-        for number, (g, mu, nu, mu_scale, nu_scale) in enumerate(zip(leaves, *kept, strict=True)):
+
+        def one(key: Any, g: Any, mu: Any, nu: Any, mu_scale: Any, nu_scale: Any) -> Any:
             g = g.astype(jnp.float32)
             m = b1 * _decode_m(mu, mu_scale) + (1 - b1) * g
             v = b2 * _decode_v(nu, nu_scale) + (1 - b2) * jnp.square(g)
-            made.append((m / first) / (jnp.sqrt(v / second) + eps))
-            m_key, v_key = jax.random.split(jax.random.fold_in(key, number))
+            made = (m / first) / (jnp.sqrt(v / second) + eps)
+            m_key, v_key = jax.random.split(key)
             if kind == "bfloat16":
-                news.append((_to_bfloat16(m_key, m), _to_bfloat16(v_key, v), None, None))
+                return made, (to_bfloat16(m_key, m), to_bfloat16(v_key, v), None, None)
+            (m_code, m_scale), (v_code, v_scale) = encode_m(m_key, m), encode_v(v_key, v)
+            return made, (m_code, v_code, m_scale, v_scale)
+
+        made, news = [], []
+        for number, leaf in enumerate(zip(leaves, *kept, strict=True)):
+            leaf_key, layers = jax.random.fold_in(key, number), leaf[0].shape[:-2]
+            if layers:  # layer by layer, so that only one layer's moments are float32 at a time
+                keys = jax.random.split(leaf_key, layers[0])
+                update, new = jax.lax.map(lambda each: one(*each), (keys, *leaf))
             else:
-                m_code, m_scale = encode_m(m_key, m)
-                v_code, v_scale = encode_v(v_key, v)
-                news.append((m_code, v_code, m_scale, v_scale))
+                update, new = one(leaf_key, *leaf)
+            made.append(update)
+            news.append(new)
         parts = [
             None if kept[i] and kept[i][0] is None else tree.unflatten([new[i] for new in news])
             for i in range(4)
@@ -164,8 +173,44 @@ def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor:
     return jnp.where(part > 0, jnp.maximum(lower + up, floor), 0.0)
 
 
-def _to_bfloat16(key: jax.Array, x: jax.Array) -> jax.Array:
-    """float32 → bfloat16, up or down: what is cut off, plus a random number, carries or not."""
+def round_weights_at_random() -> optax.GradientTransformation:
+    """Makes updates of bfloat16 weights land on a neighbour at random, others stay what they are.
+
+    A step of 1e-6 is less than half of what bfloat16 can tell apart in a weight of 0.001 or more:
+    rounded to the nearest, the weight never moves. The sum is taken in float32 here and rounded up
+    or down with the odds that make its expectation exact; the update is then the difference, which
+    bfloat16 holds exactly. Comes last in a chain, and wants the parameters.
+    """
+
+    def narrow(leaf: Any) -> bool:
+        return jnp.result_type(leaf) == jnp.bfloat16
+
+    def init(params: Any) -> Any:
+        if any(map(narrow, jax.tree.leaves(params))):
+            return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if isinstance(state, optax.EmptyState):
+            return updates, state
+        key = jax.random.fold_in(jax.random.key(1), state.count)
+        leaves, tree = jax.tree.flatten(updates)
+        made = []
+        for number, (u, p) in enumerate(zip(leaves, tree.flatten_up_to(params), strict=True)):
+            if narrow(p):
+                whole = p.astype(jnp.float32) + u.astype(jnp.float32)
+                u = to_bfloat16(jax.random.fold_in(key, number), whole) - p
+            made.append(u)
+        return tree.unflatten(made), optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def to_bfloat16(key: jax.Array, x: jax.Array) -> jax.Array:
+    """float32 → bfloat16, up or down: what is cut off, plus a random number, carries or not.
+
+    The expectation is x; what bfloat16 holds exactly stays.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     kept = (bits + noise) >> 16

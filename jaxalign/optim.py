@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxalign.moments import MOMENTS, scale_by_small_adam
+from jaxalign.moments import MOMENTS, round_weights_at_random, scale_by_small_adam
 from jaxalign.offload import in_host_memory
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -100,18 +101,32 @@ def decays(params: Any) -> Any:
     )
 
 
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for parameters of any type: left to itself, Adam's moments take the parameters'."""
+
+    def cast(tree: Any) -> Any:
+        return optax.tree.cast(tree, jnp.float32)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(cast(updates), state, None if params is None else cast(params))
+
+    return optax.GradientTransformation(lambda params: tx.init(cast(params)), update)
+
+
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
-    """Clipping, then AdamW with the configured schedule."""
+    """Clipping, then AdamW with the configured schedule; bfloat16 weights are rounded at random."""
     config = OptimizerConfig() if config is None else config
     schedule = make_schedule(config)
     if config.moments == "float32":
-        adamw = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decays,
+        adamw = _in_float32(
+            optax.adamw(
+                schedule,
+                b1=config.b1,
+                b2=config.b2,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                mask=decays,
+            )
         )
     else:
         adamw = optax.chain(
@@ -121,6 +136,5 @@ def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTrans
         )
     if config.offload:
         adamw = in_host_memory(adamw)
-    if config.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+    clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
+    return optax.chain(*clip, adamw, round_weights_at_random())

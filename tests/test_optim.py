@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -147,7 +148,7 @@ def test_rounding_is_right_on_average(kind):
     x = np.abs(rng.normal(size=(2, 20))).astype(np.float32) * 10.0 ** -(np.arange(20) ** 0.5)
     keys = jax.random.split(jax.random.key(2), 4000)
     if kind == "bfloat16":
-        there_and_back = lambda key: moments._to_bfloat16(key, x).astype(np.float32)  # noqa: E731
+        there_and_back = lambda key: moments.to_bfloat16(key, x).astype(np.float32)  # noqa: E731
     else:
         there_and_back = lambda key: moments.decode_v(*moments.encode_v(key, x))  # noqa: E731
     values = jax.jit(jax.vmap(there_and_back))(keys)
@@ -226,3 +227,44 @@ def test_moments_in_host_memory_change_nothing():
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
     assert away.params["kernel"].sharding.memory_kind != "pinned_host"
+
+
+@pytest.mark.parametrize("kind", moments.MOMENTS)
+def test_bfloat16_weights_move_by_steps_smaller_than_they_can_tell(kind):
+    """Rounded to the nearest they would stay where they are; at random they follow on average."""
+    tx = make_optimizer(
+        OptimizerConfig(
+            learning_rate=1e-5, schedule="constant", weight_decay=0.0, max_grad_norm=None,
+            moments=kind,
+        )
+    )  # fmt: skip
+    params = {"kernel": jnp.full((4, 16, 32), 0.02, jnp.bfloat16)}
+    start = np.asarray(params["kernel"], np.float64)
+    state = init_state(params, tx)
+    grads = {"kernel": jnp.ones((4, 16, 32), jnp.bfloat16)}
+
+    @jax.jit
+    def step(state, params):
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    opt_state, now = state.opt_state, params
+    for _ in range(20):
+        opt_state, now = step(opt_state, now)
+    assert now["kernel"].dtype == jnp.bfloat16
+    moved = start - np.asarray(now["kernel"], np.float64)
+    assert (start[0, 0, 0] - 1e-5).astype(jnp.bfloat16) == start[0, 0, 0]
+    # Adam's step under a constant gradient is the rate; 2,048 weights make the mean.
+    assert moved.mean() == pytest.approx(20e-5, rel=0.1)
+    assert len(np.unique(moved)) > 2
+    if kind == "float32":
+        dtypes = {x.dtype for x in jax.tree.leaves(opt_state) if x.ndim}
+        assert dtypes == {jnp.dtype(jnp.float32)}
+
+
+def test_no_step_moves_no_bfloat16_weight():
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16)}
+    tx = moments.round_weights_at_random()
+    updates, _ = tx.update({"kernel": jnp.zeros((3, 64))}, tx.init(params), params)
+    assert not np.asarray(updates["kernel"], np.float32).any()
