@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--devices", nargs="+", default=["v5e:4x4", "h100:8"])
     parser.add_argument("--slices", type=int, default=1, help="of so many devices (nodes, of GPUs)")
     parser.add_argument("--algorithms", nargs="+", default=["sft", "dpo", "ppo"])
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, help="in all; 16 a slice unless given")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=LLAMA_1B.num_layers)
     parser.add_argument("--attention", default="auto")
@@ -145,11 +145,10 @@ def main() -> int:
     sizes = {name: int(size) for name, _, size in (one.partition("=") for one in given.mesh)}
     config = dataclasses.replace(LLAMA_1B, num_layers=given.layers)
     model = Decoder(config, compute_dtype="bfloat16", remat="block", attention=given.attention)
+    rows = given.rows or 16 * given.slices
     for devices in given.devices:
         for algorithm in given.algorithms:
-            line = compile_one(
-                algorithm, devices, given.slices, model, sizes, given.rows, given.length
-            )
+            line = compile_one(algorithm, devices, given.slices, model, sizes, rows, given.length)
             print(json.dumps(line), flush=True)
     return 0
 
