@@ -88,11 +88,13 @@ def scale_by_small_adam(
         first, second = 1 - jnp.float32(b1) ** count, 1 - jnp.float32(b2) ** count
 
         def one(key: Any, g: Any, mu: Any, nu: Any, mu_scale: Any, nu_scale: Any) -> Any:
-            g = g.astype(jnp.float32)
+            narrow, g = g.dtype == jnp.bfloat16, g.astype(jnp.float32)
             m = b1 * _decode_m(mu, mu_scale) + (1 - b1) * g
             v = b2 * _decode_v(nu, nu_scale) + (1 - b2) * jnp.square(g)
             made = (m / first) / (jnp.sqrt(v / second) + eps)
-            m_key, v_key = jax.random.split(key)
+            m_key, v_key, made_key = jax.random.split(key, 3)
+            if narrow:  # of bfloat16 weights: an update takes no more memory than its gradient
+                made = to_bfloat16(made_key, made)
             if kind == "bfloat16":
                 return made, (to_bfloat16(m_key, m), to_bfloat16(v_key, v), None, None)
             (m_code, m_scale), (v_code, v_scale) = encode_m(m_key, m), encode_v(v_key, v)

@@ -14,11 +14,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxalign.plan.chips import GIB, chip_of
 from jaxalign.plan.costs import Costs, Traffic
-from jaxalign.plan.parts import PARTS, Parts
+from jaxalign.plan.parts import PARTS, HostArray, Parts
 from jaxalign.plan.programs import (
     DoesNotFit,
     Program,
@@ -178,7 +179,7 @@ def _make_plan(algorithm: str, config: Any, topology: str | None, say: Say) -> P
         if chip is None
         else estimate(programs, chip, mesh.size, _tokens(algorithm, config)),
         programs=tuple(programs),
-        notes=parts.notes,
+        notes=(*parts.notes, *_unseen(train_state(parts, mesh), parts.models)),
         **sizes,
     )
 
@@ -230,6 +231,17 @@ def search_plans(
         )
     plans.sort(key=lambda one: -one[0])
     return [(overrides, plan) for _, overrides, plan in plans]
+
+
+def _unseen(*trees: Any) -> list[str]:
+    """What to say where the compiler has no notion of the host's memory."""
+    away = [x for x in jax.tree.leaves(trees) if isinstance(x, HostArray)]
+    if not away or away[0].sharding.memory_kind is not None:
+        return []
+    return [
+        "ahead of time this compiler knows no host memory: a program is taken to hold on the "
+        "device all that it reads of what is offloaded"
+    ]
 
 
 def resident_bytes(parts: Parts, mesh: Mesh) -> dict[str, int]:

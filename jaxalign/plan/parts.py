@@ -69,6 +69,14 @@ class Parts(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class HostArray(jax.ShapeDtypeStruct):
+    """An array that is not there, in the host's memory.
+
+    Its sharding says so too where the compiler knows of such memory. Ahead of time those of GPUs do
+    not: a program that reads such an array is then counted as having all of it on the device.
+    """
+
+
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
     """An array that is not there."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -339,7 +347,7 @@ def _params(
 def _away(params: Params) -> Params:
     """The same in the host's memory."""
     return jax.tree.map(
-        lambda x: array(x.shape, x.dtype, x.sharding.with_memory_kind(HOST)), params
+        lambda x: HostArray(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST)), params
     )
 
 

@@ -21,9 +21,9 @@ from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.flops import row_flops
 from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
-from jaxalign.offload import HOST, on_device
+from jaxalign.offload import lies_in_host_memory, on_device
 from jaxalign.plan.costs import Costs, count_costs
-from jaxalign.plan.parts import Parts, array, relaid_shapes, rollout
+from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
 from jaxalign.sampling import Sampling
 from jaxalign.sharding import (
@@ -85,8 +85,13 @@ class DoesNotFit(ValueError):
 
 def train_state(parts: Parts, mesh: Mesh) -> TrainState:
     """The state of a run as shapes, laid out as `init_state` would."""
-    opt_state = jax.tree.map(
-        lambda x, sharding: array(x.shape, x.dtype, sharding),
+
+    def moment(path: Any, x: Any, sharding: Any) -> Any:
+        make = HostArray if lies_in_host_memory(path, x) else jax.ShapeDtypeStruct
+        return make(x.shape, x.dtype, sharding=sharding)
+
+    opt_state = jax.tree_util.tree_map_with_path(
+        moment,
         jax.eval_shape(parts.tx.init, parts.params),
         opt_state_shardings(parts.params, parts.tx),
     )
@@ -103,7 +108,7 @@ def device_bytes(tree: Any, *, host: bool = False) -> int:
     """
 
     def one(x: Any) -> int:
-        if host != (getattr(x.sharding, "memory_kind", None) == HOST):
+        if host != isinstance(x, HostArray):
             return 0
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return math.prod(shape) * x.dtype.itemsize

@@ -10,14 +10,17 @@ import sys
 
 import chatmodel
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import cli
 from jaxalign.algorithms.reference import FollowState
 from jaxalign.config import load_config
+from jaxalign.offload import HOST
 from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes
-from jaxalign.plan.parts import PARTS
+from jaxalign.plan.parts import PARTS, HostArray
 from jaxalign.plan.programs import device_bytes
 from jaxalign.plan.topology import nearest_mesh, next_that_holds
 from jaxalign.sharding import make_mesh
@@ -157,6 +160,19 @@ def test_frozen_models_in_host_memory(algorithm, overrides, away, held, shapes, 
     assert device_bytes(parts.models, host=True) == away
     assert device_bytes(parts.models) == held
     assert resident_bytes(parts, make_mesh(1, 8, 1))["models"] == held
+
+
+def test_what_is_away_counts_as_away_for_compilers_without_host_memory():
+    """Those of GPUs, ahead of time, drop the kind of memory from the sharding."""
+    sharding = NamedSharding(make_mesh(1, 8, 1), PartitionSpec("fsdp"))
+    assert sharding.memory_kind != HOST
+    away = HostArray((16, 4), jnp.float32, sharding=sharding)
+    here = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding)
+    assert device_bytes((away, here)) == 2 * 4 * 4
+    assert device_bytes((away, here, here), host=True) == 2 * 4 * 4
+    # What such a compiler takes for an argument on the device is not known to lie there.
+    lowered = jax.jit(lambda x: x + 1).lower(away)
+    assert lowered.compile().memory_analysis().argument_size_in_bytes == 2 * 4 * 4
 
 
 def test_kto_by_hand(shapes, tmp_path):
