@@ -43,8 +43,13 @@ LINES = {
         ["optimizer.moments=int8", "model.dtype=bfloat16"],
     ),
     "least": (
-        "8-bit moments, all weights bfloat16, frozen models in host memory",
-        ["optimizer.moments=int8", "model.dtype=bfloat16", "offload_frozen=true"],
+        "8-bit moments, all weights bfloat16, frozen models in host memory, 16 answers at a time",
+        [
+            "optimizer.moments=int8",
+            "model.dtype=bfloat16",
+            "offload_frozen=true",
+            "ppo.slots=16",
+        ],
     ),
 }
 KINDS = ("params", "optimizer", "models", "batch", "cache", "temporary", "other", "host")
