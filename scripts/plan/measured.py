@@ -56,8 +56,9 @@ def flops_by_hand(config, remat, tokens, length):
     block = max(128, -(-length // 1024) * 128)
     seen = (length + block) / 2 if length >= 256 else length
     product = 2 * layers * heads * seen  # queries by keys, of one token
-    again = 1 if remat == "block" else 0
-    each = (3 + again) * 2 * matrices + (7 + 2 * again) * product
+    each = 3 * 2 * matrices + 7 * product
+    if remat == "block":  # once more forward, but for the product that ends a block
+        each += 2 * (matrices - layers * width * config.intermediate_size) + 2 * product
     return tokens * (each + 4 * 2 * width * config.vocab_size)
 
 
