@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import re
 import time
@@ -27,6 +28,9 @@ from typing import Any
 
 import numpy as np
 from _job import append, machine, wilson
+
+# A device a core: see docs/performance.md.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
 
 HELD_OUT = 110
 PHRASES = re.compile(
