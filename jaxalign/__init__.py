@@ -22,6 +22,7 @@ from jaxalign.models.heads import (
     Scorer,
     pooled_scores,
     target_logprobs,
+    target_sum,
     weigh_attributes,
     with_scalar_head,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "shard_batch",
     "step_batches",
     "target_logprobs",
+    "target_sum",
     "text_reward",
     "unpaired_batches",
     "use_rules",

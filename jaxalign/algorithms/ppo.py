@@ -56,7 +56,7 @@ from jaxalign.losses import ppo as losses
 from jaxalign.losses.sft import nll
 from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.heads import target_logprobs, target_sum
 from jaxalign.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import (
     Array,
@@ -359,9 +359,9 @@ def make_loss(
             text = _ptx_of(batch)
             hidden, added = read(model, params["policy"], text)
             mask = text.loss_mask
-            logprobs = target_logprobs(model, params["policy"], hidden, text.targets, mask=mask)
-            metrics["loss/ptx_avg"] = weighted(nll(logprobs), mask)
-            sums["ptx"] = config.ptx_coef * metrics["loss/ptx_avg"].total
+            found = target_sum(model, params["policy"], hidden, text.targets, mask)
+            metrics["loss/ptx_avg"] = weighted(nll(found.logprobs), mask)
+            sums["ptx"] = -config.ptx_coef * found.total
             extra |= {name: jax.tree.map(jnp.add, extra[name], x) for name, x in added.items()}
         sums |= {name: term.total for name, term in extra.items()}
         return sums, jax.lax.stop_gradient(metrics | extra)

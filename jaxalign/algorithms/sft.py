@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,7 +22,7 @@ from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.sft import nll
 from jaxalign.masked import weighted
 from jaxalign.models.base import LanguageModel, read, read_counts
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.heads import target_sum
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 
@@ -54,18 +53,15 @@ def make_loss(
 
     def terms(params: Params, batch: TokenBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
         hidden, extra = read(model, params, batch)
+        found = target_sum(
+            model, params, hidden, batch.targets, batch.loss_mask, entropy=config.log_entropy
+        )
         metrics = dict(extra)
-        if config.log_entropy:
-            logprobs, entropy = target_logprobs(
-                model, params, hidden, batch.targets, entropy=True, mask=batch.loss_mask
-            )
-            metrics["entropy"] = weighted(jax.lax.stop_gradient(entropy), batch.loss_mask)
-        else:
-            logprobs = target_logprobs(model, params, hidden, batch.targets, mask=batch.loss_mask)
-        losses = nll(logprobs)
+        if found.entropy is not None:
+            metrics["entropy"] = weighted(found.entropy, batch.loss_mask)
+        losses = nll(found.logprobs)
         metrics |= by_source("nll", losses, batch.loss_mask, batch.source_ids, sources)
-        loss = weighted(losses, batch.loss_mask)
-        return {"nll": loss.total} | {name: term.total for name, term in extra.items()}, metrics
+        return {"nll": -found.total} | {name: term.total for name, term in extra.items()}, metrics
 
     return Loss(count, terms)
 

@@ -12,6 +12,10 @@ the backward pass forms the gradient of a recomputed chunk,
 with g and e the incoming gradients of log p(y) and H. Chunks past the last position that is wanted
 are skipped while the program runs, so that the cost grows with the trained positions only.
 
+Of a sum Σ w·log p(y) whose weights are known beforehand, ∂/∂z is known as soon as a chunk's logits
+are, up to one factor: `fused_total` forms the gradients of hidden states and head in the forward
+pass, and no logits a second time (as Hsu et al. 2024, https://arxiv.org/abs/2410.10989, §3.2).
+
 On a mesh every device walks over its own rows and its own part of the vocabulary, and what devices
 owe each other is sent before or after the walk: the head is gathered over the parameters' shards
 once for both passes, its gradient is added up on the device and then reduce-scattered once. Parts
@@ -74,6 +78,36 @@ def fused_logprobs(
       Two float32 `[R, N]`.
     """
     return _forward(chunk, entropy, finish, hidden, head, targets, temperature, wanted)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def fused_total(
+    chunk: int,
+    entropy: bool,
+    finish: Finish,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    wanted: jax.Array | None,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Σ weights · log p(target), and what is summed.
+
+    A gradient flows to `hidden` and `head`, and through the sum alone: what else is returned is to
+    be looked at.
+
+    Args:
+      chunk, finish, hidden, head, targets, temperature, wanted: as for `fused_logprobs`.
+      entropy: whether entropies are computed; else they are 0.
+      weights: float32 `[R, N]`; 0 from `wanted` on.
+
+    Returns:
+      The sum, float32; log-probabilities and entropies, two float32 `[R, N]`.
+    """
+    args = (hidden, head, targets, temperature, wanted)
+    logprobs, entropies = _forward(chunk, "value" if entropy else "none", finish, *args)[0]
+    return jnp.sum(weights * logprobs), logprobs, entropies
 
 
 class _Cut(NamedTuple):
@@ -213,7 +247,6 @@ def _differentiate(
     vocabulary += _first(head, cut.vocabulary)
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        to_hidden, to_head = done
         part = functools.partial(_part, i, chunk)
         states = part(hidden)
         logits, back = _logits(finish, states, head, temperature)
@@ -225,17 +258,31 @@ def _differentiate(
         if entropy == "gradient":
             to_logits -= part(to_entropy)[..., None] * probs * (logits - part(mean)[..., None])
         to_logits = back(to_logits).astype(hidden.dtype)
-        new = jnp.matmul(to_logits, head.T)
-        to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, i * chunk, axis=1)
-        flat = states.reshape(-1, states.shape[-1]), to_logits.reshape(-1, head.shape[1])
-        to_head += jnp.matmul(flat[0].T, flat[1], preferred_element_type=jnp.float32)
-        return to_hidden, to_head
+        return _come_back(i * chunk, states, head, to_logits, done)
 
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
     count = _count(wanted, targets.shape[1], chunk)
     to_hidden, to_head = jax.lax.fori_loop(0, count, one, start)
     if cut.vocabulary:
         to_hidden = jax.lax.psum(to_hidden, cut.vocabulary)
+    return to_hidden, _sum_head(to_head, cut)
+
+
+def _come_back(
+    at: jax.Array, states: jax.Array, head: jax.Array, to_logits: jax.Array,
+    done: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """A chunk's share of the gradients of hidden states and head."""
+    to_hidden, to_head = done
+    new = jnp.matmul(to_logits, head.T)
+    to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, at, axis=1)
+    flat = states.reshape(-1, states.shape[-1]), to_logits.reshape(-1, head.shape[1])
+    to_head += jnp.matmul(flat[0].T, flat[1], preferred_element_type=jnp.float32)
+    return to_hidden, to_head
+
+
+def _sum_head(to_head: jax.Array, cut: _Cut) -> jax.Array:
+    """The gradient of the head, added up over devices and laid out as the head is."""
     if cut.embed:
         to_head = jax.lax.psum_scatter(to_head, cut.embed, scatter_dimension=0, tiled=True)
     rest = tuple(name for name in cut.rows if name not in cut.embed)
@@ -244,7 +291,76 @@ def _differentiate(
         # The TPU compiler moves sums over devices out of a loop over micro-batches, and fails where
         # their results are converted before they are added up.
         to_head = jax.lax.optimization_barrier(to_head)
-    return to_hidden, to_head
+    return to_head
+
+
+class _Ahead(NamedTuple):
+    """Gradients of the sum, but for the factor that comes from outside."""
+
+    hidden: jax.Array
+    head: jax.Array
+
+
+def _total_forward(
+    chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
+    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, weights: jax.Array,
+):  # fmt: skip
+    cut = _cut(hidden.shape[0], head)
+    args = (hidden, head, targets, temperature, wanted)
+    if cut.vocabulary:  # the logsumexp is known when all parts of the vocabulary have been walked
+        kind = "value" if entropy else "none"
+        (logprobs, entropies), saved = _forward(chunk, kind, finish, *args)
+        return (jnp.sum(weights * logprobs), logprobs, entropies), (saved, weights)
+    work = functools.partial(_read_and_differentiate, chunk, entropy, finish, cut)
+    made = cut.run(work, "rhrssr", "rrrh", *args, weights)
+    logprobs, entropies, to_hidden, to_head = made
+    saved = _Ahead(to_hidden, to_head), jnp.zeros((), head.dtype)
+    return (jnp.sum(weights * logprobs), logprobs, entropies), saved
+
+
+def _total_backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
+    factor, (made, other) = gradients[0], saved
+    if not isinstance(made, _Ahead):
+        each = factor * other, jnp.zeros_like(other)
+        return (*_backward(chunk, "none", finish, made, each), None)
+    to_hidden = (made.hidden * factor).astype(made.hidden.dtype)
+    return to_hidden, (made.head * factor).astype(other.dtype), None, None, None, None
+
+
+def _read_and_differentiate(
+    chunk: int, entropy: bool, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
+    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, weights: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """One device's log p, entropy, and gradients of Σ w·log p, of its rows."""
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    if cut.embed:
+        head = jax.lax.all_gather(head, cut.embed, axis=0, tiled=True)
+    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
+
+    def one(i: jax.Array, done: tuple[Any, Any]) -> tuple[Any, Any]:
+        seen, gradients = done
+        part = functools.partial(_part, i, chunk)
+        states, column, weight = part(hidden), part(targets)[..., None], part(weights)[..., None]
+        logits, back = _logits(finish, states, head, temperature)
+        logz = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, column, axis=-1, mode="clip")[..., 0]
+        probs = jnp.exp(logits - logz[..., None])
+        results = [chosen - logz]
+        if entropy:
+            results.append(logz - jnp.sum(probs * logits, axis=-1))
+        to_logits = jnp.where(vocabulary == column, weight, 0.0) - probs * weight
+        to_logits = back(to_logits).astype(hidden.dtype)
+        gradients = _come_back(i * chunk, states, head, to_logits, gradients)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        seen = tuple(put(old, new, i * chunk) for old, new in zip(seen, results, strict=True))
+        return seen, gradients
+
+    start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
+    count = _count(wanted, targets.shape[1], chunk)
+    seen, (to_hidden, to_head) = jax.lax.fori_loop(
+        0, count, one, ((zeros,) * (2 if entropy else 1), start)
+    )
+    return seen[0], seen[1] if entropy else zeros, to_hidden, _sum_head(to_head, cut)
 
 
 def _first(head: jax.Array, shared: tuple[str, ...]) -> jax.Array | int:
@@ -261,3 +377,4 @@ def _count(wanted: jax.Array | None, length: int, chunk: int) -> jax.Array | int
 
 
 fused_logprobs.defvjp(_forward, _backward)
+fused_total.defvjp(_total_forward, _total_backward)

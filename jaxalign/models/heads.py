@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from jaxalign.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.fused_head import Entropy, fused_logprobs, identity
+from jaxalign.models.fused_head import (
+    Entropy,
+    Finish,
+    fused_logprobs,
+    fused_total,
+    identity,
+)
 from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import Array, Params, TokenBatch, Weighted
@@ -83,6 +89,84 @@ def target_logprobs(
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
     """
+    laid = _lay_out(model, params, hidden, targets, mask, chunk)
+    kind: Entropy = "none"
+    if entropy:
+        kind = "gradient" if entropy_gradient else "value"
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    both = fused_logprobs(
+        laid.chunk, kind, laid.cap, laid.hidden, laid.head, laid.targets, temperature, laid.wanted
+    )
+    return (laid.back(both[0]), laid.back(both[1])) if entropy else laid.back(both[0])
+
+
+class TargetSum(NamedTuple):
+    """What `target_sum` gives.
+
+    Attributes:
+      total: float32 scalar, Σ log π over the mask, in nats.
+      logprobs: float32 `[B, T]`, what is summed; 0 outside the mask. No gradient flows through it.
+      entropy: float32 `[B, T]`, in nats, or None. No gradient flows through it.
+    """
+
+    total: jax.Array
+    logprobs: jax.Array
+    entropy: jax.Array | None
+
+
+def target_sum(
+    model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array,
+    *, entropy: bool = False, chunk: int | None = None,
+) -> TargetSum:  # fmt: skip
+    """Σ_t m_t · log π(y_t), for losses that are this sum up to a factor.
+
+    The same as summing `target_logprobs`, for three products of hidden states and head instead of
+    four: the gradient of a sum is known, up to a factor, while a chunk's logits are at hand, so
+    that the backward pass does not form them again. (Where the vocabulary is split over devices it
+    still does.)
+
+    Args:
+      model, params, hidden, targets, chunk: as for `target_logprobs`.
+      mask: bool `[B, T]`, m.
+      entropy: also return the entropies.
+    """
+    laid = _lay_out(model, params, hidden, targets, mask, chunk)
+    weights = laid.put(jnp.asarray(mask, jnp.float32))
+    total, logprobs, entropies = fused_total(
+        laid.chunk, entropy, laid.cap, laid.hidden, laid.head, laid.targets, jnp.float32(1),
+        laid.wanted, weights,
+    )  # fmt: skip
+    logprobs, entropies = jax.lax.stop_gradient((logprobs, entropies))
+    return TargetSum(total, laid.back(logprobs), laid.back(entropies) if entropy else None)
+
+
+class _LaidOut(NamedTuple):
+    """Positions as the fused head takes them.
+
+    Attributes:
+      hidden, targets: `[R, N, D]` and `[R, N]`, the wanted positions first.
+      head: `[D, V]`.
+      wanted: where the wanted positions end; None: all are.
+      chunk: positions of a row at a time.
+      cap: what the model does to its logits.
+      put: lays out another `[B, T]`.
+      back: the way back, to `[B, T]` and 0 where the mask is.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    head: jax.Array
+    wanted: jax.Array | None
+    chunk: int
+    cap: Finish
+    put: Callable[[jax.Array], jax.Array]
+    back: Callable[[jax.Array], jax.Array]
+
+
+def _lay_out(
+    model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array | None,
+    chunk: int | None,
+) -> _LaidOut:  # fmt: skip
     rows, length, width = hidden.shape
     targets = jnp.asarray(targets, jnp.int32)
     if targets.shape != (rows, length):
@@ -90,17 +174,16 @@ def target_logprobs(
     head = model.head(params).astype(hidden.dtype)
     # On one device the rows are laid end to end; over several, every row, or part of one, stays on
     # its own.
-    hidden, targets = fold_length(hidden), fold_length(targets)
     parts = row_shards() * axis_shards("length")
-    shape = targets.shape if parts > 1 else (1, rows * length)
-    hidden, targets = hidden.reshape(*shape, width), targets.reshape(shape)
-    wanted = order = None
+    lines = fold_length(targets).shape
+    shape = lines if parts > 1 else (1, rows * length)
+    hidden = fold_length(hidden).reshape(*shape, width)
+    wanted = order = kept = None
     if mask is not None:
-        mask = fold_length(jnp.asarray(mask, bool)).reshape(shape)
-        order = jnp.argsort(~mask, axis=1, stable=True)
-        wanted = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-        hidden = _reorder(jnp.where(mask[..., None], hidden, 0), order)
-        targets = jnp.take_along_axis(targets, order, axis=1)
+        kept = fold_length(jnp.asarray(mask, bool)).reshape(shape)
+        order = jnp.argsort(~kept, axis=1, stable=True)
+        wanted = jnp.max(jnp.sum(kept, axis=1, dtype=jnp.int32))
+        hidden = _reorder(jnp.where(kept[..., None], hidden, 0), order)
     chunk = None if chunk is None else max(1, chunk * rows // shape[0])
     chunk, count = head_chunks(
         shape[0], shape[1], head.shape[1], parts, chunk, masked=mask is not None
@@ -108,24 +191,24 @@ def target_logprobs(
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, pad)))
-    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    cap = getattr(model, "finish_logits", identity)
-    kind: Entropy = "none"
-    if entropy:
-        kind = "gradient" if entropy_gradient else "value"
-    both = fused_logprobs(chunk, kind, cap, hidden, head, targets, temperature, wanted)
 
-    def finish(x: jax.Array) -> jax.Array:
+    def put(x: jax.Array) -> jax.Array:
+        x = fold_length(x).reshape(shape)
+        if order is not None:
+            x = jnp.take_along_axis(x, order, axis=1)
+        return jnp.pad(x, ((0, 0), (0, pad))) if pad else x
+
+    def back(x: jax.Array) -> jax.Array:
         x = x[:, : shape[1]]
-        if order is not None and mask is not None:
+        if order is not None and kept is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
-            x = jnp.where(mask, x, 0.0)
+            x = jnp.where(kept, x, 0.0)
         if parts > 1:
             return constrain(unfold_length(x, length), "rows length")
         return constrain(x.reshape(rows, length), "rows length")
 
-    return (finish(both[0]), finish(both[1])) if entropy else finish(both[0])
+    cap = getattr(model, "finish_logits", identity)
+    return _LaidOut(hidden, put(targets), head, wanted, chunk, cap, put, back)
 
 
 def head_chunks(

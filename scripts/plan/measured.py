@@ -48,7 +48,7 @@ SHAPE = {
 
 
 def flops_by_hand(config, remat, tokens, length):
-    """As docs/plan.md has it, for rows of several chunks of the head."""
+    """As docs/plan.md has it."""
     width, layers = config.hidden_size, config.num_layers
     heads = config.num_heads * config.head_dim
     shared = config.num_kv_heads * config.head_dim
@@ -59,7 +59,7 @@ def flops_by_hand(config, remat, tokens, length):
     each = 3 * 2 * matrices + 7 * product
     if remat == "block":  # once more forward, but for the product that ends a block
         each += 2 * (matrices - layers * width * config.intermediate_size) + 2 * product
-    return tokens * (each + 4 * 2 * width * config.vocab_size)
+    return tokens * (each + 3 * 2 * width * config.vocab_size)
 
 
 def resident(key="VmRSS"):

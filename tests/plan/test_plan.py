@@ -46,8 +46,7 @@ PROGRAMS = {
     "ppo": ["prefill", "decode", "score", "experience", "update"],
 }
 # One row of 32 tokens on a device. Weights: a product forward, two backward; attention: two
-# forward, five backward (the scores are formed again); the head: one and three, but a row
-# read in one chunk has its logits formed once for both.
+# forward, five backward (the scores are formed again); the head: all three forward.
 SFT_FLOPS = (
     3 * 2 * 32 * 8 * BLOCKS
     + 2 * 7 * 2 * 32 * 32 * 32
