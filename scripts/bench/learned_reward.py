@@ -21,7 +21,8 @@ import time
 from typing import Any
 
 # A device a core: see docs/performance.md.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+if __name__ == "__main__":  # whoever imports this has devices of its own
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
 
 import jax
 import numpy as np

@@ -30,7 +30,8 @@ import numpy as np
 from _job import append, machine, wilson
 
 # A device a core: see docs/performance.md.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+if __name__ == "__main__":  # whoever imports this has devices of its own
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
 
 HELD_OUT = 110
 PHRASES = re.compile(

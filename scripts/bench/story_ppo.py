@@ -27,7 +27,8 @@ import time
 from typing import Any
 
 # A device a core: each works through its own rows, which is faster than two cores on one operation.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+if __name__ == "__main__":  # whoever imports this has devices of its own
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
 
 import jax
 import numpy as np
