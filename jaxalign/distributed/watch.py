@@ -36,9 +36,11 @@ LOST = "JAXALIGN_LOST_SECONDS"
 _FAILED = f"{PREFIX}/failed"
 _NEWS = f"{PREFIX}/news"
 _BEAT = f"{PREFIX}/beat"
-_DONE = "done"
+_DONE, _LEFT = "done", "left"
+_QUIET = {_DONE, _LEFT}  # of whom no further sign of life is wanted
 _OWN = "RESOURCE_EXHAUSTED"  # what XLA says of this process alone: its memory is full
 _TELLING = 10.0  # seconds in which the others hear of a failure here
+_LEAVING = 5.0  # seconds in which the others say why they stop
 
 
 def lost_after() -> int:
@@ -106,9 +108,22 @@ class Watch:
                 beats = dict(self._service.key_value_dir_get(_BEAT))
             except Exception:
                 return  # process 0 is gone, so there is nobody to tell
-            if len(beats) == self._count and set(beats.values()) == {_DONE}:
+            if len(beats) == self._count and set(beats.values()) <= _QUIET:
                 return
             time.sleep(0.1)
+
+    def leave(self) -> None:
+        """Says that this process has had its last word; process 0 waits for those of the others.
+
+        It holds the service, without which JAX aborts them before they have spoken.
+        """
+        until = time.monotonic() + _LEAVING
+        with contextlib.suppress(Exception):
+            self._beat(_LEFT)
+            while self._index == 0 and time.monotonic() < until:
+                if set(dict(self._service.key_value_dir_get(_BEAT)).values()) <= {_LEFT}:
+                    return
+                time.sleep(0.1)
 
     def _tell(self, message: str) -> None:
         with contextlib.suppress(Exception):
@@ -154,7 +169,7 @@ class Watch:
             before = self._seen.get(index)
             if before is None or before[0] != text:
                 self._seen[index] = (text, now)
-            elif text != _DONE and now - max(before[1], self._awake) > self._patience:
+            elif text not in _QUIET and now - max(before[1], self._awake) > self._patience:
                 self._tell(_is_silent(index, now - before[1]))
                 return
 
@@ -162,7 +177,7 @@ class Watch:
         """On process 0: a message about one that has been silent for long, if there is one."""
         now = time.monotonic()
         for index, (text, since) in self._seen.items():
-            if text != _DONE and now - since > self._patience:
+            if text not in _QUIET and now - since > self._patience:
                 return _is_silent(index, now - since)
         return None
 
@@ -200,9 +215,15 @@ def begin() -> None:
 
 def _stop(message: str) -> None:
     """Ends this process at once: its main thread may hang in a collective with a dead process."""
+    _say(message)
+    if _watch is not None and reachable():
+        _watch.leave()
+    os._exit(1)
+
+
+def _say(message: str) -> None:
     text = f"jaxalign: {message}. This is {who(jax.process_index())}, which stops too.\n"
     os.write(2, text.encode())
-    os._exit(1)
 
 
 def _aborted(number: int) -> None:
@@ -213,7 +234,8 @@ def _aborted(number: int) -> None:
     elif not reachable():
         message = _first_is_lost()
     if message is not None:
-        _stop(message)
+        _say(message)
+        os._exit(1)
 
 
 # By ctypes: a handler set by Python's `signal` runs when the main thread next does, which is never.
@@ -232,6 +254,8 @@ def leave(status: int) -> None:
     if _broken:
         sys.stdout.flush()
         sys.stderr.flush()
+        if _watch is not None:
+            _watch.leave()
         os._exit(status)
 
 
