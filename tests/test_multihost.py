@@ -49,6 +49,7 @@ def same_weights(one, two):
 PROGRAM = """
 import os, sys
 from jaxalign import distributed
+from jaxalign.distributed import talk
 distributed.start()
 import jax, numpy as np
 import jaxalign
@@ -84,6 +85,8 @@ reward = jaxalign.text_reward(lambda prompt, answer: heard.append(answer) or me,
 assert (reward(*rows) == np.full(4, me)).all()
 assert heard == [tok.decode(row) for row in ids], heard
 print("SUMS", distributed.total([me + 1, 2**31 - 1])())
+distributed.total([me, 1])()
+assert talk._gatherer()[1]._cache_size() == 1  # every step asks; none may compile
 try:
     distributed.check_same("the configuration", {"data.rows": 8 + me})
 except ValueError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.distributed.service import PREFIX, client, seconds, who
@@ -131,10 +132,16 @@ def total(numbers: Sequence[int]) -> Callable[[], list[int]]:
     """
     if jax.process_count() == 1:
         return lambda: list(numbers)
-    devices = np.array(sorted(jax.devices(), key=lambda one: (one.process_index, one.id)))
-    mesh = jax.sharding.Mesh(devices.reshape(jax.process_count(), -1), ("process", "device"))
+    mesh, gather = _gatherer()
     mine = np.asarray(numbers, np.int32)[None]
-    each = multihost_utils.host_local_array_to_global_array(mine, mesh, P("process"))
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(each)
+    whole = gather(multihost_utils.host_local_array_to_global_array(mine, mesh, P("process")))
     # Added up here: the devices have no 64-bit integers.
     return lambda: [int(n) for n in np.asarray(whole).sum(axis=0, dtype=np.int64)]
+
+
+@functools.cache
+def _gatherer() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    """A mesh with an axis of processes, and what gathers over it; kept, to compile it once."""
+    devices = np.array(sorted(jax.devices(), key=lambda one: (one.process_index, one.id)))
+    mesh = Mesh(devices.reshape(jax.process_count(), -1), ("process", "device"))
+    return mesh, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
