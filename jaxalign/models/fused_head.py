@@ -211,8 +211,8 @@ def _read(
         results = [chosen, logz]
         if entropy != "none":
             results.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        return tuple(put(old, new, i * chunk) for old, new in zip(done, results, strict=True))
+        put = functools.partial(_put, i, chunk)
+        return tuple(map(put, done, results))
 
     start = (zeros,) * (2 if entropy == "none" else 3)
     count = _count(wanted, targets.shape[1], chunk)
@@ -243,7 +243,7 @@ def _differentiate(
     mean: jax.Array, to_logprobs: jax.Array, to_entropy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """One device's part of the gradients, added up with those of the others."""
-    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
+    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]
     vocabulary += _first(head, cut.vocabulary)
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -258,7 +258,7 @@ def _differentiate(
         if entropy == "gradient":
             to_logits -= part(to_entropy)[..., None] * probs * (logits - part(mean)[..., None])
         to_logits = back(to_logits).astype(hidden.dtype)
-        return _come_back(i * chunk, states, head, to_logits, done)
+        return _come_back(i, chunk, states, head, to_logits, done)
 
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
     count = _count(wanted, targets.shape[1], chunk)
@@ -269,15 +269,13 @@ def _differentiate(
 
 
 def _come_back(
-    at: jax.Array, states: jax.Array, head: jax.Array, to_logits: jax.Array,
+    i: jax.Array, chunk: int, states: jax.Array, head: jax.Array, to_logits: jax.Array,
     done: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """A chunk's share of the gradients of hidden states and head."""
     to_hidden, to_head = done
-    new = jnp.matmul(to_logits, head.T)
-    to_hidden = jax.lax.dynamic_update_slice_in_dim(to_hidden, new, at, axis=1)
-    flat = states.reshape(-1, states.shape[-1]), to_logits.reshape(-1, head.shape[1])
-    to_head += jnp.matmul(flat[0].T, flat[1], preferred_element_type=jnp.float32)
+    to_hidden = _put(i, chunk, to_hidden, jnp.matmul(to_logits, head.T))
+    to_head += jnp.matmul(states.T, to_logits, preferred_element_type=jnp.float32)
     return to_hidden, to_head
 
 
@@ -335,7 +333,7 @@ def _read_and_differentiate(
     zeros = jnp.zeros(targets.shape, jnp.float32)
     if cut.embed:
         head = jax.lax.all_gather(head, cut.embed, axis=0, tiled=True)
-    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None, None]
+    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]
 
     def one(i: jax.Array, done: tuple[Any, Any]) -> tuple[Any, Any]:
         seen, gradients = done
@@ -350,10 +348,8 @@ def _read_and_differentiate(
             results.append(logz - jnp.sum(probs * logits, axis=-1))
         to_logits = jnp.where(vocabulary == column, weight, 0.0) - probs * weight
         to_logits = back(to_logits).astype(hidden.dtype)
-        gradients = _come_back(i * chunk, states, head, to_logits, gradients)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        seen = tuple(put(old, new, i * chunk) for old, new in zip(seen, results, strict=True))
-        return seen, gradients
+        gradients = _come_back(i, chunk, states, head, to_logits, gradients)
+        return tuple(map(functools.partial(_put, i, chunk), seen, results)), gradients
 
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
     count = _count(wanted, targets.shape[1], chunk)
@@ -369,7 +365,16 @@ def _first(head: jax.Array, shared: tuple[str, ...]) -> jax.Array | int:
 
 
 def _part(i: jax.Array, chunk: int, x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+    """A chunk of every row, the rows end to end: sums over the last axis of `[1, N, V]` take XLA's
+    CPU compiler many times those of `[N, V]`."""
+    part = jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+    return part.reshape(-1, *x.shape[2:])
+
+
+def _put(i: jax.Array, chunk: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    """`old` with what `_part` takes replaced."""
+    new = new.reshape(old.shape[0], chunk, *old.shape[2:])
+    return jax.lax.dynamic_update_slice_in_dim(old, new, i * chunk, axis=1)
 
 
 def _count(wanted: jax.Array | None, length: int, chunk: int) -> jax.Array | int:

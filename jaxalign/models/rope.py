@@ -103,9 +103,12 @@ def rope_tables(
         freqs = _by_length(config, head_dim, freqs, _lengths(positions, segment_ids))
     angles = positions.astype(jnp.float32)[..., None, None] * freqs
     scale = rope_scale(config)
-    if scale == 1:
-        return jnp.cos(angles), jnp.sin(angles)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+    # Formed once: left to itself, the compiler puts sines and cosines into every rotation, to be
+    # computed for each layer and head again.
+    return jax.lax.optimization_barrier((cos, sin))
 
 
 def _lengths(positions: jax.Array, segment_ids: Array | None) -> jax.Array:
