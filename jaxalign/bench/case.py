@@ -37,7 +37,7 @@ class Case:
       param_dtype: of the weights.
       remat: key of `REMAT`.
       attention: see `jaxalign.models.attention_kind.KINDS`.
-      micro_batches: parts of a step; 0: on a CPU of two rows each, elsewhere one.
+      micro_batches: parts of a step; 0: on a CPU of `CACHED_TOKENS` each, elsewhere one.
       optimizer_dtype: of AdamW's moments, "float32", "bfloat16" or "int8".
       repeats: measured steps (iterations, calls).
       seconds: stop measuring after this long, once there were two.
@@ -100,7 +100,9 @@ class Case:
         """Micro-batches of a step."""
         if self.micro_batches or jax.default_backend() != "cpu":
             return max(1, self.micro_batches)
-        return row_parts(self.shape[0], 2, row_shards(mesh))
+        length = self.shape[1] * (2 if self.what in ("reward", "dpo") else 1)  # both sides
+        length += self.new_tokens if self.what == "ppo" else 0
+        return row_parts(self.shape[0], cached_rows(length), row_shards(mesh))
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -117,6 +119,16 @@ def make_case(what: str, size: str, layout: str, options: dict[str, Any]) -> Cas
     """A case with the defaults of what it measures; options that are None keep them."""
     chosen: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
     return Case(what=what, size=size, layout=layout, **{**_DEFAULTS.get(what, {}), **chosen})
+
+
+CACHED_TOKENS = 1024
+"""What a CPU computes at a time: activations of more tokens leave its caches, of fewer make its
+matrix products small."""
+
+
+def cached_rows(length: int) -> int:
+    """Rows of this length that a CPU computes at a time."""
+    return max(1, CACHED_TOKENS // length)
 
 
 def row_parts(rows: int, group: int, shards: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import pathlib
 import platform
 import resource
@@ -100,12 +99,6 @@ def counting() -> Iterator[Compiled]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(seen)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    able = getattr(os, "sched_getaffinity", None)
-    return (os.cpu_count() or 1) if able is None else len(able(0))
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,17 +100,47 @@ def rope_tables(
       segment_ids: int `[B, T]`, which tokens are of one document; None: the whole row is.
     """
     positions = jnp.asarray(positions)
-    freqs = jnp.reshape(rope_frequencies(config, head_dim), (1, 1, 1, -1))
+    lengths = None
     if config.kind in ("dynamic", "longrope"):
-        freqs = _by_length(config, head_dim, freqs, _lengths(positions, segment_ids))
+        lengths = _lengths(positions, segment_ids)
+    form = functools.partial(_tables, config, head_dim)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return form(positions, lengths)
+    on_cpu = functools.partial(_by_themselves, form)
+    return jax.lax.platform_dependent(positions, lengths, cpu=on_cpu, default=form)
+
+
+def _tables(
+    config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array | None
+) -> Rope:
+    freqs = jnp.reshape(rope_frequencies(config, head_dim), (1, 1, 1, -1))
+    if lengths is not None:
+        freqs = _by_length(config, head_dim, freqs, lengths)
     angles = positions.astype(jnp.float32)[..., None, None] * freqs
     scale = rope_scale(config)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if scale != 1:
-        cos, sin = cos * scale, sin * scale
-    # Formed once: left to itself, the compiler puts sines and cosines into every rotation, to be
-    # computed for each layer and head again.
-    return jax.lax.optimization_barrier((cos, sin))
+    if scale == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _by_themselves(
+    form: Callable[..., Rope], positions: jax.Array, lengths: jax.Array | None
+) -> Rope:
+    """The tables, computed once on a CPU.
+
+    Its compiler puts sines and cosines into every rotation otherwise, where each layer and head
+    computes them again (barriers are gone by then). Into a branch that is chosen while the program
+    runs it does not look; this one is always taken.
+    """
+    always = positions.reshape(-1)[0] > jnp.iinfo(positions.dtype).min
+    shapes = jax.eval_shape(form, positions, lengths)
+
+    def never(positions: jax.Array, lengths: jax.Array | None) -> Rope:
+        cos, sin = (jnp.zeros(x.shape, x.dtype) for x in shapes)
+        return cos, sin
+
+    return jax.lax.cond(always, form, never, positions, lengths)
 
 
 def _lengths(positions: jax.Array, segment_ids: Array | None) -> jax.Array:

@@ -86,7 +86,7 @@ class Job:
         pairs meet in an update is then another matter than at the peer.
       shared: ours: both answers of a pair follow one copy of their prompt, in one row.
       row_length: ours: tokens of a row.
-      row_group: ours: rows computed at a time; 0 for all.
+      row_group: ours: rows computed at a time; 0: `jaxalign.bench.case.cached_rows`.
       learning_rate: peak.
       warmup_steps: updates of linear rise from 0.
       beta: DPO's β.

@@ -16,7 +16,7 @@ from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 
 import jaxalign as ja
 from jaxalign import dpo, reward
-from jaxalign.bench.case import row_parts
+from jaxalign.bench.case import cached_rows, row_parts
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
@@ -101,9 +101,9 @@ class Steps:
         self._prepare = dpo.make_prepare(model) if job.algorithm == "dpo" else None
 
     def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
-        rows = jax.tree.leaves(batch)[0].shape[0]
+        rows, length = jax.tree.leaves(batch)[0].shape[:2]
         if rows not in self._compiled:
-            group = self._job.row_group or rows
+            group = self._job.row_group or cached_rows(2 * length)
             parts = row_parts(rows, group, jax.device_count())
             if self._job.algorithm == "reward":
                 step = reward.make_step(self._model, self._tx, micro_batches=parts)

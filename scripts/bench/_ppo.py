@@ -34,7 +34,7 @@ class Rollouts:
       passes: over `lengths`; in the first of them jaxalign compiles, so it is not measured.
       epochs: of PPO's updates.
       pack: ours: see `ppo.minibatches`.
-      row_group: ours: rows computed at a time in an update; 0 for all.
+      row_group: ours: rows computed at a time in an update; 0: `cached_rows`.
       threads: for the peer; XLA takes what the process may use.
     """
 

@@ -19,7 +19,7 @@ from _ppo import PAD, Rollouts, read_rollouts
 import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms import answers
-from jaxalign.bench.case import row_parts
+from jaxalign.bench.case import cached_rows, row_parts
 from jaxalign.generate import sample
 from jaxalign.rewards import model_reward
 
@@ -60,7 +60,8 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
         ):
             rows = part.tokens.inputs.shape[0]
             if rows not in steps:
-                parts = row_parts(rows, job.row_group or rows, jax.device_count())
+                group = job.row_group or cached_rows(part.tokens.inputs.shape[1])
+                parts = row_parts(rows, group, jax.device_count())
                 of_rows = ppo.make_step(model, critic, tx, config, micro_batches=parts)
                 steps[rows] = ja.compile_step(of_rows, state)
             state, of_step = steps[rows](state, part)

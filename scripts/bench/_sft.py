@@ -27,8 +27,8 @@ class Texts:
       model: folder in Hugging Face form, where a side starts from weights.
       passes: over the batches; in the first of them JAX compiles, so it is not measured.
       row_length: ours, ragged: tokens of a packed row; rows × it are the same at all sides.
-      row_group: ours: rows computed at a time.
-      threads: for the peers, and devices of ours.
+      row_group: ours: rows computed at a time; 0: `jaxalign.bench.case.cached_rows`.
+      threads: for the peers; XLA takes what the process may use.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Texts:
     model: str
     passes: int = 4
     row_length: int = 512
-    row_group: int = 2
+    row_group: int = 0
     threads: int = 2
 
     def documents(self) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from _sft import LONGEST, ROWS, Texts, read_texts
 
 import jaxalign as ja
 from jaxalign import sft
-from jaxalign.bench.case import row_parts
+from jaxalign.bench.case import cached_rows, row_parts
 from jaxalign.bench.machine import matmul_rate
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
@@ -36,7 +36,6 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_texts(folder), folder / sys.argv[2]
     out.mkdir(exist_ok=True)
-    # A device a core: whatever XLA does not spread over the cores by itself then runs on both.
     mesh = ja.make_mesh(data=-1, fsdp=1)
     model, params = ja.load_pretrained(job.model, mesh=mesh, compute_dtype="float32")
     tx = ja.make_optimizer(ja.OptimizerConfig(learning_rate=1e-6))
@@ -46,7 +45,7 @@ def main() -> None:
     plan = batches(job)
     rows = len(plan[0])
     length = LONGEST if job.kind == "full" else job.row_length
-    parts = row_parts(rows, job.row_group, mesh.size)
+    parts = row_parts(rows, job.row_group or cached_rows(length), mesh.size)
     step = ja.compile_step(sft.make_step(model, tx, micro_batches=parts), state, mesh)
     ended = time.perf_counter()
     for number in range(len(plan) * job.passes):

@@ -107,7 +107,7 @@ def measure(
         folder = case / f"repeat-{repeat}"
         write_job(folder, job)
         for side, python in pythons.items():
-            done = carry_out(side, python, folder, job.threads, devices=job.threads)
+            done = carry_out(side, python, folder, job.threads)
             steps = read_steps(folder / side / "steps.jsonl")
             found[side]["tokens_a_second"].append(round(speed(steps, BATCHES), 1))
             for name in ("peak_mib", "loaded_mib"):
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="interpreter of TRL's environment")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to work in")
-    parser.add_argument("--row-group", type=int, default=2, help="ours: rows computed at a time")
+    parser.add_argument("--row-group", type=int, default=0, help="ours: rows computed at a time")
     parser.add_argument("--size", choices=("S", "M"), default="S")
     parser.add_argument("--algorithms", nargs="+", default=["dpo", "reward"])
     parser.add_argument("--kinds", nargs="+", default=["full", "ragged"])

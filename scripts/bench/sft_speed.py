@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, case: pathlib.Path, job: Texts) -> di
         folder = case / f"repeat-{repeat}"
         write_job(folder, job)
         for side, python in sides.items():
-            done = carry_out(side, python, folder, job.threads, job.threads, SCRIPTS[side])
+            done = carry_out(side, python, folder, job.threads, script=SCRIPTS[side])
             steps = read_steps(folder / side / "steps.jsonl")[done["batches"] :]
             seconds = sum(step["seconds"] for step in steps)
             tokens = sum(step["tokens"] for step in steps)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["full", "ragged"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--passes", type=int, default=3, help="over the batches, measured")
-    parser.add_argument("--row-group", type=int, default=2, help="ours: rows computed at a time")
+    parser.add_argument("--row-group", type=int, default=0, help="ours: rows computed at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()

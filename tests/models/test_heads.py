@@ -117,8 +117,14 @@ def test_the_whole_vocabulary_is_never_there_at_once(params):
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(model.shapes, hidden).as_text()
     # Rows are laid end to end: 2 rows × 4 positions at a time, of 128.
-    assert f"1x8x{vocab}xf32" in text
-    for whole in (f"{rows}x{length}x{vocab}x", f"1x{rows * length}x{vocab}x", f"16x1x8x{vocab}x"):
+    assert f"<8x{vocab}xf32>" in text
+    flat = rows * length
+    for whole in (
+        f"{rows}x{length}x{vocab}x",
+        f"<{flat}x{vocab}x",
+        f"1x{flat}x{vocab}x",
+        f"16x8x{vocab}x",
+    ):
         assert whole not in text
 
 
