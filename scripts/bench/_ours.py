@@ -103,7 +103,8 @@ class Steps:
     def __call__(self, state: ja.TrainState, reference: Any, batch: Any):
         rows, length = jax.tree.leaves(batch)[0].shape[:2]
         if rows not in self._compiled:
-            group = self._job.row_group or cached_rows(2 * length)
+            sides = 1 if self._job.shared else 2
+            group = self._job.row_group or cached_rows(sides * length)
             parts = row_parts(rows, group, jax.device_count())
             if self._job.algorithm == "reward":
                 step = reward.make_step(self._model, self._tx, micro_batches=parts)

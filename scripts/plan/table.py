@@ -22,6 +22,9 @@ RECIPES = ROOT / "configs/recipes/llama-3.1-8b"
 # What is changed of a recipe for a topology that is not its own: rows that divide over the chips,
 # micro-batches of a row or two a chip, less memory where there is little.
 SMALL = ["optimizer.moments=int8", "model.dtype=bfloat16"]
+# A rollout whose weights no chip has to gather for every token that it writes.
+WHOLE = ["mesh.rules_of.rollout.embed=null"]
+FOURTHS = ["mesh.tensor=4", *WHOLE]
 ROWS: dict[str, list[str]] = {
     "sft-v5e-16": ["run.micro_batches=8", *SMALL],
     "sft-v5p-8": ["run.micro_batches=16"],
@@ -35,11 +38,11 @@ ROWS: dict[str, list[str]] = {
     "dpo-v6e-256": ["data.rows=256", "run.micro_batches=1"],
     "dpo-v5p-4096": ["data.rows=2048", "run.micro_batches=1", "mesh.data=32"],
     "dpo-h100:8": ["run.micro_batches=8"],
-    "ppo-v5e-16": ["data.rows=128", "run.micro_batches=8", *SMALL],
+    "ppo-v5e-16": ["data.rows=128", "run.micro_batches=8", *SMALL, *FOURTHS],
     "ppo-v5p-8": ["data.rows=128", "run.micro_batches=16", "optimizer.moments=bfloat16"],
-    "ppo-v5p-128": ["run.micro_batches=4"],
-    "ppo-v6e-256": ["run.micro_batches=2"],
-    "ppo-v5p-4096": ["data.rows=2048", "run.micro_batches=1", "mesh.data=32"],
+    "ppo-v5p-128": ["run.micro_batches=4", *WHOLE],
+    "ppo-v6e-256": ["run.micro_batches=2", *FOURTHS],
+    "ppo-v5p-4096": ["data.rows=2048", "run.micro_batches=1", "mesh.data=32", *WHOLE],
     "ppo-h100:8": ["data.rows=256", "run.micro_batches=16", "optimizer.moments=bfloat16"],
 }
 MEMORY = ("params", "optimizer", "models", "batch", "cache", "temporary", "other", "total")
