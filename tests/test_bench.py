@@ -11,7 +11,7 @@ import tiny
 import yaml
 
 from jaxalign.bench import SIZES, Case, measure, show
-from jaxalign.bench.case import Runner, Sample, make_case, row_parts
+from jaxalign.bench.case import Runner, Sample, cached_rows, make_case, row_parts
 from jaxalign.bench.machine import Limit
 from jaxalign.bench.rows import pair_batches, prompt_batch, token_batches
 from jaxalign.bench.updates import update_runner
@@ -129,6 +129,10 @@ def test_micro_batches_are_the_fewest_that_fit():
     assert row_parts(2, 2, 2) == 1
     assert row_parts(6, 4, 2) == 3
     assert row_parts(8, 1, 4) == 2  # less than a row a device cannot be
+
+
+def test_rows_that_a_cpu_computes_at_a_time_are_about_1024_tokens():
+    assert [cached_rows(n) for n in (127, 256, 576, 1024, 4096)] == [8, 4, 2, 1, 1]
 
 
 def test_medians_leave_out_what_came_before(monkeypatch):

@@ -128,7 +128,7 @@ matrix products small."""
 
 def cached_rows(length: int) -> int:
     """Rows of this length that a CPU computes at a time."""
-    return max(1, CACHED_TOKENS // length)
+    return max(1, round(CACHED_TOKENS / length))
 
 
 def row_parts(rows: int, group: int, shards: int) -> int:
