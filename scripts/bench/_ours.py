@@ -149,7 +149,6 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_job(folder), folder / "ours"
     out.mkdir(exist_ok=True)
-    # A device a core: whatever XLA does not spread over the cores by itself then runs on both.
     mesh = ja.make_mesh(data=-1, fsdp=1)
     model, params = ja.load_pretrained(job.model, mesh=mesh, compute_dtype="float32")
     tx = ja.make_optimizer(
