@@ -38,7 +38,7 @@ ROWS: dict[str, list[str]] = {
     "dpo-v6e-256": ["data.rows=256", "run.micro_batches=1"],
     "dpo-v5p-4096": ["data.rows=2048", "run.micro_batches=1", "mesh.data=32"],
     "dpo-h100:8": ["run.micro_batches=8"],
-    "ppo-v5e-16": ["data.rows=128", "run.micro_batches=8", *SMALL, *FOURTHS],
+    "ppo-v5e-16": ["data.rows=128", "run.micro_batches=32", *SMALL, *FOURTHS],
     "ppo-v5p-8": ["data.rows=128", "run.micro_batches=16", "optimizer.moments=bfloat16"],
     "ppo-v5p-128": ["run.micro_batches=4", *WHOLE],
     "ppo-v6e-256": ["run.micro_batches=2", *FOURTHS],
