@@ -133,7 +133,7 @@ def _by_themselves(
     computes them again (barriers are gone by then). Into a branch that is chosen while the program
     runs it does not look; this one is always taken.
     """
-    always = positions.reshape(-1)[0] > jnp.iinfo(positions.dtype).min
+    always = positions.reshape(-1)[0].astype(jnp.int32) > jnp.iinfo(jnp.int32).min
     shapes = jax.eval_shape(form, positions, lengths)
 
     def never(positions: jax.Array, lengths: jax.Array | None) -> Rope:

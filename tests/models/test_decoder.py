@@ -13,6 +13,7 @@ import tiny
 from jaxalign.models.base import DecoderConfig, RopeConfig, combine
 from jaxalign.models.decoder import REMAT, Decoder
 from jaxalign.models.heads import pooled_scores
+from jaxalign.models.rope import rope_tables
 
 APPLY = jax.jit(tiny.DECODER.apply)
 LINEAR = dataclasses.replace(tiny.CONFIG, rope=RopeConfig(kind="linear", factor=3.0), head_dim=6)
@@ -250,3 +251,13 @@ def test_combine_merges_disjoint_trees_only():
     assert combine({"a": 1}, {}) == {"a": 1}
     with pytest.raises(ValueError, match="'x' is both trainable and frozen"):
         combine({"a": {"x": 1}}, {"a": {"x": 2}})
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int16])
+def test_rotations_do_not_depend_on_the_type_of_positions(kind):
+    """Position 0 is the smallest of unsigned types, and is rotated by nothing: cosine 1, sine 0."""
+    positions = np.array([[0, 1, 2]], kind)
+    cos, sin = rope_tables(RopeConfig(theta=10_000.0), 4, positions)
+    angles = np.array([0, 1, 2])[:, None] * np.array([1.0, 0.01])
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), rtol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), rtol=1e-6)
