@@ -11,6 +11,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxalign import huge_pages
+
+huge_pages.restart_command()  # where this is the command: before JAX is loaded
+
 from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import init_state, make_eval

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from jaxalign import huge_pages
 from jaxalign.bench.case import ROWS, WHAT, Case, Runner, Sample
 from jaxalign.bench.machine import (
     Limit,
@@ -164,7 +165,8 @@ def run_cases(
       cases: what to measure.
       tell: is given every record as it comes; that of a case that failed has `error` instead.
     """
-    env = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ  # one device spreads its work over the cores
+    # One device spreads its work over the cores; pages are as large as those of the commands.
+    env = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ | huge_pages.environment()
     records = []
     for case in cases:
         asked = json.dumps(dataclasses.asdict(case))

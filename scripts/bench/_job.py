@@ -161,6 +161,9 @@ def peak_mib() -> float:
 ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 """Keeps glibc from giving memory back after every tensor, whose page faults slow torch on a CPU."""
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""What the `jaxalign` command starts itself with (`jaxalign.huge_pages`); the peers get it too."""
+
 
 def carry_out(
     side: str,
@@ -184,6 +187,7 @@ def carry_out(
     if not done.exists():
         here = pathlib.Path(__file__).resolve()
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        env |= HUGE_PAGES
         if side.endswith("ours"):
             paths = [str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
