@@ -1,4 +1,4 @@
-"""Large pages are asked for where they help, once, and never at the cost of what was asked before."""
+"""Large pages are asked for where they help, once, and never in place of what was said before."""
 
 import os
 import subprocess
