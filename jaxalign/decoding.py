@@ -20,10 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.cache import Cache
+from jaxalign.models.cache import Cache, with_columns
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling import Sampling, choose
+from jaxalign.shards import current_device
 from jaxalign.types import Array, Params
+
+_LEAST_STAGE, _MOST_STAGES = 32, 4
+"""Fewest columns that a cache grows by on a CPU, and most loops (each is compiled)."""
 
 
 class Prompts(NamedTuple):
@@ -142,7 +146,7 @@ def decode(
       samples: answers a prompt.
     """
     end = (prompts.first + prompts.length.shape[0]) * samples
-    if jax.default_backend() == "cpu":
+    if current_device()[0] == "cpu":
         # Once a call, not once a token: a slice of the stacked weights is a copy here.
         params = model.by_layer(params)
 
@@ -158,11 +162,19 @@ def decode(
         )
 
     # The whole state is returned so that the donated cache is updated where it lies.
-    write = functools.partial(_write_one, model, params, key=key, sampling=sampling)
+    first = prompts.cache.segment_ids.shape[1]
+    write = functools.partial(_write_one, model, params, key=key, sampling=sampling, first=first)
     if slots.row.shape[0] == slots.tokens.shape[0] == prompts.length.shape[0] * samples:
         # A slot for every answer: filled at once, where each device has its own rows. To copy them
         # one by one, all devices would gather all prompts' keys and values.
-        slots = jax.lax.while_loop(writing, write, _fill_all(slots, prompts, samples))
+        ends = stages(slots.tokens.shape[1])
+        slots = slots._replace(cache=with_columns(slots.cache, first + ends[0]))
+        slots = _fill_all(slots, prompts, samples)
+        for end in ends:
+            slots = slots._replace(cache=with_columns(slots.cache, first + end))
+            slots = jax.lax.while_loop(
+                lambda s, end=end: writing(s) & (s.steps < end), write, slots
+            )
     else:
         slots = jax.lax.while_loop(writing, lambda s: fill(write(s)), fill(slots))
     return _hand_in(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
@@ -247,10 +259,26 @@ def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) 
     )
 
 
+def stages(longest: int) -> list[int]:
+    """The steps at which the cache of answers that all begin together gets more columns.
+
+    A column that is not written yet shows nothing, but costs as much to read. On a CPU one loop
+    after another therefore has as many columns as it fills; between them the cache is copied.
+    Elsewhere there is one loop: a copy would need room for a second cache.
+
+    Args:
+      longest: R, the longest answer.
+    """
+    stage = max(_LEAST_STAGE, -(-longest // _MOST_STAGES))
+    if current_device()[0] != "cpu" or longest < 2 * stage:
+        return [longest]
+    return [*range(stage, longest, stage), longest]
+
+
 def _write_one(
-    model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling
+    model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling, first: int
 ) -> Slots:
-    """One token in every live slot."""
+    """One token in every live slot; the ring begins at the cache's column `first`."""
     longest = slots.tokens.shape[1]
     column = slots.steps % longest
     logits = model.logits(params, slots.hidden[:, None])[:, 0]
@@ -259,7 +287,7 @@ def _write_one(
     stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
     hidden, cache = model.extend(
         params,
-        slots.cache._replace(used=slots.cache.segment_ids.shape[1] - longest + column),
+        slots.cache._replace(used=first + column),
         token[:, None],
         slots.position[:, None],
         slots.live[:, None].astype(jnp.int32),

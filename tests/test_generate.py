@@ -9,7 +9,7 @@ import plain_llama
 import pytest
 import tiny
 
-from jaxalign.decoding import decode, empty_slots, read_prompts
+from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.generate import sample
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sampling import Sampling, choose
@@ -251,6 +251,16 @@ def test_slots_do_not_show(params, slots):
     for length in lengths[lengths > 0]:
         ends[ends.argmin()] += length
     assert int(got.steps) == ends.max()
+
+
+@pytest.mark.parametrize("stops", [(), (9, 30)])
+def test_a_cache_that_grows_does_not_show(params, stops):
+    assert stages(70) == [32, 64, 70]
+    grown = run(params, max_new_tokens=70, stop_tokens=stops)
+    whole = run(params, max_new_tokens=70, stop_tokens=stops, slots=ROWS - 1)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)
+    assert grown.mask.sum() > 7 * 32 or stops
 
 
 def test_samples_of_a_prompt_share_its_reading(params):

@@ -53,6 +53,20 @@ def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Ca
     )
 
 
+def with_columns(cache: Cache, count: int) -> Cache:
+    """The first `count` columns, or all of them and as many empty ones as make it so many."""
+
+    def fit(x: jax.Array, axis: int) -> jax.Array:
+        room = [(0, 0)] * x.ndim
+        room[axis] = (0, max(0, count - x.shape[axis]))
+        return jnp.pad(jax.lax.slice_in_dim(x, 0, min(count, x.shape[axis]), axis=axis), room)
+
+    if count == cache.segment_ids.shape[1]:
+        return cache
+    keys, values = (tuple(split(fit(x, 2)) for x in side) for side in (cache.keys, cache.values))
+    return Cache(keys, values, fit(cache.segment_ids, 1), fit(cache.positions, 1), cache.used)
+
+
 def split(x: jax.Array) -> jax.Array:
     """Pins one layer's keys or values, `[B, K, S, head_dim]`: rows and heads over the mesh.
 

@@ -17,7 +17,7 @@ from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
-from jaxalign.decoding import decode, empty_slots, read_prompts
+from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.flops import row_flops
 from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
@@ -352,9 +352,11 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     both = row_flops(model.config, slots, length + new, head=False)
     both -= row_flops(model.config, slots, length, head=False)
     head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
+    with on_mesh(mesh):
+        loops = len(stages(new)) if slots == answers == rows * options.samples else 1
     compiler(
-        "decode", writing, known=known, batch=(tokens, mask), cache=(state, read), trips=new,
-        times=math.ceil(answers / slots), useful=both + head,
+        "decode", writing, known=known, batch=(tokens, mask), cache=(state, read),
+        trips=math.ceil(new / loops), times=math.ceil(answers / slots), useful=both + head,
     )  # fmt: skip
 
 

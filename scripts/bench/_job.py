@@ -162,7 +162,9 @@ ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)
 """Keeps glibc from giving memory back after every tensor, whose page faults slow torch on a CPU."""
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""What the `jaxalign` command starts itself with (`jaxalign.huge_pages`); the peers get it too."""
+"""What the `jaxalign` command starts itself with (`jaxalign.huge_pages`). With `ALLOCATOR` a peer
+keeps its memory, and gains nothing by it: TRL's reward step 0.76 s without and 0.79 s with it, DPO
+2.0 and 2.1 s, a PPO iteration 5.6 and 5.5 to 6.8 s."""
 
 
 def carry_out(
@@ -187,11 +189,10 @@ def carry_out(
     if not done.exists():
         here = pathlib.Path(__file__).resolve()
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        env |= HUGE_PAGES
         if side.endswith("ours"):
             paths = [str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-            env.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
+            env = HUGE_PAGES | {"JAX_NUM_CPU_DEVICES": str(devices)} | env
         else:
             env |= ALLOCATOR | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             env.pop("PYTHONPATH", None)
