@@ -3,11 +3,12 @@
     python scripts/bench/growth.py --work FOLDER --out docs/results/growth.jsonl
     python scripts/bench/growth.py --work FOLDER --what start        # or rows, memory
 
-rows: time a token of SFT (size S, rows of 256) from 2 to 64 rows, two rows computed at a time; it
-should be flat. memory: peak of the process over rows of 1k to 32k tokens (a small model, one row,
-no recomputation); it should grow with the tokens, not with their square. start: seconds from the
-command `jaxalign sft` (size S, 8 × 256 tokens) to the end of its first step, without and with the
-compiled programs of an earlier run. Every figure is of a fresh process.
+rows: time a token of SFT (size S, rows of 256) from 2 to 64 rows a step, of which at most four are
+computed at a time; it should be flat. All sizes take turns, are measured over as many rows in all,
+and give the medians of all turns. memory: peak of the process over rows of 1k to 32k tokens (a
+small model, one row, no recomputation); it should grow with the tokens, not with their square.
+start: seconds from the command `jaxalign sft` (size S, 8 × 256 tokens) to the end of its first
+step, without and with the compiled programs of an earlier run. Every figure is of a fresh process.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 def rows(arguments: argparse.Namespace) -> dict[str, Any]:
     """Microseconds a token by rows of a step, and the largest over the smallest."""
     counts = [n for n in ROWS if n <= arguments.most_rows]
+    most = max(counts)
     cases = [
-        Case(what="sft", size=arguments.size, rows=n, repeats=arguments.repeats, seconds=60.0)
+        Case(what="sft", size=arguments.size, rows=n, repeats=max(2, most // n), seconds=60.0)
         for n in counts
     ]
-    records = done(run_cases(cases))
-    cost = {n: 1e6 / r["tokens_per_second"] for n, r in zip(counts, records, strict=True)}
+    seconds: dict[int, list[float]] = {n: [] for n in counts}
+    for _ in range(arguments.repeats):
+        for case, record in zip(cases, done(run_cases(cases)), strict=True):
+            seconds[case.rows] += record["all_seconds"]
+    tokens = {case.rows: case.rows * case.length for case in cases}
+    cost = {n: 1e6 * statistics.median(each) / tokens[n] for n, each in seconds.items()}
     return {"microseconds_a_token": cost, "spread": max(cost.values()) / min(cost.values())}
 
 
