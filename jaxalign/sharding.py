@@ -142,6 +142,22 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh=mesh))
 
 
+def constrain_last(x: jax.Array, axes: str) -> jax.Array:
+    """Like `constrain`; what two logical axes are split over, the later one gets.
+
+    `axes` may name more than x has: those at the end, which then only take theirs from the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    taken: set[str] = set()
+    parts: list[tuple[str, ...]] = []
+    for axis in reversed(axes.split()):
+        parts.append(tuple(name for name in mesh_axes(axis, mesh) if name not in taken))
+        taken.update(parts[-1])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts[::-1][: x.ndim]))
+
+
 def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
     """Over how many shards a logical axis is split on this mesh (by default the current one)."""
     here = jax.sharding.get_abstract_mesh() if mesh is None else mesh

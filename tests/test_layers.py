@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(jaxalign.__file__).parent
 # Room → layer. A room is a folder or a file; a file's own entry goes before its folder's.
 LAYERS = {
     "types": 0,
+    "huge_pages": 0,
     "posting": 0,
     "losses": 1,
     "data": 1,

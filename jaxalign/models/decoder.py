@@ -27,7 +27,7 @@ from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
-from jaxalign.sharding import axis_shards, constrain
+from jaxalign.sharding import axis_shards, constrain, constrain_last
 from jaxalign.shards import current_device, pad_length
 from jaxalign.types import Array, Params, Weighted
 
@@ -136,6 +136,32 @@ class Stack(nnx.Module):
         self.blocks = blocks(rngs)
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Head(config, rngs)
+
+
+@jax.custom_vjp
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of the table `[V, D]`: ids `[B, T]` → `[B, T, D]`.
+
+    Where the table's columns are split over devices that have different rows, the backward pass
+    hands every device its columns of all rows. Compilers that find a layout by themselves may add
+    up whole tables instead, which is more by as much as the vocabulary is larger than the batch.
+    """
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _look_up(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return look_up(table, ids), (table, ids)
+
+
+def _looked_up(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = saved
+    ids = constrain_last(ids, "rows length embed")
+    gradient = constrain_last(gradient, "rows length embed")
+    add = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0, mode="clip"), table)
+    return constrain(add(gradient)[0], "vocab embed"), None
+
+
+look_up.defvjp(_look_up, _looked_up)
 
 
 @functools.lru_cache(maxsize=64)
@@ -456,7 +482,7 @@ class Decoder:
         self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
     ) -> jax.Array:
         embed = params["embed"]
-        x = jnp.take(embed["embedding"], jnp.asarray(inputs), axis=0, mode="clip")
+        x = look_up(embed["embedding"], jnp.asarray(inputs))
         if self.config.learned_positions:
             # Positions that the table lacks give NaN: a loud end instead of a wrong embedding.
             # Padding may hold any position.

@@ -32,6 +32,7 @@ class Linear(nnx.Module):
     ):  # fmt: skip
         fan_in, fan_out = sizes
         in_axis, out_axis = axes.split()
+        self.axes = axes
         self.kernel = nnx.Param(
             INIT_STD * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes
         )
@@ -51,7 +52,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, in]` → `[B, T, out]`."""
-        y = project(x, self.kernel[...].astype(x.dtype))
+        y = project(x, self.kernel[...].astype(x.dtype), self.axes)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None]
         if self.lora_a is not None and self.lora_b is not None:

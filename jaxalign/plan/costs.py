@@ -9,6 +9,7 @@ counts the body of a loop once and does not answer for GPUs.
 - A collective's bytes are what one device sends under the bandwidth-optimal algorithm (ring within
   a node or slice, then between them). n bytes on each of g devices:
   all-gather n·(g − 1), reduce-scatter and all-to-all n·(g − 1)/g, all-reduce twice that, permute n.
+  One that is fused with taking a slice of its sum (TPU) is a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -157,7 +158,11 @@ class _Counter:
         if x.opcode == "fusion":
             inner = self.costs(x.called("calls") or "")
             called = self.module.computations[x.called("calls") or ""]
-            return Costs(inner.flops, _fused_bytes(where, x, called), inner.collectives)
+            sent = inner.collectives
+            if "all-reduce" in sent and _keeps_a_part(called):
+                both = sent["all-reduce"]
+                sent = {"reduce-scatter": Traffic(both.count, both.inner / 2, both.outer / 2)}
+            return Costs(inner.flops, _fused_bytes(self.module, where, x, called), sent)
         flops = 0.0
         if x.opcode == "dot":
             flops = _dot_flops(where, x)
@@ -202,6 +207,14 @@ def _starts_collective(where: Computation) -> bool:
     return any("AsyncCollectiveStart" in x.attributes for x in where)
 
 
+def _keeps_a_part(called: Computation) -> bool:
+    """Whether a fused kernel adds up and keeps a slice only: how TPUs write a reduce-scatter."""
+    made = [called.root]
+    if called.root.opcode == "tuple":
+        made = [called.by_name[name] for name in called.root.operands]
+    return all(_through(called, x).opcode == "dynamic-slice" for x in made)
+
+
 def _main(shapes: Sequence[Shape]) -> float:
     """Bytes of those that lie in the device's main memory."""
     return sum(shape.bytes for shape in shapes if shape.space == 0)
@@ -220,7 +233,7 @@ def _touched(where: Computation, x: Instruction) -> float:
     return _main(x.shapes) + sum(_main(where.by_name[name].shapes) for name in known)
 
 
-def _fused_bytes(where: Computation, x: Instruction, called: Computation) -> float:
+def _fused_bytes(module: Module, where: Computation, x: Instruction, called: Computation) -> float:
     """Bytes that a fused kernel reads and writes: slices of what it slices, updates of what it
     updates in place."""
     total = 0.0
@@ -228,7 +241,7 @@ def _fused_bytes(where: Computation, x: Instruction, called: Computation) -> flo
         shapes = where.by_name[name].shapes
         if number not in called.parameters or not shapes or shapes[0].space:
             continue
-        total += min(_read(called, called.parameters[number]), _main(shapes))
+        total += min(_read(module, called, called.parameters[number]), _main(shapes))
     roots = [called.root]
     if called.root.opcode == "tuple":
         roots = [called.by_name[name] for name in called.root.operands]
@@ -249,7 +262,7 @@ def _through(called: Computation, x: Instruction) -> Instruction:
     return x
 
 
-def _read(called: Computation, x: Instruction) -> float:
+def _read(module: Module, called: Computation, x: Instruction) -> float:
     """Bytes of an operand that the kernel reads."""
     total = 0.0
     for user in called.users[x.name]:
@@ -258,7 +271,11 @@ def _read(called: Computation, x: Instruction) -> float:
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == x.name:
             continue
         elif user.opcode == "bitcast":
-            total += _read(called, user)
+            total += _read(module, called, user)
+        elif user.opcode == "fusion":  # a kernel within the kernel
+            within = module.computations[user.called("calls") or ""]
+            places = [i for i, name in enumerate(user.operands) if name == x.name]
+            total += sum(_read(module, within, within.parameters[i]) for i in places)
         else:
             return math.inf
     return total

@@ -1,6 +1,6 @@
 """Weak scaling of an SFT step by its compiled programs: FLOPs and traffic of one device.
 
-    python scripts/plan/scaling.py [--model meta-llama/Llama-3.2-1B] [--tensor 1] [v5e-8 v5e-64 …]
+    python scripts/plan/scaling.py [--model NAME] [--fsdp 16] [--tensor 1] [v5e-8 v5e-64 …]
 
 A row of 2,048 tokens a device (a group of `--tensor` devices), layers read anew for the backward
 pass. FLOPs should not change with the number of devices; what is sent should be what the formulas
@@ -28,35 +28,39 @@ LENGTH = 2048
 TOPOLOGIES = ["v5e-8", "v5e-64", "v5e-256", "v5p-4096"]
 
 
-def formula(parts, devices, tensor):
-    """Bytes that a device sends: weights gathered twice in bfloat16, gradients scattered once in
-    float32 (FSDP); six sums of activations a layer in bfloat16 (tensor, all recomputed)."""
-    shape = parts.roles["policy"][0].config
+def formula(parts, mesh):
+    """Bytes that a device sends, all in bfloat16: weights gathered twice and gradients scattered
+    once (FSDP), the shards' gradients summed over the replicas (data), six sums of activations a
+    layer (tensor, all recomputed)."""
+    shape, data, shards, tensor = parts.roles["policy"][0].config, *mesh.devices.shape[:3]
     cut = sum(x.size for x in jax.tree.leaves(parts.params) if x.ndim > 1) / tensor
-    shards = devices / tensor
-    fsdp = (2 * 2 + 4) * cut * (shards - 1) / shards
+    fsdp = 3 * 2 * cut * (shards - 1) / shards
+    replicas = 2 * 2 * cut / shards * (data - 1) / data
     sums = 6 * shape.num_layers * 2 * LENGTH * shape.hidden_size
-    return fsdp + 2 * sums * (tensor - 1) / tensor
+    return fsdp + replicas + 2 * sums * (tensor - 1) / tensor
 
 
-def compile_row(name, model, tensor):
+def compile_row(name, model, fsdp, tensor):
     devices = find_devices(name)
+    shards = min(fsdp, len(devices) // tensor) if fsdp else len(devices) // tensor
+    sizes = {"data": -1, "fsdp": shards, "tensor": tensor}
     values = {
         "model": {"source": model, "remat": "block"},
         "data": {"train": ["absent.jsonl"], "rows": len(devices) // tensor, "length": LENGTH},
         "run": {"folder": "runs/sft"},
-        "mesh": {"tensor": tensor},
+        "mesh": sizes,
     }
     config = load_config("sft", values)
     plan = make_plan("sft", config, name, lambda text: print(text, file=sys.stderr))
-    parts = PARTS["sft"](config, make_mesh(tensor=tensor, devices=devices))
+    mesh = make_mesh(**sizes, devices=devices)
     return {
         "topology": name,
         "model": model,
+        "fsdp": fsdp,
         "tensor": tensor,
         "tflop": plan.costs.flops / 1e12,
         "sent": plan.costs.inner + plan.costs.outer,
-        "formula": formula(parts, len(devices), tensor),
+        "formula": formula(PARTS["sft"](config, mesh), mesh),
         "compile_seconds": plan.compile_seconds,
         "by_kind": {
             kind: traffic.inner + traffic.outer for kind, traffic in plan.costs.collectives.items()
@@ -67,17 +71,19 @@ def compile_row(name, model, tensor):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="meta-llama/Llama-3.2-1B")
+    parser.add_argument("--fsdp", type=int, default=16, help="most shards of weights; 0: any")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs/results/scaling.jsonl")
     parser.add_argument("topologies", nargs="*", default=TOPOLOGIES)
     parsed = parser.parse_args()
     lines = parsed.out.read_text("utf-8").splitlines() if parsed.out.exists() else []
-    known = {(row["topology"], row["model"], row["tensor"]): row for row in map(json.loads, lines)}
-    heads = ("topology", "tensor", "TFLOP", "GB sent", "formula", "ratio", "compiled")
+    names = ("topology", "model", "fsdp", "tensor")
+    known = {tuple(row[n] for n in names): row for row in map(json.loads, lines)}
+    heads = ("topology", "fsdp", "tensor", "TFLOP", "GB sent", "formula", "ratio", "compiled")
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     rows = []
     for name in parsed.topologies:
-        key = (name, parsed.model, parsed.tensor)
+        key = (name, parsed.model, parsed.fsdp, parsed.tensor)
         if key not in known:
             known[key] = compile_row(*key)
             with parsed.out.open("a", encoding="utf-8") as file:
@@ -85,7 +91,8 @@ def main():
         row = known[key]
         rows.append(row)
         print(
-            f"| {name} | {parsed.tensor} | {row['tflop']:.3f} | {row['sent'] / 1e9:.2f} | "
+            f"| {name} | {parsed.fsdp} | {parsed.tensor} "
+            f"| {row['tflop']:.3f} | {row['sent'] / 1e9:.2f} | "
             f"{row['formula'] / 1e9:.2f} | {row['sent'] / row['formula']:.2f} | "
             f"{row['compile_seconds']:.0f} s |",
             flush=True,

@@ -139,6 +139,52 @@ def test_attention_kernels():
     assert attention_flops("Sharding", "", split) == 0
 
 
+NESTED = """HloModule jit_run
+
+%inner (a: bf16[5,64,32]) -> bf16[64,32] {
+  %a = bf16[5,64,32]{2,1,0} parameter(0)
+  %cut = bf16[1,64,32]{2,1,0} slice(%a), slice={[2:3], [0:64], [0:32]}
+  ROOT %flat = bf16[64,32]{1,0} bitcast(%cut)
+}
+
+%outer (w: bf16[5,64,32], x: bf16[16,64]) -> bf16[16,32] {
+  %w = bf16[5,64,32]{2,1,0} parameter(0)
+  %x = bf16[16,64]{1,0} parameter(1)
+  %one = bf16[64,32]{1,0} fusion(%w), kind=kLoop, calls=%inner
+  ROOT %y = bf16[16,32]{1,0} dot(%x, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%scatter (z: bf16[64,32], at: s32[]) -> bf16[8,32] {
+  %z = bf16[64,32]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %sum = bf16[64,32]{1,0} all-reduce(%z), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %part = bf16[8,32]{1,0} dynamic-slice(%sum, %at, %zero), dynamic_slice_sizes={8,32}
+}
+
+ENTRY %main (w.0: bf16[5,64,32], x.0: bf16[16,64], z.0: bf16[64,32], at.0: s32[]) -> bf16[8,32] {
+  %w.0 = bf16[5,64,32]{2,1,0} parameter(0)
+  %x.0 = bf16[16,64]{1,0} parameter(1)
+  %z.0 = bf16[64,32]{1,0} parameter(2)
+  %at.0 = s32[] parameter(3)
+  %y.0 = bf16[16,32]{1,0} fusion(%w.0, %x.0), kind=kOutput, calls=%outer
+  ROOT %r = bf16[8,32]{1,0} fusion(%z.0, %at.0), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_a_kernel_within_a_kernel_reads_its_slice_only():
+    costs = count_costs(NESTED, [0] * 8)
+    slice_, x, y, z, at, part = 64 * 32 * 2, 16 * 64 * 2, 16 * 32 * 2, 64 * 32 * 2, 4, 8 * 32 * 2
+    assert costs.bytes == slice_ + x + y + z + at + part
+
+
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
+    sent = count_costs(NESTED, [0] * 8).collectives
+    assert set(sent) == {"reduce-scatter"}
+    assert (sent["reduce-scatter"].count, sent["reduce-scatter"].inner) == (1, 64 * 32 * 2 * 7 / 8)
+
+
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="no text that we can read"):
         parse("HloModule x\n")
