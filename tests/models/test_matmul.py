@@ -8,7 +8,6 @@ import pytest
 
 from jaxalign.models import matmul
 
-
 BRANCHES = {
     "cpu": matmul._on_cpu,
     "elsewhere": functools.partial(matmul._elsewhere, axes="embed mlp"),
