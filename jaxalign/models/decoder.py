@@ -138,25 +138,30 @@ class Stack(nnx.Module):
         self.head = None if config.tie_embeddings else Head(config, rngs)
 
 
-@jax.custom_vjp
-def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of the table `[V, D]`: ids `[B, T]` → `[B, T, D]`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, ids: jax.Array, time: str = "length") -> jax.Array:
+    """Rows of the table `[V, D]`: ids `[B, T]` → `[B, T, D]`; `time`: the logical axis of T.
 
-    Where the table's columns are split over devices that have different rows, the backward pass
-    hands every device its columns of all rows. Compilers that find a layout by themselves may add
-    up whole tables instead, which is more by as much as the vocabulary is larger than the batch.
+    Where the table's columns are split over devices that have different rows, every device looks up
+    its columns for all of them, and backward gets the gradient of its columns from all. Compilers
+    that find a layout by themselves may send whole tables instead, which is more by as much as the
+    vocabulary is larger than the batch.
     """
-    return jnp.take(table, ids, axis=0, mode="clip")
+    axes = f"rows {time} embed"
+    return constrain_last(jnp.take(table, constrain_last(ids, axes), axis=0, mode="clip"), axes)
 
 
-def _look_up(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return look_up(table, ids), (table, ids)
+def _look_up(
+    table: jax.Array, ids: jax.Array, time: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return look_up(table, ids, time), (table, ids)
 
 
-def _looked_up(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
-    table, ids = saved
-    ids = constrain_last(ids, "rows length embed")
-    gradient = constrain_last(gradient, "rows length embed")
+def _looked_up(
+    time: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    (table, ids), axes = saved, f"rows {time} embed"
+    ids, gradient = constrain_last(ids, axes), constrain_last(gradient, axes)
     add = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0, mode="clip"), table)
     return constrain(add(gradient)[0], "vocab embed"), None
 
@@ -482,7 +487,7 @@ class Decoder:
         self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
     ) -> jax.Array:
         embed = params["embed"]
-        x = look_up(embed["embedding"], jnp.asarray(inputs))
+        x = look_up(embed["embedding"], jnp.asarray(inputs), axes.split()[1])
         if self.config.learned_positions:
             # Positions that the table lacks give NaN: a loud end instead of a wrong embedding.
             # Padding may hold any position.

@@ -28,14 +28,18 @@ LENGTH = 2048
 TOPOLOGIES = ["v5e-8", "v5e-64", "v5e-256", "v5p-4096"]
 
 
-def formula(parts, mesh):
-    """Bytes that a device sends, all in bfloat16: weights gathered twice and gradients scattered
-    once (FSDP), the shards' gradients summed over the replicas (data), six sums of activations a
-    layer (tensor, all recomputed)."""
+def formula(parts, mesh, apart):
+    """Bytes that a device sends in bfloat16: weights gathered twice and gradients scattered once
+    (FSDP), the shards' gradients summed over the replicas (data, those of the vocabulary in
+    float32), six sums of activations a layer (tensor, all recomputed). Where products gather apart,
+    those of layers gather thrice: for the forward pass, its recomputation and the backward pass."""
     shape, data, shards, tensor = parts.roles["policy"][0].config, *mesh.devices.shape[:3]
     cut = sum(x.size for x in jax.tree.leaves(parts.params) if x.ndim > 1) / tensor
-    fsdp = 3 * 2 * cut * (shards - 1) / shards
-    replicas = 2 * 2 * cut / shards * (data - 1) / data
+    layers = sum(x.size for x in jax.tree.leaves(parts.params["blocks"]) if x.ndim > 2) / tensor
+    fsdp = (3 * 2 * cut + 2 * layers * apart) * (shards - 1) / shards
+    # A tied table has two gradients to sum: as the head's, and as what is looked up.
+    summed = 2 * layers + 4 * (cut - layers) * (2 if shape.tie_embeddings else 1)
+    replicas = 2 * summed / shards * (data - 1) / data
     sums = 6 * shape.num_layers * 2 * LENGTH * shape.hidden_size
     return fsdp + replicas + 2 * sums * (tensor - 1) / tensor
 
@@ -53,6 +57,10 @@ def compile_row(name, model, fsdp, tensor):
     config = load_config("sft", values)
     plan = make_plan("sft", config, name, lambda text: print(text, file=sys.stderr))
     mesh = make_mesh(**sizes, devices=devices)
+    by_kind = {k: traffic.inner + traffic.outer for k, traffic in plan.costs.collectives.items()}
+    # Collective matrix products (Wang et al. 2023, doi 10.1145/3567955.3567959) pass weights on
+    # from neighbour to neighbour while they compute.
+    apart = by_kind.get("collective-permute", 0) > by_kind.get("all-gather", 0)
     return {
         "topology": name,
         "model": model,
@@ -60,11 +68,10 @@ def compile_row(name, model, fsdp, tensor):
         "tensor": tensor,
         "tflop": plan.costs.flops / 1e12,
         "sent": plan.costs.inner + plan.costs.outer,
-        "formula": formula(PARTS["sft"](config, mesh), mesh),
+        "formula": formula(PARTS["sft"](config, mesh), mesh, apart),
+        "apart": apart,
         "compile_seconds": plan.compile_seconds,
-        "by_kind": {
-            kind: traffic.inner + traffic.outer for kind, traffic in plan.costs.collectives.items()
-        },
+        "by_kind": by_kind,
     }
 
 
