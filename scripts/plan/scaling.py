@@ -28,15 +28,20 @@ LENGTH = 2048
 TOPOLOGIES = ["v5e-8", "v5e-64", "v5e-256", "v5p-4096"]
 
 
-def formula(parts, mesh, apart):
+def formula(parts, mesh, passed):
     """Bytes that a device sends in bfloat16: weights gathered twice and gradients scattered once
     (FSDP), the shards' gradients summed over the replicas (data, those of the vocabulary in
-    float32), six sums of activations a layer (tensor, all recomputed). Where products gather apart,
-    those of layers gather thrice: for the forward pass, its recomputation and the backward pass."""
+    float32), six sums of activations a layer (tensor, all recomputed).
+
+    In collective matrix products (Wang et al. 2023, doi 10.1145/3567955.3567959) weights are passed
+    from neighbour to neighbour while a product is computed, and gathered for each of the three that
+    need them: forward, its recomputation and backward. `passed` bytes say how many of the layers'
+    weights these are, of which each takes three gathers and a scatter."""
     shape, data, shards, tensor = parts.roles["policy"][0].config, *mesh.devices.shape[:3]
     cut = sum(x.size for x in jax.tree.leaves(parts.params) if x.ndim > 1) / tensor
     layers = sum(x.size for x in jax.tree.leaves(parts.params["blocks"]) if x.ndim > 2) / tensor
-    fsdp = (3 * 2 * cut + 2 * layers * apart) * (shards - 1) / shards
+    apart = passed / (4 * 2) / ((shards - 1) / shards)
+    fsdp = (3 * 2 * cut + 2 * min(apart, layers)) * (shards - 1) / shards
     # A tied table has two gradients to sum: as the head's, and as what is looked up.
     summed = 2 * layers + 4 * (cut - layers) * (2 if shape.tie_embeddings else 1)
     replicas = 2 * summed / shards * (data - 1) / data
@@ -58,9 +63,7 @@ def compile_row(name, model, fsdp, tensor):
     plan = make_plan("sft", config, name, lambda text: print(text, file=sys.stderr))
     mesh = make_mesh(**sizes, devices=devices)
     by_kind = {k: traffic.inner + traffic.outer for k, traffic in plan.costs.collectives.items()}
-    # Collective matrix products (Wang et al. 2023, doi 10.1145/3567955.3567959) pass weights on
-    # from neighbour to neighbour while they compute.
-    apart = by_kind.get("collective-permute", 0) > by_kind.get("all-gather", 0)
+    passed = by_kind.get("collective-permute", 0.0)
     return {
         "topology": name,
         "model": model,
@@ -68,8 +71,7 @@ def compile_row(name, model, fsdp, tensor):
         "tensor": tensor,
         "tflop": plan.costs.flops / 1e12,
         "sent": plan.costs.inner + plan.costs.outer,
-        "formula": formula(PARTS["sft"](config, mesh), mesh, apart),
-        "apart": apart,
+        "formula": formula(PARTS["sft"](config, mesh), mesh, passed),
         "compile_seconds": plan.compile_seconds,
         "by_kind": by_kind,
     }
