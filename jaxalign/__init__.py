@@ -18,7 +18,6 @@ huge_pages.restart_command()  # where this is the command: before JAX is loaded
 from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import init_state, make_eval
-from jaxalign.axis_rules import use_rules
 from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
@@ -32,8 +31,9 @@ from jaxalign.models.heads import (
 )
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxalign.parallel.rules import use_rules
+from jaxalign.parallel.sharding import compile_step, local_rows, make_mesh, shard_batch
 from jaxalign.rewards import model_reward, text_reward
-from jaxalign.sharding import compile_step, local_rows, make_mesh, shard_batch
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxalign import distributed
+from jaxalign.parallel import distributed
 from jaxalign.programs import keep_programs
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL: the same command with run.resume=true goes on

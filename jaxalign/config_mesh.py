@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.axis_rules import check_rules, use_rules
-from jaxalign.meshes import make_mesh, set_apart
+from jaxalign.parallel.mesh import make_mesh, set_apart
+from jaxalign.parallel.rules import check_rules, use_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class MeshConfig:
       expert: shards of the experts of a mixture.
       dcn: axis → how many of its parts lie in different slices or nodes; None: found out.
       rules: logical axis → mesh axis, several, or null (whole): entries that take the place of
-        those in the table `jaxalign.axis_rules.RULES`, for parameters and activations.
+        those in the table `jaxalign.parallel.rules.RULES`, for parameters and activations.
       rules_of: the same for one model alone, on top of `rules`: how the parameters of `reference`,
         `reward` and `critic` lie; and under `rollout` the policy's parameters, its cache and its
         activations while answers are written.

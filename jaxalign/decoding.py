@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from jaxalign.models.cache import Cache, with_columns
 from jaxalign.models.decoder import Decoder
+from jaxalign.parallel.shard_map import current_device
 from jaxalign.sampling import Sampling, choose
-from jaxalign.shards import current_device
 from jaxalign.types import Array, Params
 
 _LEAST_STAGE, _MOST_STAGES = 32, 4

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.config_yaml import read_yaml
@@ -23,7 +22,8 @@ from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.models.lora import merge_lora
-from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.parallel import distributed
+from jaxalign.parallel.sharding import make_mesh, param_shardings
 from jaxalign.types import Params
 
 _PARTS = ("policy", "critic")

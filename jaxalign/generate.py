@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.axis_rules import Rules, use_rules
 from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
-from jaxalign.sampling import Sampling
-from jaxalign.sharding import (
+from jaxalign.parallel.rules import Rules, use_rules
+from jaxalign.parallel.sharding import (
     mesh_of,
     on_mesh,
     relaid,
@@ -27,6 +26,7 @@ from jaxalign.sharding import (
     rows_sharding,
     shard_batch,
 )
+from jaxalign.sampling import Sampling
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def sample(
         back to the mesh of the parameters. Weights that are split for training (fsdp) are gathered
         anew for every token; whole or split over `tensor` they need not be. None: the parameters'
         own.
-      rules: entries of the table of layouts (`jaxalign.axis_rules`) that hold while it writes: the
-        parameters are put there, and activations and the cache (`cache_rows`, `cache_heads`,
+      rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while it writes:
+        the parameters are put there, and activations and the cache (`cache_rows`, `cache_heads`,
         `cache_length`) lie so. None: those that hold anyway.
 
     Raises:

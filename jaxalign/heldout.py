@@ -15,7 +15,7 @@ from jaxalign.data import Batches
 from jaxalign.evaluation import Findings
 from jaxalign.metrics import add_up
 from jaxalign.models.base import ScalarModel
-from jaxalign.sharding import all_rows, shard_batch
+from jaxalign.parallel.sharding import all_rows, shard_batch
 from jaxalign.types import TrainState
 
 

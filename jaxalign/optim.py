@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.moments import MOMENTS, round_weights_at_random, scale_by_small_adam
-from jaxalign.offload import in_host_memory
+from jaxalign.parallel.host_memory import in_host_memory
 
 SCHEDULES = ("constant", "linear", "cosine")
 

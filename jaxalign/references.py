@@ -15,7 +15,8 @@ from jaxalign.config import DPORun, KTORun
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.offload import to_host_memory
+from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.parallel.sharding import relaid
 from jaxalign.reference_cache import (
     REMEDY,
     ReferenceCache,
@@ -23,7 +24,6 @@ from jaxalign.reference_cache import (
     tokenizer_digest,
     weights_digest,
 )
-from jaxalign.sharding import relaid
 from jaxalign.types import Params, TrainState
 
 Load = Callable[[str], tuple[Decoder, Params]]

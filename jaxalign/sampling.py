@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.sharding import constrain
+from jaxalign.parallel.sharding import constrain
 
 
 class Sampling(NamedTuple):

@@ -48,8 +48,8 @@ from jaxalign.generate import sample
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, pooled_scores
+from jaxalign.parallel.sharding import on_mesh, row_shards, shard_batch
 from jaxalign.pipeline import EXAMPLES
-from jaxalign.sharding import on_mesh, row_shards, shard_batch
 
 _STEP = 64  # prompts and answers are padded to a multiple of this, so that few shapes are compiled
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jaxalign import distributed
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.config import RunConfig
 from jaxalign.config_yaml import to_values, write_yaml
 from jaxalign.data import filled
 from jaxalign.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
-from jaxalign.plan.chips import peak_flops
+from jaxalign.parallel import distributed
+from jaxalign.parallel.chips import peak_flops
 from jaxalign.tasks import make_task
 
 _PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -62,7 +62,7 @@ def train(config: Any, title: str | None = None) -> Result:
     Raises:
       ValueError: a wrong configuration or input.
       FloatingPointError: the loss is no longer a number.
-      jaxalign.distributed.Preempted: a host of several got SIGTERM.
+      jaxalign.parallel.distributed.Preempted: a host of several got SIGTERM.
     """
     # However the run ends, checkpoints under way are finished and files closed. What fails on one
     # host stops them all, before checkpoints are waited for: those need every host.

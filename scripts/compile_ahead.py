@@ -32,7 +32,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
-from jaxalign.sharding import compile_step, make_mesh, param_shardings, replicated
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 
 LLAMA_1B = DecoderConfig(

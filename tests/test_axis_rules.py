@@ -13,14 +13,13 @@ from jax.sharding import PartitionSpec
 from jaxalign import cli
 from jaxalign import train as loop
 from jaxalign.algorithms.step import init_state
-from jaxalign.axis_rules import RULES, current_rules, use_rules
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge
 from jaxalign.models.cache import split
 from jaxalign.models.heads import target_logprobs
-from jaxalign.references import hold_reference
-from jaxalign.rewards.specs import ModelReward
-from jaxalign.sharding import (
+from jaxalign.parallel.rules import RULES, current_rules, use_rules
+from jaxalign.parallel.shard_map import map_row_shards
+from jaxalign.parallel.sharding import (
     compile_step,
     constrain,
     make_mesh,
@@ -30,7 +29,8 @@ from jaxalign.sharding import (
     relaid,
     shard_batch,
 )
-from jaxalign.shards import map_row_shards
+from jaxalign.references import hold_reference
+from jaxalign.rewards.specs import ModelReward
 from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.loading import Scorers, load_policy
 from jaxalign.types import TrainState

@@ -9,7 +9,7 @@ import tiny
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.checkpoint import Checkpoints
-from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.parallel.sharding import make_mesh, param_shardings
 
 
 def make_state(mesh=None, seed=0, tx=None):

@@ -10,8 +10,9 @@ import threading
 import jax
 import pytest
 
-from jaxalign import config, distributed, train
-from jaxalign.distributed import joining, service, talk, watch
+from jaxalign import config, train
+from jaxalign.parallel import distributed
+from jaxalign.parallel.distributed import collectives, heartbeat, initialize, service
 
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
@@ -165,8 +166,8 @@ def test_open_mpi_without_an_address_says_how_to_give_one(starts, monkeypatch):
     ],
 )
 def test_tpu_vms_are_found_by_their_metadata(starts, monkeypatch, metadata, joins):
-    monkeypatch.setattr(joining.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(joining, "_metadata", lambda name: metadata.get(name, ""))
+    monkeypatch.setattr(initialize.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(initialize, "_metadata", lambda name: metadata.get(name, ""))
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     distributed.start()
@@ -260,8 +261,8 @@ def processes(monkeypatch):
         store = Store(count)
         monkeypatch.setattr(jax, "process_count", lambda: count)
         monkeypatch.setattr(jax, "process_index", lambda: mine.index)
-        monkeypatch.setattr(talk, "_used", Counts())
-        for module in (talk, service, watch):
+        monkeypatch.setattr(collectives, "_used", Counts())
+        for module in (collectives, service, heartbeat):
             monkeypatch.setattr(module, "client", lambda: store)
         service.who.cache_clear()
         results = [None] * count
@@ -383,7 +384,7 @@ def test_nested_values_are_compared_one_by_one():
 
 
 def test_a_folder_that_is_not_shared_is_refused(processes, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxalign.distributed.same._NETWORK_FOLDER", 0.3)
+    monkeypatch.setattr("jaxalign.parallel.distributed.consistency._NETWORK_FOLDER", 0.3)
     look = lambda index: distributed.check_shared(tmp_path / f"host{index}")  # noqa: E731
     for error in processes(2, look):
         assert isinstance(error, ValueError)
@@ -403,7 +404,7 @@ class Hosts:
         self.store = Store(count)
         self.told = {}
         self.watches = [
-            watch.Watch(
+            heartbeat.Watch(
                 self.store, i, count, patience, lambda text, i=i: self.told.setdefault(i, text)
             )
             for i in range(count)
@@ -419,10 +420,10 @@ class Hosts:
 
 @pytest.fixture
 def hosts(monkeypatch):
-    monkeypatch.setattr(watch, "who", lambda index: f"process {index} (host{index})")
-    monkeypatch.setattr(watch, "_TELLING", 0.5)
+    monkeypatch.setattr(heartbeat, "who", lambda index: f"process {index} (host{index})")
+    monkeypatch.setattr(heartbeat, "_TELLING", 0.5)
     made = []
-    monkeypatch.setattr(watch, "reachable", lambda: not made[-1].store.gone)
+    monkeypatch.setattr(heartbeat, "reachable", lambda: not made[-1].store.gone)
 
     def make(count, patience):
         made.append(Hosts(count, patience))

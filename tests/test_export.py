@@ -12,7 +12,7 @@ import jaxalign
 from jaxalign import cli
 from jaxalign.config import load_config
 from jaxalign.export import export_run, import_model
-from jaxalign.sharding import make_mesh
+from jaxalign.parallel.sharding import make_mesh
 from jaxalign.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

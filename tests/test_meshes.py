@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.config import load_config
-from jaxalign.meshes import make_mesh, set_apart, split_over_slices
+from jaxalign.parallel.mesh import make_mesh, set_apart, split_over_slices
 
 SIZES = {"data": 4, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
 
@@ -43,7 +43,9 @@ def test_slices_lie_along_the_first_axes_they_divide(slices, expected):
 def test_a_mesh_of_slices_keeps_what_talks_most_within_one(monkeypatch):
     """The whole of fsdp × tensor in one slice, replicas in two; or as the user says."""
     built = []
-    monkeypatch.setattr("jaxalign.meshes.Mesh", lambda placed, *args, **kw: built.append(placed))
+    monkeypatch.setattr(
+        "jaxalign.parallel.mesh.Mesh", lambda placed, *args, **kw: built.append(placed)
+    )
     make_mesh(4, 2, 2, devices(2, 8))
     make_mesh(4, 2, 2, devices(2, 8), dcn={"fsdp": 2})
     make_mesh(4, 2, 2, devices(2, 8, hosts=True), dcn={"data": 2})

@@ -49,11 +49,11 @@ def same_weights(one, two):
 PROGRAM = """
 import os, sys
 from jaxalign import distributed
-from jaxalign.distributed import talk
+from jaxalign.parallel.distributed import talk
 distributed.start()
 import jax, numpy as np
 import jaxalign
-from jaxalign.sharding import all_rows, part_of_rows
+from jaxalign.parallel.sharding import all_rows, part_of_rows
 
 me = jax.process_index()
 mesh = jaxalign.make_mesh(2, 4, dcn={"fsdp": 2})
@@ -91,7 +91,7 @@ try:
     distributed.check_same("the configuration", {"data.rows": 8 + me})
 except ValueError as error:
     print("DIFFER", error)
-from jaxalign.distributed.service import client
+from jaxalign.parallel.distributed.service import client
 if me == 0:  # comes only when the other has given up, however slow this machine is
     client().blocking_key_value_get("test/given-up", 60_000)
 try:

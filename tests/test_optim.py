@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign import moments
 from jaxalign.algorithms.step import init_state, opt_state_shardings
 from jaxalign.optim import OptimizerConfig, decays, make_optimizer, make_schedule
-from jaxalign.sharding import compile_step, make_mesh
+from jaxalign.parallel.sharding import compile_step, make_mesh
 
 
 def rates(count, **options):

@@ -12,7 +12,7 @@ from jaxalign import tasks
 from jaxalign import train as loop
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge
-from jaxalign.offload import to_host_memory
+from jaxalign.parallel.host_memory import to_host_memory
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -10,9 +10,9 @@ import pytest
 import jaxalign
 from jaxalign.config import load_config
 from jaxalign.models.heads import Scorer
+from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan.parts import PARTS
 from jaxalign.report import make_page
-from jaxalign.sharding import make_mesh
 from jaxalign.tasks import make_task
 from jaxalign.train import train
 from jaxalign.types import TrainState

@@ -11,9 +11,10 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxalign.algorithms.step import init_state, opt_state_shardings
-from jaxalign.axis_rules import RULES
 from jaxalign.models.decoder import Decoder
-from jaxalign.sharding import (
+from jaxalign.parallel.rules import RULES
+from jaxalign.parallel.shard_map import fold_length, unfold_length
+from jaxalign.parallel.sharding import (
     compile_step,
     constrain,
     make_mesh,
@@ -25,7 +26,6 @@ from jaxalign.sharding import (
     row_shards,
     shard_batch,
 )
-from jaxalign.shards import fold_length, unfold_length
 from jaxalign.types import TrainState
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxalign.generate import Generation
 from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
-from jaxalign.sharding import all_rows
+from jaxalign.parallel.sharding import all_rows
 from jaxalign.types import Array, RolloutBatch
 
 if TYPE_CHECKING:

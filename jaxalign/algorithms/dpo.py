@@ -42,8 +42,8 @@ from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
 from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, read_counts
-from jaxalign.offload import on_device
-from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.host_memory import on_device
+from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)

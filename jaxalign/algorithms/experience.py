@@ -15,8 +15,8 @@ from jaxalign.losses import ppo as losses
 from jaxalign.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.heads import target_logprobs
-from jaxalign.offload import on_device
-from jaxalign.sharding import carried, mesh_of, on_mesh
+from jaxalign.parallel.host_memory import on_device
+from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
 if TYPE_CHECKING:

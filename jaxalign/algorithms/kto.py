@@ -26,8 +26,8 @@ from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
 from jaxalign.masked import as_bool, keep, masked_sum, weighted
 from jaxalign.models.base import LanguageModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs
-from jaxalign.offload import on_device
-from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.host_memory import on_device
+from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
 
 

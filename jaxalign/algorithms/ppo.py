@@ -50,14 +50,14 @@ from jaxalign.algorithms.rollout import (
 )
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.axis_rules import Rules
 from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.sft import nll
 from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs, target_sum
-from jaxalign.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.rules import Rules
+from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import (
     Array,
     Params,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.losses.advantages import equal_groups
-from jaxalign.sharding import all_rows
+from jaxalign.parallel.sharding import all_rows
 from jaxalign.types import Array, RolloutBatch
 
 

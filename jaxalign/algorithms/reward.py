@@ -32,7 +32,7 @@ from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.models.base import ScalarModel, combine, read, read_counts
 from jaxalign.models.heads import Scorer
-from jaxalign.sharding import constrain
+from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 OBJECTIVES = ("pairs", "ranking", "regression", "steps")

@@ -19,8 +19,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.base import combine
-from jaxalign.offload import HOST, lies_in_host_memory
-from jaxalign.sharding import mesh_of, replicated, row_axes, row_shards
+from jaxalign.parallel.host_memory import HOST, lies_in_host_memory
+from jaxalign.parallel.sharding import mesh_of, replicated, row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]

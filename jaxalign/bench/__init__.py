@@ -32,7 +32,7 @@ from jaxalign.bench.machine import (
 )
 from jaxalign.bench.sizes import SIZES
 from jaxalign.bench.table import show
-from jaxalign.sharding import make_mesh
+from jaxalign.parallel.sharding import make_mesh
 
 __all__ = [
     "ROWS",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.bench.sizes import SIZES
 from jaxalign.models.attention_kind import check_kind
 from jaxalign.models.decoder import REMAT
-from jaxalign.sharding import make_mesh, row_shards
+from jaxalign.parallel.sharding import make_mesh, row_shards
 
 WHAT = ("sft", "reward", "dpo", "ppo", "generate")
 ROWS = ("full", "padded", "packed")

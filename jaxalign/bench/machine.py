@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.plan.chips import chip_of, peak_flops
-from jaxalign.sharding import replicated, rows_sharding
+from jaxalign.parallel.chips import chip_of, peak_flops
+from jaxalign.parallel.sharding import replicated, rows_sharding
 
 
 class Limit(NamedTuple):

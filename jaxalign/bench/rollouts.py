@@ -22,8 +22,8 @@ from jaxalign.flops import decode_flops, ppo_flops, work_of
 from jaxalign.generate import sample
 from jaxalign.metrics import Stopwatch
 from jaxalign.models.heads import with_scalar_head
+from jaxalign.parallel.sharding import compile_step, local_rows
 from jaxalign.rewards.model import model_reward
-from jaxalign.sharding import compile_step, local_rows
 
 _MEAN_SHARE = 2
 """Ragged answers of PPO end after `new_tokens / _MEAN_SHARE` tokens on average, were none cut."""

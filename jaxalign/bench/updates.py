@@ -18,7 +18,7 @@ from jaxalign.flops import forward_flops, update_flops, work_of
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import with_scalar_head
 from jaxalign.optim import OptimizerConfig, make_optimizer
-from jaxalign.sharding import compile_step, param_shardings, shard_batch
+from jaxalign.parallel.sharding import compile_step, param_shardings, shard_batch
 from jaxalign.types import Params, TokenBatch
 
 

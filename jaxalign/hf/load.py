@@ -27,7 +27,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import Leaf
 from jaxalign.models.heads import Scorer
-from jaxalign.sharding import param_shardings
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
 _PATTERNS = (

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import distributed
 from jaxalign.hf import safetensors_file
 from jaxalign.hf.blocks import item_blocks, workers
 from jaxalign.hf.orbax_folder import PARAMS
@@ -22,6 +21,7 @@ from jaxalign.models import families
 from jaxalign.models.families import Leaf
 from jaxalign.models.families.table import Tensor
 from jaxalign.models.heads import Scorer
+from jaxalign.parallel import distributed
 from jaxalign.types import Params
 
 GENERATION_FILE = "generation_config.json"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxalign.models.kernels import cudnn, splash
 from jaxalign.models.sight import Lookout, Marks, Sight, visible
-from jaxalign.sharding import axis_shards
-from jaxalign.shards import gather_shards, map_shards, pad_length, shard_index
+from jaxalign.parallel.shard_map import gather_shards, map_shards, pad_length, shard_index
+from jaxalign.parallel.sharding import axis_shards
 from jaxalign.types import Array
 
 HIDDEN = -1e30

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.shards import current_device
+from jaxalign.parallel.shard_map import current_device
 
 KINDS = ("auto", "xla", "splash", "cudnn")
 """What may be asked for: by backend; the plain XLA form; splash attention; cuDNN's."""
@@ -98,7 +98,7 @@ def attention_kind(
       length: tokens of a row.
       softcap: of the scores, or None.
       branches: whether rows have branches.
-      device: platform and kind, as `jaxalign.shards.current_device` gives; None: what it gives.
+      device: platform and kind, as `current_device` gives; None: what it gives.
 
     Raises:
       ValueError: there is no such kind.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.attention import HIDDEN
 from jaxalign.models.base import DecoderConfig
-from jaxalign.sharding import axis_shards, constrain
+from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array
 
 

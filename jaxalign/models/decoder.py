@@ -28,8 +28,8 @@ from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.sight import Marks, Sight
 from jaxalign.models.view import View, layer_traits, make_views
-from jaxalign.sharding import axis_shards, constrain
-from jaxalign.shards import current_device, pad_length
+from jaxalign.parallel.shard_map import current_device, pad_length
+from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {

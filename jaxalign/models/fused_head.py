@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxalign.sharding import mesh_axes
+from jaxalign.parallel.sharding import mesh_axes
 
 Entropy = Literal["none", "value", "gradient"]
 """Whether entropies are computed, and whether a gradient flows through them: that is a second pass

@@ -24,8 +24,8 @@ from jaxalign.models.fused_head import (
     fused_total,
     identity,
 )
-from jaxalign.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
-from jaxalign.shards import fold_length, unfold_length
+from jaxalign.parallel.shard_map import fold_length, unfold_length
+from jaxalign.parallel.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 CHUNK_LOGITS = 2**25

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.sight import Marks, Sight, visible
-from jaxalign.sharding import axis_shards
-from jaxalign.shards import (
+from jaxalign.parallel.shard_map import (
     current_device,
     gather_shards,
     layout,
@@ -23,6 +22,7 @@ from jaxalign.shards import (
     pad_length,
     shard_index,
 )
+from jaxalign.parallel.sharding import axis_shards
 
 _BLOCKS = (512, 256, 128)
 """Sides of splash attention's blocks; larger ones keep the matrix unit busier."""

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.sharding import constrain, constrain_last
+from jaxalign.parallel.sharding import constrain, constrain_last
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

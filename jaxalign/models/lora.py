@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxalign.sharding import mesh_of, param_shardings
+from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.types import Params
 
 if TYPE_CHECKING:

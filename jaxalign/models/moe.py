@@ -16,7 +16,7 @@ from flax import nnx
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.layers import ACTIVATIONS, INIT_STD
 from jaxalign.models.lora import LoraConfig
-from jaxalign.shards import map_row_shards
+from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.types import Params
 
 

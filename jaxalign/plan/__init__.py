@@ -17,7 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.plan.chips import GIB, chip_of
+from jaxalign.parallel.chips import GIB, chip_of
+from jaxalign.parallel.sharding import row_axes, row_shards
 from jaxalign.plan.costs import Costs, Traffic
 from jaxalign.plan.parts import PARTS, HostArray, Parts
 from jaxalign.plan.programs import (
@@ -37,7 +38,6 @@ from jaxalign.plan.topology import (
     next_that_holds,
     parse_topology,
 )
-from jaxalign.sharding import row_axes, row_shards
 
 __all__ = [
     "Costs",

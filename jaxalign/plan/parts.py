@@ -18,17 +18,17 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
-from jaxalign.axis_rules import Rules, use_rules
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
-from jaxalign.offload import HOST
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.parallel.host_memory import HOST
+from jaxalign.parallel.rules import Rules, use_rules
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.sharding import param_shardings
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

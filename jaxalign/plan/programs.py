@@ -21,12 +21,8 @@ from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.flops import row_flops
 from jaxalign.models.base import combine
 from jaxalign.models.heads import head_chunks, pooled_scores
-from jaxalign.offload import lies_in_host_memory, on_device
-from jaxalign.plan.costs import Costs, count_costs
-from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
-from jaxalign.plan.topology import first_line, nodes_of
-from jaxalign.sampling import Sampling
-from jaxalign.sharding import (
+from jaxalign.parallel.host_memory import lies_in_host_memory, on_device
+from jaxalign.parallel.sharding import (
     axis_shards,
     compile_step,
     on_mesh,
@@ -34,6 +30,10 @@ from jaxalign.sharding import (
     row_shards,
     rows_sharding,
 )
+from jaxalign.plan.costs import Costs, count_costs
+from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
+from jaxalign.plan.topology import first_line, nodes_of
+from jaxalign.sampling import Sampling
 from jaxalign.types import Params, TokenBatch, TrainState
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jaxalign.plan.chips import Chip
+from jaxalign.parallel.chips import Chip
 from jaxalign.plan.costs import Costs
 from jaxalign.plan.programs import Program
 

@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 
 from jaxalign.flops import row_flops
 from jaxalign.models.decoder import REMAT
-from jaxalign.plan.chips import Chip
+from jaxalign.parallel.chips import Chip
+from jaxalign.parallel.sharding import make_mesh, row_shards
 from jaxalign.plan.parts import PARTS, Parts
 from jaxalign.plan.programs import device_bytes, train_state
-from jaxalign.sharding import make_mesh, row_shards
 
 KEPT = {"none": 34, "dots": 12, "block": 1}
 """Values of the compute dtype that a policy keeps of a layer, in units of tokens × hidden size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.plan.chips import GIB
+from jaxalign.parallel.chips import GIB
 
 
 def show(plan: Any, kinds: Sequence[str]) -> str:

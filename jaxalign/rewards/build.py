@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxalign.parallel.sharding import local_rows, mesh_of
 from jaxalign.rewards.cases import Rows
 from jaxalign.rewards.combine import combine_rewards
 from jaxalign.rewards.gsm8k import gsm8k_answer, right_number
@@ -32,7 +33,6 @@ from jaxalign.rewards.specs import (
     RewardSpec,
 )
 from jaxalign.rewards.text import TextReward, batch_reward, text_reward
-from jaxalign.sharding import local_rows, mesh_of
 from jaxalign.types import Params, PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxalign.sharding import local_rows
+from jaxalign.parallel.sharding import local_rows
 from jaxalign.types import PromptBatch, TokenBatch
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.parallel.sharding import local_rows, mesh_of
 from jaxalign.rewards.cases import RewardError
 from jaxalign.rewards.text import scores_of
-from jaxalign.sharding import local_rows, mesh_of
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 

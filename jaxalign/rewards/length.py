@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxalign.sharding import local_rows
+from jaxalign.parallel.sharding import local_rows
 from jaxalign.types import PromptBatch, TokenBatch
 
 

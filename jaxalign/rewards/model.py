@@ -8,8 +8,8 @@ import jax
 
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import pooled_scores
-from jaxalign.offload import on_device
-from jaxalign.sharding import carried, mesh_of, on_mesh
+from jaxalign.parallel.host_memory import on_device
+from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
 

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from jaxalign.models.heads import Scorer, pooled_scores
-from jaxalign.offload import on_device
+from jaxalign.parallel.host_memory import on_device
+from jaxalign.parallel.sharding import mesh_of, on_mesh, row_shards, rows_sharding, shard_batch
 from jaxalign.rewards.cases import Case, RewardError
 from jaxalign.rewards.model import check_scale
 from jaxalign.rewards.text import TextReward
-from jaxalign.sharding import mesh_of, on_mesh, row_shards, rows_sharding, shard_batch
 from jaxalign.types import Params, TokenBatch
 
 if TYPE_CHECKING:

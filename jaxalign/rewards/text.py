@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxalign.parallel.sharding import local_rows
 from jaxalign.rewards.cases import Case, RewardError, Rows, cases_of, origin_in
-from jaxalign.sharding import local_rows
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxalign.config import DPORun, KTORun, PPORun, RewardRun, SFTRun
-from jaxalign.sharding import row_axes, row_shards
+from jaxalign.parallel.sharding import row_axes, row_shards
 from jaxalign.tasks.data import load_data
 from jaxalign.tasks.dpo import dpo_task
 from jaxalign.tasks.kto import kto_task

@@ -9,7 +9,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxalign import distributed
 from jaxalign.config import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
 from jaxalign.data import (
     Batches,
@@ -22,7 +21,8 @@ from jaxalign.data import (
     unpaired_batches,
 )
 from jaxalign.export import run_tokenizer
-from jaxalign.sharding import part_of_rows
+from jaxalign.parallel import distributed
+from jaxalign.parallel.sharding import part_of_rows
 
 
 def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import distributed
 from jaxalign.algorithms.rollout import answer_mask_of
-from jaxalign.sharding import all_rows
+from jaxalign.parallel import distributed
+from jaxalign.parallel.sharding import all_rows
 from jaxalign.types import RolloutBatch
 
 BINS = 20

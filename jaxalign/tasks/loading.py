@@ -16,9 +16,9 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
-from jaxalign.offload import to_host_memory
+from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.sharding import param_shardings
 from jaxalign.types import Params
 
 

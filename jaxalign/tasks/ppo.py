@@ -20,11 +20,11 @@ from jaxalign.flops import ppo_flops
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.models.base import combine
-from jaxalign.offload import on_device, to_host_memory
+from jaxalign.parallel.host_memory import on_device, to_host_memory
+from jaxalign.parallel.sharding import all_rows, local_rows
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.sharding import all_rows, local_rows
 from jaxalign.tasks.actors import start_critic, start_reference
 from jaxalign.tasks.data import make_data, total_of
 from jaxalign.tasks.dumps import RolloutDump

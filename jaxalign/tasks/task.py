@@ -18,7 +18,7 @@ from jaxalign.hf import save_pretrained
 from jaxalign.metrics import FLOPS, TOKENS, add_up
 from jaxalign.models.base import combine
 from jaxalign.optim import OptimizerConfig, make_optimizer
-from jaxalign.sharding import CompiledStep, compile_step, shard_batch
+from jaxalign.parallel.sharding import CompiledStep, compile_step, shard_batch
 from jaxalign.tasks.loading import Loaded
 from jaxalign.types import TrainState
 

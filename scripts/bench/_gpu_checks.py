@@ -18,7 +18,7 @@ from jaxalign import dpo, ppo, reward, sft
 from jaxalign.bench.case import Case
 from jaxalign.bench.rows import pair_batches, prompt_batch, token_batches
 from jaxalign.bench.sizes import SIZES
-from jaxalign.sharding import param_shardings
+from jaxalign.parallel.sharding import param_shardings
 
 STEPS = 3
 TOLERANCES = {"float32": 2e-4, "bfloat16": 5e-2}

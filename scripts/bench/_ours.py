@@ -21,7 +21,7 @@ from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
-from jaxalign.sharding import shard_batch
+from jaxalign.parallel.sharding import shard_batch
 
 
 class Update(NamedTuple):

@@ -24,9 +24,9 @@ import numpy as np
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.config import load_config
+from jaxalign.parallel.sharding import compile_step, make_mesh
 from jaxalign.plan import make_plan
 from jaxalign.plan.parts import PARTS
-from jaxalign.sharding import compile_step, make_mesh
 from jaxalign.types import TokenBatch
 
 DEVICES = 8

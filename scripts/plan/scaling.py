@@ -19,9 +19,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from jaxalign.config import load_config
+from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan import find_devices, make_plan
 from jaxalign.plan.parts import PARTS
-from jaxalign.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTH = 2048

@@ -8,7 +8,7 @@ import tiny
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state
-from jaxalign.sharding import compile_step, make_mesh, mesh_of, param_shardings
+from jaxalign.parallel.sharding import compile_step, make_mesh, mesh_of, param_shardings
 from jaxalign.types import PromptBatch
 
 BUCKET, ROWS = 8, 8

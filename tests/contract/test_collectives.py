@@ -15,9 +15,9 @@ from jaxalign.algorithms import sft
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.optim import OptimizerConfig, make_optimizer
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.plan.costs import COLLECTIVES
 from jaxalign.plan.hlo import parse
-from jaxalign.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import TokenBatch, TrainState
 
 # Sizes that tell which array is which: 7 layers, 32 wide, 48 inside, 80 words.

@@ -15,7 +15,7 @@ from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
-from jaxalign.sharding import compile_step, make_mesh, param_shardings, replicated
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 
 # Sizes that tell which array is which: 7 layers, 32 wide, 48 inside, 80 words.

@@ -9,7 +9,7 @@ from cases import CASES, LENGTH, ROWS
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.checkpoint import Checkpoints
-from jaxalign.sharding import compile_step, make_mesh, param_shardings
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
 
 MESHES = {
     "rows4": ({"data": 4, "fsdp": 1, "sequence": 2}, 1),

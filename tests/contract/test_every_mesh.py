@@ -24,7 +24,7 @@ from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
-from jaxalign.sharding import compile_step, make_mesh, param_shardings, partition_spec
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, partition_spec
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 

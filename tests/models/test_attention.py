@@ -14,7 +14,7 @@ from jaxalign.models.attention import attend
 from jaxalign.models.attention_kind import attention_kind
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.sight import Marks, Sight
-from jaxalign.sharding import make_mesh
+from jaxalign.parallel.sharding import make_mesh
 
 
 def plain(query, key, value, mask, scale, softcap):

@@ -20,7 +20,7 @@ from jaxalign.models.heads import (
     with_scalar_head,
 )
 from jaxalign.optim import make_optimizer
-from jaxalign.sharding import make_mesh, param_shardings
+from jaxalign.parallel.sharding import make_mesh, param_shardings
 from jaxalign.types import TokenBatch
 
 

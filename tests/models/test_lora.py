@@ -11,7 +11,7 @@ from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
 from jaxalign.optim import OptimizerConfig, make_optimizer
-from jaxalign.sharding import compile_step, make_mesh, param_shardings
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
 
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=("query", "value", "down"))
 

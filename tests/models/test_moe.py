@@ -17,7 +17,7 @@ from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.heads import Scorer
 from jaxalign.models.lora import add_lora, merge_lora
-from jaxalign.sharding import compile_step, make_mesh, param_shardings, shard_batch
+from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, shard_batch
 
 CONFIG = dataclasses.replace(
     tiny.CONFIG, num_experts=4, experts_per_token=2, router_aux_coef=0.5, family="mixtral"

@@ -9,11 +9,11 @@ import pytest
 
 from jaxalign.config import algorithm_of, load_config
 from jaxalign.config_yaml import read_yaml
+from jaxalign.parallel.chips import CHIPS
+from jaxalign.parallel.sharding import make_mesh, on_mesh
 from jaxalign.plan import parse_topology, resident_bytes
-from jaxalign.plan.chips import CHIPS
 from jaxalign.plan.parts import PARTS, known_shape
 from jaxalign.plan.programs import train_state
-from jaxalign.sharding import make_mesh, on_mesh
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs/recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from jaxalign.config import load_config
+from jaxalign.parallel.chips import CHIPS
 from jaxalign.plan import search_plans
-from jaxalign.plan.chips import CHIPS
 from jaxalign.plan.search import candidates
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxalign.axis_rules import MESH_AXES
+from jaxalign.parallel.rules import MESH_AXES
 
 _ALWAYS = ("data", "fsdp", "tensor")
 """Axes that a mesh has whatever their size; the others where they are more than 1."""

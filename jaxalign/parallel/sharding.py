@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxalign import host_rows
-from jaxalign.axis_rules import Rules, current_rules, keep_rules, use_rules
-from jaxalign.meshes import describe, make_mesh
+from jaxalign.parallel import host_rows
+from jaxalign.parallel.mesh import describe, make_mesh
+from jaxalign.parallel.rules import Rules, current_rules, keep_rules, use_rules
 from jaxalign.types import TrainState
 
 

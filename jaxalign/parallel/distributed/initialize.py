@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax._src import cloud_tpu_init
 
-from jaxalign.distributed import watch
-from jaxalign.distributed.service import seconds
+from jaxalign.parallel.distributed import heartbeat
+from jaxalign.parallel.distributed.service import seconds
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN = "JAXALIGN_JOIN_SECONDS"
@@ -43,7 +43,7 @@ def start() -> None:
         found = _found()
         if found is None:
             return
-        patience = watch.lost_after()
+        patience = heartbeat.lost_after()
         jax.distributed.initialize(
             **found,
             initialization_timeout=seconds(JOIN, 600),
@@ -51,7 +51,7 @@ def start() -> None:
             # process twice in this time, so it may notice after a little more than half of it.
             heartbeat_timeout_seconds=2 * patience + 15,
         )
-    watch.begin()
+    heartbeat.begin()
 
 
 def _found() -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.sharding import axis_shards, mesh_axes, partition_spec, row_shards
+from jaxalign.parallel.sharding import axis_shards, mesh_axes, partition_spec, row_shards
 
 
 def current_device() -> tuple[str, str]:

@@ -27,8 +27,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxalign.distributed.service import PREFIX, announce, client, reachable, seconds, who
-from jaxalign.distributed.talk import barrier
+from jaxalign.parallel.distributed.collectives import barrier
+from jaxalign.parallel.distributed.service import PREFIX, announce, client, reachable, seconds, who
 
 LOST = "JAXALIGN_LOST_SECONDS"
 """After how long without a sign of life a process counts as lost; by default 30 seconds."""

@@ -4,9 +4,7 @@ JAX's own runtime is the engine: `jax.distributed` connects the processes, its s
 few texts that they exchange here, and everything about arrays is a collective of XLA.
 """
 
-from jaxalign.distributed.joining import start
-from jaxalign.distributed.same import check_same, check_shared, flatten
-from jaxalign.distributed.talk import (
+from jaxalign.parallel.distributed.collectives import (
     agree,
     barrier,
     exchange,
@@ -15,7 +13,9 @@ from jaxalign.distributed.talk import (
     together,
     total,
 )
-from jaxalign.distributed.watch import Preempted, broken, guard, leave, preempted
+from jaxalign.parallel.distributed.consistency import check_same, check_shared, flatten
+from jaxalign.parallel.distributed.heartbeat import Preempted, broken, guard, leave, preempted
+from jaxalign.parallel.distributed.initialize import start
 
 __all__ = [
     "Preempted",

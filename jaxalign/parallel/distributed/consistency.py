@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from jaxalign.distributed.service import who
-from jaxalign.distributed.talk import barrier, exchange, is_main
+from jaxalign.parallel.distributed.collectives import barrier, exchange, is_main
+from jaxalign.parallel.distributed.service import who
 
 _MOST = 8
 _NETWORK_FOLDER = 30.0  # seconds in which a file on a network folder becomes seen by all

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.distributed.service import PREFIX, client, seconds, who
+from jaxalign.parallel.distributed.service import PREFIX, client, seconds, who
 
 WAIT = "JAXALIGN_BARRIER_SECONDS"
 """How long a process waits for the others, by default 1800 seconds (files may be large)."""

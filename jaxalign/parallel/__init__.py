@@ -1,0 +1,1 @@
+"""Where arrays lie: meshes, layout rules, sharding, hosts and their memory."""
