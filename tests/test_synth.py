@@ -17,13 +17,7 @@ import jaxalign
 from jaxalign import cli
 from jaxalign.data import read_rows, to_conversation, to_preference
 from jaxalign.data.synthesis import Asker, FunctionWriter, LocalConfig, Sampling, WriterConfig
-from jaxalign.synth import (
-    RewardModelConfig,
-    load_synth,
-    local_writer,
-    run_synth,
-    score_writer,
-)
+from jaxalign.synth import RewardModelConfig, load_synth, local_writer, run_synth, score_writer
 
 KEY = "sk-very-secret-0123456789"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_bool, last_index, weighted
+from jaxalign.losses.masked import as_bool, last_index, weighted
 from jaxalign.types import Array, TokenBatch, Weighted
 
 

@@ -20,14 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.by_source import by_source
-from jaxalign.algorithms.pairs import (
-    Answers,
-    Pairs,
-    layout,
-    pair_mask,
-    pair_sources,
-    read_answers,
-)
+from jaxalign.algorithms.pairs import Answers, Pairs, layout, pair_mask, pair_sources, read_answers
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.dpo import (
@@ -38,9 +31,9 @@ from jaxalign.losses.dpo import (
     needs_reference,
     preference_loss,
 )
+from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
-from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, read_counts
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch

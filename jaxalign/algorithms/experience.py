@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
-from jaxalign.masked import masked_sum, whiten
+from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.heads import target_logprobs
 from jaxalign.parallel.host_memory import on_device

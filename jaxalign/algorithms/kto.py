@@ -23,7 +23,7 @@ from jaxalign.algorithms.by_source import by_source, source_of_sequences
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
-from jaxalign.masked import as_bool, keep, masked_sum, weighted
+from jaxalign.losses.masked import as_bool, keep, masked_sum, weighted
 from jaxalign.models.base import LanguageModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs
 from jaxalign.parallel.host_memory import on_device

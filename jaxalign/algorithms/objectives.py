@@ -16,21 +16,13 @@ import jax.numpy as jnp
 from jaxalign.algorithms.by_source import by_source, source_of_sequences
 from jaxalign.algorithms.pairs import Pairs, layout, pair_mask, pair_sources
 from jaxalign.losses.graded import squared_error
+from jaxalign.losses.masked import as_bool, keep, weighted
 from jaxalign.losses.process import step_bce
 from jaxalign.losses.ranking import all_pairs, better, plackett_luce
 from jaxalign.losses.reward import bradley_terry
-from jaxalign.masked import as_bool, keep, weighted
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.heads import Scorer, last_hidden
-from jaxalign.types import (
-    Array,
-    GradedBatch,
-    Params,
-    RankedBatch,
-    StepBatch,
-    TokenBatch,
-    Weighted,
-)
+from jaxalign.types import Array, GradedBatch, Params, RankedBatch, StepBatch, TokenBatch, Weighted
 
 Sums = tuple[dict[str, Array], dict[str, Weighted]]
 Examples = dict[str, jax.Array]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.algorithms.by_source import source_of_sequences
+from jaxalign.losses.masked import segment_sum
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
-from jaxalign.masked import segment_sum
 from jaxalign.models.base import LanguageModel, read
 from jaxalign.models.heads import target_logprobs
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch, Weighted

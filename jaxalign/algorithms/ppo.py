@@ -52,8 +52,8 @@ from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
+from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.sft import nll
-from jaxalign.masked import keep, weighted
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
 from jaxalign.models.heads import target_logprobs, target_sum
 from jaxalign.parallel.rules import Rules

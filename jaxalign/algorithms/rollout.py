@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
 from jaxalign.generate import Generation
 from jaxalign.losses.advantages import equal_groups
-from jaxalign.masked import masked_mean, masked_sum, masked_var
+from jaxalign.losses.masked import masked_mean, masked_sum, masked_var
 from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 

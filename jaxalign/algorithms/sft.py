@@ -19,8 +19,8 @@ import optax
 from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
+from jaxalign.losses.masked import weighted
 from jaxalign.losses.sft import nll
-from jaxalign.masked import weighted
 from jaxalign.models.base import LanguageModel, read, read_counts
 from jaxalign.models.heads import target_sum
 from jaxalign.types import Array, Params, TokenBatch, Weighted

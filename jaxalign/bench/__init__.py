@@ -22,14 +22,7 @@ import jax
 
 from jaxalign import huge_pages
 from jaxalign.bench.case import ROWS, WHAT, Case, Runner, Sample
-from jaxalign.bench.machine import (
-    Limit,
-    counting,
-    limit,
-    peak_memory,
-    reset_peak,
-    versions,
-)
+from jaxalign.bench.machine import Limit, counting, limit, peak_memory, reset_peak, versions
 from jaxalign.bench.sizes import SIZES
 from jaxalign.bench.table import show
 from jaxalign.parallel.sharding import make_mesh

@@ -10,12 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxalign.data.answers import (
-        graded_batches,
-        ranked_batches,
-        step_batches,
-        unpaired_batches,
-    )
+    from jaxalign.data.answers import graded_batches, ranked_batches, step_batches, unpaired_batches
     from jaxalign.data.batches import preference_batches, prompt_batches, sft_batches
     from jaxalign.data.chat import (
         Encoded,

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.data.examples import (
-    Conversation,
-    Message,
-    Messages,
-    RowError,
-    Tools,
-    TrainOn,
-)
+from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools, TrainOn
 from jaxalign.data.messages import read_messages
 from jaxalign.data.render import NONE, Renderer, resolve_chat_template
 from jaxalign.data.spans import Document, Span, find_documents

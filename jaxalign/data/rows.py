@@ -27,12 +27,7 @@ from jaxalign.data.examples import (
 from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
 from jaxalign.data.files import Row
 from jaxalign.data.messages import is_messages, read_messages, untrained
-from jaxalign.data.transcripts import (
-    is_transcript,
-    read_transcript,
-    split_messages,
-    split_texts,
-)
+from jaxalign.data.transcripts import is_transcript, read_transcript, split_messages, split_texts
 from jaxalign.data.turns import answer_of, check_last, has_prompt, pick, prompt_of
 
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.masked import as_bool, as_float32, keep, masked_mean, masked_sum, masked_var
 from jaxalign.losses.ppo import gae
-from jaxalign.masked import as_bool, as_float32, keep, masked_mean, masked_sum, masked_var
 from jaxalign.types import Array
 
 SCALES = ("group", "batch", "none")

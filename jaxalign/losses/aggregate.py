@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_bool, run_counts, run_sum
+from jaxalign.losses.masked import as_bool, run_counts, run_sum
 from jaxalign.types import Array, TokenBatch, Weighted
 
 AGGREGATIONS = ("token", "sequence", "constant")

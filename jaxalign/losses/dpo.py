@@ -38,7 +38,7 @@ import jax.numpy as jnp
 
 from jaxalign.losses import forms, reference_free
 from jaxalign.losses.divergence import check_divergence, divergence_score
-from jaxalign.masked import as_bool, as_float32, keep
+from jaxalign.losses.masked import as_bool, as_float32, keep
 from jaxalign.types import Array
 
 _FORMS: dict[str, Callable[..., jax.Array]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_float32
+from jaxalign.losses.masked import as_float32
 from jaxalign.types import Array
 
 
@@ -16,7 +16,7 @@ def squared_error(scores: Array, grades: Array) -> jax.Array:
 
     The regression reward models of HelpSteer (Wang et al. 2023, arXiv 2311.09528) and HelpSteer 2
     (Wang et al. 2024, arXiv 2406.08673). A row may lack grades: clear both arrays there
-    with `jaxalign.masked.keep` and average over the grades that were given.
+    with `jaxalign.losses.masked.keep` and average over the grades that were given.
 
     Args:
       scores: r, `[B, A]` (any shape), one column an attribute.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_bool, as_float32, keep
+from jaxalign.losses.masked import as_bool, as_float32, keep
 from jaxalign.types import Array
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.masked import as_bool, as_float32
 from jaxalign.losses.reward import bradley_terry
-from jaxalign.masked import as_bool, as_float32
 from jaxalign.types import Array
 
 

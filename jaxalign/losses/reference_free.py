@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.forms import sigmoid
-from jaxalign.masked import as_float32
+from jaxalign.losses.masked import as_float32
 from jaxalign.types import Array
 
 Result = tuple[jax.Array, jax.Array, jax.Array]

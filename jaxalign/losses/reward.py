@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import as_float32
+from jaxalign.losses.masked import as_float32
 from jaxalign.types import Array
 
 

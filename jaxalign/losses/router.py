@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import keep, masked_mean
+from jaxalign.losses.masked import keep, masked_mean
 from jaxalign.types import Array
 
 

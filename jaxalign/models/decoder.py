@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.losses.masked import weighted
 from jaxalign.losses.router import document_balance
-from jaxalign.masked import weighted
 from jaxalign.models.attention import attend
 from jaxalign.models.attention_kind import Choice, attention_kind, check_kind
 from jaxalign.models.base import DecoderConfig

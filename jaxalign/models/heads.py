@@ -14,16 +14,10 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from jaxalign.masked import last_index
+from jaxalign.losses.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.fused_head import (
-    Entropy,
-    Finish,
-    fused_logprobs,
-    fused_total,
-    identity,
-)
+from jaxalign.models.fused_head import Entropy, Finish, fused_logprobs, fused_total, identity
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch, Weighted

@@ -32,12 +32,7 @@ from jaxalign.plan.programs import (
 from jaxalign.plan.roofline import Speed, estimate
 from jaxalign.plan.search import candidates
 from jaxalign.plan.table import show
-from jaxalign.plan.topology import (
-    find_devices,
-    nearest_mesh,
-    next_that_holds,
-    parse_topology,
-)
+from jaxalign.plan.topology import find_devices, nearest_mesh, next_that_holds, parse_topology
 
 __all__ = [
     "Costs",

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from laid import documents, expected, same
 
-from jaxalign.data import (
-    encode_prompt,
-    preference_batches,
-    prompt_batches,
-    sft_batches,
-)
+from jaxalign.data import encode_prompt, preference_batches, prompt_batches, sft_batches
 
 
 @pytest.fixture

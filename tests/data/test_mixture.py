@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from laid import documents, expected, same
 
-from jaxalign.data import (
-    Source,
-    preference_batches,
-    prompt_batches,
-    sft_batches,
-    unpaired_batches,
-)
+from jaxalign.data import Source, preference_batches, prompt_batches, sft_batches, unpaired_batches
 from jaxalign.data.mixture import apportion, flatten
 from jaxalign.data.order import Pool, batches_of, spread
 

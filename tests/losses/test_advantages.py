@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxalign.losses import advantages, aggregate
-from jaxalign.masked import run_counts, run_sum
+from jaxalign.losses.masked import run_counts, run_sum
 
 SCORES = np.array([1.0, 2.0, 6.0, 0.5, 0.5, 0.5, 3.0, np.nan, 5.0], np.float32)
 VALID = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1], bool)  # the third group lacks one answer

@@ -4,13 +4,13 @@ import doctest
 
 import pytest
 
-from jaxalign import masked
 from jaxalign.losses import (
     divergence,
     dpo,
     forms,
     graded,
     kto,
+    masked,
     ppo,
     process,
     ranking,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import masked
+from jaxalign.losses import masked
 from jaxalign.types import Weighted
 
 KEPT = [2.0, -1.0, 4.0, 0.5]

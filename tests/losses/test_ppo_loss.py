@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.losses import ppo
-from jaxalign.masked import keep, weighted, whiten
+from jaxalign.losses.masked import keep, weighted, whiten
 
 # GAE ---------------------------------------------------------------------------------------
 

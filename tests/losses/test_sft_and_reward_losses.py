@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.reward import bradley_terry
 from jaxalign.losses.sft import nll
-from jaxalign.masked import keep, weighted
 
 # TRL 1.16: scores of six pairs and the mean loss in four configurations (oracle/reward_losses).
 CHOSEN = [0.70376045, -1.1366181, -0.77713394, -0.5711907, -0.90253544, 1.8313916]

@@ -16,14 +16,7 @@ from jaxalign.data.synthesis.options import (
 from jaxalign.data.synthesis.preferences import Preferences, read_prompts
 from jaxalign.data.synthesis.rouge import Pool, common_subsequence, rouge_l, words
 from jaxalign.data.synthesis.server import ServerError, ServerWriter
-from jaxalign.data.synthesis.writer import (
-    Asker,
-    FunctionWriter,
-    Reply,
-    Request,
-    Sampling,
-    Writer,
-)
+from jaxalign.data.synthesis.writer import Asker, FunctionWriter, Reply, Request, Sampling, Writer
 
 __all__ = [
     "Asker",
