@@ -21,7 +21,7 @@ from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import (
+from jaxalign.models.lm_head import (
     Scorer,
     pooled_scores,
     target_logprobs,

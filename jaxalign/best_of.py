@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign.data.examples import Message
 from jaxalign.generate import generate
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.scoring import score_conversations
 from jaxalign.types import Params
 

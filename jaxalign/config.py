@@ -18,7 +18,7 @@ from jaxalign.config_data import want as _want
 from jaxalign.config_mesh import MeshConfig
 from jaxalign.config_reference import check_offload, check_sync
 from jaxalign.config_yaml import build, override, read_yaml
-from jaxalign.models.attention_kind import KINDS
+from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.optim import OptimizerConfig

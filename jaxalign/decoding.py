@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.cache import Cache, with_columns
+from jaxalign.models.attention.kv_cache import Cache, with_columns
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.shard_map import current_device
 from jaxalign.sampling import Sampling, choose

@@ -55,7 +55,7 @@ def rates(tokens: float, flops: float, seconds: float, peak: float | None) -> di
 
     Args:
       tokens: real tokens of the step, all devices.
-      flops: its model FLOPs (`jaxalign.flops`), all devices.
+      flops: its model FLOPs (`jaxalign.models.flops`), all devices.
       seconds: what it took.
       peak: FLOP/s of all devices together at best; None where it is not known.
     """

@@ -33,7 +33,7 @@ from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_ste
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.evaluation import wilson
 from jaxalign.hf import load_pretrained, load_tokenizer
-from jaxalign.models.heads import Scorer, weigh_attributes
+from jaxalign.models.lm_head import Scorer, weigh_attributes
 from jaxalign.types import Params, TokenBatch
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def load_scorer(
 
     Args:
       source: folder or hub id.
-      weights: attribute → weight, for one score; see `jaxalign.models.heads.weigh_attributes`.
+      weights: attribute → weight, for one score; see `jaxalign.models.lm_head.weigh_attributes`.
 
     Raises:
       ValueError: a language model without a score, or weights that do not fit.

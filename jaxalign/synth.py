@@ -47,7 +47,7 @@ from jaxalign.data.synthesis.prompts import LANGUAGES
 from jaxalign.generate import sample
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, pooled_scores
+from jaxalign.models.lm_head import Scorer, pooled_scores
 from jaxalign.parallel.sharding import on_mesh, row_shards, shard_batch
 from jaxalign.pipeline import EXAMPLES
 

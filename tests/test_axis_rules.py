@@ -15,8 +15,8 @@ from jaxalign import train as loop
 from jaxalign.algorithms.step import init_state
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge
-from jaxalign.models.cache import split
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.attention.kv_cache import split
+from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.rules import RULES, current_rules, use_rules
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.parallel.sharding import (

@@ -11,7 +11,7 @@ import tiny
 
 from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.generate import sample
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.sharding import make_mesh, on_mesh, param_shardings
 from jaxalign.sampling import Sampling, choose
 from jaxalign.types import PromptBatch

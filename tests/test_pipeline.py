@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import jaxalign
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.pipeline import load_stages, run_stages
 
 STAGES = {

@@ -10,7 +10,7 @@ import pytest
 import jaxalign
 from jaxalign import cli
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.pipeline import EXAMPLES, load_stages
 from jaxalign.quickstart import RECIPE
 

@@ -9,7 +9,7 @@ import pytest
 
 import jaxalign
 from jaxalign.config import load_config
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan.parts import PARTS
 from jaxalign.report import make_page

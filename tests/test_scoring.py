@@ -14,7 +14,7 @@ import jaxalign
 from jaxalign.best_of import best_of, model_judge
 from jaxalign.cli import main
 from jaxalign.data.sources import Row
-from jaxalign.models.heads import Scorer, weigh_attributes
+from jaxalign.models.lm_head import Scorer, weigh_attributes
 from jaxalign.scoring import score_conversations, score_rows
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

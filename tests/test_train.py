@@ -18,7 +18,7 @@ from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.hf import load_pretrained
 from jaxalign.metrics import JsonlWriter
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

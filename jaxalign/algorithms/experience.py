@@ -14,7 +14,7 @@ from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState

@@ -25,7 +25,7 @@ from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
 from jaxalign.losses.masked import as_bool, keep, masked_sum, weighted
 from jaxalign.models.base import LanguageModel, combine, read, read_counts
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted

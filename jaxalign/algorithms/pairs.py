@@ -12,7 +12,7 @@ from jaxalign.algorithms.by_source import source_of_sequences
 from jaxalign.losses.masked import segment_sum
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
 from jaxalign.models.base import LanguageModel, read
-from jaxalign.models.heads import target_logprobs
+from jaxalign.models.lm_head import target_logprobs
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch, Weighted
 
 Pairs = PairBatch | SharedPairBatch

@@ -55,7 +55,7 @@ from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.sft import nll
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
-from jaxalign.models.heads import target_logprobs, target_sum
+from jaxalign.models.lm_head import target_logprobs, target_sum
 from jaxalign.parallel.rules import Rules
 from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
 from jaxalign.types import (

@@ -22,7 +22,7 @@ from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.masked import weighted
 from jaxalign.losses.sft import nll
 from jaxalign.models.base import LanguageModel, read, read_counts
-from jaxalign.models.heads import target_sum
+from jaxalign.models.lm_head import target_sum
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.bench.sizes import SIZES
-from jaxalign.models.attention_kind import check_kind
+from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.decoder import REMAT
 from jaxalign.parallel.sharding import make_mesh, row_shards
 
@@ -36,7 +36,7 @@ class Case:
       dtype: of activations; "auto": bfloat16 on GPU and TPU, float32 elsewhere.
       param_dtype: of the weights.
       remat: key of `REMAT`.
-      attention: see `jaxalign.models.attention_kind.KINDS`.
+      attention: see `jaxalign.models.attention.dispatch.KINDS`.
       micro_batches: parts of a step; 0: on a CPU of `CACHED_TOKENS` each, elsewhere one.
       optimizer_dtype: of AdamW's moments, "float32", "bfloat16" or "int8".
       repeats: measured steps (iterations, calls).

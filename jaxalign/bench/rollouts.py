@@ -18,10 +18,10 @@ from jaxalign.bench.case import Case, Runner, Sample
 from jaxalign.bench.rows import prompt_batch
 from jaxalign.bench.sizes import SIZES
 from jaxalign.bench.updates import adam, decoder
-from jaxalign.flops import decode_flops, ppo_flops, work_of
 from jaxalign.generate import sample
 from jaxalign.metrics import Stopwatch
-from jaxalign.models.heads import with_scalar_head
+from jaxalign.models.flops import decode_flops, ppo_flops, work_of
+from jaxalign.models.lm_head import with_scalar_head
 from jaxalign.parallel.sharding import compile_step, local_rows
 from jaxalign.rewards.model import model_reward
 

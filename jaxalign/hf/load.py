@@ -26,7 +26,7 @@ from jaxalign.models import families
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.families import Leaf
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -59,7 +59,7 @@ def load_pretrained(
       compute_dtype: of activations and matmuls; by default bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
       attention: "auto" (by backend), "xla", "splash" or "cudnn", see
-        `jaxalign.models.attention_kind`.
+        `jaxalign.models.attention.dispatch`.
 
     Returns:
       `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if

@@ -20,7 +20,7 @@ from jaxalign.hf.source import SOURCE_DTYPES, read_json
 from jaxalign.models import families
 from jaxalign.models.families import Leaf
 from jaxalign.models.families.table import Tensor
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
 

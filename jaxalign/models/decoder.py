@@ -18,16 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.masked import weighted
 from jaxalign.losses.router import document_balance
-from jaxalign.models.attention import attend
-from jaxalign.models.attention_kind import Choice, attention_kind, check_kind
+from jaxalign.models.attention.dispatch import Choice, attention_kind, check_kind
+from jaxalign.models.attention.kv_cache import Cache, attend_cached, empty_cache, split, write
+from jaxalign.models.attention.mask import Marks, Sight
+from jaxalign.models.attention.xla import attend
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.cache import Cache, attend_cached, empty_cache, split, write
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.look_up import look_up
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
-from jaxalign.models.sight import Marks, Sight
-from jaxalign.models.view import View, layer_traits, make_views
+from jaxalign.models.per_layer import View, layer_traits, make_views
 from jaxalign.parallel.shard_map import current_device, pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array, Params, Weighted
@@ -190,7 +190,7 @@ class Decoder:
       compute_dtype: dtype of activations and matmuls; parameters keep their own.
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
-      attention: which form of attention, see `jaxalign.models.attention_kind.KINDS`.
+      attention: which form of attention, see `jaxalign.models.attention.dispatch.KINDS`.
     """
 
     config: DecoderConfig
@@ -405,7 +405,7 @@ class Decoder:
     ) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of every row into the cache, T small: one step of decoding.
 
-        The layers are laid out one after another, not scanned: see `jaxalign.models.cache`.
+        The layers are laid out one after another, not scanned: see `jaxalign.models.attention.kv_cache`.
 
         Args:
           params: as for `apply`, or what `by_layer` makes of them.

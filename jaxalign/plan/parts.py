@@ -23,7 +23,7 @@ from jaxalign.hf.source import locate, read_json
 from jaxalign.models import families
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.rules import Rules, use_rules

@@ -18,9 +18,9 @@ from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.decoding import decode, empty_slots, read_prompts, stages
-from jaxalign.flops import row_flops
 from jaxalign.models.base import combine
-from jaxalign.models.heads import head_chunks, pooled_scores
+from jaxalign.models.flops import row_flops
+from jaxalign.models.lm_head import head_chunks, pooled_scores
 from jaxalign.parallel.host_memory import lies_in_host_memory, on_device
 from jaxalign.parallel.sharding import (
     axis_shards,
@@ -51,7 +51,7 @@ class Program:
       temporary: gradients, activations, whatever the compiler keeps while it runs.
       other: padding of the arguments to the device's tiles, results that replace no argument.
       costs: what it does.
-      useful: FLOPs that the mathematics asks for, on all devices together (see `jaxalign.flops`).
+      useful: FLOPs that the mathematics asks for, on all devices together (see `jaxalign.models.flops`).
       seconds: tracing and compiling.
     """
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.flops import row_flops
 from jaxalign.models.decoder import REMAT
+from jaxalign.models.flops import row_flops
 from jaxalign.parallel.chips import Chip
 from jaxalign.parallel.sharding import make_mesh, row_shards
 from jaxalign.plan.parts import PARTS, Parts

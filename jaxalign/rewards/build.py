@@ -38,7 +38,7 @@ from jaxalign.types import Params, PromptBatch, Scores, TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxalign.models.heads import Scorer
+    from jaxalign.models.lm_head import Scorer
 
 Load = Callable[[ModelReward], "tuple[Scorer, Params]"]
 """How a reward model is loaded: with one score, and where it is to lie."""
@@ -147,7 +147,7 @@ def _model(
 
 def _load(spec: ModelReward) -> tuple[Scorer, Params]:
     from jaxalign.hf import load_pretrained
-    from jaxalign.models.heads import Scorer, weigh_attributes
+    from jaxalign.models.lm_head import Scorer, weigh_attributes
 
     model, params = load_pretrained(spec.source)
     if not isinstance(model, Scorer):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from jaxalign.models.base import ScalarModel
-from jaxalign.models.heads import pooled_scores
+from jaxalign.models.lm_head import pooled_scores
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch

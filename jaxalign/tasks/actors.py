@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config import PPORun
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, with_scalar_head
+from jaxalign.models.lm_head import Scorer, with_scalar_head
 from jaxalign.parallel.sharding import relaid
 from jaxalign.tasks.loading import Loaded, Scorers, language_model, shape_of
 from jaxalign.types import Params

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo
 from jaxalign.config import DPORun
 from jaxalign.data import preference_batches
-from jaxalign.flops import forward_flops, update_flops, work_of
+from jaxalign.models.flops import forward_flops, update_flops, work_of
 from jaxalign.references import hold_reference, keep_reference, reference_optimizer
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy, reference_model

@@ -14,7 +14,7 @@ from jaxalign.export import run_tokenizer
 from jaxalign.hf import load_pretrained
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer, weigh_attributes, with_scalar_head
+from jaxalign.models.lm_head import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import param_shardings

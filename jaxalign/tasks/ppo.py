@@ -16,10 +16,10 @@ from jaxalign.algorithms import ppo
 from jaxalign.config import PPORun
 from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
 from jaxalign.export import whole_model
-from jaxalign.flops import ppo_flops
 from jaxalign.hf import save_pretrained
 from jaxalign.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.models.base import combine
+from jaxalign.models.flops import ppo_flops
 from jaxalign.parallel.host_memory import on_device, to_host_memory
 from jaxalign.parallel.sharding import all_rows, local_rows
 from jaxalign.rewards import build_reward

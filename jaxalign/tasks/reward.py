@@ -6,8 +6,8 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
 from jaxalign.config import RewardRun
-from jaxalign.flops import update_flops
 from jaxalign.heldout import HeldOut
+from jaxalign.models.flops import update_flops
 from jaxalign.tasks.data import judgements, make_data, total_of
 from jaxalign.tasks.loading import load, with_head
 from jaxalign.tasks.task import Task, cost_of, exporter, optimizer, start

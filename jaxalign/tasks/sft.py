@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import sft
 from jaxalign.config import SFTRun
 from jaxalign.data import sft_batches
-from jaxalign.flops import update_flops
+from jaxalign.models.flops import update_flops
 from jaxalign.tasks.data import make_data, names_of, total_of
 from jaxalign.tasks.loading import load_policy
 from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task

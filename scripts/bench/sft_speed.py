@@ -67,7 +67,7 @@ def flops_of(job: Texts, lengths: list[int]) -> float:
     """Model FLOPs of a step over documents of these lengths; the last token has no target."""
     from _start import shape_of
 
-    from jaxalign.flops import Work, forward_flops
+    from jaxalign.models.flops import Work, forward_flops
 
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     work = Work(sum(lengths), pairs, sum(lengths) - len(lengths))

@@ -15,7 +15,7 @@ from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
 from jaxalign.generate import Generation
-from jaxalign.models.heads import pooled_scores
+from jaxalign.models.lm_head import pooled_scores
 from jaxalign.types import PromptBatch, RolloutBatch, TrainState
 
 EOS = 2

@@ -23,7 +23,7 @@ from test_contract import same
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, partition_spec
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxalign.models import attention, kernels
-from jaxalign.models import attention_kind as attention_kind_module
-from jaxalign.models.attention import attend
-from jaxalign.models.attention_kind import attention_kind
+from jaxalign.models.attention import dispatch as attention_kind_module
+from jaxalign.models.attention import kernels, xla
+from jaxalign.models.attention.dispatch import attention_kind
+from jaxalign.models.attention.mask import Marks, Sight
+from jaxalign.models.attention.xla import attend
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.sight import Marks, Sight
 from jaxalign.parallel.sharding import make_mesh
 
 
@@ -88,10 +88,10 @@ def sight_of(segments, positions, window=None, branches=None, windowed=None):
 def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
     """Short rows in one piece, long ones in blocks that skip what lies ahead, or in loops too."""
     if in_loops:
-        monkeypatch.setattr(attention, "_SCORES", 1)
-        monkeypatch.setattr(attention, "_MOST_BLOCKS", 2)
-        pieces = list(attention._pieces(
-            attention.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
+        monkeypatch.setattr(xla, "_SCORES", 1)
+        monkeypatch.setattr(xla, "_MOST_BLOCKS", 2)
+        pieces = list(xla._pieces(
+            xla.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
             np.zeros((1, 2, length, 8)),
         ))  # fmt: skip
         assert [piece[:] for piece in pieces] == [(0, 3, 128, 384), (384, 2, 128, 700),
@@ -137,7 +137,7 @@ def test_nothing_grows_with_the_square_of_the_length():
 
     shapes = set(_shapes(jax.make_jaxpr(jax.grad(loss))(tiny.DECODER.shapes).jaxpr))
     assert (1, 2, 2, length, 8) in shapes  # queries
-    assert max(np.prod(shape) for shape in shapes) <= attention._SCORES
+    assert max(np.prod(shape) for shape in shapes) <= xla._SCORES
 
 
 def _shapes(jaxpr):

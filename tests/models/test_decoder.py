@@ -12,7 +12,7 @@ import tiny
 
 from jaxalign.models.base import DecoderConfig, RopeConfig, combine
 from jaxalign.models.decoder import REMAT, Decoder
-from jaxalign.models.heads import pooled_scores
+from jaxalign.models.lm_head import pooled_scores
 from jaxalign.models.rope import rope_tables
 
 APPLY = jax.jit(tiny.DECODER.apply)

@@ -21,7 +21,7 @@ from jaxalign.models.families import (
     leaves,
     unflatten,
 )
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import TARGETS, LoraConfig
 
 LLAMA = {

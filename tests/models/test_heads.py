@@ -12,7 +12,7 @@ import tiny
 
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import (
+from jaxalign.models.lm_head import (
     Scorer,
     pooled_scores,
     target_logprobs,

@@ -15,7 +15,7 @@ from jaxalign.algorithms.step import init_state
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import add_lora, merge_lora
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, shard_batch
 

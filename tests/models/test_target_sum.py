@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.heads import target_logprobs, target_sum
+from jaxalign.models.lm_head import target_logprobs, target_sum
 from jaxalign.parallel.sharding import make_mesh, param_shardings
 
 CAPPED = Decoder(dataclasses.replace(tiny.CONFIG, logit_softcap=2.0))

@@ -11,7 +11,7 @@ from answered import TOK, answered
 import jaxalign
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge, write_yaml
-from jaxalign.models.heads import Scorer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.build import check_same_tokens, import_function
 from jaxalign.rewards.specs import (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention import HIDDEN
+from jaxalign.models.attention.xla import HIDDEN
 from jaxalign.models.base import DecoderConfig
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array

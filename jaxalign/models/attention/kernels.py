@@ -2,7 +2,7 @@
 
 Both take scaled queries `[B, T, H, d]`, keys and values `[B, T, K, d]` of whole rows, and are
 exact: no `[T, T]` matrix of scores is kept. Which case goes where is decided in
-`jaxalign.models.attention_kind`.
+`jaxalign.models.attention.dispatch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.sight import Marks, Sight, visible
+from jaxalign.models.attention.mask import Marks, Sight, visible
 from jaxalign.parallel.shard_map import (
     current_device,
     gather_shards,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.kernels import cudnn, splash
-from jaxalign.models.sight import Lookout, Marks, Sight, visible
+from jaxalign.models.attention.kernels import cudnn, splash
+from jaxalign.models.attention.mask import Lookout, Marks, Sight, visible
 from jaxalign.parallel.shard_map import gather_shards, map_shards, pad_length, shard_index
 from jaxalign.parallel.sharding import axis_shards
 from jaxalign.types import Array
@@ -55,7 +55,7 @@ def attend(
       softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
       causal: the matrix shows no column after a query's own (T = S), so that those need no
         computing. A `Sight` knows that by itself.
-      kind: "xla", "splash" or "cudnn", as `jaxalign.models.attention_kind` answers.
+      kind: "xla", "splash" or "cudnn", as `jaxalign.models.attention.dispatch` answers.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.

@@ -1,7 +1,7 @@
 """Which form of attention runs: one table of what each kernel covers, and the choice from it.
 
 This is about whole rows, in training, scoring and prefill. Decoding reads its cache in a form of
-its own (`jaxalign.models.cache`).
+its own (`jaxalign.models.attention.kv_cache`).
 """
 
 from __future__ import annotations

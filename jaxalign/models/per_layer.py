@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.attention.mask import Sight
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.rope import Rope, rope_tables
-from jaxalign.models.sight import Sight
 
 Traits = dict[str, Any]
 """Of each layer, or of one of them: `windowed`, `rotated` (bool) and `scale` (float32)."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxalign.losses.masked import last_index
 from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.fused_head import Entropy, Finish, fused_logprobs, fused_total, identity
+from jaxalign.models.lm_head_kernel import Entropy, Finish, fused_logprobs, fused_total, identity
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
 from jaxalign.types import Array, Params, TokenBatch, Weighted
