@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.models.families import Leaf
-from jaxalign.models.families.table import Tensor
+from jaxalign.hf.families import Leaf
+from jaxalign.hf.families.table import Tensor
 
 PIECE = 8 << 20
 """Bytes of a file that a thread handles at a time: few enough to stay in its cache."""

@@ -17,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.hf import orbax_folder, safetensors_file
+from jaxalign.hf import families, orbax_folder, safetensors_file
 from jaxalign.hf.blocks import load_leaf, workers
+from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.save import GENERATION_FILE, some, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
-from jaxalign.models import families
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.families import Leaf
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params

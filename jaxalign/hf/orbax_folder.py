@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.hf import families
 from jaxalign.hf.source import dtypes_to_remember, read_json
-from jaxalign.models import families
 from jaxalign.types import Params
 
 PARAMS = "params"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.hf.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
+from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.safetensors_file import DTYPES, INDEX, SINGLE
-from jaxalign.models.families.table import Tensor
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

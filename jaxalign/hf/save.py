@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.hf import safetensors_file
+from jaxalign.hf import families, safetensors_file
 from jaxalign.hf.blocks import item_blocks, workers
+from jaxalign.hf.families import Leaf
+from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.orbax_folder import PARAMS
 from jaxalign.hf.safetensors_write import File, Planned, Writer, plan_files, write_index
 from jaxalign.hf.source import SOURCE_DTYPES, read_json
-from jaxalign.models import families
-from jaxalign.models.families import Leaf
-from jaxalign.models.families.table import Tensor
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.types import Params

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.reference import follow
 from jaxalign.algorithms.step import Step
+from jaxalign.hf import families
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
-from jaxalign.models import families
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer

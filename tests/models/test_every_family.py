@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from jaxalign.hf import families as tables
 from jaxalign.hf import load_pretrained, save_pretrained
-from jaxalign.models import families as tables
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
 transformers = pytest.importorskip("transformers")

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign.models.base import DecoderConfig, RopeConfig
-from jaxalign.models.decoder import Decoder
-from jaxalign.models.families import (
+from jaxalign.hf.families import (
     FAMILIES,
     GENERATION,
     attributes_of,
@@ -21,6 +19,8 @@ from jaxalign.models.families import (
     leaves,
     unflatten,
 )
+from jaxalign.models.base import DecoderConfig, RopeConfig
+from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import TARGETS, LoraConfig
 

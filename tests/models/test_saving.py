@@ -17,10 +17,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.hf import blocks, load_pretrained, save_pretrained
+from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.safetensors_write import Planned, index_of, plan_files
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.families.table import Tensor
 from jaxalign.parallel.sharding import make_mesh
 
 HERE = pathlib.Path(__file__).parent

@@ -8,8 +8,8 @@ import pytest
 from tiny import CONFIG
 
 from jaxalign.hf.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
-from jaxalign.models.families import LLAMA
-from jaxalign.models.families.table import Entry, Part, leaves, tensors
+from jaxalign.hf.families import LLAMA
+from jaxalign.hf.families.table import Entry, Part, leaves, tensors
 
 L, E, D, F = 2, 3, 4, 5
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import (
+from jaxalign.hf.families.fields import (
     COMMON,
     read_common,
     read_windows,
     write_common,
     write_layer_types,
 )
-from jaxalign.models.families.llama import llama_table
-from jaxalign.models.families.table import Family
-from jaxalign.models.families.values import flag, get
+from jaxalign.hf.families.llama import llama_table
+from jaxalign.hf.families.table import Family
+from jaxalign.hf.families.values import flag, get
+from jaxalign.models.base import DecoderConfig
 
 QWEN = COMMON | {
     "max_position_embeddings": 32768,

@@ -13,23 +13,23 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jaxalign.hf.families import table
+from jaxalign.hf.families.gemma2 import GEMMA2
+from jaxalign.hf.families.gemma3 import GEMMA3
+from jaxalign.hf.families.gpt2 import GPT2
+from jaxalign.hf.families.llama import LLAMA
+from jaxalign.hf.families.mistral import MISTRAL
+from jaxalign.hf.families.mixtral import MIXTRAL
+from jaxalign.hf.families.olmo2 import OLMO2
+from jaxalign.hf.families.phi3 import PHI3
+from jaxalign.hf.families.qwen2 import QWEN2
+from jaxalign.hf.families.qwen3 import QWEN3
+from jaxalign.hf.families.qwen3_moe import QWEN3_MOE
+from jaxalign.hf.families.rope import used_rope
+from jaxalign.hf.families.smollm3 import SMOLLM3
+from jaxalign.hf.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
+from jaxalign.hf.families.values import get, refuse, unsupported
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families import table
-from jaxalign.models.families.gemma2 import GEMMA2
-from jaxalign.models.families.gemma3 import GEMMA3
-from jaxalign.models.families.gpt2 import GPT2
-from jaxalign.models.families.llama import LLAMA
-from jaxalign.models.families.mistral import MISTRAL
-from jaxalign.models.families.mixtral import MIXTRAL
-from jaxalign.models.families.olmo2 import OLMO2
-from jaxalign.models.families.phi3 import PHI3
-from jaxalign.models.families.qwen2 import QWEN2
-from jaxalign.models.families.qwen3 import QWEN3
-from jaxalign.models.families.qwen3_moe import QWEN3_MOE
-from jaxalign.models.families.rope import used_rope
-from jaxalign.models.families.smollm3 import SMOLLM3
-from jaxalign.models.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
-from jaxalign.models.families.values import get, refuse, unsupported
 from jaxalign.types import Params
 
 __all__ = [

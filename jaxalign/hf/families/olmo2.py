@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import COMMON, read_common, refuse_windows, write_common
+from jaxalign.hf.families.llama import QK_NORMS, llama_table, read_biases
+from jaxalign.hf.families.table import Family
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import COMMON, read_common, refuse_windows, write_common
-from jaxalign.models.families.llama import QK_NORMS, llama_table, read_biases
-from jaxalign.models.families.table import Family
 
 _NORMS = {
     "attention_post_norm": "post_attention_layernorm",

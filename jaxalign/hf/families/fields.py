@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxalign.hf.families.rope import read_rope, write_rope
+from jaxalign.hf.families.values import flag, get, integer, number, unsupported
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.rope import read_rope, write_rope
-from jaxalign.models.families.values import flag, get, integer, number, unsupported
 
 ACTIVATION_NAMES = {
     "silu": "silu",

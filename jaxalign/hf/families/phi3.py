@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import COMMON, read_common, write_common
+from jaxalign.hf.families.llama import LAYER, llama_table
+from jaxalign.hf.families.mistral import read_window
+from jaxalign.hf.families.table import Entry, Family, Part
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import COMMON, read_common, write_common
-from jaxalign.models.families.llama import LAYER, llama_table
-from jaxalign.models.families.mistral import read_window
-from jaxalign.models.families.table import Entry, Family, Part
 
 
 def _heads(config: DecoderConfig) -> tuple[int, int, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import COMMON, read_common, refuse_windows, write_common
+from jaxalign.hf.families.table import Entry, Family
+from jaxalign.hf.families.values import flag
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import COMMON, read_common, refuse_windows, write_common
-from jaxalign.models.families.table import Entry, Family
-from jaxalign.models.families.values import flag
 
 LAYER = "model.layers.{}."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.values import flag, get, integer, number, unsupported
 from jaxalign.models.base import ROPE_KINDS, RopeConfig
-from jaxalign.models.families.values import flag, get, integer, number, unsupported
 
 _ORIGINAL = "original_max_position_embeddings"
 

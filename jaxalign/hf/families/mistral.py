@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import COMMON, read_common, write_common
+from jaxalign.hf.families.llama import llama_table
+from jaxalign.hf.families.table import Family
+from jaxalign.hf.families.values import integer, refuse
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import COMMON, read_common, write_common
-from jaxalign.models.families.llama import llama_table
-from jaxalign.models.families.table import Family
-from jaxalign.models.families.values import integer, refuse
 
 
 def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:

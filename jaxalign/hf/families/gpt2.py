@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import read_activation
+from jaxalign.hf.families.table import Entry, Family, Part
+from jaxalign.hf.families.values import flag, integer, number, refuse
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import read_activation
-from jaxalign.models.families.table import Entry, Family, Part
-from jaxalign.models.families.values import flag, integer, number, refuse
 
 
 def _thirds(config: DecoderConfig) -> tuple[int, int, int]:

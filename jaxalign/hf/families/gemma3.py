@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import read_windows
+from jaxalign.hf.families.gemma2 import GEMMA, GEMMA_NORMS, read_gemma, write_gemma
+from jaxalign.hf.families.llama import QK_NORMS, llama_table
+from jaxalign.hf.families.rope import read_rope_object, write_rope_object
+from jaxalign.hf.families.table import Family
+from jaxalign.hf.families.values import get, integer
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import read_windows
-from jaxalign.models.families.gemma2 import GEMMA, GEMMA_NORMS, read_gemma, write_gemma
-from jaxalign.models.families.llama import QK_NORMS, llama_table
-from jaxalign.models.families.rope import read_rope_object, write_rope_object
-from jaxalign.models.families.table import Family
-from jaxalign.models.families.values import get, integer
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import (
+from jaxalign.hf.families.fields import (
     COMMON,
     read_activation,
     read_common,
@@ -16,9 +15,10 @@ from jaxalign.models.families.fields import (
     write_common,
     write_layer_types,
 )
-from jaxalign.models.families.llama import llama_table, read_biases
-from jaxalign.models.families.table import Family
-from jaxalign.models.families.values import number, optional, refuse
+from jaxalign.hf.families.llama import llama_table, read_biases
+from jaxalign.hf.families.table import Family
+from jaxalign.hf.families.values import number, optional, refuse
+from jaxalign.models.base import DecoderConfig
 
 GEMMA_NORMS = {
     "attention_norm": "input_layernorm",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import read_common, write_common
+from jaxalign.hf.families.llama import NORMS, QK_NORMS, llama_table, read_biases
+from jaxalign.hf.families.qwen2 import QWEN, read_qwen_windows, write_qwen_windows
+from jaxalign.hf.families.table import Family
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import read_common, write_common
-from jaxalign.models.families.llama import NORMS, QK_NORMS, llama_table, read_biases
-from jaxalign.models.families.qwen2 import QWEN, read_qwen_windows, write_qwen_windows
-from jaxalign.models.families.table import Family
 
 
 def _read(hf: Mapping[str, Any]) -> DecoderConfig:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.families.fields import COMMON, read_common, write_common
+from jaxalign.hf.families.llama import NORMS, QK_NORMS, llama_table, read_biases
+from jaxalign.hf.families.mistral import read_window
+from jaxalign.hf.families.mixtral import ATTENTION, expert_rows
+from jaxalign.hf.families.table import Family
+from jaxalign.hf.families.values import flag, get, integer, refuse
 from jaxalign.models.base import DecoderConfig
-from jaxalign.models.families.fields import COMMON, read_common, write_common
-from jaxalign.models.families.llama import NORMS, QK_NORMS, llama_table, read_biases
-from jaxalign.models.families.mistral import read_window
-from jaxalign.models.families.mixtral import ATTENTION, expert_rows
-from jaxalign.models.families.table import Family
-from jaxalign.models.families.values import flag, get, integer, refuse
 
 
 def _read(hf: Mapping[str, Any]) -> DecoderConfig:
