@@ -18,7 +18,6 @@ huge_pages.restart_command()  # where this is the command: before JAX is loaded
 from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.step import init_state, make_eval
-from jaxalign.generate import generate, sample
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import (
@@ -34,6 +33,7 @@ from jaxalign.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.parallel.rules import use_rules
 from jaxalign.parallel.sharding import compile_step, local_rows, make_mesh, shard_batch
 from jaxalign.rewards import model_reward, text_reward
+from jaxalign.sampling.generate import generate, sample
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

@@ -111,8 +111,8 @@ def chat(parsed: argparse.Namespace) -> int:
 def _answerer(parsed: argparse.Namespace):
     import jax
 
-    from jaxalign.generate import generate as write_answers
     from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.sampling.generate import generate as write_answers
 
     tok = load_tokenizer(parsed.model)
     model, params = load_pretrained(parsed.model)

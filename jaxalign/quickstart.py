@@ -10,9 +10,9 @@ from typing import Any
 
 from jaxalign.config_yaml import read_yaml
 from jaxalign.data import read_rows
-from jaxalign.generate import generate
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.pipeline import EXAMPLES, load_stages, run_stages
+from jaxalign.sampling.generate import generate
 from jaxalign.train import Result
 
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "quickstart.yaml"

@@ -44,12 +44,12 @@ from jaxalign.data.synthesis import (
 from jaxalign.data.synthesis.options import want
 from jaxalign.data.synthesis.preferences import TOO_LONG
 from jaxalign.data.synthesis.prompts import LANGUAGES
-from jaxalign.generate import sample
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, pooled_scores
 from jaxalign.parallel.sharding import on_mesh, row_shards, shard_batch
 from jaxalign.pipeline import EXAMPLES
+from jaxalign.sampling.generate import sample
 
 _STEP = 64  # prompts and answers are padded to a multiple of this, so that few shapes are compiled
 

@@ -82,7 +82,9 @@ def test_sft_then_export_then_generate(chat_models, tmp_path, capsys):
 
     model, params = jaxalign.load_pretrained(out)
     tok = jaxalign.load_tokenizer(out)
-    expected = jaxalign.generate(model, params, tok, ["hi"], max_new_tokens=5, temperature=0.0)
+    expected = jaxalign.sampling.generate(
+        model, params, tok, ["hi"], max_new_tokens=5, temperature=0.0
+    )
     command = ["generate", str(out), "hi", "--max-new-tokens", "5", "--temperature", "0"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"> hi\n{expected[0]}\n\n"
@@ -113,7 +115,7 @@ def test_chat_remembers_what_was_said(chat_models, monkeypatch, capsys):
     said = iter(["hello", "again", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     # The package has a function of the module's name, so that only this finds the module.
-    monkeypatch.setattr(sys.modules["jaxalign.generate"], "generate", answer)
+    monkeypatch.setattr(sys.modules["jaxalign.sampling.generate"], "generate", answer)
     assert cli.main(["chat", str(chat_models / "chat")]) == 0
     assert "answer 1\nanswer 2\n" in capsys.readouterr().out
     assert seen[1] == [

@@ -9,11 +9,11 @@ import plain_llama
 import pytest
 import tiny
 
-from jaxalign.decoding import decode, empty_slots, read_prompts, stages
-from jaxalign.generate import sample
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.sharding import make_mesh, on_mesh, param_shardings
-from jaxalign.sampling import Sampling, choose
+from jaxalign.sampling.draw import Sampling, choose
+from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
+from jaxalign.sampling.generate import sample
 from jaxalign.types import PromptBatch
 
 KEY = jax.random.key(11)

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.rollout import join_tokens
-from jaxalign.generate import Generation, sample
 from jaxalign.parallel.rules import Rules
 from jaxalign.parallel.sharding import all_rows, local_rows, mesh_of, on_mesh, shard_batch
+from jaxalign.sampling.generate import Generation, sample
 from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.generate import Generation
 from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
 from jaxalign.parallel.sharding import all_rows
+from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, RolloutBatch
 
 if TYPE_CHECKING:

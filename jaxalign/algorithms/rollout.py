@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
-from jaxalign.generate import Generation
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var
 from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch
+from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
 

@@ -18,12 +18,12 @@ from jaxalign.bench.case import Case, Runner, Sample
 from jaxalign.bench.rows import prompt_batch
 from jaxalign.bench.sizes import SIZES
 from jaxalign.bench.updates import adam, decoder
-from jaxalign.generate import sample
 from jaxalign.metrics import Stopwatch
 from jaxalign.models.flops import decode_flops, ppo_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head
 from jaxalign.parallel.sharding import compile_step, local_rows
 from jaxalign.rewards.model import model_reward
+from jaxalign.sampling.generate import sample
 
 _MEAN_SHARE = 2
 """Ragged answers of PPO end after `new_tokens / _MEAN_SHARE` tokens on average, were none cut."""

@@ -17,7 +17,6 @@ from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.step import opt_state_shardings
-from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.lm_head import head_chunks, pooled_scores
@@ -33,7 +32,8 @@ from jaxalign.parallel.sharding import (
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
-from jaxalign.sampling import Sampling
+from jaxalign.sampling.draw import Sampling
+from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
 from jaxalign.types import Params, TokenBatch, TrainState
 
 Say = Callable[[str], None]

@@ -20,8 +20,8 @@ import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms import answers
 from jaxalign.bench.case import cached_rows, row_parts
-from jaxalign.generate import sample
 from jaxalign.rewards import model_reward
+from jaxalign.sampling.generate import sample
 
 
 def load(folder: str) -> tuple[Any, Any]:

@@ -278,7 +278,7 @@ def test_adaptive_kl():
 
 
 def test_join_tokens_by_hand():
-    from jaxalign.generate import Generation
+    from jaxalign.sampling.generate import Generation
 
     prompt = PromptBatch(np.array([[0, 7, 8]]), np.array([[False, True, True]]), np.array([0]))
     answer = Generation(

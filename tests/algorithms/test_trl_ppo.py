@@ -14,8 +14,8 @@ import pytest
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
-from jaxalign.generate import Generation
 from jaxalign.models.lm_head import pooled_scores
+from jaxalign.sampling.generate import Generation
 from jaxalign.types import PromptBatch, RolloutBatch, TrainState
 
 EOS = 2

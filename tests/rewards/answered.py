@@ -4,7 +4,7 @@ import chatmodel
 import numpy as np
 
 from jaxalign.algorithms.ppo import join_tokens
-from jaxalign.generate import Generation
+from jaxalign.sampling.generate import Generation
 from jaxalign.types import PromptBatch
 
 TOK = chatmodel.make_tokenizer()

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.decoding import decode, empty_slots, read_prompts
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import (
@@ -26,7 +25,8 @@ from jaxalign.parallel.sharding import (
     rows_sharding,
     shard_batch,
 )
-from jaxalign.sampling import Sampling
+from jaxalign.sampling.draw import Sampling
+from jaxalign.sampling.engine import decode, empty_slots, read_prompts
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:

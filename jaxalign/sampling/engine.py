@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxalign.models.attention.kv_cache import Cache, with_columns
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.shard_map import current_device
-from jaxalign.sampling import Sampling, choose
+from jaxalign.sampling.draw import Sampling, choose
 from jaxalign.types import Array, Params
 
 _LEAST_STAGE, _MOST_STAGES = 32, 4
