@@ -49,7 +49,6 @@ from jaxalign.types import (
 )
 
 if TYPE_CHECKING:
-    from jaxalign.best_of import model_judge
     from jaxalign.config import load_config
     from jaxalign.data import (
         Source,
@@ -62,17 +61,18 @@ if TYPE_CHECKING:
         unpaired_batches,
     )
     from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
-    from jaxalign.scoring import score_conversations, score_rows
+    from jaxalign.rewards.best_of import model_judge
+    from jaxalign.rewards.scoring import score_conversations, score_rows
 
 _LAZY = {
     "Source": "jaxalign.data",
     "graded_batches": "jaxalign.data",
-    "model_judge": "jaxalign.best_of",
+    "model_judge": "jaxalign.rewards.best_of",
     "load_config": "jaxalign.config",
     "load_pretrained": "jaxalign.hf",
     "load_tokenizer": "jaxalign.hf",
-    "score_conversations": "jaxalign.scoring",
-    "score_rows": "jaxalign.scoring",
+    "score_conversations": "jaxalign.rewards.scoring",
+    "score_rows": "jaxalign.rewards.scoring",
     "preference_batches": "jaxalign.data",
     "prompt_batches": "jaxalign.data",
     "ranked_batches": "jaxalign.data",

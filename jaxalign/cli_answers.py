@@ -23,9 +23,9 @@ def generate(parsed: argparse.Namespace) -> int:
 def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
     import jax
 
-    from jaxalign.best_of import best_of, model_judge
     from jaxalign.hf import load_pretrained, load_tokenizer
-    from jaxalign.scoring import load_scorer
+    from jaxalign.rewards.best_of import best_of, model_judge
+    from jaxalign.rewards.scoring import load_scorer
 
     if parsed.reward_model is None:
         raise ValueError("--best-of: wanted --reward-model, which picks the best answer")
@@ -56,7 +56,7 @@ def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
 
 def score(parsed: argparse.Namespace) -> int:
     """A reward model's scores of the answers in files."""
-    from jaxalign.scoring import score_files
+    from jaxalign.rewards.scoring import score_files
 
     print(
         score_files(

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign import evaluation
 from jaxalign.algorithms import reward
 from jaxalign.data import Batches
-from jaxalign.evaluation import Findings
 from jaxalign.metrics import add_up
 from jaxalign.models.base import ScalarModel
 from jaxalign.parallel.sharding import all_rows, shard_batch
+from jaxalign.rewards import evaluation
+from jaxalign.rewards.evaluation import Findings
 from jaxalign.types import TrainState
 
 
@@ -39,7 +39,7 @@ class HeldOut:
         self._details: dict[str, Any] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Figures of all held-out data: metrics of the step, and those of `jaxalign.evaluation`."""
+        """Figures of all held-out data: metrics of the step, and those of `jaxalign.rewards.evaluation`."""
         sums, parts = [], []
         with jax.set_mesh(self._mesh):
             for batch in self._batches:
@@ -59,7 +59,7 @@ class HeldOut:
 def findings(
     config: reward.Config, examples: dict[str, np.ndarray], sources: Sequence[str]
 ) -> Findings:
-    """What `jaxalign.evaluation` has to say about the examples of this objective."""
+    """What `jaxalign.rewards.evaluation` has to say about the examples of this objective."""
     if config.objective == "pairs":
         return evaluation.pair_findings(examples, sources)
     if config.objective == "ranking":

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxalign import evaluation
-from jaxalign.evaluation import calibration, histogram, wilson
+from jaxalign.rewards import evaluation
+from jaxalign.rewards.evaluation import calibration, histogram, wilson
 
 RNG = np.random.default_rng(5)
 

@@ -11,11 +11,11 @@ import tiny
 from plain_llama import forward
 
 import jaxalign
-from jaxalign.best_of import best_of, model_judge
 from jaxalign.cli import main
 from jaxalign.data.sources import Row
 from jaxalign.models.lm_head import Scorer, weigh_attributes
-from jaxalign.scoring import score_conversations, score_rows
+from jaxalign.rewards.best_of import best_of, model_judge
+from jaxalign.rewards.scoring import score_conversations, score_rows
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

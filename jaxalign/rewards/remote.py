@@ -23,8 +23,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.posting import PostError, check_url, pauses, post
 from jaxalign.rewards.cases import Case, RewardError
+from jaxalign.rewards.http import PostError, check_url, pauses, post
 from jaxalign.rewards.text import TextReward
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import pytest
 import writers
 from answered import TOK, answered
 
-from jaxalign.posting import pauses
 from jaxalign.rewards import RewardError, combine_rewards, http_reward
+from jaxalign.rewards.http import pauses
 
 BATCH = answered([("p one", "a"), ("p two", "bb"), ("p three", "ccc"), ("", "")])
 ROWS = [{"answer": 4}, {"answer": "x"}, {"answer": None}]

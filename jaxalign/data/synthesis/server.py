@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxalign.data.synthesis.options import ServerConfig
 from jaxalign.data.synthesis.writer import REFUSED, Reply, Request, now
-from jaxalign.posting import PostError, check_url, pauses, post
+from jaxalign.rewards.http import PostError, check_url, pauses, post
 
 _REFUSED = (400, 413, 422)
 

@@ -31,9 +31,9 @@ from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
-from jaxalign.evaluation import wilson
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.lm_head import Scorer, weigh_attributes
+from jaxalign.rewards.evaluation import wilson
 from jaxalign.types import Params, TokenBatch
 
 if TYPE_CHECKING:
