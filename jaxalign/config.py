@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
-from jaxalign.algorithms.reference import ReferenceSync
+from jaxalign.algorithms.moving_reference import ReferenceSync
+from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.config_data import DataConfig
 from jaxalign.config_data import want as _want
 from jaxalign.config_mesh import MeshConfig
@@ -21,7 +22,6 @@ from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
-from jaxalign.optim import OptimizerConfig
 from jaxalign.rewards.specs import ModelReward, RewardSpec
 
 T = TypeVar("T")

@@ -10,7 +10,12 @@ import jax
 import optax
 
 from jaxalign.algorithms import dpo
-from jaxalign.algorithms.reference import ReferenceSync, follow, reference_of, start_reference
+from jaxalign.algorithms.moving_reference import (
+    ReferenceSync,
+    follow,
+    reference_of,
+    start_reference,
+)
 from jaxalign.config import DPORun, KTORun
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine

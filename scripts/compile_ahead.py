@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxalign.algorithms import dpo, ppo, sft
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 

@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import moments
+from jaxalign.algorithms import low_precision_adam
+from jaxalign.algorithms.optim import OptimizerConfig, decays, make_optimizer, make_schedule
 from jaxalign.algorithms.step import init_state, opt_state_shardings
-from jaxalign.optim import OptimizerConfig, decays, make_optimizer, make_schedule
 from jaxalign.parallel.sharding import compile_step, make_mesh
 
 
@@ -132,14 +132,14 @@ def test_codes_of_int8_moments_by_hand():
     # Powers of 2^(1/6) and 2^(1/8) below the largest of a row are exact, whatever is drawn.
     key = jax.random.key(1)
     m = np.array([[8.0, -4.0, 8 * 2**-0.5, 0.0]], np.float32)
-    code, scale = jax.jit(moments.encode_m)(key, m)
+    code, scale = jax.jit(low_precision_adam.encode_m)(key, m)
     np.testing.assert_array_equal(code, [[127, -121, 124, 0]])
     np.testing.assert_array_equal(scale, [[8.0]])
-    np.testing.assert_allclose(moments.decode_m(code, scale), m, 1e-6)
+    np.testing.assert_allclose(low_precision_adam.decode_m(code, scale), m, 1e-6)
     v = np.array([[1e-6, 1e-6 / 2, 1e-6 * 2**-31.75, 1e-30, 0.0]], np.float32)
-    code, scale = jax.jit(moments.encode_v)(key, v)
+    code, scale = jax.jit(low_precision_adam.encode_v)(key, v)
     np.testing.assert_array_equal(code, [[255, 247, 1, 1, 0]])  # 1e-30 is rounded up
-    np.testing.assert_allclose(moments.decode_v(code, scale)[0, :3], v[0, :3], 1e-5)
+    np.testing.assert_allclose(low_precision_adam.decode_v(code, scale)[0, :3], v[0, :3], 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -148,9 +148,11 @@ def test_rounding_is_right_on_average(kind):
     x = np.abs(rng.normal(size=(2, 20))).astype(np.float32) * 10.0 ** -(np.arange(20) ** 0.5)
     keys = jax.random.split(jax.random.key(2), 4000)
     if kind == "bfloat16":
-        there_and_back = lambda key: moments.to_bfloat16(key, x).astype(np.float32)  # noqa: E731
+        there_and_back = lambda key: low_precision_adam.to_bfloat16(key, x).astype(np.float32)  # noqa: E731
     else:
-        there_and_back = lambda key: moments.decode_v(*moments.encode_v(key, x))  # noqa: E731
+        there_and_back = lambda key: low_precision_adam.decode_v(
+            *low_precision_adam.encode_v(key, x)
+        )  # noqa: E731
     values = jax.jit(jax.vmap(there_and_back))(keys)
     # A step is at most 9 % (2^(1/8)): the mean of 4,000 has a deviation below 0.07 %.
     np.testing.assert_allclose(np.mean(values, axis=0), x, rtol=4e-3)
@@ -229,7 +231,7 @@ def test_moments_in_host_memory_change_nothing():
     assert away.params["kernel"].sharding.memory_kind != "pinned_host"
 
 
-@pytest.mark.parametrize("kind", moments.MOMENTS)
+@pytest.mark.parametrize("kind", low_precision_adam.MOMENTS)
 def test_bfloat16_weights_move_by_steps_smaller_than_they_can_tell(kind):
     """Rounded to the nearest they would stay where they are; at random they follow on average."""
     tx = make_optimizer(
@@ -265,6 +267,6 @@ def test_bfloat16_weights_move_by_steps_smaller_than_they_can_tell(kind):
 def test_no_step_moves_no_bfloat16_weight():
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16)}
-    tx = moments.round_weights_at_random()
+    tx = low_precision_adam.round_weights_at_random()
     updates, _ = tx.update({"kernel": jnp.zeros((3, 64))}, tx.init(params), params)
     assert not np.asarray(updates["kernel"], np.float32).any()

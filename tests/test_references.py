@@ -12,7 +12,7 @@ import pytest
 import jaxalign
 from jaxalign import references, tasks
 from jaxalign import train as loop
-from jaxalign.algorithms.reference import FollowState, ReferenceSync, follow
+from jaxalign.algorithms.moving_reference import FollowState, ReferenceSync, follow
 from jaxalign.config import load_config
 from jaxalign.config_yaml import merge, read_yaml
 from jaxalign.export import export_run

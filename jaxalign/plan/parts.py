@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
-from jaxalign.algorithms.reference import follow
+from jaxalign.algorithms.moving_reference import follow
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import Step
 from jaxalign.hf import families
 from jaxalign.hf.gguf_file import GGUFFile
@@ -24,7 +25,6 @@ from jaxalign.hf.source import locate, read_json
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings

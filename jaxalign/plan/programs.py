@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.experience import make_experience
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
+from jaxalign.algorithms.ppo.experience import make_experience
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops

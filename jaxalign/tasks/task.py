@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.data import Batches
 from jaxalign.export import whole_model
@@ -17,7 +18,6 @@ from jaxalign.hf import save_pretrained
 from jaxalign.metrics import FLOPS, TOKENS, add_up
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.sharding import CompiledStep, compile_step, shard_batch
 from jaxalign.tasks.loading import Loaded
 from jaxalign.types import TrainState

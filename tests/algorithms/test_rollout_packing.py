@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.rollout_packing import lay_out, packed_shape
+from jaxalign.algorithms.ppo.packing import lay_out, packed_shape
 from jaxalign.algorithms.step import init_state
 from jaxalign.parallel.sharding import make_mesh, shard_batch
 from jaxalign.types import RolloutBatch, TokenBatch

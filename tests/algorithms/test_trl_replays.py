@@ -6,8 +6,8 @@ import oracle
 import pytest
 
 from jaxalign.algorithms import dpo, reward, sft
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.types import PairBatch
 
 TX = make_optimizer(

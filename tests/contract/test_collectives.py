@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import sft
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.plan.costs import COLLECTIVES
 from jaxalign.plan.hlo import parse

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import dpo, ppo, reward
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 

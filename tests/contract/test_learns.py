@@ -8,8 +8,8 @@ import tiny
 from cases import CASES
 
 from jaxalign.algorithms import ppo
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.types import PromptBatch
 
 

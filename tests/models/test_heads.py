@@ -10,6 +10,7 @@ import plain_llama
 import pytest
 import tiny
 
+from jaxalign.algorithms.optim import make_optimizer
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import (
@@ -19,7 +20,6 @@ from jaxalign.models.lm_head import (
     weigh_attributes,
     with_scalar_head,
 )
-from jaxalign.optim import make_optimizer
 from jaxalign.parallel.sharding import make_mesh, param_shardings
 from jaxalign.types import TokenBatch
 

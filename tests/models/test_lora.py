@@ -6,11 +6,11 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import sft
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
-from jaxalign.optim import OptimizerConfig, make_optimizer
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
 
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=("query", "value", "down"))

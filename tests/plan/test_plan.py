@@ -16,7 +16,7 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import cli
-from jaxalign.algorithms.reference import FollowState
+from jaxalign.algorithms.moving_reference import FollowState
 from jaxalign.config import load_config
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.sharding import make_mesh

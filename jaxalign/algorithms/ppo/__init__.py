@@ -28,19 +28,24 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.actor_critic import init_params, make_optimizer
-from jaxalign.algorithms.answers import (
+from jaxalign.algorithms.ppo.answers import (
     CALIBRATIONS,
     RewardFn,
     calibrate,
     draw_answers,
     score_answers,
 )
-from jaxalign.algorithms.carried import ScoreStats, next_kl_coef, next_score_stats, running_scale
-from jaxalign.algorithms.experience import make_experience
-from jaxalign.algorithms.ppo_options import check_options
-from jaxalign.algorithms.resampling import count_equal_groups, fill_equal_groups
-from jaxalign.algorithms.rollout import (
+from jaxalign.algorithms.ppo.checks import check_options
+from jaxalign.algorithms.ppo.controllers import (
+    ScoreStats,
+    next_kl_coef,
+    next_score_stats,
+    running_scale,
+)
+from jaxalign.algorithms.ppo.dynamic_sampling import count_equal_groups, fill_equal_groups
+from jaxalign.algorithms.ppo.experience import make_experience
+from jaxalign.algorithms.ppo.optimizer import init_params, make_optimizer
+from jaxalign.algorithms.ppo.rollout import (
     answer_mask_of,
     join_tokens,
     logprob_difference,

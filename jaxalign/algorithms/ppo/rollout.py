@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.algorithms.rollout_packing import lay_out, pack_rows, without_answers
+from jaxalign.algorithms.ppo.packing import lay_out, pack_rows, without_answers
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var
 from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.rollout import join_tokens
+from jaxalign.algorithms.ppo.rollout import join_tokens
 from jaxalign.parallel.rules import Rules
 from jaxalign.parallel.sharding import all_rows, local_rows, mesh_of, on_mesh, shard_batch
 from jaxalign.sampling.generate import Generation, sample
