@@ -49,7 +49,6 @@ from jaxalign.types import (
 )
 
 if TYPE_CHECKING:
-    from jaxalign.config import load_config
     from jaxalign.data import (
         Source,
         graded_batches,
@@ -63,12 +62,13 @@ if TYPE_CHECKING:
     from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
     from jaxalign.rewards.best_of import model_judge
     from jaxalign.rewards.scoring import score_conversations, score_rows
+    from jaxalign.run.config.runs import load_config
 
 _LAZY = {
     "Source": "jaxalign.data",
     "graded_batches": "jaxalign.data",
     "model_judge": "jaxalign.rewards.best_of",
-    "load_config": "jaxalign.config",
+    "load_config": "jaxalign.run.config.runs",
     "load_pretrained": "jaxalign.hf",
     "load_tokenizer": "jaxalign.hf",
     "score_conversations": "jaxalign.rewards.scoring",

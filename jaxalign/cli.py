@@ -243,8 +243,8 @@ def _weights_argument(command: argparse.ArgumentParser) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from jaxalign.config import load_config
-    from jaxalign.train import train
+    from jaxalign.run.config.runs import load_config
+    from jaxalign.run.loop import train
 
     distributed.start()
     with distributed.guard():
@@ -261,7 +261,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _pipeline(parsed: argparse.Namespace) -> int:
-    from jaxalign.pipeline import load_stages, run_stages
+    from jaxalign.run.pipeline import load_stages, run_stages
 
     distributed.start()
     with distributed.guard():
@@ -290,7 +290,7 @@ def _answers(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from jaxalign.export import export_run
+    from jaxalign.run.export import export_run
 
     done = export_run(parsed.folder, parsed.out, parsed.step, part=parsed.part, dtype=parsed.dtype)
     print(f"{done.table}\ncheckpoint {done.step} of {parsed.folder} → {parsed.out}")
@@ -298,7 +298,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _import(parsed: argparse.Namespace) -> int:
-    from jaxalign.export import import_model
+    from jaxalign.run.export import import_model
 
     done = import_model(parsed.source, parsed.out, dtype=parsed.dtype)
     print(f"{done.table}\n{parsed.source} → {parsed.out}")
@@ -338,8 +338,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _algorithm_and_config(parsed: argparse.Namespace) -> tuple[str, Any]:
     """Of a YAML file, before which the algorithm's name may stand."""
-    from jaxalign.config import algorithm_of, load_config
-    from jaxalign.config_yaml import override, read_yaml
+    from jaxalign.run.config.runs import algorithm_of, load_config
+    from jaxalign.run.config.yaml import override, read_yaml
 
     path, overrides, algorithm = parsed.config, parsed.overrides, None
     if path in _COMMANDS:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.charts import bar_chart, nice_step, text
-from jaxalign.config import RUNS, algorithm_of, load_config
-from jaxalign.config_yaml import override, read_yaml
 from jaxalign.data import Batches
 from jaxalign.page import page, table
-from jaxalign.tasks import load_data
+from jaxalign.run.config.runs import RUNS, algorithm_of, load_config
+from jaxalign.run.config.yaml import override, read_yaml
+from jaxalign.run.tasks import load_data
 from jaxalign.types import PairBatch, PromptBatch, SharedPairBatch, TokenBatch
 
 OPEN, CLOSE = "⟦", "⟧"

@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.config_yaml import read_yaml
 from jaxalign.data import read_rows
 from jaxalign.hf import load_pretrained, load_tokenizer
-from jaxalign.pipeline import EXAMPLES, load_stages, run_stages
+from jaxalign.run.config.yaml import read_yaml
+from jaxalign.run.loop import Result
+from jaxalign.run.pipeline import EXAMPLES, load_stages, run_stages
 from jaxalign.sampling.generate import generate
-from jaxalign.train import Result
 
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "quickstart.yaml"
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxalign.charts import bar_chart, line_chart, text, value_ticks
-from jaxalign.config import RUNS
-from jaxalign.config_yaml import read_yaml
 from jaxalign.hf.source import read_json
 from jaxalign.page import page, table
+from jaxalign.run.config.runs import RUNS
+from jaxalign.run.config.yaml import read_yaml
 
 Curve = list[tuple[float, float]]
 

@@ -19,8 +19,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.config_mesh import MeshConfig
-from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
@@ -48,7 +46,9 @@ from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, pooled_scores
 from jaxalign.parallel.sharding import on_mesh, row_shards, shard_batch
-from jaxalign.pipeline import EXAMPLES
+from jaxalign.run.config.mesh import MeshConfig
+from jaxalign.run.config.yaml import build, override, read_yaml
+from jaxalign.run.pipeline import EXAMPLES
 from jaxalign.sampling.generate import sample
 
 _STEP = 64  # prompts and answers are padded to a multiple of this, so that few shapes are compiled

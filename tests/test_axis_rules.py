@@ -11,10 +11,7 @@ import yaml
 from jax.sharding import PartitionSpec
 
 from jaxalign import cli
-from jaxalign import train as loop
 from jaxalign.algorithms.step import init_state
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge
 from jaxalign.models.attention.kv_cache import split
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.rules import RULES, current_rules, use_rules
@@ -29,10 +26,13 @@ from jaxalign.parallel.sharding import (
     relaid,
     shard_batch,
 )
-from jaxalign.references import hold_reference
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.tasks.actors import start_critic, start_reference
-from jaxalign.tasks.loading import Scorers, load_policy
+from jaxalign.run import loop as loop
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge
+from jaxalign.run.tasks.actors import start_critic, start_reference
+from jaxalign.run.tasks.models import Scorers, load_policy
+from jaxalign.run.tasks.reference import hold_reference
 from jaxalign.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

@@ -13,7 +13,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from jaxalign import cli
-from jaxalign.config_yaml import merge
+from jaxalign.run.config.yaml import merge
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -16,7 +16,6 @@ from jaxalign.bench.machine import Limit
 from jaxalign.bench.rows import pair_batches, prompt_batch, token_batches
 from jaxalign.bench.updates import update_runner
 from jaxalign.cli import main
-from jaxalign.metrics import Stopwatch, rates
 from jaxalign.models.flops import (
     Work,
     decode_flops,
@@ -26,6 +25,7 @@ from jaxalign.models.flops import (
     update_flops,
     work_of,
 )
+from jaxalign.run.metrics import Stopwatch, rates
 from jaxalign.types import PairBatch, PromptBatch
 
 TINY = tiny.CONFIG  # V 64, D 32, F 48, 2 layers, 4 heads of 8, 2 of them for keys and values

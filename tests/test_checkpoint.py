@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from jaxalign.algorithms.step import init_state
-from jaxalign.checkpoint import Checkpoints
 from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.run.checkpoint import Checkpoints
 
 
 def make_state(mesh=None, seed=0, tx=None):

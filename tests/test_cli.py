@@ -172,7 +172,7 @@ def test_interrupted_is_status_130(monkeypatch, tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxalign.config.load_config", interrupt)
+    monkeypatch.setattr("jaxalign.run.config.runs.load_config", interrupt)
     assert cli.main(["sft", str(tmp_path / "x.yaml")]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -182,8 +182,8 @@ CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_are_valid(path):
-    from jaxalign.config import RUNS, load_config
-    from jaxalign.pipeline import load_stages
+    from jaxalign.run.config.runs import RUNS, load_config
+    from jaxalign.run.pipeline import load_stages
     from jaxalign.synth import load_synth
 
     algorithm = path.stem.partition("_")[0]  # reward_steps.yaml is for `jaxalign reward`

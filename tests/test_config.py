@@ -9,17 +9,17 @@ import typing
 import pytest
 
 import jaxalign
-from jaxalign import config as configs
 from jaxalign import synth
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.moving_reference import ReferenceSync
 from jaxalign.algorithms.optim import OptimizerConfig
-from jaxalign.config import RUNS, load_config
-from jaxalign.config_yaml import merge, override, read_yaml, write_yaml
 from jaxalign.data import Source
 from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
+from jaxalign.run.config import runs as configs
+from jaxalign.run.config.runs import RUNS, load_config
+from jaxalign.run.config.yaml import merge, override, read_yaml, write_yaml
 
 PACKAGE = pathlib.Path(jaxalign.__file__).parent
 

@@ -11,7 +11,7 @@ import yaml
 import jaxalign
 from jaxalign import cli
 from jaxalign.data_page import groups_of, histogram, inspect_data, marked, printable, show
-from jaxalign.pipeline import EXAMPLES
+from jaxalign.run.pipeline import EXAMPLES
 from jaxalign.types import RankedBatch, SharedPairBatch, StepBatch, TokenBatch
 
 
@@ -28,7 +28,7 @@ def _no_models(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("jaxalign.tasks.loading.load_pretrained", refuse)
+    monkeypatch.setattr("jaxalign.run.tasks.models.load_pretrained", refuse)
 
 
 def values(tokenizer, algorithm, train, **data):

@@ -10,9 +10,10 @@ import threading
 import jax
 import pytest
 
-from jaxalign import config, train
 from jaxalign.parallel import distributed
 from jaxalign.parallel.distributed import collectives, heartbeat, initialize, service
+from jaxalign.run import loop
+from jaxalign.run.config import runs
 
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
@@ -358,13 +359,13 @@ def test_a_run_refuses_hosts_with_other_packages_or_options(
             "model": {"source": "m"}, "data": {"train": ["d.jsonl"], "rows": rows, "length": 32},
             "run": {"folder": str(tmp_path), "steps": 1},
         }  # fmt: skip
-        return config.load_config("sft", values)
+        return runs.load_config("sft", values)
 
     def versions():
         return {"jax": f"0.1{jax.process_index() * (differs == 'versions')}"}
 
-    monkeypatch.setattr(train, "_versions", versions)
-    found = processes(2, lambda index: train._check_hosts(tmp_path, options(index)))
+    monkeypatch.setattr(loop, "_versions", versions)
+    found = processes(2, lambda index: loop._check_hosts(tmp_path, options(index)))
     if differs == "nothing":
         assert found == [None, None]
         return

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 import jaxalign
 from jaxalign import cli
-from jaxalign.config import load_config
-from jaxalign.export import export_run, import_model
 from jaxalign.parallel.sharding import make_mesh
-from jaxalign.train import train
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.export import export_run, import_model
+from jaxalign.run.loop import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

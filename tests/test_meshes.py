@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from jaxalign.config import load_config
 from jaxalign.parallel.mesh import make_mesh, set_apart, split_over_slices
+from jaxalign.run.config.runs import load_config
 
 SIZES = {"data": 4, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.metrics import JsonlWriter, add_up, check_finite, to_floats
+from jaxalign.run.metrics import JsonlWriter, add_up, check_finite, to_floats
 from jaxalign.types import Weighted
 
 

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from jaxalign import train as loop
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge
+from jaxalign.run import loop as loop
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -8,7 +8,7 @@ import yaml
 
 import jaxalign
 from jaxalign.models.lm_head import Scorer
-from jaxalign.pipeline import load_stages, run_stages
+from jaxalign.run.pipeline import load_stages, run_stages
 
 STAGES = {
     "folder": "runs/mine",

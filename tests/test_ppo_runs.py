@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import tasks
-from jaxalign import train as loop
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge
 from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.run import loop as loop
+from jaxalign.run import tasks
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -11,8 +11,8 @@ import jaxalign
 from jaxalign import cli
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.pipeline import EXAMPLES, load_stages
 from jaxalign.quickstart import RECIPE
+from jaxalign.run.pipeline import EXAMPLES, load_stages
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 FIGURES = {

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import references, tasks
-from jaxalign import train as loop
 from jaxalign.algorithms.moving_reference import FollowState, ReferenceSync, follow
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge, read_yaml
-from jaxalign.export import export_run
-from jaxalign.reference_cache import ReferenceCache, pair_keys, weights_digest
+from jaxalign.run import loop as loop
+from jaxalign.run import tasks
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge, read_yaml
+from jaxalign.run.export import export_run
+from jaxalign.run.tasks import reference
+from jaxalign.run.tasks.reference_cache import ReferenceCache, pair_keys, weights_digest
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -88,7 +89,7 @@ def test_a_made_cache_is_read_packed_or_not_and_the_reference_is_not_loaded(
         raise AssertionError("the reference was loaded")
 
     monkeypatch.setattr(tasks.loading, "language_model", never)
-    monkeypatch.setattr(references.dpo, "make_prepare", never)
+    monkeypatch.setattr(reference.dpo, "make_prepare", never)
     cache = {"reference_cache": str(folder)}
     again = run("dpo", chat_models, tmp_path / "again", common | cache)
     assert again.history == made.history
@@ -140,7 +141,7 @@ def test_a_stale_cache_is_refused_and_says_what_differs(
 def test_another_tokenizer_is_refused():
     one, other = chatmodel.make_tokenizer(), chatmodel.make_tokenizer()
     other.add_tokens(["extra"])
-    digest = references.tokenizer_digest
+    digest = reference.tokenizer_digest
     assert digest(one) == digest(chatmodel.make_tokenizer()) != digest(other)
 
 
@@ -298,7 +299,7 @@ def test_a_run_without_a_reference_holds_none(chat_models, tmp_path, monkeypatch
     def never(*args, **options):
         raise AssertionError("a reference was asked for")
 
-    monkeypatch.setattr(references.dpo, "make_prepare", never)
+    monkeypatch.setattr(reference.dpo, "make_prepare", never)
     monkeypatch.setattr(tasks.dpo, "hold_reference", never)
     made = run("dpo", chat_models, tmp_path / "run", {"dpo": {"loss_type": "orpo"}})
     assert {"nll", "weight/sft"} <= made.history[0].keys()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign.config import load_config
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan.parts import PARTS
 from jaxalign.report import make_page
-from jaxalign.tasks import make_task
-from jaxalign.train import train
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.loop import train
+from jaxalign.run.tasks import make_task
 from jaxalign.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

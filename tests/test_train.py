@@ -11,14 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxalign
-from jaxalign import algorithms, cli, export, tasks
-from jaxalign import train as loop
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge, read_yaml
+from jaxalign import algorithms, cli
 from jaxalign.hf import load_pretrained
-from jaxalign.metrics import JsonlWriter
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
+from jaxalign.run import export, tasks
+from jaxalign.run import loop as loop
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge, read_yaml
+from jaxalign.run.metrics import JsonlWriter
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

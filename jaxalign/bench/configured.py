@@ -9,8 +9,8 @@ import jax
 
 from jaxalign.bench.case import Runner, Sample
 from jaxalign.data import filled
-from jaxalign.metrics import FLOPS, TOKENS
-from jaxalign.tasks import make_task
+from jaxalign.run.metrics import FLOPS, TOKENS
+from jaxalign.run.tasks import make_task
 
 
 def config_runner(config: Any) -> Runner:

@@ -18,11 +18,11 @@ from jaxalign.bench.case import Case, Runner, Sample
 from jaxalign.bench.rows import prompt_batch
 from jaxalign.bench.sizes import SIZES
 from jaxalign.bench.updates import adam, decoder
-from jaxalign.metrics import Stopwatch
 from jaxalign.models.flops import decode_flops, ppo_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head
 from jaxalign.parallel.sharding import compile_step, local_rows
 from jaxalign.rewards.model import model_reward
+from jaxalign.run.metrics import Stopwatch
 from jaxalign.sampling.generate import sample
 
 _MEAN_SHARE = 2

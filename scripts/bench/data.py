@@ -95,9 +95,9 @@ def wait(tokenizer: str, file: str, steps: int = 40) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import jaxalign as ja
-    from jaxalign.config import load_config
     from jaxalign.models.base import DecoderConfig
-    from jaxalign.train import train
+    from jaxalign.run.config.runs import load_config
+    from jaxalign.run.loop import train
 
     tok = AutoTokenizer.from_pretrained(tokenizer)
     shape = DecoderConfig(

@@ -30,8 +30,8 @@ from _job import append, machine, wilson
 from polite import HELD_OUT, polite, split, write_lines
 
 import jaxalign as ja
-from jaxalign.config_yaml import merge, read_yaml
-from jaxalign.pipeline import load_stages, run_stages
+from jaxalign.run.config.yaml import merge, read_yaml
+from jaxalign.run.pipeline import load_stages, run_stages
 
 
 def stage_name(kl_coef: float) -> str:

@@ -85,8 +85,8 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
 
 def stages(arguments: argparse.Namespace, data: dict[str, str]) -> list[tuple[str, Any]]:
     """The recipe with model, data and folders filled in."""
-    from jaxalign.config_yaml import read_yaml
-    from jaxalign.pipeline import load_stages
+    from jaxalign.run.config.yaml import read_yaml
+    from jaxalign.run.pipeline import load_stages
 
     recipe = read_yaml(pathlib.Path(__file__).with_name("polite.yaml"))
     recipe["folder"] = str(arguments.work / "stages")
@@ -197,7 +197,7 @@ def main() -> None:
 
     from jaxalign.data.rows import to_preference
     from jaxalign.data.sources import read_rows
-    from jaxalign.pipeline import run_stages
+    from jaxalign.run.pipeline import run_stages
 
     rows, held_out, equal = split(json.loads(arguments.data.read_text()), HELD_OUT)
     print(

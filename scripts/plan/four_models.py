@@ -14,8 +14,8 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jaxalign.config import load_config
 from jaxalign.plan import make_plan
+from jaxalign.run.config.runs import load_config
 
 RUN = {
     "model": {"source": "meta-llama/Llama-2-7b-hf", "remat": "block"},

@@ -23,10 +23,10 @@ import jax
 import numpy as np
 
 from jaxalign.algorithms.step import init_state
-from jaxalign.config import load_config
 from jaxalign.parallel.sharding import compile_step, make_mesh
 from jaxalign.plan import make_plan
 from jaxalign.plan.parts import PARTS
+from jaxalign.run.config.runs import load_config
 from jaxalign.types import TokenBatch
 
 DEVICES = 8

@@ -18,10 +18,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from jaxalign.config import load_config
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan import find_devices, make_plan
 from jaxalign.plan.parts import PARTS
+from jaxalign.run.config.runs import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 LENGTH = 2048

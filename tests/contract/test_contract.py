@@ -8,8 +8,8 @@ import pytest
 from cases import CASES, LENGTH, ROWS
 
 from jaxalign.algorithms.step import init_state
-from jaxalign.checkpoint import Checkpoints
 from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
+from jaxalign.run.checkpoint import Checkpoints
 
 MESHES = {
     "rows4": ({"data": 4, "fsdp": 1, "sequence": 2}, 1),

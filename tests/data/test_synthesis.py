@@ -16,7 +16,7 @@ from jaxalign.data.synthesis import (
 )
 from jaxalign.data.synthesis.filters import InstructionFilter, keep_instances
 from jaxalign.data.synthesis.prompts import Instance
-from jaxalign.pipeline import EXAMPLES
+from jaxalign.run.pipeline import EXAMPLES
 
 # ROUGE-L
 

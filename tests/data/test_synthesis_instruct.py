@@ -17,7 +17,7 @@ from jaxalign.data.synthesis import (
     SelfInstruct,
     read_seed_tasks,
 )
-from jaxalign.pipeline import EXAMPLES
+from jaxalign.run.pipeline import EXAMPLES
 
 ASKER = Asker(7, Sampling(0.7, 1.0, 100))
 

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import cli
 from jaxalign.algorithms.moving_reference import FollowState
-from jaxalign.config import load_config
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes
 from jaxalign.plan.parts import PARTS, HostArray
 from jaxalign.plan.programs import device_bytes
 from jaxalign.plan.topology import nearest_mesh, next_that_holds
+from jaxalign.run.config.runs import load_config
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

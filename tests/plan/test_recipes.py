@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.config import algorithm_of, load_config
-from jaxalign.config_yaml import read_yaml
 from jaxalign.parallel.chips import CHIPS
 from jaxalign.parallel.sharding import make_mesh, on_mesh
 from jaxalign.plan import parse_topology, resident_bytes
 from jaxalign.plan.parts import PARTS, known_shape
 from jaxalign.plan.programs import train_state
+from jaxalign.run.config.runs import algorithm_of, load_config
+from jaxalign.run.config.yaml import read_yaml
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs/recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from jaxalign.config import load_config
 from jaxalign.parallel.chips import CHIPS
 from jaxalign.plan import search_plans
 from jaxalign.plan.search import candidates
+from jaxalign.run.config.runs import load_config
 
 
 def config(*overrides):

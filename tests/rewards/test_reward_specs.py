@@ -9,8 +9,6 @@ import tiny
 from answered import TOK, answered
 
 import jaxalign
-from jaxalign.config import load_config
-from jaxalign.config_yaml import merge, write_yaml
 from jaxalign.models.lm_head import Scorer
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.build import check_same_tokens, import_function
@@ -23,6 +21,8 @@ from jaxalign.rewards.specs import (
     ModelReward,
     RegexReward,
 )
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import merge, write_yaml
 
 LEAST = {
     "model": {"source": "some/model"},

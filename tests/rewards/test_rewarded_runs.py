@@ -4,9 +4,9 @@ import chatmodel
 import pytest
 
 from jaxalign import cli
-from jaxalign.config import load_config
-from jaxalign.config_yaml import write_yaml
-from jaxalign.train import train
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.config.yaml import write_yaml
+from jaxalign.run.loop import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jaxalign.checkpoint import Checkpoints
-from jaxalign.config import RunConfig
-from jaxalign.config_yaml import to_values, write_yaml
 from jaxalign.data import filled
-from jaxalign.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
 from jaxalign.parallel import distributed
 from jaxalign.parallel.chips import peak_flops
-from jaxalign.tasks import make_task
+from jaxalign.run.checkpoint import Checkpoints
+from jaxalign.run.config.runs import RunConfig
+from jaxalign.run.config.yaml import to_values, write_yaml
+from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
+from jaxalign.run.tasks import make_task
 
 _PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 

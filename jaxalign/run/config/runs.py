@@ -14,15 +14,15 @@ from typing import Any, ClassVar, TypeVar
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.moving_reference import ReferenceSync
 from jaxalign.algorithms.optim import OptimizerConfig
-from jaxalign.config_data import DataConfig
-from jaxalign.config_data import want as _want
-from jaxalign.config_mesh import MeshConfig
-from jaxalign.config_reference import check_offload, check_sync
-from jaxalign.config_yaml import build, override, read_yaml
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import ModelReward, RewardSpec
+from jaxalign.run.config.data import DataConfig
+from jaxalign.run.config.data import want as _want
+from jaxalign.run.config.mesh import MeshConfig
+from jaxalign.run.config.reference import check_offload, check_sync
+from jaxalign.run.config.yaml import build, override, read_yaml
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxalign.config_data import want
+from jaxalign.run.config.data import want
 
 
 def check_sync(config: Any) -> None:

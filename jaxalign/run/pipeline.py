@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 
-from jaxalign.config import RUNS, load_config
-from jaxalign.config_yaml import merge, override, read_yaml
-from jaxalign.train import Result, train
+from jaxalign.run.config.runs import RUNS, load_config
+from jaxalign.run.config.yaml import merge, override, read_yaml
+from jaxalign.run.loop import Result, train
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 

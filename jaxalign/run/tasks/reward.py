@@ -5,12 +5,12 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
-from jaxalign.config import RewardRun
-from jaxalign.heldout import HeldOut
 from jaxalign.models.flops import update_flops
-from jaxalign.tasks.data import judgements, make_data, total_of
-from jaxalign.tasks.loading import load, with_head
-from jaxalign.tasks.task import Task, cost_of, exporter, optimizer, start
+from jaxalign.run.config.runs import RewardRun
+from jaxalign.run.tasks.data import judgements, make_data, total_of
+from jaxalign.run.tasks.evaluate import HeldOut
+from jaxalign.run.tasks.models import load, with_head
+from jaxalign.run.tasks.task import Task, cost_of, exporter, optimizer, start
 
 
 def reward_task(config: RewardRun, mesh: Mesh) -> Task:

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
 from jaxalign.data import Batches
-from jaxalign.metrics import add_up
 from jaxalign.models.base import ScalarModel
 from jaxalign.parallel.sharding import all_rows, shard_batch
 from jaxalign.rewards import evaluation
 from jaxalign.rewards.evaluation import Findings
+from jaxalign.run.metrics import add_up
 from jaxalign.types import TrainState
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxalign.config import DPORun, KTORun, PPORun, RewardRun, SFTRun
 from jaxalign.parallel.sharding import row_axes, row_shards
-from jaxalign.tasks.data import load_data
-from jaxalign.tasks.dpo import dpo_task
-from jaxalign.tasks.kto import kto_task
-from jaxalign.tasks.ppo import ppo_task
-from jaxalign.tasks.reward import reward_task
-from jaxalign.tasks.sft import sft_task
-from jaxalign.tasks.task import Task
+from jaxalign.run.config.runs import DPORun, KTORun, PPORun, RewardRun, SFTRun
+from jaxalign.run.tasks.data import load_data
+from jaxalign.run.tasks.dpo import dpo_task
+from jaxalign.run.tasks.kto import kto_task
+from jaxalign.run.tasks.ppo import ppo_task
+from jaxalign.run.tasks.reward import reward_task
+from jaxalign.run.tasks.sft import sft_task
+from jaxalign.run.tasks.task import Task
 
 __all__ = [
     "Task",

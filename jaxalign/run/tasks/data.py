@@ -9,7 +9,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxalign.config import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
 from jaxalign.data import (
     Batches,
     graded_batches,
@@ -20,9 +19,10 @@ from jaxalign.data import (
     step_batches,
     unpaired_batches,
 )
-from jaxalign.export import run_tokenizer
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import part_of_rows
+from jaxalign.run.config.runs import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
+from jaxalign.run.export import run_tokenizer
 
 
 def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.config import ModelConfig, PPORun, RewardRun
-from jaxalign.export import run_tokenizer
 from jaxalign.hf import load_pretrained
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
@@ -19,6 +17,8 @@ from jaxalign.models.lora import add_lora
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.specs import ModelReward
+from jaxalign.run.config.runs import ModelConfig, PPORun, RewardRun
+from jaxalign.run.export import run_tokenizer
 from jaxalign.types import Params
 
 

@@ -13,11 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
-from jaxalign.config import PPORun
 from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
-from jaxalign.export import whole_model
 from jaxalign.hf import save_pretrained
-from jaxalign.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.models.base import combine
 from jaxalign.models.flops import ppo_flops
 from jaxalign.parallel.host_memory import on_device, to_host_memory
@@ -25,11 +22,14 @@ from jaxalign.parallel.sharding import all_rows, local_rows
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.tasks.actors import start_critic, start_reference
-from jaxalign.tasks.data import make_data, total_of
-from jaxalign.tasks.dumps import RolloutDump
-from jaxalign.tasks.loading import Scorers, load_policy, pad_id
-from jaxalign.tasks.task import Floats, Loop, Task, optimizer, start
+from jaxalign.run.config.runs import PPORun
+from jaxalign.run.export import whole_model
+from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, to_floats
+from jaxalign.run.tasks.actors import start_critic, start_reference
+from jaxalign.run.tasks.data import make_data, total_of
+from jaxalign.run.tasks.models import Scorers, load_policy, pad_id
+from jaxalign.run.tasks.rollout_log import RolloutDump
+from jaxalign.run.tasks.task import Floats, Loop, Task, optimizer, start
 from jaxalign.types import RolloutBatch, TrainState
 
 

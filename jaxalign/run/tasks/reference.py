@@ -16,13 +16,13 @@ from jaxalign.algorithms.moving_reference import (
     reference_of,
     start_reference,
 )
-from jaxalign.config import DPORun, KTORun
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import relaid
-from jaxalign.reference_cache import (
+from jaxalign.run.config.runs import DPORun, KTORun
+from jaxalign.run.tasks.reference_cache import (
     REMEDY,
     ReferenceCache,
     text_digest,

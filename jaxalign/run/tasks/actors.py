@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.config import PPORun
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, with_scalar_head
 from jaxalign.parallel.sharding import relaid
-from jaxalign.tasks.loading import Loaded, Scorers, language_model, shape_of
+from jaxalign.run.config.runs import PPORun
+from jaxalign.run.tasks.models import Loaded, Scorers, language_model, shape_of
 from jaxalign.types import Params
 
 

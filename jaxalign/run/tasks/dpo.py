@@ -9,13 +9,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo
-from jaxalign.config import DPORun
 from jaxalign.data import preference_batches
 from jaxalign.models.flops import forward_flops, update_flops, work_of
-from jaxalign.references import hold_reference, keep_reference, reference_optimizer
-from jaxalign.tasks.data import make_data, names_of, total_of
-from jaxalign.tasks.loading import load_policy, reference_model
-from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
+from jaxalign.run.config.runs import DPORun
+from jaxalign.run.tasks.data import make_data, names_of, total_of
+from jaxalign.run.tasks.models import load_policy, reference_model
+from jaxalign.run.tasks.reference import hold_reference, keep_reference, reference_optimizer
+from jaxalign.run.tasks.task import Task, evaluator, optimizer, start, updates_task
 
 
 def dpo_task(config: DPORun, mesh: Mesh) -> Task:

@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.checkpoint import Checkpoints
-from jaxalign.config import RUNS, ModelConfig, RewardRun, load_config
-from jaxalign.config_yaml import read_yaml
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.hf import load_model, load_pretrained, load_tokenizer, orbax_folder, save_pretrained
@@ -24,6 +21,9 @@ from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import merge_lora
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.run.checkpoint import Checkpoints
+from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
+from jaxalign.run.config.yaml import read_yaml
 from jaxalign.types import Params
 
 _PARTS = ("policy", "critic")

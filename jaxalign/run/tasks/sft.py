@@ -5,12 +5,12 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import sft
-from jaxalign.config import SFTRun
 from jaxalign.data import sft_batches
 from jaxalign.models.flops import update_flops
-from jaxalign.tasks.data import make_data, names_of, total_of
-from jaxalign.tasks.loading import load_policy
-from jaxalign.tasks.task import Task, evaluator, optimizer, start, updates_task
+from jaxalign.run.config.runs import SFTRun
+from jaxalign.run.tasks.data import make_data, names_of, total_of
+from jaxalign.run.tasks.models import load_policy
+from jaxalign.run.tasks.task import Task, evaluator, optimizer, start, updates_task
 
 
 def sft_task(config: SFTRun, mesh: Mesh) -> Task:

@@ -1,0 +1,1 @@
+"""A run: its configuration, its tasks, the loop, checkpoints and export."""
