@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxalign import huge_pages
+from jaxalign.commands.startup import huge_pages
 
 huge_pages.restart_command()  # where this is the command: before JAX is loaded
 

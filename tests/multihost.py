@@ -8,7 +8,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEVICES = 8
-RUN = ("-m", "jaxalign.cli")
+RUN = ("-m", "jaxalign.commands.cli")
 
 
 def start(arguments, processes, log, *, program=RUN, folders=None, **environment):

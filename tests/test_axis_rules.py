@@ -10,8 +10,8 @@ import tiny
 import yaml
 from jax.sharding import PartitionSpec
 
-from jaxalign import cli
 from jaxalign.algorithms.step import init_state
+from jaxalign.commands import cli
 from jaxalign.models.attention.kv_cache import split
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.rules import RULES, current_rules, use_rules

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import cli
+from jaxalign.commands import cli
 from jaxalign.run.config.yaml import merge
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

@@ -10,12 +10,12 @@ import pytest
 import tiny
 import yaml
 
-from jaxalign.bench import SIZES, Case, measure, show
-from jaxalign.bench.case import Runner, Sample, cached_rows, make_case, row_parts
-from jaxalign.bench.machine import Limit
-from jaxalign.bench.rows import pair_batches, prompt_batch, token_batches
-from jaxalign.bench.updates import update_runner
-from jaxalign.cli import main
+from jaxalign.commands.bench import SIZES, Case, measure, show
+from jaxalign.commands.bench.case import Runner, Sample, cached_rows, make_case, row_parts
+from jaxalign.commands.bench.machine import Limit
+from jaxalign.commands.bench.rows import pair_batches, prompt_batch, token_batches
+from jaxalign.commands.bench.updates import update_runner
+from jaxalign.commands.cli import main
 from jaxalign.models.flops import (
     Work,
     decode_flops,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import jaxalign
-from jaxalign import cli
+from jaxalign.commands import cli
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -29,7 +29,10 @@ def write_config(path, values):
 
 def test_as_a_module_it_lists_its_commands():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxalign.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "jaxalign.commands.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for command in COMMANDS:
         assert re.search(rf"^ +{command}\b", done.stdout, re.MULTILINE), command
@@ -38,7 +41,7 @@ def test_as_a_module_it_lists_its_commands():
 
 def test_as_a_module_wrong_input_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "jaxalign.cli", "sft", str(tmp_path / "absent.yaml")],
+        [sys.executable, "-m", "jaxalign.commands.cli", "sft", str(tmp_path / "absent.yaml")],
         capture_output=True,
         text=True,
         check=False,
@@ -182,9 +185,9 @@ CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_are_valid(path):
+    from jaxalign.commands.synth.command import load_synth
     from jaxalign.run.config.runs import RUNS, load_config
     from jaxalign.run.pipeline import load_stages
-    from jaxalign.synth import load_synth
 
     algorithm = path.stem.partition("_")[0]  # reward_steps.yaml is for `jaxalign reward`
     if algorithm == "synth":

@@ -9,12 +9,11 @@ import typing
 import pytest
 
 import jaxalign
-from jaxalign import synth
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.moving_reference import ReferenceSync
 from jaxalign.algorithms.optim import OptimizerConfig
+from jaxalign.commands.synth import command, options
 from jaxalign.data import Source
-from jaxalign.data.synthesis import options
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config import runs as configs
@@ -535,8 +534,8 @@ READERS = {
         ),
         {"config", "self"},
     ),
-    synth.SynthRun: (("synth.py",), {"config"}),
-    synth.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
+    command.SynthRun: (("synth.py",), {"config"}),
+    command.RewardModelConfig: (("synth.py",), {"config", "reward_model"}),
     options.WriterConfig: (("synth.py",), {"config", "writer"}),
     options.LocalConfig: (("synth.py",), {"local"}),
     options.ServerConfig: (("data/synthesis/server.py",), {"config", "_config"}),
@@ -573,7 +572,7 @@ def reads(files, holders):
 
 
 def test_the_table_of_readers_holds_every_config_class():
-    found, todo = set(), [*RUNS.values(), synth.SynthRun]
+    found, todo = set(), [*RUNS.values(), command.SynthRun]
     while todo:
         cls = todo.pop()
         todo += typing.get_args(cls)

@@ -9,8 +9,15 @@ import pytest
 import yaml
 
 import jaxalign
-from jaxalign import cli
-from jaxalign.data_page import groups_of, histogram, inspect_data, marked, printable, show
+from jaxalign.commands import cli
+from jaxalign.commands.report.data import (
+    groups_of,
+    histogram,
+    inspect_data,
+    marked,
+    printable,
+    show,
+)
 from jaxalign.run.pipeline import EXAMPLES
 from jaxalign.types import RankedBatch, SharedPairBatch, StepBatch, TokenBatch
 

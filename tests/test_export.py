@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxalign
-from jaxalign import cli
+from jaxalign.commands import cli
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.export import export_run, import_model

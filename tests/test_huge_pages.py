@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxalign import huge_pages
+from jaxalign.commands.startup import huge_pages
 
 SETTING = "glibc.malloc.hugetlb=1"
 
@@ -67,9 +67,9 @@ def test_only_where_jax_will_use_a_cpu(linux):
 
 def test_only_the_command(linux):
     linux.setenv("JAX_PLATFORMS", "cpu")
-    assert restarts(linux, ["-m", "sft"], ["python", "-m", "jaxalign.cli", "sft"])
+    assert restarts(linux, ["-m", "sft"], ["python", "-m", "jaxalign.commands.cli", "sft"])
     assert not restarts(linux, ["train.py"], ["python", "train.py", "jaxalign"])
-    assert not restarts(linux, ["-m", "tests"], ["python", "-m", "pytest", "jaxalign.cli"])
+    assert not restarts(linux, ["-m", "tests"], ["python", "-m", "pytest", "jaxalign.commands.cli"])
     assert not restarts(linux, ["-c"], ["python", "-c", "import jaxalign"])
     assert not restarts(linux, [], ["python"])
 

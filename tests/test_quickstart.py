@@ -8,10 +8,10 @@ import chatmodel
 import pytest
 
 import jaxalign
-from jaxalign import cli
+from jaxalign.commands import cli
+from jaxalign.commands.quickstart.stages import RECIPE
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.quickstart import RECIPE
 from jaxalign.run.pipeline import EXAMPLES, load_stages
 
 STAGES = ("sft", "reward", "ppo", "dpo")

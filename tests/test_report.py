@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jaxalign import cli
-from jaxalign.charts import bar_chart, line_chart, step_ticks, thin, value_ticks
-from jaxalign.report import find_runs, make_page, read_metrics, write_report
+from jaxalign.commands import cli
+from jaxalign.commands.report.charts import bar_chart, line_chart, step_ticks, thin, value_ticks
+from jaxalign.commands.report.runs import find_runs, make_page, read_metrics, write_report
 
 # The plot is 280 wide from x = 70 and 160 high, from y = 176 (bottom) to 16.
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign.commands.report.runs import make_page
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import make_mesh
 from jaxalign.plan.parts import PARTS
-from jaxalign.report import make_page
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.loop import train
 from jaxalign.run.tasks import make_task

@@ -11,7 +11,7 @@ import tiny
 from plain_llama import forward
 
 import jaxalign
-from jaxalign.cli import main
+from jaxalign.commands.cli import main
 from jaxalign.data.sources import Row
 from jaxalign.models.lm_head import Scorer, weigh_attributes
 from jaxalign.rewards.best_of import best_of, model_judge

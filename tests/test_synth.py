@@ -14,10 +14,16 @@ import writers
 import yaml
 
 import jaxalign
-from jaxalign import cli
+from jaxalign.commands import cli
+from jaxalign.commands.synth import Asker, FunctionWriter, LocalConfig, Sampling, WriterConfig
+from jaxalign.commands.synth.command import (
+    RewardModelConfig,
+    load_synth,
+    local_writer,
+    run_synth,
+    score_writer,
+)
 from jaxalign.data import read_rows, to_conversation, to_preference
-from jaxalign.data.synthesis import Asker, FunctionWriter, LocalConfig, Sampling, WriterConfig
-from jaxalign.synth import RewardModelConfig, load_synth, local_writer, run_synth, score_writer
 
 KEY = "sk-very-secret-0123456789"
 
@@ -82,7 +88,7 @@ def test_killed_by_the_system_and_continued(tmp_path):
     with writers.serving(slow) as server:
         path = settings(killed, server.address)
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxalign.cli", "synth", path],
+            [sys.executable, "-m", "jaxalign.commands.cli", "synth", path],
             stdout=subprocess.DEVNULL,
             env=os.environ | {"OPENAI_API_KEY": KEY},
         )

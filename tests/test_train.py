@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxalign
-from jaxalign import algorithms, cli
+from jaxalign import algorithms
+from jaxalign.commands import cli
 from jaxalign.hf import load_pretrained
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer

@@ -15,9 +15,9 @@ import numpy as np
 
 import jaxalign as ja
 from jaxalign import dpo, ppo, reward, sft
-from jaxalign.bench.case import Case
-from jaxalign.bench.rows import pair_batches, prompt_batch, token_batches
-from jaxalign.bench.sizes import SIZES
+from jaxalign.commands.bench.case import Case
+from jaxalign.commands.bench.rows import pair_batches, prompt_batch, token_batches
+from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.parallel.sharding import param_shardings
 
 STEPS = 3

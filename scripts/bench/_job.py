@@ -86,7 +86,7 @@ class Job:
         pairs meet in an update is then another matter than at the peer.
       shared: ours: both answers of a pair follow one copy of their prompt, in one row.
       row_length: ours: tokens of a row.
-      row_group: ours: rows computed at a time; 0: `jaxalign.bench.case.cached_rows`.
+      row_group: ours: rows computed at a time; 0: `jaxalign.commands.bench.case.cached_rows`.
       learning_rate: peak.
       warmup_steps: updates of linear rise from 0.
       beta: DPO's β.
@@ -162,7 +162,7 @@ ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)
 """Keeps glibc from giving memory back after every tensor, whose page faults slow torch on a CPU."""
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""What the `jaxalign` command starts itself with (`jaxalign.huge_pages`). With `ALLOCATOR` a peer
+"""What the `jaxalign` command starts itself with (`jaxalign.commands.startup.huge_pages`). With `ALLOCATOR` a peer
 keeps its memory, and gains nothing by it: TRL's reward step 0.76 s without and 0.79 s with it, DPO
 2.0 and 2.1 s, a PPO iteration 5.6 and 5.5 to 6.8 s."""
 

@@ -16,7 +16,7 @@ from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 
 import jaxalign as ja
 from jaxalign import dpo, reward
-from jaxalign.bench.case import cached_rows, row_parts
+from jaxalign.commands.bench.case import cached_rows, row_parts
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows

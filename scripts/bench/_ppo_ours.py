@@ -19,7 +19,7 @@ from _ppo import PAD, Rollouts, read_rollouts
 import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms.ppo import answers
-from jaxalign.bench.case import cached_rows, row_parts
+from jaxalign.commands.bench.case import cached_rows, row_parts
 from jaxalign.rewards import model_reward
 from jaxalign.sampling.generate import sample
 

@@ -27,7 +27,7 @@ class Texts:
       model: folder in Hugging Face form, where a side starts from weights.
       passes: over the batches; in the first of them JAX compiles, so it is not measured.
       row_length: ours, ragged: tokens of a packed row; rows × it are the same at all sides.
-      row_group: ours: rows computed at a time; 0: `jaxalign.bench.case.cached_rows`.
+      row_group: ours: rows computed at a time; 0: `jaxalign.commands.bench.case.cached_rows`.
       threads: for the peers; XLA takes what the process may use.
     """
 

@@ -14,8 +14,8 @@ from _sft import LONGEST, ROWS, Texts, read_texts
 
 import jaxalign as ja
 from jaxalign import sft
-from jaxalign.bench.case import cached_rows, row_parts
-from jaxalign.bench.machine import matmul_rate
+from jaxalign.commands.bench.case import cached_rows, row_parts
+from jaxalign.commands.bench.machine import matmul_rate
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
 

@@ -10,7 +10,7 @@ import numpy as np
 from _job import Pairs
 
 import jaxalign as ja
-from jaxalign import bench
+from jaxalign.commands import bench
 from jaxalign.models.base import DecoderConfig
 
 SIZES = {

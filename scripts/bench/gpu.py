@@ -28,8 +28,8 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from jaxalign.bench.case import Case  # noqa: E402
-from jaxalign.bench.sizes import SIZES  # noqa: E402
+from jaxalign.commands.bench.case import Case  # noqa: E402
+from jaxalign.commands.bench.sizes import SIZES  # noqa: E402
 
 LEAST = 20.0
 """Seconds below which no further part is started."""
@@ -56,7 +56,7 @@ def ours(name: str, seconds: float, *choices: dict[str, Any]) -> Part:
     for choice in choices:
         case = Case(**choice)
         asked = json.dumps(dataclasses.asdict(case) | {"seconds": 8.0})
-        commands.append((choice, [sys.executable, "-m", "jaxalign.bench", asked]))
+        commands.append((choice, [sys.executable, "-m", "jaxalign.commands.bench", asked]))
     return Part(name=name, commands=tuple(commands), seconds=seconds)
 
 

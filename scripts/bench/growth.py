@@ -28,8 +28,8 @@ from typing import Any
 from _job import append, machine
 
 import jaxalign as ja
-from jaxalign.bench import Case, run_cases
-from jaxalign.bench.sizes import SIZES
+from jaxalign.commands.bench import Case, run_cases
+from jaxalign.commands.bench.sizes import SIZES
 
 ROWS = (2, 4, 8, 16, 32, 64)
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -94,7 +94,7 @@ def first_step(folder: pathlib.Path, config: pathlib.Path) -> float:
     root = str(pathlib.Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(x for x in (root, env.get("PYTHONPATH")) if x)
     began = time.perf_counter()
-    command = [sys.executable, "-m", "jaxalign.cli", "sft", str(config)]
+    command = [sys.executable, "-m", "jaxalign.commands.cli", "sft", str(config)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):

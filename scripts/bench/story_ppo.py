@@ -237,7 +237,7 @@ def ideal(stories: Stories, samples: int = 8192) -> list[dict[str, float]]:
 
 def plot(path: pathlib.Path, table: pathlib.Path, picture: pathlib.Path) -> None:
     """Writes all points of a results file as CSV and as a chart."""
-    from jaxalign.charts import line_chart, value_ticks
+    from jaxalign.commands.report.charts import line_chart, value_ticks
 
     points: dict[str, list[tuple[float, float, str]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -50,7 +50,13 @@ MEMORY = ("params", "optimizer", "models", "batch", "cache", "temporary", "other
 
 def compile_row(name: str, overrides: list[str]) -> dict:
     algorithm, _, topology = name.partition("-")
-    command = [sys.executable, "-m", "jaxalign.cli", "plan", str(RECIPES / f"{algorithm}.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxalign.commands.cli",
+        "plan",
+        str(RECIPES / f"{algorithm}.yaml"),
+    ]
     command += [*overrides, "--topology", topology, "--json"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     busy, began = os.getloadavg()[0], time.perf_counter()

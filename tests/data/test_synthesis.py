@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from jaxalign.data.synthesis import (
+from jaxalign.commands.synth import (
     InstructConfig,
     Pool,
     common_subsequence,
@@ -14,8 +14,8 @@ from jaxalign.data.synthesis import (
     rouge_l,
     words,
 )
-from jaxalign.data.synthesis.filters import InstructionFilter, keep_instances
-from jaxalign.data.synthesis.prompts import Instance
+from jaxalign.commands.synth.filters import InstructionFilter, keep_instances
+from jaxalign.commands.synth.prompts import Instance
 from jaxalign.run.pipeline import EXAMPLES
 
 # ROUGE-L

@@ -7,8 +7,7 @@ import pytest
 import writers
 from writers import rows_of
 
-from jaxalign.data import read_rows, to_conversation
-from jaxalign.data.synthesis import (
+from jaxalign.commands.synth import (
     Asker,
     FunctionWriter,
     InstructConfig,
@@ -17,6 +16,7 @@ from jaxalign.data.synthesis import (
     SelfInstruct,
     read_seed_tasks,
 )
+from jaxalign.data import read_rows, to_conversation
 from jaxalign.run.pipeline import EXAMPLES
 
 ASKER = Asker(7, Sampling(0.7, 1.0, 100))

@@ -5,8 +5,7 @@ import itertools
 import pytest
 from writers import rows_of
 
-from jaxalign.data import read_rows, to_preference
-from jaxalign.data.synthesis import (
+from jaxalign.commands.synth import (
     Asker,
     FunctionWriter,
     Journal,
@@ -15,6 +14,7 @@ from jaxalign.data.synthesis import (
     Sampling,
     read_prompts,
 )
+from jaxalign.data import read_rows, to_preference
 
 ASKER = Asker(7, Sampling(0.7, 1.0, 100))
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import writers
 
-from jaxalign.data.synthesis import (
+from jaxalign.commands.synth import (
     Asker,
     Journal,
     Sampling,

@@ -3,7 +3,7 @@
 import chatmodel
 import pytest
 
-from jaxalign import cli
+from jaxalign.commands import cli
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import write_yaml
 from jaxalign.run.loop import train

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxalign.commands.startup.program_cache import keep_programs
 from jaxalign.parallel import distributed
-from jaxalign.programs import keep_programs
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL: the same command with run.resume=true goes on
 
@@ -272,7 +272,7 @@ def _pipeline(parsed: argparse.Namespace) -> int:
 
 
 def _quickstart(parsed: argparse.Namespace) -> int:
-    from jaxalign.quickstart import quickstart
+    from jaxalign.commands.quickstart.stages import quickstart
 
     quickstart(parsed.model, parsed.language, parsed.out, parsed.overrides)
     return 0
@@ -282,9 +282,9 @@ def _answers(name: str) -> Callable[[argparse.Namespace], int]:
     """A command of `cli_answers`."""
 
     def run(parsed: argparse.Namespace) -> int:
-        from jaxalign import cli_answers
+        from jaxalign.commands import answer
 
-        return getattr(cli_answers, name)(parsed)
+        return getattr(answer, name)(parsed)
 
     return run
 
@@ -353,8 +353,8 @@ def _algorithm_and_config(parsed: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from jaxalign.bench import measure_config, show
-    from jaxalign.bench.command import bench, write
+    from jaxalign.commands.bench import measure_config, show
+    from jaxalign.commands.bench.command import bench, write
 
     names = ("rows", "length", "new_tokens", "micro_batches", "repeats", "dtype", "remat")
     options = {name: getattr(parsed, name) for name in names}
@@ -385,7 +385,7 @@ def _leave_accelerators() -> None:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from jaxalign.report import write_report
+    from jaxalign.commands.report.runs import write_report
 
     print(write_report(parsed.folder, parsed.out))
     return 0
@@ -394,7 +394,7 @@ def _report(parsed: argparse.Namespace) -> int:
 def _data(parsed: argparse.Namespace) -> int:
     _leave_accelerators()
 
-    from jaxalign.data_page import inspect_data, show, write_page
+    from jaxalign.commands.report.data import inspect_data, show, write_page
 
     views = inspect_data(
         parsed.config, parsed.overrides, parsed.algorithm, parsed.examples, parsed.batches
@@ -408,7 +408,7 @@ def _data(parsed: argparse.Namespace) -> int:
 
 
 def _synth(parsed: argparse.Namespace) -> int:
-    from jaxalign.synth import load_synth, run_synth
+    from jaxalign.commands.synth.command import load_synth, run_synth
 
     run_synth(load_synth(parsed.config, parsed.overrides))
     return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxalign.data.synthesis.options import InstructConfig
-from jaxalign.data.synthesis.prompts import Instance
-from jaxalign.data.synthesis.rouge import Pool, words
-from jaxalign.data.synthesis.writer import LENGTH, REFUSED, Reply
+from jaxalign.commands.synth.options import InstructConfig
+from jaxalign.commands.synth.prompts import Instance
+from jaxalign.commands.synth.rouge import Pool, words
+from jaxalign.commands.synth.writer import LENGTH, REFUSED, Reply
 
 
 class InstructionFilter:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.charts import bar_chart, nice_step, text
+from jaxalign.commands.report.charts import bar_chart, nice_step, text
+from jaxalign.commands.report.page import page, table
 from jaxalign.data import Batches
-from jaxalign.page import page, table
 from jaxalign.run.config.runs import RUNS, algorithm_of, load_config
 from jaxalign.run.config.yaml import override, read_yaml
 from jaxalign.run.tasks import load_data

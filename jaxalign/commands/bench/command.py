@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.bench import run_cases, show
-from jaxalign.bench.case import Case, make_case
+from jaxalign.commands.bench import run_cases, show
+from jaxalign.commands.bench.case import Case, make_case
 
 
 def bench(

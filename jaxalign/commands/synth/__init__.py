@@ -4,19 +4,19 @@ A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); 
 model. Runs can be killed and continued: see `Journal`.
 """
 
-from jaxalign.data.synthesis.instruct import SelfInstruct, Task, read_seed_tasks
-from jaxalign.data.synthesis.journal import Journal
-from jaxalign.data.synthesis.options import (
+from jaxalign.commands.synth.instruct import SelfInstruct, Task, read_seed_tasks
+from jaxalign.commands.synth.journal import Journal
+from jaxalign.commands.synth.options import (
     InstructConfig,
     LocalConfig,
     PreferenceConfig,
     ServerConfig,
     WriterConfig,
 )
-from jaxalign.data.synthesis.preferences import Preferences, read_prompts
-from jaxalign.data.synthesis.rouge import Pool, common_subsequence, rouge_l, words
-from jaxalign.data.synthesis.server import ServerError, ServerWriter
-from jaxalign.data.synthesis.writer import Asker, FunctionWriter, Reply, Request, Sampling, Writer
+from jaxalign.commands.synth.preferences import Preferences, read_prompts
+from jaxalign.commands.synth.rouge import Pool, common_subsequence, rouge_l, words
+from jaxalign.commands.synth.server import ServerError, ServerWriter
+from jaxalign.commands.synth.writer import Asker, FunctionWriter, Reply, Request, Sampling, Writer
 
 __all__ = [
     "Asker",

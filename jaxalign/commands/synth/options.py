@@ -114,7 +114,7 @@ class WriterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructConfig:
-    """Self-Instruct; see `jaxalign.data.synthesis.instruct`.
+    """Self-Instruct; see `jaxalign.commands.synth.instruct`.
 
     Attributes:
       seeds: seed tasks: files, folders, globs or hub ids with the columns `instruction` and
@@ -166,7 +166,7 @@ class InstructConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """Preference pairs; see `jaxalign.data.synthesis.preferences`.
+    """Preference pairs; see `jaxalign.commands.synth.preferences`.
 
     Attributes:
       prompts: files, folders, globs or hub ids of prompts.

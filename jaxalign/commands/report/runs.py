@@ -13,9 +13,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxalign.charts import bar_chart, line_chart, text, value_ticks
+from jaxalign.commands.report.charts import bar_chart, line_chart, text, value_ticks
+from jaxalign.commands.report.page import page, table
 from jaxalign.hf.source import read_json
-from jaxalign.page import page, table
 from jaxalign.run.config.runs import RUNS
 from jaxalign.run.config.yaml import read_yaml
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxalign.bench.case import Runner, Sample
+from jaxalign.commands.bench.case import Runner, Sample
 from jaxalign.data import filled
 from jaxalign.run.metrics import FLOPS, TOKENS
 from jaxalign.run.tasks import make_task

@@ -43,10 +43,11 @@ def restart_command() -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process is `jaxalign …` or `python -m jaxalign.cli …`."""
+    """Whether this process is `jaxalign …` or `python -m jaxalign.commands.cli …`."""
     program = pathlib.Path(sys.argv[0]).name if sys.argv else ""
     return program in ("jaxalign", "-m") and any(
-        x == "jaxalign.cli" or pathlib.Path(x).name == "jaxalign" for x in sys.orig_argv[1:3]
+        x == "jaxalign.commands.cli" or pathlib.Path(x).name == "jaxalign"
+        for x in sys.orig_argv[1:3]
     )
 
 

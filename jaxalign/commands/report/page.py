@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: style, frame and tables; charts are in `jaxalign.charts`.
+"""HTML pages that need nothing else: style, frame and tables; charts are in `jaxalign.commands.report.charts`.
 
 Light and dark follow the reader's setting.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.charts import text
+from jaxalign.commands.report.charts import text
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--mute:#52514e;--grid:#e1e0d9;

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.bench.sizes import SIZES
+from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.decoder import REMAT
 from jaxalign.parallel.sharding import make_mesh, row_shards

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxalign.data.synthesis.writer import REFUSED, Reply, Request, Writer, prompt_hash
+from jaxalign.commands.synth.writer import REFUSED, Reply, Request, Writer, prompt_hash
 
 _LOCKS = True
 try:

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state
-from jaxalign.bench.case import Case, Runner, Sample
-from jaxalign.bench.rows import prompt_batch
-from jaxalign.bench.sizes import SIZES
-from jaxalign.bench.updates import adam, decoder
+from jaxalign.commands.bench.case import Case, Runner, Sample
+from jaxalign.commands.bench.rows import prompt_batch
+from jaxalign.commands.bench.sizes import SIZES
+from jaxalign.commands.bench.updates import adam, decoder
 from jaxalign.models.flops import decode_flops, ppo_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head
 from jaxalign.parallel.sharding import compile_step, local_rows

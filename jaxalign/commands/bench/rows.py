@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxalign.bench.case import Case
-from jaxalign.bench.sizes import SIZES
+from jaxalign.commands.bench.case import Case
+from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
 from jaxalign.types import PairBatch, PromptBatch, TokenBatch

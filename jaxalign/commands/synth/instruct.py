@@ -23,14 +23,14 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxalign.commands.synth import prompts
+from jaxalign.commands.synth.filters import InstructionFilter, keep_instances, why_no_answer
+from jaxalign.commands.synth.journal import Journal
+from jaxalign.commands.synth.options import InstructConfig
+from jaxalign.commands.synth.prompts import Instance
+from jaxalign.commands.synth.writer import LENGTH, Asker, Reply, Request, Writer, prompt_hash
 from jaxalign.data.rows import Messages
 from jaxalign.data.sources import read_rows
-from jaxalign.data.synthesis import prompts
-from jaxalign.data.synthesis.filters import InstructionFilter, keep_instances, why_no_answer
-from jaxalign.data.synthesis.journal import Journal
-from jaxalign.data.synthesis.options import InstructConfig
-from jaxalign.data.synthesis.prompts import Instance
-from jaxalign.data.synthesis.writer import LENGTH, Asker, Reply, Request, Writer, prompt_hash
 
 _SHOWN = 4  # seed tasks shown as examples of classifications and instances
 _SHOWN_CHARACTERS = 1500  # longest of those

@@ -20,11 +20,18 @@ from typing import Any
 
 import jax
 
-from jaxalign import huge_pages
-from jaxalign.bench.case import ROWS, WHAT, Case, Runner, Sample
-from jaxalign.bench.machine import Limit, counting, limit, peak_memory, reset_peak, versions
-from jaxalign.bench.sizes import SIZES
-from jaxalign.bench.table import show
+from jaxalign.commands.bench.case import ROWS, WHAT, Case, Runner, Sample
+from jaxalign.commands.bench.machine import (
+    Limit,
+    counting,
+    limit,
+    peak_memory,
+    reset_peak,
+    versions,
+)
+from jaxalign.commands.bench.sizes import SIZES
+from jaxalign.commands.bench.table import show
+from jaxalign.commands.startup import huge_pages
 from jaxalign.parallel.sharding import make_mesh
 
 __all__ = [
@@ -45,11 +52,11 @@ __all__ = [
 def runner_of(case: Case, mesh: Any) -> Runner:
     """What runs a case's steps."""
     if case.what == "generate":
-        from jaxalign.bench.rollouts import generate_runner as make
+        from jaxalign.commands.bench.rollouts import generate_runner as make
     elif case.what == "ppo":
-        from jaxalign.bench.rollouts import ppo_runner as make
+        from jaxalign.commands.bench.rollouts import ppo_runner as make
     else:
-        from jaxalign.bench.updates import update_runner as make
+        from jaxalign.commands.bench.updates import update_runner as make
     return make(case, mesh)
 
 
@@ -69,7 +76,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def measure_config(algorithm: str, config: Any, repeats: int) -> dict[str, Any]:
     """Measures a run's own model and data, as `load_config` gave them, in this process."""
-    from jaxalign.bench.configured import config_runner
+    from jaxalign.commands.bench.configured import config_runner
 
     mesh = make_mesh(data=-1, fsdp=1)
     dtype = config.model.compute_dtype or "float32"
@@ -164,7 +171,10 @@ def run_cases(
     for case in cases:
         asked = json.dumps(dataclasses.asdict(case))
         done = subprocess.run(
-            [sys.executable, "-m", "jaxalign.bench", asked], capture_output=True, text=True, env=env
+            [sys.executable, "-m", "jaxalign.commands.bench", asked],
+            capture_output=True,
+            text=True,
+            env=env,
         )
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:

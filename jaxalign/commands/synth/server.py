@@ -14,8 +14,8 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxalign.data.synthesis.options import ServerConfig
-from jaxalign.data.synthesis.writer import REFUSED, Reply, Request, now
+from jaxalign.commands.synth.options import ServerConfig
+from jaxalign.commands.synth.writer import REFUSED, Reply, Request, now
 from jaxalign.rewards.http import PostError, check_url, pauses, post
 
 _REFUSED = (400, 413, 422)

@@ -19,13 +19,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxalign.commands.synth import prompts as texts
+from jaxalign.commands.synth.filters import why_no_answer
+from jaxalign.commands.synth.journal import Journal
+from jaxalign.commands.synth.options import PreferenceConfig
+from jaxalign.commands.synth.writer import Asker, Request, Writer, prompt_hash
 from jaxalign.data.rows import Prompt, to_prompt
 from jaxalign.data.sources import read_rows
-from jaxalign.data.synthesis import prompts as texts
-from jaxalign.data.synthesis.filters import why_no_answer
-from jaxalign.data.synthesis.journal import Journal
-from jaxalign.data.synthesis.options import PreferenceConfig
-from jaxalign.data.synthesis.writer import Asker, Request, Writer, prompt_hash
 
 TOO_LONG = "too_long"
 """What a reward model's writer gives as `finish` for an answer that it cannot read whole."""

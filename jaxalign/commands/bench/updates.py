@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
-from jaxalign.bench.case import Case, Runner, Sample
-from jaxalign.bench.rows import pair_batches, token_batches
-from jaxalign.bench.sizes import SIZES
+from jaxalign.commands.bench.case import Case, Runner, Sample
+from jaxalign.commands.bench.rows import pair_batches, token_batches
+from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.flops import forward_flops, update_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head

@@ -4,7 +4,7 @@
     writer: {model: some-model, server: {address: "http://localhost:8000/v1"}}
     instruct: {seeds: ["${examples}/seed_tasks.jsonl"], count: 1000}   # or preferences: {…}
 
-The methods are in `jaxalign.data.synthesis`; here are the configuration and what needs models.
+The methods are in `jaxalign.commands.synth`; here are the configuration and what needs models.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
-from jaxalign.data.packing import prompt_rows, token_rows
-from jaxalign.data.rows import Conversation
-from jaxalign.data.synthesis import (
+from jaxalign.commands.synth import (
     Asker,
     FunctionWriter,
     InstructConfig,
@@ -39,9 +36,12 @@ from jaxalign.data.synthesis import (
     read_prompts,
     read_seed_tasks,
 )
-from jaxalign.data.synthesis.options import want
-from jaxalign.data.synthesis.preferences import TOO_LONG
-from jaxalign.data.synthesis.prompts import LANGUAGES
+from jaxalign.commands.synth.options import want
+from jaxalign.commands.synth.preferences import TOO_LONG
+from jaxalign.commands.synth.prompts import LANGUAGES
+from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
+from jaxalign.data.packing import prompt_rows, token_rows
+from jaxalign.data.rows import Conversation
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, pooled_scores

@@ -1,9 +1,0 @@
-"""One case in a process of its own: python -m jaxalign.bench '{"what": "sft", …}' prints JSON."""
-
-import json
-import sys
-
-from jaxalign.bench import Case, run_case
-
-if __name__ == "__main__":
-    print(json.dumps(run_case(Case(**json.loads(sys.argv[1])))))

@@ -1,0 +1,1 @@
+"""The main job, on example data: SFT, reward model, PPO and DPO."""

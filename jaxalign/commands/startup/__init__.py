@@ -1,0 +1,1 @@
+"""What the command does before it begins: pages of memory, compiled programs."""
