@@ -85,9 +85,7 @@ def test_sft_then_export_then_generate(chat_models, tmp_path, capsys):
 
     model, params = jaxalign.load_pretrained(out)
     tok = jaxalign.load_tokenizer(out)
-    expected = jaxalign.sampling.generate(
-        model, params, tok, ["hi"], max_new_tokens=5, temperature=0.0
-    )
+    expected = jaxalign.generate(model, params, tok, ["hi"], max_new_tokens=5, temperature=0.0)
     command = ["generate", str(out), "hi", "--max-new-tokens", "5", "--temperature", "0"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"> hi\n{expected[0]}\n\n"

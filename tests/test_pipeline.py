@@ -8,7 +8,7 @@ import yaml
 
 import jaxalign
 from jaxalign.models.lm_head import Scorer
-from jaxalign.run.pipeline import load_stages, run_stages
+from jaxalign.run.pipeline import EXAMPLES, load_stages, run_stages
 
 STAGES = {
     "folder": "runs/mine",
@@ -66,7 +66,7 @@ def test_the_example_data_is_in_the_package(language):
     rm = dict(load_stages(STAGES, language=language))["rm"]
     (path,) = map(pathlib.Path, rm.data.train)
     assert path.is_file()
-    assert path == pathlib.Path(jaxalign.__file__).parent / "example_data" / language / path.name
+    assert path == EXAMPLES / language / path.name
 
 
 def test_overrides_reach_one_stage_all_stages_and_the_folder():

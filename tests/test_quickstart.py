@@ -84,7 +84,7 @@ def test_quickstart_leaves_every_figure_and_model(
     for row in summary["answers"]:
         assert set(row) == {"prompt", "base", "sft", "ppo", "dpo"}
     model, params = jaxalign.load_pretrained(source)
-    expected = jaxalign.sampling.generate(
+    expected = jaxalign.generate(
         model,
         params,
         chatmodel.make_tokenizer(),

@@ -186,7 +186,7 @@ def test_best_of_picks_what_the_judge_likes(tok, params):
     assert len({answer for one in picked for answer in one.answers}) > 2
     assert asked[0][0] == {"role": "user", "content": "hi"}
     assert asked[-1][0] == {"role": "user", "content": "up?"}
-    plain = jaxalign.sampling.generate(
+    plain = jaxalign.generate(
         chatmodel.DECODER, policy, tok, ["hi"] * 3 + prompts[1:] * 3, **sampling
     )
     assert [answer for one in picked for answer in one.answers] == plain

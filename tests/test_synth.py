@@ -161,9 +161,7 @@ def test_a_local_model_answers_as_generate_does(chat_models):
     replies = dict(writer.write(requests, range(3)))
     model, params = jaxalign.load_pretrained(chat_models / "chat")
     tok = jaxalign.load_tokenizer(chat_models / "chat")
-    expected = jaxalign.sampling.generate(
-        model, params, tok, texts, max_new_tokens=6, temperature=0.0
-    )
+    expected = jaxalign.generate(model, params, tok, texts, max_new_tokens=6, temperature=0.0)
     assert [replies[n].text for n in range(3)] == expected
     assert replies[0].finish == "length"
 

@@ -34,7 +34,8 @@ class OptimizerConfig:
       weight_decay: on matrices (embeddings and heads too), not on norms and biases.
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
       moments: how Adam's two moments are kept between updates: "float32" (8 bytes a parameter; in
-        bfloat16 where the parameters are), "bfloat16" (4) or "int8" (2); see `jaxalign.algorithms.low_precision_adam`.
+        bfloat16 where the parameters are), "bfloat16" (4) or "int8" (2); see
+        `jaxalign.algorithms.low_precision_adam`.
       offload: keep them in the host's memory between updates.
     """
 

@@ -118,7 +118,8 @@ def make_measure(
     """Builds `measure(state, batch) -> ({metric: Weighted}, examples)`, jitted, for held-out data.
 
     Metrics are those of `algorithms.step.make_eval`, to be added up over batches. Examples are the
-    scores themselves with what they are to be compared with, from which `jaxalign.rewards.evaluation` makes
+    scores themselves with what they are to be compared with, from which
+    `jaxalign.rewards.evaluation` makes
     intervals, calibration and histograms; on a mesh, whole on every device.
     """
     objective = _objective(scorer, Config() if config is None else config)

@@ -405,7 +405,7 @@ class Decoder:
     ) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of every row into the cache, T small: one step of decoding.
 
-        The layers are laid out one after another, not scanned: see `jaxalign.models.attention.kv_cache`.
+        The layers are laid out one after another, not scanned: see `models.attention.kv_cache`.
 
         Args:
           params: as for `apply`, or what `by_layer` makes of them.

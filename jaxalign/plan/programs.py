@@ -51,7 +51,7 @@ class Program:
       temporary: gradients, activations, whatever the compiler keeps while it runs.
       other: padding of the arguments to the device's tiles, results that replace no argument.
       costs: what it does.
-      useful: FLOPs that the mathematics asks for, on all devices together (see `jaxalign.models.flops`).
+      useful: FLOPs that the mathematics asks for, on all devices together (see `models.flops`).
       seconds: tracing and compiling.
     """
 

@@ -65,7 +65,7 @@ def best_of(
       prompts: what the user says, or conversations that await an answer.
       judge: what scores conversations; see `model_judge`.
       count: n, answers a prompt.
-      **sampling: as `jaxalign.sampling.generate`: temperature (above 0), max_new_tokens, key, ….
+      **sampling: as `jaxalign.generate`: temperature (above 0), max_new_tokens, key, ….
 
     Raises:
       ValueError: `count` below 1, or several answers at temperature 0, which would all be alike.

@@ -26,7 +26,7 @@ from jaxalign.run.loop import Result, train
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
-EXAMPLES = pathlib.Path(__file__).parent / "example_data"
+EXAMPLES = pathlib.Path(__file__).parents[1] / "commands" / "quickstart" / "example_data"
 
 
 def load_stages(

@@ -162,9 +162,9 @@ ALLOCATOR = {"MALLOC_TOP_PAD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)
 """Keeps glibc from giving memory back after every tensor, whose page faults slow torch on a CPU."""
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""What the `jaxalign` command starts itself with (`jaxalign.commands.startup.huge_pages`). With `ALLOCATOR` a peer
-keeps its memory, and gains nothing by it: TRL's reward step 0.76 s without and 0.79 s with it, DPO
-2.0 and 2.1 s, a PPO iteration 5.6 and 5.5 to 6.8 s."""
+"""What the `jaxalign` command starts itself with (`jaxalign.commands.startup.huge_pages`). With
+`ALLOCATOR` a peer keeps its memory, and gains nothing by it: TRL's reward step 0.76 s without and
+0.79 s with it, DPO 2.0 and 2.1 s, a PPO iteration 5.6 and 5.5 to 6.8 s."""
 
 
 def carry_out(

@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.data import read_rows, to_conversation, to_preference, to_prompt
 
-_FOLDER = importlib.resources.files("jaxalign") / "example_data"
+_FOLDER = importlib.resources.files("jaxalign") / "commands/quickstart/example_data"
 _LEAST = {"conversations": 240, "several_turns": 40, "preferences": 240, "prompts": 64, "held": 24}
 _READ = {"conversations": to_conversation, "preferences": to_preference, "prompts": to_prompt}
 

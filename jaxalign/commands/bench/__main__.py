@@ -1,4 +1,4 @@
-"""One case in a process of its own: python -m jaxalign.commands.bench '{"what": "sft", …}' prints JSON."""
+"""One case in a process: `python -m jaxalign.commands.bench '{"what": "sft"}'` prints JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: style, frame and tables; charts are in `jaxalign.commands.report.charts`.
+"""HTML pages that need nothing else: style, frame and tables; charts are in `charts`.
 
 Light and dark follow the reader's setting.
 """

@@ -39,7 +39,7 @@ class HeldOut:
         self._details: dict[str, Any] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Figures of all held-out data: metrics of the step, and those of `jaxalign.rewards.evaluation`."""
+        """Figures of all held-out data: metrics of the step, and of `rewards.evaluation`."""
         sums, parts = [], []
         with jax.set_mesh(self._mesh):
             for batch in self._batches:
