@@ -17,6 +17,7 @@ huge_pages.restart_command()  # where this is the command: before JAX is loaded
 
 from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.models.base import combine
@@ -30,8 +31,9 @@ from jaxalign.models.lm_head import (
     with_scalar_head,
 )
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.rules import use_rules
-from jaxalign.parallel.sharding import compile_step, local_rows, make_mesh, shard_batch
+from jaxalign.parallel.sharding import local_rows, shard_batch
 from jaxalign.rewards import model_reward, text_reward
 from jaxalign.sampling.generate import generate, sample
 from jaxalign.types import (

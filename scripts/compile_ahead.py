@@ -27,12 +27,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxalign.algorithms import dpo, ppo, sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 
 LLAMA_1B = DecoderConfig(

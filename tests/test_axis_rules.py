@@ -10,20 +10,20 @@ import tiny
 import yaml
 from jax.sharding import PartitionSpec
 
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
 from jaxalign.commands import cli
 from jaxalign.models.attention.kv_cache import split
 from jaxalign.models.lm_head import target_logprobs
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.rules import RULES, current_rules, use_rules
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.parallel.sharding import (
-    compile_step,
     constrain,
-    make_mesh,
     mesh_of,
     param_shardings,
     partition_spec,
-    relaid,
+    reshard_by_rules,
     shard_batch,
 )
 from jaxalign.rewards.specs import ModelReward
@@ -100,8 +100,8 @@ def test_parameters_are_laid_out_by_other_entries():
     mesh = make_mesh(fsdp=8)
     model = tiny.DECODER
     params = jax.device_put(tiny.random_params(model), param_shardings(model.axes, mesh))
-    assert relaid(params, model.axes, None) is params
-    whole = relaid(params, model.axes, {"embed": None})
+    assert reshard_by_rules(params, model.axes, None) is params
+    whole = reshard_by_rules(params, model.axes, {"embed": None})
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(whole))
     jax.tree.map(np.testing.assert_array_equal, whole, params)
 

@@ -8,7 +8,8 @@ import pytest
 import tiny
 
 from jaxalign.algorithms.step import init_state
-from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
 
 

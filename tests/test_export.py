@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import jaxalign
 from jaxalign.commands import cli
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.export import export_run, import_model
 from jaxalign.run.loop import train

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from jaxalign.models.lm_head import target_logprobs
-from jaxalign.parallel.sharding import make_mesh, on_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, use_mesh
 from jaxalign.sampling.draw import Sampling, choose
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
 from jaxalign.sampling.generate import sample
@@ -350,7 +351,7 @@ def test_a_mesh_of_its_own_writes_the_same(params):
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
     assert got.tokens.sharding.mesh == home
-    with on_mesh(other):
+    with use_mesh(other):
         cache = jax.jit(lambda: tiny.DECODER.init_cache(8, 5))()
     for layer in (*cache.keys, *cache.values):
         assert layer.sharding.shard_shape(layer.shape) == (2, 1, 5, 8)

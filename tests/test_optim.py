@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.algorithms import low_precision_adam
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, decays, make_optimizer, make_schedule
 from jaxalign.algorithms.step import init_state, opt_state_shardings
-from jaxalign.parallel.sharding import compile_step, make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 
 def rates(count, **options):

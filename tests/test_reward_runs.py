@@ -10,7 +10,7 @@ import pytest
 import jaxalign
 from jaxalign.commands.report.runs import make_page
 from jaxalign.models.lm_head import Scorer
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan.parts import PARTS
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.loop import train

@@ -10,21 +10,21 @@ import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state, opt_state_shardings
 from jaxalign.models.decoder import Decoder
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.rules import RULES
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import (
-    compile_step,
     constrain,
-    make_mesh,
     mesh_of,
-    on_mesh,
     param_shardings,
     partition_spec,
     row_axes,
     row_shards,
     shard_batch,
+    use_mesh,
 )
 from jaxalign.types import TrainState
 
@@ -144,7 +144,7 @@ def test_constrain_needs_no_mesh():
     x = jnp.ones((8, 4))
     assert constrain(x, "rows length") is x
     mesh = make_mesh(data=2, fsdp=4)
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         spread = jax.jit(lambda x: constrain(2 * x, "rows length"))(x)
     assert spread.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), 2)
     assert mesh_of({"a": np.ones(1), "b": spread}) == mesh

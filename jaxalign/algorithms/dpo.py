@@ -36,7 +36,7 @@ from jaxalign.losses.sft import nll
 from jaxalign.losses.tokens import check_ld_alpha
 from jaxalign.models.base import LanguageModel, read_counts
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.sharding import mesh_of, shard_batch, use_mesh
 from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
@@ -199,7 +199,7 @@ def make_prepare(
         mesh = mesh_of(ref_params)
         if mesh is not None:
             batch = shard_batch(batch, mesh)
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             chosen, rejected = logps(ref_params, batch)
         return batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 

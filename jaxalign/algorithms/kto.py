@@ -27,7 +27,7 @@ from jaxalign.losses.masked import as_bool, keep, masked_sum, weighted
 from jaxalign.models.base import LanguageModel, combine, read, read_counts
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.sharding import mesh_of, shard_batch, use_mesh
 from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
 
 
@@ -94,7 +94,7 @@ def make_prepare(
         mesh = mesh_of(ref_params)
         if mesh is not None:
             batch = shard_batch(batch, mesh)
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             logps, kl = compare(combine(state.params, state.frozen), ref_params, batch)
         return batch._replace(ref_logps=logps, kl=kl)
 

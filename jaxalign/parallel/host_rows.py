@@ -44,7 +44,7 @@ def place_rows(x: Any, sharding: NamedSharding, part: tuple[int, int]) -> jax.Ar
       part: which of them these are.
     """
     if not is_local(x):
-        return lay_out(x, sharding)
+        return reshard_array(x, sharding)
     local = np.asarray(x)
     index, count = part
     first, rows = index * len(local), count * len(local)
@@ -63,7 +63,7 @@ def host_rows(x: Any, sharding: NamedSharding, part: tuple[int, int]) -> np.ndar
     if part[1] == 1:
         return whole(x)
     pieces: dict[int, Any] = {}
-    for shard in lay_out(x, sharding).addressable_shards:
+    for shard in reshard_array(x, sharding).addressable_shards:
         pieces[shard.index[0].start] = shard.data
     return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
 
@@ -80,7 +80,7 @@ def is_local(x: Any) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
-def lay_out(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+def reshard_array(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """A global array in another layout on the same devices."""
     if x.sharding.is_equivalent_to(sharding, x.ndim):
         return x

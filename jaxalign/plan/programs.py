@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.ppo.experience import make_experience
@@ -21,14 +22,7 @@ from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.lm_head import head_chunks, pooled_scores
 from jaxalign.parallel.host_memory import lies_in_host_memory, on_device
-from jaxalign.parallel.sharding import (
-    axis_shards,
-    compile_step,
-    on_mesh,
-    replicated,
-    row_shards,
-    rows_sharding,
-)
+from jaxalign.parallel.sharding import axis_shards, replicated, row_shards, rows_sharding, use_mesh
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
 from jaxalign.plan.topology import first_line, nodes_of
@@ -277,7 +271,7 @@ def _prepare(
         )
 
     def lower() -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             if algorithm == "dpo":
                 return jax.jit(dpo).lower(weights, batch)
             own = combine(parts.params, parts.frozen)
@@ -318,7 +312,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
 
     def empty() -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             limits = array((answers,), jnp.int32, whole)
             return empty_slots.lower(
                 model, scalar, limits, slots=slots, prompt_length=length, max_new_tokens=new,
@@ -326,7 +320,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
             )  # fmt: skip
 
     def prefill() -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return read_prompts.lower(model, params, tokens, mask, scalar, kind)
 
     say("compiling empty slots …")
@@ -343,7 +337,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     read = _outputs(prefill(), compiled)
 
     def writing() -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             last = array((), bool, whole)
             return decode.lower(
                 model, params, state, read, key, sampling, last, samples=options.samples
@@ -352,7 +346,7 @@ def _sample(compiler: _Compiler, config: Any, mesh: Mesh, parts: Parts, say: Say
     both = row_flops(model.config, slots, length + new, head=False)
     both -= row_flops(model.config, slots, length, head=False)
     head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         loops = len(stages(new)) if slots == answers == rows * options.samples else 1
     compiler(
         "decode", writing, known=known, batch=(tokens, mask), cache=(state, read),
@@ -390,7 +384,7 @@ def _experience(
             continue
 
         def score(scorer: Any = scorer, weights: Any = weights) -> Any:
-            with on_mesh(mesh):
+            with use_mesh(mesh):
                 run = jax.jit(lambda own, tokens: pooled_scores(scorer, on_device(own), tokens))
                 return run.lower(weights, tokens)
 
@@ -398,7 +392,7 @@ def _experience(
         compiler(name.replace("reward", "score"), score, known=weights, batch=tokens, useful=flops)
 
     def experience() -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             run: Any = make_experience(model, critic, options, reference=reference)
             number = array((), jnp.float32, replicated(mesh))
             scale = (number, number) if options.normalize_scores else None

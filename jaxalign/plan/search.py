@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.flops import row_flops
 from jaxalign.parallel.chips import Chip
-from jaxalign.parallel.sharding import make_mesh, row_shards
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import row_shards
 from jaxalign.plan.parts import PARTS, Parts
 from jaxalign.plan.programs import device_bytes, train_state
 

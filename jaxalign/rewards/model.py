@@ -9,7 +9,7 @@ import jax
 from jaxalign.models.base import ScalarModel
 from jaxalign.models.lm_head import pooled_scores
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
+from jaxalign.parallel.sharding import mesh_of, reshard_batch, use_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 
 
@@ -34,8 +34,8 @@ def model_reward(
         here, there = mesh_of(tokens), mesh_of(params)
         if here is None or there is None or here == there:
             return score(params, tokens)
-        with on_mesh(there):
-            return carried(score(params, carried(tokens, there)), here)
+        with use_mesh(there):
+            return reshard_batch(score(params, reshard_batch(tokens, there)), here)
 
     return reward
 

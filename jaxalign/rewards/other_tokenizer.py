@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxalign.models.lm_head import Scorer, pooled_scores
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import mesh_of, on_mesh, row_shards, rows_sharding, shard_batch
+from jaxalign.parallel.sharding import mesh_of, row_shards, rows_sharding, shard_batch, use_mesh
 from jaxalign.rewards.cases import Case, RewardError
 from jaxalign.rewards.model import check_scale
 from jaxalign.rewards.text import TextReward
@@ -115,7 +115,7 @@ def retokenised_reward(
             group = order[start : start + size]
             width = min(bucket(len(kept[group[0]].ids)), longest)
             tokens = token_rows(kept, [[i] for i in group], size, width, 0)
-            with on_mesh(mesh):
+            with use_mesh(mesh):
                 tokens = tokens if mesh is None else shard_batch(tokens, mesh)
                 asked.append((group, score(params, tokens)))
         found = np.zeros(len(kept))

@@ -20,7 +20,8 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import merge_lora
 from jaxalign.parallel import distributed
-from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml

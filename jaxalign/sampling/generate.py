@@ -18,12 +18,12 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import (
     mesh_of,
-    on_mesh,
-    relaid,
     reshard,
+    reshard_by_rules,
     row_shards,
     rows_sharding,
     shard_batch,
+    use_mesh,
 )
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts
@@ -127,7 +127,7 @@ def sample(
         if mesh is not None and mesh != home:
             params = reshard(params, model.axes, mesh)
         else:
-            mesh, params = home, relaid(params, model.axes, rules)
+            mesh, params = home, reshard_by_rules(params, model.axes, rules)
         written = _write(
             model, params, prompts, key, sampling, limits,
             max_new_tokens=max_new_tokens, samples=samples, slots=slots, cache_dtype=cache_dtype,
@@ -157,7 +157,7 @@ def _write(
             f"{row_shards(mesh)} shards of rows; use a multiple"
         )
     kind = jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         state = empty_slots(
             model,
             sampling.pad_token,

@@ -22,8 +22,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
-from jaxalign.parallel.sharding import compile_step, make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan import make_plan
 from jaxalign.plan.parts import PARTS
 from jaxalign.run.config.runs import load_config

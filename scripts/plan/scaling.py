@@ -18,7 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan import find_devices, make_plan
 from jaxalign.plan.parts import PARTS
 from jaxalign.run.config.runs import load_config

@@ -11,7 +11,8 @@ import tiny
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
-from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import PromptBatch
 
 CONFIG = ppo.Config(max_new_tokens=6, stop_tokens=(5, 9), temperature=0.8, kl_coef=0.3)

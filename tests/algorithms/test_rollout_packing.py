@@ -9,7 +9,8 @@ import tiny
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.ppo.packing import lay_out, packed_shape
 from jaxalign.algorithms.step import init_state
-from jaxalign.parallel.sharding import make_mesh, shard_batch
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import shard_batch
 from jaxalign.types import RolloutBatch, TokenBatch
 
 KEY = jax.random.key(2)

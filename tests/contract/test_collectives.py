@@ -12,10 +12,12 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, replicated
 from jaxalign.plan.costs import COLLECTIVES
 from jaxalign.plan.hlo import parse
 from jaxalign.types import TokenBatch, TrainState

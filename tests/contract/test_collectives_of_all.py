@@ -11,11 +11,13 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import dpo, ppo, reward
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, replicated
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState
 
 # Sizes that tell which array is which: 7 layers, 32 wide, 48 inside, 80 words.

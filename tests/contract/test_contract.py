@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from cases import CASES, LENGTH, ROWS
 
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
 
 MESHES = {

@@ -21,10 +21,12 @@ from preference_cases import kto_case
 from test_contract import same
 
 from jaxalign.algorithms import ppo
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, partition_spec
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, partition_spec
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 

@@ -14,7 +14,7 @@ from jaxalign.models.attention.dispatch import attention_kind
 from jaxalign.models.attention.mask import Marks, Sight
 from jaxalign.models.attention.xla import attend
 from jaxalign.models.decoder import Decoder
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 
 def plain(query, key, value, mask, scale, softcap):

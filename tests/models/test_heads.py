@@ -20,7 +20,8 @@ from jaxalign.models.lm_head import (
     weigh_attributes,
     with_scalar_head,
 )
-from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import TokenBatch
 
 

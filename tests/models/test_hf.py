@@ -13,7 +13,7 @@ from jaxalign.hf import load as hf
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.hf import save as hf_save
 from jaxalign.models.lm_head import with_scalar_head
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.models.lm_head import with_scalar_head
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.models.look_up import look_up
-from jaxalign.parallel.sharding import constrain, make_mesh
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import constrain
 
 IDS = np.array([[0, 6, 6, 2], [5, 2, 9, 0], [1, 1, 1, 1], [3, 4, 5, 6]])  # 9 becomes 6
 

@@ -6,12 +6,14 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=("query", "value", "down"))
 

@@ -11,13 +11,15 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.algorithms import sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import add_lora, merge_lora
-from jaxalign.parallel.sharding import compile_step, make_mesh, param_shardings, shard_batch
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings, shard_batch
 
 CONFIG = dataclasses.replace(
     tiny.CONFIG, num_experts=4, experts_per_token=2, router_aux_coef=0.5, family="mixtral"

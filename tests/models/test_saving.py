@@ -21,7 +21,7 @@ from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.safetensors_write import Planned, index_of, plan_files
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 HERE = pathlib.Path(__file__).parent
 

@@ -10,7 +10,8 @@ import tiny
 
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import target_logprobs, target_sum
-from jaxalign.parallel.sharding import make_mesh, param_shardings
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import param_shardings
 
 CAPPED = Decoder(dataclasses.replace(tiny.CONFIG, logit_softcap=2.0))
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.algorithms.moving_reference import FollowState
 from jaxalign.commands import cli
 from jaxalign.parallel.host_memory import HOST
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes
 from jaxalign.plan.parts import PARTS, HostArray
 from jaxalign.plan.programs import device_bytes

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxalign.parallel.chips import CHIPS
-from jaxalign.parallel.sharding import make_mesh, on_mesh
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import use_mesh
 from jaxalign.plan import parse_topology, resident_bytes
 from jaxalign.plan.parts import PARTS, known_shape
 from jaxalign.plan.programs import train_state
@@ -64,7 +65,7 @@ def test_its_step_can_be_evaluated_abstractly(name):
     config, mesh = load(path), make_mesh(1, 8, 1)
     parts = PARTS[path.stem](config, mesh)
     state = train_state(parts, mesh)
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         after, metrics = jax.eval_shape(parts.step, state, parts.batch)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     assert all(jax.tree.leaves(same))

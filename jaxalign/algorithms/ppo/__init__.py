@@ -62,7 +62,7 @@ from jaxalign.losses.sft import nll
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read, read_counts
 from jaxalign.models.lm_head import target_logprobs, target_sum
 from jaxalign.parallel.rules import Rules
-from jaxalign.parallel.sharding import mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.sharding import mesh_of, shard_batch, use_mesh
 from jaxalign.types import (
     Array,
     Params,
@@ -278,7 +278,7 @@ def make_prepare(
         prompts, answers, tokens = draw_answers(
             key, model, policy, prompts, config, heat, rollout_mesh, rollout_rules
         )
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             scores, parts = score_answers(reward_fn, tokens, prompts, answers.mask, calibration)
             if mesh is not None:
                 scores, parts = shard_batch((scores, parts), mesh)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.ppo.rollout import join_tokens
 from jaxalign.parallel.rules import Rules
-from jaxalign.parallel.sharding import all_rows, local_rows, mesh_of, on_mesh, shard_batch
+from jaxalign.parallel.sharding import all_rows, local_rows, mesh_of, shard_batch, use_mesh
 from jaxalign.sampling.generate import Generation, sample
 from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
 
@@ -64,7 +64,7 @@ def draw_answers(
         mesh=mesh,
         rules=rules,
     )
-    with on_mesh(mesh_of(params)):
+    with use_mesh(mesh_of(params)):
         if config.samples > 1:
             prompts = _repeat(prompts, config.samples)
         return prompts, answers, _join(prompts, answers, config.pad_token)
@@ -97,7 +97,7 @@ def calibrate(
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
     prompts, answers, tokens = draw_answers(key, model, params, prompts, config, config.temperature)
-    with on_mesh(mesh):
+    with use_mesh(mesh):
         scores, _ = score_answers(reward_fn, tokens, prompts, answers.mask)
     if mesh is not None:
         scores = shard_batch(scores, mesh)

@@ -16,7 +16,7 @@ from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import carried, mesh_of, on_mesh
+from jaxalign.parallel.sharding import mesh_of, reshard_batch, use_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
 if TYPE_CHECKING:
@@ -177,9 +177,9 @@ def make_experience(
         if here is None or there is None or here == there:
             return experience(state, ref_params, *rest)
         heat = jnp.asarray(config.temperature if temperature is None else temperature)
-        with on_mesh(there):
-            said = asked(ref_params, carried(tokens, there), np.asarray(heat))
-        return experience(state, None, *rest, carried(said, here))
+        with use_mesh(there):
+            said = asked(ref_params, reshard_batch(tokens, there), np.asarray(heat))
+        return experience(state, None, *rest, reshard_batch(said, here))
 
     anywhere.lower = experience.lower  # pyrefly: ignore[missing-attribute]
     return anywhere

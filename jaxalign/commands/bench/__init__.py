@@ -32,7 +32,7 @@ from jaxalign.commands.bench.machine import (
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.commands.bench.table import show
 from jaxalign.commands.startup import huge_pages
-from jaxalign.parallel.sharding import make_mesh
+from jaxalign.parallel.mesh import make_mesh
 
 __all__ = [
     "ROWS",

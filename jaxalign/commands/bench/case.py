@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.decoder import REMAT
-from jaxalign.parallel.sharding import make_mesh, row_shards
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.sharding import row_shards
 
 WHAT = ("sft", "reward", "dpo", "ppo", "generate")
 ROWS = ("full", "padded", "packed")

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
 from jaxalign.commands.bench.case import Case, Runner, Sample
 from jaxalign.commands.bench.rows import prompt_batch
@@ -20,7 +21,7 @@ from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.commands.bench.updates import adam, decoder
 from jaxalign.models.flops import decode_flops, ppo_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head
-from jaxalign.parallel.sharding import compile_step, local_rows
+from jaxalign.parallel.sharding import local_rows
 from jaxalign.rewards.model import model_reward
 from jaxalign.run.metrics import Stopwatch
 from jaxalign.sampling.generate import sample

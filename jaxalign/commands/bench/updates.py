@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo, reward, sft
+from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
 from jaxalign.commands.bench.case import Case, Runner, Sample
@@ -18,7 +19,7 @@ from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.flops import forward_flops, update_flops, work_of
 from jaxalign.models.lm_head import with_scalar_head
-from jaxalign.parallel.sharding import compile_step, param_shardings, shard_batch
+from jaxalign.parallel.sharding import param_shardings, shard_batch
 from jaxalign.types import Params, TokenBatch
 
 

@@ -45,7 +45,7 @@ from jaxalign.data.rows import Conversation
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, pooled_scores
-from jaxalign.parallel.sharding import on_mesh, row_shards, shard_batch
+from jaxalign.parallel.sharding import row_shards, shard_batch, use_mesh
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.run.config.yaml import build, override, read_yaml
 from jaxalign.run.pipeline import EXAMPLES
@@ -355,7 +355,7 @@ def score_writer(
             longest = max(len(documents[n].ids) for n in fits)
             length = min(-(-longest // _STEP) * _STEP, config.length)
             batch = token_rows(documents, [[n] for n in fits], rows, length, pad)
-            with on_mesh(mesh):
+            with use_mesh(mesh):
                 placed = batch if mesh is None else shard_batch(batch, mesh)
                 values = np.asarray(scores(params, placed), np.float64)
             found = {n: repr(float(value)) for n, value in zip(fits, values, strict=False)}

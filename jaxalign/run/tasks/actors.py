@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, with_scalar_head
-from jaxalign.parallel.sharding import relaid
+from jaxalign.parallel.sharding import reshard_by_rules
 from jaxalign.run.config.runs import PPORun
 from jaxalign.run.tasks.models import Loaded, Scorers, language_model, shape_of
 from jaxalign.types import Params
@@ -21,7 +21,7 @@ def start_reference(config: PPORun, loaded: Loaded, mesh: Mesh) -> tuple[Decoder
     model, params = _start(loaded)
     away = "reference" in config.mesh.apart
     if config.reference is None and not away:
-        return model, relaid(params, model.axes, config.mesh.rules_of.get("reference"))
+        return model, reshard_by_rules(params, model.axes, config.mesh.rules_of.get("reference"))
     source = config.model.source if config.reference is None else config.reference
     with config.mesh.use_rules("reference"):
         if away:
@@ -45,7 +45,7 @@ def start_critic(
     if options.shared_critic or config.critic == "policy":
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 4)
         critic, params = with_scalar_head(*_start(loaded), key)
-        params = relaid(params, critic.axes, config.mesh.rules_of.get("critic"))
+        params = reshard_by_rules(params, critic.axes, config.mesh.rules_of.get("critic"))
     else:
         critic, params = scorers.critic()
     if config.critic_head == "zero":

@@ -20,7 +20,7 @@ from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.host_memory import to_host_memory
-from jaxalign.parallel.sharding import relaid
+from jaxalign.parallel.sharding import reshard_by_rules
 from jaxalign.run.config.runs import DPORun, KTORun
 from jaxalign.run.tasks.reference_cache import (
     REMEDY,
@@ -134,4 +134,4 @@ def _start(config: DPORun | KTORun, loaded: Any) -> tuple[Decoder, Params]:
     adapted = config.model.lora is not None
     model = dataclasses.replace(loaded.model, lora=None)
     params = loaded.frozen if adapted else loaded.params
-    return model, relaid(params, model.axes, config.mesh.rules_of.get("reference"))
+    return model, reshard_by_rules(params, model.axes, config.mesh.rules_of.get("reference"))

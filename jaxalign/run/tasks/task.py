@@ -10,13 +10,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.compile import CompiledStep, compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
 from jaxalign.data import Batches
 from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
-from jaxalign.parallel.sharding import CompiledStep, compile_step, shard_batch
+from jaxalign.parallel.sharding import shard_batch
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
 from jaxalign.run.tasks.models import Loaded
