@@ -402,12 +402,14 @@ def shapes_of(lowered: Any) -> Any:
 
 
 def text_of(lowered: Any) -> str:
-    """The program's text, without the name that it has from the function it was."""
-    return re.sub(r"^module @\S+", "module @program", lowered.as_text(), count=1, flags=re.M)
-
-
-def wanted(name: str, pattern: str | None) -> bool:
-    return pattern is None or pattern in name or fnmatch.fnmatchcase(name, pattern)
+    """The StableHLO text with numbered functions: the name of a nested function is no difference."""
+    text = re.sub(r"^module @\S+", "module @program", lowered.as_text(), count=1, flags=re.M)
+    names = re.findall(r"func\.func (?:public |private )?@([\w.$-]+)", text)
+    numbers: dict[str, str] = {}
+    for name in re.findall(r"@([\w.$-]+)", text):
+        if name in names and name != "main":
+            numbers.setdefault(name, f"f{len(numbers)}")
+    return re.sub(r"@([\w.$-]+)", lambda found: "@" + numbers.get(found[1], found[1]), text)
 
 
 def keep(file: pathlib.Path, text: str) -> None:
