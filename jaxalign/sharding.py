@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import host_rows
 from jaxalign.axis_rules import Rules, current_rules, keep_rules, use_rules
+from jaxalign.jax_private import count_compiled
 from jaxalign.meshes import describe, make_mesh
 from jaxalign.types import TrainState
 
@@ -316,7 +317,7 @@ class CompiledStep:
     @property
     def compiles(self) -> int:
         """How many times the step was compiled. More than 1 in steady state is a bug."""
-        return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]
+        return count_compiled(self._jitted)
 
 
 def _part(state: TrainState) -> tuple[TrainState, Any]:

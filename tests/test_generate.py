@@ -11,6 +11,7 @@ import tiny
 
 from jaxalign.decoding import decode, empty_slots, read_prompts, stages
 from jaxalign.generate import sample
+from jaxalign.jax_private import count_compiled
 from jaxalign.models.heads import target_logprobs
 from jaxalign.sampling import Sampling, choose
 from jaxalign.sharding import make_mesh, on_mesh, param_shardings
@@ -117,7 +118,7 @@ def test_the_loop_ends_when_every_row_has(params):
 
 def test_new_settings_compile_nothing_new(params):
     run(params)
-    before = read_prompts._cache_size(), decode._cache_size()
+    before = count_compiled(read_prompts), count_compiled(decode)
     for options in (
         {"temperature": 0.5},
         {"temperature": 0.0},
@@ -127,7 +128,7 @@ def test_new_settings_compile_nothing_new(params):
         {"key": jax.random.key(1), "pad_token": 4},
     ):
         run(params, **options)
-    assert (read_prompts._cache_size(), decode._cache_size()) == before
+    assert (count_compiled(read_prompts), count_compiled(decode)) == before
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
