@@ -236,7 +236,7 @@ def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, victim):
     folder, log = tmp_path / "run", tmp_path / "log"
@@ -289,7 +289,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_failing_host_stops_all_with_its_message(chat_models, tmp_path):
     config = configured("sft", chat_models, tmp_path / "run", steps=1_000_000, save_every=1)
     log = tmp_path / "log"
@@ -302,7 +302,7 @@ def test_a_failing_host_stops_all_with_its_message(chat_models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for number, folder in enumerate(folders):
@@ -318,7 +318,7 @@ def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured("sft", chat_models, folder, steps=1_000_000, export=False)
