@@ -4,9 +4,8 @@
     python scripts/compile_ahead.py --devices v5e:4x4 --slices 2 --mesh data=2
 
 One JSON line a step: the form of attention, the kernels in the compiled program, bytes a device.
-TPUs need `pip install libtpu`; GPUs need `jax-cuda12-plugin`, `jax-cuda12-pjrt` (of JAX's version)
-and `nvidia-cudnn-cu12`. Without either, no TPU, GPU or driver is needed. Start it with
-JAX_PLATFORMS=cpu.
+TPUs need `pip install "jaxalign[plan-tpu]"`, GPUs `"jaxalign[plan-gpu]"`; no TPU, GPU or driver is
+needed. Start it with JAX_PLATFORMS=cpu.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job, from a fresh clone: bash scripts/quickstart.sh [options of `jaxalign quickstart`]
 #
-# Installs jaxalign into .venv, fetches a small chat model unless --model names one, and runs SFT,
+# Installs jaxalign and the versions in constraints/ into .venv, fetches a small chat model unless --model names one, and runs SFT,
 # reward model, PPO and DPO on the example data. Results: runs/quickstart/summary.md.
 # Needs Python ≥ 3.11 with its venv module; PYTHON names another interpreter than python3.
 
@@ -38,8 +38,7 @@ done
 
 make_venv
 # The tests' installation holds all that this one needs.
-[[ -f "$VENV/.installed-test" && "$(<"$VENV/.installed-test")" == "$(fingerprint)" ]] ||
-  install run "$ROOT"
+is_installed test || install run "$ROOT"
 if [[ "$own_model" == 0 ]]; then
   fetch_model
   set -- --model "$MODEL" "$@"

@@ -27,6 +27,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    """Warnings about the code of tests and scripts are errors, as those about the package are."""
+    ours = {path.stem for name in ("tests", "scripts") for path in (_ROOT / name).rglob("*.py")}
+    config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(sorted(ours))})$")
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of reference vectors and real data beside the checkout, where there is one."""

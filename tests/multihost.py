@@ -53,7 +53,7 @@ def start(arguments, processes, log, *, program=RUN, folders=None, **environment
     return running
 
 
-def finish(running, log, timeout=270):
+def finish(running, log, timeout=850):
     """Waits for processes; gives their exit statuses and what they said."""
     try:
         statuses = [process.wait(timeout) for process in running]

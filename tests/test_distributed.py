@@ -6,6 +6,7 @@
 import collections
 import socket
 import threading
+import time
 
 import jax
 import pytest
@@ -167,7 +168,7 @@ def test_open_mpi_without_an_address_says_how_to_give_one(starts, monkeypatch):
     ],
 )
 def test_tpu_vms_are_found_by_their_metadata(starts, monkeypatch, metadata, joins):
-    monkeypatch.setattr(initialize.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(initialize, "on_cloud_tpu_vm", lambda: True)
     monkeypatch.setattr(initialize, "_metadata", lambda name: metadata.get(name, ""))
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
@@ -197,10 +198,11 @@ def test_only_the_first_process_writes(monkeypatch):
 class Store:
     """A key-value store with barriers, as JAX's service has, for threads."""
 
-    def __init__(self, count):
-        self.count, self.values, self.gone = count, {}, False
+    def __init__(self, count, absent=0):
+        """`absent` processes never come to a barrier: the others have waited when all are there."""
+        self.count, self.absent, self.values, self.gone = count, absent, {}, False
         self.changed = threading.Condition()
-        self.barriers = collections.defaultdict(lambda: threading.Barrier(count))
+        self.barriers = collections.defaultdict(lambda: threading.Barrier(count - absent))
 
     def key_value_set(self, key, value, allow_overwrite=False):
         with self.changed:
@@ -231,10 +233,9 @@ class Store:
     def wait_at_barrier(self, name, milliseconds):
         with self.changed:
             barrier = self.barriers[name]
-        try:
-            barrier.wait(milliseconds / 1000)
-        except threading.BrokenBarrierError:
-            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out") from None
+        barrier.wait()
+        if self.absent:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
 
     def break_down(self):
         with self.changed:
@@ -258,8 +259,9 @@ def processes(monkeypatch):
         def __setitem__(self, name, value):
             mine.used[name] = value
 
-    def run(count, function):
-        store = Store(count)
+    def run(count, function, absent=0):
+        store = Store(count, absent)
+        announced = threading.Barrier(count)
         monkeypatch.setattr(jax, "process_count", lambda: count)
         monkeypatch.setattr(jax, "process_index", lambda: mine.index)
         monkeypatch.setattr(collectives, "_used", Counts())
@@ -272,6 +274,7 @@ def processes(monkeypatch):
             mine.index, mine.used = index, collections.Counter()
             try:
                 service.announce()
+                announced.wait()
                 results[index] = function(index)
             except Exception as error:
                 results[index] = error
@@ -280,7 +283,7 @@ def processes(monkeypatch):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join()
         run.store = store
         return results
 
@@ -309,7 +312,7 @@ def test_a_barrier_names_who_did_not_come(processes):
             distributed.barrier("reading", timeout=0.3)
         return "done"
 
-    results = processes(3, come)
+    results = processes(3, come, absent=1)
     assert results[1] == "done"
     for late in (results[0], results[2]):
         assert isinstance(late, TimeoutError)
@@ -401,8 +404,8 @@ def test_a_folder_that_is_not_shared_is_refused(processes, tmp_path, monkeypatch
 class Hosts:
     """Watches of several processes over one store, and what each was told when it had to stop."""
 
-    def __init__(self, count, patience):
-        self.store = Store(count)
+    def __init__(self, count, patience, clock):
+        self.store, self.clock = Store(count), clock
         self.told = {}
         self.watches = [
             heartbeat.Watch(
@@ -412,11 +415,32 @@ class Hosts:
         ]
 
     def wait(self, count):
-        done = threading.Event()
-        for _ in range(100):
-            if len(self.told) >= count:
-                return
-            done.wait(0.05)
+        while len(self.told) < count:
+            time.sleep(0.01)
+
+    def pass_time(self, seconds, *alive):
+        """Moves the clock on, and waits until those that are alive have said so, or have ended."""
+
+        def beats():
+            return [self.store.values.get(f"jaxalign/beat/{index}") for index in alive]
+
+        before = beats()
+        self.clock.now += seconds
+        while any(
+            old == new and index not in self.told
+            for index, old, new in zip(alive, before, beats(), strict=True)
+        ):
+            time.sleep(0.01)
+
+
+class Clock:
+    """In place of the module `time`: it stands still unless it is moved on."""
+
+    now = 0.0
+    sleep = staticmethod(time.sleep)
+
+    def monotonic(self):
+        return self.now
 
 
 @pytest.fixture
@@ -426,8 +450,10 @@ def hosts(monkeypatch):
     made = []
     monkeypatch.setattr(heartbeat, "reachable", lambda: not made[-1].store.gone)
 
-    def make(count, patience):
-        made.append(Hosts(count, patience))
+    def make(count, patience, clock=None):
+        if clock is not None:
+            monkeypatch.setattr(heartbeat, "time", clock)
+        made.append(Hosts(count, patience, clock))
         return made[-1]
 
     yield make
@@ -448,22 +474,25 @@ def test_a_failure_reaches_the_others_at_once(hosts):
 
 
 def test_silence_is_noticed_and_an_end_is_no_silence(hosts):
-    group = hosts(4, patience=0.6)
+    group = hosts(4, patience=0.6, clock=Clock())
     group.store.key_value_set("jaxalign/beat/2", "7")  # was there, and says no more
     for index in (0, 1, 3):
         group.watches[index].start()
     group.watches[3].end()
-    group.wait(2)
+    while not {0, 1} <= set(group.told):
+        group.pass_time(0.2, 0, 1)
+    assert group.clock.now > 0.6
     assert set(group.told) == {0, 1}
     for text in group.told.values():
         assert text.startswith("process 2 (host2) is lost: no sign of life for")
 
 
 def test_signs_of_life_are_given(hosts):
-    group = hosts(2, patience=0.6)
+    group = hosts(2, patience=0.6, clock=Clock())
     for one in group.watches:
         one.start()
-    threading.Event().wait(1.5)
+    for _ in range(10):
+        group.pass_time(0.2, 0, 1)
     assert group.told == {}
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from jaxalign.models.lm_head import target_logprobs
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, use_mesh
 from jaxalign.sampling.draw import Sampling, choose
@@ -118,7 +119,7 @@ def test_the_loop_ends_when_every_row_has(params):
 
 def test_new_settings_compile_nothing_new(params):
     run(params)
-    before = read_prompts._cache_size(), decode._cache_size()
+    before = count_compiled(read_prompts), count_compiled(decode)
     for options in (
         {"temperature": 0.5},
         {"temperature": 0.0},
@@ -128,7 +129,7 @@ def test_new_settings_compile_nothing_new(params):
         {"key": jax.random.key(1), "pad_token": 4},
     ):
         run(params, **options)
-    assert (read_prompts._cache_size(), decode._cache_size()) == before
+    assert (count_compiled(read_prompts), count_compiled(decode)) == before
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):

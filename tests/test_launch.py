@@ -13,7 +13,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "scripts/launch"
-SCRIPTS = sorted(FOLDER.glob("*.sh"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 RUN = ["--", "sft", "configs/sft.yaml", "run.folder=/shared/my runs", "data.rows=8"]
 WORDS = RUN[1:]
 
@@ -21,7 +21,7 @@ WORDS = RUN[1:]
 def launch(name, *arguments, check=True):
     command = [sys.executable] if name.endswith(".py") else ["bash"]
     done = subprocess.run(
-        [*command, str(FOLDER / name), *arguments], capture_output=True, text=True, timeout=60
+        [*command, str(FOLDER / name), *arguments], capture_output=True, text=True, timeout=900
     )
     if check:
         assert done.returncode == 0, done.stderr
@@ -174,21 +174,25 @@ def test_all_vms_run_the_same_command(tmp_path):
     (words,) = pod("run", *RUN)
     python = tmp_path / "jaxalign/.venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nsleep 20\n', encoding="utf-8")
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nsleep 3600\n', encoding="utf-8")
     python.chmod(0o755)
     begin = ["bash", "-c", remote(words)]
-    subprocess.run(begin, cwd=tmp_path, check=True, timeout=10)
-    log = tmp_path / "jaxalign/run.log"
-    for _ in range(100):
-        if log.exists() and log.read_text(encoding="utf-8").count("\n") == len(WORDS) + 2:
-            break
-        time.sleep(0.1)
-    assert log.read_text(encoding="utf-8").splitlines() == ["-m", "jaxalign.commands.cli", *WORDS]
-    again = subprocess.run(begin, cwd=tmp_path, capture_output=True, text=True, timeout=10)
-    assert again.returncode == 1
-    assert "a run is under way" in again.stderr
     (stop,) = pod("stop")
-    subprocess.run(["bash", "-c", remote(stop)], cwd=tmp_path, check=True)
+    subprocess.run(begin, cwd=tmp_path, check=True, timeout=900)  # does not wait for the run
+    try:
+        log = tmp_path / "jaxalign/run.log"
+        while not log.exists() or log.read_text(encoding="utf-8").count("\n") < len(WORDS) + 2:
+            time.sleep(0.1)
+        assert log.read_text(encoding="utf-8").splitlines() == [
+            "-m",
+            "jaxalign.commands.cli",
+            *WORDS,
+        ]
+        again = subprocess.run(begin, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert again.returncode == 1
+        assert "a run is under way" in again.stderr
+    finally:
+        subprocess.run(["bash", "-c", remote(stop)], cwd=tmp_path, check=True)
 
 
 # GKE

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import chatmodel
@@ -77,15 +78,18 @@ def test_self_instruct_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_by_the_system_and_continued(tmp_path):
-    def slow(body, number):
-        time.sleep(0.04)
+    release = threading.Event()
+
+    def stuck(body, number):
+        if number > 12:
+            release.wait()  # so that the command cannot end by itself
         return writers.friendly(body, number)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    out = killed / "out.jsonl"
-    with writers.serving(slow) as server:
+    out, journal = killed / "out.jsonl", killed / "out.jsonl.journal"
+    with writers.serving(stuck) as server:
         path = settings(killed, server.address)
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxalign.commands.cli", "synth", path],
@@ -93,14 +97,17 @@ def test_killed_by_the_system_and_continued(tmp_path):
             env=os.environ | {"OPENAI_API_KEY": KEY},
         )
         try:
-            while process.poll() is None and len(server.seen) < 12:
+            while process.poll() is None and (
+                len(server.seen) <= 12 or not journal.exists() or b"\n" not in journal.read_bytes()
+            ):
                 time.sleep(0.01)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
+            release.set()
         seen = len(server.seen)
-        assert seen >= 12, "the command ended by itself"
-        kept = len((killed / "out.jsonl.journal").read_bytes().splitlines())
+        assert seen > 12, "the command ended by itself"
+        kept = len(journal.read_bytes().splitlines())
         assert 0 < kept <= seen
         server.answer = writers.friendly
         result = run_synth(load_synth(path))

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxalign.parallel import host_rows
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import describe, make_mesh
 from jaxalign.parallel.rules import keep_rules
 from jaxalign.parallel.sharding import mesh_of, replicated, rows_sharding, shard_batch
@@ -51,7 +52,7 @@ class CompiledStep:
     @property
     def compiles(self) -> int:
         """How many times the step was compiled. More than 1 in steady state is a bug."""
-        return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]
+        return count_compiled(self._jitted)
 
 
 def _part(state: TrainState) -> tuple[TrainState, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -11,6 +12,8 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from jaxalign.parallel.chips import CHIPS
 
@@ -173,6 +176,7 @@ def find_devices(name: str | None = None) -> list[jax.Device]:
 
 def _tpus(name: str, named: Named) -> list[jax.Device]:
     _need("libtpu", name, "TPU", "plan-tpu")
+    _check_version("libtpu", name, "tpu")
     # Off a TPU machine the compiler would wait long for a metadata server that is not there.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Nothing runs on a TPU here: two plans may be made at the same time.
@@ -189,9 +193,12 @@ def _tpus(name: str, named: Named) -> list[jax.Device]:
 
 
 def _gpus(name: str, named: Named) -> list[jax.Device]:
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    if not any(importlib.util.find_spec(plugin) for plugin in plugins):
-        _need(plugins[0], name, "GPU", "plan-gpu")
+    plugins = {"jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13"}
+    there = [plugin for plugin in plugins if importlib.util.find_spec(plugin)]
+    if not there:
+        _need("jax_cuda12_plugin", name, "GPU", "plan-gpu")
+    for plugin in there:
+        _check_version(plugin.replace("_", "-"), name, plugins[plugin])
     # The compiler needs neither a driver nor all of the toolkit that runs programs.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     nodes, a_node = named.shape
@@ -205,6 +212,30 @@ def _need(module: str, name: str, what: str, extra: str) -> None:
             f"topology {name!r}: the {what} compiler is not installed; "
             f'pip install "jaxalign[{extra}]" (no {what} is needed)'
         )
+
+
+def _check_version(package: str, name: str, extra: str) -> None:
+    """Refuses a compiler of another version than JAX's extra asks for.
+
+    A newer one may end in a failed check deep inside of it, which says nothing of the cause.
+    """
+    try:
+        got = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return  # a nightly or one built at home, under another name
+    for text in importlib.metadata.requires("jax") or ():
+        wanted = Requirement(text)
+        if wanted.name != package or wanted.marker is None:
+            continue
+        if not wanted.marker.evaluate({"extra": extra}):
+            continue
+        # Without the part after "+", which says how it was built.
+        if not wanted.specifier.contains(Version(got).public, prereleases=True):
+            wanted.marker = None
+            raise ValueError(
+                f"topology {name!r}: {package} {got} is installed, JAX {jax.__version__} wants "
+                f'{package} {wanted.specifier}; pip install "{wanted}"'
+            )
 
 
 def _described(name: str, platform: str, full: str, options: dict[str, Any]) -> list[jax.Device]:

@@ -402,7 +402,7 @@ def shapes_of(lowered: Any) -> Any:
 
 
 def text_of(lowered: Any) -> str:
-    """The StableHLO text with numbered functions: the name of a nested function is no difference."""
+    """The StableHLO text with numbered functions: what a nested one is called is no difference."""
     text = re.sub(r"^module @\S+", "module @program", lowered.as_text(), count=1, flags=re.M)
     names = re.findall(r"func\.func (?:public |private )?@([\w.$-]+)", text)
     numbers: dict[str, str] = {}
@@ -410,6 +410,10 @@ def text_of(lowered: Any) -> str:
         if name in names and name != "main":
             numbers.setdefault(name, f"f{len(numbers)}")
     return re.sub(r"@([\w.$-]+)", lambda found: "@" + numbers.get(found[1], found[1]), text)
+
+
+def wanted(name: str, pattern: str | None) -> bool:
+    return pattern is None or pattern in name or fnmatch.fnmatchcase(name, pattern)
 
 
 def keep(file: pathlib.Path, text: str) -> None:

@@ -15,6 +15,7 @@ from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
 from jaxalign.models.lm_head import pooled_scores
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import PromptBatch, RolloutBatch, TrainState
 
@@ -109,7 +110,7 @@ def test_five_iterations(shared):
     for part, model, name in MODELS:
         final = oracle.load(folder / f"{name}_final.safetensors", model)
         assert oracle.furthest(state.params[part], final) < 1e-4
-    assert step._cache_size() == 1
+    assert count_compiled(step) == 1
 
 
 MODELS = (("policy", oracle.DECODER, "policy"), ("critic", oracle.SCORER, "value"))

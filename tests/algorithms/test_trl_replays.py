@@ -8,6 +8,7 @@ import pytest
 from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.types import PairBatch
 
 TX = make_optimizer(
@@ -65,7 +66,7 @@ def replay(folder, model, step, batch, logged):
     assert oracle.furthest(state.params, final) < 1e-4
     start = oracle.load(folder / "weights_init.safetensors", model)
     assert oracle.furthest(state.params, start) > 1e-3
-    assert step._cache_size() == 1
+    assert count_compiled(step) == 1
 
 
 def test_sft(shared):

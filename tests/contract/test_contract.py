@@ -9,6 +9,7 @@ from cases import CASES, LENGTH, ROWS
 
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.step import init_state
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
@@ -141,11 +142,11 @@ def test_one_compile_in_twenty_steps(case):
 
 def test_one_cache_entry_under_plain_jit(case, expected):
     step = case.jitted()
-    before = step._cache_size()
+    before = count_compiled(step)
     state = case.state()
     for seed in range(3):
         state, _ = step(state, case.padded(seed))
-    assert step._cache_size() == before
+    assert count_compiled(step) == before
 
 
 def test_donation_spares_what_the_user_holds(case):

@@ -10,6 +10,7 @@ from cases import CASES
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import init_state
+from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.types import PromptBatch
 
 
@@ -68,4 +69,4 @@ def test_ppo_lifts_a_reward():
             state, _ = step(state, part)
     assert scores[0] < 0.1
     assert scores[-1] > 0.6
-    assert step._cache_size() == 1
+    assert count_compiled(step) == 1

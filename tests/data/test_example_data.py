@@ -2,7 +2,6 @@
 
 import importlib.resources
 import itertools
-import time
 
 import pytest
 
@@ -76,7 +75,6 @@ def test_chinese_is_chinese():
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_no_two_instructions_are_alike(language):
-    started = time.monotonic()
     asked = [(origin, text, _words(language, text)) for origin, text in _instructions(language)]
     close = [
         f"{one} {text!r} / {two} {other!r}"
@@ -84,7 +82,6 @@ def test_no_two_instructions_are_alike(language):
         if 2 * min(len(a), len(b)) >= 0.7 * (len(a) + len(b)) and _rouge_l(a, b) >= 0.7
     ]
     assert not close, "ROUGE-L of 0.7 or more:\n" + "\n".join(close)
-    assert time.monotonic() - started < 10
 
 
 def test_rouge_l_agrees_with_the_library():

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import types
 
 import pytest
 import writers
@@ -22,7 +23,7 @@ REQUESTS = [ASKER.request(f"request {n}", f"Question {n}") for n in range(4)]
 
 
 def writer(server, concurrency=2, environment=None, **options):
-    options = {"address": server.address, "backoff": 0.01, "timeout": 5.0} | options
+    options = {"address": server.address, "backoff": 0.01, "timeout": 600.0} | options
     environment = {"OPENAI_API_KEY": KEY} if environment is None else environment
     return ServerWriter("some-model", ServerConfig(**options), concurrency, environment)
 
@@ -106,11 +107,19 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(raw):
     assert "complet" in str(caught.value)
 
 
-def test_the_server_says_how_long_to_wait():
-    with writers.serving(failing(1, 429, {"Retry-After": "0.3"})) as server:
-        started = time.monotonic()
+def test_the_server_says_how_long_to_wait(monkeypatch):
+    waits = []
+
+    class Hasty(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+
+    monkeypatch.setattr(
+        "jaxalign.data.synthesis.server.threading", types.SimpleNamespace(Event=Hasty)
+    )
+    with writers.serving(failing(1, 429, {"Retry-After": "300"})) as server:
         ask(writer(server), REQUESTS[:1])
-        assert 0.3 <= time.monotonic() - started < 2
+    assert waits == [300]
 
 
 def test_a_connection_that_breaks_off_is_tried_again():
@@ -171,15 +180,16 @@ def test_a_slow_server_is_not_waited_for():
 
     def slow(body, number):
         if number == 1:
-            release.wait(5)
+            release.wait()
         return writers.friendly(body, number)
 
     with writers.serving(slow) as server:
-        started = time.monotonic()
-        assert len(ask(writer(server, timeout=0.3), REQUESTS[:1])) == 1
-        assert 0.3 <= time.monotonic() - started < 2
-        release.set()
-    assert len(server.seen) == 2
+        try:  # a busy machine may be slow as well, so it may ask more than twice
+            replies = ask(writer(server, timeout=0.3, retries=1000), REQUESTS[:1])
+        finally:
+            release.set()  # only now does the server answer the first time
+    assert len(replies) == 1
+    assert len(server.seen) >= 2
 
 
 def test_nobody_there():
@@ -218,13 +228,15 @@ def test_a_server_that_refuses_everything_is_told_and_asked_anew(tmp_path):
 
 def test_no_more_requests_at_a_time_than_wanted():
     lock, now, most = threading.Lock(), 0, 0
+    together = threading.Barrier(3)  # else a busy machine may never have three under way
 
     def answer(body, number):
         nonlocal now, most
         with lock:
             now += 1
             most = max(most, now)
-        time.sleep(0.05)
+        together.wait()
+        time.sleep(0.05)  # for one too many to come
         with lock:
             now -= 1
         return writers.friendly(body, number)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import their_cache
 from safetensors import safe_open
 
 from jaxalign.hf import families as tables
@@ -72,7 +73,7 @@ def run_torch(model, tokens, mask=None, positions=None, past=None):
         input_ids=long(tokens),
         attention_mask=long(mask),
         position_ids=long(positions),
-        past_key_values=past,
+        **their_cache.given(model, past),
     )
 
 
@@ -136,7 +137,7 @@ def test_decoding_with_a_cache(pair):
         for start, stop in zip((first, *stops), stops, strict=False):
             with torch.no_grad():
                 out = run_torch(theirs, tokens[row : row + 1, start:stop], past=past)
-            past = out.past_key_values
+            past = their_cache.of(theirs, out)
             want.append(out.logits.numpy()[0])
         close(got[row, first:], np.concatenate(want))
 

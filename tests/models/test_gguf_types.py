@@ -9,7 +9,20 @@ from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.gguf_header import Metadata
 
 PLAIN = ("F32", "F16", "F64")
-TYPES = sorted(kind.name for kind in gguf.quants._type_traits) + list(PLAIN)
+
+
+def is_read_by_gguf(kind):
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+TYPES = [
+    *sorted(k.name for k in gguf.GGML_QUANT_SIZES if k.name not in PLAIN and is_read_by_gguf(k)),
+    *PLAIN,
+]
 WIDTH, HEADS, HEAD, ROWS = 512, 2, 16, 32
 
 

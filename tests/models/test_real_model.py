@@ -10,6 +10,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import their_cache
 
 import jaxalign
 from jaxalign.types import PromptBatch
@@ -58,7 +59,8 @@ def test_it_knows_paris_and_says_the_same_in_transformers(gguf_file, tmp_path):
     ids, cache, said = torch.tensor([prompt]), None, []
     with torch.no_grad():
         for _ in range(COUNT):
-            done = theirs(ids, past_key_values=cache, use_cache=True)
-            ids, cache = done.logits[:, -1].argmax(-1, keepdim=True), done.past_key_values
+            done = theirs(ids, use_cache=True, **their_cache.given(theirs, cache))
+            ids = done.logits[:, -1].argmax(-1, keepdim=True)
+            cache = their_cache.of(theirs, done)
             said.append(int(ids))
     assert said == ours

@@ -1,5 +1,6 @@
 """Plans: memory counted by hand and by the compiler, from `config.json` alone."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from jaxalign.algorithms.moving_reference import FollowState
 from jaxalign.commands import cli
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes
+from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes, topology
 from jaxalign.plan.parts import PARTS, HostArray
 from jaxalign.plan.programs import device_bytes
 from jaxalign.plan.topology import nearest_mesh, next_that_holds
@@ -263,6 +264,79 @@ def test_without_the_compiler(module, name, monkeypatch):
     extra = "plan-tpu" if module == "libtpu" else "plan-gpu"
     with pytest.raises(ValueError, match=rf'pip install "jaxalign\[{extra}\]"'):
         find_devices(name)
+
+
+REQUIRED = [
+    "numpy>=2.0",
+    'jaxlib<=0.10.2,>=0.10.2; extra == "tpu"',
+    'libtpu==0.0.42.*; extra == "tpu"',
+    'jax-cuda12-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda12"',
+    'jax-cuda12-plugin<=0.10.2,>=0.10.2; extra == "cuda12-local"',
+    'jax-cuda13-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda13"',
+]
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Sets which compilers are installed, by package; finding devices then gives the platform."""
+
+    def install(**versions):
+        versions = {name.replace("_", "-"): version for name, version in versions.items()}
+
+        def version(package):
+            if package not in versions:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return versions[package]
+
+        there = lambda module: module.replace("_", "-") in versions or None  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", there)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.metadata, "requires", {"jax": REQUIRED}.get)
+        monkeypatch.setattr(jax, "__version__", "0.10.2")
+        for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        monkeypatch.setattr(topology, "_described", lambda name, platform, *_: platform)
+
+    return install
+
+
+def test_a_compiler_of_the_version_that_jax_wants_is_taken(compilers):
+    compilers(libtpu="0.0.42.1", jax_cuda12_plugin="0.10.2", jax_cuda13_plugin="0.10.2+built.here")
+    assert find_devices("v5p-8") == "tpu"
+    assert find_devices("h100:8") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "told"),
+    [
+        (
+            "v5p-8",
+            {"libtpu": "0.0.52"},
+            "topology 'v5p-8': libtpu 0.0.52 is installed, JAX 0.10.2 wants libtpu ==0.0.42.*; "
+            'pip install "libtpu==0.0.42.*"',
+        ),
+        (
+            "h100:8",
+            {"jax_cuda12_plugin": "0.12.0"},
+            "topology 'h100:8': jax-cuda12-plugin 0.12.0 is installed, JAX 0.10.2 wants "
+            "jax-cuda12-plugin <=0.10.2,>=0.10.2; "
+            'pip install "jax-cuda12-plugin[with-cuda]<=0.10.2,>=0.10.2"',
+        ),
+        (
+            "h100:8",
+            {"jax_cuda13_plugin": "0.9.0"},
+            "topology 'h100:8': jax-cuda13-plugin 0.9.0 is installed, JAX 0.10.2 wants "
+            "jax-cuda13-plugin <=0.10.2,>=0.10.2; "
+            'pip install "jax-cuda13-plugin[with-cuda]<=0.10.2,>=0.10.2"',
+        ),
+    ],
+)
+def test_a_compiler_of_another_version_is_refused(compilers, name, installed, told):
+    compilers(**installed)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        find_devices(name)
+    assert str(caught.value) == told
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.parallel.jax_private import has_cuda
 from jaxalign.parallel.shard_map import current_device
 
 KINDS = ("auto", "xla", "splash", "cudnn")
@@ -150,6 +151,4 @@ def _has_cudnn() -> bool:
     capability = _capability()
     if capability is not None and capability < 8:
         return False
-    from jax._src.lib import cuda_versions
-
-    return cuda_versions is not None
+    return has_cuda()

@@ -8,10 +8,10 @@ import urllib.request
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init
 
 from jaxalign.parallel.distributed import heartbeat
 from jaxalign.parallel.distributed.service import seconds
+from jaxalign.parallel.jax_private import on_cloud_tpu_vm
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN = "JAXALIGN_JOIN_SECONDS"
@@ -126,7 +126,7 @@ def _number(name: str, default: int) -> int:
 
 def _pod_of_vms() -> bool:
     """Whether this is one of several TPU VMs that gcloud made together."""
-    if not cloud_tpu_init.running_in_cloud_tpu_vm or "TPU_SKIP_MDS_QUERY" in os.environ:
+    if not on_cloud_tpu_vm() or "TPU_SKIP_MDS_QUERY" in os.environ:
         return False
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms:

@@ -8,17 +8,15 @@ import socket
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state
+
+from jaxalign.parallel.jax_private import coordination
 
 PREFIX = "jaxalign"
 
 
 def client() -> Any:
-    """JAX's client of the coordination service; None in a job of one process.
-
-    Orbax and others reach it the same way: `jax.distributed` has no name for it.
-    """
-    return global_state.client
+    """JAX's client of the coordination service; None in a job of one process."""
+    return coordination().client
 
 
 def seconds(name: str, default: int) -> int:
@@ -35,7 +33,7 @@ def seconds(name: str, default: int) -> int:
 
 def reachable(timeout: float = 2.0) -> bool:
     """Whether somebody listens where the service is, on the machine of process 0."""
-    host, _, port = str(global_state.coordinator_address).rpartition(":")
+    host, _, port = str(coordination().coordinator_address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
     except OSError:
