@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from jaxalign import jax_private
+from jaxalign.parallel import jax_private
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HOME = ROOT / "jaxalign/parallel/jax_private.py"
