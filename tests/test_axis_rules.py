@@ -27,7 +27,7 @@ from jaxalign.parallel.sharding import (
     shard_batch,
 )
 from jaxalign.rewards.specs import ModelReward
-from jaxalign.run import loop as loop
+from jaxalign.run import loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
 from jaxalign.run.tasks.actors import start_critic, start_reference

@@ -13,7 +13,7 @@ import pytest
 
 from jaxalign.parallel import distributed
 from jaxalign.parallel.distributed import collectives, heartbeat, initialize, service
-from jaxalign.run import loop
+from jaxalign.run import record
 from jaxalign.run.config import runs
 
 VARIABLES = (
@@ -367,8 +367,8 @@ def test_a_run_refuses_hosts_with_other_packages_or_options(
     def versions():
         return {"jax": f"0.1{jax.process_index() * (differs == 'versions')}"}
 
-    monkeypatch.setattr(loop, "_versions", versions)
-    found = processes(2, lambda index: loop._check_hosts(tmp_path, options(index)))
+    monkeypatch.setattr(record, "versions", versions)
+    found = processes(2, lambda index: record.check_hosts(tmp_path, options(index)))
     if differs == "nothing":
         assert found == [None, None]
         return

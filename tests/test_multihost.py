@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from jaxalign.run import loop as loop
+from jaxalign.run import loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
 

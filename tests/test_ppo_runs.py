@@ -9,8 +9,7 @@ import pytest
 
 import jaxalign
 from jaxalign.parallel.host_memory import to_host_memory
-from jaxalign.run import loop as loop
-from jaxalign.run import tasks
+from jaxalign.run import loop, tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
 

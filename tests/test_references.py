@@ -11,8 +11,7 @@ import pytest
 
 import jaxalign
 from jaxalign.algorithms.moving_reference import FollowState, ReferenceSync, follow
-from jaxalign.run import loop as loop
-from jaxalign.run import tasks
+from jaxalign.run import loop, tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, read_yaml
 from jaxalign.run.export import export_run

@@ -16,8 +16,7 @@ from jaxalign.commands import cli
 from jaxalign.hf import load_pretrained
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.run import export, tasks
-from jaxalign.run import loop as loop
+from jaxalign.run import export, loop, reporter, tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, read_yaml
 from jaxalign.run.metrics import JsonlWriter
@@ -213,7 +212,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
         return loop.train(load_config(algorithm, whole.folder / "config.yaml", [folder, *given]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "JsonlWriter", killing_writer(at=4))
+        patch.setattr(reporter, "JsonlWriter", killing_writer(at=4))
         with pytest.raises(Killed):
             again()
     assert not (tmp_path / "killed" / "model").exists()
@@ -244,7 +243,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, chat_models, monkeypatch):
     changes = held_out(tmp_path, "sft")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "JsonlWriter", killing_writer(at=2))
+        patch.setattr(reporter, "JsonlWriter", killing_writer(at=2))
         with pytest.raises(Killed):
             run("sft", chat_models, tmp_path / "run", changes, steps=2)
     run("sft", chat_models, tmp_path / "run", changes, steps=2, resume=True, export=False)
@@ -372,7 +371,7 @@ def test_the_next_step_is_sent_before_metrics_are_read(
 ):
     """Else the devices would wait for the loop between steps."""
     events = []
-    make, check = loop.make_task, loop.check_finite
+    make, check = loop.make_task, reporter.check_finite
 
     def make_task(config):
         task = make(config)
@@ -388,7 +387,7 @@ def test_the_next_step_is_sent_before_metrics_are_read(
         check(metrics, step)
 
     monkeypatch.setattr(loop, "make_task", make_task)
-    monkeypatch.setattr(loop, "check_finite", check_finite)
+    monkeypatch.setattr(reporter, "check_finite", check_finite)
     changes = held_out(tmp_path, "sft")
     run("sft", chat_models, tmp_path / "run", changes, steps=4, export=False, **options)
     assert ", ".join(events) == wanted

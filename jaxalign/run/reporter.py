@@ -1,0 +1,131 @@
+"""Step metrics on their way out: from the devices to `metrics.jsonl`, the history and the bar."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from jaxalign.parallel import distributed
+from jaxalign.parallel.chips import peak_flops
+from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
+
+SHOWN = (
+    "loss",
+    "accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "objective/scores",
+    "objective/kl",
+    "response/length",
+)
+"""The metrics that matter most, in order: beside the progress bar and first in a report."""
+
+
+class StepRecord(NamedTuple):
+    """A step that may still run: its device metrics can be read once it is done.
+
+    Attributes:
+      step: how many batches are done with it.
+      updates: metrics of each update on the devices (one; several in PPO).
+      metrics: what was known before the update.
+      timing: seconds of its parts, `time/…`.
+      counts: waits for all hosts' (real tokens, token slots, tokens, 10⁹ FLOPs, FLOPs).
+      compiles: how many times the step has been compiled.
+    """
+
+    step: int
+    updates: list[dict[str, Any]]
+    metrics: dict[str, float]
+    timing: dict[str, float]
+    counts: Callable[[], list[int]]
+    compiles: int
+
+
+class Reporter:
+    """Writes down one step after the other.
+
+    Args:
+      folder: of the run; `metrics.jsonl` lies in it.
+      title: beside the progress bar.
+      total: steps of the run.
+      done: steps of an earlier start that this run goes on from.
+      log_every: print a line every so many steps.
+    """
+
+    def __init__(self, folder: pathlib.Path, title: str, total: int, done: int, log_every: int):
+        silent = not distributed.is_main()
+        self.history: list[dict[str, float]] = []
+        self._folder, self._total, self._log_every = folder, total, log_every
+        self._writer = JsonlWriter(folder / "metrics.jsonl", done or None, silent=silent)
+        self._bar = tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
+        self._pending: collections.deque[StepRecord] = collections.deque()
+        self._peak = peak_flops()
+        self._reported_at = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """Starts the next step's time now: evaluation and saving are not a step's."""
+        self._reported_at = time.perf_counter()
+
+    def add(self, record: StepRecord, *, keep: int) -> None:
+        """Takes a step, and reports the oldest until only `keep` steps are left unread."""
+        self._pending.append(record)
+        while len(self._pending) > keep:
+            self._report(self._pending.popleft())
+
+    def evaluation(
+        self, step: int, figures: dict[str, float], details: dict[str, Any] | None
+    ) -> None:
+        """Writes held-out figures, and their curves and tables into `evaluation.json`."""
+        self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+        if details is not None and distributed.is_main():
+            text = json.dumps({"step": step} | details, indent=1)
+            (self._folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the file."""
+        self._bar.close()
+        self._writer.close()
+
+    def close_bar(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
+    def _report(self, record: StepRecord) -> None:
+        real_tokens, slots, tokens, giga_flops, flops = record.counts()
+        metrics = record.metrics | _average([to_floats(logged) for logged in record.updates])
+        check_finite(metrics, record.step)
+        metrics["compiles"] = record.compiles
+        metrics["data/fill"] = real_tokens / slots
+        now = time.perf_counter()
+        seconds, self._reported_at = now - self._reported_at, now
+        speed = rates(tokens, giga_flops * _GIGA + flops, seconds, self._peak)
+        self._writer.write(record.step, metrics | record.timing | {"time/step": seconds} | speed)
+        self.history.append(metrics)
+        self._bar.set_postfix_str(_short(metrics), refresh=False)
+        self._bar.update()
+        if record.step % self._log_every == 0 and not self._bar.disable:
+            line = f"{self._bar.desc} {record.step}/{self._total}: {_short(metrics)}"
+            self._bar.write(line)
+
+
+_GIGA = 10**9
+
+
+def pop_work(timing: dict[str, float]) -> list[int]:
+    """Takes tokens and FLOPs out of what was timed: whole numbers below 2³¹, to be summed."""
+    return [int(timing.pop(TOKENS)), *divmod(int(timing.pop(FLOPS)), _GIGA)]
+
+
+def _average(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates that one batch gave: one, but in PPO."""
+    return {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+
+
+def _short(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
