@@ -508,7 +508,10 @@ def test_a_missing_file_is_named(tmp_path):
 READERS = {
     # Class → the files that read it, and the names under which they hold it.
     configs.ModelConfig: (("run/tasks/*.py", "run/export.py"), {"config", "model"}),
-    configs.DataConfig: (("run/tasks/*.py",), {"data"}),
+    configs.DataConfig: (
+        ("run/tasks/*.py", "data/*.py"),
+        {"data", "options", "_options"},
+    ),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("run/tasks/*.py", "run/loop.py"), {"run"}),

@@ -115,6 +115,7 @@ def test_the_example_data(tokenizer, tmp_path, capsys, language, shown):
         [str(folder / "conversations.jsonl")],
         eval=[str(folder / "conversations_heldout.jsonl")],
         length=512,
+        packing=False,  # in the order of the file
     )
     assert cli.main(["data", path, "--examples", "1"]) == 0
     told = capsys.readouterr().out
@@ -212,7 +213,7 @@ def test_the_page(tokenizer, tmp_path, capsys):
     row = {"prompt": "a < b & \x01?", "completion": "<b>yes</b>"}
     train = [rows(tmp_path, "a.jsonl", row, CHINESE)]
     out = tmp_path / "deep" / "page.html"
-    path = config(tmp_path, tokenizer, "sft", train)
+    path = config(tmp_path, tokenizer, "sft", train, packing=False)
     assert cli.main(["data", path, "--html", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     page = out.read_text(encoding="utf-8")

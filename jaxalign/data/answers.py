@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jaxalign.data.chat import Encoded, encode_conversations
 from jaxalign.data.examples import Conversation, Graded, Ranked, RowError, Steps, Unpaired
 from jaxalign.data.loader import Batches
 from jaxalign.data.mixture import entries_of
-from jaxalign.data.options import More, Options
+from jaxalign.data.options import Options, options_of
 from jaxalign.data.packing import token_rows
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_graded, to_ranked, to_steps, to_unpaired
@@ -25,23 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _More(More, total=False):
-    """`More`, and what all batch functions take that also have defaults."""
-
-    epochs: int | None
-    seed: int
-    shuffle: bool
-    chat_template: str | None
-
-
 def unpaired_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
-    packing: bool = False,
-    **more: Unpack[_More],
+    options: Options | None = None,
+    **fields: Any,
 ) -> Batches[UnpairedBatch]:
     """Single answers marked good or bad; one a row.
 
@@ -50,17 +39,15 @@ def unpaired_batches(
     row has no other answer: its mismatched row is empty.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: T, positions of a row.
-      packing: False: these are not packed.
-      **more: see `jaxalign.data.options.Options`.
+      options: as `sft_batches`, without packing; `rows` counts answers.
+      **fields: as `sft_batches`.
 
     Raises:
       ValueError: as `sft_batches`.
     """
-    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
 
@@ -96,23 +83,20 @@ def ranked_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
+    options: Options | None = None,
     answers: int | None = None,
-    packing: bool = False,
-    **more: Unpack[_More],
+    **fields: Any,
 ) -> Batches[RankedBatch]:
     """Several answers to a prompt with their ranks; preference rows count as two answers.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, prompts of every batch.
-      length: T, positions of a prompt with one answer.
+      options: as `sft_batches`, without packing; `rows` counts prompts,
+        `length` the positions of a prompt with one answer.
       answers: K, answers that a prompt may have at most; a row with more is an error. None: as
         many as any row has.
-      packing: False: these are not packed.
-      **more: see `jaxalign.data.options.Options`.
+      **fields: as `sft_batches`.
 
     Returns:
       `Batches` of RankedBatch, leaves `[rows, K, width]`.
@@ -120,7 +104,7 @@ def ranked_batches(
     Raises:
       ValueError: as `sft_batches`; `answers` missing when streaming.
     """
-    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
     if answers is None and options.streaming:
@@ -175,28 +159,24 @@ def graded_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
+    options: Options | None = None,
     attributes: Sequence[str] | None = None,
-    packing: bool = False,
-    **more: Unpack[_More],
+    **fields: Any,
 ) -> Batches[GradedBatch]:
     """Answers with a score for each of several attributes; one a row.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: T, positions of a row.
+      options: as `sft_batches`, without packing; `rows` counts answers.
       attributes: the columns of `scores`, in this order; a row without any of them is an error.
         None: all that rows have, in alphabetical order (not when streaming).
-      packing: False: these are not packed.
-      **more: see `jaxalign.data.options.Options`.
+      **fields: as `sft_batches`.
 
     Raises:
       ValueError: as `sft_batches`.
     """
-    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
     if attributes is None and options.streaming:
@@ -242,10 +222,8 @@ def step_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
-    packing: bool = False,
-    **more: Unpack[_More],
+    options: Options | None = None,
+    **fields: Any,
 ) -> Batches[StepBatch]:
     """Answers in labelled steps; one a row.
 
@@ -253,17 +231,15 @@ def step_batches(
     their own. Those that a cut took away have no label.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: T, positions of a row.
-      packing: False: these are not packed.
-      **more: see `jaxalign.data.options.Options`.
+      options: as `sft_batches`, without packing; `rows` counts answers.
+      **fields: as `sft_batches`.
 
     Raises:
       ValueError: as `sft_batches`.
     """
-    options = Options(rows=rows, length=length, packing=no_packing(packing, "answers"), **more)
+    options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
 

@@ -8,7 +8,7 @@ counted and printed, never passed over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from jaxalign.data.chat import (
 from jaxalign.data.examples import Conversation, Preference, Prompt, Text, TrainOn
 from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
-from jaxalign.data.options import More, Options, packing_name
+from jaxalign.data.options import Options, options_of
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
@@ -39,15 +39,9 @@ def sft_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
-    packing: bool | str = True,
-    epochs: int | None = 1,
-    seed: int = 0,
-    shuffle: bool = True,
-    chat_template: str | None = None,
+    options: Options | None = None,
     train_on: TrainOn = "all",
-    **more: Unpack[More],
+    **fields: Any,
 ) -> Batches[TokenBatch]:
     """Conversations and plain texts as token batches.
 
@@ -58,17 +52,11 @@ def sft_batches(
       sources: one or several of: a file, folder, glob or hub id (see `jaxalign.data.read_rows`), a
         `jaxalign.data.Source` with a weight or a number of rows, or rows as dicts.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: T, positions of a row.
-      packing: True or "best_fit": several documents a row, decided once, kept apart by segment
-        ids. "wrapped": plain texts end to end, cut where a row ends. False: one a row.
-      epochs: passes over the data; None: forever.
-      seed: of the order, which differs in every epoch.
-      shuffle: False keeps the order of the rows (packed: longest first).
-      chat_template: None (the tokenizer's), "chatml", "none", a jinja file or text.
+      options: how rows become batches; None: all at their defaults.
       train_on: which tokens of a conversation are trained: "all" answers, the "last" one, "split"
         (an example an answer), or "everything"; see `jaxalign.data.train_on`.
-      **more: see `jaxalign.data.options.Options`.
+      **fields: fields of `jaxalign.data.Options`, in place of those of `options`: `rows=64,
+        length=2048, packing=False`. Rows are packed by default, kept apart by segment ids.
 
     Returns:
       `Batches` of TokenBatch, numpy `[rows, width]`; `source_ids` where there are several sources.
@@ -77,16 +65,7 @@ def sft_batches(
       ValueError: an unreadable or wrong row, an unusable template, options that do not go
         together, or no row left to train on.
     """
-    options = Options(
-        rows=rows,
-        length=length,
-        packing=packing_name(packing),
-        epochs=epochs,
-        seed=seed,
-        shuffle=shuffle,
-        chat_template=chat_template,
-        **more,
-    )
+    options = options_of(options, fields).layout(default="best_fit")
     entries = entries_of(sources)
 
     def read(row: Row, columns: Any, form: str | None) -> Conversation | Text:
@@ -95,12 +74,13 @@ def sft_batches(
 
     def encode(examples: Sequence[Any]) -> list[Made]:
         texts = [i for i, example in enumerate(examples) if isinstance(example, Text)]
-        talks = [i for i, example in enumerate(examples) if not isinstance(example, Text)]
+        chats = [i for i, example in enumerate(examples) if not isinstance(example, Text)]
         plain = encode_texts(tok, [examples[i].text for i in texts])
-        chats = encode_training(tok, [examples[i] for i in talks], chat_template, train_on)
+        conversations = [examples[i] for i in chats]
+        encoded = encode_training(tok, conversations, options.chat_template, train_on)
         made = [Made(i, [document]) for i, document in zip(texts, plain, strict=True)]
-        made += [Made(talks[n], [document]) for n, document in chats]
-        return sorted(made, key=lambda each: each.example)
+        made += [Made(chats[n], [document]) for n, document in encoded]
+        return sorted(made, key=lambda document: document.example)
 
     build = token_builder(entries, pad_id(tok))
     return load(Recipe("sft_batches", read, encode, build), entries, options, tok)
@@ -110,15 +90,9 @@ def preference_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
-    packing: bool | str = False,
-    epochs: int | None = 1,
-    seed: int = 0,
-    shuffle: bool = True,
-    chat_template: str | None = None,
+    options: Options | None = None,
     shared_prefix: bool = False,
-    **more: Unpack[More],
+    **fields: Any,
 ) -> Batches[Any]:
     """Preference pairs as pair batches; `loss_mask` marks the answers.
 
@@ -130,18 +104,13 @@ def preference_batches(
     `margin` is there if the rows have one.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: T, positions of a row (of each side; of both together with `shared_prefix`).
-      packing: whether several pairs share a row.
-      epochs: passes over the data; None: forever.
-      seed: of the order.
-      shuffle: whether each epoch has a fresh order.
-      chat_template: None (the tokenizer's), "chatml", "none", a jinja file or text.
+      options: as `sft_batches`. `length` is that of each side, or of both together with
+        `shared_prefix`. Pairs are packed only with `packing=True`.
       shared_prefix: both answers of a pair follow one copy of their prompt, in one row
         (`SharedPairBatch`): fewer tokens, the same losses for models that read `branch_ids`.
-      **more: see `jaxalign.data.options.Options`.
+      **fields: as `sft_batches`.
 
     Returns:
       `Batches` of PairBatch, or of SharedPairBatch with `shared_prefix`.
@@ -149,16 +118,7 @@ def preference_batches(
     Raises:
       ValueError: as `sft_batches`; or only some rows have a margin.
     """
-    options = Options(
-        rows=rows,
-        length=length,
-        packing=_no_wrapping(packing_name(packing), "pairs"),
-        epochs=epochs,
-        seed=seed,
-        shuffle=shuffle,
-        chat_template=chat_template,
-        **more,
-    )
+    options = _no_wrapping(options_of(options, fields).layout(), "pairs")
     entries = entries_of(sources)
     pad = pad_id(tok)
     margins: list[tuple[bool, str]] = []  # whether the first row has one, and which row that is
@@ -176,9 +136,11 @@ def preference_batches(
             )
         return pair
 
+    template = options.chat_template
+
     def encode(examples: Sequence[Preference]) -> list[Made]:
         sides = [
-            encode_conversations(tok, [answered(p, getattr(p, s)) for p in examples], chat_template)
+            encode_conversations(tok, [answered(p, getattr(p, s)) for p in examples], template)
             for s in ("chosen", "rejected")
         ]
         return [Made(i, pair) for i, pair in enumerate(zip(*sides, strict=True))]
@@ -214,13 +176,8 @@ def prompt_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
     *,
-    rows: int,
-    length: int,
-    epochs: int | None = 1,
-    seed: int = 0,
-    shuffle: bool = True,
-    chat_template: str | None = None,
-    **more: Unpack[More],
+    options: Options | None = None,
+    **fields: Any,
 ) -> Batches[PromptBatch]:
     """Prompts as left-padded batches for rollouts, ending where the answer begins.
 
@@ -230,30 +187,18 @@ def prompt_batches(
     have index -1 and mask False.
 
     Args:
-      sources: as `sft_batches`, and so all that follow.
+      sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      rows: B, rows of every batch.
-      length: P, positions of a prompt.
-      epochs: passes over the data; None: forever.
-      seed: of the order.
-      shuffle: whether each epoch has a fresh order.
-      chat_template: None (the tokenizer's), "chatml", "none", a jinja file or text.
-      **more: see `jaxalign.data.options.Options`.
+      options: as `sft_batches`; `length` is P, the positions of a prompt.
+      **fields: as `sft_batches`.
 
     Raises:
-      ValueError: as `sft_batches`; `streaming`, `buckets` or `keep="answer_start"`, which prompts
-        have no use for.
+      ValueError: as `sft_batches`; `packing`, `streaming`, `buckets` or `keep="answer_start"`,
+        which prompts have no use for.
     """
-    options = Options(
-        rows=rows,
-        length=length,
-        epochs=epochs,
-        seed=seed,
-        shuffle=shuffle,
-        chat_template=chat_template,
-        **more,
-    )
+    options = options_of(options, fields).layout()
     for name, wrong, wanted in (
+        ("packing", options.packing is not None, "False: prompts for rollouts are not packed"),
         ("streaming", options.streaming, "False: reward functions look rows up by their index"),
         ("buckets", options.buckets is not None, "None: all prompts of a rollout have one width"),
         ("keep", options.keep == "answer_start", "'prompt_end' or 'whole': prompts have no answer"),
@@ -266,7 +211,7 @@ def prompt_batches(
         prompts = encode_prompts(
             tok,
             [p.messages for p in examples],
-            chat_template,
+            options.chat_template,
             [p.origin for p in examples],
             [p.tools for p in examples],
         )
@@ -333,15 +278,18 @@ def _is_text(row: Row, columns: Any, form: str | None) -> bool:
 _PROMPTS = ("prompt", "instruction", "question")
 
 
-def no_packing(packing: bool, what: str) -> None:
-    """Refuses packing where there is none."""
-    if packing:
-        raise ValueError(f"packing: got {packing!r} for {what}, which are not packed; use False")
+def no_packing(options: Options, what: str) -> Options:
+    """Refuses packing of what is not packed."""
+    if options.packing is not None:
+        raise ValueError(
+            f"packing: got {options.packing!r} for {what}, which are not packed; use False"
+        )
+    return options
 
 
-def _no_wrapping(packing: str | None, what: str) -> str | None:
-    if packing == "wrapped":
+def _no_wrapping(options: Options, what: str) -> Options:
+    if options.packing == "wrapped":
         raise ValueError(
             f"packing: got 'wrapped' for {what}, which must not be cut; use True or False"
         )
-    return packing
+    return options

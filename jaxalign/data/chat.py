@@ -225,23 +225,35 @@ def _encode(
     for start in range(0, len(conversations), _CHUNK):
         part = conversations[start : start + _CHUNK]
         try:
-            found = encode(part)
+            documents, faults = encode(part), {}
         except RowError:
             if on_fault is None:
                 raise
-            found = []
-            for n, conversation in enumerate(part):
-                try:
-                    found += [(n, document) for _, document in encode([conversation])]
-                except RowError as fault:
-                    on_fault(fault)
-                    if failed is not None:
-                        failed.add(start + n)
-        for n, document in found:
+            documents, faults = _one_by_one(encode, part)
+            for fault in faults.values():
+                on_fault(fault)
+        if failed is not None:
+            failed |= {start + n for n in faults}
+        for n, document in documents:
             if not checked and document.trained.any() and not part[n].everything:
                 _check_end_token(tok, document, part[n].origin)
                 checked = True
             yield start + n, document
+
+
+def _one_by_one(
+    encode: Callable[[Sequence[Conversation]], list[tuple[int, Encoded]]],
+    conversations: Sequence[Conversation],
+) -> tuple[list[tuple[int, Encoded]], dict[int, RowError]]:
+    """Documents of the conversations that can be encoded, and the errors of the others."""
+    documents: list[tuple[int, Encoded]] = []
+    faults: dict[int, RowError] = {}
+    for n, conversation in enumerate(conversations):
+        try:
+            documents += [(n, document) for _, document in encode([conversation])]
+        except RowError as fault:
+            faults[n] = fault
+    return documents, faults
 
 
 def _encode_documents(

@@ -11,12 +11,14 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxalign.data.minhash import NearCopies
-from jaxalign.data.options import Options
+
+if TYPE_CHECKING:
+    from jaxalign.data.options import Options
 
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "latin": ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F), (0x1E00, 0x1EFF), (0xFF21, 0xFF5A)),
@@ -62,7 +64,6 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
     Returns:
       The indices of the examples that stay, and why the others do not.
     """
-    check_scripts(options.scripts)
     dropped: dict[int, str] = {}
     stay = list(range(len(examples)))
 
@@ -75,7 +76,7 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
         held = held_out([prompt_key(example) for example in examples], options.validation)
         train = options.split == "train"
         drop([h != train for h in held], OTHER_SPLIT if train else NOT_HELD_OUT)
-    if options.scripts is not None:
+    if options.scripts:
         scripts = options.scripts
         shares = [script_share(" ".join(_texts(examples[i])), scripts) for i in stay]
         drop(

@@ -57,33 +57,51 @@ def fit(
     documents = [to_last_answer(document) for document in documents]
     if not all(document.trained[1:].any() for document in documents):
         return "no token to train"
-    ends = [len(document.ids) for document in documents]
-    apart = branch_point(documents) if shared else 0
-    cost = sum(end - apart for end in ends) + apart if shared else max(ends)
+    prefix = branch_point(documents) if shared else 0
+    sizes = [len(document.ids) for document in documents]
+    marks = [mark[:size] for mark, size in zip(marks, sizes, strict=False)]
+    cost = sum(sizes) - prefix if shared else max(sizes)
     if cost <= length:
-        cuts = [(0, end) for end in ends]
-    elif keep == "whole":
+        return Fitted(documents, marks, cut=False)
+    if keep == "whole":
         return f"longer than {length} tokens"
-    elif keep == "prompt_end" and not any(document.trained[0] for document in documents):
-        first = cost - length
-        with_bos = bos is not None and all(document.ids[0] == bos for document in documents)
-        if first + with_bos >= min(_last_answer(document) for document in documents):
-            return f"the answer alone is longer than {length} tokens"
-        cuts = [(first, end) for end in ends]
-    else:
-        limit = _longest_side([end - apart for end in ends], length - apart) if shared else length
-        cuts = [(0, min(end, apart + limit)) for end in ends]
-        if not all(d.trained[1:last].any() for d, (_, last) in zip(documents, cuts, strict=True)):
-            return f"the answer begins beyond {length} tokens"
-    kept, kept_marks = [], []
-    for number, (document, (first, last)) in enumerate(zip(documents, cuts, strict=True)):
-        start = 1 if first and bos is not None and document.ids[0] == bos else 0
-        trained = _whole_turns(document.trained, start + first)
-        ids, trained = (_take(x, start, first, last) for x in (document.ids, trained))
-        kept.append(Encoded(ids, trained))
-        if marks:
-            kept_marks.append(_take(marks[number], start, first, last))
-    return Fitted(kept, kept_marks, cost > length)
+    if keep == "prompt_end" and not any(document.trained[0] for document in documents):
+        return _without_prompt_start(documents, marks, cost - length, length, bos)
+    limit = length
+    if shared:
+        limit = prefix + _longest_side([size - prefix for size in sizes], length - prefix)
+    return _without_answer_end(documents, marks, limit, length)
+
+
+def _without_prompt_start(
+    documents: Sequence[Encoded],
+    marks: Sequence[np.ndarray],
+    excess: int,
+    length: int,
+    bos: int | None,
+) -> Fitted | str:
+    """Cuts the same `excess` tokens off the start of all prompts, but for a common bos token."""
+    with_bos = bos is not None and all(document.ids[0] == bos for document in documents)
+    if excess + with_bos >= min(_last_answer(document) for document in documents):
+        return f"the answer alone is longer than {length} tokens"
+    kept = []
+    # The bos token stays where a document has it, also if the other side has none.
+    starts = [int(bos is not None and document.ids[0] == bos) for document in documents]
+    for document, start in zip(documents, starts, strict=True):
+        trained = _whole_turns(document.trained, start + excess)
+        kept.append(Encoded(*(_without(x, start, excess) for x in (document.ids, trained))))
+    kept_marks = [_without(mark, start, excess) for mark, start in zip(marks, starts, strict=False)]
+    return Fitted(kept, kept_marks, cut=True)
+
+
+def _without_answer_end(
+    documents: Sequence[Encoded], marks: Sequence[np.ndarray], limit: int, length: int
+) -> Fitted | str:
+    """Cuts each document to its first `limit` tokens."""
+    kept = [Encoded(document.ids[:limit], document.trained[:limit]) for document in documents]
+    if not all(document.trained[1:].any() for document in kept):
+        return f"the answer begins beyond {length} tokens"
+    return Fitted(kept, [mark[:limit] for mark in marks], cut=True)
 
 
 def fit_prompt(ids: np.ndarray, length: int, keep: str, bos: int | None) -> np.ndarray | str:
@@ -93,7 +111,7 @@ def fit_prompt(ids: np.ndarray, length: int, keep: str, bos: int | None) -> np.n
     if keep == "whole":
         return f"longer than {length} tokens"
     start = 1 if bos is not None and ids[0] == bos else 0
-    return _take(ids, start, len(ids) - length, len(ids))
+    return _without(ids, start, len(ids) - length)
 
 
 def branch_point(documents: Sequence[Encoded]) -> int:
@@ -127,11 +145,9 @@ def to_last_answer(document: Encoded) -> Encoded:
     return Encoded(document.ids[:end], document.trained[:end])
 
 
-def _take(x: np.ndarray, start: int, first: int, last: int) -> np.ndarray:
-    """`x[:last]` without the `first` entries after the first `start`."""
-    if first == 0:
-        return x[:last]
-    return np.concatenate([x[:start], x[start + first : last]])
+def _without(x: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`x` without the `count` entries after the first `start`."""
+    return np.concatenate([x[:start], x[start + count :]])
 
 
 def _whole_turns(trained: np.ndarray, first: int) -> np.ndarray:

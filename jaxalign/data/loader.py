@@ -7,7 +7,6 @@ how many hosts share them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import weakref
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 
 from jaxalign.data.counts import Counts
 from jaxalign.data.mixture import Entry, pools_of, shares_of
-from jaxalign.data.options import Options
+from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
 from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, prepare
 from jaxalign.types import PromptBatch, TokenBatch
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = TypeVar("Batch")
-
-# These change how batches are made or shared, not what is in them.
-_NOT_IN_CHECKSUM = ("epochs", "host", "prefetch", "on_error")
 
 
 class Batches(Generic[Batch]):
@@ -303,17 +299,11 @@ def count_rows(
     counts.add("", "room", room * (1 if recipe.shared else len(kept.sides)))
 
 
-def settings_of(recipe: Recipe, options: Options) -> list[Any]:
-    """What a position depends on besides the data."""
-    values = dataclasses.asdict(options)
-    return [recipe.name, *(values[k] for k in sorted(values) if k not in _NOT_IN_CHECKSUM)]
-
-
 def _checksum(
     recipe: Recipe, options: Options, kept: Kept, groups: Sequence[Group], shares: Sequence[Any]
 ) -> int:
     """A number that changes when a saved position would mean other batches."""
-    settings = [*settings_of(recipe, options), list(shares), len(groups)]
+    settings = [recipe.name, *settings_of(options), list(shares), len(groups)]
     checksum = zlib.crc32(json.dumps(settings).encode())
     for side in kept.sides:
         for document in side:

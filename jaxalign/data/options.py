@@ -1,12 +1,13 @@
-"""The options that all batch functions share, checked once."""
+"""The options of all batch functions and of a YAML's section `data`: declared and checked once."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from jaxalign.data.faults import ON_ERROR
+from jaxalign.data.filters import check_scripts
 
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
@@ -15,42 +16,18 @@ SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
 
 
-class More(TypedDict, total=False):
-    """Keyword arguments that every batch function takes; `Options` says what they mean."""
-
-    on_error: str
-    keep: str | None
-    buckets: Sequence[int] | None
-    temperature: float | None
-    validation: float | None
-    split: str
-    dedup: str | None
-    dedup_threshold: float
-    scripts: Sequence[str] | None
-    script_share: float
-    min_tokens: int
-    max_tokens: int | None
-    host: tuple[int, int]
-    streaming: bool
-    window: int
-    prefetch: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How rows become batches.
+class BatchOptions:
+    """How rows become batches: what a YAML's section `data` and Python have in common.
 
     Attributes:
       rows: B, rows of every batch, over all hosts.
-      length: T, positions of a row.
-      packing: None: one document (or pair) a row. "best_fit": several, decided once. "wrapped":
-        plain texts laid end to end and cut where a row ends.
+      length: T, positions of a row (of a prompt, in PPO).
+      packing: True or "best_fit": several documents (or pairs) a row, decided once. "wrapped":
+        plain texts laid end to end and cut where a row ends (SFT). False: one a row. None: SFT
+        packs, unless it has `buckets`; everything else holds one a row.
       epochs: passes over the data; None: forever.
-      seed: of the order, in [0, 2³²).
       shuffle: a fresh order in every pass; False keeps the order of the rows.
-      chat_template: see `jaxalign.data.resolve_chat_template`.
-      on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
-        rows out, counted by reason. What makes a whole file unreadable stops either way.
       keep: what stays of a row that is too long. "answer_start": its first `length` tokens, so that
         the answer loses its end. "prompt_end": the prompt loses its start, both sides of a pair the
         same tokens, and a row whose answer alone is too long is dropped. "whole": the row is
@@ -63,98 +40,78 @@ class Options:
         and sources without weights are simply read one after the other.
       validation: what is held out of the sources: a part in (0, 1) or a number of rows. Which rows
         these are depends on their prompts alone, so rows with the same prompt stay together.
-      split: "train" leaves out what is held out, "validation" gives only that.
       dedup: "exact" drops a row that says the same as an earlier one, "near" also one whose
         character 5-grams have a Jaccard similarity of `dedup_threshold` with an earlier one.
       dedup_threshold: in (0, 1].
       scripts: writing systems (see `jaxalign.data.filters.SCRIPTS`) of which at least
         `script_share` of a row's letters must be. A script is no language: Latin is the script of
-        English and French alike. None: any.
+        English and French alike. None or empty: any.
       script_share: in (0, 1].
       min_tokens: rows of fewer tokens, counted before cutting, are dropped.
       max_tokens: rows of more tokens, counted before cutting, are dropped; None: none are.
-      host: (index, count): this host builds its part of each batch, rows index · rows / count and
-        following. Positions count whole batches, so a run may go on with another number of hosts.
-      streaming: reads, renders, tokenises and packs while training goes on, a window at a time.
+      on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
+        rows out, counted by reason. What makes a whole file unreadable stops either way.
+      streaming: reads, renders, tokenises and packs while training goes on, a window at a time,
+        for data that does not fit in memory.
       window: rows of the sources that are held, shuffled and packed together when streaming.
       prefetch: batches made ahead in a thread of their own; 0: none.
     """
 
-    rows: int
-    length: int
-    packing: str | None = None
+    rows: int = 32
+    length: int = 1024
+    packing: bool | str | None = None
     epochs: int | None = 1
-    seed: int = 0
     shuffle: bool = True
-    chat_template: str | None = None
-    on_error: str = "stop"
     keep: str | None = None
-    buckets: Sequence[int] | None = None
+    buckets: tuple[int, ...] | None = None
     temperature: float | None = None
     validation: float | None = None
-    split: str = "train"
     dedup: str | None = None
     dedup_threshold: float = 0.8
-    scripts: Sequence[str] | None = None
+    scripts: tuple[str, ...] | None = None
     script_share: float = 0.5
     min_tokens: int = 0
     max_tokens: int | None = None
-    host: tuple[int, int] = (0, 1)
+    on_error: str = "stop"
     streaming: bool = False
     window: int = 1024
     prefetch: int = 2
 
     def __post_init__(self):
-        for name, least, may_be_none in (
+        for name, least, optional in (
             ("rows", 1, False),
             ("length", 2, False),
             ("epochs", 1, True),
-            ("seed", 0, False),
             ("min_tokens", 0, False),
             ("max_tokens", 1, True),
             ("window", 1, False),
             ("prefetch", 0, False),
         ):
-            value = getattr(self, name)
-            if value is None and may_be_none:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: got {self.seed}, wanted less than 2**32")
-        for name, choices, may_be_none in (
-            ("packing", PACKING, True),
-            ("on_error", ON_ERROR, False),
-            ("keep", KEEP, True),
-            ("split", SPLITS, False),
-            ("dedup", DEDUP, True),
-        ):
-            value = getattr(self, name)
-            if not (value in choices or (value is None and may_be_none)):
-                wanted = ", ".join(choices) + (" or None" if may_be_none else "")
-                raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+            _check_integer(name, getattr(self, name), least, optional)
+        if not isinstance(self.packing, bool):
+            _check_choice("packing", self.packing, PACKING, "True, False or None")
+        _check_choice("on_error", self.on_error, ON_ERROR)
+        _check_choice("keep", self.keep, KEEP, "None")
+        _check_choice("dedup", self.dedup, DEDUP, "None")
         self._check_ranges()
-        self._check_together()
+        for wrong, name, wanted in self._clashes():
+            if wrong:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted it {wanted}")
 
     def _check_ranges(self) -> None:
         for name in ("dedup_threshold", "script_share"):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ValueError(f"{name}: got {value!r}, wanted a number in (0, 1]")
+        check_scripts(self.scripts)
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}, wanted a positive number")
-        held = self.validation
-        if held is not None and not (0 < held < 1 or (held >= 1 and held == int(held))):
+        held_out = self.validation
+        if held_out is not None and not (
+            0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))
+        ):
             raise ValueError(
-                f"validation: got {held!r}, wanted a part in (0, 1) or a number of rows"
-            )
-        index, count = self.host
-        if not 0 <= index < count:
-            raise ValueError(f"host: got {self.host}, wanted (index, count) with index < count")
-        if self.rows % count:
-            raise ValueError(
-                f"rows: got {self.rows}, which {count} hosts do not divide; use a multiple of "
-                f"{count}"
+                f"validation: got {held_out!r}, wanted a part in (0, 1) or a number of rows"
             )
         if self.buckets is not None:
             widths = list(self.buckets)
@@ -168,36 +125,81 @@ class Options:
                     f"buckets: got the width {widths[-1]}, wanted at most length = {self.length}"
                 )
 
-    def _check_together(self) -> None:
-        """Refuses options of which one would be ignored."""
-        clashes = (
-            (self.buckets is not None and self.packing is not None, "buckets", "without packing"),
-            (self.split == "validation" and self.validation is None, "split", "with validation"),
-            (self.streaming and self.dedup is not None, "dedup", "without streaming"),
+    def _clashes(self) -> tuple[tuple[bool, str, str], ...]:
+        """Options of which one would be ignored: (whether they are given, a name, the remedy)."""
+        streaming = self.streaming
+        by_count = self.validation is not None and self.validation >= 1
+        return (
+            (self.buckets is not None and bool(self.packing), "buckets", "without packing"),
+            (streaming and self.dedup is not None, "dedup", "without streaming"),
             (
-                self.streaming and self.validation is not None and self.validation >= 1,
+                streaming and by_count,
                 "validation",
                 "as a part in (0, 1) when streaming, where the number of rows is unknown",
             ),
+            (streaming and self.buckets is not None, "buckets", "without streaming; pack instead"),
             (
-                self.streaming and self.buckets is not None,
-                "buckets",
-                "without streaming; pack instead",
-            ),
-            (
-                self.streaming and self.temperature is not None,
+                streaming and self.temperature is not None,
                 "temperature",
                 "without streaming, where the number of rows is unknown; give weights",
             ),
         )
-        for wrong, name, wanted in clashes:
-            if wrong:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted it {wanted}")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths that batches may have, ascending."""
         return tuple(sorted({*(self.buckets if self.buckets is not None else ()), self.length}))
+
+    def layout(self, default: str | None = None) -> Self:
+        """The options with `packing` by name: "best_fit", "wrapped", or None for one a row.
+
+        Args:
+          default: what None becomes; None where there are `buckets`.
+        """
+        packing = self.packing
+        if packing is None:
+            packing = default if self.buckets is None else None
+        elif isinstance(packing, bool):
+            packing = "best_fit" if packing else None
+        return dataclasses.replace(self, packing=packing, scripts=self.scripts or None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(BatchOptions):
+    """`BatchOptions`, and what a run gives besides its section `data`.
+
+    Attributes:
+      seed: of the order, in [0, 2³²).
+      chat_template: None (the tokenizer's), "chatml", "none", a jinja file or text; see
+        `jaxalign.data.resolve_chat_template`.
+      split: "train" leaves out what `validation` holds out, "validation" gives only that.
+      host: (index, count): this host builds its part of each batch, rows index · rows / count and
+        following. Positions count whole batches, so a run may go on with another number of hosts.
+    """
+
+    seed: int = 0
+    chat_template: str | None = None
+    split: str = "train"
+    host: tuple[int, int] = (0, 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_integer("seed", self.seed, 0, optional=False)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: got {self.seed}, wanted less than 2**32")
+        _check_choice("split", self.split, SPLITS)
+        index, count = self.host
+        if not 0 <= index < count:
+            raise ValueError(f"host: got {self.host}, wanted (index, count) with index < count")
+        if self.rows % count:
+            raise ValueError(
+                f"rows: got {self.rows}, which {count} hosts do not divide; use a multiple of "
+                f"{count}"
+            )
+
+    def _clashes(self) -> tuple[tuple[bool, str, str], ...]:
+        lacking = self.split == "validation" and self.validation is None
+        return (*super()._clashes(), (lacking, "split", "with validation"))
 
     @property
     def part(self) -> slice:
@@ -207,13 +209,48 @@ class Options:
         return slice(index * size, (index + 1) * size)
 
 
-def packing_name(packing: bool | str) -> str | None:
-    """`packing` as a function takes it (False, True or a name) → as `Options` holds it.
+def options_of(options: Options | None, fields: Mapping[str, Any]) -> Options:
+    """`options` with `fields` in place of its own, as every batch function takes them.
 
-    True is best fit.
+    Raises:
+      TypeError: a keyword that is no option.
+      ValueError: a value that an option does not take.
     """
-    if packing is True:
-        return "best_fit"
-    if packing is False:
-        return None
-    return packing
+    return Options(**fields) if options is None else dataclasses.replace(options, **fields)
+
+
+# These change how batches are made or shared, not what is in them.
+_NOT_IN_CHECKSUM = ("epochs", "host", "prefetch", "on_error")
+# Values of these always enter the checksum of a saved position, in this order. An option that came
+# later enters with its name, where it is not at its default: positions saved before it stay valid.
+_IN_CHECKSUM = (
+    *("buckets", "chat_template", "dedup", "dedup_threshold", "keep", "length", "max_tokens"),
+    *("min_tokens", "packing", "rows", "script_share", "scripts", "seed", "shuffle", "split"),
+    *("streaming", "temperature", "validation", "window"),
+)
+
+
+def settings_of(options: Options) -> list[Any]:
+    """What a saved position depends on besides the data, as JSON-able values."""
+    later = [
+        [field.name, getattr(options, field.name)]
+        for field in sorted(dataclasses.fields(options), key=lambda field: field.name)
+        if field.name not in (*_IN_CHECKSUM, *_NOT_IN_CHECKSUM)
+        and getattr(options, field.name) != field.default
+    ]
+    return [*(getattr(options, name) for name in _IN_CHECKSUM), *later]
+
+
+def _check_integer(name: str, value: Any, least: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str], otherwise: str = "") -> None:
+    """Refuses what is none of the choices, nor None where `otherwise` has a word for it."""
+    if value in choices or (value is None and otherwise):
+        return
+    wanted = ", ".join(choices) + (f" or {otherwise}" if otherwise else "")
+    raise ValueError(f"{name}: got {value!r}, wanted {wanted}")

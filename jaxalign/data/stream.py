@@ -22,9 +22,9 @@ import numpy as np
 
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.data.counts import Counts
-from jaxalign.data.loader import Batches, count_rows, settings_of
+from jaxalign.data.loader import Batches, count_rows
 from jaxalign.data.mixture import Entry, pools_of
-from jaxalign.data.options import Options
+from jaxalign.data.options import Options, settings_of
 from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, nothing_left, prepare
 
 if TYPE_CHECKING:
@@ -295,8 +295,7 @@ def _checksum(
 
     What files say is not read for it.
     """
-    settings = settings_of(recipe, options)
-    settings += [_template(tok, options), len(tok)]
+    settings = [recipe.name, *settings_of(options), _template(tok, options), len(tok)]
     for entry in entries:
         settings += [entry.name, str(entry.options)]
         if isinstance(entry.what, list):

@@ -154,7 +154,7 @@ def test_options_that_cannot_go_together(tiny):
         with pytest.raises(ValueError, match=told):
             _stats(tiny, [_row("a")], **options)
     with pytest.raises(ValueError, match=r"buckets.*without packing"):
-        sft_batches([_row("a")], tiny, rows=1, length=64, buckets=[32])
+        sft_batches([_row("a")], tiny, rows=1, length=64, buckets=[32], packing=True)
     with pytest.raises(ValueError, match="which is no plain text"):
         sft_batches([_row("a")], tiny, rows=1, length=64, packing="wrapped")
     with pytest.raises(ValueError, match="packing: got 'loose'"):

@@ -81,7 +81,7 @@ def measure_config(algorithm: str, config: Any, repeats: int) -> dict[str, Any]:
     mesh = make_mesh(data=-1, fsdp=1)
     dtype = config.model.compute_dtype or "float32"
     record = measure(lambda: config_runner(config), limit(mesh, dtype), repeats)
-    data = config.data
+    data = config.data.layout(default="best_fit" if algorithm == "sft" else None)
     case = {"what": algorithm, "size": config.model.source, "rows": data.rows}
     case |= {"length": data.length, "layout": "packed" if data.packing else "padded"}
     return {"case": case} | record

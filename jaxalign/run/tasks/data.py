@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxalign.data import (
     Batches,
+    Options,
+    Source,
     graded_batches,
     preference_batches,
     prompt_batches,
@@ -19,6 +21,7 @@ from jaxalign.data import (
     step_batches,
     unpaired_batches,
 )
+from jaxalign.data.options import BatchOptions
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import part_of_rows
 from jaxalign.run.config.runs import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
@@ -50,77 +53,72 @@ def judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
 def make_data(
     make: Callable[..., Batches[Any]], config: Any, tok: Any, mesh: Mesh | None = None
 ) -> tuple[Batches[Any], Batches[Any] | None]:
-    """Training data, and held-out data or None.
+    """Training data of a run, and its held-out data or None; arguments as `section_data`."""
+    template, seed = config.model.chat_template, config.run.seed
+    return section_data(make, config.data, tok, chat_template=template, seed=seed, mesh=mesh)
+
+
+def section_data(
+    make: Callable[..., Batches[Any]],
+    data: DataConfig,
+    tok: Any,
+    *,
+    chat_template: str | None,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> tuple[Batches[Any], Batches[Any] | None]:
+    """What a section of data describes: batches to train on, and held-out ones or None.
 
     Every host reads and lays out all data, so that all know which rows belong to which batch, and
     builds the rows that it holds of each.
 
     Args:
-      make: what makes the batches.
-      config: of the run.
-      tok: its tokenizer.
+      make: one of the batch functions of `jaxalign.data`.
+      data: the section, `data` or `ptx`.
+      tok: the run's tokenizer.
+      chat_template: the run's.
+      seed: the run's.
       mesh: which says what this host holds; None: everything.
     """
-    data: DataConfig = config.data
-    shape: dict[str, Any] = {
-        "rows": data.rows,
-        "length": data.length,
-        "chat_template": config.model.chat_template,
-        "keep": data.keep,
-        "on_error": data.on_error,
-        "min_tokens": data.min_tokens,
-        "max_tokens": data.max_tokens,
-        "scripts": data.scripts if data.scripts else None,
-        "script_share": data.script_share,
-        "buckets": data.buckets,
-        "prefetch": data.prefetch,
-        "seed": config.run.seed,
-        "host": (0, 1) if mesh is None else part_of_rows(mesh),
-    }
+    host = (0, 1) if mesh is None else part_of_rows(mesh)
+    shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(BatchOptions)}
+    options = Options(**shared, chat_template=chat_template, seed=seed, host=host)
+    kind: dict[str, Any] = {}
     if make is sft_batches:
-        shape["train_on"] = data.train_on
+        kind["train_on"] = data.train_on
     if make is preference_batches:
-        shape["shared_prefix"] = data.shared_prefix
-    if make is not prompt_batches:
-        shape["packing"] = data.packing
-    elif data.packing:
+        kind["shared_prefix"] = data.shared_prefix
+    if make is prompt_batches and data.packing:
         raise ValueError("data.packing=true: prompts for rollouts are not packed; leave it out")
-    copies = {"dedup": data.dedup, "dedup_threshold": data.dedup_threshold}
-    if data.validation is not None:
-        shape["validation"] = data.validation
-    train = make(
-        data.train,
-        tok,
-        epochs=data.epochs,
-        shuffle=data.shuffle,
-        temperature=data.temperature,
-        streaming=data.streaming,
-        window=data.window,
-        **shape,
-        **copies,
-    )
+    train = make(data.train, tok, options=options, **kind)
     held_out = None
-    if data.eval:
-        held_out = make(data.eval, tok, epochs=1, shuffle=False, **shape)
-    elif data.validation is not None:
-        held_out = _held_out(make, data, tok, shape | copies)
+    if data.eval or data.validation is not None:
+        # One pass over all of it, in order and in memory.
+        once = dataclasses.replace(
+            options, epochs=1, shuffle=False, temperature=None, streaming=False
+        )
+        if data.eval:
+            once = dataclasses.replace(once, dedup=None)
+            held_out = make(data.eval, tok, options=once, **kind)
+        else:
+            once = dataclasses.replace(once, split="validation")
+            held_out = make(_whole(data.train), tok, options=once, **kind)
     facts = {"data.train": train.checksum, "held-out data": held_out and held_out.checksum}
     distributed.check_same("the data (by its checksum)", facts)
     return train, held_out
 
 
-def _held_out(
-    make: Callable[..., Batches[Any]], data: DataConfig, tok: Any, shape: dict[str, Any]
-) -> Batches[Any]:
-    """What `data.validation` keeps back from training."""
-    # Weights and numbers of rows shape what is trained; what was held out is measured whole.
-    whole = [
+def _whole(sources: Sequence[str | Source]) -> list[str | Source]:
+    """Sources without weights and numbers of rows.
+
+    Those shape what is trained; what `validation` holds out is measured whole.
+    """
+    return [
         source
         if isinstance(source, str)
         else dataclasses.replace(source, weight=None, rows=None, epochs=None)
-        for source in data.train
+        for source in sources
     ]
-    return make(whole, tok, split="validation", epochs=1, shuffle=False, **shape)
 
 
 def names_of(batches: Batches[Any] | None) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ from jaxalign.run.config.runs import PPORun
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, to_floats
 from jaxalign.run.tasks.actors import start_critic, start_reference
-from jaxalign.run.tasks.data import make_data, total_of
+from jaxalign.run.tasks.data import make_data, section_data, total_of
 from jaxalign.run.tasks.models import Scorers, load_policy, pad_id
 from jaxalign.run.tasks.rollout_log import RolloutDump
 from jaxalign.run.tasks.task import Floats, Loop, Task, optimizer, start
@@ -228,9 +227,10 @@ def _text_adder(
     """Gives every mini-batch its rows of text, if there is any; its position goes into `loop`."""
     if config.ptx is None:
         return lambda parts, loop: iter(parts)
-    # The section stands alone: only model and seed are shared with the run's own data.
-    section = types.SimpleNamespace(data=config.ptx, model=config.model, run=config.run)
-    text, _ = make_data(sft_batches, section, tok, mesh)
+    template, seed = config.model.chat_template, config.run.seed
+    text, _ = section_data(
+        sft_batches, config.ptx, tok, chat_template=template, seed=seed, mesh=mesh
+    )
     iterator: list[Iterator[Any]] = []
 
     def add(parts: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:
