@@ -48,7 +48,7 @@ def same_weights(one, two):
 PROGRAM = """
 import os, sys
 from jaxalign import distributed
-from jaxalign.parallel.distributed import talk
+from jaxalign.parallel.distributed import collectives
 distributed.start()
 import jax, numpy as np
 import jaxalign

@@ -23,7 +23,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 
-HERE = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_killed_save_leaves_no_half_folder(params, tmp_path, there):
         before = {path.name: path.read_bytes() for path in out.iterdir()}
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(out)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "half\n"

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
+TESTS = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
 RUN = ("-m", "jaxalign.commands.cli")
 
@@ -33,7 +33,7 @@ def start(arguments, processes, log, *, program=RUN, folders=None, **environment
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path]),
         "JAX_NUM_PROCESSES": str(processes),
     }
     if processes > 1:
