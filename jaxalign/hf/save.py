@@ -87,16 +87,16 @@ def save_pretrained(
     jsons = configs(model, planned, tokenizer)
     target = pathlib.Path(folder).expanduser().resolve()
     main = distributed.is_main()
-    fresh = target.parent / f".{target.name}.{distributed.same_number():08x}.tmp"
+    fresh = target.parent / f".{target.name}.{distributed.broadcast_random():08x}.tmp"
     try:
-        with distributed.together("saving a model"):
+        with distributed.fail_together("saving a model"):
             if main:
                 check_replaceable(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 fresh.mkdir()
-        with distributed.together("saving a model"):
+        with distributed.fail_together("saving a model"):
             _write_weights(fresh, files, flat)
-        with distributed.together("saving a model"):
+        with distributed.fail_together("saving a model"):
             if main:
                 write_index(fresh, files)
                 write_configs(fresh, jsons, tokenizer)

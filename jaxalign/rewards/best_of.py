@@ -26,7 +26,7 @@ Judge = Callable[[Sequence[list[Message]]], np.ndarray]
 """Conversations → their scores `[N]`, larger is better."""
 
 
-class Picked(NamedTuple):
+class BestOfN(NamedTuple):
     """The answers to one prompt.
 
     Attributes:
@@ -51,7 +51,7 @@ def best_of(
     *,
     count: int = 4,
     **sampling: Any,
-) -> list[Picked]:
+) -> list[BestOfN]:
     """Samples several answers to each prompt and picks the one that is judged best.
 
     Answers are judged as text, so that the judge may have another tokenizer and template. One that
@@ -91,7 +91,7 @@ def best_of(
         own = slice(number * count, (number + 1) * count)
         answers, judged = tuple(texts[own]), tuple(scores[own].tolist())
         best = int(np.argmax(scores[own]))
-        picked.append(Picked(answers[best], judged[best], answers, judged))
+        picked.append(BestOfN(answers[best], judged[best], answers, judged))
     return picked
 
 

@@ -1,7 +1,7 @@
 """How good a reward model is on held-out data: intervals, calibration, histograms, by source.
 
 Plain numpy on the host, over the scores of all held-out examples at once. Each function gives
-`Findings`: figures for `metrics.jsonl`, and details (curves and tables) for `evaluation.json`.
+`EvalResult`: figures for `metrics.jsonl`, and details (curves and tables) for `evaluation.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BINS = 10
 _SCORE_BINS = 30
 
 
-class Findings(NamedTuple):
+class EvalResult(NamedTuple):
     """What held-out data says.
 
     Attributes:
@@ -104,7 +104,7 @@ def histogram(groups: Mapping[str, np.ndarray], bins: int = _SCORE_BINS) -> dict
     return {"edges": edges.tolist(), "counts": counts}
 
 
-def pair_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
+def evaluate_pairs(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
     """Of pairs: accuracy with its interval, calibration of win probabilities, scores.
 
     The probability is σ(|r_chosen − r_rejected|) that the answer with the higher score wins, from
@@ -124,14 +124,14 @@ def pair_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) ->
         "histogram": histogram({"chosen": chosen, "rejected": rejected}),
     }
     return _with_sources(
-        Findings(figures, details),
+        EvalResult(figures, details),
         examples,
         sources,
         lambda one: _share("accuracy", one["chosen"][one["mask"]] > one["rejected"][one["mask"]]),
     )
 
 
-def ranking_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
+def evaluate_rankings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
     """Of rankings: how often the best answer scores highest, with its interval; scores by rank.
 
     Prompts are independent, the pairs of one prompt are not: the interval is of prompts.
@@ -150,12 +150,12 @@ def ranking_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str])
     chosen = mask & (ranks == top)
     groups = {"best": scores[chosen], "others": scores[mask & ~chosen]}
     details = {"histogram": histogram(groups)}
-    return _with_sources(Findings(best(examples), details), examples, sources, best)
+    return _with_sources(EvalResult(best(examples), details), examples, sources, best)
 
 
-def grade_findings(
+def evaluate_grades(
     examples: Mapping[str, np.ndarray], sources: Sequence[str], attributes: Sequence[str]
-) -> Findings:
+) -> EvalResult:
     """Of grades: the correlation of prediction and grade, for each attribute.
 
     Args:
@@ -190,10 +190,10 @@ def grade_findings(
     ]
     named = dict(zip(attributes, (score for score, _ in found), strict=True))
     details = {"attributes": table, "histogram": histogram(named)}
-    return _with_sources(Findings(figures, details), examples, sources, by_source)
+    return _with_sources(EvalResult(figures, details), examples, sources, by_source)
 
 
-def step_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
+def evaluate_steps(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
     """Of steps: accuracy and F1 at probability ½, and calibration of the probabilities.
 
     A label of ½ or more counts as right. F1 = 2·TP/(2·TP + FP + FN), of the right steps and of the
@@ -223,7 +223,7 @@ def step_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) ->
         "calibration": curve,
         "histogram": histogram({"right": scores[right], "wrong": scores[~right]}),
     }
-    return _with_sources(Findings(figures, details), examples, sources, by_source)
+    return _with_sources(EvalResult(figures, details), examples, sources, by_source)
 
 
 def _share(name: str, wins: np.ndarray) -> dict[str, float]:
@@ -235,11 +235,11 @@ def _share(name: str, wins: np.ndarray) -> dict[str, float]:
 
 
 def _with_sources(
-    found: Findings,
+    found: EvalResult,
     examples: Mapping[str, np.ndarray],
     sources: Sequence[str],
     measure: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
-) -> Findings:
+) -> EvalResult:
     """Adds the same figures for each source, where examples say which they come from."""
     figures = {name: value for name, value in found.figures.items() if name != "count"}
     details = found.details
@@ -257,7 +257,7 @@ def _with_sources(
                 shown = next(key for key in row if key != "count")
                 figures[f"{shown}/{name}"] = row[shown]
         details = details | {"sources": table}
-    return Findings(figures, details)
+    return EvalResult(figures, details)
 
 
 def _wide(mine: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         key = jax.random.fold_in(root, done)
         parts, metrics = task.expand(key, state, batch, loop, batches)
         timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
-        counts = distributed.total([*filled(batch), *_whole(timing)])
+        counts = distributed.all_reduce_sum([*filled(batch), *_whole(timing)])
         updates = []
         for part in parts:
             state, logged = task.step(state, part)
@@ -224,16 +224,16 @@ def _checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
 
 def _close(store: Checkpoints) -> None:
     """Finishes checkpoints under way, unless another host is gone, without which none can be."""
-    if not distributed.broken():
+    if not distributed.job_failed():
         store.close()
 
 
 def _check_hosts(folder: pathlib.Path, config: Any) -> None:
     """Refuses hosts that would not run the same program on the same folder."""
     if jax.process_count() > 1:
-        distributed.check_same("package versions", _versions())
-        distributed.check_same("the configuration", distributed.flatten(to_values(config)))
-        distributed.check_shared(folder)
+        distributed.check_consistent("package versions", _versions())
+        distributed.check_consistent("the configuration", distributed.flatten(to_values(config)))
+        distributed.check_shared_folder(folder)
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Joining other processes, and what they tell one another; threads stand in for processes.
+"""Initialization, host collectives and heartbeats; threads stand in for processes.
 
-`test_multihost.py` has real ones.
+`test_multihost.py` starts real ones.
 """
 
 import collections
@@ -293,8 +293,12 @@ def processes(monkeypatch):
 
 def test_processes_exchange_texts_and_leave_nothing_behind(processes):
     def talk_twice(index):
-        first = distributed.exchange("a/b", f"one {index}")
-        return first, distributed.exchange("a/b", f"two {index}"), distributed.same_number()
+        first = distributed.all_gather_text("a/b", f"one {index}")
+        return (
+            first,
+            distributed.all_gather_text("a/b", f"two {index}"),
+            distributed.broadcast_random(),
+        )
 
     results = processes(3, talk_twice)
     assert {number for *_, number in results} == {results[0][2]}
@@ -322,7 +326,7 @@ def test_a_barrier_names_who_did_not_come(processes):
 
 def test_what_fails_on_one_fails_on_all(processes):
     def write(index):
-        with distributed.together("writing"):
+        with distributed.fail_together("writing"):
             if index == 1:
                 raise OSError("disk full")
 
@@ -331,13 +335,13 @@ def test_what_fails_on_one_fails_on_all(processes):
     assert isinstance(ok, RuntimeError)
     assert str(ok).startswith("writing failed on process 1 (")
     assert str(ok).endswith("OSError: disk full")
-    assert processes(2, lambda index: distributed.agree(None, "writing")) == [None, None]
+    assert processes(2, lambda index: distributed.raise_on_all(None, "writing")) == [None, None]
 
 
 def test_facts_that_differ_are_named_on_all(processes):
     def compare(index):
         facts = {"data.rows": 8 + (index == 2), "run.seed": 0} | ({"lora": 1} if index == 1 else {})
-        distributed.check_same("the configuration", facts)
+        distributed.check_consistent("the configuration", facts)
 
     for error in processes(3, compare):
         assert isinstance(error, ValueError)
@@ -349,7 +353,10 @@ def test_facts_that_differ_are_named_on_all(processes):
         assert "data.rows is 9 on process 2 (" in str(error)
         assert "and 8 on process 0 (" in str(error)
         assert "seed" not in str(error)
-    assert processes(2, lambda index: distributed.check_same("it", {"a": [1]})) == [None, None]
+    assert processes(2, lambda index: distributed.check_consistent("it", {"a": [1]})) == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("differs", ["versions", "configuration", "nothing"])
@@ -389,16 +396,16 @@ def test_nested_values_are_compared_one_by_one():
 
 def test_a_folder_that_is_not_shared_is_refused(processes, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxalign.parallel.distributed.consistency._NETWORK_FOLDER", 0.3)
-    look = lambda index: distributed.check_shared(tmp_path / f"host{index}")  # noqa: E731
+    look = lambda index: distributed.check_shared_folder(tmp_path / f"host{index}")  # noqa: E731
     for error in processes(2, look):
         assert isinstance(error, ValueError)
         assert "is not seen by process 1 (" in str(error)
     shared = tmp_path / "shared"
-    assert processes(2, lambda index: distributed.check_shared(shared)) == [None, None]
+    assert processes(2, lambda index: distributed.check_shared_folder(shared)) == [None, None]
     assert list(shared.iterdir()) == []
 
 
-# --- watching ------------------------------------------------------------------------------------
+# --- heartbeats ----------------------------------------------------------------------------------
 
 
 class Hosts:
@@ -408,7 +415,7 @@ class Hosts:
         self.store, self.clock = Store(count), clock
         self.told = {}
         self.watches = [
-            heartbeat.Watch(
+            heartbeat.Heartbeat(
                 self.store, i, count, patience, lambda text, i=i: self.told.setdefault(i, text)
             )
             for i in range(count)
@@ -446,7 +453,7 @@ class Clock:
 @pytest.fixture
 def hosts(monkeypatch):
     monkeypatch.setattr(heartbeat, "who", lambda index: f"process {index} (host{index})")
-    monkeypatch.setattr(heartbeat, "_TELLING", 0.5)
+    monkeypatch.setattr(heartbeat, "_REPORT_SECONDS", 0.5)
     made = []
     monkeypatch.setattr(heartbeat, "reachable", lambda: not made[-1].store.gone)
 

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxalign.parallel.mesh import make_mesh, set_apart, split_over_slices
+from jaxalign.parallel.mesh import make_mesh, split_devices, split_over_slices
 from jaxalign.run.config.runs import load_config
 
 SIZES = {"data": 4, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
@@ -93,7 +93,7 @@ def test_hosts_count_where_there_are_no_slices(tmp_path):
 
 
 def test_each_host_gives_the_same_share():
-    dealt = set_apart(devices(2, 8, hosts=True), {"reference": 2, "reward": 4})
+    dealt = split_devices(devices(2, 8, hosts=True), {"reference": 2, "reward": 4})
     numbers = {name: [device.id for device in group] for name, group in dealt.items()}
     assert numbers == {
         None: [0, 1, 2, 3, 4, 8, 9, 10, 11, 12],
@@ -113,4 +113,4 @@ def test_each_host_gives_the_same_share():
 )
 def test_shares_that_do_not_fit_are_refused(counts, message):
     with pytest.raises(ValueError, match=message):
-        set_apart(devices(2, 8, hosts=True), counts)
+        split_devices(devices(2, 8, hosts=True), counts)

@@ -52,7 +52,7 @@ from jaxalign.parallel.distributed import collectives
 distributed.start()
 import jax, numpy as np
 import jaxalign
-from jaxalign.parallel.sharding import all_rows, part_of_rows
+from jaxalign.parallel.sharding import all_gather_rows, part_of_rows
 from jaxalign.parallel.jax_private import count_compiled
 
 me = jax.process_index()
@@ -68,7 +68,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
     assert batch["x"].shape == (8, 2), batch["x"].shape
     assert not batch["x"].is_fully_addressable
     assert (jaxalign.local_rows(batch)["x"] == mine).all()
-    assert (all_rows(batch)["x"] == every).all()
+    assert (all_gather_rows(batch)["x"] == every).all()
     turned = jaxalign.shard_batch(jax.jit(lambda x: x[::-1])(batch["x"]), mesh)
     expected = every[::-1][index * 8 // count : (index + 1) * 8 // count]
     assert (jaxalign.local_rows(turned, mesh) == expected).all()
@@ -84,11 +84,11 @@ tok = chatmodel.make_tokenizer()
 reward = jaxalign.text_reward(lambda prompt, answer: heard.append(answer) or me, tok)
 assert (reward(*rows) == np.full(4, me)).all()
 assert heard == [tok.decode(row) for row in ids], heard
-print("SUMS", distributed.total([me + 1, 2**31 - 1])())
-distributed.total([me, 1])()
-assert count_compiled(collectives._gatherer()[1]) == 1  # every step asks; none may compile
+print("SUMS", distributed.all_reduce_sum([me + 1, 2**31 - 1])())
+distributed.all_reduce_sum([me, 1])()
+assert count_compiled(collectives._all_gather()[1]) == 1  # every step asks; none may compile
 try:
-    distributed.check_same("the configuration", {"data.rows": 8 + me})
+    distributed.check_consistent("the configuration", {"data.rows": 8 + me})
 except ValueError as error:
     print("DIFFER", error)
 from jaxalign.parallel.distributed.service import client
@@ -277,13 +277,14 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
 FAILING = """
 import sys
 import jax
-from jaxalign import cli, train
-check = train.check_finite
+from jaxalign.commands import cli
+from jaxalign.run import loop
+check = loop.check_finite
 def fail(metrics, step):
     if jax.process_index() == 1 and step == 2:
         raise FloatingPointError("step 2: loss=nan")
     check(metrics, step)
-train.check_finite = fail
+loop.check_finite = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 

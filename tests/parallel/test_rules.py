@@ -140,7 +140,7 @@ def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, me
     ):
         map_row_shards(
             lambda x, weights, first: x, [x], weights, {"up": "expert hidden mlp"},
-            summed="mlp", spread="expert",
+            contracted="mlp", sharded="expert",
         )  # fmt: skip
 
 

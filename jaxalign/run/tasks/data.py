@@ -105,7 +105,7 @@ def make_data(
     elif data.validation is not None:
         held_out = _held_out(make, data, tok, shape | copies)
     facts = {"data.train": train.checksum, "held-out data": held_out and held_out.checksum}
-    distributed.check_same("the data (by its checksum)", facts)
+    distributed.check_consistent("the data (by its checksum)", facts)
     return train, held_out
 
 

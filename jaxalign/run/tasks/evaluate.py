@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import reward
 from jaxalign.data import Batches
 from jaxalign.models.base import ScalarModel
-from jaxalign.parallel.sharding import all_rows, shard_batch
+from jaxalign.parallel.sharding import all_gather_rows, shard_batch
 from jaxalign.rewards import evaluation
-from jaxalign.rewards.evaluation import Findings
+from jaxalign.rewards.evaluation import EvalResult
 from jaxalign.run.metrics import add_up
 from jaxalign.types import TrainState
 
 
-class HeldOut:
+class RewardEvaluator:
     """Held-out figures of a reward model; call it with a state.
 
     Args:
@@ -45,7 +45,7 @@ class HeldOut:
             for batch in self._batches:
                 metrics, examples = self._measure(state, shard_batch(batch, self._mesh))
                 sums.append(metrics)
-                parts.append(all_rows(examples))
+                parts.append(all_gather_rows(examples))
         examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
         found = findings(self._config, examples, self._batches.sources)
         self._details = {"objective": self._config.objective} | found.details
@@ -58,15 +58,15 @@ class HeldOut:
 
 def findings(
     config: reward.Config, examples: dict[str, np.ndarray], sources: Sequence[str]
-) -> Findings:
+) -> EvalResult:
     """What `jaxalign.rewards.evaluation` has to say about the examples of this objective."""
     if config.objective == "pairs":
-        return evaluation.pair_findings(examples, sources)
+        return evaluation.evaluate_pairs(examples, sources)
     if config.objective == "ranking":
-        return evaluation.ranking_findings(examples, sources)
+        return evaluation.evaluate_rankings(examples, sources)
     if config.objective == "regression":
-        return evaluation.grade_findings(examples, sources, config.attributes)
-    return evaluation.step_findings(examples, sources)
+        return evaluation.evaluate_grades(examples, sources, config.attributes)
+    return evaluation.evaluate_steps(examples, sources)
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
