@@ -13,10 +13,21 @@ at the end do not count; `1/2` and `\frac{1}{2}` are fractions.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
+
+from jaxalign.rewards.specs import (
+    BuildContext,
+    RewardFunction,
+    RewardSpec,
+    check_option,
+    register_reward,
+)
+from jaxalign.rewards.text import text_reward
 
 EXTRACTS = ("strict", "flexible")
 
@@ -155,3 +166,34 @@ def _braced(text: str, start: int) -> str:
         if depth == 0:
             return text[start:end]
     return ""
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gsm8kReward(RewardSpec):
+    """The final number of a calculation; see this module.
+
+    Attributes:
+      extract: "strict" or "flexible".
+      column: column of the row with the right answer.
+      format_score: score of a number that is not the right one.
+    """
+
+    kind: str = "gsm8k"
+    extract: str = "strict"
+    column: str = "answer"
+    format_score: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_extract(self.extract)
+        finite = math.isfinite(self.format_score)
+        check_option(finite, "format_score", self.format_score, "a finite number")
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`gsm8k_answer` as a `TextReward`; every row must have a right answer."""
+        self.check_rows(context, lambda row: right_number(row, self.column))
+        score = gsm8k_answer(
+            extract=self.extract, column=self.column, format_score=self.format_score
+        )
+        return text_reward(score, context.tok, rows=context.rows, name=context.name)

@@ -8,11 +8,14 @@ last, or both (a greeting, a closing remark), each with and without the asterisk
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.rewards.ifeval_checks import CHECKS, LANGUAGE, Detect
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
+from jaxalign.rewards.text import text_reward
 
 MODES = ("strict", "loose")
 PERS = ("instruction", "prompt")
@@ -155,3 +158,28 @@ def _langdetect() -> Detect:
             return ""
 
     return detect
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IfevalReward(RewardSpec):
+    """Checkable instructions; see this module.
+
+    Attributes:
+      mode: "strict" or "loose".
+      per: "instruction" or "prompt".
+    """
+
+    kind: str = "ifeval"
+    mode: str = "strict"
+    per: str = "instruction"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ifeval(self.mode, self.per)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`ifeval_constraints` as a `TextReward`; every row must have known instructions."""
+        self.check_rows(context, instructions)
+        score = ifeval_constraints(mode=self.mode, per=self.per)
+        return text_reward(score, context.tok, rows=context.rows, name=context.name)

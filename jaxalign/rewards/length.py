@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxalign.parallel.sharding import local_rows
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
 from jaxalign.types import PromptBatch, TokenBatch
 
 
@@ -81,4 +83,33 @@ def check_length(longest: int | None, cache: int, target: int | None, width: int
     if longest is not None and not 0 <= cache <= longest:
         raise ValueError(
             f"length reward longest={longest}, cache={cache}: wanted 0 ≤ cache ≤ longest"
+        )
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthReward(RewardSpec):
+    """The number of tokens; see `length_reward`.
+
+    Attributes:
+      longest: tokens from which on the penalty is full.
+      cache: the penalty grows over so many tokens before that.
+      target: wanted tokens, in place of `longest`.
+      width: distance from the target at which the penalty is full, tokens; None: `target`.
+    """
+
+    kind: str = "length"
+    longest: int | None = None
+    cache: int = 0
+    target: int | None = None
+    width: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_length(self.longest, self.cache, self.target, self.width)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`length_reward` with these options."""
+        return length_reward(
+            longest=self.longest, cache=self.cache, target=self.target, width=self.width
         )

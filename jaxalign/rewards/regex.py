@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
+from jaxalign.rewards.text import text_reward
 
 HOWS = ("search", "fullmatch")
 
@@ -53,3 +57,29 @@ def check_regex(pattern: str, how: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"regex reward pattern={pattern!r}: {error}") from error
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegexReward(RewardSpec):
+    """A regular expression; see `regex_match`.
+
+    Attributes:
+      pattern: in Python's syntax.
+      how: "search" or "fullmatch".
+      column: column of the row that the match must equal; None: a match is enough.
+    """
+
+    kind: str = "regex"
+    pattern: str
+    how: str = "search"
+    column: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_regex(self.pattern, self.how)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`regex_match` as a `TextReward`."""
+        score = regex_match(self.pattern, how=self.how, column=self.column)
+        return text_reward(score, context.tok, rows=context.rows, name=context.name)

@@ -15,6 +15,7 @@ completion: no failure is ever a score.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxalign.rewards.cases import Case, RewardError
 from jaxalign.rewards.http import PostError, check_url, pauses, post
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
 from jaxalign.rewards.text import TextReward
 
 if TYPE_CHECKING:
@@ -153,3 +155,52 @@ def _scores(raw: str, cases: Sequence[Case], url: str) -> list[Any]:
             f"for {cases[0]} and what follows"
         )
     return scores
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpReward(RewardSpec):
+    """A server; see `http_reward`.
+
+    Attributes:
+      url: http or https.
+      timeout: seconds per request.
+      max_failures: consecutive failures of a request that stop the run.
+      backoff: seconds of the longest first pause between attempts.
+      batch: answers per request.
+      concurrency: simultaneous requests.
+      seed: of the pauses' jitter.
+      key_variable: environment variable that holds a bearer token; None: none is sent.
+    """
+
+    kind: str = "http"
+    url: str
+    timeout: float = 30.0
+    max_failures: int = 5
+    backoff: float = 1.0
+    batch: int = 16
+    concurrency: int = 4
+    seed: int = 0
+    key_variable: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_http(
+            self.url, self.timeout, self.max_failures, self.backoff, self.batch, self.concurrency
+        )
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`http_reward` with these options."""
+        return http_reward(
+            self.url,
+            context.tok,
+            rows=context.rows,
+            name=context.name,
+            timeout=self.timeout,
+            max_failures=self.max_failures,
+            backoff=self.backoff,
+            batch=self.batch,
+            concurrency=self.concurrency,
+            seed=self.seed,
+            key_variable=self.key_variable,
+        )

@@ -47,7 +47,7 @@ def same_weights(one, two):
 
 PROGRAM = """
 import os, sys
-from jaxalign import distributed
+from jaxalign.parallel import distributed
 from jaxalign.parallel.distributed import collectives
 distributed.start()
 import jax, numpy as np
@@ -120,7 +120,7 @@ except (OSError, RuntimeError) as error:
     print("FAILED", error)
 save.Writer = Writer
 
-from jaxalign import cli
+from jaxalign.commands import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

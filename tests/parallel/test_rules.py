@@ -26,7 +26,7 @@ from jaxalign.parallel.sharding import (
     reshard_by_rules,
     shard_batch,
 )
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run import loop as loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge

@@ -10,17 +10,15 @@ from answered import TOK, answered
 
 import jaxalign
 from jaxalign.models.lm_head import Scorer
-from jaxalign.rewards import build_reward
-from jaxalign.rewards.build import check_same_tokens, import_function
-from jaxalign.rewards.specs import (
-    FunctionReward,
-    Gsm8kReward,
-    HttpReward,
-    IfevalReward,
-    LengthReward,
-    ModelReward,
-    RegexReward,
-)
+from jaxalign.rewards import FunctionReward, ModelReward, build_reward
+from jaxalign.rewards.function import import_function
+from jaxalign.rewards.gsm8k import Gsm8kReward
+from jaxalign.rewards.ifeval import IfevalReward
+from jaxalign.rewards.length import LengthReward
+from jaxalign.rewards.model_spec import check_same_tokens
+from jaxalign.rewards.regex import RegexReward
+from jaxalign.rewards.remote import HttpReward
+from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, write_yaml
 
@@ -63,6 +61,14 @@ def test_every_kind_by_its_name():
     assert config.reward_specs() == config.rewards
 
 
+def test_the_built_in_kinds_are_registered():
+    kinds = {"model", "function", "gsm8k", "ifeval", "regex", "length", "http"}
+    assert set(RewardSpec.kinds()) >= kinds
+    told = complaint([{"kind": "judge"}])
+    assert all(kind in told for kind in kinds)
+    assert "got 'judge'" in told
+
+
 def test_written_and_read_again_is_the_same(tmp_path):
     config = load(ALL)
     write_yaml(tmp_path / "config.yaml", config)
@@ -89,8 +95,9 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ({"kind": "judge"}, "rewards[0].kind: wanted one of model, function, gsm8k, ifeval"),
+        ({"kind": "judge"}, "rewards[0].kind: wanted one of"),
         ({"source": "x"}, "rewards[0].kind: wanted one of"),
+        ({"kind": ["regex"]}, "got ['regex']"),
         ({"kind": "gsm8k", "extrakt": "strict"}, "did you mean rewards[0].extract?"),
         ({"kind": "gsm8k", "url": "x"}, "rewards[0].url: unknown key"),
         ({"kind": "gsm8k", "extract": "last"}, "extract='last': wanted one of strict, flexible"),

@@ -21,7 +21,7 @@ from jaxalign.parallel.host_memory import on_device, to_host_memory
 from jaxalign.parallel.sharding import all_gather_rows, local_rows
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run.config.runs import PPORun
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, to_floats
