@@ -69,6 +69,11 @@ def on_device(tree: T) -> T:
     return jax.tree.map(fetch, tree)
 
 
+def is_cpu(device: jax.Device) -> bool:
+    """Whether a device's memory is host memory, so that numpy reads its arrays without a copy."""
+    return device.platform == "cpu"
+
+
 def is_offloaded(path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf of an optimizer's state is offloaded: all in a `HostState` but scalars."""
     return bool(leaf.shape) and any(getattr(key, "name", None) == "host" for key in path)

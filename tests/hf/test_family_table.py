@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from jaxalign.hf.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
+from jaxalign.hf.blocks import (
+    Block,
+    empty_block,
+    full_bounds,
+    gather_tensor_piece,
+    read_blocks,
+    workers,
+)
 from jaxalign.hf.families import LLAMA
 from jaxalign.hf.families.table import Entry, Part, leaves, tensors
 
@@ -99,12 +106,12 @@ def test_reading_finds_every_part(source):
     assert {leaf.path for leaf in found} == set(want)
     for leaf in found:
         assert leaf.tensor_shape == file.shapes[leaf.names[0]]
-        everything = whole(leaf.shape)
+        everything = full_bounds(leaf.shape)
         # any block of it, as a device of a mesh would ask for
         some = tuple(slice(size // 2, size) for size in leaf.shape)
         blocks = [empty_block(bounds, np.dtype(np.float32)) for bounds in (everything, some)]
         with workers() as pool:
-            fill(file, leaf, blocks, pool)
+            read_blocks(file, leaf, blocks, pool)
         np.testing.assert_array_equal(blocks[0].data, want[leaf.path], leaf.path)
         np.testing.assert_array_equal(blocks[1].data, want[leaf.path][some], leaf.path)
 
@@ -120,7 +127,7 @@ def test_writing_puts_the_parts_back(source):
             # in two blocks, as two devices would hold it
             cut = item.shape[0] // 2
             halves = (slice(0, cut), slice(cut, item.shape[0]))
-            rest = whole(item.shape[1:])
+            rest = full_bounds(item.shape[1:])
             blocks.append([Block((half, *rest), item[half]) for half in halves])
         written[tensor.name] = np.zeros(tensor.shape, np.float32)
         middle = tensor.shape[0] // 2

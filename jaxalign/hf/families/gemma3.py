@@ -28,7 +28,7 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
     whole = get(both, _GLOBAL, get(hf, "rope_scaling", {}))
     rope = read_rope_object(hf, whole, f"rope_parameters.{_GLOBAL}", hf["rope_theta"])
     fields = read_gemma({**hf, "rope_parameters": None, "rope_scaling": None}) | {"rope": rope}
-    # The key is there, but transformers' attention does not look at it.
+    # transformers ignores this key.
     fields["attention_softcap"] = None
     if windows:
         near = get(both, _LOCAL, {})

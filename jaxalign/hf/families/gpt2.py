@@ -93,7 +93,7 @@ GPT2 = Family(
         Entry("head/kernel", "lm_head.weight", transpose=True),
         Entry("score/kernel", "score.weight", transpose=True),
         *_rows("transformer."),
-        *_rows(""),  # OpenAI's own files carry no prefix
+        *_rows(""),  # OpenAI's checkpoints have no prefix
     ),
     read=_read,
     write=_write,

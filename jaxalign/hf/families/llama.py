@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and what is Llama under another name: SmolLM 1 and 2, TinyLlama, Yi."""
+"""Llama 1 to 3, and models of the same architecture: SmolLM 1 and 2, TinyLlama, Yi."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROJECTIONS = {
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
 }
-"""Llama's names of the projections, which most later families kept."""
+"""Llama's names of the projections; most later families use them too."""
 
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 

@@ -16,7 +16,7 @@ ATTENTION = {ours: theirs for ours, theirs in PROJECTIONS.items() if ours.starts
 
 
 def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Entry, ...]:
-    """Router and experts: a tensor an expert, as checkpoints are written.
+    """Router and experts, in the form that is written: one tensor per expert.
 
     Also as transformers 5 holds them in memory and may save them: all experts in one tensor, gate
     and up joined.
@@ -32,7 +32,10 @@ def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Entry, ...]:
     for ours, theirs in names.items():
         name = f"{LAYER}{block}.experts.{{}}.{theirs}.weight"
         rows.append(Entry(f"blocks/mlp/{ours}/kernel", name, transpose=True))
-    halves = lambda config: (config.intermediate_size,) * 2  # noqa: E731
+
+    def halves(config: DecoderConfig) -> tuple[int, int]:
+        return (config.intermediate_size,) * 2
+
     joined = LAYER + "mlp.experts."
     for i, ours in enumerate(("gate", "up")):
         part = Part(axis=1, sizes=halves, number=i)
