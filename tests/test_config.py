@@ -583,9 +583,9 @@ def test_the_table_of_readers_holds_every_config_class():
     while todo:
         cls = todo.pop()
         todo += typing.get_args(cls)
-        todo += cls.kinds().values() if hasattr(cls, "kinds") else ()
         if dataclasses.is_dataclass(cls) and cls not in found:
             found.add(cls)
+            todo += cls.kinds().values() if hasattr(cls, "kinds") else ()
             for hint in typing.get_type_hints(cls).values():
                 todo += [hint, *typing.get_args(hint)]
     assert found == set(READERS)
