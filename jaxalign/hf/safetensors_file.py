@@ -258,8 +258,8 @@ def _check_extents(entries: dict[str, tuple[str, tuple[int, ...], int, int]], si
                 f"{name} ends at byte {last} of the data, of which there are {size}: truncated"
             )
         if first != end:
-            what = "overlaps" if first < end else "leaves a gap after"
-            raise ValueError(f"{name} {what} {previous}: it starts at {first}, wanted {end}")
+            problem = "overlaps" if first < end else "leaves a gap after"
+            raise ValueError(f"{name} {problem} {previous}: it starts at {first}, wanted {end}")
         end, previous = last, name
     if end != size:
         raise ValueError(f"its tensors end at byte {end} of the data, of which there are {size}")

@@ -141,11 +141,11 @@ def _path(spec: type) -> str:
     return f"{spec.__module__}.{spec.__qualname__}"
 
 
-def check_option(ok: bool, name: str, got: object, wanted: str) -> None:
+def check_option(ok: bool, name: str, got: object, valid: str) -> None:
     """Checks an option.
 
     Raises:
-      ValueError: not `ok`; names the option, what it got and what was wanted.
+      ValueError: not `ok`; names the option, its value and what is valid.
     """
     if not ok:
-        raise ValueError(f"{name}={got!r}: wanted {wanted}")
+        raise ValueError(f"{name}={got!r}: wanted {valid}")

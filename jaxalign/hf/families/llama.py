@@ -34,7 +34,7 @@ def llama_table(
     """A key table in Llama's style.
 
     Args:
-      projections: our path in a block → their name in a layer, of matrices with or without bias.
+      projections: path in a block → HF name in a layer, for matrices with or without bias.
       norms: the same for norms.
     """
     rows = [
@@ -43,11 +43,11 @@ def llama_table(
         Entry("head/kernel", "lm_head.weight", transpose=True),
         Entry("score/kernel", "score.weight", transpose=True),
     ]
-    for ours, theirs in norms.items():
-        rows.append(Entry(f"blocks/{ours}/scale", f"{LAYER}{theirs}.weight"))
-    for ours, theirs in projections.items():
-        rows.append(Entry(f"blocks/{ours}/kernel", f"{LAYER}{theirs}.weight", transpose=True))
-        rows.append(Entry(f"blocks/{ours}/bias", f"{LAYER}{theirs}.bias"))
+    for param, tensor in norms.items():
+        rows.append(Entry(f"blocks/{param}/scale", f"{LAYER}{tensor}.weight"))
+    for param, tensor in projections.items():
+        rows.append(Entry(f"blocks/{param}/kernel", f"{LAYER}{tensor}.weight", transpose=True))
+        rows.append(Entry(f"blocks/{param}/bias", f"{LAYER}{tensor}.bias"))
     return tuple(rows)
 
 

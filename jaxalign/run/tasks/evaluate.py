@@ -1,4 +1,4 @@
-"""What a reward model's held-out data says: scores of all examples, gathered and looked at once."""
+"""Evaluates a reward model on held-out data, over the scores of all examples at once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxalign.types import TrainState
 
 
 class RewardEvaluator:
-    """Held-out figures of a reward model; call it with a state.
+    """Evaluates the reward model of a state.
 
     Args:
       scorer: the reward model.
       config: options of the algorithm.
       batches: held-out data.
-      mesh: where the state lies.
+      mesh: the state's mesh.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RewardEvaluator:
         self._details: dict[str, Any] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Figures of all held-out data: metrics of the step, and of `rewards.evaluation`."""
+        """Figures of all held-out data: the step's metrics and those of `rewards.evaluation`."""
         sums, parts = [], []
         with jax.set_mesh(self._mesh):
             for batch in self._batches:
@@ -47,19 +47,19 @@ class RewardEvaluator:
                 sums.append(metrics)
                 parts.append(all_gather_rows(examples))
         examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
-        found = findings(self._config, examples, self._batches.sources)
-        self._details = {"objective": self._config.objective} | found.details
-        return found.figures | add_up(sums)
+        result = evaluate(self._config, examples, self._batches.sources)
+        self._details = {"objective": self._config.objective} | result.details
+        return result.figures | add_up(sums)
 
     def details(self) -> dict[str, Any]:
         """Curves and tables of the last call."""
         return self._details
 
 
-def findings(
+def evaluate(
     config: reward.Config, examples: dict[str, np.ndarray], sources: Sequence[str]
 ) -> EvalResult:
-    """What `jaxalign.rewards.evaluation` has to say about the examples of this objective."""
+    """Evaluates scored examples by the objective's function in `jaxalign.rewards.evaluation`."""
     if config.objective == "pairs":
         return evaluation.evaluate_pairs(examples, sources)
     if config.objective == "ranking":
@@ -70,7 +70,7 @@ def findings(
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of all batches; those of narrower batches end in zeros, which no mask keeps."""
+    """Concatenates rows of batches of several widths, padded with zeros (False in the mask)."""
     if parts[0].ndim == 1:
         return np.concatenate(parts)
     width = max(part.shape[1] for part in parts)
