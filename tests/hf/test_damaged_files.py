@@ -163,7 +163,7 @@ def test_swapped_shapes_are_named(folder):
     save_file({n: np.ones(s, np.float32) for n, s in shapes.items()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="do not fit") as error:
         load_pretrained(folder)
-    told = f"wrong shape: {layer}mlp.up_proj.weight (8, 12), wanted (12, 8). Check that"
-    assert told in str(error.value)
+    message = f"wrong shape: {layer}mlp.up_proj.weight (8, 12), wanted (12, 8). Check that"
+    assert message in str(error.value)
     assert "unexpected" not in str(error.value)
     assert "missing" not in str(error.value)

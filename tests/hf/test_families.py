@@ -183,7 +183,7 @@ def test_labels_are_attributes(keys, names):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label"),
@@ -194,8 +194,8 @@ def test_labels_are_attributes(keys, names):
         ),
     ],
 )
-def test_labels_that_are_no_attributes_are_refused(keys, told):
-    with pytest.raises(ValueError, match=told):
+def test_labels_that_are_no_attributes_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
         attributes_of(LLAMA | keys)
 
 
@@ -285,8 +285,8 @@ def test_older_configs_read_as_transformers_reads_them(kind):
     pytest.importorskip("torch", reason="transformers' configs are checked with torch")
     keys = {k: v for k, v in LLAMA.items() if k != "architectures"} | OLD[kind]
     keys |= {"model_type": kind, "num_key_value_heads": 2}
-    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(keys))).to_dict()
-    new = {k: v for k, v in theirs.items() if k not in ("architectures", "torch_dtype")}
+    written = transformers.AutoConfig.for_model(**json.loads(json.dumps(keys))).to_dict()
+    new = {k: v for k, v in written.items() if k not in ("architectures", "torch_dtype")}
     old, again = config_from_hf(keys), config_from_hf(new)
     assert dataclasses.replace(old, source_config="") == dataclasses.replace(
         again, source_config=""

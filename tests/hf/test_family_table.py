@@ -91,19 +91,23 @@ def source(request):
             else:
                 arrays[f"h.{layer}.experts.{expert}.w1"] = first
                 arrays[f"h.{layer}.experts.{expert}.w3"] = second
-    want = {"embed/embedding": arrays["wte"], "single": arrays["s"].T}
-    want |= {"experts/gate": gate, "experts/up": up}
+    expected = {"embed/embedding": arrays["wte"], "single": arrays["s"].T}
+    expected |= {"experts/gate": gate, "experts/up": up}
     for name, part in {"query": slice(8), "key": slice(8, 12), "value": slice(12, 16)}.items():
         layers = range(L)
-        want[f"blocks/{name}/kernel"] = np.stack([arrays[f"h.{i}.qkv"][:, part] for i in layers])
-        want[f"blocks/{name}/bias"] = np.stack([arrays[f"h.{i}.qkv_bias"][part] for i in layers])
-    return Memory(arrays), want
+        expected[f"blocks/{name}/kernel"] = np.stack(
+            [arrays[f"h.{i}.qkv"][:, part] for i in layers]
+        )
+        expected[f"blocks/{name}/bias"] = np.stack(
+            [arrays[f"h.{i}.qkv_bias"][part] for i in layers]
+        )
+    return Memory(arrays), expected
 
 
 def test_reading_finds_every_part(source):
-    file, want = source
+    file, expected = source
     found = leaves(FAMILY, CONFIG, shapes(), file.shapes)
-    assert {leaf.path for leaf in found} == set(want)
+    assert {leaf.path for leaf in found} == set(expected)
     for leaf in found:
         assert leaf.tensor_shape == file.shapes[leaf.names[0]]
         everything = full_bounds(leaf.shape)
@@ -112,18 +116,18 @@ def test_reading_finds_every_part(source):
         blocks = [empty_block(bounds, np.dtype(np.float32)) for bounds in (everything, some)]
         with workers() as pool:
             read_blocks(file, leaf, blocks, pool)
-        np.testing.assert_array_equal(blocks[0].data, want[leaf.path], leaf.path)
-        np.testing.assert_array_equal(blocks[1].data, want[leaf.path][some], leaf.path)
+        np.testing.assert_array_equal(blocks[0].data, expected[leaf.path], leaf.path)
+        np.testing.assert_array_equal(blocks[1].data, expected[leaf.path][some], leaf.path)
 
 
 def test_writing_puts_the_parts_back(source):
-    file, want = source
+    file, expected = source
     found = leaves(FAMILY, CONFIG, shapes(), file.shapes)
     written = {}
     for tensor in tensors(found):
         blocks = []
         for piece in tensor.pieces:
-            item = want[piece.leaf.path][piece.position]
+            item = expected[piece.leaf.path][piece.position]
             # in two blocks, as two devices would hold it
             cut = item.shape[0] // 2
             halves = (slice(0, cut), slice(cut, item.shape[0]))

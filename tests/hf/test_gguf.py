@@ -101,11 +101,11 @@ def read_all(path):
 
 
 def test_float_and_quantised_tensors_come_back_under_hf_names(tmp_path):
-    want = weights()
+    expected = weights()
     quantised = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight")
-    got = read_all(write(tmp_path / "m.gguf", want, quantise=quantised))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
+    got = read_all(write(tmp_path / "m.gguf", expected, quantise=quantised))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
         if name in quantised:  # 8 bits per block of 32: half a step is max / 127 / 2
             error = np.abs(got[name] - value).max()
             assert 0 < error <= np.abs(value).max() / 254 * 1.01
@@ -144,8 +144,8 @@ def test_model_equals_the_same_weights_in_a_folder(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(hf))
     other, others = load_pretrained(folder)
-    want = np.asarray(other.logits(others, other.apply(others, tokens)))
-    np.testing.assert_allclose(logits, want, atol=1e-6, rtol=0)
+    expected = np.asarray(other.logits(others, other.apply(others, tokens)))
+    np.testing.assert_allclose(logits, expected, atol=1e-6, rtol=0)
 
     save_pretrained(model, params, tmp_path / "out")
     saved = json.loads((tmp_path / "out/config.json").read_text())
@@ -156,10 +156,10 @@ def test_model_equals_the_same_weights_in_a_folder(tmp_path):
 
 
 def test_qwen2_rows_are_not_permuted(tmp_path):
-    want = weights(bias=True)
-    path = write(tmp_path / "m.gguf", want, arch="qwen2")
+    expected = weights(bias=True)
+    path = write(tmp_path / "m.gguf", expected, arch="qwen2")
     got = read_all(path)
-    for name, value in want.items():
+    for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value)
     model, _ = load_pretrained(path)
     assert model.config.qkv_bias

@@ -72,22 +72,22 @@ def test_values_equal_those_of_the_package(tmp_path, name):
     writer.close()
 
     # What the package's own reader and dequantiser make of the file.
-    want = {}
+    expected = {}
     for tensor in gguf.GGUFReader(path).tensors:
         plain = name == "F64"
         data = tensor.data if plain else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        want[tensor.name] = np.asarray(data).reshape(-1, WIDTH)
+        expected[tensor.name] = np.asarray(data).reshape(-1, WIDTH)
     file = GGUFFile(path)
     kept = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}
     everything = (slice(None), slice(None))
     got = file.read("model.embed_tokens.weight", everything)
     assert got.dtype == file.dtypes["model.embed_tokens.weight"] == kept.get(name, np.float32)
-    np.testing.assert_array_equal(got.astype(np.float64), want["token_embd.weight"])
+    np.testing.assert_array_equal(got.astype(np.float64), expected["token_embd.weight"])
     part = (slice(2, 5), slice(17, 300))
     got = file.read("model.embed_tokens.weight", part)
-    np.testing.assert_array_equal(got.astype(np.float64), want["token_embd.weight"][part])
+    np.testing.assert_array_equal(got.astype(np.float64), expected["token_embd.weight"][part])
     # Queries: the file has rows (0, 1, 2, …) of a head in pairs, Hugging Face in halves.
-    pairs = want["blk.0.attn_q.weight"].reshape(HEADS, HEAD // 2, 2, WIDTH)
+    pairs = expected["blk.0.attn_q.weight"].reshape(HEADS, HEAD // 2, 2, WIDTH)
     rows = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(ROWS, WIDTH)
     query = "model.layers.0.self_attn.q_proj.weight"
     np.testing.assert_array_equal(file.read(query, everything).astype(np.float64), rows)

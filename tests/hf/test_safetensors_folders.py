@@ -170,8 +170,8 @@ def test_half_precision_sources(tmp_path):
     half = {name: value.astype(np.float16) for name, value in WEIGHTS.items()}
     folder = write(tmp_path / "half", weights=half)
     model, params = load_pretrained(folder)
-    want = numpy_llama(half, TOKENS[0])[1]
-    np.testing.assert_allclose(logits(model, params)[0], want, atol=1e-5)
+    expected = numpy_llama(half, TOKENS[0])[1]
+    np.testing.assert_allclose(logits(model, params)[0], expected, atol=1e-5)
     save_pretrained(model, params, tmp_path / "out", dtype=jnp.float16)
     again = load_file(tmp_path / "out/model.safetensors")
     assert all(again[name].tobytes() == value.tobytes() for name, value in half.items())
@@ -243,8 +243,10 @@ def test_configs_survive(folder, tmp_path):
     assert generation == {"top_p": 0.9, "eos_token_id": 7, "bos_token_id": 1}
 
 
-@pytest.mark.parametrize(("eos", "want"), [(5, [5, 6]), (9, 9)])
-def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(folder, tmp_path, eos, want):
+@pytest.mark.parametrize(("eos", "expected"), [(5, [5, 6]), (9, 9)])
+def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(
+    folder, tmp_path, eos, expected
+):
     class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id = None, eos, 3
 
@@ -261,7 +263,7 @@ def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(folder, tm
     saved = json.loads((tmp_path / "out/config.json").read_text())
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (saved["eos_token_id"], saved["pad_token_id"]) == (eos, 3)
-    assert generation == {"eos_token_id": want, "pad_token_id": 3}
+    assert generation == {"eos_token_id": expected, "pad_token_id": 3}
 
 
 def test_scorer_round_trip(folder, tmp_path):
@@ -274,8 +276,8 @@ def test_scorer_round_trip(folder, tmp_path):
     again, loaded = load_pretrained(tmp_path / "out")
     assert type(again) is type(scorer)
     scores = np.asarray(again.scores(loaded, again.apply(loaded, TOKENS)))[0]
-    want = numpy_llama(WEIGHTS, TOKENS[0])[0] @ saved["score.weight"][0].astype(np.float64)
-    np.testing.assert_allclose(scores, want, atol=1e-5)
+    expected = numpy_llama(WEIGHTS, TOKENS[0])[0] @ saved["score.weight"][0].astype(np.float64)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -390,18 +392,18 @@ def test_weights_in_other_formats_are_named(folder):
 def test_hub_id_without_network(monkeypatch):
     import huggingface_hub
 
-    asked = {}
+    calls = {}
 
     def offline(repo, **options):
-        asked.update(options, repo=repo)
+        calls.update(options, repo=repo)
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"'org/name'.*hub \(OSError: no network\)"):
         load_pretrained("org/name")
-    assert asked["repo"] == "org/name"
-    assert "config.json" in asked["allow_patterns"]
-    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    assert calls["repo"] == "org/name"
+    assert "config.json" in calls["allow_patterns"]
+    assert not any("bin" in pattern for pattern in calls["allow_patterns"])
 
 
 def test_hub_id_takes_what_was_downloaded(folder, monkeypatch):
@@ -500,27 +502,27 @@ def test_reference_forward(shared, tmp_path, weights, architecture):
     config = json.loads((oracle / "config.json").read_text()) | {"architectures": [architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(oracle / weights, tmp_path / "model.safetensors")
-    want = np.load(oracle / "forward.npz")
+    expected = np.load(oracle / "forward.npz")
     model, params = load_pretrained(tmp_path)
-    ids = want["input_ids"].astype(np.int32)
-    mask = want["attention_mask"].astype(np.int32)
+    ids = expected["input_ids"].astype(np.int32)
+    mask = expected["attention_mask"].astype(np.int32)
     hidden = model.apply(params, ids, segment_ids=mask)
     if architecture.endswith("CausalLM"):
         real = mask > 0
         got = np.asarray(model.logits(params, hidden))
-        np.testing.assert_allclose(got[real], want["logits"][real], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got[real], expected["logits"][real], rtol=1e-5, atol=1e-5)
         last = np.asarray(hidden)[real]
-        np.testing.assert_allclose(last, want["last_hidden"][real], rtol=1e-5, atol=1e-5)
-        left = want["left_attention_mask"].astype(np.int32)
+        np.testing.assert_allclose(last, expected["last_hidden"][real], rtol=1e-5, atol=1e-5)
+        left = expected["left_attention_mask"].astype(np.int32)
         hidden = model.apply(
             params,
-            want["left_input_ids"].astype(np.int32),
-            want["left_position_ids"].astype(np.int32),
+            expected["left_input_ids"].astype(np.int32),
+            expected["left_position_ids"].astype(np.int32),
             left,
         )
         got = np.asarray(model.logits(params, hidden))[left > 0]
-        np.testing.assert_allclose(got, want["left_logits"][left > 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, expected["left_logits"][left > 0], rtol=1e-5, atol=1e-5)
     else:
         scores = np.asarray(model.scores(params, hidden))
         pooled = scores[np.arange(len(ids)), mask.sum(1) - 1]
-        np.testing.assert_allclose(pooled, want["reward_logits"][:, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pooled, expected["reward_logits"][:, 0], rtol=1e-5, atol=1e-6)

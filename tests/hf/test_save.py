@@ -76,12 +76,12 @@ def test_a_model_from_nowhere_has_no_source_dtype(params, tmp_path):
 
 def test_values_beyond_a_dtype_are_refused_both_ways(params, tmp_path):
     huge = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(1e5)}}
-    told = r"model\.norm\.weight holds values that float16 cannot"
-    with pytest.raises(ValueError, match=f"{told}; save it as bfloat16 or float32"):
+    message = r"model\.norm\.weight holds values that float16 cannot"
+    with pytest.raises(ValueError, match=f"{message}; save it as bfloat16 or float32"):
         save_pretrained(tiny.DECODER, huge, tmp_path / "half", dtype="float16")
     assert not list(tmp_path.iterdir())
     save_pretrained(tiny.DECODER, huge, tmp_path / "whole")
-    with pytest.raises(ValueError, match=f"whole: {told}; load it as"):
+    with pytest.raises(ValueError, match=f"whole: {message}; load it as"):
         load_pretrained(tmp_path / "whole", dtype="float16")
     infinite = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(jnp.inf)}}
     save_pretrained(tiny.DECODER, infinite, tmp_path / "inf", dtype="float16")
@@ -96,8 +96,8 @@ def test_copies_convert_as_numpy_does(source, to, turned):
     values = values.astype(source)
     target = np.zeros((3, 50, 37) if turned else values.shape, to)
     assert blocks.copy(target, values.swapaxes(-1, -2) if turned else values)
-    want = values.astype(to)
-    np.testing.assert_array_equal(target, want.swapaxes(-1, -2) if turned else want)
+    expected = values.astype(to)
+    np.testing.assert_array_equal(target, expected.swapaxes(-1, -2) if turned else expected)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -151,11 +151,13 @@ def test_a_vocabulary_over_the_axis_of_rows_is_read_whole():
     hidden = rng.normal(size=(8, 4, model.config.hidden_size)).astype(np.float32)
     targets = rng.integers(0, tiny.VOCAB, (8, 4)).astype(np.int32)
     read = jax.jit(lambda params, x, y: target_logprobs(model, params, x, y))
-    want = read(params, hidden, targets)
+    expected = read(params, hidden, targets)
     mesh = make_mesh(fsdp=8)
     with jax.set_mesh(mesh), use_rules({"vocab": "fsdp", "embed": None}):
         placed = jax.device_put(params, param_shardings(model.axes, mesh))
-        np.testing.assert_allclose(read(placed, *shard_batch((hidden, targets), mesh)), want, 1e-5)
+        np.testing.assert_allclose(
+            read(placed, *shard_batch((hidden, targets), mesh)), expected, 1e-5
+        )
 
 
 # In a user's YAML

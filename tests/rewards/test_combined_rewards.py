@@ -92,7 +92,7 @@ def spoilt(value):
 
 
 @pytest.mark.parametrize(
-    ("reward", "told"),
+    ("reward", "message"),
     [
         (spoilt(np.nan), r"reward 'bad' gave nan for row 1 of the batch"),
         (spoilt(-np.inf), r"reward 'bad' gave -inf for row 1 of the batch"),
@@ -101,24 +101,24 @@ def spoilt(value):
         (text_reward(lambda p, c: {}["x"], TOK), r"reward 'bad' failed for row 0.*KeyError: 'x'"),
     ],
 )
-def test_a_reward_that_fails_stops_whatever_the_others_say(reward, told):
-    with pytest.raises(RewardError, match=told):
+def test_a_reward_that_fails_stops_whatever_the_others_say(reward, message):
+    with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward})(*BATCH)
     # Even one that weighs nothing.
-    with pytest.raises(RewardError, match=told):
+    with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward}, {"bad": 0.0})(*BATCH)
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "message"),
     [
         ({"b": 1.0}, "weights of b: no such reward; known: a"),
         ({"a": float("nan")}, "wanted finite numbers"),
         ({"a": 0.0}, "one is not 0"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weights, told):
-    with pytest.raises(ValueError, match=told):
+def test_weights_that_mean_nothing_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
         combine_rewards({"a": lengths}, weights)
     with pytest.raises(ValueError, match="got none"):
         combine_rewards({})

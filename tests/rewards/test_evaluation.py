@@ -111,8 +111,8 @@ def test_grades():
     figures, details = evaluation.evaluate_grades(examples, ["a", "b"], ["help", "length"])
     for column, name in enumerate(("help", "length")):
         there = mask[:, column]
-        want = np.corrcoef(scores[there, column], grades[there, column])[0, 1]
-        assert figures[f"pearson/{name}"] == pytest.approx(want)
+        expected = np.corrcoef(scores[there, column], grades[there, column])[0, 1]
+        assert figures[f"pearson/{name}"] == pytest.approx(expected)
         assert details["attributes"][column]["count"] == there.sum()
     errors = np.square(scores - grades)
     first = mask & (source == 0)[:, None]

@@ -70,12 +70,14 @@ def test_failures_are_bounded_and_named():
     with writers.serving(failing(99)) as server:
         with pytest.raises(RewardError) as caught:
             reward(server, max_failures=3, name="judge")(*BATCH)
-        told = str(caught.value)
+        message = str(caught.value)
     assert len(server.seen) == 3
-    assert f"reward 'judge': {server.address} failed 3 times in a row" in told
-    assert "HTTP 503" in told
-    assert "busy" in told
-    assert "3 answers have no score, the first of them row 0 of the batch, prompt 'p one'" in told
+    assert f"reward 'judge': {server.address} failed 3 times in a row" in message
+    assert "HTTP 503" in message
+    assert "busy" in message
+    assert (
+        "3 answers have no score, the first of them row 0 of the batch, prompt 'p one'" in message
+    )
 
 
 def test_one_request_that_fails_for_good_stops_the_others():
@@ -101,7 +103,7 @@ def test_a_refusal_is_not_asked_again(status):
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "message"),
     [
         (b'{"scores": [1, 2]}', r"answered '\{.*wanted .* with 3 numbers"),
         (b'{"rewards": [1, 2, 3]}', "wanted .*scores"),
@@ -112,9 +114,9 @@ def test_a_refusal_is_not_asked_again(status):
         (b'{"scores": [1, 2, "3"]}', r"gave '3' for row 2"),
     ],
 )
-def test_an_answer_that_is_no_scores_stops(raw, told):
+def test_an_answer_that_is_no_scores_stops(raw, message):
     with writers.serving(lambda body, number: (200, {}, raw)) as server:
-        with pytest.raises(RewardError, match=told):
+        with pytest.raises(RewardError, match=message):
             reward(server)(*BATCH)
         assert len(server.seen) == 1
 
@@ -203,7 +205,7 @@ def test_pauses_double_up_to_a_minute_and_come_from_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"url": "ftp://x/"}, "url: wanted http"),
         ({"url": "http://user:word@x/"}, "url: wanted http"),
@@ -214,7 +216,7 @@ def test_pauses_double_up_to_a_minute_and_come_from_the_seed():
         ({"concurrency": 0}, "concurrency=0"),
     ],
 )
-def test_options_out_of_range(options, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
         http_reward(**{"url": "http://x/", "tok": TOK} | options)
     assert "word" not in str(caught.value)

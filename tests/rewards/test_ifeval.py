@@ -191,7 +191,7 @@ def test_the_four_figures():
 
 
 @pytest.mark.parametrize(
-    ("ids", "kwargs", "told"),
+    ("ids", "kwargs", "message"),
     [
         (["fr:punctuation:no_comma"], [{}], "instruction 'fr:punctuation:no_comma': not known"),
         (["keywords:existence"], [{}], r"got the arguments \[\], wanted \['keywords'\]"),
@@ -201,8 +201,8 @@ def test_the_four_figures():
         (None, None, "two lists"),
     ],
 )
-def test_rows_that_cannot_be_checked(ids, kwargs, told):
-    with pytest.raises(ValueError, match=told):
+def test_rows_that_cannot_be_checked(ids, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         instructions({"instruction_id_list": ids, "kwargs": kwargs})
 
 

@@ -64,9 +64,9 @@ def test_every_kind_by_its_name():
 def test_the_built_in_kinds_are_registered():
     kinds = {"model", "function", "gsm8k", "ifeval", "regex", "length", "http"}
     assert set(RewardSpec.kinds()) >= kinds
-    told = complaint([{"kind": "judge"}])
-    assert all(kind in told for kind in kinds)
-    assert "got 'judge'" in told
+    message = complaint([{"kind": "judge"}])
+    assert all(kind in message for kind in kinds)
+    assert "got 'judge'" in message
 
 
 def test_written_and_read_again_is_the_same(tmp_path):
@@ -93,7 +93,7 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ({"kind": "judge"}, "rewards[0].kind: wanted one of"),
         ({"source": "x"}, "rewards[0].kind: wanted one of"),
@@ -123,8 +123,8 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
         ("gsm8k", "rewards[0]"),
     ],
 )
-def test_a_wrong_spec_is_named(spec, told):
-    assert told in complaint([spec])
+def test_a_wrong_spec_is_named(spec, message):
+    assert message in complaint([spec])
 
 
 def test_rewards_or_a_reward_model():
@@ -183,7 +183,7 @@ def test_specs_become_one_reward(functions):
 
 
 @pytest.mark.parametrize(
-    ("specs", "told"),
+    ("specs", "message"),
     [
         ([RegexReward(pattern="a"), RegexReward(pattern="b")], "two rewards are called 'regex'"),
         ([], "got none"),
@@ -194,8 +194,8 @@ def test_specs_become_one_reward(functions):
         ([FunctionReward(path="nowhere.py:fn")], "path='nowhere.py:fn': no such file"),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_training(specs, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_built_is_refused_before_training(specs, message):
+    with pytest.raises(ValueError, match=message):
         build_reward(specs, TOK, rows=ROWS)
 
 

@@ -94,11 +94,11 @@ def test_an_error_in_a_text_reward_stops_and_says_where():
 
     with pytest.raises(RuntimeError, match="no score for this") as caught:
         text_reward(broken, TOK, rows=ROWS)(*BATCH)
-    told = str(caught.value)
-    assert "reward 'broken'" in told
-    assert "row 1 of the batch (row 1 of the data), prompt 'a longer prompt: '" in told
-    assert "RuntimeError" in told
-    assert __file__ in told
+    message = str(caught.value)
+    assert "reward 'broken'" in message
+    assert "row 1 of the batch (row 1 of the data), prompt 'a longer prompt: '" in message
+    assert "RuntimeError" in message
+    assert __file__ in message
     assert isinstance(caught.value, ValueError)  # which the commands show without a traceback
 
 
@@ -155,15 +155,15 @@ def test_prompts_that_are_messages_stay_messages():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ([1.0], "gave 1 scores for 2 answers"),
         (None, "gave a NoneType scores for 2 answers"),
         ([1.0, float("nan")], "gave nan for row 1 of the batch"),
     ],
 )
-def test_a_batch_function_gives_a_number_an_answer(given, told):
-    with pytest.raises(RewardError, match=told):
+def test_a_batch_function_gives_a_number_an_answer(given, message):
+    with pytest.raises(RewardError, match=message):
         batch_reward(lambda prompts, completions: given, TOK)(*BATCH)
 
 

@@ -60,9 +60,9 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), NUMBERS, ids=lambda x: str(x)[:24])
 def test_the_final_number_of_a_text(text, strict, flexible):
-    for extract, wanted in (("strict", strict), ("flexible", flexible)):
+    for extract, expected in (("strict", strict), ("flexible", flexible)):
         found = final_number(text, extract)
-        assert found == (None if wanted is None else Fraction(wanted))
+        assert found == (None if expected is None else Fraction(expected))
 
 
 def test_right_answers_score_1():
@@ -134,16 +134,16 @@ WORDS = answered([("p", "x" * n) for n in (0, 1, 10, 15, 18, 20, 21, 40)])
 
 def test_soft_overlong_punishment_is_daposs():
     # Eq. 13 with L_max = 20 and L_cache = 10, by hand; the first row is empty.
-    wanted = [0, 0, 0, -0.5, -0.8, -1, -1, -1]
-    np.testing.assert_allclose(length_reward(longest=20, cache=10)(*WORDS), wanted, rtol=1e-6)
+    expected = [0, 0, 0, -0.5, -0.8, -1, -1, -1]
+    np.testing.assert_allclose(length_reward(longest=20, cache=10)(*WORDS), expected, rtol=1e-6)
     np.testing.assert_array_equal(length_reward(longest=20)(*WORDS), [0, 0, 0, 0, 0, 0, -1, -1])
 
 
 def test_distance_from_a_target():
-    wanted = [-1, -0.9, 0, -0.5, -0.8, -1, -1, -1]
-    np.testing.assert_allclose(length_reward(target=10)(*WORDS), wanted, rtol=1e-6)
-    wanted = [-0.5, -0.45, 0, -0.25, -0.4, -0.5, -0.55, -1]
-    np.testing.assert_allclose(length_reward(target=10, width=20)(*WORDS), wanted, rtol=1e-6)
+    expected = [-1, -0.9, 0, -0.5, -0.8, -1, -1, -1]
+    np.testing.assert_allclose(length_reward(target=10)(*WORDS), expected, rtol=1e-6)
+    expected = [-0.5, -0.45, 0, -0.25, -0.4, -0.5, -0.55, -1]
+    np.testing.assert_allclose(length_reward(target=10, width=20)(*WORDS), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
