@@ -36,7 +36,7 @@ def write(folder, header, length=None):
     return folder
 
 
-def test_the_writer_of_these_tests_writes_what_is_read(folder):
+def test_written_file_is_read_back(folder):
     file = SafetensorsFolder(write(folder, ENTRIES))
     assert file.shapes == {"a": (2, 3), "b": (4,)}
     np.testing.assert_array_equal(file.read("a", (slice(1, 2), slice(1, 3))), A[1:2, 1:3])
@@ -138,7 +138,7 @@ def test_pickles_are_named_and_never_opened(folder, monkeypatch):
     assert not (folder / "unpickled").exists()
 
 
-def test_other_files_under_the_name_are_told_apart(folder):
+def test_other_file_formats_are_recognised(folder):
     path = folder / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ValueError, match=r"Git LFS pointer.*git lfs pull"):

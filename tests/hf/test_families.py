@@ -143,12 +143,12 @@ def test_biases_by_family():
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1"),
     ],
 )
-def test_what_the_decoder_lacks_is_refused_by_name(keys, message):
+def test_unsupported_features_are_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(LLAMA | keys)
 
 
-def test_an_unused_sliding_window_is_no_obstacle():
+def test_unused_sliding_window_is_accepted():
     keys = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768}
     config = config_from_hf(LLAMA | keys)
     hf = config_to_hf(config, scorer=False, dtype="float32")
@@ -194,7 +194,7 @@ def test_labels_are_attributes(keys, names):
         ),
     ],
 )
-def test_labels_that_are_no_attributes_are_refused(keys, message):
+def test_labels_of_a_classification_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         attributes_of(LLAMA | keys)
 
@@ -210,7 +210,7 @@ def test_attributes_are_written_as_labels_of_a_regression():
     assert "problem_type" not in config_to_hf(config, scorer=True, dtype="float32")
 
 
-def test_what_we_do_not_model_survives():
+def test_unknown_keys_survive_a_round_trip():
     source = LLAMA | {
         "eos_token_id": [1, 2],
         "initializer_range": 0.5,
@@ -250,7 +250,7 @@ def test_what_we_do_not_model_survives():
         {"rope_layers": (True, False, True)},
     ],
 )
-def test_what_a_family_cannot_express_is_refused(fields):
+def test_configs_that_a_family_cannot_express_are_refused(fields):
     config = dataclasses.replace(config_from_hf(LLAMA), **fields)
     lost = next((name for name in fields if name != "family"), "qkv_bias")
     with pytest.raises(ValueError, match=rf"{config.family}.*cannot express.*{lost}="):

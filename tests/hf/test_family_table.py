@@ -148,7 +148,7 @@ def test_the_first_form_is_written():
     assert "h.1.gate_up" not in names
 
 
-def test_a_table_that_does_not_cover_a_tensor_is_found_out():
+def test_table_that_does_not_cover_a_tensor_raises():
     short = dataclasses.replace(FAMILY, table=tuple(e for e in TABLE if "value" not in e.path))
     less = shapes()
     del less["blocks"]["value"]

@@ -244,9 +244,7 @@ def test_configs_survive(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(5, [5, 6]), (9, 9)])
-def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(
-    folder, tmp_path, eos, expected
-):
+def test_stop_token_list_stays_if_it_contains_the_tokenizers_eos(folder, tmp_path, eos, expected):
     class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id = None, eos, 3
 
@@ -318,7 +316,7 @@ def split(folder, tmp_path):
     return out, sorted(out.glob("*.safetensors"))
 
 
-def test_duplicate_and_promised_names(folder, tmp_path):
+def test_duplicate_names_and_missing_indexed_names(folder, tmp_path):
     out, files = split(folder, tmp_path)
     first, second = load_file(files[0]), load_file(files[1])
     name = next(iter(first))
@@ -406,7 +404,7 @@ def test_hub_id_without_network(monkeypatch):
     assert not any("bin" in pattern for pattern in calls["allow_patterns"])
 
 
-def test_hub_id_takes_what_was_downloaded(folder, monkeypatch):
+def test_hub_id_uses_the_download_cache(folder, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))

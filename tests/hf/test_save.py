@@ -66,7 +66,7 @@ def test_the_sources_dtypes_come_back_tensor_by_tensor(params, tmp_path):
     assert loaded["embed"]["embedding"].dtype == jnp.bfloat16
 
 
-def test_a_model_from_nowhere_has_no_source_dtype(params, tmp_path):
+def test_initialised_model_has_no_source_dtype(params, tmp_path):
     with pytest.raises(ValueError, match=r"not loaded from a checkpoint; name one of float32"):
         save_pretrained(tiny.DECODER, params, tmp_path / "out", dtype="source")
     with pytest.raises(ValueError, match="dtype=int8"):
@@ -74,7 +74,7 @@ def test_a_model_from_nowhere_has_no_source_dtype(params, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_values_beyond_a_dtype_are_refused_both_ways(params, tmp_path):
+def test_values_beyond_a_dtype_are_refused_on_save_and_load(params, tmp_path):
     huge = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(1e5)}}
     message = r"model\.norm\.weight holds values that float16 cannot"
     with pytest.raises(ValueError, match=f"{message}; save it as bfloat16 or float32"):
@@ -103,7 +103,7 @@ def test_copies_convert_as_numpy_does(source, to, turned):
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_host_holds_its_shards_and_little_more(tmp_path, monkeypatch):
+def test_host_memory_is_bounded_by_local_shards(tmp_path, monkeypatch):
     """Numpy's memory while 8 devices take their parts; on CPUs these parts are that memory."""
     config = DecoderConfig(
         vocab_size=512, hidden_size=256, intermediate_size=768, num_layers=6, num_heads=8,
@@ -133,7 +133,7 @@ def planned(*sizes):
     return [Planned(Tensor(f"t{i}", (size,), ()), kind) for i, size in enumerate(sizes)]
 
 
-def test_files_are_shared_out_in_turn():
+def test_files_are_assigned_round_robin():
     files = plan_files(planned(10, 10, 30, 5, 5, 10), 80, processes=2)
     assert [[p.tensor.name for p in file.tensors] for file in files] == [
         ["t0", "t1"],
@@ -175,7 +175,7 @@ hf_save.save_pretrained(tiny.DECODER, tiny.random_params(tiny.DECODER), sys.argv
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_killed_save_leaves_no_half_folder(params, tmp_path, there):
+def test_killed_save_leaves_no_partial_folder(params, tmp_path, there):
     out = tmp_path / "place/out"
     before = None
     if there:

@@ -220,7 +220,7 @@ def test_fresh_scalar_head_exports(case, folders, tmp_path):
     np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
 
 
-def test_a_head_of_several_grades_comes_back(folders, tmp_path):
+def test_scorer_with_attributes_round_trip(folders, tmp_path):
     folder, _ = folders("tied_linear_rope")
     names = ("helpfulness", "verbosity", "tact")
     scorer, params = with_scalar_head(*load_pretrained(folder), jax.random.key(0), names)

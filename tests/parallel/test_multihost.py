@@ -125,13 +125,13 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def check_saved(said, source, place):
+def check_saved(logs, source, place):
     """Both wrote their files of one folder; of a folder that failed on one there is nothing."""
-    assert "FAILED saving a model failed on process 1" in said[0]
-    assert "FAILED disk full" in said[1]
+    assert "FAILED saving a model failed on process 1" in logs[0]
+    assert "FAILED disk full" in logs[1]
     (one,), (other,) = (
         [line.split()[1:] for line in text.splitlines() if line.startswith("WROTE")]
-        for text in said
+        for text in logs
     )
     assert one
     assert other
@@ -149,7 +149,7 @@ def check_saved(said, source, place):
     assert (place / "out/config.json").is_file()
 
 
-def test_two_processes_are_one_program(chat_models, tmp_path):
+def test_two_processes_equal_one(chat_models, tmp_path):
     """Rows, sums, files and errors between two real processes; then SFT on both, as in this one."""
     changes = {"data": {"packing": True, "length": 96, "rows": 4}}
     config = configured("sft", chat_models, tmp_path / "two", changes, steps=2, export=False)
@@ -160,20 +160,20 @@ def test_two_processes_are_one_program(chat_models, tmp_path):
     )
     alone = load_config("sft", config, [f"run.folder={tmp_path / 'one'}"])
     one = loop.train(alone)
-    statuses, said = multihost.finish(running, log)
-    assert statuses == [0, 0], said
-    check_saved(said, source, place)
+    statuses, logs = multihost.finish(running, log)
+    assert statuses == [0, 0], logs
+    check_saved(logs, source, place)
 
-    for index, text in enumerate(said):
+    for index, text in enumerate(logs):
         assert f"PARTS ({index}, 2) (0, 1)\n" in text
         assert "HOSTS [[0, 0, 1, 1], [0, 0, 1, 1]]" in text
         assert "SUMS [3, 4294967294]\n" in text
         assert "DIFFER the configuration must be the same on all hosts: data.rows is 9 on" in text
         assert f"process 1 ({HOST}, pid {running[1].pid}) and 8 on process 0 (" in text
-    assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in said[1]
+    assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in logs[1]
     # One log, of the first host.
-    assert "run folder:" in said[0]
-    assert "run folder:" not in said[1]
+    assert "run folder:" in logs[0]
+    assert "run folder:" not in logs[1]
     same_metrics(chatmodel.lines(tmp_path / "two"), chatmodel.lines(one.folder))
     versions = json.loads((tmp_path / "two/versions.json").read_text(encoding="utf-8"))
     assert versions["processes"] == "2"
@@ -216,7 +216,7 @@ def stages(models, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path):
+def test_every_algorithm_equals_one_process(chat_models, tmp_path):
     """The same YAML and command: losses, rewards, KL, held-out figures and exported weights."""
     path = tmp_path / "all.yaml"
     values = {"folder": str(tmp_path / "none"), "stages": stages(chat_models, tmp_path)}
@@ -224,8 +224,8 @@ def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path)
     for processes in (2, 1):
         log, folder = tmp_path / f"log{processes}", tmp_path / str(processes)
         running = multihost.start(["pipeline", path, f"folder={folder}"], processes, log)
-        statuses, said = multihost.finish(running, log, 900)
-        assert statuses == [0] * processes, said
+        statuses, logs = multihost.finish(running, log, 900)
+        assert statuses == [0] * processes, logs
     for stage in values["stages"]:
         one, two = (tmp_path / number / stage["name"] for number in ("1", "2"))
         rows = chatmodel.lines(two)
@@ -238,7 +238,7 @@ def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, victim):
+def test_killed_process_stops_the_other_and_both_resume(chat_models, tmp_path, victim):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured(
         "sft", chat_models, folder, steps=1_000_000, save_every=2, export=False, log_every=1_000_000
@@ -251,10 +251,10 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
     killed = time.monotonic()
     status = running[1 - victim].wait(600)
     took = time.monotonic() - killed
-    _, said = multihost.finish(running, log)
+    _, logs = multihost.finish(running, log)
     print(f"process {1 - victim} ended {took:.1f} s after process {victim} was killed, {status}")
     assert status != 0
-    assert f"process {victim} ({HOST}, pid {running[victim].pid}) is lost" in said[1 - victim]
+    assert f"process {victim} ({HOST}, pid {running[victim].pid}) is lost" in logs[1 - victim]
 
     shutil.copytree(folder, tmp_path / "copy")
     there = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
@@ -262,8 +262,8 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
     ends = [f"run.steps={steps}", "run.resume=true"]
     log = tmp_path / "log2"
     two = multihost.start(["sft", config, *ends], 2, log)
-    statuses, said = multihost.finish(two, log)
-    assert statuses == [0, 0], said
+    statuses, logs = multihost.finish(two, log)
+    assert statuses == [0, 0], logs
     again = load_config("sft", config, [*ends, f"run.folder={tmp_path / 'copy'}"])
     one = loop.train(again)
     assert [row["step"] for row in chatmodel.lines(one.folder)] == list(range(1, steps + 1))
@@ -291,20 +291,20 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_failing_host_stops_all_with_its_message(chat_models, tmp_path):
+def test_failing_host_stops_all_with_its_message(chat_models, tmp_path):
     config = configured("sft", chat_models, tmp_path / "run", steps=1_000_000, save_every=1)
     log = tmp_path / "log"
     running = multihost.start(["sft", config], 2, log, program=("-c", FAILING))
-    statuses, said = multihost.finish(running, log)
+    statuses, logs = multihost.finish(running, log)
     assert statuses == [1, 2]
-    told = f"process 1 ({HOST}, pid {running[1].pid}) failed: FloatingPointError: step 2: loss=nan"
-    assert told in said[0]
-    assert "jaxalign sft: error: step 2: loss=nan" in said[1]
+    failed = f"process 1 ({HOST}, pid {running[1].pid}) failed"
+    assert f"{failed}: FloatingPointError: step 2: loss=nan" in logs[0]
+    assert "jaxalign sft: error: step 2: loss=nan" in logs[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
+def test_hosts_with_different_data_are_refused(chat_models, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -312,15 +312,15 @@ def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
     changes = {"data": {"train": ["data.jsonl"]}}
     config = configured("sft", chat_models, tmp_path / "run", changes)
     running = multihost.start(["sft", config], 2, tmp_path / "log", folders=folders)
-    statuses, said = multihost.finish(running, tmp_path / "log")
+    statuses, logs = multihost.finish(running, tmp_path / "log")
     assert 0 not in statuses
-    for text in said:
+    for text in logs:
         assert "the data (by its checksum) must be the same on all hosts: data.train is" in text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
+def test_preempted_run_saves_and_resumes(chat_models, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured("sft", chat_models, folder, steps=1_000_000, export=False)
     running = multihost.start(["sft", config], 2, log)
@@ -328,9 +328,9 @@ def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
         assert all(process.poll() is None for process in running), multihost.finish(running, log)
         time.sleep(0.2)
-    running[1].send_signal(signal.SIGTERM)  # one host is told; all stop after the same step
-    statuses, said = multihost.finish(running, log)
-    assert statuses == [75, 75], said
+    running[1].send_signal(signal.SIGTERM)  # one host is message; all stop after the same step
+    statuses, logs = multihost.finish(running, log)
+    assert statuses == [75, 75], logs
     done = len(chatmodel.lines(folder))
-    assert f"stopped after step {done} of 1000000" in said[0]
+    assert f"stopped after step {done} of 1000000" in logs[0]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(done)]

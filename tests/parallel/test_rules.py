@@ -38,7 +38,7 @@ from jaxalign.types import TrainState
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
-def test_entries_hold_for_a_while_and_lie_on_top_of_one_another():
+def test_overrides_nest_and_end_with_the_context():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     axes = tiny.DECODER.axes["blocks"]["mlp"]["up"]["kernel"]
     assert partition_spec(axes) == PartitionSpec(None, "fsdp", "tensor")
@@ -55,7 +55,7 @@ def test_entries_hold_for_a_while_and_lie_on_top_of_one_another():
     assert current_rules() is RULES
 
 
-def test_a_jitted_function_is_traced_anew_under_another_table():
+def test_jit_retraces_under_other_rules():
     mesh, traced = make_mesh(data=2, fsdp=4), []
 
     @jax.jit
@@ -71,7 +71,7 @@ def test_a_jitted_function_is_traced_anew_under_another_table():
     assert len(traced) == 2
 
 
-def test_a_compiled_step_keeps_the_table_it_was_made_under():
+def test_compiled_step_keeps_its_rules():
     mesh = make_mesh(data=2, fsdp=4)
 
     def step(state, batch):
@@ -85,18 +85,18 @@ def test_a_compiled_step_keeps_the_table_it_was_made_under():
     assert float(state.params["sum"]) == 2
 
 
-def test_the_cache_has_entries_of_its_own():
+def test_cache_axes_default_to_rows_and_kv_heads():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     keys = jnp.ones((8, 2, 4, 8))  # rows, heads, columns, width
     with jax.set_mesh(mesh):
         assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 1, 4, 8)
         with use_rules({"cache_heads": None, "cache_length": "tensor"}):
             assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 2, 2, 8)
-        with use_rules({"kv_heads": None, "rows": "data"}):  # said of all, it holds for the cache
+        with use_rules({"kv_heads": None, "rows": "data"}):  # the cache axes follow
             assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (4, 2, 4, 8)
 
 
-def test_parameters_are_laid_out_by_other_entries():
+def test_reshard_by_rules():
     mesh = make_mesh(fsdp=8)
     model = tiny.DECODER
     params = jax.device_put(tiny.random_params(model), param_shardings(model.axes, mesh))
@@ -116,7 +116,7 @@ def test_parameters_are_laid_out_by_other_entries():
     ],
     ids=str,
 )
-def test_entries_that_mean_nothing_are_refused(rules, message):
+def test_invalid_rules_are_refused(rules, message):
     with pytest.raises(ValueError, match=message), use_rules(rules):
         pass
 
@@ -131,7 +131,7 @@ def test_entries_that_mean_nothing_are_refused(rules, message):
     ],
     ids=["summed", "shared"],
 )
-def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, message):
+def test_rules_that_experts_cannot_use_are_refused(sizes, rules, message):
     x, weights = jnp.ones((8, 4, 16)), {"up": jnp.ones((2, 16, 8))}
     with (
         jax.set_mesh(make_mesh(**sizes)),
@@ -144,7 +144,7 @@ def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, me
         )  # fmt: skip
 
 
-def test_a_vocabulary_over_the_axis_of_rows_is_read_whole():
+def test_vocabulary_sharded_over_the_row_axis():
     """Each device has other rows: parts of the vocabulary cannot be joined between them."""
     model, rng = tiny.DECODER, np.random.default_rng(0)
     params = tiny.random_params(model)
@@ -178,7 +178,7 @@ def parts_of(params):
     return whole[1] // part[1], whole[2] // part[2]
 
 
-def test_a_rule_on_the_command_line_changes_a_layout(chat_models, tmp_path, monkeypatch):
+def test_rule_from_the_command_line(chat_models, tmp_path, monkeypatch):
     kept, make = [], loop.make_task
 
     def spying(config):
@@ -208,7 +208,7 @@ def test_a_rule_on_the_command_line_changes_a_layout(chat_models, tmp_path, monk
     assert cli.main(["sft", str(file), "mesh.rules.embd=fsdp"]) == 2
 
 
-def test_models_have_rules_of_their_own(chat_models, tmp_path):
+def test_rules_per_model(chat_models, tmp_path):
     values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
     values |= {"mesh": SPREAD | {"rules_of": RULES_OF}}
     config = load_config("ppo", values)
@@ -259,15 +259,13 @@ def test_models_have_rules_of_their_own(chat_models, tmp_path):
     ],
     ids=str,
 )
-def test_rules_that_mean_nothing_are_refused_with_the_config(
-    chat_models, tmp_path, algorithm, changes, message
-):
+def test_invalid_rules_in_a_config_are_refused(chat_models, tmp_path, algorithm, changes, message):
     values = chatmodel.settings(algorithm, chat_models, tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         load_config(algorithm, values | {"mesh": changes})
 
 
-def test_a_reference_that_moves_has_no_rules(chat_models, tmp_path):
+def test_moving_reference_has_no_rules(chat_models, tmp_path):
     values = chatmodel.settings("dpo", chat_models, tmp_path / "run")
     values |= {"reference_sync": {}, "mesh": {"rules_of": {"reference": {"embed": None}}}}
     with pytest.raises(ValueError, match=r"reference_sync=.*null with mesh\.rules_of\.reference"):

@@ -80,7 +80,7 @@ def test_a_weight_of_0_only_logs():
     np.testing.assert_array_equal(scores.parts["worth"].values, [2, 4, 8, 0])
 
 
-def test_an_answer_that_no_reward_applies_to_is_no_0():
+def test_answer_without_any_applicable_reward_raises():
     sums = text_reward(sums_only, TOK, rows=ROWS)
     for rewards, weights in (({"sums": sums}, {}), ({"sums": sums, "n": lengths}, {"n": 0.0})):
         with pytest.raises(RewardError, match=r"applies to row 1 of the batch \(row 1 of the data"):
@@ -101,7 +101,7 @@ def spoilt(value):
         (text_reward(lambda p, c: {}["x"], TOK), r"reward 'bad' failed for row 0.*KeyError: 'x'"),
     ],
 )
-def test_a_reward_that_fails_stops_whatever_the_others_say(reward, message):
+def test_failing_reward_stops_all(reward, message):
     with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward})(*BATCH)
     # Even one that weighs nothing.
@@ -117,7 +117,7 @@ def test_a_reward_that_fails_stops_whatever_the_others_say(reward, message):
         ({"a": 0.0}, "one is not 0"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weights, message):
+def test_invalid_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         combine_rewards({"a": lengths}, weights)
     with pytest.raises(ValueError, match="got none"):

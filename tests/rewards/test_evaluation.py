@@ -25,7 +25,7 @@ def test_wilson_by_table(wins, count, low, high):
     assert wilson(wins, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_wilson_is_where_the_normal_test_just_rejects():
+def test_wilson_inverts_the_normal_test():
     for wins, count in ((3, 17), (95, 100), (1, 2)):
         share = wins / count
         for p in wilson(wins, count):
@@ -45,7 +45,7 @@ def test_calibration_by_hand():
     assert (table[3]["low"], table[3]["high"]) == pytest.approx(wilson(2, 2))
 
 
-def test_calibration_of_what_happens_as_often_as_predicted_is_good():
+def test_calibrated_predictions_have_low_ece():
     predicted = RNG.uniform(size=20000)
     happened = RNG.uniform(size=20000) < predicted
     assert calibration(predicted, happened)[0] < 0.02

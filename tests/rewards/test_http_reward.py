@@ -35,7 +35,7 @@ def reward(server, **options):
     return http_reward(server.address, TOK, **options)
 
 
-def test_what_is_sent_and_what_comes_back(monkeypatch):
+def test_request_and_response(monkeypatch):
     monkeypatch.setenv("MY_KEY", " secret-1 ")
     with writers.serving(lengths) as server:
         scores = reward(server, rows=ROWS, batch=2, key_variable="MY_KEY")(*BATCH)
@@ -59,7 +59,7 @@ def test_without_rows_and_key():
     assert "Authorization" not in headers
 
 
-def test_a_failure_that_passes_is_tried_again():
+def test_temporary_failure_is_retried():
     with writers.serving(failing(2)) as server:
         np.testing.assert_array_equal(reward(server, max_failures=3)(*BATCH), [1, 2, 3, 0])
     assert len(server.seen) == 3
@@ -80,19 +80,19 @@ def test_failures_are_bounded_and_named():
     )
 
 
-def test_one_request_that_fails_for_good_stops_the_others():
+def test_permanent_failure_stops_other_requests():
     def answer(body, number):
         bad = body["completions"] == ["bb"]
         return (500, {}, b"") if bad else lengths(body, number)
 
     with writers.serving(answer) as server, pytest.raises(RewardError, match="prompt 'p two'"):
         reward(server, batch=1, concurrency=1, max_failures=2)(*BATCH)
-    # The first, the second twice; the third is not asked any more.
+    # The first request; the second and its retry; never the third.
     assert [body["completions"] for _, _, body in server.seen] == [["a"], ["bb"], ["bb"]]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_a_refusal_is_not_asked_again(status):
+def test_refusal_is_not_retried(status):
     key = {"Location": "http://127.0.0.1:1/"}
     with writers.serving(failing(99, status, key)) as server:
         with pytest.raises(
@@ -114,7 +114,7 @@ def test_a_refusal_is_not_asked_again(status):
         (b'{"scores": [1, 2, "3"]}', r"gave '3' for row 2"),
     ],
 )
-def test_an_answer_that_is_no_scores_stops(raw, message):
+def test_response_without_scores_raises(raw, message):
     with writers.serving(lambda body, number: (200, {}, raw)) as server:
         with pytest.raises(RewardError, match=message):
             reward(server)(*BATCH)
@@ -130,7 +130,7 @@ def test_null_does_not_apply():
     np.testing.assert_array_equal(scores.parts["http"].applies, [True, False, True, False])
 
 
-def test_a_slow_server_is_not_waited_for():
+def test_slow_response_times_out():
     release = threading.Event()
 
     def slow(body, number):
@@ -145,14 +145,14 @@ def test_a_slow_server_is_not_waited_for():
             release.set()  # only now does the server answer
 
 
-def test_nobody_there():
+def test_connection_refused():
     with writers.serving(lengths) as server:
         pass
     with pytest.raises(RewardError, match=r"failed 2 times.*ConnectionRefused"):
         reward(server, max_failures=2)(*BATCH)
 
 
-def test_no_more_requests_at_a_time_than_allowed():
+def test_concurrency_is_bounded():
     at_once, most = [], []
 
     def answer(body, number):
@@ -170,7 +170,7 @@ def test_no_more_requests_at_a_time_than_allowed():
     assert max(most) <= 2
 
 
-def test_a_row_that_json_cannot_hold():
+def test_row_that_json_cannot_represent():
     rows = [{"when": object()}] * 3
     with (
         writers.serving(lengths) as server,
@@ -180,7 +180,7 @@ def test_a_row_that_json_cannot_hold():
     assert not server.seen
 
 
-def test_a_key_is_in_no_message(monkeypatch):
+def test_key_is_redacted_from_messages(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1")
     with (
         writers.serving(failing(99, 403, raw=b"no secret-1 here")) as server,

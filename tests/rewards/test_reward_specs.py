@@ -49,7 +49,7 @@ def complaint(*arguments, **changes):
     return str(caught.value)
 
 
-def test_every_kind_by_its_name():
+def test_every_kind_is_parsed():
     config = load(ALL)
     kinds = (ModelReward, ModelReward, FunctionReward, Gsm8kReward, IfevalReward, RegexReward)
     assert tuple(map(type, config.rewards)) == (*kinds, LengthReward, HttpReward)
@@ -69,7 +69,7 @@ def test_the_built_in_kinds_are_registered():
     assert "got 'judge'" in message
 
 
-def test_written_and_read_again_is_the_same(tmp_path):
+def test_yaml_round_trip(tmp_path):
     config = load(ALL)
     write_yaml(tmp_path / "config.yaml", config)
     assert load_config("ppo", tmp_path / "config.yaml") == config
@@ -123,7 +123,7 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
         ("gsm8k", "rewards[0]"),
     ],
 )
-def test_a_wrong_spec_is_named(spec, message):
+def test_invalid_specs_are_refused(spec, message):
     assert message in complaint([spec])
 
 
@@ -194,12 +194,12 @@ def test_specs_become_one_reward(functions):
         ([FunctionReward(path="nowhere.py:fn")], "path='nowhere.py:fn': no such file"),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_training(specs, message):
+def test_build_refuses_before_training(specs, message):
     with pytest.raises(ValueError, match=message):
         build_reward(specs, TOK, rows=ROWS)
 
 
-def test_where_wants_rows():
+def test_where_needs_rows():
     with pytest.raises(ValueError, match=r"where=.*no rows to look at"):
         build_reward([LengthReward(target=5, where={"task": "sum"})], TOK)
 
@@ -217,7 +217,7 @@ def test_functions_are_found_in_files_modules_and_the_current_folder(functions, 
         import_function(f"{functions}:worth")
 
 
-def test_a_reward_model_with_another_tokenizer_is_not_given_the_policys_tokens(chat_models):
+def test_reward_model_with_another_tokenizer_is_refused(chat_models):
     check_same_tokens(TOK, str(chat_models / "scorer"))
     other = chatmodel.make_tokenizer()
     other.add_tokens(["sun"])  # one more ordinary token that the reward model does not have
@@ -225,7 +225,7 @@ def test_a_reward_model_with_another_tokenizer_is_not_given_the_policys_tokens(c
         check_same_tokens(other, str(chat_models / "scorer"))
 
 
-def test_a_reward_model_loads_by_itself(chat_models):
+def test_reward_model_is_loaded_by_default(chat_models):
     source = str(chat_models / "scorer")
     scores = build_reward([ModelReward(source=source, shift=1.0)], TOK)(*BATCH)
     params = tiny.random_params(Scorer(chatmodel.DECODER), seed=4)  # as chatmodel saved it

@@ -93,7 +93,7 @@ ROWS = [
 
 
 def test_another_tokenizer_reads_the_conversation_as_text(capsys):
-    # What the policy read is of no account: the conversation is built anew, from the row.
+    # The policy's prompt is ignored: the conversation is rebuilt from the row.
     tokens, prompts = answered(
         [("x", "because"), ("y", "so be it<|im_end|>"), ("", ""), ("z", "because")],
         index=[0, 1, -1, 0],
@@ -109,7 +109,7 @@ def test_another_tokenizer_reads_the_conversation_as_text(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_too_long_loses_its_start_and_is_counted(capsys):
+def test_long_conversations_lose_their_start_and_are_counted(capsys):
     tokens, prompts = answered([("x", "short"), ("y", "a long answer")])
     reward = retokenised_reward(
         SCORER, PARAMS, other_tokenizer(), TOK, rows=ROWS, batch=2, length=32
@@ -123,7 +123,7 @@ def test_what_is_too_long_loses_its_start_and_is_counted(capsys):
     assert "of 2 conversations, 1 were longer than 32 tokens and lost their start, and 0" in out
 
 
-def test_an_answer_cannot_end_its_turn_by_spelling_it(capsys):
+def test_special_tokens_written_as_text_are_removed(capsys):
     # Taking one out must not put another one together.
     tokens, prompts = answered([("x", "no<<e>e><u>"), ("y", "no")], index=[0, 0])
     reward = retokenised_reward(SCORER, PARAMS, other_tokenizer(), TOK, rows=ROWS, batch=2)
@@ -132,7 +132,7 @@ def test_an_answer_cannot_end_its_turn_by_spelling_it(capsys):
     assert "and 1 answers lost special tokens" in capsys.readouterr().out
 
 
-def test_what_it_needs():
+def test_retokenised_reward_refuses_missing_inputs():
     make = lambda **options: retokenised_reward(  # noqa: E731
         options.pop("scorer", SCORER), PARAMS, other_tokenizer(), TOK, **{"rows": ROWS} | options
     )

@@ -38,7 +38,7 @@ def text_of(prompt, answer):
 
 
 def outputs(tok, params, text):
-    """What the head says at every token of a text: `[n, A]`, by plain numpy."""
+    """The head's outputs at every token of a text `[n, A]`, in numpy."""
     hidden = forward(chatmodel.DECODER.config, params, np.array(tok.encode(text)))
     return hidden @ np.asarray(params["score"]["kernel"], np.float64)
 
@@ -79,7 +79,7 @@ def test_rows_of_every_form(tok, params):
     assert scored.cut == 0
 
 
-def test_what_is_too_long_is_cut_and_counted(tok, params):
+def test_long_answers_are_cut_and_counted(tok, params):
     rows = [Row({"prompt": "hi", "completion": "a b c d e f"}, "data:1")]
     whole = text_of("hi", "a b c d e f")
     size = len(tok.encode(whole))
@@ -106,10 +106,10 @@ def test_attributes_and_their_weighted_sum(tok):
     assert one == SCORER
     total = 0.5 * expected[0] - 2 * expected[1]
     assert score_rows(one, weighed, tok, rows).results[0] == pytest.approx(total, rel=1e-4)
-    said = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
-    assert score_conversations(one, weighed, tok, said) == pytest.approx([total], rel=1e-4)
+    conversations = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
+    assert score_conversations(one, weighed, tok, conversations) == pytest.approx([total], rel=1e-4)
     with pytest.raises(ValueError, match="kind, long and no single score"):
-        score_conversations(GRADER, params, tok, said)
+        score_conversations(GRADER, params, tok, conversations)
     with pytest.raises(ValueError, match=r"data:3: steps, but .* kind, long"):
         score_rows(GRADER, params, tok, [Row({"prompt": "hi", "steps": ["a"]}, "data:3")])
 
@@ -165,7 +165,7 @@ def test_command(chat_models, tmp_path, capsys, tok):
     assert "batch=0" in complaint(str(chat_models / "scorer"), data, "--batch", "0")
 
 
-def test_best_of_picks_what_the_judge_likes(tok, params):
+def test_best_of_returns_the_highest_score(tok, params):
     policy = tiny.random_params(chatmodel.DECODER, seed=3)
     calls = []
 
@@ -175,24 +175,24 @@ def test_best_of_picks_what_the_judge_likes(tok, params):
 
     sampling = {"max_new_tokens": 5, "temperature": 1.0, "key": jax.random.key(1)}
     prompts = ["hi", [{"role": "user", "content": "up?"}]]
-    picked = best_of(chatmodel.DECODER, policy, tok, prompts, judge, count=3, **sampling)
-    assert len(picked) == 2
-    for asked_for, one in zip(("hi", "up?"), picked, strict=True):
-        assert len(one.answers) == len(one.scores) == 3
-        said = [end(tok, params, asked_for, answer) for answer in one.answers]
-        assert one.scores == pytest.approx(said, rel=1e-4, abs=1e-5)
-        assert one.score == max(one.scores)
-        assert one.answer == one.answers[one.scores.index(one.score)]
-    assert len({answer for one in picked for answer in one.answers}) > 2
+    results = best_of(chatmodel.DECODER, policy, tok, prompts, judge, count=3, **sampling)
+    assert len(results) == 2
+    for prompt, result in zip(("hi", "up?"), results, strict=True):
+        assert len(result.answers) == len(result.scores) == 3
+        expected = [end(tok, params, prompt, answer) for answer in result.answers]
+        assert result.scores == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert result.score == max(result.scores)
+        assert result.answer == result.answers[result.scores.index(result.score)]
+    assert len({answer for result in results for answer in result.answers}) > 2
     assert calls[0][0] == {"role": "user", "content": "hi"}
     assert calls[-1][0] == {"role": "user", "content": "up?"}
     plain = jaxalign.generate(
         chatmodel.DECODER, policy, tok, ["hi"] * 3 + prompts[1:] * 3, **sampling
     )
-    assert [answer for one in picked for answer in one.answers] == plain
+    assert [answer for result in results for answer in result.answers] == plain
 
 
-def test_best_of_refuses_what_makes_no_sense(tok, capsys, chat_models):
+def test_best_of_refuses_invalid_options(tok, capsys, chat_models):
     policy = jax.tree.map(jnp.zeros_like, tiny.random_params(chatmodel.DECODER))
     with pytest.raises(ValueError, match="greedy answers are all alike"):
         best_of(chatmodel.DECODER, policy, tok, ["hi"], len, count=2, temperature=0.0)

@@ -89,20 +89,20 @@ def test_options_of_final_numbers():
     assert parse_number("3 4") is None
 
 
-def test_answers_of_gsm8k_are_right_answers_of_themselves(shared):
+def test_gsm8k_answers_match_themselves(shared):
     lines = (shared / "data/gsm8k/test.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 1319
     for row in map(json.loads, lines):
-        said = row["answer"].replace("####", "The answer is")
+        completion = row["answer"].replace("####", "The answer is")
         assert gsm8k_answer()("", row["answer"], row) == 1.0
-        assert gsm8k_answer()("", said, row) == 0.0
-        assert gsm8k_answer(extract="flexible")("", said, row) == 1.0
+        assert gsm8k_answer()("", completion, row) == 0.0
+        assert gsm8k_answer(extract="flexible")("", completion, row) == 1.0
 
 
 # Regular expressions
 
 
-def test_a_regular_expression_matches_or_not():
+def test_regex_match():
     tag = r"(?s)<think>.*</think>\s*<answer>(.*?)</answer>"
     right = "<think>2\n+ 2</think> <answer> 4 </answer>"
     assert regex_match(tag)("", right) == 1.0
@@ -132,7 +132,7 @@ def test_wrong_regular_expressions_and_rows():
 WORDS = answered([("p", "x" * n) for n in (0, 1, 10, 15, 18, 20, 21, 40)])
 
 
-def test_soft_overlong_punishment_is_daposs():
+def test_soft_overlong_punishment_equals_dapo():
     # Eq. 13 with L_max = 20 and L_cache = 10, by hand; the first row is empty.
     expected = [0, 0, 0, -0.5, -0.8, -1, -1, -1]
     np.testing.assert_allclose(length_reward(longest=20, cache=10)(*WORDS), expected, rtol=1e-6)
@@ -159,6 +159,6 @@ def test_distance_from_a_target():
         {"target": 5, "cache": 1},
     ],
 )
-def test_lengths_that_do_not_go_together(options):
+def test_incompatible_length_options_are_refused(options):
     with pytest.raises(ValueError, match="length reward"):
         length_reward(**options)
