@@ -341,7 +341,10 @@ def test_adapters_and_rematerialisation_fit_every_family(kind):
         for path, model_axes in flatten(model.axes).items()
     )
     ids = jax.ShapeDtypeStruct((2, 8), "int32")
-    loss = lambda p, ids: jnp.sum(model.apply(p, ids), dtype="float32")  # noqa: E731
+
+    def loss(params, ids):
+        return jnp.sum(model.apply(params, ids), dtype="float32")
+
     grads = jax.eval_shape(jax.grad(loss), model.shapes, ids)
     assert {path: x.shape for path, x in flatten(grads).items()} == {
         path: x.shape for path, x in found.items()

@@ -53,8 +53,11 @@ def shapes():
     wide = {name: {"kernel": (L, D, n), "bias": (L, n)} for name, n in SIZES.items()}
     tree = {"embed": {"embedding": (7, D)}, "blocks": wide, "single": (D, F)}
     tree["experts"] = {"gate": (L, E, D, F), "up": (L, E, D, F)}
-    leaf = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
-    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 class Memory:

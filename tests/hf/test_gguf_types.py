@@ -38,7 +38,10 @@ def encoded(kind, rows, seed):
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = rng.integers(0, 256, (rows, WIDTH // numbers, size), np.uint8)
         data = blocks.reshape(rows, -1)
-        finite = lambda: np.isfinite(gguf.quants.dequantize(data, kind))  # noqa: E731
+
+        def finite():
+            return np.isfinite(gguf.quants.dequantize(data, kind))
+
         with np.errstate(all="ignore"):
             while not finite().all():  # the scales are half-precision numbers, some not finite
                 bad = ~finite().reshape(rows, WIDTH // numbers, numbers).all(-1)

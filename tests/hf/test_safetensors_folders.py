@@ -450,8 +450,11 @@ def test_a_failed_save_leaves_the_old_folder(folder, tmp_path, monkeypatch, mome
         monkeypatch.setattr(hf_save, "write_configs", fail)
     else:
         rename = hf.os.rename
-        fails = lambda a, b: fail() if str(a).endswith(".tmp") else rename(a, b)  # noqa: E731
-        monkeypatch.setattr(hf_save.os, "rename", fails)
+
+        def fail_at_the_last_rename(old, new):
+            return fail() if str(old).endswith(".tmp") else rename(old, new)
+
+        monkeypatch.setattr(hf_save.os, "rename", fail_at_the_last_rename)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

@@ -224,8 +224,9 @@ class Store:
 
     def blocking_key_value_get(self, key, milliseconds):
         with self.changed:
-            there = lambda: key in self.values or self.gone  # noqa: E731
-            if not self.changed.wait_for(there, milliseconds / 1000):
+            if not self.changed.wait_for(
+                lambda: key in self.values or self.gone, milliseconds / 1000
+            ):
                 raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
             self._check()
             return self.values[key]
@@ -394,8 +395,11 @@ def test_flatten():
 
 def test_unshared_folder_is_refused(processes, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxalign.parallel.distributed.consistency._NETWORK_FOLDER", 0.3)
-    look = lambda index: distributed.check_shared_folder(tmp_path / f"host{index}")  # noqa: E731
-    for error in processes(2, look):
+
+    def check_own_folder(index):
+        distributed.check_shared_folder(tmp_path / f"host{index}")
+
+    for error in processes(2, check_own_folder):
         assert isinstance(error, ValueError)
         assert "is not seen by process 1 (" in str(error)
     shared = tmp_path / "shared"

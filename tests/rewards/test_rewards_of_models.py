@@ -133,9 +133,11 @@ def test_special_tokens_written_as_text_are_removed(capsys):
 
 
 def test_retokenised_reward_refuses_missing_inputs():
-    make = lambda **options: retokenised_reward(  # noqa: E731
-        options.pop("scorer", SCORER), PARAMS, other_tokenizer(), TOK, **{"rows": ROWS} | options
-    )
+    def make(scorer=SCORER, **options):
+        return retokenised_reward(
+            scorer, PARAMS, other_tokenizer(), TOK, **{"rows": ROWS} | options
+        )
+
     with pytest.raises(ValueError, match=r"rebuilds conversations.*pass rows="):
         make(rows=None)
     with pytest.raises(RewardError, match=r"its row is a plain dict; wanted what prompt_batches"):

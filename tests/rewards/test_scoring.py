@@ -1,5 +1,6 @@
 """`jaxalign score` and best-of-n: every form of row, by an independent forward pass."""
 
+import functools
 import json
 
 import chatmodel
@@ -60,7 +61,7 @@ def test_rows_of_every_form(tok, params):
     made = [Row(row, f"data:{n}") for n, row in enumerate(rows)]
     scored = score_rows(SCORER, params, tok, made, batch=3)
     got = scored.results
-    near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-5)  # noqa: E731
+    near = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
     assert got[0] == near(end(tok, params, "hi", "yes"))
     chosen = end(tok, params, "up?", "a longer answer than the others are")
     rejected = end(tok, params, "up?", "no")

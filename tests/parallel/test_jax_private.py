@@ -11,9 +11,9 @@ import sys
 import jax
 import pytest
 
-from jaxalign import jax_private
+from jaxalign.parallel import jax_private
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOME = ROOT / "jaxalign/parallel/jax_private.py"
 FILES = sorted(
     path for name in ("jaxalign", "scripts", "tests") for path in (ROOT / name).rglob("*.py")
