@@ -1,8 +1,8 @@
 """JAX's private names: the only file that uses them.
 
 They may change with any version of JAX. Each is imported when it is used, so that a missing one
-breaks only its caller. `tests/parallel/test_jax_private.py` fails once JAX has a public name for one; use
-that name at the call site then.
+breaks only its caller. `tests/parallel/test_jax_private.py` fails once JAX has a public name for
+one; use that name at the call site then.
 """
 
 from __future__ import annotations
