@@ -1,4 +1,4 @@
-"""Damaged and disguised weight files are refused by name and reason; no pickle is opened."""
+"""Damaged and misnamed weight files are refused with name and reason; no pickle is opened."""
 
 import json
 import pathlib
@@ -111,7 +111,7 @@ def test_truncated_files(folder):
 
 
 class Trap:
-    """Leaves a mark when unpickled."""
+    """Creates a file when unpickled."""
 
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("unpickled"),)
@@ -130,7 +130,7 @@ def test_pickles_are_named_and_never_opened(folder, monkeypatch):
     path.rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle weights only \(pytorch_model\.bin\)"):
         load_pretrained(folder)
-    # An index may name any file; what is in it decides.
+    # The index may name any file; its content decides.
     index = {"weight_map": {"a": "pytorch_model.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a readable.*zip archive"):

@@ -1,4 +1,4 @@
-"""config.json in both dialects, to our config and back; the unsupported is refused by name."""
+"""config.json of transformers 4 and 5 ↔ DecoderConfig; unsupported values are refused by name."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_absent_and_null_keys_take_the_defaults_of_transformers():
 def test_rope_in_old_and_new_form(keys, rope):
     config = config_from_hf(LLAMA | keys)
     assert config.rope == rope
-    # Written in both forms: either alone must give the same back.
+    # Both forms are written; each alone must read back the same.
     hf = config_to_hf(config, scorer=False, dtype="float32")
     old = {k: v for k, v in hf.items() if k != "rope_parameters"}
     new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
@@ -232,7 +232,7 @@ def test_unknown_keys_survive_a_round_trip():
     assert hf["num_hidden_layers"] == 2
     assert "layer_types" not in hf
     assert hf["id2label"] == {"0": "LABEL_0"}
-    # A scorer exported as a language model again does not keep the label.
+    # A scorer exported as a language model loses the label.
     back = config_to_hf(config_from_hf(hf), scorer=False, dtype="float32")
     assert "id2label" not in back
     assert back["architectures"] == ["LlamaForCausalLM"]
@@ -280,7 +280,7 @@ OLD = {
 
 @pytest.mark.parametrize("kind", OLD)
 def test_older_configs_read_as_transformers_reads_them(kind):
-    """Configs in the form of transformers 4; what comes out is the same in both forms."""
+    """Configs of transformers 4 read like those of transformers 5."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch", reason="transformers' configs are checked with torch")
     keys = {k: v for k, v in LLAMA.items() if k != "architectures"} | OLD[kind]
@@ -326,7 +326,7 @@ def test_flatten_and_back():
 
 @pytest.mark.parametrize("kind", families.CASES)
 def test_adapters_and_rematerialisation_fit_every_family(kind):
-    """By shapes only: adapters on every projection that a family has, under a gradient."""
+    """Shapes only: adapters on all projections of a family, under a gradient."""
     config = config_from_hf({"model_type": kind, **families.keys(kind)})
     plain = Decoder(config)
     model = dataclasses.replace(

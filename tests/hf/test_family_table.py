@@ -78,7 +78,7 @@ def numbers(*shape, start):
 
 @pytest.fixture(params=["an expert a tensor", "experts fused"])
 def source(request):
-    """The made-up checkpoint, and the parameters it stands for, put together by hand."""
+    """A made-up checkpoint, and its parameters, assembled by hand."""
     arrays = {"wte": numbers(7, D, start=0), "s": numbers(F, D, start=100)}
     gate, up = np.zeros((2, L, E, D, F), np.float32)
     for layer in range(L):
@@ -114,7 +114,7 @@ def test_reading_finds_every_part(source):
     for leaf in found:
         assert leaf.tensor_shape == file.shapes[leaf.names[0]]
         everything = full_bounds(leaf.shape)
-        # any block of it, as a device of a mesh would ask for
+        # a block, as a device of a mesh holds it
         some = tuple(slice(size // 2, size) for size in leaf.shape)
         blocks = [empty_block(bounds, np.dtype(np.float32)) for bounds in (everything, some)]
         with workers() as pool:
@@ -131,7 +131,7 @@ def test_writing_puts_the_parts_back(source):
         blocks = []
         for piece in tensor.pieces:
             item = expected[piece.leaf.path][piece.position]
-            # in two blocks, as two devices would hold it
+            # two blocks, as two devices hold them
             cut = item.shape[0] // 2
             halves = (slice(0, cut), slice(cut, item.shape[0]))
             rest = full_bounds(item.shape[1:])

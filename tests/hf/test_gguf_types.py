@@ -1,4 +1,4 @@
-"""Every element type that PyPI's gguf dequantises, through a file that its writer wrote."""
+"""Every element type that PyPI's gguf dequantises, in files by its own writer."""
 
 import gguf
 import ml_dtypes
@@ -27,7 +27,7 @@ WIDTH, HEADS, HEAD, ROWS = 512, 2, 16, 32
 
 
 def encoded(kind, rows, seed):
-    """Rows of a tensor in a type: quantised where gguf can, else any blocks that are finite."""
+    """Quantised rows: by gguf if it can quantise to the type, else random finite blocks."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, WIDTH)).astype(np.float32)
     if kind == gguf.GGMLQuantizationType.F64:
@@ -74,7 +74,7 @@ def test_values_equal_those_of_the_package(tmp_path, name):
     writer.write_tensors_to_file()
     writer.close()
 
-    # What the package's own reader and dequantiser make of the file.
+    # Values by the package's own reader and dequantiser.
     expected = {}
     for tensor in gguf.GGUFReader(path).tensors:
         plain = name == "F64"
@@ -89,7 +89,7 @@ def test_values_equal_those_of_the_package(tmp_path, name):
     part = (slice(2, 5), slice(17, 300))
     got = file.read("model.embed_tokens.weight", part)
     np.testing.assert_array_equal(got.astype(np.float64), expected["token_embd.weight"][part])
-    # Queries: the file has rows (0, 1, 2, …) of a head in pairs, Hugging Face in halves.
+    # Queries: the file interleaves the rows of a head, Hugging Face splits them in halves.
     pairs = expected["blk.0.attn_q.weight"].reshape(HEADS, HEAD // 2, 2, WIDTH)
     rows = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(ROWS, WIDTH)
     query = "model.layers.0.self_attn.q_proj.weight"

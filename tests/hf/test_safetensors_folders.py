@@ -1,4 +1,4 @@
-"""Folders of safetensors without torch: a numpy Llama and golden numbers tell what is right."""
+"""Folders of safetensors, without torch: against a numpy Llama and golden numbers."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def tensor_shapes():
 
 
 def sines(shapes):
-    """Weights that anyone can write down again: ½ sin(0.7 n + i), norms 1 + sin / 10."""
+    """Reproducible weights: ½ sin(0.7 n + i), norms 1 + sin / 10."""
     weights = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         wave = np.sin(np.arange(np.prod(shape)) * 0.7 + i).reshape(shape)
@@ -153,7 +153,7 @@ def test_parameters_are_plain_float32_dicts(folder):
     assert kernel.shape == (2, 8, 16)
     np.testing.assert_array_equal(kernel[1], WEIGHTS["model.layers.1.self_attn.q_proj.weight"].T)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    assert not kernel.committed  # free to follow other arrays to their devices
+    assert not kernel.committed  # uncommitted: follows other arrays to their devices
 
 
 def test_options(folder):
@@ -189,7 +189,7 @@ def test_load_on_a_mesh(folder, tmp_path, shape, monkeypatch):
         lambda self, name, index: reads.append((name, str(index))) or read(self, name, index),
     )
     _, sharded = load_pretrained(folder, mesh=mesh)
-    assert len(reads) == len(set(reads))  # every piece is read once, whatever is replicated
+    assert len(reads) == len(set(reads))  # every piece is read once, replicas included
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), params, sharded)
     down = sharded["blocks"]["mlp"]["down"]["kernel"]
     assert down.addressable_shards[0].data.shape == (2, 12 // shape[2], 8 // shape[1])
@@ -418,7 +418,7 @@ def test_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
     model, params = load_pretrained(folder)
     out = tmp_path / "deep/out"
     save_pretrained(model, params, out, max_shard_bytes=2000)
-    save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)  # while the first stands
+    save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)  # replaces the first
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "generation_config.json",

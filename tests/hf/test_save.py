@@ -1,4 +1,4 @@
-"""Saving: dtypes, who writes what, and that a folder appears whole or not at all."""
+"""Saving: dtypes, which process writes which file, and atomic replacement of the folder."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_copies_convert_as_numpy_does(source, to, turned):
 
 
 def test_host_memory_is_bounded_by_local_shards(tmp_path, monkeypatch):
-    """Numpy's memory while 8 devices take their parts; on CPUs these parts are that memory."""
+    """Peak numpy memory while 8 devices get their shards, which on CPUs are that memory."""
     config = DecoderConfig(
         vocab_size=512, hidden_size=256, intermediate_size=768, num_layers=6, num_heads=8,
         num_kv_heads=8, head_dim=32, tie_embeddings=True,
@@ -137,7 +137,7 @@ def test_files_are_assigned_round_robin():
     files = plan_files(planned(10, 10, 30, 5, 5, 10), 80, processes=2)
     assert [[p.tensor.name for p in file.tensors] for file in files] == [
         ["t0", "t1"],
-        ["t2"],  # larger than a file may be, so alone
+        ["t2"],  # larger than the limit: a file to itself
         ["t3", "t4", "t5"],
     ]
     assert [file.owner for file in files] == [0, 1, 0]
@@ -147,7 +147,7 @@ def test_files_are_assigned_round_robin():
     index = index_of(files)
     assert index["metadata"] == {"total_size": 280}
     assert index["weight_map"]["t4"] == "model-00003-of-00003.safetensors"
-    # The same names whoever writes: each process works it out by itself.
+    # Every process computes the same plan.
     for count in (1, 3, 8):
         other = plan_files(planned(10, 10, 30, 5, 5, 10), 80, processes=count)
         assert [file[:2] for file in other] == [file[:2] for file in files]
@@ -192,10 +192,10 @@ def test_killed_save_leaves_no_partial_folder(params, tmp_path, there):
     left = [path for path in out.parent.iterdir() if path != out]
     assert len(left) == 1
     assert left[0].name.startswith(".out.")
-    assert (left[0] / "model.safetensors").stat().st_size > 0  # it was in the middle
+    assert (left[0] / "model.safetensors").stat().st_size > 0  # it was killed while writing
     if there:
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     else:
         assert not out.exists()
-    save_pretrained(tiny.DECODER, params, out)  # what is left is no obstacle
+    save_pretrained(tiny.DECODER, params, out)  # the temporary folder is no obstacle
     assert stored(out)

@@ -1,4 +1,4 @@
-"""Padding that is never the stop token, and clear words where there is no tokenizer."""
+"""The padding token never equals EOS; errors for folders without a tokenizer."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_hub_id_downloads_tokenizer_files_only(tmp_path, monkeypatch):
 
 
 def test_real_tokenizers(shared):
-    """What each folder's own files say, and SmolLM2's padding moved off its EOS."""
+    """The folders' own tokenizers, except that SmolLM2's padding is moved off its EOS."""
     for name, pad in (
         ("smollm2-tokenizer", "<|endoftext|>"),
         ("qwen3-tokenizer", "<|endoftext|>"),

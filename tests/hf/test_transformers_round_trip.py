@@ -1,4 +1,4 @@
-"""Round trips with transformers itself: its weights in, our folders out, the same numbers."""
+"""Round trips with transformers: load its weights, save a folder, compare logits."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def hf_config(case):
 
 
 def randomised(model):
-    """Every parameter random, biases and norms too, so that none can be left out unnoticed."""
+    """Random parameters, biases and norms included, so that an omitted one changes the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -67,7 +67,7 @@ def randomised(model):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function from a case to a saved transformers model, its folder made once."""
+    """case → folder of a saved transformers model, made once."""
     made = {}
 
     def get(case):
@@ -115,7 +115,7 @@ def test_logits_equal_transformers_and_survive_a_round_trip(case, folders, tmp_p
     folder, reference = folders(case)
     model, params = load_pretrained(folder)
     expected = torch_logits(reference, TOKENS)
-    assert np.abs(expected).max() > 0.5  # else a tolerance of 1e-4 would show nothing
+    assert np.abs(expected).max() > 0.5  # otherwise a tolerance of 1e-4 shows nothing
     np.testing.assert_allclose(our_logits(model, params, TOKENS), expected, atol=1e-4, rtol=0)
 
     save_pretrained(model, params, tmp_path / "out")
@@ -139,7 +139,7 @@ def test_right_padding_and_packing(case, folders):
     got = our_logits(model, params, TOKENS, segment_ids=mask)
     np.testing.assert_allclose(got[mask > 0], expected[mask > 0], atol=1e-4, rtol=0)
 
-    # Two documents in one row: each as if alone.
+    # Two documents in one row give the same logits as alone.
     positions = np.concatenate([np.arange(10), np.arange(14)])[None].astype(np.int32)
     segments = np.repeat([1, 2], [10, 14])[None].astype(np.int32)
     hidden = model.apply(params, TOKENS[:1], positions, segments)
@@ -246,7 +246,7 @@ def test_token_ids_and_chat_template_are_exported(shared, folders, tmp_path):
     model, params = load_pretrained(folder)
     with pytest.raises(ValueError, match=r"512 tokens.*96"):
         save_pretrained(model, params, tmp_path / "out", tokenizer=tokenizer)
-    assert list(tmp_path.iterdir()) == []  # nothing half-written is left
+    assert list(tmp_path.iterdir()) == []  # no partial folder
 
     folder = shared / "data/stories260K/hf"
     model, params = load_pretrained(folder)

@@ -50,7 +50,7 @@ TIMES = {"initialization_timeout": 600, "heartbeat_timeout_seconds": 75}
 
 @pytest.fixture
 def starts(monkeypatch):
-    """Calls of `jax.distributed.initialize`, which is not really called; an empty environment."""
+    """Calls of `jax.distributed.initialize`, recorded but not made; clears the environment."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     calls = []
@@ -66,14 +66,13 @@ def set_environment(monkeypatch, values):
 
 def test_one_process_does_not_initialize(starts, monkeypatch):
     distributed.start()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # also where a cluster says otherwise
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # takes precedence over a cluster
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     distributed.start()
     assert starts == []
 
 
 def test_explicit_settings_override_the_cluster(starts, monkeypatch):
-    # They come before what a cluster says.
     set_environment(
         monkeypatch, EXPLICIT | {"SLURM_STEP_NUM_TASKS": "2", "TPU_WORKER_HOSTNAMES": "a,b"}
     )
@@ -129,7 +128,7 @@ MPI5 = MPI | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, {}),  # a device each
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, {}),  # one device per task
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, ALL_DEVICES),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
         (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}),
@@ -174,7 +173,7 @@ def test_tpu_pods_are_detected_by_metadata(starts, monkeypatch, metadata, joins)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     distributed.start()
     assert starts == ([TIMES] if joins else [])
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the chips are not wanted
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the TPU is not used
     distributed.start()
     assert len(starts) == int(joins)
 
@@ -199,7 +198,7 @@ class Store:
     """A key-value store with barriers, as JAX's service has, for threads."""
 
     def __init__(self, count, absent=0):
-        """`absent` processes never come to a barrier: the others have waited when all are there."""
+        """`absent` processes never reach a barrier; it times out once all others have."""
         self.count, self.absent, self.values, self.gone = count, absent, {}, False
         self.changed = threading.Condition()
         self.barriers = collections.defaultdict(lambda: threading.Barrier(count - absent))

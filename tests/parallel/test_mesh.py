@@ -12,7 +12,7 @@ SIZES = {"data": 4, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
 
 
 def devices(slices, each, *, hosts=None):
-    """Devices that are not there: `slices` of `each`; or one slice over hosts."""
+    """Fake devices: `slices` of `each`; or one slice over several hosts."""
     return [
         types.SimpleNamespace(
             id=i,
@@ -31,7 +31,7 @@ def devices(slices, each, *, hosts=None):
         (1, {}),
         (2, {"data": 2, "fsdp": 1}),
         (4, {"data": 4, "fsdp": 1}),
-        (8, {"data": 4, "fsdp": 2}),  # as many as `data` has, then the next axis
+        (8, {"data": 4, "fsdp": 2}),  # `data` first, then the next axis
     ],
 )
 def test_slices_split_the_first_axes_they_divide(slices, expected):
@@ -41,7 +41,7 @@ def test_slices_split_the_first_axes_they_divide(slices, expected):
 
 
 def test_tensor_axis_stays_within_a_slice(monkeypatch):
-    """The whole of fsdp × tensor in one slice, replicas in two; or as the user says."""
+    """fsdp × tensor within a slice, replicas across slices; or as `dcn` says."""
     built = []
     monkeypatch.setattr(
         "jaxalign.parallel.mesh.Mesh", lambda placed, *args, **kw: built.append(placed)
@@ -89,7 +89,7 @@ def test_hosts_replace_slices(tmp_path):
         config.mesh.make()
 
 
-# Devices of their own
+# Devices of frozen models
 
 
 def test_split_devices_evenly_over_hosts():

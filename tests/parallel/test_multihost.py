@@ -1,4 +1,4 @@
-"""Two processes of 4 devices each train as one of 8 does, and stop together when one is lost."""
+"""Two processes with 4 devices each train like one with 8, and stop together when one is lost."""
 
 import json
 import pathlib
@@ -86,13 +86,13 @@ assert (reward(*rows) == np.full(4, me)).all()
 assert heard == [tok.decode(row) for row in ids], heard
 print("SUMS", distributed.all_reduce_sum([me + 1, 2**31 - 1])())
 distributed.all_reduce_sum([me, 1])()
-assert count_compiled(collectives._all_gather()[1]) == 1  # every step asks; none may compile
+assert count_compiled(collectives._all_gather()[1]) == 1  # every step calls it
 try:
     distributed.check_consistent("the configuration", {"data.rows": 8 + me})
 except ValueError as error:
     print("DIFFER", error)
 from jaxalign.parallel.distributed.service import client
-if me == 0:  # comes only when the other has given up, however slow this machine is
+if me == 0:  # arrives only after the other has timed out
     client().blocking_key_value_get("test/given-up", 900_000)
 try:
     distributed.barrier("slow", timeout=1)
@@ -126,7 +126,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def check_saved(logs, source, place):
-    """Both wrote their files of one folder; of a folder that failed on one there is nothing."""
+    """Both processes wrote their files of one folder; the failed folder is gone."""
     assert "FAILED saving a model failed on process 1" in logs[0]
     assert "FAILED disk full" in logs[1]
     (one,), (other,) = (
@@ -150,7 +150,7 @@ def check_saved(logs, source, place):
 
 
 def test_two_processes_equal_one(chat_models, tmp_path):
-    """Rows, sums, files and errors between two real processes; then SFT on both, as in this one."""
+    """Rows, sums, files and errors between two processes; then SFT equals SFT in one process."""
     changes = {"data": {"packing": True, "length": 96, "rows": 4}}
     config = configured("sft", chat_models, tmp_path / "two", changes, steps=2, export=False)
     log = tmp_path / "log"
@@ -171,7 +171,7 @@ def test_two_processes_equal_one(chat_models, tmp_path):
         assert "DIFFER the configuration must be the same on all hosts: data.rows is 9 on" in text
         assert f"process 1 ({HOST}, pid {running[1].pid}) and 8 on process 0 (" in text
     assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in logs[1]
-    # One log, of the first host.
+    # Only process 0 logs.
     assert "run folder:" in logs[0]
     assert "run folder:" not in logs[1]
     same_metrics(chatmodel.lines(tmp_path / "two"), chatmodel.lines(one.folder))
@@ -198,10 +198,10 @@ def stages(models, folder):
         if algorithm == "ppo":
             changes["data"]["rows"] = 16
             changes |= {"minibatches": 2, "ppo_epochs": 2}
-            # Else Adam turns rounding of gradients near 1e-8 into whole steps of the weights.
+            # With a smaller eps, Adam turns rounding errors near 1e-8 into full steps.
             changes["optimizer"] = {"eps": 1e-5}
-            # Frozen models on devices of their own, of both hosts;
-            # answers written with whole weights and a cache split along time.
+            # Frozen models on separate devices of both hosts;
+            # rollout with replicated weights and a cache sharded along time.
             changes["mesh"] = {
                 "data": 2,
                 "fsdp": 2,
@@ -328,7 +328,7 @@ def test_preempted_run_saves_and_resumes(chat_models, tmp_path):
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
         assert all(process.poll() is None for process in running), multihost.finish(running, log)
         time.sleep(0.2)
-    running[1].send_signal(signal.SIGTERM)  # one host is message; all stop after the same step
+    running[1].send_signal(signal.SIGTERM)  # one host gets the signal; all stop after the same step
     statuses, logs = multihost.finish(running, log)
     assert statuses == [75, 75], logs
     done = len(chatmodel.lines(folder))

@@ -1,4 +1,4 @@
-"""The table of layouts: what may be put into it, what that changes, and in a user's YAML."""
+"""Sharding rules: valid overrides, their effect on programs, and rules in YAML."""
 
 import chatmodel
 import jax
@@ -81,7 +81,7 @@ def test_compiled_step_keeps_its_rules():
     state = init_state({"sum": jnp.zeros(())}, optax.sgd(0.0))
     with use_rules({"rows": "data"}):
         compiled = compile_step(step, state, mesh)
-    state, _ = compiled(state, np.ones(2, np.float32))  # 2 rows: no multiple of 8
+    state, _ = compiled(state, np.ones(2, np.float32))  # 2 rows on 8 devices
     assert float(state.params["sum"]) == 2
 
 
@@ -124,9 +124,9 @@ def test_invalid_rules_are_refused(rules, message):
 @pytest.mark.parametrize(
     ("sizes", "rules", "message"),
     [
-        # A device would add up parts of different rows.
+        # A device would sum parts of different rows.
         ({"fsdp": 8}, {"mlp": "fsdp"}, "'rows length mlp' map to mesh axis 'fsdp' twice"),
-        # A device would hand the tokens of one row to holders of another.
+        # A device would send tokens to holders of other rows.
         ({"expert": 2}, {"rows": "fsdp"}, r"rule expert=.*expert is not among rows="),
     ],
     ids=["summed", "shared"],
@@ -145,7 +145,7 @@ def test_rules_that_experts_cannot_use_are_refused(sizes, rules, message):
 
 
 def test_vocabulary_sharded_over_the_row_axis():
-    """Each device has other rows: parts of the vocabulary cannot be joined between them."""
+    """The devices hold different rows, so shards of the vocabulary must be all-gathered."""
     model, rng = tiny.DECODER, np.random.default_rng(0)
     params = tiny.random_params(model)
     hidden = rng.normal(size=(8, 4, model.config.hidden_size)).astype(np.float32)
@@ -160,7 +160,7 @@ def test_vocabulary_sharded_over_the_row_axis():
         )
 
 
-# In a user's YAML
+# Rules in YAML
 
 RULES_OF = {
     "reference": {"embed": None},
@@ -172,7 +172,7 @@ SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def parts_of(params):
-    """Over how many devices the MLP's first matrix is split: (width, columns)."""
+    """Shards of the MLP's first matrix: (width, columns)."""
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
     whole, part = kernel.shape, kernel.sharding.shard_shape(kernel.shape)
     return whole[1] // part[1], whole[2] // part[2]
@@ -203,7 +203,7 @@ def test_rule_from_the_command_line(chat_models, tmp_path, monkeypatch):
     assert all(x.sharding.shard_shape(x.shape) == (2, 8, 48) for x in moments)
     for ours, theirs in zip(lines["ruled"], lines["plain"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    again = load_config("sft", tmp_path / "ruled/config.yaml")  # what it ran with, it writes down
+    again = load_config("sft", tmp_path / "ruled/config.yaml")  # the resolved config has the rules
     assert again.mesh.rules == {"mlp": None, "embed": ("fsdp", "data")}
     assert cli.main(["sft", str(file), "mesh.rules.embd=fsdp"]) == 2
 
@@ -237,7 +237,9 @@ def test_rules_per_model(chat_models, tmp_path):
     held = (policy.params, start_reference(config, policy, mesh)[1], scorers.reward(spec)[1])
     numbers = [{d.id for d in mesh_of(params).devices.flat} for params in held]
     assert numbers == [{0, 1, 2, 3}, {4, 5}, {6, 7}]
-    _, critic = start_critic(config, policy, scorers)  # from the reward model, but at home
+    _, critic = start_critic(
+        config, policy, scorers
+    )  # loaded from the reward model, placed with the policy
     assert mesh_of(critic) == mesh
 
     values = chatmodel.settings("dpo", chat_models, tmp_path / "dpo")

@@ -178,7 +178,7 @@ def test_optimizer_state_is_sharded_like_its_parameters():
         )
         assert moment["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
     assert adam.count.sharding == NamedSharding(mesh, PartitionSpec())
-    # Factored statistics have another shape than their parameter, and are everywhere.
+    # Factored statistics differ in shape from their parameter and are replicated.
     factored = opt_state_shardings(params, optax.adafactor(1e-3, min_dim_size_to_factor=8))
     assert all(isinstance(x, NamedSharding) for x in jax.tree.leaves(factored))
     with pytest.raises(ValueError, match="lie on no mesh"):

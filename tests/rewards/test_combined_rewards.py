@@ -1,4 +1,4 @@
-"""Several rewards as one: their sum, their parts, and rows that some do not apply to."""
+"""Weighted sums of rewards, their parts, and rows to which a reward does not apply."""
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ def test_the_weighted_sum_and_its_parts():
     )
     scores = reward(*BATCH)
     assert isinstance(scores, Scores)
-    # ½ · worth − 3 · (1 where it is a sum) + length in tokens, one a byte; 0 where nothing is.
+    # ½ · worth − 3 · (1 for a sum) + length in tokens, one per byte; 0 in padding rows.
     np.testing.assert_array_equal(scores.values, [1 - 3 + 3, 2 + 4, 4 - 3 + 5, 0])
     np.testing.assert_array_equal(scores.applies, [True, True, True, False])
     assert list(scores.parts) == ["worth", "sums", "length"]
@@ -104,7 +104,7 @@ def spoilt(value):
 def test_failing_reward_stops_all(reward, message):
     with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward})(*BATCH)
-    # Even one that weighs nothing.
+    # Even with weight 0.
     with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward}, {"bad": 0.0})(*BATCH)
 

@@ -1,4 +1,4 @@
-"""Held-out figures of reward models: intervals, calibration, histograms, by source; by hand."""
+"""Evaluation of reward models by hand: intervals, calibration, histograms, figures by source."""
 
 import math
 

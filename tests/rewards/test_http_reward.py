@@ -1,4 +1,4 @@
-"""A reward behind HTTP, against a small server: the wire, and every way in which it may fail."""
+"""HTTP rewards against a small server: protocol, retries and failures."""
 
 import json
 import threading
@@ -17,12 +17,12 @@ ROWS = [{"answer": 4}, {"answer": "x"}, {"answer": None}]
 
 
 def lengths(body, number):
-    """(status, headers, body) of a server that works."""
+    """(status, headers, body) of a working server."""
     return 200, {}, json.dumps({"scores": [len(c) for c in body["completions"]]}).encode()
 
 
 def failing(times, status=503, headers=None, raw=b"busy"):
-    """A server whose first answers are something else."""
+    """A server whose first responses differ."""
 
     def answer(body, number):
         return (status, headers or {}, raw) if number <= times else lengths(body, number)

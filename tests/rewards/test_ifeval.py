@@ -1,4 +1,4 @@
-"""IFEval's instructions: each followed and not, by hand; strict and loose; whole rows."""
+"""IFEval: each instruction followed and violated, by hand; strict and loose; whole rows."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_sentences(text, count):
 
 ROW = {
     "instruction_id_list": ["en:punctuation:no_comma", "startend:quotation", "keywords:existence"],
-    # Tables give every argument to every instruction, as null where it has none.
+    # Tables list every argument for every instruction, null if it has none.
     "kwargs": [{}, {"keywords": None}, {"keywords": ["sea"]}],
 }
 

@@ -1,4 +1,4 @@
-"""Rewards as a configuration names them: what is accepted and refused, and what is built."""
+"""`rewards:` of a configuration: valid and invalid entries, and the functions built from them."""
 
 import sys
 
@@ -141,7 +141,7 @@ def complaint_without_any():
     return str(caught.value)
 
 
-# What is built
+# Building
 
 FUNCTIONS = """
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Rewards of trained models: with the policy's tokenizer, and with one of their own."""
+"""Rewards of trained models, with the policy's tokenizer and with their own."""
 
 import chatmodel
 import numpy as np
@@ -56,7 +56,7 @@ LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
 
 
 def other_tokenizer():
-    """One token a byte, numbered the other way round, and special tokens of its own at the end."""
+    """One token per byte, in reverse order, and its own special tokens at the end."""
     core = tokenizers.Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[])
     )
@@ -124,7 +124,7 @@ def test_long_conversations_lose_their_start_and_are_counted(capsys):
 
 
 def test_special_tokens_written_as_text_are_removed(capsys):
-    # Taking one out must not put another one together.
+    # Removing one must not join the halves of another.
     tokens, prompts = answered([("x", "no<<e>e><u>"), ("y", "no")], index=[0, 0])
     reward = retokenised_reward(SCORER, PARAMS, other_tokenizer(), TOK, rows=ROWS, batch=2)
     scores = reward(tokens, prompts)

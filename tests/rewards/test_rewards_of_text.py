@@ -1,4 +1,4 @@
-"""Rewards of text: what a function is given, and what becomes of what it gives."""
+"""Text rewards: the arguments of functions, and the treatment of their results."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_text_reward_gets_prompt_and_completion():
 
 
 class Callables:
-    """All the forms that a function of a row may have."""
+    """All signatures that a function of the row may have."""
 
     def method(self, prompt, completion, row):
         return row["answer"]
@@ -60,7 +60,7 @@ FORMS = [getattr(Callables(), n) for n in vars(Callables) if not n.startswith("_
 
 @pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
 def test_the_row_reaches_the_function_by_the_prompts_index(function):
-    # The same prompt twice, as where several answers to it are sampled; then the other row.
+    # The same prompt twice, as with several samples per prompt; then the other row.
     prompt = ("a", "b")
     tokens, prompts = answered([prompt, prompt, prompt, ("", "")], index=[1, 1, 0, -1])
     scores = text_reward(function, TOK, rows=ROWS)(tokens, prompts)

@@ -1,4 +1,4 @@
-"""`jaxalign score` and best-of-n: every form of row, by an independent forward pass."""
+"""`jaxalign score` and best-of-n: every form of row, against an independent forward pass."""
 
 import functools
 import json

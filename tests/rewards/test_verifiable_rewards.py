@@ -1,4 +1,4 @@
-"""Answers that can be checked: final numbers, regular expressions, lengths."""
+"""Verifiable rewards: final numbers, regular expressions, lengths."""
 
 import json
 from fractions import Fraction
@@ -47,7 +47,7 @@ NUMBERS = [
     (r"\boxed{3x+2}", None, "2"),
     (r"\boxed{42", None, "42"),
     ("#### forty-two, that is 42", None, "42"),
-    # What cannot be read with certainty is no number.
+    # Ambiguous numbers are rejected.
     ("#### 3,5", None, "5"),
     ("#### 1e5", None, "5"),
     ("#### 1/0", None, "0"),
@@ -127,7 +127,7 @@ def test_wrong_regular_expressions_and_rows():
     np.testing.assert_array_equal(text_reward(regex_match("y"), TOK)(tokens, prompts), [1, 0])
 
 
-# Lengths; one token a byte
+# Lengths; one token per byte
 
 WORDS = answered([("p", "x" * n) for n in (0, 1, 10, 15, 18, 20, 21, 40)])
 
