@@ -1,5 +1,7 @@
 """`rewards:` of a configuration: valid and invalid entries, and the functions built from them."""
 
+import dataclasses
+import pathlib
 import sys
 
 import chatmodel
@@ -67,6 +69,15 @@ def test_the_built_in_kinds_are_registered():
     message = complaint([{"kind": "judge"}])
     assert all(kind in message for kind in kinds)
     assert "got 'judge'" in message
+
+
+@pytest.mark.parametrize("kind", sorted(RewardSpec.kinds()))
+def test_docs_list_every_option(kind):
+    text = (pathlib.Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{kind}` |"))
+    shared = {field.name for field in dataclasses.fields(RewardSpec)}
+    options = {field.name for field in dataclasses.fields(RewardSpec.kinds()[kind])}
+    assert all(f"`{option}`" in row for option in options - shared)
 
 
 def test_yaml_round_trip(tmp_path):
