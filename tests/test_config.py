@@ -520,7 +520,14 @@ READERS = {
     configs.DPORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
     configs.KTORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
     configs.PPORun: (("run/tasks/*.py", "run/loop.py", "run/config/runs.py"), {"config", "self"}),
-    **{spec: (("rewards/build.py",), {"spec"}) for spec in typing.get_args(RewardSpec)},
+    RewardSpec: (("rewards/build.py", "rewards/specs.py"), {"spec", "self"}),
+    **{
+        spec: (
+            (f"{spec.__module__.partition('.')[2].replace('.', '/')}.py", "rewards/build.py"),
+            {"spec", "self"},
+        )
+        for spec in RewardSpec.kinds().values()
+    },
     OptimizerConfig: (("algorithms/optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),
@@ -581,6 +588,7 @@ def test_the_table_of_readers_holds_every_config_class():
         todo += typing.get_args(cls)
         if dataclasses.is_dataclass(cls) and cls not in found:
             found.add(cls)
+            todo += cls.kinds().values() if hasattr(cls, "kinds") else ()
             for hint in typing.get_type_hints(cls).values():
                 todo += [hint, *typing.get_args(hint)]
     assert found == set(READERS)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxalign.parallel import host_rows
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import describe, make_mesh
-from jaxalign.parallel.rules import keep_rules
+from jaxalign.parallel.rules import capture_rules
 from jaxalign.parallel.sharding import mesh_of, replicated, rows_sharding, shard_batch
 from jaxalign.types import TrainState
 
@@ -21,7 +21,7 @@ class CompiledStep:
 
     def __init__(self, step: Callable[..., Any], state: TrainState, mesh: Mesh):
         self.mesh = mesh
-        self._rules = keep_rules()
+        self._rules = capture_rules()
         self._shardings = jax.tree.map(lambda x: _sharding_on(x, mesh), state)
         trained, frozen = _part(self._shardings)
 

@@ -14,7 +14,7 @@ from jaxalign.algorithms.low_precision_adam import (
     round_weights_at_random,
     scale_by_small_adam,
 )
-from jaxalign.parallel.host_memory import in_host_memory
+from jaxalign.parallel.host_memory import offload_state
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -140,6 +140,6 @@ def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTrans
             optax.scale_by_learning_rate(schedule),
         )
     if config.offload:
-        adamw = in_host_memory(adamw)
+        adamw = offload_state(adamw)
     clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
     return optax.chain(*clip, adamw, round_weights_at_random())

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.models.base import combine
-from jaxalign.parallel.host_memory import HOST, lies_in_host_memory
+from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, replicated, row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
@@ -90,7 +90,7 @@ def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         layout = like(path, leaf)
-        return layout.with_memory_kind(HOST) if lies_in_host_memory(path, leaf) else layout
+        return layout.with_memory_kind(HOST) if is_offloaded(path, leaf) else layout
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"jaxalign {parsed.command}: error: {error}", file=sys.stderr)
-        distributed.leave(2)
+        distributed.exit_if_failed(2)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

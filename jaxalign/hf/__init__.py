@@ -1,4 +1,4 @@
-"""Models and tokenizers between files and devices: Hugging Face folders, GGUF, Orbax folders."""
+"""Loads and saves models and tokenizers: Hugging Face folders, GGUF files, Orbax folders."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Blocks of tensors between files and devices: the copying that import and export share.
+"""Copies tensors between files and device shards, a few megabytes at a time.
 
-A leaf comes in blocks: what the devices of this process hold of it, replicas once. Loading reads
-tensors a few megabytes at a time and copies each piece into the blocks it belongs to; saving goes
-the other way. So a host holds its own part of one leaf and one piece a thread, whatever the size
-of the model.
+A *block* is a shard of a parameter leaf that this process's devices hold; replicas share one block.
+Loading reads pieces of tensors and copies each into the blocks that contain it; saving does the
+reverse. Whatever the model's size, host memory holds this process's blocks of one leaf and one
+piece per thread.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.families.table import Tensor
+from jaxalign.parallel.host_memory import is_cpu
 
 PIECE = 8 << 20
-"""Bytes of a file that a thread handles at a time: few enough to stay in its cache."""
+"""Bytes per piece: small enough for the cache of a core."""
 
-_ALIGN = 64  # bytes; arrays aligned like this become arrays of a CPU device without a copy
-_TILE = 16  # rows turned at a time: a cache line of 2-byte numbers in the result
+_ALIGN = 64  # bytes; JAX puts arrays with this alignment on a CPU device without a copy
+_TILE = 16  # columns per step of a transposing copy: 16 float32 fill a cache line
 
 
 class Scratch(threading.local):
-    """A buffer for each thread, kept: fresh memory costs more than what is copied through it."""
+    """A reusable buffer per thread: page faults of fresh memory cost more than the copies."""
 
     def __init__(self):
         self._buffer = np.empty(0, np.uint8)
 
     def take(self, count: int) -> np.ndarray:
-        """Bytes to write into, uninitialised; the thread's next call takes them back."""
+        """An uninitialised buffer of `count` bytes, valid until this thread's next call."""
         if self._buffer.size < count:
             self._buffer = np.empty(count, np.uint8)
         return self._buffer[:count]
 
 
 class Source(Protocol):
-    """Where tensors are read from."""
+    """A checkpoint whose tensors can be read in parts."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor that `index` selects; good until the thread's next call."""
+        """The part of a tensor that `index` selects, valid until this thread's next call."""
         ...
 
 
@@ -60,8 +61,8 @@ class Block(NamedTuple):
     """Part of a leaf.
 
     Attributes:
-      bounds: a slice with start and stop for each axis of the leaf.
-      data: its values.
+      bounds: for each axis of the leaf a slice with start and stop.
+      data: the values.
     """
 
     bounds: tuple[slice, ...]
@@ -73,24 +74,24 @@ Pool = concurrent.futures.Executor
 
 @contextlib.contextmanager
 def workers() -> Iterator[Pool]:
-    """Threads for reading, copying and writing: as many as there are cores, at most 8."""
+    """A pool of threads for reading, copying and writing: one per core, at most 8."""
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield pool
 
 
 def load_leaf(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: Pool) -> jax.Array:
-    """Reads a leaf straight into the blocks of this process's devices, each piece once.
+    """Reads a leaf into the blocks of this process's devices; reads every piece once.
 
     Args:
-      source: where from.
-      leaf: what.
+      source: the checkpoint.
+      leaf: the leaf.
       dtype: of the result.
-      sharding: of the result; None for the default device, uncommitted.
+      sharding: of the result; None: the default device, uncommitted.
       pool: threads, see `workers`.
     """
     if sharding is None:
-        block = empty_block(whole(leaf.shape), dtype)
-        fill(source, leaf, [block], pool)
+        block = empty_block(full_bounds(leaf.shape), dtype)
+        read_blocks(source, leaf, [block], pool)
         return jax.device_put(block.data)
     places = sharding.addressable_devices_indices_map(leaf.shape)
     blocks: dict[Any, Block] = {}
@@ -100,19 +101,19 @@ def load_leaf(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: 
         keys[device] = tuple((part.start, part.stop) for part in bounds)
         if keys[device] not in blocks:
             blocks[keys[device]] = empty_block(bounds, dtype)
-    fill(source, leaf, list(blocks.values()), pool)
-    left = list(keys.values())
+    read_blocks(source, leaf, list(blocks.values()), pool)
+    pending = list(keys.values())
     arrays = []
     for device, key in keys.items():
         arrays.append(jax.device_put(blocks[key].data, device))
-        left.remove(key)
-        if key not in left:
-            del blocks[key]  # on its devices now
+        pending.remove(key)
+        if key not in pending:
+            del blocks[key]  # copied to all its devices: frees the host memory
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def whole(shape: Sequence[int]) -> tuple[slice, ...]:
-    """All of an array, as bounds."""
+def full_bounds(shape: Sequence[int]) -> tuple[slice, ...]:
+    """The bounds of a whole array."""
     return tuple(slice(0, size) for size in shape)
 
 
@@ -121,7 +122,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ..
 
 
 def empty_block(bounds: tuple[slice, ...], dtype: np.dtype) -> Block:
-    """A block to be filled, aligned so that a CPU device takes it as it is."""
+    """An uninitialised block, aligned so that a CPU device takes it without a copy."""
     shape = [part.stop - part.start for part in bounds]
     count = math.prod(shape) * dtype.itemsize
     raw = np.empty(count + _ALIGN, np.uint8)
@@ -129,34 +130,35 @@ def empty_block(bounds: tuple[slice, ...], dtype: np.dtype) -> Block:
     return Block(bounds, raw[start : start + count].view(dtype).reshape(shape))
 
 
-def fill(source: Source, leaf: Leaf, blocks: Sequence[Block], pool: Pool) -> None:
-    """Fills blocks of a leaf from its tensors.
+def read_blocks(source: Source, leaf: Leaf, blocks: Sequence[Block], pool: Pool) -> None:
+    """Reads the tensors of a leaf into its blocks.
 
     Raises:
       ValueError: values too large for the blocks' dtype.
     """
     lead = leaf.stacked
+    # The smallest bounds that contain all blocks: nothing else is read.
     outline = [
         slice(min(b.bounds[axis].start for b in blocks), max(b.bounds[axis].stop for b in blocks))
         for axis in range(len(leaf.shape))
     ]
     tasks = []
-    steps = {}
+    itemsizes: dict[str, int] = {}
     for number, position in enumerate(itertools.product(*map(range, leaf.shape[:lead]))):
-        there = [block for block in blocks if _holds(block, position)]
-        if there:
+        targets = [block for block in blocks if _contains(block, position)]
+        if targets:
             name = leaf.names[number]
-            if name not in steps:
-                steps[name] = source.dtypes[name].itemsize
-            for part in pieces(leaf, outline[lead:], steps[name]):
-                tasks.append((name, position, there, part))
+            if name not in itemsizes:
+                itemsizes[name] = source.dtypes[name].itemsize
+            for part in pieces(leaf, outline[lead:], itemsizes[name]):
+                tasks.append((name, position, targets, part))
 
-    def one(task: tuple[str, tuple[int, ...], list[Block], tuple[slice, ...]]) -> None:
-        name, position, there, part = task
+    def read_piece(task: tuple[str, tuple[int, ...], list[Block], tuple[slice, ...]]) -> None:
+        name, position, targets, part = task
         item = source.read(name, leaf.index(part))
         if leaf.transpose:
             item = item.swapaxes(-1, -2)
-        for block in there:
+        for block in targets:
             inside = tuple(i - b.start for i, b in zip(position, block.bounds, strict=False))
             common = intersect(part, block.bounds[lead:])
             if common is not None:
@@ -167,20 +169,20 @@ def fill(source: Source, leaf: Leaf, blocks: Sequence[Block], pool: Pool) -> Non
                         f"float32"
                     )
 
-    list(pool.map(one, tasks))
+    list(pool.map(read_piece, tasks))
 
 
-def _holds(block: Block, position: tuple[int, ...]) -> bool:
+def _contains(block: Block, position: tuple[int, ...]) -> bool:
     return all(b.start <= i < b.stop for i, b in zip(position, block.bounds, strict=False))
 
 
 def pieces(leaf: Leaf, outline: Sequence[slice], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Cuts part of an item into pieces of about `PIECE` bytes that lie together in the tensor.
+    """Cuts part of an item into pieces of about `PIECE` bytes, contiguous in the stored tensor.
 
     Args:
-      leaf: whose item.
-      outline: which part of the item.
-      itemsize: bytes of a number in the file.
+      leaf: the leaf that the item belongs to.
+      outline: bounds of the part.
+      itemsize: bytes of an element in the file.
     """
     axis = len(outline) - 1 if leaf.transpose and len(outline) == 2 else 0
     if not outline:
@@ -198,41 +200,40 @@ def pieces(leaf: Leaf, outline: Sequence[slice], itemsize: int) -> Iterator[tupl
 def item_blocks(
     array: jax.Array, leaf: Leaf, position: tuple[int, ...], *, needed: bool = True
 ) -> list[Block]:
-    """An item of a leaf as blocks in host memory, which together cover it.
+    """An item of a leaf as blocks in host memory, which together cover the item.
 
-    Where this process does not hold all of it, the other processes send the rest: then all of them
-    must call this for the same items in the same order.
+    If some process holds only part of the array, the item is all-gathered: then all processes must
+    call this for the same items in the same order.
 
     Args:
       array: the leaf's value.
       leaf: the leaf.
-      position: which item, along the stacked axes.
-      needed: whether this process wants it; if not, it only sends its part, and gets [].
+      position: index of the item along the stacked axes.
+      needed: whether this process uses the item; if not, it takes part in the all-gather and gets
+        [].
     """
     if not _covers(array):
         item = _gather(array, position)
-        return [Block(whole(leaf.item_shape), item)] if needed else []
+        return [Block(full_bounds(leaf.item_shape), item)] if needed else []
     if not needed:
         return []
-    found: dict[Any, Block] = {}
+    blocks: dict[Any, Block] = {}
     for shard in array.addressable_shards:
         bounds = _bounds(shard.index, leaf.shape)
         key = tuple((part.start, part.stop) for part in bounds)
-        if key in found or not _holds(Block(bounds, np.empty(0)), position):
+        if key in blocks or not _contains(Block(bounds, np.empty(0)), position):
             continue
         inside = tuple(i - b.start for i, b in zip(position, bounds, strict=False))
-        # What is on the host already is looked at in place; a device sends this item only.
-        data = np.asarray(shard.data)[inside] if _on_host(shard) else np.asarray(shard.data[inside])
-        found[key] = Block(bounds[leaf.stacked :], data)
-    return list(found.values())
-
-
-def _on_host(shard: Any) -> bool:
-    return shard.device.platform == "cpu"
+        if is_cpu(shard.device):
+            data = np.asarray(shard.data)[inside]  # a view, no copy
+        else:
+            data = np.asarray(shard.data[inside])  # transfers this item only
+        blocks[key] = Block(bounds[leaf.stacked :], data)
+    return list(blocks.values())
 
 
 def _covers(array: jax.Array) -> bool:
-    """Whether the devices of each process hold all of an array; the same answer everywhere."""
+    """Whether the devices of every process hold the whole array; equal on all processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return True
     held: dict[int, set[str]] = {}
@@ -263,22 +264,21 @@ def _take(array: jax.Array, position: tuple[Any, ...], sharding: NamedSharding) 
 def gather_tensor_piece(
     tensor: Tensor, blocks: Sequence[Sequence[Block]], rows: slice, out: np.ndarray
 ) -> bool:
-    """Fills rows of an HF tensor from the blocks of the items that it is made of.
+    """Copies rows of an HF tensor from the blocks of its pieces.
 
     Args:
-      tensor: which.
-      blocks: of each of its pieces, as `item_blocks` gives them.
+      tensor: the tensor.
+      blocks: for each piece of the tensor, the result of `item_blocks`.
       rows: along the tensor's first axis.
-      out: the result, shape of the tensor with `rows` of its first axis.
+      out: receives the rows; shape of the tensor with `rows` of its first axis.
 
     Returns:
-      whether all values fit into the dtype of `out`.
+      Whether all values fit into the dtype of `out`.
     """
     fits = True
-    bounds = (rows, *whole(tensor.shape[1:])) if tensor.shape else ()
+    bounds = (rows, *full_bounds(tensor.shape[1:])) if tensor.shape else ()
     for piece, parts in zip(tensor.pieces, blocks, strict=True):
         for block in parts:
-            # The block in the tensor's own axes.
             place = piece.leaf.index(block.bounds)
             common = intersect(place, bounds)
             if common is not None:
@@ -288,7 +288,7 @@ def gather_tensor_piece(
 
 
 def intersect(a: Sequence[slice], b: Sequence[slice]) -> tuple[slice, ...] | None:
-    """What two parts have in common, or None."""
+    """The intersection of two parts, or None if it is empty."""
     common = tuple(
         slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
     )
@@ -296,28 +296,28 @@ def intersect(a: Sequence[slice], b: Sequence[slice]) -> tuple[slice, ...] | Non
 
 
 def relative(part: Sequence[slice], bounds: Sequence[slice]) -> tuple[slice, ...]:
-    """A part counted from the start of the block that contains it."""
+    """Bounds of a part relative to the block that contains it."""
     return tuple(
         slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, bounds, strict=True)
     )
 
 
 def copy(target: np.ndarray, values: np.ndarray) -> bool:
-    """Copies values of any floating-point dtype into an array, turned or not.
+    """Copies values of any floating-point dtype into an array, in any memory order.
 
     Returns:
-      whether all values fit: False where a finite one became infinite.
+      Whether all values fit: False if a finite one became infinite.
     """
     plain = target.dtype == values.dtype
     narrows = not plain and target.dtype == np.float16
     if plain:
-        # As integers: numpy copies those without the interpreter, in any order.
-        kind = np.dtype(f"u{target.itemsize}")
-        target, values = target.view(kind), values.view(kind)
+        # As integers: numpy copies those without the GIL, in any memory order.
+        integers = np.dtype(f"u{target.itemsize}")
+        target, values = target.view(integers), values.view(integers)
     with np.errstate(over="ignore"):
-        # The slow axis of the values is the fast one of the target.
-        turned = target.ndim >= 2 and values.strides[-1] > values.strides[-2]
-        if turned:
+        # The values are the transpose of a row-major array: copy tile by tile, for the cache.
+        transposed = target.ndim >= 2 and values.strides[-1] > values.strides[-2]
+        if transposed:
             for first in range(0, target.shape[-1], _TILE):
                 part = slice(first, first + _TILE)
                 target[..., part] = values[..., part]

@@ -1,6 +1,6 @@
-"""GGUF files: metadata as a Hugging Face config, tensors under their Hugging Face names.
+"""Reads GGUF files: metadata as a Hugging Face config, tensors under their Hugging Face names.
 
-Quantised tensors are expanded to float32 a few rows at a time, when they are read.
+Quantised tensors are dequantised to float32 when they are read, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _BLOCK = {
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
 
-# `gguf.GGMLQuantizationType` of what is not quantised: F32, F16, BF16, F64.
-_PLAIN = {
+# `gguf.GGMLQuantizationType` of the unquantised types F32, F16, BF16 and F64.
+_UNQUANTISED = {
     0: np.dtype(np.float32),
     1: np.dtype(np.float16),
     30: np.dtype(ml_dtypes.bfloat16),
@@ -50,14 +50,14 @@ _PLAIN = {
 
 
 class GGUFFile:
-    """The tensors of a GGUF file under Hugging Face names, read on demand as float32.
+    """The tensors of a GGUF file under their Hugging Face names.
 
     Attributes:
       path: the file.
       config: the metadata as a Hugging Face `config.json`.
-      shapes: HF tensor name → shape. Names without a counterpart keep their GGUF name.
-      dtypes: tensor name → what it is read as: its own dtype, or float32 where it is quantised.
-      problems: none; here for all sources to be alike.
+      shapes: HF tensor name → shape. A tensor without an HF name keeps its GGUF name.
+      dtypes: tensor name → dtype that `read` returns: float32 for a quantised tensor.
+      problems: empty; part of the interface of a source.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -66,13 +66,13 @@ class GGUFFile:
         self.problems: dict[str, str] = {}
         self._tensors = {_hf_name(tensor.name): tensor for tensor in metadata.tensors}
         if len(self._tensors) < len(metadata.tensors):
-            raise ValueError(f"{path}: two tensors stand for the same one of Hugging Face")
+            raise ValueError(f"{path}: two of its tensors have the same Hugging Face name")
         self._file: int | None = os.open(path, os.O_RDONLY)
         self.config = self._config(metadata)
-        self._tensors.pop(_ROPE_FACTORS, None)  # now part of the config
+        self._tensors.pop(_ROPE_FACTORS, None)  # part of the config
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {
-            name: _PLAIN.get(tensor.kind, np.dtype(np.float32))
+            name: _UNQUANTISED.get(tensor.kind, np.dtype(np.float32))
             for name, tensor in self._tensors.items()
         }
         self._heads = {}
@@ -85,14 +85,13 @@ class GGUFFile:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The part of a tensor that `index` selects, dequantised to float32 if it is quantised.
 
-        Query and key rows of the llama architecture come back in the half-split order of Hugging
-        Face; the file keeps them interleaved.
+        GGUF stores the query and key rows of the llama architecture for interleaved rope; they are
+        returned in Hugging Face's order, for rope on half-split heads.
         """
         tensor = self._tensors[name]
-        if len(tensor.shape) < 2:  # a vector is one row
-            return self._rows(tensor._replace(shape=(1, *tensor.shape)), 0, 1)[0][
-                self._order(name, index)
-            ]
+        if len(tensor.shape) < 2:
+            vector = self._rows(tensor._replace(shape=(1, *tensor.shape)), 0, 1)[0]
+            return vector[self._order(name, index)]
         order = self._order(name, index)[0]
         if isinstance(order, slice):
             first, last, _ = order.indices(tensor.shape[0])
@@ -114,7 +113,7 @@ class GGUFFile:
             self._file = None
 
     def _order(self, name: str, index: tuple[slice, ...]) -> tuple[Any, ...]:
-        """`index` with the rows where the file has them."""
+        """`index`, with HF rows replaced by the rows of the file."""
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:
             return index
@@ -122,7 +121,7 @@ class GGUFFile:
         return (rows, *index[1:])
 
     def _rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
-        """Rows of a tensor along its first axis, as numbers."""
+        """Rows `first` to `last` of a tensor, dequantised."""
         import gguf
 
         numbers, size = block_size(tensor)
@@ -133,8 +132,8 @@ class GGUFFile:
         if raw.size < (last - first) * row:
             raise ValueError(f"{self.path} became shorter while it was read")
         shape = (last - first, *tensor.shape[1:])
-        if tensor.kind in _PLAIN:
-            return raw.view(_PLAIN[tensor.kind]).reshape(shape)
+        if tensor.kind in _UNQUANTISED:
+            return raw.view(_UNQUANTISED[tensor.kind]).reshape(shape)
         kind = gguf.GGMLQuantizationType(tensor.kind)
         try:
             values = gguf.quants.dequantize(
@@ -176,7 +175,7 @@ def _hf_name(name: str) -> str:
 
 
 def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (0, h, 1, h + 1, …) to (0, 1, …, h, h + 1, …), h = head_dim / 2."""
+    """Permutes rows of each head from (0, h, 1, h+1, …) to (0, 1, …, h, h+1, …), h = head_dim/2."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -229,10 +228,10 @@ def _config(
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
     config["rope_parameters"] = _rope(metadata, arch, config["head_dim"], factors)
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    for hf_name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{gguf_name}_token_id")
         if token is not None:
-            config[f"{ours}_token_id"] = token
+            config[f"{hf_name}_token_id"] = token
     return config
 
 
@@ -244,7 +243,7 @@ def _vocab_size(metadata: Metadata, tensors: dict[str, Tensor]) -> int:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal that rounds to a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -267,9 +266,12 @@ def _rope(
 
 
 def _llama3(metadata: Metadata, theta: float, head_dim: int, stored: np.ndarray) -> dict[str, Any]:
-    """Recovers Llama 3's scaling from the per-frequency divisors that GGUF keeps instead."""
+    """Recovers Llama 3's rope scaling from the divisor per frequency that GGUF stores instead.
+
+    The lowest frequency is divided by exactly `factor`. The other three parameters are the same in
+    all Llama 3 releases; the stored divisors are checked against them.
+    """
     plain = RopeConfig(theta=theta)
-    # The lowest frequency is divided by exactly `factor`; the rest is the same in all releases.
     scaled = RopeConfig(
         theta=theta,
         kind="llama3",
@@ -278,8 +280,8 @@ def _llama3(metadata: Metadata, theta: float, head_dim: int, stored: np.ndarray)
         high_freq_factor=4.0,
         original_max_positions=8192,
     )
-    wanted = rope_frequencies(plain, head_dim) / rope_frequencies(scaled, head_dim)
-    if stored.shape != wanted.shape or not np.allclose(stored, wanted, rtol=1e-4):
+    expected = rope_frequencies(plain, head_dim) / rope_frequencies(scaled, head_dim)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
         raise ValueError(
             f"{metadata.path}: {_ROPE_FACTORS} does not follow Llama 3's scaling with "
             f"low_freq_factor 1, high_freq_factor 4 and 8192 original positions: not supported"

@@ -1,12 +1,15 @@
-"""The header of a GGUF file: metadata, and where its tensors lie.
+"""Parses the header of a GGUF file: metadata, and the position of each tensor.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. Parsed here
-because PyPI's reader builds several objects for every token of a vocabulary, which takes seconds,
-and maps the whole file into memory. What the quantised blocks mean is left to that package.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+
+Why not the reader of PyPI's `gguf`: it builds several Python objects for every token of the
+vocabulary, which takes seconds, and maps the whole file into memory. Quantised blocks are decoded
+by that package.
 """
 
 from __future__ import annotations
 
+import collections
 import math
 import mmap
 import os
@@ -30,17 +33,17 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_MOST_AXES = 4
+_MAX_AXES = 4
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file.
+    """A tensor in the file.
 
     Attributes:
       name: GGUF name.
-      kind: number of its element type, `gguf.GGMLQuantizationType`.
-      shape: slowest axis first, as numpy has it (GGUF lists the fastest first).
-      start: byte of the file.
+      kind: element type, a value of `gguf.GGMLQuantizationType`.
+      shape: in numpy's order (GGUF stores it reversed).
+      start: offset in the file, bytes.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Tensor(NamedTuple):
 
 
 class Metadata:
-    """What a GGUF file says about itself.
+    """Metadata and tensor positions of a GGUF file.
 
     Attributes:
       path: the file.
@@ -75,10 +78,10 @@ class Metadata:
         return self._values.get(key, default)
 
     def need(self, key: str) -> Any:
-        """The value of a key.
+        """The value of a required key.
 
         Raises:
-          ValueError: the file does not have it.
+          ValueError: the key is missing.
         """
         value = self.get(key)
         if value is None:
@@ -89,15 +92,15 @@ class Metadata:
 class _Parser:
     def __init__(self, data: mmap.mmap):
         self.data = data
-        self.at = 0
+        self.position = 0
 
     def parse(self) -> tuple[dict[str, Any], list[Tensor]]:
         magic, version = self.take(4), self.scalar("I")
         if magic != _MAGIC:
             raise ValueError(f"it starts with {magic!r}, wanted {_MAGIC!r}")
         if version not in _VERSIONS:
-            told = " (written for a big-endian machine)" if version & 0xFFFF == 0 else ""
-            raise ValueError(f"version {version}{told}; supported: little-endian 2 and 3")
+            hint = " (written for a big-endian machine)" if version & 0xFFFF == 0 else ""
+            raise ValueError(f"version {version}{hint}; supported: little-endian 2 and 3")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
         values: dict[str, Any] = {}
         for _ in range(value_count):
@@ -105,16 +108,14 @@ class _Parser:
             if key in values:
                 raise ValueError(f"metadata key {key} appears twice")
             values[key] = self.value(self.scalar("I"))
-        rows = [self.tensor() for _ in range(tensor_count)]
+        relative = [self.tensor() for _ in range(tensor_count)]
         align = values.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1:
             raise ValueError(f"general.alignment={align!r}: wanted a positive number")
-        start = -(-self.at // align) * align
-        tensors = [row._replace(start=start + row.start) for row in rows]
-        names = [tensor.name for tensor in tensors]
-        twice = sorted({name for name in names if names.count(name) > 1}) if (
-            len(set(names)) < len(names)
-        ) else []  # fmt: skip
+        start = -(-self.position // align) * align
+        tensors = [tensor._replace(start=start + tensor.start) for tensor in relative]
+        counts = collections.Counter(tensor.name for tensor in tensors)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"tensors {', '.join(twice)} appear twice")
         for tensor in tensors:
@@ -127,10 +128,12 @@ class _Parser:
         return values, tensors
 
     def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise ValueError(f"{count} bytes wanted at {self.at}, of {len(self.data)}: truncated")
-        self.at += count
-        return self.data[self.at - count : self.at]
+        if count > len(self.data) - self.position:
+            raise ValueError(
+                f"{count} bytes wanted at {self.position}, of {len(self.data)}: truncated"
+            )
+        self.position += count
+        return self.data[self.position - count : self.position]
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
@@ -144,7 +147,7 @@ class _Parser:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
-            raise ValueError(f"metadata of unknown type {kind} at byte {self.at}")
+            raise ValueError(f"metadata of unknown type {kind} at byte {self.position}")
         inner, count = self.scalar("I"), self.scalar("Q")
         if count > len(self.data):
             raise ValueError(f"an array of {count} values in a file of {len(self.data)} bytes")
@@ -155,14 +158,14 @@ class _Parser:
 
     def tensor(self) -> Tensor:
         name, axes = self.string(), self.scalar("I")
-        if axes > _MOST_AXES:
+        if axes > _MAX_AXES:
             raise ValueError(f"tensor {name} has {axes} axes")
         shape = tuple(self.scalar("Q") for _ in range(axes))
         return Tensor(name, self.scalar("I"), shape[::-1], self.scalar("Q"))
 
 
 def block_size(tensor: Tensor) -> tuple[int, int]:
-    """Numbers in a block of a tensor, and the bytes of a block.
+    """Elements and bytes of a quantisation block: `(elements, bytes)`.
 
     Raises:
       ValueError: an element type that PyPI's gguf does not know.
@@ -176,10 +179,10 @@ def block_size(tensor: Tensor) -> tuple[int, int]:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in the file.
+    """Size of a tensor in the file, bytes.
 
     Raises:
-      ValueError: a row that is not whole blocks.
+      ValueError: rows that are not a whole number of blocks.
     """
     numbers, size = block_size(tensor)
     if tensor.shape and tensor.shape[-1] % numbers:

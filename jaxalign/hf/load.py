@@ -21,7 +21,7 @@ from jaxalign.hf import families, orbax_folder, safetensors_file
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
-from jaxalign.hf.save import GENERATION_FILE, some, to_dtype
+from jaxalign.hf.save import GENERATION_FILE, abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
@@ -125,7 +125,7 @@ def _model(path: pathlib.Path, file: Any, **options: Any) -> Decoder | Scorer:
 def _open(path: pathlib.Path) -> Any:
     if path.is_file():
         return GGUFFile(path)
-    if orbax_folder.is_one(path):
+    if orbax_folder.is_orbax_folder(path):
         return orbax_folder.OrbaxFolder(path)
     return safetensors_file.SafetensorsFolder(path)
 
@@ -161,7 +161,7 @@ def _check_tensors(
         "unexpected": sorted(unexpected),
         "wrong shape": wrong,
     }
-    told = [f"{title}: {some(names)}" for title, names in lists.items() if names]
+    told = [f"{title}: {abbreviate(names)}" for title, names in lists.items() if names]
     if told:
         raise ValueError(
             f"{path}: the weights do not fit config.json. {'. '.join(told)}. Check that config and "

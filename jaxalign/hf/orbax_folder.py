@@ -1,9 +1,8 @@
-"""A model as an Orbax folder: the same configs and tokenizer as a Hugging Face folder, but the
-weights under `params/` as our parameter tree.
+"""Orbax folders: the configs and tokenizer of a Hugging Face folder, with weights under `params/`.
 
-Orbax reads and writes each device's part by itself, so such a folder starts fast on any number of
-hosts: nothing is renamed, turned or converted.
-"""  # fmt: skip
+The weights are our parameter tree. Orbax reads and writes each device's shards directly, so such a
+folder loads fast on any number of hosts: no tensor is renamed, transposed or converted.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +20,16 @@ from jaxalign.types import Params
 PARAMS = "params"
 
 
-def is_one(folder: pathlib.Path) -> bool:
-    """Whether a folder is in this form."""
+def is_orbax_folder(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an Orbax checkpoint of parameters."""
     return (folder / PARAMS / "_METADATA").is_file()
 
 
 class OrbaxFolder:
-    """A model's parameters as `jaxalign import` writes them.
+    """A model's parameters, as `jaxalign import` writes them.
 
     Attributes:
-      folder: where.
+      folder: the folder.
       config: `config.json`.
       dtypes: leaf of the parameter tree → dtype.
     """
@@ -48,45 +47,45 @@ class OrbaxFolder:
             for path, leaf in families.flatten(metadata.item_metadata.tree).items():
                 self._shapes[path] = tuple(leaf.shape)
                 self.dtypes[path] = np.dtype(leaf.dtype)
-        except Exception as error:  # Orbax and its store raise errors of many kinds
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise self._damaged(error) from error
 
     def load(self, shapes: Params, shardings: Mapping[str, Any], dtype: np.dtype | None) -> Params:
-        """The parameters.
+        """Loads the parameters.
 
         Args:
-          shapes: the model's.
-          shardings: leaf → layout; empty for the default device.
-          dtype: of the result; None for what each leaf has.
+          shapes: `model.shapes`.
+          shardings: leaf path → sharding; a leaf without one goes to the default device.
+          dtype: of the result; None: the stored dtype of each leaf.
 
         Raises:
           ValueError: parameters that do not fit the model, or a damaged folder.
         """
-        wanted = {path: tuple(leaf.shape) for path, leaf in families.flatten(shapes).items()}
+        expected = {path: tuple(leaf.shape) for path, leaf in families.flatten(shapes).items()}
         wrong = [
-            f"{path}: {self._shapes.get(path, 'missing')}, wanted {wanted.get(path, 'none')}"
-            for path in sorted(wanted | self._shapes)
-            if wanted.get(path) != self._shapes.get(path)
+            f"{path}: {self._shapes.get(path, 'missing')}, wanted {expected.get(path, 'none')}"
+            for path in sorted(expected | self._shapes)
+            if expected.get(path) != self._shapes.get(path)
         ]
         if wrong:
             raise ValueError(
                 f"{self.folder}: the weights do not fit config.json. {'; '.join(wrong[:12])} "
                 f"({len(wrong)} in all); import the model again"
             )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         tree = {
             path: jax.ShapeDtypeStruct(
                 shape,
                 self.dtypes[path] if dtype is None else dtype,
-                sharding=shardings.get(path, here),
+                sharding=shardings.get(path, default),
             )
-            for path, shape in wanted.items()
+            for path, shape in expected.items()
         }
         try:
             return self._checkpointer.restore(
                 (self.folder / PARAMS).absolute(), families.unflatten(tree)
             )
-        except Exception as error:  # Orbax and its store raise errors of many kinds
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise self._damaged(error) from error
 
     @property
@@ -102,7 +101,7 @@ class OrbaxFolder:
         )
 
     def close(self) -> None:
-        """Lets go of Orbax."""
+        """Closes the checkpointer."""
         self._checkpointer.close()
 
     def _damaged(self, error: Exception) -> ValueError:
@@ -114,11 +113,11 @@ class OrbaxFolder:
 
 
 def write_params(params: Params, folder: pathlib.Path) -> None:
-    """Writes `folder/params`; with several processes, each its own part.
+    """Writes `folder/params`; every process writes its own shards.
 
     Args:
       params: nested dict of arrays.
-      folder: an existing folder that all processes share.
+      folder: an existing folder on a file system that all processes share.
     """
     import orbax.checkpoint as ocp
 

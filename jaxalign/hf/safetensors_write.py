@@ -1,7 +1,8 @@
-"""Writing tensors as safetensors: what goes into which file, and which process writes it.
+"""Writes safetensors: assigns tensors to files and files to processes, and writes in pieces.
 
-The safetensors library wants all tensors of a file in memory, and a model may be larger than the
-host; so the files are written here, a piece of a tensor at a time.
+Why not the safetensors library: `save_file` takes all tensors of a file as arrays in host memory,
+by default 5 GB of them, and a single tensor may be sharded over hosts. Here a thread gathers and
+writes `blocks.PIECE` bytes (8 MiB) at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Planned(NamedTuple):
-    """A tensor and the dtype it is written in."""
+    """A tensor and the dtype in which it is saved."""
 
     tensor: Tensor
     dtype: np.dtype
@@ -35,11 +36,11 @@ class Planned(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file to be written.
+    """Plan of one weight file.
 
     Attributes:
       name: within the folder.
-      tensors: what it holds, in order.
+      tensors: its contents, in order.
       owner: index of the process that writes it.
     """
 
@@ -49,12 +50,12 @@ class File(NamedTuple):
 
 
 def plan_files(tensors: Sequence[Planned], max_bytes: int, processes: int) -> list[File]:
-    """Spreads tensors over files, and files over processes in turn.
+    """Assigns tensors to files in order, and files to processes round-robin.
 
     Args:
-      tensors: in order.
-      max_bytes: a file holds at most this much, or one tensor.
-      processes: how many write.
+      tensors: all tensors, in order.
+      max_bytes: limit of a file; a larger tensor gets a file to itself.
+      processes: number of processes that write.
     """
     parts: list[list[Planned]] = [[]]
     size = 0
@@ -75,7 +76,7 @@ def plan_files(tensors: Sequence[Planned], max_bytes: int, processes: int) -> li
 
 
 def index_of(files: Sequence[File]) -> dict[str, Any] | None:
-    """The contents of the index; None for a single file, which has none."""
+    """The contents of the index file; None for a single weight file, which has no index."""
     if len(files) == 1:
         return None
     weight_map = {planned.tensor.name: file.name for file in files for planned in file.tensors}
@@ -84,18 +85,18 @@ def index_of(files: Sequence[File]) -> dict[str, Any] | None:
 
 
 def write_index(folder: pathlib.Path, files: Sequence[File]) -> None:
-    """Writes the index, where there is one."""
+    """Writes the index file, if there are several weight files."""
     index = index_of(files)
     if index is not None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class Writer:
-    """One file being written; tensors may come in any order."""
+    """Writes one file; the order of `write` calls is free."""
 
     def __init__(self, folder: pathlib.Path, file: File, pool: Pool):
         self._pool, self._scratch = pool, Scratch()
-        # transformers refuses files that do not say for which framework they were written.
+        # transformers refuses files whose metadata names no framework.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._starts: dict[str, int] = {}
         offset = 0
@@ -109,14 +110,18 @@ class Writer:
             self._starts[name] = offset
             offset += planned.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start aligned
+        text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
         head = len(text).to_bytes(8, "little") + text
         self._start = len(head)
         self._file = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _write(self._file, memoryview(head), 0)
 
     def write(self, planned: Planned, blocks: Sequence[Sequence[Block]]) -> None:
-        """Writes a tensor from the blocks of its pieces.
+        """Writes a tensor.
+
+        Args:
+          planned: a tensor of this file.
+          blocks: for each piece of the tensor, the result of `item_blocks`.
 
         Raises:
           ValueError: values too large for the dtype.
@@ -124,7 +129,7 @@ class Writer:
         tensor, start = planned.tensor, self._start + self._starts[planned.tensor.name]
         row = math.prod(tensor.shape[1:]) * planned.dtype.itemsize
 
-        def one(rows: slice) -> None:
+        def write_rows(rows: slice) -> None:
             shape = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
             count = math.prod(shape) * planned.dtype.itemsize
             out = self._scratch.take(count).view(planned.dtype).reshape(shape)
@@ -136,7 +141,7 @@ class Writer:
             data = np.atleast_1d(out).reshape(-1).view(np.uint8).data
             _write(self._file, data, start + rows.start * row)
 
-        list(self._pool.map(one, _rows(tensor.shape, row)))
+        list(self._pool.map(write_rows, _rows(tensor.shape, row)))
 
     def close(self) -> None:
         """Closes the file."""
@@ -151,6 +156,6 @@ def _rows(shape: tuple[int, ...], row: int) -> Iterator[slice]:
 
 
 def _write(file: int, data: memoryview, start: int) -> None:
-    while data:
-        done = os.pwrite(file, data, start)
-        data, start = data[done:], start + done
+    while data:  # pwrite may write less than asked
+        count = os.pwrite(file, data, start)
+        data, start = data[count:], start + count

@@ -18,10 +18,10 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
 
     Args:
       source: an existing folder, an existing `.gguf` file, or a hub id such as "org/name".
-      patterns: which files of a hub repository are wanted.
+      patterns: glob patterns of the files to download from a hub repository.
 
     Raises:
-      ValueError: nothing there, a file of another kind, or the hub cannot be reached.
+      ValueError: no such path, a file that is not `.gguf`, or a failed download.
     """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
@@ -46,7 +46,7 @@ def _download(repo: str, patterns: Sequence[str]) -> pathlib.Path:
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
-    except Exception as error:  # network errors come from an HTTP client that varies by version
+    except Exception as error:  # the HTTP client, and so the type of its errors, varies by version
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ValueError(
             f"{repo!r}: no such folder, and it could not be had from the hub ({reason}); check the "
@@ -55,7 +55,7 @@ def _download(repo: str, patterns: Sequence[str]) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
       ValueError: the file is absent, not JSON, or not an object.
@@ -72,8 +72,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 SOURCE_DTYPES = "_source_dtypes"
-"""Key under which `source_config` says in which dtypes the source's tensors were: one for all
-under "*", and by name those of tensors that differ from it."""
+"""Key of `source_config` for the dtypes of the source's tensors: the most common under "*", and by
+name those that differ."""
 
 
 def dtypes_to_remember(dtypes: Mapping[str, Any]) -> dict[str, str]:
@@ -86,5 +86,5 @@ def dtypes_to_remember(dtypes: Mapping[str, Any]) -> dict[str, str]:
     if not counts:
         return {}
     common = counts.most_common(1)[0][0]
-    odd = {name: str(dtype) for name, dtype in dtypes.items() if str(dtype) != common}
-    return {"*": common, **odd}
+    others = {name: str(dtype) for name, dtype in dtypes.items() if str(dtype) != common}
+    return {"*": common, **others}

@@ -1,4 +1,4 @@
-"""A model's tensors as a table for people: what `jaxalign export` and `import` print."""
+"""Formats a model's tensors as a table, which `jaxalign export` and `import` print."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxalign.hf.safetensors_write import Planned
 
 
 def tensor_table(tensors: Sequence[Planned]) -> str:
-    """One line for the tensors of a leaf (layers and experts together), and a total.
+    """One line per parameter leaf, which covers all its layers and experts, and a total.
 
-    Columns: HF names, how many times which shape, dtype, bytes.
+    Columns: HF names, count × shape, dtype, bytes.
     """
     groups: dict[tuple[str, ...], list[Planned]] = {}
     for planned in tensors:
-        # Fused tensors go by all the leaves in them; a leaf's tensors may differ in dtype.
+        # A fused tensor is keyed by all its leaves; tensors of a leaf may differ in dtype.
         paths = (*(piece.leaf.path for piece in planned.tensor.pieces), planned.dtype.name)
         groups.setdefault(paths, []).append(planned)
     rows = [("tensors", "shape", "dtype", "bytes")]
@@ -33,16 +33,19 @@ def tensor_table(tensors: Sequence[Planned]) -> str:
     total = sum(planned.nbytes for planned in tensors)
     rows.append((f"{len(tensors)} in all", "", " + ".join(dtypes), f"{total:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    most = max(len(row[3]) for row in rows)
+    byte_width = max(len(row[3]) for row in rows)
     return "\n".join(
         "  ".join(
-            [*(cell.ljust(n) for cell, n in zip(row, widths, strict=False)), row[3].rjust(most)]
+            [
+                *(cell.ljust(n) for cell, n in zip(row, widths, strict=False)),
+                row[3].rjust(byte_width),
+            ]
         )
         for row in rows
     )
 
 
 def _names(first: str, last: str) -> str:
-    """Two names that differ in numbers as one: "model.layers.{0…29}.mlp.up_proj.weight"."""
+    """Joins two names that differ in numbers: "model.layers.{0…29}.mlp.up_proj.weight"."""
     parts = zip(re.split(r"(\d+)", first), re.split(r"(\d+)", last), strict=True)
     return "".join(a if a == b else f"{{{a}…{b}}}" for a, b in parts)

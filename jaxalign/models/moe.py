@@ -138,7 +138,9 @@ class Experts(nnx.Module):
         # Sorting mixes the tokens of all rows: on a mesh each device sorts its own rows only, or
         # those of the devices that hold the other experts too.
         given = (x, experts, shares.astype(x.dtype))
-        out = map_row_shards(self._compute, given, weights, axes, summed="mlp", spread="expert")
+        out = map_row_shards(
+            self._compute, given, weights, axes, contracted="mlp", sharded="expert"
+        )
         return out, routing
 
     def _compute(

@@ -1,1 +1,1 @@
-"""Where arrays lie: meshes, layout rules, sharding, hosts and their memory."""
+"""Placement of arrays: meshes, sharding rules, shard_map helpers, host rows, host memory."""

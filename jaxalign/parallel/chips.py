@@ -1,9 +1,9 @@
-"""What the accelerators that can be planned for are able to do, by their makers' data sheets.
+"""Peak FLOP/s, memory and bandwidths of TPUs and GPUs, from their makers' data sheets.
 
-TPUs: https://cloud.google.com/tpu/docs (system architecture of v4, v5e, v5p, v6e). Inter-chip
-bandwidth is what a chip sends over all its links together, half of the "bidirectional" figure.
-GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM); NVLink in one direction; between nodes one
-InfiniBand port a GPU, HDR with A100 and NDR with H100 and H200, as in DGX systems.
+TPUs: https://cloud.google.com/tpu/docs (system architecture of v4, v5e, v5p, v6e). The inter-chip
+bandwidth is the sum over a chip's links in one direction, half of the "bidirectional" figure.
+GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM). NVLink counts in one direction. Between
+nodes each GPU has one InfiniBand port, HDR for A100 and NDR for H100 and H200, as in DGX systems.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device as JAX sees it.
+    """Figures of one JAX device.
 
     Attributes:
       flops: peak of dense bfloat16 matrix products, FLOP/s.
-      memory: bytes that a program may use: on TPUs the compiler's own limit, on GPUs what is left
-        beside CUDA's context and libraries (0.94 of the memory).
-      bandwidth: of that memory, bytes/s.
-      inner: bytes/s that it sends to its neighbours: ICI in a TPU slice, NVLink in a node.
-      outer: bytes/s that it sends beyond: the data-centre network.
+      memory: bytes available to a program: the compiler's limit on TPUs; on GPUs 0.94 of the
+        memory, the rest being taken by the CUDA context and libraries.
+      bandwidth: of the memory, bytes/s.
+      inner: send bandwidth within a TPU slice (ICI) or a GPU node (NVLink), bytes/s.
+      outer: send bandwidth between slices or nodes, over the data-centre network, bytes/s.
     """
 
     flops: float
@@ -53,7 +53,7 @@ CHIPS: dict[str, Chip] = {
         flops=989.4e12, memory=int(0.94 * 150.8e9), bandwidth=4.8e12, inner=450e9, outer=50e9
     ),
 }
-"""Name in a topology → what it can do. CPUs are not here: their speed and memory vary."""
+"""Name in a topology → figures. CPUs are not listed: their speed and memory vary."""
 
 KINDS: dict[str, str] = {
     "TPU v4": "v4",
@@ -67,16 +67,16 @@ KINDS: dict[str, str] = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
-"""`device_kind` as JAX tells it → name of the chip."""
+"""JAX's `device_kind` → name in `CHIPS`."""
 
 
 def peak_flops() -> float | None:
-    """FLOP/s of all devices that are present, together; None where their speed is not known."""
+    """Peak FLOP/s of all present devices together; None if their kind is not in the table."""
     devices = jax.devices()
     chip = chip_of(devices[0].device_kind)
     return None if chip is None else chip.flops * len(devices)
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """What is known of a device; None for CPUs and for what is not in the table."""
+    """Figures of a device kind; None for CPUs and for kinds that are not in the table."""
     return CHIPS[KINDS[device_kind]] if device_kind in KINDS else None

@@ -1,67 +1,79 @@
-"""In the host's memory: what is not read all the time need not lie on the device.
+"""Offloads optimizer state and frozen weights to pinned host memory.
 
-Optimizer state is read by the update alone, frozen models by what is asked of them between updates.
+The update alone reads optimizer state, and only `prepare` reads frozen weights: neither needs
+device memory during forward and backward passes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
 
+from jaxalign.types import Params
+
+T = TypeVar("T")
+
 HOST = "pinned_host"
-"""The kind of memory, as JAX names it."""
+"""JAX's name of the memory kind."""
 
 
 class HostState(NamedTuple):
-    """State of a wrapped optimizer.
+    """State of an optimizer wrapped by `offload_state`.
 
     Attributes:
-      host: the state of the optimizer itself; on a mesh its arrays lie in the host's memory.
+      host: state of the inner optimizer; on a mesh its arrays are in pinned host memory.
     """
 
-    host: Any
+    host: optax.OptState
 
 
-def in_host_memory(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer with its state in the host's memory between updates.
+def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps an optimizer so that its state stays in pinned host memory between updates.
 
-    The state comes to the device for the update, an array at a time where the compiler so arranges
-    it, and goes back after. `opt_state_shardings` knows it by its type; without a mesh it stays
-    where it is. TPUs, GPUs and CPUs have that memory.
+    Each update copies the state to the device and back; the compiler may overlap copies with the
+    update and free each array early. `opt_state_shardings` recognises the state by its type
+    `HostState`. Without a mesh nothing moves. TPUs, GPUs and CPUs have pinned host memory.
     """
 
-    def init(params: Any) -> HostState:
+    def init(params: Params) -> HostState:
         return HostState(tx.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, HostState]:
-        here = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state.host)
-        updates, new = tx.update(updates, here, params)
-        return updates, HostState(new)
+    def update(
+        updates: Params, state: Any, params: Params | None = None
+    ) -> tuple[Params, HostState]:
+        local = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state.host)
+        updates, new_state = tx.update(updates, local, params)
+        return updates, HostState(new_state)
 
     return optax.GradientTransformation(init, update)
 
 
-def to_host_memory(tree: Any) -> Any:
-    """Copies of arrays in the host's memory, each device's part with its host.
+def to_host_memory(tree: T) -> T:
+    """Copies arrays to pinned host memory; each host keeps the shards of its devices.
 
     Args:
-      tree: of arrays. Programs that read it must fetch it, by `on_device`.
+      tree: pytree of arrays. Jitted functions that read the result must call `on_device` on it.
     """
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), tree)
 
 
-def on_device(tree: Any) -> Any:
-    """Inside a program: fetches what lies in the host's memory, for as long as the program runs."""
+def on_device(tree: T) -> T:
+    """Inside a jitted function: copies arrays in host memory to the device for this execution."""
     host, device = jax.memory.Space.Host, jax.memory.Space.Device
 
-    def fetch(x: Any) -> Any:
+    def fetch(x: jax.Array) -> jax.Array:
         return jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
 
     return jax.tree.map(fetch, tree)
 
 
-def lies_in_host_memory(path: Any, leaf: Any) -> bool:
-    """Whether an array of an optimizer's state belongs there: all but counters."""
+def is_cpu(device: jax.Device) -> bool:
+    """Whether a device's memory is host memory, so that numpy reads its arrays without a copy."""
+    return device.platform == "cpu"
+
+
+def is_offloaded(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf of an optimizer's state is offloaded: all in a `HostState` but scalars."""
     return bool(leaf.shape) and any(getattr(key, "name", None) == "host" for key in path)

@@ -1,8 +1,8 @@
-"""Logical axes, and the one table that maps them to mesh axes.
+"""Sharding rules: the one table that maps logical axes to mesh axes.
 
-Parameters and activations name *logical* axes ("embed", "mlp", "rows", …), never mesh axes.
-Changing a layout means changing the table, never a model: `use_rules` puts other entries into it
-for a while, and what is jitted is traced anew under another table.
+Parameters and activations name *logical* axes ("embed", "mlp", "rows", …), never mesh axes. To
+change a layout, change the table, not the model. `use_rules` overrides entries within a context;
+jitted functions are traced again under other rules.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import contextlib
 import difflib
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 
 MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-"""Every mesh axis, the one whose devices talk most last: neighbours on most machines."""
+"""Mesh axes, from least to most communication: devices along the last are neighbours."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -46,34 +45,36 @@ RULES: Rules = {
     "rank": None,
     "scalar": None,
 }
-"""Logical axis → mesh axis (or axes). Every logical name used anywhere is listed here.
+"""Logical axis → mesh axis, several, or None (replicated). It lists every logical axis.
 
-Mesh axes that a mesh lacks split nothing. "length" is time where a whole row is read at once, "new"
-time where tokens are added to a cache. "new" and "hidden" are whole on every device, always. Where
-other entries say nothing of it, "cache_rows" is as "rows" and "cache_heads" as "kv_heads".
+- A mesh axis that the mesh lacks splits nothing.
+- `length` is time in a forward pass over whole rows; `new` is time of tokens appended to a cache.
+- `new` and `hidden` are always replicated; no rule may split them.
+- `cache_rows` defaults to `rows` and `cache_heads` to `kv_heads`: a rule for the latter changes
+  both, unless there is a rule for the former.
 """
 
-_FOLLOWS = {"cache_rows": "rows", "cache_heads": "kv_heads"}
+_DEFAULTS_TO = {"cache_rows": "rows", "cache_heads": "kv_heads"}
 
-_ALWAYS_WHOLE = ("new", "hidden")
+_ALWAYS_REPLICATED = ("new", "hidden")
 
 _Entries = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Part of the key under which JAX keeps traced and compiled functions.
-_over = jax.make_user_context(default_value=())
+# Overrides in effect; part of the key of JAX's caches of traced and compiled functions.
+_overrides = jax.make_user_context(default_value=())
 
 
 def current_rules() -> Rules:
-    """The table that holds now: `RULES`, with the entries of `use_rules` around this call."""
-    return _with(_over.value)
+    """The rules in effect: `RULES` with the overrides of the enclosing `use_rules`."""
+    return _with_overrides(_overrides.value)
 
 
 @contextlib.contextmanager
 def use_rules(over: Rules | None) -> Iterator[None]:
-    """Puts other entries into the table, on top of those that hold now; None: none.
+    """Context that overrides entries of the rules in effect; for None does nothing.
 
     Args:
-      over: logical axis → mesh axis, several, or None (whole on every device).
+      over: logical axis → mesh axis, several, or None (replicated).
 
     Raises:
       ValueError: see `check_rules`.
@@ -82,30 +83,30 @@ def use_rules(over: Rules | None) -> Iterator[None]:
         yield
         return
     check_rules(over)
-    entries = dict(_over.value) | {name: _several(target) for name, target in over.items()}
-    with _over(tuple(sorted(entries.items()))):
+    entries = dict(_overrides.value) | {name: _as_tuple(axes) for name, axes in over.items()}
+    with _overrides(tuple(sorted(entries.items()))):
         yield
 
 
-def keep_rules() -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes contexts in which the table is what it is now, whatever is around them."""
-    return functools.partial(_over, _over.value)
+def capture_rules() -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """Captures the rules in effect: the result makes contexts that restore them."""
+    return functools.partial(_overrides, _overrides.value)
 
 
 def check_rules(over: Rules) -> None:
-    """Refuses entries that mean nothing.
+    """Checks overrides.
 
     Raises:
-      ValueError: which entry, and what is known.
+      ValueError: an unknown logical or mesh axis, or a mesh axis given twice.
     """
     for name, target in over.items():
-        if name in _ALWAYS_WHOLE or name not in RULES:
-            known = [axis for axis in RULES if axis not in _ALWAYS_WHOLE]
+        if name in _ALWAYS_REPLICATED or name not in RULES:
+            known = [axis for axis in RULES if axis not in _ALWAYS_REPLICATED]
             raise ValueError(
                 f"rule {name}={target!r}: no such logical axis{_near(name, known)}; "
                 f"known: {', '.join(known)}"
             )
-        axes = _several(target)
+        axes = _as_tuple(target)
         for axis in axes:
             if axis not in MESH_AXES:
                 raise ValueError(
@@ -116,19 +117,20 @@ def check_rules(over: Rules) -> None:
             raise ValueError(f"rule {name}={target!r}: wanted each mesh axis once")
 
 
-def _near(name: str, known: Any) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _several(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _as_tuple(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else tuple(target or ())
 
 
 @functools.lru_cache(maxsize=64)
-def _with(over: _Entries) -> Rules:
-    if not over:
+def _with_overrides(entries: _Entries) -> Rules:
+    if not entries:
         return RULES
-    table = dict(RULES) | dict(over)
-    followed = {name: table[other] for name, other in _FOLLOWS.items() if name not in dict(over)}
-    return types.MappingProxyType(table | followed)
+    over = dict(entries)
+    table = dict(RULES) | over
+    defaults = {name: table[other] for name, other in _DEFAULTS_TO.items() if name not in over}
+    return types.MappingProxyType(table | defaults)

@@ -1,6 +1,6 @@
-"""Work on the shards of the mesh in context: for what the compiler would not split by itself.
+"""Manual sharding with `jax.shard_map`: explicit collectives for what the compiler splits badly.
 
-Everything is said in logical axes; without a mesh in context, everything runs as it stands.
+Functions take logical axes and the mesh in context. Without a mesh they run unsharded.
 """
 
 from __future__ import annotations
@@ -12,38 +12,43 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.parallel.sharding import axis_shards, mesh_axes, partition_spec, row_shards
+from jaxalign.parallel.sharding import Axes, axis_shards, mesh_axes, partition_spec, row_shards
+from jaxalign.types import Params
 
 
 def current_device() -> tuple[str, str]:
-    """Platform ("cpu", "gpu", "tpu") and kind ("NVIDIA H100 …") of what a program is traced for.
+    """Platform ("cpu", "gpu", "tpu") and kind ("NVIDIA H100 …") that a program is traced for.
 
-    Those of the mesh in context, whose devices may be absent (ahead-of-time compilation); without
-    one, of the default device.
+    With a mesh in context, those of its devices, which may be absent (ahead-of-time compilation);
+    otherwise those of the default device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
-        chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 (a name made at run time)
-        if isinstance(chosen, str):
-            device = jax.devices(chosen)[0]
+        default = getattr(jax.config, "jax_default_device")  # noqa: B009 (a name made at run time)
+        if isinstance(default, str):
+            device = jax.devices(default)[0]
         else:
-            device = jax.devices()[0] if chosen is None else chosen
+            device = jax.devices()[0] if default is None else default
     return device.platform, device.device_kind
 
 
 def map_shards(
     run: Callable[..., jax.Array], args: Sequence[Any], axes: Sequence[Any]
 ) -> jax.Array:
-    """Runs a function on each device with its own part of every argument.
+    """Runs a function on every device with the local shard of each argument.
+
+    With rows split over 4 devices and axes `["rows length", "rows"]`, `run` gets `[B/4, T]` and
+    `[B/4]` and returns `[B/4, T]`.
 
     Args:
-      run: its result is laid out as its first argument is.
-      args: arrays, or pytrees of them.
-      axes: of each argument, its logical axes (for None any), or its `PartitionSpec`s.
+      run: function of local shards; its result has the axes of its first argument.
+      args: arrays, or pytrees of arrays.
+      axes: for each argument its logical axes, or its `PartitionSpec`s; anything for a None.
 
-    Without a mesh in context, runs it as it stands. A first axis that its shards do not divide is
-    whole on every device.
+    Returns:
+      The result, sharded like the first argument. Without a mesh in context, `run(*args)`. A first
+      axis whose size its shards do not divide stays replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -56,61 +61,66 @@ def map_shards(
             if rows % axis_shards(names.split()[0]):
                 spec = PartitionSpec(None, *spec[1:])
         specs.append(spec)
-    # What is whole on several devices is computed alike on all of them; nothing checks it.
+    # check_vma=False: replicated values are computed identically on every device, unchecked.
     mapped = jax.shard_map(run, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return mapped(*args)
 
 
 def gather_shards(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Inside `map_shards`: joins the parts of an array that is split along a logical axis."""
+    """Inside a `shard_map`: all-gathers dimension `dim` over the shards of a logical axis.
+
+    `[…, N/n, …] → […, N, …]` for n shards; an axis without mesh axes returns x.
+    """
     names = mesh_axes(axis, jax.sharding.get_abstract_mesh())
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
 def shard_index(axis: str) -> jax.Array:
-    """Inside `map_shards`: which part of a logical axis this device holds."""
+    """Inside a `shard_map`: the index of this device's shard of a logical axis, int32 []."""
     names = mesh_axes(axis, jax.sharding.get_abstract_mesh())
     return jax.lax.axis_index(names) if names else jnp.zeros((), jnp.int32)
 
 
-def layout(axes: str) -> NamedSharding:
-    """Logical axes as a sharding on the mesh in context."""
+def named_sharding(axes: str) -> NamedSharding:
+    """Logical axes as a `NamedSharding` on the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     return NamedSharding(mesh, partition_spec(axes, mesh=mesh))
 
 
 def fold_length(x: jax.Array) -> jax.Array:
-    """`[B, T, …]` → `[n · B, T / n, …]`, n the shards of time: parts of rows become rows.
+    """Turns the n shards of time into rows: `[B, T, …] → [n · B, T/n, …]`.
 
-    Every device keeps what it has. T is padded with zeros to a multiple of n; `unfold_length`
-    turns back.
+    No data moves between devices: rows of the result are split over length and rows together. T is
+    padded with zeros to a multiple of n. `unfold_length` inverts.
     """
     parts = axis_shards("length")
     if parts == 1:
         return x
     x = pad_length(x)
+    # [B, T, …] -> [B, n, T/n, …] -> [n, B, T/n, …]
     x = x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1)
-    return _pin_folded(x.reshape(-1, *x.shape[2:]))
+    return _constrain_folded(x.reshape(-1, *x.shape[2:]))  # -> [n · B, T/n, …]
 
 
 def unfold_length(x: jax.Array, length: int) -> jax.Array:
-    """The opposite of `fold_length`, for rows of this length."""
+    """Inverts `fold_length`: `[n · B, T/n, …] → [B, length, …]`."""
     parts = axis_shards("length")
     if parts == 1:
         return x
-    x = _pin_folded(x)
+    x = _constrain_folded(x)
+    # [n · B, T/n, …] -> [n, B, T/n, …] -> [B, n, T/n, …]
     x = x.reshape(parts, -1, *x.shape[1:]).swapaxes(0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]  # -> [B, length, …]
 
 
-def _pin_folded(x: jax.Array) -> jax.Array:
+def _constrain_folded(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     names = (*mesh_axes("length", mesh), *mesh_axes("rows", mesh))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(names))
 
 
 def pad_length(x: jax.Array, dim: int = 1, multiple: int = 1) -> jax.Array:
-    """Pads time with zeros, to a multiple of its shards and of `multiple` in each of them."""
+    """Pads dimension `dim` with zeros to a multiple of n · `multiple`, n the shards of time."""
     pad = -x.shape[dim] % (axis_shards("length") * multiple)
     if not pad:
         return x
@@ -120,56 +130,66 @@ def pad_length(x: jax.Array, dim: int = 1, multiple: int = 1) -> jax.Array:
 def map_row_shards(
     run: Callable[..., jax.Array],
     rows: Sequence[jax.Array],
-    weights: Any,
-    axes: Any,
+    weights: Params,
+    axes: Axes,
     *,
-    summed: str,
-    spread: str,
+    contracted: str,
+    sharded: str,
 ) -> jax.Array:
-    """Runs a function on each device with its own rows, for what the compiler would not split.
+    """Runs a function on every device with its rows and its shard of the weights.
 
-    Devices that hold different parts of the weights along `spread` share their rows: each gets the
-    rows of all of them, its part of the result counts for all, and the parts are added up.
+    Experts are the example: `sharded="expert"`, `contracted="mlp"`, with e and m shards, and B rows
+    over r shards:
 
-    Without a mesh in context, or where the rows do not divide over it, runs it as it stands.
+    1. all-gather of the rows over the mesh axes of `sharded`: `[B/r, T, …] → [e · B/r, T, …]`;
+    2. `run` with the local weights (experts `[E/e, …, F/m]`), for all these rows;
+    3. reduce-scatter over `sharded`, which sums the experts' parts: `→ [B/r, T, …]`;
+    4. all-reduce over `contracted`, which sums the parts of the contraction.
+
+    Without a mesh in context, or if r does not divide B, returns `run(*rows, weights, 0)`.
 
     Args:
-      run: `(*rows, weights, first) -> rows`, its result partial wherever `summed` or `spread` is
-        split; `first` is where its part of `spread` begins.
+      run: `(*rows, weights, first) -> [rows, T, …]`. Its result is a partial sum wherever
+        `contracted` or `sharded` is split. `first` is the global index of the first local entry
+        of `sharded`, int32 [].
       rows: arrays `[B, T, …]`.
-      weights: nested dict of arrays, gathered but for the axes named.
-      axes: the same nested dict, of the logical axes that each array has inside `run`.
-      summed: logical axis that `run` contracts; partial results are added up over its shards.
-      spread: logical axis, the first one of every array in `weights`.
+      weights: nested dict of arrays, all-gathered along every axis that `axes` does not name.
+      axes: nested dict of the logical axes that each array keeps inside `run`.
+      contracted: logical axis that `run` contracts.
+      sharded: logical axis of the first dimension of every array in `weights`.
+
+    Raises:
+      ValueError: a rule that splits `sharded` over a mesh axis that does not split rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or rows[0].shape[0] % row_shards():
         return run(*rows, weights, 0)
     length = rows[0].shape[1]
+    # Fewer tokens than shards of time, as in a decode step (T = 1): time stays whole.
     time = "length" if length >= axis_shards("length") else "new"
     if time == "length":
         rows = [pad_length(x) for x in rows]
-    split = partition_spec(f"rows {time}", mesh=mesh)
-    # Parts that are added up must be of the same rows.
-    partition_spec(f"rows {time} {summed}", mesh=mesh)
-    summed_over = mesh_axes(summed, mesh)
-    spread_over = mesh_axes(spread, mesh)
+    row_spec = partition_spec(f"rows {time}", mesh=mesh)
+    # Partial sums must belong to the same rows: raises if rows or time share an axis with it.
+    partition_spec(f"rows {time} {contracted}", mesh=mesh)
+    contracted_over = mesh_axes(contracted, mesh)
+    sharded_over = mesh_axes(sharded, mesh)
     rows_over = mesh_axes("rows", mesh)
-    alone = sorted(set(spread_over).difference(rows_over))
+    alone = sorted(set(sharded_over).difference(rows_over))
     if alone:
         raise ValueError(
-            f"rule {spread}={spread_over}: devices share their rows along it, so rows must be "
+            f"rule {sharded}={sharded_over}: devices share their rows along it, so rows must be "
             f"split over it too; {', '.join(alone)} is not among rows={rows_over}"
         )
 
-    def local(rows: Sequence[jax.Array], weights: Any) -> jax.Array:
-        first = shard_index(spread) * jax.tree.leaves(weights)[0].shape[0] if spread_over else 0
-        rows = [gather_shards(x, spread, 0) for x in rows]
+    def local(rows: Sequence[jax.Array], weights: Params) -> jax.Array:
+        first = shard_index(sharded) * jax.tree.leaves(weights)[0].shape[0] if sharded_over else 0
+        rows = [gather_shards(x, sharded, 0) for x in rows]  # [B/r, T, …] -> [e · B/r, T, …]
         out = run(*rows, weights, first)
-        if spread_over:
-            out = jax.lax.psum_scatter(out, spread_over, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(out, summed_over) if summed_over else out
+        if sharded_over:  # [e · B/r, T, …] -> [B/r, T, …]
+            out = jax.lax.psum_scatter(out, sharded_over, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(out, contracted_over) if contracted_over else out
 
     specs = jax.tree.map(lambda a: partition_spec(a, mesh=mesh), axes)
-    mapped = jax.shard_map(local, in_specs=(split, specs), out_specs=split)
+    mapped = jax.shard_map(local, in_specs=(row_spec, specs), out_specs=row_spec)
     return mapped(tuple(rows), weights)[:, :length]

@@ -1,6 +1,6 @@
-"""From logical axes to layouts on a mesh, and batches on a mesh.
+"""From logical axes to shardings on a mesh, for parameters, activations and batches.
 
-Which mesh axes a logical axis is split over is said in `axis_rules` alone.
+The rules that map a logical axis to mesh axes are in `parallel/rules.py` alone.
 """
 
 from __future__ import annotations
@@ -8,30 +8,42 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.parallel import host_rows
 from jaxalign.parallel.mesh import describe
 from jaxalign.parallel.rules import Rules, current_rules, use_rules
+from jaxalign.types import Params
+
+AnyMesh = Mesh | AbstractMesh
+
+Axes = Mapping[str, Any]
+"""Nested dict of logical-axes strings, e.g. `{"kernel": "layers embed mlp"}`."""
+
+T = TypeVar("T")
+"""A pytree of arrays; what a function returns has the same structure."""
 
 
-def partition_spec(axes: str, rules: Rules | None = None, mesh: Any = None) -> PartitionSpec:
+def partition_spec(
+    axes: str, rules: Rules | None = None, mesh: AnyMesh | None = None
+) -> PartitionSpec:
     """Turns logical axes (`"embed mlp"`) into a `PartitionSpec`.
 
     Args:
-      axes: names from `rules`, one a dimension. `heads/64` is an axis of heads of 64 entries each,
-        which are not to be torn apart.
-      rules: logical axis → mesh axis (or axes); None: the table that holds now.
-      mesh: concrete or abstract; mesh axes that it lacks are left out. None: all are kept.
+      axes: names from `rules`, one per dimension. `heads/64` is an axis of heads with 64 entries
+        each; a shard holds whole heads.
+      rules: logical axis → mesh axis (or axes); None: the rules in effect.
+      mesh: concrete or abstract; mesh axes that it lacks are dropped. None: all are kept.
 
     Raises:
       ValueError: an unknown logical axis, or two axes that map to the same mesh axis.
     """
-    entries: list[Any] = []
+    entries: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
     for axis in axes.split():
         names = mesh_axes(axis, mesh, rules, axes)
@@ -43,17 +55,19 @@ def partition_spec(axes: str, rules: Rules | None = None, mesh: Any = None) -> P
     return PartitionSpec(*entries)
 
 
-def mesh_axes(axis: str, mesh: Any, rules: Rules | None = None, axes: str = "") -> tuple[str, ...]:
-    """The mesh axes that a logical axis is split over.
+def mesh_axes(
+    axis: str, mesh: AnyMesh | None, rules: Rules | None = None, axes: str = ""
+) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis.
 
     Args:
-      axis: its name.
-      mesh: axes that it lacks are left out; None: none.
-      rules: logical axis → mesh axes; None: the table that holds now.
-      axes: what the name stood in, for the message.
+      axis: the logical axis.
+      mesh: mesh axes that it lacks are dropped; None: all are kept.
+      rules: logical axis → mesh axes; None: the rules in effect.
+      axes: the string that contains `axis`, for the error message.
 
     Raises:
-      ValueError: there is no such logical axis.
+      ValueError: an unknown logical axis.
     """
     name = axis.partition("/")[0]
     rules = current_rules() if rules is None else rules
@@ -70,14 +84,17 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
     """Shardings of a parameter tree.
 
     Args:
-      axes: nested dict of logical-axes strings, e.g. `{"kernel": "layers embed mlp"}`.
+      axes: nested dict of logical-axes strings, see `Axes`; or one such string.
       mesh: where the parameters go.
       shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given,
         every sharded dimension is checked to divide.
-      rules: logical axis → mesh axis; None: the table that holds now.
+      rules: logical axis → mesh axis; None: the rules in effect.
+
+    Returns:
+      A `NamedSharding` for each string of `axes`, in the same structure.
 
     Raises:
-      ValueError: a dimension that the mesh axis does not divide: which, by what, what would fit.
+      ValueError: a dimension that the mesh axis does not divide; names both and sizes that fit.
     """
     if shapes is not None:
         jax.tree_util.tree_map_with_path(
@@ -88,19 +105,19 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
     return jax.tree.map(lambda a: NamedSharding(mesh, partition_spec(a, rules, mesh)), axes)
 
 
-def reshard(params: Any, axes: Any, mesh: Mesh) -> Any:
-    """Lays parameters out on another mesh (of the same devices, say) by one `device_put`.
+def reshard(params: Params, axes: Axes, mesh: Mesh) -> Params:
+    """Reshards parameters to a mesh, of the same or other devices, by one `device_put`.
 
     Args:
-      params: nested dict of arrays, wherever they lie.
+      params: nested dict of arrays, on any devices.
       axes: nested dict of their logical axes, `model.axes`.
-      mesh: where they are to lie.
+      mesh: the target.
     """
     return jax.device_put(params, param_shardings(axes, mesh, params))
 
 
-def reshard_by_rules(params: Any, axes: Any, over: Rules | None) -> Any:
-    """Parameters on their mesh as other entries of the table say; as they lie for None.
+def reshard_by_rules(params: Params, axes: Axes, over: Rules | None) -> Params:
+    """Reshards parameters on their own mesh by overridden rules; for None returns them as they are.
 
     Args:
       params: nested dict of arrays.
@@ -119,21 +136,21 @@ def _check_divides(
 ) -> None:
     partition_spec(axes, rules, mesh)
     for axis, size in zip(axes.split(), shape, strict=True):
-        kind, _, each = axis.partition("/")
+        logical, _, unit = axis.partition("/")
         names = mesh_axes(axis, mesh, rules)
-        parts = math.prod(mesh.shape[n] for n in names)
-        count = size // int(each or 1)
-        if count % parts:
+        shards = math.prod(mesh.shape[n] for n in names)
+        count = size // int(unit or 1)
+        if count % shards:
             fits = [d for d in range(1, count + 1) if count % d == 0 and d <= 4096]
-            whole = f"size {count}" if not each else f"{count} parts of {each}"
+            described = f"size {count}" if not unit else f"{count} parts of {unit}"
             raise ValueError(
-                f"parameter {name} {shape}: axis {kind!r} has {whole}, which mesh axis "
-                f"{'×'.join(names)}={parts} does not divide; sizes that would fit: {fits}"
+                f"parameter {name} {shape}: axis {logical!r} has {described}, which mesh axis "
+                f"{'×'.join(names)}={shards} does not divide; sizes that would fit: {fits}"
             )
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
-    """Pins an activation to its logical axes; without a mesh in context, returns it unchanged."""
+    """Constrains an activation to the sharding of its logical axes; without a mesh returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -141,50 +158,58 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 
 def constrain_last(x: jax.Array, axes: str) -> jax.Array:
-    """Like `constrain`; what two logical axes are split over, the later one gets.
+    """Like `constrain`, but a mesh axis that two dimensions name splits the last of them only.
 
-    `axes` may name more than x has: those at the end, which then only take theirs from the others.
+    Example: token ids `[B, T]` that index a table sharded by `embed` → fsdp, with `rows` → (data,
+    fsdp) and `length` → sequence. `constrain` refuses "rows length embed", which names fsdp twice.
+    Here `embed` takes fsdp and `rows` keeps data, so that the ids are split by `(data, sequence)`
+    and the looked-up vectors `[B, T, D]` by `(data, sequence, fsdp)`.
+
+    Args:
+      x: array; its dimensions are the first axes.
+      axes: logical axes, possibly more than x has dimensions. The surplus only takes mesh axes away
+        from the others, as `embed` does for the ids.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     taken: set[str] = set()
-    parts: list[tuple[str, ...]] = []
+    entries: list[tuple[str, ...]] = []
     for axis in reversed(axes.split()):
-        parts.append(tuple(name for name in mesh_axes(axis, mesh) if name not in taken))
-        taken.update(parts[-1])
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts[::-1][: x.ndim]))
+        entries.append(tuple(name for name in mesh_axes(axis, mesh) if name not in taken))
+        taken.update(entries[-1])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries[::-1][: x.ndim]))
 
 
 def axis_shards(axis: str, mesh: Mesh | None = None) -> int:
-    """Over how many shards a logical axis is split on this mesh (by default the current one)."""
-    here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(here.shape[name] for name in mesh_axes(axis, here))
+    """Number of shards of a logical axis on a mesh; None: the mesh in context."""
+    current = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(current.shape[name] for name in mesh_axes(axis, current))
 
 
 def row_shards(mesh: Mesh | None = None) -> int:
-    """Over how many shards a batch's rows are split on this mesh (by default the current one)."""
+    """Number of shards of a batch's rows on a mesh; None: the mesh in context."""
     return axis_shards("rows", mesh)
 
 
 def row_axes(mesh: Mesh | None = None) -> str:
-    """The mesh axes that rows are split over, in words: "data × fsdp"."""
-    here = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return " × ".join(mesh_axes("rows", here))
+    """The mesh axes that split rows, for messages: "data × fsdp"."""
+    current = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return " × ".join(mesh_axes("rows", current))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """How every leaf of a batch lies on the mesh: rows split, the rest whole."""
+    """Sharding of every leaf of a batch: rows split, other dimensions replicated."""
     return NamedSharding(mesh, partition_spec("rows", mesh=mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree of arrays lies on, or None where none of them lies on one."""
+    """The mesh of the first array in a tree that has a `NamedSharding`, or None."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
@@ -192,15 +217,15 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes `mesh` the current one; does nothing for None."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """Context that sets the current mesh; for None does nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def part_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process reads: `(index, count)`, for `host=` of the data.
+    """The part of every batch that this process reads: `(index, count)`, for `host=` of the data.
 
-    With one process (0, 1): all rows.
+    (0, 1), all rows, with one process.
     """
     return _part_of_rows(rows_sharding(mesh), row_shards(mesh))
 
@@ -208,27 +233,27 @@ def part_of_rows(mesh: Mesh) -> tuple[int, int]:
 _part_of_rows = functools.lru_cache(maxsize=16)(host_rows.host_part)
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch of host arrays on the mesh, rows split over all axes that split rows.
+def shard_batch(batch: T, mesh: Mesh) -> T:
+    """Puts a batch on the mesh, rows split over all mesh axes that split rows.
 
-    With several processes, each gives its own rows (see `part_of_rows`), and gets global arrays of
-    all rows. Global arrays are laid out anew where they lie otherwise.
+    With several processes, each passes its own rows (see `part_of_rows`) and gets global arrays of
+    all rows. Global arrays are resharded if their sharding differs.
 
     Raises:
       ValueError: the number of rows is not a multiple of the row shards.
     """
     sharding = rows_sharding(mesh)
-    parts = row_shards(mesh)
+    shards = row_shards(mesh)
     part = part_of_rows(mesh)
 
-    def place(path: Any, x: Any) -> jax.Array:
+    def place(path: tuple[Any, ...], x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         rows = np.shape(x)[0] * (part[1] if host_rows.is_local(x) else 1)
-        if rows % parts:
+        if rows % shards:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has {rows} rows, which the mesh "
-                f"({row_axes(mesh)} = {parts}) does not divide; use a multiple of {parts} rows"
+                f"({row_axes(mesh)} = {shards}) does not divide; use a multiple of {shards} rows"
             )
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
@@ -241,8 +266,8 @@ def local_rows(batch: Any, mesh: Mesh | None = None) -> Any:
     """This process's rows of a batch as numpy arrays; with one process all of them.
 
     Args:
-      batch: arrays whose first axis is rows; `shard_batch` puts such rows together again.
-      mesh: where they lie; by default found out.
+      batch: arrays whose first axis is rows. `shard_batch` inverts this.
+      mesh: the batch's mesh; None: taken from its arrays.
     """
     mesh = mesh_of(batch) if mesh is None else mesh
     if mesh is None or jax.process_count() == 1:
@@ -251,28 +276,28 @@ def local_rows(batch: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(lambda x: host_rows.host_rows(x, sharding, part), batch)
 
 
-def reshard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch on another mesh, as `shard_batch` lays it out.
+def reshard_batch(batch: T, mesh: Mesh) -> T:
+    """Reshards a batch to another mesh, with the sharding of `shard_batch`.
 
-    Between meshes of other devices rows go by way of the hosts: they are few bytes, and no process
-    needs the rows of another.
+    Between meshes of different devices, rows travel through host memory: they are small, and every
+    process keeps the same rows.
 
     Raises:
-      ValueError: a process has other rows here than there.
+      ValueError: a process holds different rows on the two meshes.
     """
-    home = mesh_of(batch)
-    if home is None or set(home.devices.flat) == set(mesh.devices.flat):
+    source = mesh_of(batch)
+    if source is None or set(source.devices.flat) == set(mesh.devices.flat):
         return shard_batch(batch, mesh)
-    if part_of_rows(home) != part_of_rows(mesh):
+    if part_of_rows(source) != part_of_rows(mesh):
         raise ValueError(
-            f"rows on mesh {describe(home.shape)} are to go to mesh {describe(mesh.shape)}, but "
+            f"rows on mesh {describe(source.shape)} are to go to mesh {describe(mesh.shape)}, but "
             "hosts have other rows there; give every host the same share of both meshes"
         )
-    return shard_batch(local_rows(batch, home), mesh)
+    return shard_batch(local_rows(batch, source), mesh)
 
 
-def all_rows(batch: Any) -> Any:
-    """All rows of a batch as numpy arrays on every process; all of them must call this."""
+def all_gather_rows(batch: Any) -> Any:
+    """All rows of a batch as numpy arrays on every process; a collective: all must call it."""
     if jax.process_count() == 1:
         return jax.device_get(batch)
-    return jax.tree.map(host_rows.whole, batch)
+    return jax.tree.map(host_rows.all_gather, batch)

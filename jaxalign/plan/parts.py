@@ -28,7 +28,7 @@ from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

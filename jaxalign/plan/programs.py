@@ -21,7 +21,7 @@ from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.lm_head import head_chunks, pooled_scores
-from jaxalign.parallel.host_memory import lies_in_host_memory, on_device
+from jaxalign.parallel.host_memory import is_offloaded, on_device
 from jaxalign.parallel.sharding import axis_shards, replicated, row_shards, rows_sharding, use_mesh
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.parts import HostArray, Parts, array, relaid_shapes, rollout
@@ -81,7 +81,7 @@ def train_state(parts: Parts, mesh: Mesh) -> TrainState:
     """The state of a run as shapes, laid out as `init_state` would."""
 
     def moment(path: Any, x: Any, sharding: Any) -> Any:
-        make = HostArray if lies_in_host_memory(path, x) else jax.ShapeDtypeStruct
+        make = HostArray if is_offloaded(path, x) else jax.ShapeDtypeStruct
         return make(x.shape, x.dtype, sharding=sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(

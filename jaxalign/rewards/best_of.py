@@ -1,7 +1,7 @@
-"""Best-of-n: several answers to a prompt, of which a reward model picks one.
+"""Best-of-n sampling: samples n answers to a prompt and returns the best by a reward model.
 
 Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325) and Nakano et al. 2021 (WebGPT,
-https://arxiv.org/abs/2112.09332): better answers without training, at n times the cost.
+https://arxiv.org/abs/2112.09332): better answers without training, at n times the sampling cost.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[Message]
-Judge = Callable[[Sequence[list[Message]]], np.ndarray]
-"""Conversations → their scores `[N]`, larger is better."""
+ConversationScorer = Callable[[Sequence[list[Message]]], np.ndarray]
+"""Conversations → scores `[N]`; larger is better."""
 
 
-class Picked(NamedTuple):
-    """The answers to one prompt.
+class BestOfN(NamedTuple):
+    """The result for one prompt.
 
     Attributes:
-      answer: the one with the highest score (the first of these, if there are several).
+      answer: the answer with the highest score; the first of several.
       score: its score.
-      answers: all of them, as sampled.
-      scores: of all of them.
+      answers: all answers, in the order of sampling.
+      scores: their scores.
     """
 
     answer: str
@@ -47,28 +47,28 @@ def best_of(
     params: Params,
     tok: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    judge: Judge,
+    judge: ConversationScorer,
     *,
     count: int = 4,
     **sampling: Any,
-) -> list[Picked]:
-    """Samples several answers to each prompt and picks the one that is judged best.
+) -> list[BestOfN]:
+    """Samples `count` answers to each prompt and selects the one with the highest score.
 
-    Answers are judged as text, so that the judge may have another tokenizer and template. One that
-    was cut off at `max_new_tokens` is judged as if it ended there, and an empty one is never picked
-    unless all are empty.
+    Answers are scored as text, so the judge may have another tokenizer and template. An answer cut
+    off at `max_new_tokens` is scored as if it ended there. An empty answer is selected only if all
+    are empty.
 
     Args:
       model: the language model.
       params: its parameters.
       tok: its tokenizer.
-      prompts: what the user says, or conversations that await an answer.
-      judge: what scores conversations; see `model_judge`.
-      count: n, answers a prompt.
-      **sampling: as `jaxalign.generate`: temperature (above 0), max_new_tokens, key, ….
+      prompts: user messages, or conversations that end before the answer.
+      judge: scores conversations; see `model_judge`.
+      count: n, answers per prompt.
+      **sampling: options of `jaxalign.generate`: temperature (above 0), max_new_tokens, key, ….
 
     Raises:
-      ValueError: `count` below 1, or several answers at temperature 0, which would all be alike.
+      ValueError: `count` below 1, or several answers at temperature 0, which would be equal.
     """
     if count < 1:
         raise ValueError(f"count={count}: wanted at least one answer a prompt")
@@ -78,21 +78,21 @@ def best_of(
             "are all alike; give a temperature above 0"
         )
     texts = generate(model, params, tok, [p for p in prompts for _ in range(count)], **sampling)
-    said = [
+    conversations = [
         [*_messages(prompts[i // count]), {"role": "assistant", "content": text}]
         for i, text in enumerate(texts)
     ]
     scores = np.full(len(texts), -np.inf)
-    there = [i for i, text in enumerate(texts) if text.strip()]
-    if there:
-        scores[there] = judge([said[i] for i in there])
-    picked = []
+    nonempty = [i for i, text in enumerate(texts) if text.strip()]
+    if nonempty:
+        scores[nonempty] = judge([conversations[i] for i in nonempty])
+    results = []
     for number in range(len(prompts)):
-        own = slice(number * count, (number + 1) * count)
-        answers, judged = tuple(texts[own]), tuple(scores[own].tolist())
-        best = int(np.argmax(scores[own]))
-        picked.append(Picked(answers[best], judged[best], answers, judged))
-    return picked
+        part = slice(number * count, (number + 1) * count)
+        answers, answer_scores = tuple(texts[part]), tuple(scores[part].tolist())
+        best = int(np.argmax(scores[part]))
+        results.append(BestOfN(answers[best], answer_scores[best], answers, answer_scores))
+    return results
 
 
 def model_judge(
@@ -102,15 +102,15 @@ def model_judge(
     *,
     chat_template: str | None = None,
     batch: int = 16,
-) -> Judge:
-    """A reward model as a judge.
+) -> ConversationScorer:
+    """A reward model as the judge of `best_of`: conversations → scores `[N]`.
 
     Args:
-      scorer: a reward model with one score (`weigh_attributes` makes one of several).
+      scorer: a reward model with one score (`weigh_attributes` reduces several to one).
       params: its parameters.
       tok: its own tokenizer.
-      chat_template: what it was trained under; None is its tokenizer's.
-      batch: answers scored at a time.
+      chat_template: the template it was trained with; None: its tokenizer's.
+      batch: answers per forward pass.
     """
 
     def judge(conversations: Sequence[list[Message]]) -> np.ndarray:

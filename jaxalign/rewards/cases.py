@@ -1,4 +1,4 @@
-"""Cases: the answers of a rollout as text, each with its prompt and the row of data behind it."""
+"""Cases: the answers of a rollout as text, each with its prompt and its data row."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _HEAD = 60  # characters of a prompt shown in an error
 
 
 class RewardError(ValueError, RuntimeError):
-    """A reward failed, or gave something that is no score. The message names reward and row.
+    """A reward failed or returned no valid score; the message names reward and row.
 
-    Training stops: an answer whose reward is not known must not look like one that is worth 0.
+    Training stops: an answer without a score must not be trained on as if it scored 0.
     """
 
 
 class Case(NamedTuple):
-    """One answer to be judged.
+    """One answer to score.
 
     Attributes:
-      prompt: what the policy read, special tokens left out.
-      completion: what it wrote, likewise.
-      place: row of the batch.
-      row: the row of data, all its columns; None where no rows were given.
-      messages: the turns of the prompt; None where no rows were given.
-      origin: where the row came from (`file:line`), or its number.
+      prompt: the policy's input, decoded without special tokens.
+      completion: the policy's output, decoded likewise.
+      place: index of the row in the batch.
+      row: the data row with all its columns; None if the reward has no rows.
+      messages: the messages of the prompt; None if the reward has no rows.
+      origin: origin of the row (`file:line`), or its index.
     """
 
     prompt: str
@@ -51,26 +51,26 @@ class Case(NamedTuple):
 
 
 class Rows:
-    """The rows of data behind prompts, by `PromptBatch.index`.
+    """The data rows behind prompts, by `PromptBatch.index`.
 
     Args:
-      rows: what `prompt_batches` gave, its `examples`, or rows as dicts in the order of the
-        indices; None: there are none.
+      rows: the result of `prompt_batches`, its `examples`, or dicts in the order of the indices;
+        None: no rows.
     """
 
     def __init__(self, rows: Any = None):
         self._rows: Sequence[Any] | None = getattr(rows, "examples", rows)
 
     def all(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Each row with where it came from."""
-        for number, found in enumerate(self._rows or ()):
-            if isinstance(found, Mapping):
-                yield f"row {number} of the data", found
+        """Each row with its origin."""
+        for number, row in enumerate(self._rows or ()):
+            if isinstance(row, Mapping):
+                yield f"row {number} of the data", row
             else:
-                yield found.origin, found.row
+                yield row.origin, row.row
 
     def fill(self, case: Case, index: int) -> Case:
-        """The case with its row.
+        """Adds the data row to a case.
 
         Raises:
           RewardError: no row has this index.
@@ -82,52 +82,46 @@ class Rows:
                 f"{case}: its index {index} is none of the {len(self._rows)} rows that the reward "
                 "was given; pass rows=batches for the batches that the prompts came from"
             )
-        found = self._rows[index]
-        if isinstance(found, Mapping):
-            return case._replace(row=found, origin=f"row {index} of the data")
-        return case._replace(row=found.row, messages=found.messages, origin=found.origin)
+        row = self._rows[index]
+        if isinstance(row, Mapping):
+            return case._replace(row=row, origin=f"row {index} of the data")
+        return case._replace(row=row.row, messages=row.messages, origin=row.origin)
 
 
 def cases_of(
     tok: PreTrainedTokenizerBase, tokens: TokenBatch, prompts: PromptBatch, rows: Rows
 ) -> list[Case]:
-    """The answers of a batch as text, but for rows that only fill it up.
+    """The answers of a batch as text; padding rows are left out.
 
     Args:
       tok: the policy's tokenizer.
-      tokens: prompts with answers, `loss_mask` on the answers.
-      prompts: the prompts.
-      rows: where their rows are.
+      tokens: prompts with answers `[B, T]`; `loss_mask` marks the answers.
+      prompts: the prompts `[B, P]`.
+      rows: the data rows.
     """
-    # Answer by answer: texts of special tokens are left out, and masks say where each begins.
-    arrays: Any = (tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask, prompts.index)
-    said = [
-        (place, index, prompt[there], targets[answer])
-        for place, (targets, answer, prompt, there, index) in enumerate(
-            zip(*local_rows(arrays), strict=True)
-        )
-        if answer.any()
-    ]
-    decode = lambda which: [  # noqa: E731
-        str(tok.decode(each[which], skip_special_tokens=True)) for each in said
-    ]
-    return [
-        rows.fill(Case(prompt, completion, place), int(index))
-        for (place, index, *_), prompt, completion in zip(said, decode(2), decode(3), strict=True)
-    ]
+    arrays = (tokens.targets, tokens.loss_mask, prompts.tokens, prompts.mask, prompts.index)
+    cases = []
+    for place, (targets, answer_mask, prompt, prompt_mask, index) in enumerate(
+        zip(*local_rows(arrays), strict=True)
+    ):
+        if answer_mask.any():
+            read = str(tok.decode(prompt[prompt_mask], skip_special_tokens=True))
+            written = str(tok.decode(targets[answer_mask], skip_special_tokens=True))
+            cases.append(rows.fill(Case(read, written, place), int(index)))
+    return cases
 
 
 def shifted(prompts: PromptBatch, by: int) -> PromptBatch:
-    """The prompts with indices into a longer table, whose first `by` rows are of other data."""
-    index: Any = prompts.index
+    """The prompts with `index` increased by `by`, for a table with `by` other rows in front."""
+    index: Any = prompts.index  # [B], -1 for padding rows
     return prompts._replace(index=index + by * (index >= 0))
 
 
 def origin_in(error: BaseException) -> str:
     """` at file:line` of the innermost frame outside this package, for messages; "" if none."""
-    found = ""
+    origin = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename
         if pathlib.Path(name).parent != pathlib.Path(__file__).parent:
-            found = f" at {name}:{line}"
-    return found
+            origin = f" at {name}:{line}"
+    return origin

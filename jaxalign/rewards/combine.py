@@ -1,4 +1,4 @@
-"""Several rewards as one: their weighted sum."""
+"""Combines several rewards into their weighted sum."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ def combine_rewards(
     rewards: Mapping[str, Callable[[TokenBatch, PromptBatch], Any]],
     weights: Mapping[str, float] | None = None,
 ) -> Callable[[TokenBatch, PromptBatch], Scores]:
-    """The weighted sum Σ w_i r_i of several rewards, each of which is logged as `rewards/<name>`.
+    """The weighted sum of several rewards.
 
-    A text reward may give None for a row that it does not apply to (a data set of several tasks,
-    as in TRL): it is then left out of the sum, and `applies/<name>` says for what part of the
-    answers it spoke. An answer that no reward of a weight other than 0 applies to is an error, and
-    so is a score that is no finite number.
+        r = Σ_i w_i r_i
+
+    Each r_i is logged as `rewards/<name>`. A text reward may return None for an answer that it does
+    not apply to (a data set of several tasks, as in TRL). It is then left out of that answer's sum,
+    and `applies/<name>` logs the share of answers that it scored. Every answer needs a reward with
+    a weight other than 0, and every score must be finite.
 
     Args:
       rewards: name → reward function.
-      weights: name → weight, any finite number; 1 where not named. 0 only logs.
+      weights: name → weight, a finite number; default 1. 0 only logs.
 
     Returns:
-      A reward function that gives `Scores` with all parts.
+      A reward function that returns `Scores` with all parts.
 
     Raises:
-      ValueError: no rewards, a weight of an unknown name or that is not finite, or all are 0.
+      ValueError: no rewards, a weight of an unknown name, one that is not finite, or only zeros.
     """
     if not rewards:
         raise ValueError("rewards: got none, wanted at least one, by name")
@@ -48,40 +50,43 @@ def combine_rewards(
         raise ValueError(f"weights={factors}: wanted finite numbers, of which one is not 0")
 
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Scores:
-        # All are asked before any is waited for: models compute while functions run.
-        said = {name: scores_of(each, tokens, prompts, name) for name, each in rewards.items()}
+        # Dispatch all before reading any: models run on the devices while functions run in Python.
+        dispatched = {
+            name: scores_of(reward, tokens, prompts, name) for name, reward in rewards.items()
+        }
         mesh = mesh_of((tokens, prompts))
         answered: Any = np.asarray(local_rows(tokens.loss_mask, mesh)).any(axis=1)
         index = np.asarray(local_rows(prompts.index, mesh))
-        said = {name: local_rows(each, mesh) for name, each in said.items()}
-        parts = {name: _checked(each, answered, index, name) for name, each in said.items()}
+        parts = {
+            name: _check_scores(local_rows(scores, mesh), answered, index, name)
+            for name, scores in dispatched.items()
+        }
         total = np.zeros(len(answered), np.float64)
-        spoken = np.zeros(len(answered), np.bool_)
+        scored = np.zeros(len(answered), np.bool_)
         for name, part in parts.items():
-            # Where one does not apply, its value is 0.
-            total += factors[name] * part.values
+            total += factors[name] * part.values  # 0 where the reward does not apply
             if factors[name]:
-                spoken |= np.asarray(part.applies)
-        silent = np.flatnonzero(answered & ~spoken)
-        if silent.size:
+                scored |= np.asarray(part.applies)
+        unscored = np.flatnonzero(answered & ~scored)
+        if unscored.size:
             raise RewardError(
-                f"no reward of {', '.join(rewards)} applies to {_row(silent[0], index)} "
-                f"({silent.size} such rows); every answer needs one whose weight is not 0"
+                f"no reward of {', '.join(rewards)} applies to {_row(unscored[0], index)} "
+                f"({unscored.size} such rows); every answer needs one whose weight is not 0"
             )
         return Scores(total.astype(np.float32), answered, parts)
 
     return reward
 
 
-def _checked(said: Any, answered: np.ndarray, index: np.ndarray, name: str) -> Scores:
-    """One reward's scores on the host, finite, 0 where they do not count."""
-    given = said if isinstance(said, Scores) else Scores(said)
-    values = np.asarray(given.values, np.float32)
+def _check_scores(result: Any, answered: np.ndarray, index: np.ndarray, name: str) -> Scores:
+    """Checks that one reward's scores are finite; sets those that do not apply to 0."""
+    scores = result if isinstance(result, Scores) else Scores(result)
+    values = np.asarray(scores.values, np.float32)
     if values.shape != answered.shape:
         raise RewardError(
             f"reward {name!r} gave shape {values.shape}, wanted one score a row {answered.shape}"
         )
-    applies = answered if given.applies is None else answered & np.asarray(given.applies)
+    applies = answered if scores.applies is None else answered & np.asarray(scores.applies)
     bad = np.flatnonzero(applies & ~np.isfinite(values))
     if bad.size:
         raise RewardError(

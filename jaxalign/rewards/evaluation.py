@@ -1,7 +1,7 @@
-"""How good a reward model is on held-out data: intervals, calibration, histograms, by source.
+"""Evaluates a reward model on held-out data: accuracies with intervals, calibration, histograms.
 
-Plain numpy on the host, over the scores of all held-out examples at once. Each function gives
-`Findings`: figures for `metrics.jsonl`, and details (curves and tables) for `evaluation.json`.
+Numpy on the host, over the scores of all held-out examples. Each `evaluate_*` function returns an
+`EvalResult`: figures for `metrics.jsonl`, and curves and tables for `evaluation.json`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ BINS = 10
 _SCORE_BINS = 30
 
 
-class Findings(NamedTuple):
-    """What held-out data says.
+class EvalResult(NamedTuple):
+    """Result of an evaluation.
 
     Attributes:
       figures: name → number, for `metrics.jsonl`.
@@ -31,17 +31,17 @@ class Findings(NamedTuple):
 
 
 def wilson(wins: float, count: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a share of independent trials (Wilson 1927, eq. 4).
+    """The Wilson score interval of a proportion of independent trials (Wilson 1927, eq. 4).
 
-    (p + z²/2n ± z · √(p(1 − p)/n + z²/4n²)) / (1 + z²/n),  p = wins/n
+        (p + z²/2n ± z · √(p(1 − p)/n + z²/4n²)) / (1 + z²/n),  p = wins/n
 
     Args:
-      wins: how many trials succeeded, 0 to `count`.
-      count: n, how many there were.
-      z: of the confidence; `Z95` for 95 %.
+      wins: number of successes, 0 to `count`.
+      count: n, number of trials.
+      z: quantile of the normal distribution; `Z95` for 95 %.
 
     Returns:
-      (lower, upper) end, in [0, 1]; (0, 1) without any trial.
+      (lower, upper) bound, in [0, 1]; (0, 1) for no trial.
     """
     if count == 0:
         return 0.0, 1.0
@@ -55,21 +55,21 @@ def wilson(wins: float, count: int, z: float = Z95) -> tuple[float, float]:
 def calibration(
     predicted: np.ndarray, happened: np.ndarray, low: float = 0.0, bins: int = BINS
 ) -> tuple[float, list[dict[str, float]]]:
-    """Predicted probabilities against how often it happened, in bins of equal width.
+    """Calibration of predicted probabilities, in bins of equal width.
 
-    ECE = Σ_b n_b/n · |frequency_b − mean prediction_b|
+        ECE = Σ_b n_b/n · |frequency_b − mean prediction_b|
 
-    the expected calibration error of Guo et al. 2017 (arXiv 1706.04599), eq. 3.
+    is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599), eq. 3.
 
     Args:
       predicted: probabilities in [low, 1], `[N]`.
-      happened: 0, 1 or what lies between, `[N]`.
-      low: where the first bin begins.
-      bins: how many there are up to 1; a probability on an edge belongs to the bin above it.
+      happened: outcomes in [0, 1], `[N]`.
+      low: lower edge of the first bin.
+      bins: number of bins from `low` to 1; a bin contains its lower edge.
 
     Returns:
-      (ECE, bins that are not empty): `from`, `to`, `count`, mean `predicted`, mean `observed`, and
-      the Wilson interval of the latter, `low` and `high`. ECE is 0 without examples.
+      (ECE, non-empty bins). A bin has `from`, `to`, `count`, mean `predicted`, mean `observed`, and
+      `low` and `high`, the Wilson interval of `observed`. ECE is 0 without examples.
     """
     edges = np.linspace(low, 1.0, bins + 1)
     which = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, bins - 1)
@@ -97,21 +97,24 @@ def calibration(
 
 
 def histogram(groups: Mapping[str, np.ndarray], bins: int = _SCORE_BINS) -> dict[str, Any]:
-    """Counts of each group's values in common bins: `edges` (one more than counts), `counts`."""
+    """Histograms of several groups in common bins: `edges` `[bins + 1]`, `counts` by group."""
     values = np.concatenate([np.ravel(value) for value in groups.values()])
     edges = np.histogram_bin_edges(values, bins) if values.size else np.array([0.0, 1.0])
     counts = {name: np.histogram(value, edges)[0].tolist() for name, value in groups.items()}
     return {"edges": edges.tolist(), "counts": counts}
 
 
-def pair_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
-    """Of pairs: accuracy with its interval, calibration of win probabilities, scores.
+def evaluate_pairs(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
+    """Evaluates pairs: accuracy with its interval, calibration of win probabilities, scores.
 
-    The probability is σ(|r_chosen − r_rejected|) that the answer with the higher score wins, from
-    ½ to 1, and what happened is whether it was the chosen one (½ where the scores are equal).
+    Calibration compares the probability that the answer with the higher score is the chosen one,
+
+        p = σ(|r_chosen − r_rejected|) ∈ [½, 1],
+
+    with whether it is (½ for equal scores).
 
     Args:
-      examples: `chosen`, `rejected`, `mask` and perhaps `source`, of one shape.
+      examples: `chosen`, `rejected`, `mask` and optionally `source`, of one shape.
       sources: names of the sources, in the order of their ids.
     """
     mask = examples["mask"]
@@ -124,59 +127,61 @@ def pair_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) ->
         "histogram": histogram({"chosen": chosen, "rejected": rejected}),
     }
     return _with_sources(
-        Findings(figures, details),
+        EvalResult(figures, details),
         examples,
         sources,
-        lambda one: _share("accuracy", one["chosen"][one["mask"]] > one["rejected"][one["mask"]]),
+        lambda part: _share(
+            "accuracy", part["chosen"][part["mask"]] > part["rejected"][part["mask"]]
+        ),
     )
 
 
-def ranking_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
-    """Of rankings: how often the best answer scores highest, with its interval; scores by rank.
+def evaluate_rankings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
+    """Evaluates rankings: share of prompts whose best answer scores highest; scores by rank.
 
-    Prompts are independent, the pairs of one prompt are not: the interval is of prompts.
+    The interval is over prompts: these are independent, the pairs of one prompt are not.
 
     Args:
-      examples: `scores`, `ranks`, `mask` `[N, K]`; `best` (1 where the best answer scores highest)
-        and `says` (where an order is given at all) `[N]`; perhaps `source` `[N]`.
+      examples: `scores`, `ranks`, `mask` `[N, K]`; `best` (1 if the best answer scores highest) and
+        `says` (whether the ranks give any order) `[N]`; optionally `source` `[N]`.
       sources: names of the sources, in the order of their ids.
     """
 
-    def best(one: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return _share("best", one["best"][one["says"]] > 0)
+    def best(part: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return _share("best", part["best"][part["says"]] > 0)
 
     scores, ranks, mask = (examples[name] for name in ("scores", "ranks", "mask"))
     top = np.max(np.where(mask, ranks, -np.inf), axis=1, keepdims=True, initial=-np.inf)
     chosen = mask & (ranks == top)
     groups = {"best": scores[chosen], "others": scores[mask & ~chosen]}
     details = {"histogram": histogram(groups)}
-    return _with_sources(Findings(best(examples), details), examples, sources, best)
+    return _with_sources(EvalResult(best(examples), details), examples, sources, best)
 
 
-def grade_findings(
+def evaluate_grades(
     examples: Mapping[str, np.ndarray], sources: Sequence[str], attributes: Sequence[str]
-) -> Findings:
-    """Of grades: the correlation of prediction and grade, for each attribute.
+) -> EvalResult:
+    """Evaluates grades: the correlation of prediction and grade for each attribute.
 
     Args:
-      examples: `scores`, `grades`, `mask` `[N, A]`; perhaps `source` `[N]`.
+      examples: `scores`, `grades`, `mask` `[N, A]`; optionally `source` `[N]`.
       sources: names of the sources, in the order of their ids.
       attributes: names of the columns.
     """
 
-    def columns(one: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        pairs = zip(one["scores"].T, one["grades"].T, one["mask"].T, strict=True)
+    def columns(part: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        columns = zip(part["scores"].T, part["grades"].T, part["mask"].T, strict=True)
         return [
-            (score[given].astype(np.float64), grade[given].astype(np.float64))
-            for score, grade, given in pairs
+            (score[mask].astype(np.float64), grade[mask].astype(np.float64))
+            for score, grade, mask in columns
         ]
 
-    def by_source(one: Mapping[str, np.ndarray]) -> dict[str, float]:
-        errors = np.concatenate([np.square(score - grade) for score, grade in columns(one)])
+    def by_source(part: Mapping[str, np.ndarray]) -> dict[str, float]:
+        errors = np.concatenate([np.square(score - grade) for score, grade in columns(part)])
         return {"mse": float(errors.mean()) if errors.size else 0.0, "count": len(errors)}
 
-    found, figures = columns(examples), {}
-    for name, (score, grade) in zip(attributes, found, strict=True):
+    pairs, figures = columns(examples), {}
+    for name, (score, grade) in zip(attributes, pairs, strict=True):
         figures[f"pearson/{name}"] = _pearson(score, grade)
     table = [
         {
@@ -186,35 +191,37 @@ def grade_findings(
             "variance": float(np.var(grade)) if len(grade) else 0.0,
             "pearson": figures[f"pearson/{name}"],
         }
-        for name, (score, grade) in zip(attributes, found, strict=True)
+        for name, (score, grade) in zip(attributes, pairs, strict=True)
     ]
-    named = dict(zip(attributes, (score for score, _ in found), strict=True))
-    details = {"attributes": table, "histogram": histogram(named)}
-    return _with_sources(Findings(figures, details), examples, sources, by_source)
+    scores = dict(zip(attributes, (score for score, _ in pairs), strict=True))
+    details = {"attributes": table, "histogram": histogram(scores)}
+    return _with_sources(EvalResult(figures, details), examples, sources, by_source)
 
 
-def step_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> Findings:
-    """Of steps: accuracy and F1 at probability ½, and calibration of the probabilities.
+def evaluate_steps(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
+    """Evaluates steps: accuracy and F1 at probability ½, and calibration of the probabilities.
 
-    A label of ½ or more counts as right. F1 = 2·TP/(2·TP + FP + FN), of the right steps and of the
-    wrong ones: where few steps are wrong, finding those is the harder part. Steps of one answer
-    are not independent: the interval is somewhat too narrow.
+        F1 = 2·TP / (2·TP + FP + FN)
+
+    A label of ½ or more counts as right. F1 is given for right and for wrong steps: wrong ones are
+    often rare and harder to find. Steps of one answer are not independent, so the interval is
+    somewhat too narrow.
 
     Args:
-      examples: `scores`, `labels`, `mask` and perhaps `source`, `[N, T]`.
+      examples: `scores`, `labels`, `mask` and optionally `source`, `[N, T]`.
       sources: names of the sources, in the order of their ids.
     """
 
-    def said(one: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return one["scores"][one["mask"]] > 0, one["labels"][one["mask"]] >= 0.5
+    def classify(part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return part["scores"][part["mask"]] > 0, part["labels"][part["mask"]] >= 0.5
 
-    def by_source(one: Mapping[str, np.ndarray]) -> dict[str, float]:
-        predicted, right = said(one)
+    def by_source(part: Mapping[str, np.ndarray]) -> dict[str, float]:
+        predicted, right = classify(part)
         return _share("accuracy", predicted == right)
 
     mask = examples["mask"]
     scores, labels = (examples[name][mask].astype(np.float64) for name in ("scores", "labels"))
-    predicted, right = said(examples)
+    predicted, right = classify(examples)
     figures = _share("accuracy", predicted == right)
     figures["f1/right"] = _f1(predicted, right)
     figures["f1/wrong"] = _f1(~predicted, ~right)
@@ -223,11 +230,11 @@ def step_findings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) ->
         "calibration": curve,
         "histogram": histogram({"right": scores[right], "wrong": scores[~right]}),
     }
-    return _with_sources(Findings(figures, details), examples, sources, by_source)
+    return _with_sources(EvalResult(figures, details), examples, sources, by_source)
 
 
 def _share(name: str, wins: np.ndarray) -> dict[str, float]:
-    """A share with its interval; it is left out, as no number, where there is nothing to share."""
+    """A proportion with its Wilson interval and count; 0 with interval (0, 1) without trials."""
     count = len(wins)
     low, high = wilson(float(wins.sum()), count)
     share = float(wins.mean()) if count else 0.0
@@ -235,34 +242,34 @@ def _share(name: str, wins: np.ndarray) -> dict[str, float]:
 
 
 def _with_sources(
-    found: Findings,
+    result: EvalResult,
     examples: Mapping[str, np.ndarray],
     sources: Sequence[str],
     measure: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
-) -> Findings:
-    """Adds the same figures for each source, where examples say which they come from."""
-    figures = {name: value for name, value in found.figures.items() if name != "count"}
-    details = found.details
+) -> EvalResult:
+    """Adds the figures of each source, if the examples have a `source`."""
+    figures = {name: value for name, value in result.figures.items() if name != "count"}
+    details = result.details
     if "source" in examples:
         source, table = examples["source"], []
         for number, name in enumerate(sources):
-            mine = source == number
-            narrowed = {
-                key: value & _wide(mine, value) if value.dtype == np.bool_ else value
+            selected = source == number
+            part = {
+                key: value & _expand_dims(selected, value) if value.dtype == np.bool_ else value
                 for key, value in examples.items()
             }
-            row = measure(narrowed)
+            row = measure(part)
             if row["count"]:
                 table.append({"source": name} | row)
                 shown = next(key for key in row if key != "count")
                 figures[f"{shown}/{name}"] = row[shown]
         details = details | {"sources": table}
-    return Findings(figures, details)
+    return EvalResult(figures, details)
 
 
-def _wide(mine: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Which rows, for an array with further axes."""
-    return mine.reshape(mine.shape + (1,) * (like.ndim - mine.ndim))
+def _expand_dims(rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Appends axes of size 1 until `rows` has as many as `like`."""
+    return rows.reshape(rows.shape + (1,) * (like.ndim - rows.ndim))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -270,14 +277,14 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation; 0 where either does not vary."""
+    """Pearson's correlation; 0 if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def _f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """F1 of one class; 0 where it neither occurs nor is predicted."""
+    """F1 of one class; 0 if it neither occurs nor is predicted."""
     hits = float((predicted & true).sum())
     total = float(predicted.sum() + true.sum())
     return 2 * hits / total if total else 0.0

@@ -1,7 +1,8 @@
-"""HTTP requests that a run depends on: one POST, and how long to wait before the next try.
+"""HTTP POST for servers that a run depends on: deadlines, limits, retry delays, secrets.
 
-A request ends by its deadline, even where the server drips; an answer is of bounded size; redirects
-are refused, so that a key goes to no other host; and a key is blotted out of whatever is told.
+A request ends by its deadline, even if the server keeps sending a slow response. Responses are
+limited in size. Redirects are refused, so that a secret reaches no other host, and secrets are
+redacted from messages.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_AGAIN = (408, 409, 425, 429)
-_LONGEST_WAIT = 60.0
-_LONGEST_ASKED = 600.0
-_MOST_BYTES = 64 * 2**20
+_RETRYABLE = (408, 409, 425, 429)
+_MAX_PAUSE = 60.0  # seconds
+_MAX_RETRY_AFTER = 600.0  # seconds
+_MAX_BYTES = 64 * 2**20
 
 
 class PostError(Exception):
-    """A request failed; the message tells how.
+    """A failed request.
 
     Attributes:
-      status: of HTTP; None where there was no answer.
-      again: whether another try may end better.
-      wait: seconds that the server asks to wait before it; None: it does not say.
+      status: HTTP status; None without a response.
+      again: whether to retry: the failure may be temporary.
+      wait: seconds to wait before the retry, by the server's Retry-After; None: not given.
     """
 
-    def __init__(self, told: str, status: int | None, again: bool, wait: float | None = None):
-        super().__init__(told)
+    def __init__(self, message: str, status: int | None, again: bool, wait: float | None = None):
+        super().__init__(message)
         self.status = status
         self.again = again
         self.wait = wait
@@ -48,20 +49,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def post(
     url: str, body: bytes, headers: Mapping[str, str], timeout: float, secret: str | None = None
 ) -> str:
-    """Sends a body and gives the answer's.
+    """Sends a request and returns the body of the response.
 
     Args:
       url: http or https.
       body: of the request.
       headers: of the request.
-      timeout: seconds for all of it.
-      secret: a text that must not appear in any message.
+      timeout: seconds for the whole request and response.
+      secret: redacted from the response and from messages.
 
     Raises:
-      PostError: no answer in time, one of a status other than 200 to 299, or too long a one.
+      PostError: no response in time, a status other than 200 to 299, or a response over 64 MiB.
     """
 
-    def clean(text: str) -> str:
+    def redact(text: str) -> str:
         return text if secret is None else text.replace(secret, "[key]")
 
     request = urllib.request.Request(url, body, dict(headers), method="POST")
@@ -69,41 +70,43 @@ def post(
     deadline = time.monotonic() + timeout
     try:
         with opener.open(request, timeout=timeout) as response:
-            return clean(_read(response, deadline).decode("utf-8", "replace"))
+            return redact(_read(response, deadline).decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
         with error:
             try:
-                said = error.read(4096).decode("utf-8", "replace").strip()
+                detail = error.read(4096).decode("utf-8", "replace").strip()
             except (OSError, http.client.HTTPException):
-                said = ""
-            # Blotted out before it is cut, so that no part of a key stays.
-            told = f"HTTP {error.code} {clean(f'{error.reason} {said}')[:300]}".strip()
-            again = error.code in _AGAIN or error.code >= 500
+                detail = ""
+            # Redacted before it is truncated: no prefix of a secret may remain.
+            message = f"HTTP {error.code} {redact(f'{error.reason} {detail}')[:300]}".strip()
+            again = error.code in _RETRYABLE or error.code >= 500
             wait = _retry_after(error.headers.get("Retry-After"))
-            raise PostError(told, error.code, again, wait) from None
+            raise PostError(message, error.code, again, wait) from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise PostError(clean(f"{type(reason).__name__}: {reason}"), None, True) from None
+        raise PostError(redact(f"{type(reason).__name__}: {reason}"), None, True) from None
 
 
-def pauses(first: float, draw: random.Random) -> Iterator[float]:
-    """Seconds before each further try: twice as long every time up to a minute, half of it drawn.
+def pauses(first: float, rng: random.Random) -> Iterator[float]:
+    """Exponential backoff with jitter: seconds to wait before each retry.
+
+    Retry n waits `min(first · 2ⁿ, 60) · U(½, 1)` seconds, n from 0.
 
     Args:
-      first: the longest first pause.
-      draw: so that clients that failed together do not come back together.
+      first: the longest first pause, seconds.
+      rng: source of the jitter, which keeps clients that failed together from retrying together.
     """
-    longest = min(first, _LONGEST_WAIT)
+    longest = min(first, _MAX_PAUSE)
     while True:
-        yield longest * draw.uniform(0.5, 1.0)
-        longest = min(2 * longest, _LONGEST_WAIT)
+        yield longest * rng.uniform(0.5, 1.0)
+        longest = min(2 * longest, _MAX_PAUSE)
 
 
 def check_url(url: str, name: str, example: str) -> None:
-    """Refuses an address that is not plain http or https. Its text is not repeated in the error.
+    """Checks that a URL is plain http or https. The error does not repeat it: it may hold a secret.
 
     Raises:
-      ValueError: another scheme, no host, or a user, query or fragment (which may hold a password).
+      ValueError: another scheme, no host, or a user, query or fragment.
     """
     parts = urllib.parse.urlsplit(url)
     plain = parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
@@ -114,7 +117,7 @@ def check_url(url: str, name: str, example: str) -> None:
 
 
 def _read(response: Any, deadline: float) -> bytes:
-    """The whole body, by the deadline: a server that drips must not hold a run for ever."""
+    """Reads the body by the deadline: socket timeouts alone never end a slow, steady response."""
     parts: list[bytes] = []
     size = 0
     while part := response.read1(65536):
@@ -122,15 +125,15 @@ def _read(response: Any, deadline: float) -> bytes:
         size += len(part)
         if time.monotonic() > deadline:
             raise TimeoutError("the answer did not end in time")
-        if size > _MOST_BYTES:
-            raise OSError(f"an answer of more than {_MOST_BYTES} bytes")
-    if response.length:  # read1 passes over a body that is shorter than was announced
+        if size > _MAX_BYTES:
+            raise OSError(f"an answer of more than {_MAX_BYTES} bytes")
+    if response.length:  # read1 does not report a body shorter than Content-Length
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds that the server asks to wait, given as a number or a date."""
+    """Retry-After in seconds, from a number or a date; None if absent or unreadable."""
     if value is None:
         return None
     try:
@@ -140,4 +143,4 @@ def _retry_after(value: str | None) -> float | None:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, OverflowError):
             return None
-    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER) if seconds == seconds else None

@@ -1,18 +1,22 @@
-"""Constraints that an answer is to follow, checked by a program, as in IFEval.
+"""Instruction following that a program can check, as in IFEval.
 
-Zhou et al. 2023, https://arxiv.org/abs/2311.07911. A row names instructions in
-`instruction_id_list` and their arguments, in the same order, in `kwargs`. *Strict* looks at the
-answer as it is. *Loose* is content if any of eight forms of it follows: without its first line, its
-last, or both (a greeting, a closing remark), each with and without the asterisks of markdown.
+Zhou et al. 2023, https://arxiv.org/abs/2311.07911. A row lists instruction ids in
+`instruction_id_list` and their arguments, in the same order, in `kwargs`. *Strict* checks the
+answer itself. *Loose* accepts it if one of eight variants follows the instruction: whole, without
+the first line, without the last, without both (a greeting, a closing remark), each with and without
+the asterisks of markdown.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.rewards.ifeval_checks import CHECKS, LANGUAGE, Detect
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
+from jaxalign.rewards.text import text_reward
 
 MODES = ("strict", "loose")
 PERS = ("instruction", "prompt")
@@ -21,18 +25,18 @@ PERS = ("instruction", "prompt")
 def ifeval_constraints(
     *, mode: str = "strict", per: str = "instruction", detect: Detect | None = None
 ) -> Callable[[str, str, Mapping[str, Any]], float]:
-    """A function for `text_reward`: how far a completion follows the instructions of its row.
+    """A function for `text_reward`: whether a completion follows the instructions of its row.
 
     Args:
-      mode: "strict" or "loose", see this module.
-      per: "instruction": the part of the instructions that are followed, in [0, 1]; "prompt": 1
-        where all of them are, else 0.
+      mode: "strict" or "loose", see the module's docstring.
+      per: "instruction": the share of followed instructions, in [0, 1]; "prompt": 1 if all are
+        followed, else 0.
       detect: text → language code, for rows that ask for a language; None: the library langdetect,
-        where it is installed.
+        if it is installed.
 
     Raises:
-      ValueError: an unknown option; when called, a row without instructions, an instruction that
-        is not known or lacks an argument, or a language to be told without a library that can.
+      ValueError: an unknown option; when called, a row without instructions, an unknown
+        instruction, wrong arguments, or a language instruction without a detector.
 
     >>> ids = ["punctuation:no_comma", "startend:quotation"]
     >>> row = {"instruction_id_list": ids, "kwargs": [{}, {}]}
@@ -51,16 +55,16 @@ def ifeval_constraints(
 def ifeval_accuracy(
     completions: Sequence[str], rows: Sequence[Mapping[str, Any]], detect: Detect | None = None
 ) -> dict[str, float]:
-    """The four figures of the paper.
+    """The paper's four accuracies.
 
     Args:
-      completions: an answer a row.
-      rows: with `instruction_id_list` and `kwargs`.
+      completions: one answer per row.
+      rows: data rows with `instruction_id_list` and `kwargs`.
       detect: see `ifeval_constraints`.
 
     Returns:
-      `{prompt,instruction}_{strict,loose}`: the part of the prompts all of whose instructions are
-      followed, and of all instructions, in [0, 1].
+      `{prompt,instruction}_{strict,loose}`, in [0, 1]: the share of prompts whose instructions are
+      all followed, and the share of followed instructions.
 
     Raises:
       ValueError: as `ifeval_constraints`; no rows, or not as many completions.
@@ -70,9 +74,9 @@ def ifeval_accuracy(
     figures = {}
     for mode in MODES:
         followed = [
-            follow(each, row, mode, detect) for each, row in zip(completions, rows, strict=True)
+            follow(text, row, mode, detect) for text, row in zip(completions, rows, strict=True)
         ]
-        flat = [one for each in followed for one in each]
+        flat = [result for results in followed for result in results]
         figures[f"prompt_{mode}"] = sum(map(all, followed)) / len(followed)
         figures[f"instruction_{mode}"] = sum(flat) / len(flat)
     return figures
@@ -83,28 +87,28 @@ def follow(
 ) -> list[bool]:
     """Whether a completion follows each instruction of its row; an empty one follows none."""
     checks = instructions(row, detect)
-    forms = [completion] if mode == "strict" else _loosened(completion)
-    return [any(form.strip() and check(form) for form in forms) for check in checks]
+    variants = [completion] if mode == "strict" else _loose_variants(completion)
+    return [any(text.strip() and check(text) for text in variants) for check in checks]
 
 
 def check_ifeval(mode: str, per: str) -> None:
-    """Refuses unknown options."""
+    """Checks the options of `ifeval_constraints`."""
     for name, value, known in (("mode", mode, MODES), ("per", per, PERS)):
         if value not in known:
             raise ValueError(f"ifeval {name}={value!r}: wanted one of {', '.join(known)}")
 
 
-def _loosened(text: str) -> list[str]:
+def _loose_variants(text: str) -> list[str]:
     lines = text.split("\n")
-    cut = (lines[1:], lines[:-1], lines[1:-1])
-    forms = [text, *("\n".join(part).strip() for part in cut)]
-    return forms + [form.replace("*", "") for form in forms]
+    shortened = (lines[1:], lines[:-1], lines[1:-1])
+    variants = [text, *("\n".join(part).strip() for part in shortened)]
+    return variants + [variant.replace("*", "") for variant in variants]
 
 
 def instructions(
     row: Mapping[str, Any], detect: Detect | None = None
 ) -> list[Callable[[str], bool]]:
-    """The checks of a row, with their arguments.
+    """The checks of a row's instructions, with their arguments bound.
 
     Raises:
       ValueError: see `ifeval_constraints`.
@@ -143,15 +147,40 @@ def _langdetect() -> Detect:
         import langdetect  # pyrefly: ignore[missing-import]
     except ImportError:
         raise ValueError(
-            f"instruction {LANGUAGE!r}: which language a text is in is told by the library "
+            f"instruction {LANGUAGE!r}: the language of a text is detected by the library "
             "langdetect, which is not installed; pip install langdetect, or leave such rows out"
         ) from None
-    langdetect.DetectorFactory.seed = 0  # it draws samples: the same text, the same answer
+    langdetect.DetectorFactory.seed = 0  # it samples; seeded, equal texts give equal results
 
     def detect(text: str) -> str:
         try:
             return str(langdetect.detect(text))
-        except langdetect.LangDetectException:  # no letters in it
+        except langdetect.LangDetectException:  # a text without letters
             return ""
 
     return detect
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IfevalReward(RewardSpec):
+    """Checkable instructions; see this module.
+
+    Attributes:
+      mode: "strict" or "loose".
+      per: "instruction" or "prompt".
+    """
+
+    kind: str = "ifeval"
+    mode: str = "strict"
+    per: str = "instruction"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ifeval(self.mode, self.per)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`ifeval_constraints` as a `TextReward`; every row must have known instructions."""
+        self.check_rows(context, instructions)
+        score = ifeval_constraints(mode=self.mode, per=self.per)
+        return text_reward(score, context.tok, rows=context.rows, name=context.name)

@@ -1,18 +1,19 @@
-"""The 25 instructions of IFEval whose following a program can check.
+"""Checkers of the 25 instructions of IFEval.
 
-Zhou et al. 2023, https://arxiv.org/abs/2311.07911, table 1; what counts is told there and in the
-authors' published checker. Here without its libraries, which makes these differences:
+Zhou et al. 2023, https://arxiv.org/abs/2311.07911, table 1, and the authors' published checker
+define them. This implementation needs none of that checker's libraries. It differs as follows:
 
-- sentences end at `.`, `!` or `?` before a blank and no small letter, but for common abbreviations,
-  initials and the numbers of a list (there: a trained splitter);
-- words in capitals are runs of letters and digits with hyphens, dots and slashes inside (there: a
-  tokenizer of its own);
-- keywords are taken as they are written (there: as regular expressions);
-- English in capitals or in small letters means the case, and letters of which 9 in 10 are a to z
-  (there: the guess of a language detector, too).
+- A sentence ends at `.`, `!` or `?` before whitespace, unless a lower-case letter follows or the
+  dot belongs to a common abbreviation, an initial or a list number. The original uses a trained
+  splitter.
+- A word in capitals is a run of letters and digits with inner hyphens, dots and slashes. The
+  original uses a word tokenizer.
+- Keywords are literal. The original treats them as regular expressions.
+- English in capitals or in lower case is checked by the case and by 9 in 10 letters being a to z.
+  The original also asks a language detector.
 
-Each check takes the answer and the instruction's arguments by name, and gives True where it was
-followed.
+A check takes the answer and the instruction's arguments by name, and returns whether the answer
+follows the instruction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 Detect = Callable[[str], str]
-"""Text → the code of its language, as `en`, `de`, `hi`."""
+"""Text → language code, e.g. `en`, `de`, `hi`."""
 
 _ABBREVIATIONS = re.compile(
     r"mr|mrs|ms|dr|prof|st|jr|sr|rev|hon|gen|col|lt|vs|etc|e\.g|i\.e|a\.m|p\.m|no|fig|inc|ltd|co",
@@ -35,7 +36,7 @@ _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
 def count_sentences(text: str) -> int:
-    """Sentences of a text; words after the last end mark are one."""
+    """Number of sentences; words after the last end mark count as one."""
     count = start = 0
     for end in _ENDING.finditer(text):
         before = text[start : end.start()].split()
@@ -105,19 +106,19 @@ def _words(text: str, num_words: int, relation: str) -> bool:
 
 
 def _paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs with `***` between them; an empty one only before the first or after the last."""
+    """Paragraphs separated by `***`; only the first and the last may be empty."""
     parts = [part.strip() for part in text.split("***")]
     return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
 
 def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs with an empty line between them, of which one begins with a word."""
+    """Paragraphs separated by an empty line; the n-th begins with a given word."""
     parts = [part.strip() for part in text.split("\n\n")]
     if sum(map(bool, parts)) != num_paragraphs or not 1 <= nth_paragraph <= num_paragraphs:
         return False
     words = parts[nth_paragraph - 1].split()
-    begin = re.match(r"[^.,?!'\"]*", words[0].lstrip("'\"")) if words else None
-    return begin is not None and begin.group().lower() == first_word.lower()
+    start = re.match(r"[^.,?!'\"]*", words[0].lstrip("'\"")) if words else None
+    return start is not None and start.group().lower() == first_word.lower()
 
 
 # detectable content
@@ -128,7 +129,7 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
-    """The marker, in any case; between the letters of P.S. and P.P.S. there may be blanks."""
+    """The marker, in any case; P.S. and P.P.S. may have spaces between the letters."""
     letters = postscript_marker.lower().strip().rstrip(".").split(".")
     if letters in (["p", "s"], ["p", "p", "s"]):
         last = r"\." if len(letters) == 2 else ""
@@ -148,7 +149,7 @@ def _constrained(text: str) -> bool:
 
 
 def _highlights(text: str, num_highlights: int) -> bool:
-    """Sections `*so*` or `**so**`, that are not empty."""
+    """Non-empty sections `*like this*` or `**like this**`."""
     single = re.findall(r"\*[^\n*]*\*", text)
     double = re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(part.strip("*").strip()) for part in single + double) >= num_highlights
@@ -175,10 +176,10 @@ def _title(text: str) -> bool:
 
 
 def _two_responses(text: str) -> bool:
-    """Two different answers with six asterisks between them."""
+    """Two different answers separated by six asterisks."""
     parts = [part.strip() for part in text.split("******")]
-    said = [part for part in parts if part]
-    return all(parts[1:-1]) and len(said) == 2 and said[0] != said[1]
+    answers = [part for part in parts if part]
+    return all(parts[1:-1]) and len(answers) == 2 and answers[0] != answers[1]
 
 
 def _repeat(text: str, prompt_to_repeat: str) -> bool:
@@ -220,11 +221,11 @@ def _no_comma(text: str) -> bool:
 
 
 class Check(NamedTuple):
-    """An instruction.
+    """The check of an instruction.
 
     Attributes:
-      follows: whether an answer follows it.
-      arguments: the names of its arguments.
+      follows: `(text, **arguments)` → whether the text follows the instruction.
+      arguments: names of the arguments.
     """
 
     follows: Callable[..., bool]

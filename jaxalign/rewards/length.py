@@ -1,12 +1,14 @@
-"""Rewards of an answer's length, in tokens."""
+"""Penalties on the length of an answer, in tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxalign.parallel.sharding import local_rows
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
 from jaxalign.types import PromptBatch, TokenBatch
 
 
@@ -17,22 +19,27 @@ def length_reward(
     target: int | None = None,
     width: int | None = None,
 ) -> Callable[[TokenBatch, PromptBatch], np.ndarray]:
-    """A punishment in [−1, 0] for answers that are too long, or far from a target length.
+    """A penalty in [−1, 0] for answers that are too long, or far from a target length.
 
-    Give `longest`, for the soft overlong punishment of DAPO (Yu et al. 2025, eq. 13,
+    With `longest`, the soft overlong punishment of DAPO (Yu et al. 2025, eq. 13,
     https://arxiv.org/abs/2503.14476):
 
-        0 for n ≤ longest − cache;  (longest − cache − n) / cache up to n = longest;  −1 beyond
+        r = 0                              for n ≤ longest − cache
+        r = (longest − cache − n) / cache  for n ≤ longest
+        r = −1                             beyond
 
-    or `target`, for `−min(1, |n − target| / width)`. n counts the answer's tokens, its stop token
-    included. An answer that was cut off at `max_new_tokens` counts as that long: a `longest` above
-    it would never punish fully.
+    With `target`:
+
+        r = −min(1, |n − target| / width)
+
+    n counts the answer's tokens with its stop token. An answer truncated at `max_new_tokens` has
+    that n, so a `longest` above it never gives the full penalty.
 
     Args:
-      longest: tokens after which the punishment is full.
-      cache: tokens before that over which it grows; 0: all at once.
+      longest: tokens from which on the penalty is full.
+      cache: the penalty grows over so many tokens before that; 0: a step.
       target: wanted tokens.
-      width: tokens off the target at which the punishment is full; None: `target`.
+      width: distance from the target at which the penalty is full, tokens; None: `target`.
 
     Returns:
       A reward function.
@@ -53,10 +60,10 @@ def length_reward(
 
 def punish_overlong(counts: np.ndarray, longest: int, cache: int) -> np.ndarray:
     """DAPO's eq. 13: 0 up to `longest − cache` tokens, falling to −1 at `longest`; float32."""
-    begin = longest - cache
+    start = longest - cache
     if cache == 0:
         return -(np.asarray(counts) > longest).astype(np.float32)
-    return np.clip((begin - np.asarray(counts)) / cache, -1, 0).astype(np.float32)
+    return np.clip((start - np.asarray(counts)) / cache, -1, 0).astype(np.float32)
 
 
 def punish_distance(counts: np.ndarray, target: int, width: int) -> np.ndarray:
@@ -65,7 +72,7 @@ def punish_distance(counts: np.ndarray, target: int, width: int) -> np.ndarray:
 
 
 def check_length(longest: int | None, cache: int, target: int | None, width: int | None) -> None:
-    """Refuses options of `length_reward` that do not go together."""
+    """Checks the options of `length_reward`."""
     if (longest is None) == (target is None):
         raise ValueError(
             f"length reward with longest={longest}, target={target}: wanted exactly one of them"
@@ -81,4 +88,33 @@ def check_length(longest: int | None, cache: int, target: int | None, width: int
     if longest is not None and not 0 <= cache <= longest:
         raise ValueError(
             f"length reward longest={longest}, cache={cache}: wanted 0 ≤ cache ≤ longest"
+        )
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthReward(RewardSpec):
+    """The number of tokens; see `length_reward`.
+
+    Attributes:
+      longest: tokens from which on the penalty is full.
+      cache: the penalty grows over so many tokens before that.
+      target: wanted tokens, in place of `longest`.
+      width: distance from the target at which the penalty is full, tokens; None: `target`.
+    """
+
+    kind: str = "length"
+    longest: int | None = None
+    cache: int = 0
+    target: int | None = None
+    width: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_length(self.longest, self.cache, self.target, self.width)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`length_reward` with these options."""
+        return length_reward(
+            longest=self.longest, cache=self.cache, target=self.target, width=self.width
         )

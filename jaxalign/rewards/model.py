@@ -1,4 +1,4 @@
-"""The score of a trained reward model that has the policy's tokenizer."""
+"""The reward of a trained reward model that has the policy's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from jaxalign.types import Array, Params, PromptBatch, TokenBatch
 def model_reward(
     scorer: ScalarModel, params: Params, *, shift: float = 0.0, scale: float = 1.0
 ) -> Callable[[TokenBatch, PromptBatch], Array]:
-    """The score of a reward model at the answer's last token, `(r − shift) / scale`.
+    """The score of a reward model at the answer's last token, shifted and scaled.
+
+        (r − shift) / scale
 
     Args:
       scorer: a reward model with the policy's tokenizer.
-      params: its parameters, used where they lie: on the devices of the answers or on others.
+      params: its parameters. If they are on another mesh than the answers, the answers are
+        resharded to that mesh, and the scores back.
       shift: mean score of reference answers, so that they score 0 (Stiennon et al. 2020).
-      scale: their standard deviation; > 0.
+      scale: standard deviation of their scores; > 0.
     """
     check_scale(scale)
 
@@ -31,16 +34,16 @@ def model_reward(
         return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Array:
-        here, there = mesh_of(tokens), mesh_of(params)
-        if here is None or there is None or here == there:
+        answers, model = mesh_of(tokens), mesh_of(params)
+        if answers is None or model is None or answers == model:
             return score(params, tokens)
-        with use_mesh(there):
-            return reshard_batch(score(params, reshard_batch(tokens, there)), here)
+        with use_mesh(model):
+            return reshard_batch(score(params, reshard_batch(tokens, model)), answers)
 
     return reward
 
 
 def check_scale(scale: float) -> None:
-    """Refuses to divide by what is not positive."""
+    """Checks the divisor of a score."""
     if not 0 < scale < float("inf"):
         raise ValueError(f"reward scale={scale}: wanted a positive number")

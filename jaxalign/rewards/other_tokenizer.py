@@ -1,8 +1,10 @@
-"""The score of a reward model that has a tokenizer and a chat template of its own.
+"""The reward of a model with its own tokenizer and chat template.
 
-Prompt and answer go through text: the answer is decoded with the policy's tokenizer and put after
-the turns of its row of data, the conversation is rendered under the reward model's template and
-tokenised with its tokenizer, and the score is read where the template ends the answer.
+Prompt and answer pass through text:
+
+1. the policy's tokenizer decodes the answer, which is appended to the messages of its data row;
+2. the reward model's template renders the conversation, and its tokenizer encodes it;
+3. the score is read at the token with which the template ends the answer.
 """
 
 from __future__ import annotations
@@ -39,29 +41,32 @@ def retokenised_reward(
     scale: float = 1.0,
     name: str = "model",
 ) -> TextReward:
-    """The score `(r − shift) / scale` of a reward model with another tokenizer than the policy's.
+    """The reward of a model with another tokenizer than the policy's, shifted and scaled.
 
-    An answer that was cut off at `max_new_tokens` is judged as if it ended there. A conversation of
-    more than `length` tokens loses its start, so that the score is still read at the answer's end.
-    Special tokens of the reward model that the policy has spelt out as text are taken out of the
-    answer, which could otherwise end its turn and speak for the user. Both are counted and printed.
+        (r − shift) / scale
 
-    Conversations of similar length are scored together, in widths of which there are few (32, 48,
-    64, 96, …), so that there is little padding and few compilations.
+    - An answer cut off at `max_new_tokens` is scored as if it ended there.
+    - A conversation of more than `length` tokens loses its start: the score belongs to the answer's
+      end. The number of such conversations is printed.
+    - Special tokens of the reward model that the policy wrote as text are removed from the answer.
+      They could end its turn and speak for the user. The number of such answers is printed.
+
+    Conversations of similar length share a batch, padded to one of few widths (32, 48, 64, 96, …),
+    so that there is little padding and few compilations.
 
     Args:
       scorer: a reward model with one score.
-      params: its parameters, used where they lie.
-      scorer_tok: its tokenizer, fast.
+      params: its parameters; the model runs on their devices.
+      scorer_tok: its (fast) tokenizer.
       tok: the policy's tokenizer.
-      rows: the rows behind the prompts, with their messages; see `jaxalign.rewards.text_reward`.
-      chat_template: what the reward model was trained under; see
+      rows: the data rows behind the prompts, with messages; see `jaxalign.rewards.text_reward`.
+      chat_template: the template that the reward model was trained with; see
         `jaxalign.data.resolve_chat_template`. None: its tokenizer's.
-      length: tokens of the longest conversation; None: what the model was trained for.
-      batch: conversations scored at a time.
+      length: maximum tokens of a conversation; None: the model's maximum.
+      batch: conversations per forward pass.
       shift: mean score of reference answers, so that they score 0.
-      scale: their standard deviation; > 0.
-      name: how the reward is called in what is printed and in errors.
+      scale: standard deviation of their scores; > 0.
+      name: the reward's name in errors and messages.
 
     Raises:
       ValueError: a reward model with several scores, no rows, or numbers out of range.
@@ -80,27 +85,27 @@ def retokenised_reward(
             f"reward {name!r} rebuilds conversations, and there are no rows; pass rows= (what "
             "prompt_batches gave)"
         )
-    # Not those that are words to the model, such as <think>.
-    special = [one.content for one in scorer_tok.added_tokens_decoder.values() if one.special]
+    # Added tokens that are not special, such as <think>, are ordinary text to the model.
+    special = [token.content for token in scorer_tok.added_tokens_decoder.values() if token.special]
 
     @jax.jit
     def score(params: Params, tokens: TokenBatch) -> jax.Array:
         return (pooled_scores(scorer, on_device(params), tokens) - shift) / scale
 
-    def judge(cases: Sequence[Case]) -> list[float]:
+    def score_cases(cases: Sequence[Case]) -> list[float]:
         from jaxalign.data.packing import bucket, token_rows
 
-        said = [_without(special, case.completion) for case in cases]
-        documents = _encode(scorer_tok, cases, said, chat_template)
-        spelt = sum(one != case.completion for one, case in zip(said, cases, strict=True))
-        cut = sum(len(one.ids) > longest for one in documents)
+        answers = [_remove_tokens(special, case.completion) for case in cases]
+        documents = _encode(scorer_tok, cases, answers, chat_template)
+        spelt = sum(a != case.completion for a, case in zip(answers, cases, strict=True))
+        cut = sum(len(document.ids) > longest for document in documents)
         if spelt or cut:
             print(
                 f"reward {name!r}: of {len(cases)} conversations, {cut} were longer than {longest} "
                 f"tokens and lost their start, and {spelt} answers lost special tokens of the "
                 "reward model that they spelt out"
             )
-        kept = [type(one)(one.ids[-longest:], one.trained[-longest:]) for one in documents]
+        documents = [type(d)(d.ids[-longest:], d.trained[-longest:]) for d in documents]
         mesh = mesh_of(params)
         if mesh is not None and not rows_sharding(mesh).is_fully_addressable:
             raise RewardError(
@@ -109,50 +114,53 @@ def retokenised_reward(
             )
         shards = 1 if mesh is None else row_shards(mesh)
         size = -(-batch // shards) * shards
-        order = sorted(range(len(kept)), key=lambda i: -len(kept[i].ids))
-        asked = []
+        order = sorted(range(len(documents)), key=lambda i: -len(documents[i].ids))
+        dispatched = []
         for start in range(0, len(order), size):
             group = order[start : start + size]
-            width = min(bucket(len(kept[group[0]].ids)), longest)
-            tokens = token_rows(kept, [[i] for i in group], size, width, 0)
+            width = min(bucket(len(documents[group[0]].ids)), longest)
+            tokens = token_rows(documents, [[i] for i in group], size, width, 0)
             with use_mesh(mesh):
                 tokens = tokens if mesh is None else shard_batch(tokens, mesh)
-                asked.append((group, score(params, tokens)))
-        found = np.zeros(len(kept))
-        for group, scores in asked:
-            found[group] = np.asarray(scores)[: len(group)]
-        return found.tolist()
+                dispatched.append((group, score(params, tokens)))
+        scores = np.zeros(len(documents))
+        for group, values in dispatched:
+            scores[group] = np.asarray(values)[: len(group)]
+        return scores.tolist()
 
-    return TextReward(judge, tok, rows, name)
+    return TextReward(score_cases, tok, rows, name)
 
 
 def _encode(
-    tok: PreTrainedTokenizerBase, cases: Sequence[Case], said: Sequence[str], template: str | None
+    tok: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    answers: Sequence[str],
+    template: str | None,
 ) -> list[Any]:
-    """Each conversation's tokens, up to the end of its answer."""
+    """The tokens of each conversation, up to the end of its answer."""
     from jaxalign.data.chat import Encoded, encode_conversations
     from jaxalign.data.examples import Conversation
 
-    talks = []
-    for case, answer in zip(cases, said, strict=True):
+    conversations = []
+    for case, answer in zip(cases, answers, strict=True):
         if case.messages is None:
             raise RewardError(
                 f"{case}: its row is a plain dict; wanted what prompt_batches gave, with messages"
             )
-        turns = (*case.messages, {"role": "assistant", "content": answer})
-        talks.append(Conversation(turns, case.origin, len(case.messages)))
+        messages = (*case.messages, {"role": "assistant", "content": answer})
+        conversations.append(Conversation(messages, case.origin, len(case.messages)))
     documents = []
-    for one in encode_conversations(tok, talks, template):
-        last = int(np.flatnonzero(one.trained)[-1]) + 1
-        documents.append(Encoded(one.ids[:last], one.trained[:last]))
+    for document in encode_conversations(tok, conversations, template):
+        end = int(np.flatnonzero(document.trained)[-1]) + 1
+        documents.append(Encoded(document.ids[:end], document.trained[:end]))
     return documents
 
 
-def _without(special: Sequence[str], text: str) -> str:
-    """The text without any special token, whatever taking one out puts together."""
-    before = None
-    while before != text:
-        before = text
+def _remove_tokens(special: Sequence[str], text: str) -> str:
+    """Removes special tokens, until none is left: removing one may join the halves of another."""
+    previous = None
+    while previous != text:
+        previous = text
         for token in special:
             text = text.replace(token, "")
     return text

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
+from jaxalign.rewards.text import text_reward
 
 HOWS = ("search", "fullmatch")
 
@@ -15,41 +19,67 @@ def regex_match(
     r"""A function for `text_reward`: 1 where the completion matches, else 0.
 
     Args:
-      pattern: Python's form; flags are written into it, as `(?is)` for any case and dots that take
-        in line ends.
+      pattern: in Python's syntax, with inline flags: `(?is)` ignores case and lets `.` match line
+        ends.
       how: "search" anywhere in the completion, or "fullmatch" all of it.
-      column: if set, what matched must also be the row's text (or number) in this column: the first
-        group, or the whole match of a pattern without groups; blanks around it do not count.
+      column: if set, the first group (the whole match, if there is no group) must equal the row's
+        text or number in this column, apart from surrounding whitespace.
 
     >>> regex_match(r"<answer>(.*?)</answer>", column="answer")("", "<answer> 4</answer>",
     ...     {"answer": "4"})
     1.0
 
     Raises:
-      ValueError: no regular expression, or an unknown `how`.
+      ValueError: an invalid pattern, or an unknown `how`.
     """
     check_regex(pattern, how)
     find = getattr(re.compile(pattern), how)
 
     def regex(prompt: str, completion: str, row: Mapping[str, Any] | None = None) -> float:
-        found = find(completion)
-        if found is None:
+        match = find(completion)
+        if match is None:
             return 0.0
         if column is None:
             return 1.0
         if row is None or row.get(column) is None:
             raise ValueError(f"the row has no column {column!r} to compare the match with")
-        part = found.group(1 if found.re.groups else 0)
-        return float(part is not None and part.strip() == str(row[column]).strip())
+        text = match.group(1 if match.re.groups else 0)
+        return float(text is not None and text.strip() == str(row[column]).strip())
 
     return regex
 
 
 def check_regex(pattern: str, how: str) -> None:
-    """Refuses what is no regular expression."""
+    """Checks the options of `regex_match`."""
     if how not in HOWS:
         raise ValueError(f"regex reward how={how!r}: wanted one of {', '.join(HOWS)}")
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"regex reward pattern={pattern!r}: {error}") from error
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegexReward(RewardSpec):
+    """A regular expression; see `regex_match`.
+
+    Attributes:
+      pattern: in Python's syntax.
+      how: "search" or "fullmatch".
+      column: column of the row that the match must equal; None: a match is enough.
+    """
+
+    kind: str = "regex"
+    pattern: str
+    how: str = "search"
+    column: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_regex(self.pattern, self.how)
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """`regex_match` as a `TextReward`."""
+        score = regex_match(self.pattern, how=self.how, column=self.column)
+        return text_reward(score, context.tok, rows=context.rows, name=context.name)

@@ -1,18 +1,20 @@
-"""Scores of answers by a reward model, for rows of any form that has answers.
+"""Scores data rows with a reward model; the form of a row decides what its score is.
 
-| row | what its score is |
+| row | score |
 | --- | --- |
 | conversation, prompt and completion, graded answer | a number |
 | preference | `chosen`, `rejected`, `margin` (their difference) |
 | several answers (`answers`, or `completions` with ranks) | a list of numbers |
 | steps (`steps`, or `completions` with `labels`) | `steps`: probabilities; their `product`, `min` |
 
-A reward model with attributes gives an object of numbers, one an attribute, in place of a number.
+A reward model with attributes gives, in place of each number, an object with a number per
+attribute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -42,28 +44,27 @@ if TYPE_CHECKING:
 Score = float | dict[str, float]
 
 
-class Answers(NamedTuple):
-    """What a row gives to score.
+class Scorable(NamedTuple):
+    """The answers of a row, and how their scores become the row's result.
 
     Attributes:
-      conversations: prompts with answers.
-      tell: outputs `[A]` at the end of each → what is said about the row.
-      steps: whether every step is scored; the one conversation's answer is then in `texts`.
-      texts: the steps.
+      conversations: prompts with answers; one for a row of steps.
+      to_result: head outputs `[A]`, one per conversation (or per step) → the row's result.
+      steps: texts of the steps, for a row whose every step is scored.
     """
 
     conversations: tuple[Conversation, ...]
-    tell: Callable[[list[np.ndarray]], Any]
-    texts: tuple[str, ...] = ()
+    to_result: Callable[[list[np.ndarray]], Any]
+    steps: tuple[str, ...] = ()
 
 
 class Scored(NamedTuple):
     """The scores of rows.
 
     Attributes:
-      results: what the table above says, one a row.
-      cut: answers that were longer than the longest allowed, and scored without their end.
-      right: pairs whose chosen answer scores higher, of `pairs`; (0, 0) where there are none.
+      results: one per row, see the module's table.
+      cut: number of answers that exceeded `length` and were scored without their end.
+      right: (pairs whose chosen answer scores higher, all pairs); (0, 0) without pairs.
     """
 
     results: list[Any]
@@ -81,53 +82,32 @@ def score_rows(
     length: int | None = None,
     chat_template: str | None = None,
 ) -> Scored:
-    """Scores rows, each by its form.
+    """Scores rows by their form.
 
     Args:
       scorer: the reward model.
       params: its parameters.
       tok: its tokenizer.
-      rows: as `jaxalign.data.read_rows` gives them.
-      batch: answers scored at a time.
-      length: tokens of the longest prompt with answer; those beyond lose their end, as in training.
-        None: as long as the longest is.
+      rows: the result of `jaxalign.data.read_rows`.
+      batch: answers per forward pass.
+      length: maximum tokens of a prompt with its answer; longer ones lose their end, as in
+        training. None: no limit.
       chat_template: see `jaxalign.data.resolve_chat_template`.
 
     Raises:
-      ValueError: a row without an answer, or of no known form (`file:line`); steps for a reward
-        model with several outputs, or that are too long.
+      ValueError: a row without an answer, or of no known form (`file:line`); rows of steps that are
+        too long, or for a reward model with several outputs.
     """
-    answers = [_answers(row, scorer.attributes) for row in rows]
-    documents: list[Encoded] = []
-    ends: list[list[int]] = []
-    plain = [each for each in answers if not each.texts]
-    whole = iter(
-        encode_conversations(
-            tok, [one for each in plain for one in each.conversations], chat_template
-        )
-    )
-    for row, each in zip(rows, answers, strict=True):
-        if each.texts:
-            document, places = _encode_steps(tok, each, row, chat_template)
-            if length is not None and len(document.ids) > length:
-                raise ValueError(
-                    f"{row.origin}: the steps end beyond length={length}, at "
-                    f"{len(document.ids)} tokens; give a larger length"
-                )
-            documents.append(document)
-            ends.append(places)
-            continue
-        for document in itertools.islice(whole, len(each.conversations)):
-            # What a template writes after the last answer was not there in training.
-            last = int(np.flatnonzero(document.trained)[-1])
-            documents.append(Encoded(document.ids[: last + 1], document.trained[: last + 1]))
-            ends.append([last])
+    scorables = [_scorable(row, scorer.attributes) for row in rows]
+    documents, ends = _encode(tok, rows, scorables, length, chat_template)
     outputs, cut = _outputs_at(scorer, params, documents, ends, batch, length)
-    results, place = [], iter(outputs)
+    results, remaining = [], iter(outputs)
     right = pairs = 0
-    for each in answers:
-        own = list(itertools.islice(place, len(each.conversations)))
-        result = each.tell(list(own[0]) if each.texts else [one[0] for one in own])
+    for scorable in scorables:
+        # One array [positions, A] per document; a row of steps has one document.
+        arrays = list(itertools.islice(remaining, len(scorable.conversations)))
+        scores = list(arrays[0]) if scorable.steps else [array[0] for array in arrays]
+        result = scorable.to_result(scores)
         results.append(result)
         if isinstance(result, dict) and isinstance(result.get("margin"), float):
             pairs += 1
@@ -144,41 +124,41 @@ def score_conversations(
     batch: int = 16,
     chat_template: str | None = None,
 ) -> np.ndarray:
-    """Scores of whole conversations, each read at the end of its last answer: float32 `[N]`.
+    """Scores conversations, each at the end of its last answer.
 
     Args:
       scorer: a reward model with one score.
       params: its parameters.
       tok: its tokenizer.
-      conversations: lists of messages; the last is the assistant's.
-      batch: how many are scored at a time.
+      conversations: lists of messages; the last message is the assistant's.
+      batch: conversations per forward pass.
       chat_template: see `jaxalign.data.resolve_chat_template`.
 
+    Returns:
+      Scores, float32 `[N]`.
+
     Raises:
-      ValueError: no answer to score, or a reward model with several attributes.
+      ValueError: a conversation without an answer, or a reward model with several attributes.
     """
     if len(scorer.attributes) > 1:
         raise ValueError(
             f"the reward model has the attributes {', '.join(scorer.attributes)} and no single "
             "score; say how much each counts (weigh_attributes)"
         )
-    checked = [
-        read_messages(list(said), "messages", f"conversation {number + 1}")
-        for number, said in enumerate(conversations)
-    ]
-    rows = [
-        Row({"messages": list(said)}, f"conversation {number + 1}")
-        for number, said in enumerate(checked)
-    ]
-    bare = Scorer(scorer.base)
-    scored = score_rows(bare, params, tok, rows, batch=batch, chat_template=chat_template)
+    rows = []
+    for number, messages in enumerate(conversations, 1):
+        origin = f"conversation {number}"
+        checked = read_messages(list(messages), "messages", origin)
+        rows.append(Row({"messages": list(checked)}, origin))
+    unnamed = Scorer(scorer.base)  # a single attribute's score as a number, not an object
+    scored = score_rows(unnamed, params, tok, rows, batch=batch, chat_template=chat_template)
     return np.asarray(scored.results, np.float32)
 
 
 def load_scorer(
     source: str, weights: Mapping[str, float] | None = None
 ) -> tuple[Scorer, Params, PreTrainedTokenizerBase]:
-    """A reward model with its tokenizer, on the default device.
+    """Loads a reward model and its tokenizer onto the default device.
 
     Args:
       source: folder or hub id.
@@ -210,23 +190,23 @@ def score_files(
     length: int | None = None,
     chat_template: str | None = None,
 ) -> str:
-    """Writes every row of some files with its score, one JSON object a line, in their order.
+    """Scores the rows of files and writes each as a line of JSON with its score, in order.
 
     Args:
       source: reward model, folder or hub id.
-      files: as `jaxalign.data.read_rows` takes them.
+      files: sources for `jaxalign.data.read_rows`.
       out: file to write; None: standard output.
-      column: name of the column that is added; no row may have it.
+      column: name of the added column; no row may have it.
       weights: see `load_scorer`.
-      batch: answers scored at a time.
-      length: tokens of the longest prompt with answer.
+      batch: answers per forward pass.
+      length: maximum tokens of a prompt with its answer.
       chat_template: see `jaxalign.data.resolve_chat_template`.
 
     Returns:
-      What was scored and cut, in a sentence, with the accuracy where rows are pairs.
+      A summary: rows scored, answers cut, and the accuracy on pairs, if there are any.
 
     Raises:
-      ValueError: as `score_rows`; a row that has the column already.
+      ValueError: see `score_rows`; or a row that already has the column.
     """
     rows = read_rows(list(files))
     taken = next((row.origin for row in rows if column in row.data), None)
@@ -245,71 +225,43 @@ def score_files(
             file = stack.enter_context(path.open("w", encoding="utf-8"))
         for row, result in zip(rows, scored.results, strict=True):
             file.write(json.dumps({**row.data, column: result}, ensure_ascii=False) + "\n")
-    told = [f"{len(rows)} rows scored, {scored.cut} answers cut"]
+    summary = [f"{len(rows)} rows scored, {scored.cut} answers cut"]
     right, pairs = scored.right
     if pairs:
         low, high = wilson(right, pairs)
-        told.append(
+        summary.append(
             f"{right / pairs:.3f} of {pairs} pairs ranked right (95 % interval {low:.3f} to "
             f"{high:.3f})"
         )
-    return "; ".join(told)
+    return "; ".join(summary)
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _answers(row: Row, attributes: tuple[str, ...]) -> Answers:
-    """The answers of a row, by its columns."""
-
-    def said(outputs: np.ndarray) -> Score:
-        if not attributes:
-            return float(outputs[0])
-        return dict(zip(attributes, map(float, outputs), strict=True))
-
-    def of_pair(outputs: list[np.ndarray]) -> dict[str, Score]:
-        chosen, rejected = outputs
-        margin = chosen.astype(np.float64) - rejected.astype(np.float64)
-        return {"chosen": said(chosen), "rejected": said(rejected), "margin": said(margin)}
-
-    def of_steps(outputs: list[np.ndarray]) -> dict[str, Any]:
-        right = 0.5 * (1 + np.tanh(np.array([one[0] for one in outputs], np.float64) / 2))
-        return {
-            "steps": right.tolist(),
-            "product": float(right.prod()),
-            "min": float(right.min()),
-        }
-
-    there = {name for name, value in row.data.items() if value is not None}
-    if "steps" in there or {"completions", "labels"} <= there:
-        if len(attributes) > 1:
-            raise ValueError(
-                f"{row.origin}: steps, but the reward model has the attributes "
-                f"{', '.join(attributes)}; wanted one with a single output"
-            )
-        if "labels" not in there:
-            row = _filled(row, "labels", row.data["steps"], 1.0)
-        steps = to_steps(row)
-        joined = {"role": "assistant", "content": "\n".join(steps.steps)}
-        whole = Conversation((*steps.prompt, joined), row.origin, len(steps.prompt))
-        return Answers((whole,), of_steps, steps.steps)
-    if {"chosen", "rejected"} <= there or {"chosen_messages", "rejected_messages"} <= there:
+def _scorable(row: Row, attributes: tuple[str, ...]) -> Scorable:
+    """The answers of a row; its columns decide its form."""
+    columns = {name for name, value in row.data.items() if value is not None}
+    if "steps" in columns or {"completions", "labels"} <= columns:
+        return _steps_row(row, columns, attributes)
+    to_score = functools.partial(_to_score, attributes)
+    if {"chosen", "rejected"} <= columns or {"chosen_messages", "rejected_messages"} <= columns:
         pair = to_preference(row)
         both = tuple(
             Conversation(pair.prompt + side, row.origin, len(pair.prompt), pair.tools)
             for side in (pair.chosen, pair.rejected)
         )
-        return Answers(both, of_pair)
-    if there & {"answers", "completions"}:
-        if not there & {"scores", "ranks"}:
-            key = "answers" if "answers" in there else "completions"
-            row = _filled(row, "ranks", row.data[key], 1.0)
+        return Scorable(both, functools.partial(_pair_result, to_score))
+    if columns & {"answers", "completions"}:
+        if not columns & {"scores", "ranks"}:
+            key = "answers" if "answers" in columns else "completions"
+            row = _fill_column(row, "ranks", row.data[key], 1.0)
         ranked = to_ranked(row)
-        several = tuple(
-            Conversation(ranked.prompt + one, row.origin, len(ranked.prompt), ranked.tools)
-            for one in ranked.answers
+        answers = tuple(
+            Conversation(ranked.prompt + answer, row.origin, len(ranked.prompt), ranked.tools)
+            for answer in ranked.answers
         )
-        return Answers(several, lambda outputs: [said(one) for one in outputs])
+        return Scorable(answers, lambda outputs: [to_score(output) for output in outputs])
     conversation = to_conversation(row)
     if conversation.messages[-1]["role"] != "assistant":
         fail(
@@ -319,15 +271,57 @@ def _answers(row: Row, attributes: tuple[str, ...]) -> Answers:
             "the assistant's answer, which is what is scored",
             "add it or remove the row",
         )
-    # Whatever of it was to be trained: the score is read at the end of the last answer.
+    # The score is read at the end of the last answer, whichever turns were to be trained.
     last = len(conversation.messages) - 1
-    return Answers(
-        (conversation._replace(trained_from=last, untrained=()),), lambda outputs: said(outputs[0])
-    )
+    conversation = conversation._replace(trained_from=last, untrained=())
+    return Scorable((conversation,), lambda outputs: to_score(outputs[0]))
 
 
-def _filled(row: Row, column: str, like: Any, value: float) -> Row:
-    """The row with numbers that its form has, but that scoring has no use for."""
+def _steps_row(row: Row, columns: set[str], attributes: tuple[str, ...]) -> Scorable:
+    """A row whose every step is scored."""
+    if len(attributes) > 1:
+        raise ValueError(
+            f"{row.origin}: steps, but the reward model has the attributes "
+            f"{', '.join(attributes)}; wanted one with a single output"
+        )
+    if "labels" not in columns:
+        row = _fill_column(row, "labels", row.data["steps"], 1.0)
+    example = to_steps(row)
+    answer = {"role": "assistant", "content": "\n".join(example.steps)}
+    conversation = Conversation((*example.prompt, answer), row.origin, len(example.prompt))
+    return Scorable((conversation,), _steps_result, example.steps)
+
+
+def _to_score(attributes: tuple[str, ...], output: np.ndarray) -> Score:
+    if not attributes:
+        return float(output[0])
+    return dict(zip(attributes, map(float, output), strict=True))
+
+
+def _pair_result(
+    to_score: Callable[[np.ndarray], Score], outputs: list[np.ndarray]
+) -> dict[str, Score]:
+    chosen, rejected = outputs
+    margin = chosen.astype(np.float64) - rejected.astype(np.float64)
+    return {
+        "chosen": to_score(chosen),
+        "rejected": to_score(rejected),
+        "margin": to_score(margin),
+    }
+
+
+def _steps_result(outputs: list[np.ndarray]) -> dict[str, Any]:
+    logits = np.array([output[0] for output in outputs], np.float64)
+    probabilities = 0.5 * (1 + np.tanh(logits / 2))  # σ(logit), without overflow
+    return {
+        "steps": probabilities.tolist(),
+        "product": float(probabilities.prod()),
+        "min": float(probabilities.min()),
+    }
+
+
+def _fill_column(row: Row, column: str, like: Any, value: float) -> Row:
+    """Adds a column of equal numbers, as long as `like`, which the row's form requires."""
     if not isinstance(like, list):
         fail(row.origin, column, short(like), "a list of answers or steps")
     return Row(row.data | {column: [value] * len(like)}, row.origin)
@@ -336,11 +330,47 @@ def _filled(row: Row, column: str, like: Any, value: float) -> Row:
 # --- tokens --------------------------------------------------------------------------------------
 
 
+def _encode(
+    tok: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    scorables: Sequence[Scorable],
+    length: int | None,
+    chat_template: str | None,
+) -> tuple[list[Encoded], list[list[int]]]:
+    """The documents of all rows, and the token positions of each whose outputs are scores."""
+    documents: list[Encoded] = []
+    ends: list[list[int]] = []
+    conversations = [
+        conversation
+        for scorable in scorables
+        if not scorable.steps
+        for conversation in scorable.conversations
+    ]
+    encoded = iter(encode_conversations(tok, conversations, chat_template))
+    for row, scorable in zip(rows, scorables, strict=True):
+        if scorable.steps:
+            document, positions = _encode_steps(tok, scorable, row, chat_template)
+            if length is not None and len(document.ids) > length:
+                raise ValueError(
+                    f"{row.origin}: the steps end beyond length={length}, at "
+                    f"{len(document.ids)} tokens; give a larger length"
+                )
+            documents.append(document)
+            ends.append(positions)
+            continue
+        for document in itertools.islice(encoded, len(scorable.conversations)):
+            # Drop what the template appends to the last answer: training had no such tokens.
+            last = int(np.flatnonzero(document.trained)[-1])
+            documents.append(Encoded(document.ids[: last + 1], document.trained[: last + 1]))
+            ends.append([last])
+    return documents, ends
+
+
 def _encode_steps(
-    tok: PreTrainedTokenizerBase, answers: Answers, row: Row, chat_template: str | None
+    tok: PreTrainedTokenizerBase, scorable: Scorable, row: Row, chat_template: str | None
 ) -> tuple[Encoded, list[int]]:
-    prompt = answers.conversations[0].messages[:-1]
-    example = Steps(prompt, answers.texts, (1.0,) * len(answers.texts), row.origin)
+    prompt = scorable.conversations[0].messages[:-1]
+    example = Steps(prompt, scorable.steps, (1.0,) * len(scorable.steps), row.origin)
     (encoded,) = encode_steps(tok, [example], chat_template)
     return Encoded(encoded.ids, encoded.trained), [int(end) for end in encoded.ends]
 
@@ -353,10 +383,13 @@ def _outputs_at(
     batch: int,
     length: int | None,
 ) -> tuple[list[np.ndarray], int]:
-    """The head's outputs at given tokens of each document, `[places, A]` each; how many were cut.
+    """The head's outputs at given positions of each document.
 
-    Documents of similar length go together, in widths of which there are few, so that there is
-    little padding and few compilations.
+    Documents of similar length share a batch, padded to one of few widths, so that there is little
+    padding and few compilations.
+
+    Returns:
+      One array `[positions, A]` per document, and the number of documents that were cut.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: wanted a positive number of answers at a time")
@@ -366,23 +399,21 @@ def _outputs_at(
     @jax.jit
     def run(params: Params, tokens: TokenBatch) -> jax.Array:
         hidden = scorer.apply(params, tokens.inputs, tokens.positions, tokens.segment_ids)
-        return scorer.outputs(params, hidden)
+        return scorer.outputs(params, hidden)  # [B, T, D] -> [B, T, A]
 
-    sizes = [len(one.ids) for one in documents]
-    kept = [size if length is None else min(size, length) for size in sizes]
-    cut = sum(size > room for size, room in zip(sizes, kept, strict=True))
+    full = [len(document.ids) for document in documents]
+    sizes = [size if length is None else min(size, length) for size in full]
     shortened = [
-        Encoded(one.ids[:room], one.trained[:room])
-        for one, room in zip(documents, kept, strict=True)
+        Encoded(document.ids[:size], document.trained[:size])
+        for document, size in zip(documents, sizes, strict=True)
     ]
-    found: list[np.ndarray] = [np.zeros(0)] * len(documents)
-    order = sorted(range(len(documents)), key=lambda i: -kept[i])
+    results: list[np.ndarray] = [np.zeros(0)] * len(documents)
+    order = sorted(range(len(documents)), key=lambda i: -sizes[i])
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
-        width = bucket(kept[group[0]])
+        width = bucket(sizes[group[0]])
         tokens = token_rows(shortened, [[i] for i in group], batch, width, 0)
         outputs = np.asarray(run(params, tokens))
         for row, i in enumerate(group):
-            places = np.minimum(np.asarray(ends[i]), kept[i] - 1)
-            found[i] = outputs[row, places]
-    return found, cut
+            results[i] = outputs[row, np.minimum(np.asarray(ends[i]), sizes[i] - 1)]
+    return results, sum(before > after for before, after in zip(full, sizes, strict=True))

@@ -1,27 +1,71 @@
-"""What a configuration says of a reward: a frozen dataclass a kind, told apart by `kind`."""
+"""Rewards by name: one frozen dataclass per `kind`, registered in one table.
+
+A kind is one class, in one file: its fields are the options of a `rewards:` entry, `__post_init__`
+checks them, and `build` makes the reward function. `register_reward` enters the class in the table
+from which YAML is parsed and `build_reward` builds. Code outside this package registers likewise:
+
+    @register_reward
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Brevity(RewardSpec):
+        kind: str = "brevity"
+        limit: int = 100
+
+        def build(self, context):
+            def is_short(prompt, completion):
+                return float(len(completion) < self.limit)
+
+            return text_reward(is_short, context.tok, rows=context.rows, name=context.name)
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxalign.rewards.gsm8k import check_extract
-from jaxalign.rewards.ifeval import check_ifeval
-from jaxalign.rewards.length import check_length
-from jaxalign.rewards.model import check_scale
-from jaxalign.rewards.regex import check_regex
-from jaxalign.rewards.remote import check_http
+from jaxalign.rewards.cases import Rows
+from jaxalign.types import Params, PromptBatch, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxalign.models.lm_head import Scorer
+
+RewardFunction = Callable[[TokenBatch, PromptBatch], Any]
+"""`(prompts with answers, prompts) -> scores [B]`."""
+
+_KINDS: dict[str, type[RewardSpec]] = {}
+
+S = TypeVar("S", bound="type[RewardSpec]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Spec:
-    """What all kinds have.
+class BuildContext:
+    """What a spec's `build` gets of the run.
 
     Attributes:
-      kind: which kind.
-      name: under which it is logged (`rewards/<name>`); None: its kind.
-      weight: of it in the sum; 0 only logs.
-      where: column → text: the reward applies only to rows that have these; None: to all.
+      tok: the policy's tokenizer.
+      rows: the data rows behind the prompts, see `jaxalign.rewards.text_reward`; None: no rows.
+      name: the reward's name in logs and errors.
+      load: loads a reward model with one score; None: onto the default device.
+    """
+
+    tok: PreTrainedTokenizerBase
+    rows: Any
+    name: str
+    load: Callable[[Any], tuple[Scorer, Params]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """Options that all kinds share. Subclasses give `kind` a default and override `build`.
+
+    Attributes:
+      kind: the key under which the class is registered.
+      name: logged as `rewards/<name>`; None: the kind.
+      weight: factor in the weighted sum; 0 only logs.
+      where: column → text: the reward applies only to rows with these values; None: to all.
     """
 
     kind: str
@@ -30,207 +74,78 @@ class _Spec:
     where: dict[str, str] | None = None
 
     def __post_init__(self):
-        mine = type(self).kind
-        _want(self.kind == mine, "kind", self.kind, repr(mine))
-        _want(self.name is None or bool(self.name.strip()), "name", self.name, "a name, or null")
-        _want(math.isfinite(self.weight), "weight", self.weight, "a finite number")
-        _want(self.where is None or bool(self.where), "where", self.where, "a column, or null")
+        kind = type(self).kind
+        check_option(self.kind == kind, "kind", self.kind, repr(kind))
+        named = self.name is None or bool(self.name.strip())
+        check_option(named, "name", self.name, "a name, or null")
+        check_option(math.isfinite(self.weight), "weight", self.weight, "a finite number")
+        somewhere = self.where is None or bool(self.where)
+        check_option(somewhere, "where", self.where, "a column, or null")
+
+    @staticmethod
+    def kinds() -> Mapping[str, type[RewardSpec]]:
+        """Every registered kind → its class."""
+        return _KINDS
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """The reward function that these options describe.
+
+        Raises:
+          ValueError: an option, or a row of data, that the reward cannot work with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build(context)")
+
+    def applies_to(self, row: Any) -> bool:
+        """Whether a row of data has the values of `where`."""
+        where = self.where or {}
+        return all(str(row.get(column)) == value for column, value in where.items())
+
+    def check_rows(self, context: BuildContext, check: Callable[[Any], object]) -> None:
+        """Calls `check` on every row that the reward applies to, before training starts.
+
+        Raises:
+          ValueError: what `check` raised, with the row's origin and the reward's name.
+        """
+        for origin, row in Rows(context.rows).all():
+            if self.applies_to(row):
+                try:
+                    check(row)
+                except ValueError as error:
+                    raise ValueError(f"{origin}: reward {context.name!r}: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelReward(_Spec):
-    """A trained reward model.
+def register_reward(spec: S) -> S:
+    """Class decorator that registers a `RewardSpec` under its `kind`.
 
-    Attributes:
-      source: folder or hub id.
-      tokenizer: "policy": it has the policy's; "own": it has its own and a template, and answers
-        go to it through text (see `retokenised_reward`).
-      chat_template: with its own tokenizer: what it was trained under; None: that tokenizer's.
-      length: with its own tokenizer: tokens of the longest conversation; None: what the model was
-        trained for.
-      batch: with its own tokenizer: conversations scored at a time.
-      attributes: attribute → weight, for a model with several scores: the weighted sum.
-      shift: is subtracted from the score.
-      scale: by which that is divided.
+    Raises:
+      ValueError: not a dataclass derived from `RewardSpec`, no default of `kind`, or a kind that
+        another class has.
     """
-
-    kind: str = "model"
-    source: str
-    tokenizer: str = "policy"
-    chat_template: str | None = None
-    length: int | None = None
-    batch: int = 16
-    attributes: dict[str, float] | None = None
-    shift: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        known = ("policy", "own")
-        _want(self.tokenizer in known, "tokenizer", self.tokenizer, " or ".join(known))
-        own = self.tokenizer == "own"
-        for name, default in (("chat_template", None), ("length", None), ("batch", 16)):
-            value = getattr(self, name)
-            _want(own or value == default, name, value, f"{default!r} without tokenizer=own")
-        _want(self.length is None or self.length > 1, "length", self.length, "2 or more, or null")
-        _want(self.batch > 0, "batch", self.batch, "positive")
-        weights = self.attributes
-        _want(
-            weights is None or any(weights.values()),
-            "attributes",
-            weights,
-            "a weight other than 0 for at least one, or null",
+    kind = getattr(spec, "kind", None)
+    if not (issubclass(spec, RewardSpec) and "__dataclass_fields__" in vars(spec)):
+        raise ValueError(
+            f"reward {spec.__name__}: wanted a dataclass derived from RewardSpec; decorate it with "
+            "@dataclasses.dataclass(frozen=True, kw_only=True) below @register_reward"
         )
-        check_scale(self.scale)
+    if not isinstance(kind, str) or not kind.strip():
+        raise ValueError(f"reward {spec.__name__} kind={kind!r}: wanted a name as its default")
+    other = _KINDS.get(kind)
+    # The same class again, as when a notebook's cell runs twice, replaces the first.
+    if other is not None and _path(other) != _path(spec):
+        raise ValueError(f"reward {spec.__name__} kind={kind!r}: {_path(other)} has that kind")
+    _KINDS[kind] = spec
+    return spec
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FunctionReward(_Spec):
-    """A Python function.
+def _path(spec: type) -> str:
+    return f"{spec.__module__}.{spec.__qualname__}"
 
-    Attributes:
-      path: `module:function`, or `file.py:function`; modules are also looked for in the current
-        folder.
-      calls: "row": as `text_reward` calls it, for each answer; "batch": as `batch_reward`, once.
+
+def check_option(ok: bool, name: str, got: object, valid: str) -> None:
+    """Checks an option.
+
+    Raises:
+      ValueError: not `ok`; names the option, its value and what is valid.
     """
-
-    kind: str = "function"
-    path: str
-    calls: str = "row"
-
-    def __post_init__(self):
-        super().__post_init__()
-        module, _, function = self.path.rpartition(":")
-        ok = bool(module) and function.isidentifier()
-        _want(ok, "path", self.path, "module:function or file.py:function")
-        _want(self.calls in ("row", "batch"), "calls", self.calls, "row or batch")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gsm8kReward(_Spec):
-    """The final number of a calculation; see `jaxalign.rewards.gsm8k`.
-
-    Attributes:
-      extract: "strict" or "flexible".
-      column: where the row has the right answer.
-      format_score: for a number that is not the right one.
-    """
-
-    kind: str = "gsm8k"
-    extract: str = "strict"
-    column: str = "answer"
-    format_score: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_extract(self.extract)
-        ok = math.isfinite(self.format_score)
-        _want(ok, "format_score", self.format_score, "a finite number")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IfevalReward(_Spec):
-    """Constraints; see `jaxalign.rewards.ifeval`.
-
-    Attributes:
-      mode: "strict" or "loose".
-      per: "instruction" or "prompt".
-    """
-
-    kind: str = "ifeval"
-    mode: str = "strict"
-    per: str = "instruction"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ifeval(self.mode, self.per)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RegexReward(_Spec):
-    """A regular expression; see `jaxalign.rewards.regex`.
-
-    Attributes:
-      pattern: Python's form.
-      how: "search" or "fullmatch".
-      column: the row's column that what matched must be equal to; None: a match is enough.
-    """
-
-    kind: str = "regex"
-    pattern: str
-    how: str = "search"
-    column: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_regex(self.pattern, self.how)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LengthReward(_Spec):
-    """The number of tokens; see `jaxalign.rewards.length`.
-
-    Attributes:
-      longest: tokens after which the punishment is full.
-      cache: tokens before that over which it grows.
-      target: wanted tokens, in place of `longest`.
-      width: tokens off the target at which the punishment is full; None: `target`.
-    """
-
-    kind: str = "length"
-    longest: int | None = None
-    cache: int = 0
-    target: int | None = None
-    width: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_length(self.longest, self.cache, self.target, self.width)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HttpReward(_Spec):
-    """A server; see `jaxalign.rewards.remote`.
-
-    Attributes:
-      url: http or https.
-      timeout: seconds for a request.
-      max_failures: failures of a request in a row that stop the run.
-      backoff: seconds of the longest first pause before another try.
-      batch: answers in a request.
-      concurrency: requests at a time.
-      seed: of the pauses.
-      key_variable: environment variable with a key; None: no key.
-    """
-
-    kind: str = "http"
-    url: str
-    timeout: float = 30.0
-    max_failures: int = 5
-    backoff: float = 1.0
-    batch: int = 16
-    concurrency: int = 4
-    seed: int = 0
-    key_variable: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_http(
-            self.url, self.timeout, self.max_failures, self.backoff, self.batch, self.concurrency
-        )
-
-
-RewardSpec = (
-    ModelReward
-    | FunctionReward
-    | Gsm8kReward
-    | IfevalReward
-    | RegexReward
-    | LengthReward
-    | HttpReward
-)
-
-
-def _want(ok: bool, name: str, got: object, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={got!r}: wanted {wanted}")
+        raise ValueError(f"{name}={got!r}: wanted {valid}")

@@ -1,4 +1,4 @@
-"""Rewards of texts: Python functions of prompt, completion and the row of data."""
+"""Text rewards: Python functions of prompt, completion and the data row."""
 
 from __future__ import annotations
 
@@ -16,73 +16,72 @@ from jaxalign.types import PromptBatch, Scores, TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Judge = Callable[[Sequence[Case]], Sequence[float | None]]
-"""Cases → a score each; None: the reward does not apply to it."""
+ScoreCases = Callable[[Sequence[Case]], Sequence[float | None]]
+"""Cases → one score per case; None: the reward does not apply to it."""
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class TextReward:
-    """A reward function that judges text; made by `text_reward`, `batch_reward` and others.
+    """A reward function of decoded text; `text_reward`, `batch_reward` and others make it.
 
-    Called like any reward function it gives scores `[B]`, and wants one for every answer. Rows that
-    only fill up the batch are not asked about, and score 0.
+    A call returns scores `[B]` and requires one for every answer. Padding rows of the batch are not
+    scored and get 0.
 
     Args:
-      judge: cases → scores.
+      score_cases: cases → scores.
       tok: the policy's tokenizer.
-      rows: the rows behind the prompts; see `text_reward`.
-      name: how it is called in errors.
+      rows: the data rows behind the prompts; see `text_reward`.
+      name: the reward's name in errors.
     """
 
-    def __init__(self, judge: Judge, tok: PreTrainedTokenizerBase, rows: Any, name: str):
+    def __init__(self, score_cases: ScoreCases, tok: PreTrainedTokenizerBase, rows: Any, name: str):
         self.name = name
-        self._judge = judge
+        self._score_cases = score_cases
         self._tok = tok
         self._rows = rows if isinstance(rows, Rows) else Rows(rows)
 
     def __call__(self, tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
         """Scores of all answers, float32 `[B]`."""
-        cases, said = self._ask(tokens, prompts, self.name)
-        for case, score in zip(cases, said, strict=True):
+        cases, scores = self._score(tokens, prompts, self.name)
+        for case, score in zip(cases, scores, strict=True):
             if score is None:
                 raise TypeError(
                     f"reward {self.name!r} gave None for {case}; wanted a number (None, for rows "
                     "that a reward does not apply to, needs another that does: combine_rewards)"
                 )
-        return self._spread(tokens, cases, said).values  # pyrefly: ignore[bad-return]
+        return self._scatter(tokens, cases, scores).values  # pyrefly: ignore[bad-return]
 
     def scores(self, tokens: TokenBatch, prompts: PromptBatch, name: str | None = None) -> Scores:
-        """The scores, of which some may not apply.
+        """The scores, with a mask of the rows that the reward applies to.
 
         Args:
           tokens: prompts with answers.
           prompts: the prompts.
-          name: how the reward is called in errors; None: its own name.
+          name: the reward's name in errors; None: its own name.
         """
-        return self._spread(
-            tokens, *self._ask(tokens, prompts, self.name if name is None else name)
-        )
+        name = self.name if name is None else name
+        return self._scatter(tokens, *self._score(tokens, prompts, name))
 
     def only(self, applies: Callable[[Case], bool]) -> TextReward:
-        """The same reward, which is not asked about cases that it does not apply to."""
+        """This reward restricted to cases for which `applies` is true; others get no score."""
 
-        def judge(cases: Sequence[Case]) -> list[float | None]:
-            asked = [case for case in cases if applies(case)]
-            said = list(self._judge(asked)) if asked else []
-            if len(said) != len(asked):
-                raise RewardError(f"gave {len(said)} scores for {len(asked)} answers")
-            left = iter(said)
-            return [next(left) if applies(case) else None for case in cases]
+        def score_cases(cases: Sequence[Case]) -> list[float | None]:
+            selected = [case for case in cases if applies(case)]
+            scores = list(self._score_cases(selected)) if selected else []
+            if len(scores) != len(selected):
+                raise RewardError(f"gave {len(scores)} scores for {len(selected)} answers")
+            remaining = iter(scores)
+            return [next(remaining) if applies(case) else None for case in cases]
 
-        return TextReward(judge, self._tok, self._rows, self.name)
+        return TextReward(score_cases, self._tok, self._rows, self.name)
 
-    def _ask(
+    def _score(
         self, tokens: TokenBatch, prompts: PromptBatch, name: str
     ) -> tuple[list[Case], list[float | None]]:
         cases = cases_of(self._tok, tokens, prompts, self._rows)
         try:
-            given = self._judge(cases) if cases else []
+            scores = self._score_cases(cases) if cases else []
         except _CaseFailed as failure:
             raise RewardError(
                 f"reward {name!r} failed for {failure.case}: {failure}"
@@ -92,20 +91,21 @@ class TextReward:
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} failed for {len(cases)} answers, the first of them {cases[0]}: "
-                f"{_told(error)}"
+                f"{_describe(error)}"
             ) from error
-        if not hasattr(given, "__len__") or len(given) != len(cases):
-            count = len(given) if hasattr(given, "__len__") else f"a {type(given).__name__}"
+        if not hasattr(scores, "__len__") or len(scores) != len(cases):
+            count = len(scores) if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
             raise RewardError(f"reward {name!r} gave {count} scores for {len(cases)} answers")
-        return cases, [_number(s, case, name) for s, case in zip(given, cases, strict=True)]
+        return cases, [_number(s, case, name) for s, case in zip(scores, cases, strict=True)]
 
-    def _spread(
-        self, tokens: TokenBatch, cases: Sequence[Case], said: Sequence[float | None]
+    def _scatter(
+        self, tokens: TokenBatch, cases: Sequence[Case], scores: Sequence[float | None]
     ) -> Scores:
+        """Scores by batch row `[B]`; 0 and not applying in padding rows."""
         count = len(local_rows(tokens.loss_mask))
         values = np.zeros(count, np.float32)
         applies = np.zeros(count, np.bool_)
-        for case, score in zip(cases, said, strict=True):
+        for case, score in zip(cases, scores, strict=True):
             if score is not None:
                 values[case.place], applies[case.place] = score, True
         return Scores(values, applies)
@@ -118,48 +118,49 @@ def text_reward(
     rows: Any = None,
     name: str | None = None,
 ) -> TextReward:
-    """A score computed from text: `function(prompt, completion)`, or with the row as third.
+    """A reward computed from text: `function(prompt, completion)` or `(prompt, completion, row)`.
 
-    Special tokens are left out of both texts. The function runs in Python, one row at a time; an
-    exception in it stops the run, and so does a score that is no finite number. The row is passed
-    to functions with a parameter `row`, or with a third one that has no default; a `row` that has a
-    default is left to it where there are no rows.
+    Both texts are decoded without special tokens. The function runs in Python, one answer at a
+    time; an exception, or a score that is not a finite number, stops the run.
+
+    The data row is passed to a parameter named `row`, or to a third parameter without a default. If
+    there are no rows, a `row` with a default keeps it.
 
     Args:
-      function: gives a number, or None where it does not apply (see `combine_rewards`).
+      function: returns a number, or None if it does not apply (see `combine_rewards`).
       tok: the policy's tokenizer.
-      rows: where the rows are: what `prompt_batches` gave (or its `examples`), or dicts in the
-        order of `PromptBatch.index`. The row is a dict of all columns.
-      name: how the reward is called in errors; None: the function's name.
+      rows: the data rows: the result of `prompt_batches` (or its `examples`), or dicts in the order
+        of `PromptBatch.index`. A row is a dict of all columns.
+      name: the reward's name in errors; None: the function's name.
 
     Raises:
-      ValueError: the function wants the row, and no `rows` are given.
+      ValueError: the function needs the row, and `rows` is None.
     """
     name = _name_of(function) if name is None else name
-    place = _place_of_row(function)
-    if rows is None and place is not None:
-        if place.default is place.empty:
+    parameter = _row_parameter(function)
+    if rows is None and parameter is not None:
+        if parameter.default is parameter.empty:
             raise ValueError(
                 f"reward {name!r} takes the data row, and there are no rows; pass rows= (what "
                 "prompt_batches gave)"
             )
-        place = None
+        parameter = None
 
-    def judge(cases: Sequence[Case]) -> list[float | None]:
-        said = []
+    def score_cases(cases: Sequence[Case]) -> list[float | None]:
+        scores = []
         for case in cases:
-            texts, named = (case.prompt, case.completion), {}
-            if place is not None and place.kind is place.KEYWORD_ONLY:
-                named = {place.name: case.row}
-            elif place is not None:
-                texts += (case.row,)
+            args, kwargs = (case.prompt, case.completion), {}
+            if parameter is not None and parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs = {parameter.name: case.row}
+            elif parameter is not None:
+                args += (case.row,)
             try:
-                said.append(function(*texts, **named))
+                scores.append(function(*args, **kwargs))
             except Exception as error:
                 raise _CaseFailed(case, error) from error
-        return said
+        return scores
 
-    return TextReward(judge, tok, rows, name)
+    return TextReward(score_cases, tok, rows, name)
 
 
 def batch_reward(
@@ -169,21 +170,22 @@ def batch_reward(
     rows: Any = None,
     name: str | None = None,
 ) -> TextReward:
-    """Scores of all answers of a batch at once, by a function in the form that TRL has for them.
+    """Scores all answers of a batch with one call, with the signature of TRL's reward functions.
 
-    It is called `function(prompts=…, completions=…, **columns)`: lists of one entry an answer, and
-    so is every column of the rows but `prompt` and `completion` (None where a row lacks it). Where
-    the rows' prompts are lists of messages, prompts are too, and completions are lists of one
-    assistant message, as in TRL's GRPOTrainer; otherwise both are texts.
+    The call is `function(prompts=…, completions=…, **columns)`. Every argument is a list with one
+    entry per answer. `columns` are the rows' columns except `prompt` and `completion`, with None
+    for a row that lacks one. If the rows' prompts are lists of messages, `prompts` are too, and
+    each completion is a list of one assistant message, as in TRL's GRPOTrainer; otherwise both are
+    texts.
 
     Args:
-      function: gives a list of numbers, None where it does not apply.
+      function: returns a list of numbers, None where it does not apply.
       tok: the policy's tokenizer.
-      rows: see `text_reward`; None: there are no columns.
-      name: how the reward is called in errors; None: the function's name.
+      rows: see `text_reward`; None: no columns.
+      name: the reward's name in errors; None: the function's name.
     """
 
-    def judge(cases: Sequence[Case]) -> Sequence[float | None]:
+    def score_cases(cases: Sequence[Case]) -> Sequence[float | None]:
         data = [case.row for case in cases if case.row is not None]
         columns = dict.fromkeys(key for row in data for key in row)
         values = {
@@ -191,8 +193,8 @@ def batch_reward(
             for key in columns
             if key not in ("prompt", "completion")
         }
-        turns = bool(data) and all(isinstance(row.get("prompt"), list) for row in data)
-        if turns:
+        chat = bool(data) and all(isinstance(row.get("prompt"), list) for row in data)
+        if chat:
             prompts: list[Any] = [row["prompt"] for row in data]
             completions: list[Any] = [
                 [{"role": "assistant", "content": case.completion}] for case in cases
@@ -203,31 +205,31 @@ def batch_reward(
             )
         return function(prompts=prompts, completions=completions, **values)
 
-    return TextReward(judge, tok, rows, _name_of(function) if name is None else name)
+    return TextReward(score_cases, tok, rows, _name_of(function) if name is None else name)
 
 
 class _CaseFailed(Exception):
-    """A function failed for one case."""
+    """A reward function raised for one case."""
 
     def __init__(self, case: Case, error: Exception):
-        super().__init__(_told(error))
+        super().__init__(_describe(error))
         self.case = case
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{origin_in(error)}"
 
 
-def _place_of_row(function: Callable[..., Any]) -> inspect.Parameter | None:
-    """The parameter that takes the row, if there is one."""
+def _row_parameter(function: Callable[..., Any]) -> inspect.Parameter | None:
+    """The parameter that takes the data row, or None."""
     try:
-        found = list(inspect.signature(function).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some built-in functions have no signature
         return None
-    third = [p for p in found if p.kind in _POSITIONAL][2:3]
+    third = [p for p in parameters if p.kind in _POSITIONAL][2:3]
     if third and (third[0].name == "row" or third[0].default is inspect.Parameter.empty):
         return third[0]
-    return next((p for p in found if p.name == "row" and p.kind is p.KEYWORD_ONLY), None)
+    return next((p for p in parameters if p.name == "row" and p.kind is p.KEYWORD_ONLY), None)
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -255,10 +257,10 @@ def scores_of(
     prompts: PromptBatch,
     name: str,
 ) -> Any:
-    """What a reward says: `Scores` of a text reward, in which some may not apply, or as it gives.
+    """The result of a reward: `Scores` with a mask for a text reward, otherwise as returned.
 
     Raises:
-      RewardError: it fails; the message calls it by `name`.
+      RewardError: the reward failed; the message names it.
     """
     if isinstance(reward, TextReward):
         return reward.scores(tokens, prompts, name)
@@ -267,4 +269,4 @@ def scores_of(
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"reward {name!r} failed: {_told(error)}") from error
+        raise RewardError(f"reward {name!r} failed: {_describe(error)}") from error

@@ -116,7 +116,7 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
       ValueError: as `load_pretrained`, `load_tokenizer` and `save_pretrained`.
     """
     target = pathlib.Path(out).expanduser().resolve()
-    fresh = target.parent / f".{target.name}.{distributed.same_number():08x}.tmp"
+    fresh = target.parent / f".{target.name}.{distributed.broadcast_random():08x}.tmp"
     doing, main = "importing a model", distributed.is_main()
     check_replaceable(target)
     tok = load_tokenizer(source)
@@ -124,13 +124,13 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
     planned = plan_tensors(model, params)
     jsons = configs(model, planned, tok)
     try:
-        with distributed.together(doing):
+        with distributed.fail_together(doing):
             if main:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 fresh.mkdir()
-        with distributed.together(doing):
+        with distributed.fail_together(doing):
             orbax_folder.write_params(params, fresh)
-        with distributed.together(doing):
+        with distributed.fail_together(doing):
             if main:
                 write_configs(fresh, jsons, tok)
                 swap(fresh, target)

@@ -159,7 +159,7 @@ def _step(
     waited = time.perf_counter() - asked_at
     parts, metrics = task.expand(key, state, batch, loop, batches)
     timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
-    counts = distributed.total([*filled(batch), *pop_work(timing)])
+    counts = distributed.all_reduce_sum([*filled(batch), *pop_work(timing)])
     updates: list[dict[str, Any]] = []
     for part in parts:
         state, logged = task.step(state, part)
@@ -212,5 +212,5 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
 
 def _close(store: Checkpoints) -> None:
     """Finishes saves under way, unless another host is gone, without which none can be."""
-    if not distributed.broken():
+    if not distributed.job_failed():
         store.close()

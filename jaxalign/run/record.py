@@ -23,9 +23,9 @@ def check_hosts(folder: pathlib.Path, config: Any) -> None:
       ValueError: naming what differs, and on which hosts.
     """
     if jax.process_count() > 1:
-        distributed.check_same("package versions", versions())
-        distributed.check_same("the configuration", distributed.flatten(to_values(config)))
-        distributed.check_shared(folder)
+        distributed.check_consistent("package versions", versions())
+        distributed.check_consistent("the configuration", distributed.flatten(to_values(config)))
+        distributed.check_shared_folder(folder)
 
 
 def versions() -> dict[str, str]:

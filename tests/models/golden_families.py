@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import families
 
 KINDS = ("gemma3_text", "phi3", "gpt2", "qwen3_moe")

@@ -1,4 +1,4 @@
-"""Prompts with answers as a rollout gives them, laid out from texts."""
+"""Makes a rollout's batch of prompts and answers from texts."""
 
 import chatmodel
 import numpy as np
@@ -12,7 +12,7 @@ TOK = chatmodel.make_tokenizer()
 
 
 def answered(pairs, tok=TOK, width=40, room=40, index=None):
-    """(tokens, prompts): one row a (prompt, answer); an empty answer only fills up the batch."""
+    """(tokens, prompts) with a row per (prompt, answer); an empty answer is a padding row."""
     count = len(pairs)
     tokens, mask = (np.zeros((count, room), kind) for kind in (np.int32, bool))
     prompts = PromptBatch(

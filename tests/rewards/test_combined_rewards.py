@@ -1,4 +1,4 @@
-"""Several rewards as one: their sum, their parts, and rows that some do not apply to."""
+"""Weighted sums of rewards, their parts, and rows to which a reward does not apply."""
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ def test_the_weighted_sum_and_its_parts():
     )
     scores = reward(*BATCH)
     assert isinstance(scores, Scores)
-    # ½ · worth − 3 · (1 where it is a sum) + length in tokens, one a byte; 0 where nothing is.
+    # ½ · worth − 3 · (1 for a sum) + length in tokens, one per byte; 0 in padding rows.
     np.testing.assert_array_equal(scores.values, [1 - 3 + 3, 2 + 4, 4 - 3 + 5, 0])
     np.testing.assert_array_equal(scores.applies, [True, True, True, False])
     assert list(scores.parts) == ["worth", "sums", "length"]
@@ -80,7 +80,7 @@ def test_a_weight_of_0_only_logs():
     np.testing.assert_array_equal(scores.parts["worth"].values, [2, 4, 8, 0])
 
 
-def test_an_answer_that_no_reward_applies_to_is_no_0():
+def test_answer_without_any_applicable_reward_raises():
     sums = text_reward(sums_only, TOK, rows=ROWS)
     for rewards, weights in (({"sums": sums}, {}), ({"sums": sums, "n": lengths}, {"n": 0.0})):
         with pytest.raises(RewardError, match=r"applies to row 1 of the batch \(row 1 of the data"):
@@ -92,7 +92,7 @@ def spoilt(value):
 
 
 @pytest.mark.parametrize(
-    ("reward", "told"),
+    ("reward", "message"),
     [
         (spoilt(np.nan), r"reward 'bad' gave nan for row 1 of the batch"),
         (spoilt(-np.inf), r"reward 'bad' gave -inf for row 1 of the batch"),
@@ -101,24 +101,24 @@ def spoilt(value):
         (text_reward(lambda p, c: {}["x"], TOK), r"reward 'bad' failed for row 0.*KeyError: 'x'"),
     ],
 )
-def test_a_reward_that_fails_stops_whatever_the_others_say(reward, told):
-    with pytest.raises(RewardError, match=told):
+def test_failing_reward_stops_all(reward, message):
+    with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward})(*BATCH)
-    # Even one that weighs nothing.
-    with pytest.raises(RewardError, match=told):
+    # Even with weight 0.
+    with pytest.raises(RewardError, match=message):
         combine_rewards({"good": lengths, "bad": reward}, {"bad": 0.0})(*BATCH)
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "message"),
     [
         ({"b": 1.0}, "weights of b: no such reward; known: a"),
         ({"a": float("nan")}, "wanted finite numbers"),
         ({"a": 0.0}, "one is not 0"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weights, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_weights_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
         combine_rewards({"a": lengths}, weights)
     with pytest.raises(ValueError, match="got none"):
         combine_rewards({})

@@ -1,4 +1,4 @@
-"""A reward behind HTTP, against a small server: the wire, and every way in which it may fail."""
+"""HTTP rewards against a small server: protocol, retries and failures."""
 
 import json
 import threading
@@ -17,12 +17,12 @@ ROWS = [{"answer": 4}, {"answer": "x"}, {"answer": None}]
 
 
 def lengths(body, number):
-    """(status, headers, body) of a server that works."""
+    """(status, headers, body) of a working server."""
     return 200, {}, json.dumps({"scores": [len(c) for c in body["completions"]]}).encode()
 
 
 def failing(times, status=503, headers=None, raw=b"busy"):
-    """A server whose first answers are something else."""
+    """A server whose first responses differ."""
 
     def answer(body, number):
         return (status, headers or {}, raw) if number <= times else lengths(body, number)
@@ -35,7 +35,7 @@ def reward(server, **options):
     return http_reward(server.address, TOK, **options)
 
 
-def test_what_is_sent_and_what_comes_back(monkeypatch):
+def test_request_and_response(monkeypatch):
     monkeypatch.setenv("MY_KEY", " secret-1 ")
     with writers.serving(lengths) as server:
         scores = reward(server, rows=ROWS, batch=2, key_variable="MY_KEY")(*BATCH)
@@ -59,7 +59,7 @@ def test_without_rows_and_key():
     assert "Authorization" not in headers
 
 
-def test_a_failure_that_passes_is_tried_again():
+def test_temporary_failure_is_retried():
     with writers.serving(failing(2)) as server:
         np.testing.assert_array_equal(reward(server, max_failures=3)(*BATCH), [1, 2, 3, 0])
     assert len(server.seen) == 3
@@ -70,27 +70,29 @@ def test_failures_are_bounded_and_named():
     with writers.serving(failing(99)) as server:
         with pytest.raises(RewardError) as caught:
             reward(server, max_failures=3, name="judge")(*BATCH)
-        told = str(caught.value)
+        message = str(caught.value)
     assert len(server.seen) == 3
-    assert f"reward 'judge': {server.address} failed 3 times in a row" in told
-    assert "HTTP 503" in told
-    assert "busy" in told
-    assert "3 answers have no score, the first of them row 0 of the batch, prompt 'p one'" in told
+    assert f"reward 'judge': {server.address} failed 3 times in a row" in message
+    assert "HTTP 503" in message
+    assert "busy" in message
+    assert (
+        "3 answers have no score, the first of them row 0 of the batch, prompt 'p one'" in message
+    )
 
 
-def test_one_request_that_fails_for_good_stops_the_others():
+def test_permanent_failure_stops_other_requests():
     def answer(body, number):
         bad = body["completions"] == ["bb"]
         return (500, {}, b"") if bad else lengths(body, number)
 
     with writers.serving(answer) as server, pytest.raises(RewardError, match="prompt 'p two'"):
         reward(server, batch=1, concurrency=1, max_failures=2)(*BATCH)
-    # The first, the second twice; the third is not asked any more.
+    # The first request; the second and its retry; never the third.
     assert [body["completions"] for _, _, body in server.seen] == [["a"], ["bb"], ["bb"]]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_a_refusal_is_not_asked_again(status):
+def test_refusal_is_not_retried(status):
     key = {"Location": "http://127.0.0.1:1/"}
     with writers.serving(failing(99, status, key)) as server:
         with pytest.raises(
@@ -101,7 +103,7 @@ def test_a_refusal_is_not_asked_again(status):
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "message"),
     [
         (b'{"scores": [1, 2]}', r"answered '\{.*wanted .* with 3 numbers"),
         (b'{"rewards": [1, 2, 3]}', "wanted .*scores"),
@@ -112,9 +114,9 @@ def test_a_refusal_is_not_asked_again(status):
         (b'{"scores": [1, 2, "3"]}', r"gave '3' for row 2"),
     ],
 )
-def test_an_answer_that_is_no_scores_stops(raw, told):
+def test_response_without_scores_raises(raw, message):
     with writers.serving(lambda body, number: (200, {}, raw)) as server:
-        with pytest.raises(RewardError, match=told):
+        with pytest.raises(RewardError, match=message):
             reward(server)(*BATCH)
         assert len(server.seen) == 1
 
@@ -128,7 +130,7 @@ def test_null_does_not_apply():
     np.testing.assert_array_equal(scores.parts["http"].applies, [True, False, True, False])
 
 
-def test_a_slow_server_is_not_waited_for():
+def test_slow_response_times_out():
     release = threading.Event()
 
     def slow(body, number):
@@ -143,14 +145,14 @@ def test_a_slow_server_is_not_waited_for():
             release.set()  # only now does the server answer
 
 
-def test_nobody_there():
+def test_connection_refused():
     with writers.serving(lengths) as server:
         pass
     with pytest.raises(RewardError, match=r"failed 2 times.*ConnectionRefused"):
         reward(server, max_failures=2)(*BATCH)
 
 
-def test_no_more_requests_at_a_time_than_allowed():
+def test_concurrency_is_bounded():
     at_once, most = [], []
 
     def answer(body, number):
@@ -168,7 +170,7 @@ def test_no_more_requests_at_a_time_than_allowed():
     assert max(most) <= 2
 
 
-def test_a_row_that_json_cannot_hold():
+def test_row_that_json_cannot_represent():
     rows = [{"when": object()}] * 3
     with (
         writers.serving(lengths) as server,
@@ -178,7 +180,7 @@ def test_a_row_that_json_cannot_hold():
     assert not server.seen
 
 
-def test_a_key_is_in_no_message(monkeypatch):
+def test_key_is_redacted_from_messages(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1")
     with (
         writers.serving(failing(99, 403, raw=b"no secret-1 here")) as server,
@@ -203,7 +205,7 @@ def test_pauses_double_up_to_a_minute_and_come_from_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"url": "ftp://x/"}, "url: wanted http"),
         ({"url": "http://user:word@x/"}, "url: wanted http"),
@@ -214,7 +216,7 @@ def test_pauses_double_up_to_a_minute_and_come_from_the_seed():
         ({"concurrency": 0}, "concurrency=0"),
     ],
 )
-def test_options_out_of_range(options, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
         http_reward(**{"url": "http://x/", "tok": TOK} | options)
     assert "word" not in str(caught.value)

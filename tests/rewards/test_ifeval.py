@@ -1,4 +1,4 @@
-"""IFEval's instructions: each followed and not, by hand; strict and loose; whole rows."""
+"""IFEval: each instruction followed and violated, by hand; strict and loose; whole rows."""
 
 import json
 
@@ -157,22 +157,22 @@ def test_sentences(text, count):
 
 ROW = {
     "instruction_id_list": ["en:punctuation:no_comma", "startend:quotation", "keywords:existence"],
-    # Tables give every argument to every instruction, as null where it has none.
+    # Tables list every argument for every instruction, null if it has none.
     "kwargs": [{}, {"keywords": None}, {"keywords": ["sea"]}],
 }
 
 
 def test_scores_of_a_row():
-    said = '"the sea, the sea"'
-    assert ifeval_constraints()("", said, ROW) == pytest.approx(2 / 3)
-    assert ifeval_constraints(per="prompt")("", said, ROW) == 0.0
+    text = '"the sea, the sea"'
+    assert ifeval_constraints()("", text, ROW) == pytest.approx(2 / 3)
+    assert ifeval_constraints(per="prompt")("", text, ROW) == 0.0
     assert ifeval_constraints(per="prompt")("", '"the sea"', ROW) == 1.0
 
 
 def test_loose_forgives_a_first_line_a_last_line_and_asterisks():
     strict, loose = ifeval_constraints(per="prompt"), ifeval_constraints(mode="loose", per="prompt")
-    for said in ('Sure, here:\n"sea"', '"sea"\nYours, me', 'Oh, so:\n"sea"\nBye, you', '*"sea"*'):
-        assert (strict("", said, ROW), loose("", said, ROW)) == (0.0, 1.0)
+    for text in ('Sure, here:\n"sea"', '"sea"\nYours, me', 'Oh, so:\n"sea"\nBye, you', '*"sea"*'):
+        assert (strict("", text, ROW), loose("", text, ROW)) == (0.0, 1.0)
     assert loose("", 'a\nb\n"sea"', ROW) == 0.0
 
 
@@ -191,7 +191,7 @@ def test_the_four_figures():
 
 
 @pytest.mark.parametrize(
-    ("ids", "kwargs", "told"),
+    ("ids", "kwargs", "message"),
     [
         (["fr:punctuation:no_comma"], [{}], "instruction 'fr:punctuation:no_comma': not known"),
         (["keywords:existence"], [{}], r"got the arguments \[\], wanted \['keywords'\]"),
@@ -201,8 +201,8 @@ def test_the_four_figures():
         (None, None, "two lists"),
     ],
 )
-def test_rows_that_cannot_be_checked(ids, kwargs, told):
-    with pytest.raises(ValueError, match=told):
+def test_rows_that_cannot_be_checked(ids, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         instructions({"instruction_id_list": ids, "kwargs": kwargs})
 
 
@@ -217,7 +217,7 @@ def test_relations_and_options_are_checked():
         ifeval_constraints(per="row")
 
 
-def test_a_language_is_told_by_a_library_or_not_at_all(monkeypatch):
+def test_language_needs_a_detector(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "langdetect", None)
     from jaxalign.rewards.ifeval import _langdetect
 
@@ -227,7 +227,7 @@ def test_a_language_is_told_by_a_library_or_not_at_all(monkeypatch):
         follow("Wein", row)
 
 
-def test_it_is_a_reward_of_the_row():
+def test_instructions_as_a_text_reward():
     tokens, prompts = answered([("p", '"sea"'), ("q", "no, no")], index=[1, 1])
     reward = text_reward(ifeval_constraints(), TOK, rows=[{}, ROW])
     assert reward(tokens, prompts).tolist() == [1.0, 0.0]

@@ -1,5 +1,7 @@
-"""Rewards as a configuration names them: what is accepted and refused, and what is built."""
+"""`rewards:` of a configuration: valid and invalid entries, and the functions built from them."""
 
+import dataclasses
+import pathlib
 import sys
 
 import chatmodel
@@ -10,17 +12,15 @@ from answered import TOK, answered
 
 import jaxalign
 from jaxalign.models.lm_head import Scorer
-from jaxalign.rewards import build_reward
-from jaxalign.rewards.build import check_same_tokens, import_function
-from jaxalign.rewards.specs import (
-    FunctionReward,
-    Gsm8kReward,
-    HttpReward,
-    IfevalReward,
-    LengthReward,
-    ModelReward,
-    RegexReward,
-)
+from jaxalign.rewards import FunctionReward, ModelReward, build_reward
+from jaxalign.rewards.function import import_function
+from jaxalign.rewards.gsm8k import Gsm8kReward
+from jaxalign.rewards.ifeval import IfevalReward
+from jaxalign.rewards.length import LengthReward
+from jaxalign.rewards.model_spec import check_same_tokens
+from jaxalign.rewards.regex import RegexReward
+from jaxalign.rewards.remote import HttpReward
+from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, write_yaml
 
@@ -51,7 +51,7 @@ def complaint(*arguments, **changes):
     return str(caught.value)
 
 
-def test_every_kind_by_its_name():
+def test_every_kind_is_parsed():
     config = load(ALL)
     kinds = (ModelReward, ModelReward, FunctionReward, Gsm8kReward, IfevalReward, RegexReward)
     assert tuple(map(type, config.rewards)) == (*kinds, LengthReward, HttpReward)
@@ -63,7 +63,24 @@ def test_every_kind_by_its_name():
     assert config.reward_specs() == config.rewards
 
 
-def test_written_and_read_again_is_the_same(tmp_path):
+def test_the_built_in_kinds_are_registered():
+    kinds = {"model", "function", "gsm8k", "ifeval", "regex", "length", "http"}
+    assert set(RewardSpec.kinds()) >= kinds
+    message = complaint([{"kind": "judge"}])
+    assert all(kind in message for kind in kinds)
+    assert "got 'judge'" in message
+
+
+@pytest.mark.parametrize("kind", sorted(RewardSpec.kinds()))
+def test_docs_list_every_option(kind):
+    text = (pathlib.Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{kind}` |"))
+    shared = {field.name for field in dataclasses.fields(RewardSpec)}
+    options = {field.name for field in dataclasses.fields(RewardSpec.kinds()[kind])}
+    assert all(f"`{option}`" in row for option in options - shared)
+
+
+def test_yaml_round_trip(tmp_path):
     config = load(ALL)
     write_yaml(tmp_path / "config.yaml", config)
     assert load_config("ppo", tmp_path / "config.yaml") == config
@@ -87,10 +104,11 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
-        ({"kind": "judge"}, "rewards[0].kind: wanted one of model, function, gsm8k, ifeval"),
+        ({"kind": "judge"}, "rewards[0].kind: wanted one of"),
         ({"source": "x"}, "rewards[0].kind: wanted one of"),
+        ({"kind": ["regex"]}, "got ['regex']"),
         ({"kind": "gsm8k", "extrakt": "strict"}, "did you mean rewards[0].extract?"),
         ({"kind": "gsm8k", "url": "x"}, "rewards[0].url: unknown key"),
         ({"kind": "gsm8k", "extract": "last"}, "extract='last': wanted one of strict, flexible"),
@@ -116,8 +134,8 @@ def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
         ("gsm8k", "rewards[0]"),
     ],
 )
-def test_a_wrong_spec_is_named(spec, told):
-    assert told in complaint([spec])
+def test_invalid_specs_are_refused(spec, message):
+    assert message in complaint([spec])
 
 
 def test_rewards_or_a_reward_model():
@@ -134,7 +152,7 @@ def complaint_without_any():
     return str(caught.value)
 
 
-# What is built
+# Building
 
 FUNCTIONS = """
 from fractions import Fraction
@@ -176,7 +194,7 @@ def test_specs_become_one_reward(functions):
 
 
 @pytest.mark.parametrize(
-    ("specs", "told"),
+    ("specs", "message"),
     [
         ([RegexReward(pattern="a"), RegexReward(pattern="b")], "two rewards are called 'regex'"),
         ([], "got none"),
@@ -187,12 +205,12 @@ def test_specs_become_one_reward(functions):
         ([FunctionReward(path="nowhere.py:fn")], "path='nowhere.py:fn': no such file"),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_training(specs, told):
-    with pytest.raises(ValueError, match=told):
+def test_build_refuses_before_training(specs, message):
+    with pytest.raises(ValueError, match=message):
         build_reward(specs, TOK, rows=ROWS)
 
 
-def test_where_wants_rows():
+def test_where_needs_rows():
     with pytest.raises(ValueError, match=r"where=.*no rows to look at"):
         build_reward([LengthReward(target=5, where={"task": "sum"})], TOK)
 
@@ -210,7 +228,7 @@ def test_functions_are_found_in_files_modules_and_the_current_folder(functions, 
         import_function(f"{functions}:worth")
 
 
-def test_a_reward_model_with_another_tokenizer_is_not_given_the_policys_tokens(chat_models):
+def test_reward_model_with_another_tokenizer_is_refused(chat_models):
     check_same_tokens(TOK, str(chat_models / "scorer"))
     other = chatmodel.make_tokenizer()
     other.add_tokens(["sun"])  # one more ordinary token that the reward model does not have
@@ -218,7 +236,7 @@ def test_a_reward_model_with_another_tokenizer_is_not_given_the_policys_tokens(c
         check_same_tokens(other, str(chat_models / "scorer"))
 
 
-def test_a_reward_model_loads_by_itself(chat_models):
+def test_reward_model_is_loaded_by_default(chat_models):
     source = str(chat_models / "scorer")
     scores = build_reward([ModelReward(source=source, shift=1.0)], TOK)(*BATCH)
     params = tiny.random_params(Scorer(chatmodel.DECODER), seed=4)  # as chatmodel saved it

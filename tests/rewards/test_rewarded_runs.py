@@ -1,4 +1,4 @@
-"""Whole PPO runs on a tiny model whose rewards are named in their configuration."""
+"""PPO runs of a tiny model with `rewards:` in the configuration."""
 
 import chatmodel
 import pytest
@@ -22,7 +22,7 @@ HELD_OUT = [{"prompt": q, "worth": -1.0} for q in chatmodel.QUESTIONS[:8]]
 
 
 def settings(models, folder, rewards, **changes):
-    """A short run; the critic starts from a reward model even where none scores."""
+    """A short run whose critic starts from a reward model, even if none is a reward."""
     values = chatmodel.settings("ppo", models, folder, steps=2, export=False, checkpoint=False)
     del values["reward_model"]
     path = folder.parent / "my_rewards.py"
@@ -47,7 +47,7 @@ def test_a_function_of_the_row_is_the_reward(chat_models, tmp_path):
     write_yaml(tmp_path / "ppo.yaml", values)
     assert cli.main(["ppo", str(tmp_path / "ppo.yaml")]) in (0, None)
     rows = chatmodel.lines(tmp_path / "run")
-    # Each row's own number: 2.5 of all training rows, −1 of those held out.
+    # Mean of the rows' numbers: 2.5 in training, −1 held out.
     assert [row["objective/scores"] for row in rows if "loss" in row] == [2.5, 2.5]
     assert [row["rewards/function"] for row in rows if "loss" in row] == [2.5, 2.5]
     assert [row["eval/rewards/function"] for row in rows if "loss" not in row] == [-1.0, -1.0]
@@ -62,7 +62,7 @@ def test_several_rewards_are_added_up(chat_models, tmp_path):
         [
             {"kind": "model", "source": str(chat_models / "scorer"), "weight": 2.0},
             {"kind": "function", "path": "length", "name": "length", "weight": -0.125},
-            # By way of text, under the template: the same tokens, but for the end of a cut answer.
+            # Through text and template: the same tokens, except at the end of a cut answer.
             {"kind": "model", "name": "own", "source": str(chat_models / "scorer"), "weight": 0.0}
             | {"tokenizer": "own"},
         ],

@@ -1,4 +1,4 @@
-"""Rewards of trained models: with the policy's tokenizer, and with one of their own."""
+"""Rewards of trained models, with the policy's tokenizer and with their own."""
 
 import chatmodel
 import numpy as np
@@ -56,7 +56,7 @@ LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
 
 
 def other_tokenizer():
-    """One token a byte, numbered the other way round, and special tokens of its own at the end."""
+    """One token per byte, in reverse order, and its own special tokens at the end."""
     core = tokenizers.Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[])
     )
@@ -93,7 +93,7 @@ ROWS = [
 
 
 def test_another_tokenizer_reads_the_conversation_as_text(capsys):
-    # What the policy read is of no account: the conversation is built anew, from the row.
+    # The policy's prompt is ignored: the conversation is rebuilt from the row.
     tokens, prompts = answered(
         [("x", "because"), ("y", "so be it<|im_end|>"), ("", ""), ("z", "because")],
         index=[0, 1, -1, 0],
@@ -109,7 +109,7 @@ def test_another_tokenizer_reads_the_conversation_as_text(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_too_long_loses_its_start_and_is_counted(capsys):
+def test_long_conversations_lose_their_start_and_are_counted(capsys):
     tokens, prompts = answered([("x", "short"), ("y", "a long answer")])
     reward = retokenised_reward(
         SCORER, PARAMS, other_tokenizer(), TOK, rows=ROWS, batch=2, length=32
@@ -123,8 +123,8 @@ def test_what_is_too_long_loses_its_start_and_is_counted(capsys):
     assert "of 2 conversations, 1 were longer than 32 tokens and lost their start, and 0" in out
 
 
-def test_an_answer_cannot_end_its_turn_by_spelling_it(capsys):
-    # Taking one out must not put another one together.
+def test_special_tokens_written_as_text_are_removed(capsys):
+    # Removing one must not join the halves of another.
     tokens, prompts = answered([("x", "no<<e>e><u>"), ("y", "no")], index=[0, 0])
     reward = retokenised_reward(SCORER, PARAMS, other_tokenizer(), TOK, rows=ROWS, batch=2)
     scores = reward(tokens, prompts)
@@ -132,10 +132,12 @@ def test_an_answer_cannot_end_its_turn_by_spelling_it(capsys):
     assert "and 1 answers lost special tokens" in capsys.readouterr().out
 
 
-def test_what_it_needs():
-    make = lambda **options: retokenised_reward(  # noqa: E731
-        options.pop("scorer", SCORER), PARAMS, other_tokenizer(), TOK, **{"rows": ROWS} | options
-    )
+def test_retokenised_reward_refuses_missing_inputs():
+    def make(scorer=SCORER, **options):
+        return retokenised_reward(
+            scorer, PARAMS, other_tokenizer(), TOK, **{"rows": ROWS} | options
+        )
+
     with pytest.raises(ValueError, match=r"rebuilds conversations.*pass rows="):
         make(rows=None)
     with pytest.raises(RewardError, match=r"its row is a plain dict; wanted what prompt_batches"):

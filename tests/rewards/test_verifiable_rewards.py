@@ -1,4 +1,4 @@
-"""Answers that can be checked: final numbers, regular expressions, lengths."""
+"""Verifiable rewards: final numbers, regular expressions, lengths."""
 
 import json
 from fractions import Fraction
@@ -47,7 +47,7 @@ NUMBERS = [
     (r"\boxed{3x+2}", None, "2"),
     (r"\boxed{42", None, "42"),
     ("#### forty-two, that is 42", None, "42"),
-    # What cannot be read with certainty is no number.
+    # Ambiguous numbers are rejected.
     ("#### 3,5", None, "5"),
     ("#### 1e5", None, "5"),
     ("#### 1/0", None, "0"),
@@ -60,9 +60,9 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), NUMBERS, ids=lambda x: str(x)[:24])
 def test_the_final_number_of_a_text(text, strict, flexible):
-    for extract, wanted in (("strict", strict), ("flexible", flexible)):
+    for extract, expected in (("strict", strict), ("flexible", flexible)):
         found = final_number(text, extract)
-        assert found == (None if wanted is None else Fraction(wanted))
+        assert found == (None if expected is None else Fraction(expected))
 
 
 def test_right_answers_score_1():
@@ -89,20 +89,20 @@ def test_options_of_final_numbers():
     assert parse_number("3 4") is None
 
 
-def test_answers_of_gsm8k_are_right_answers_of_themselves(shared):
+def test_gsm8k_answers_match_themselves(shared):
     lines = (shared / "data/gsm8k/test.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 1319
     for row in map(json.loads, lines):
-        said = row["answer"].replace("####", "The answer is")
+        completion = row["answer"].replace("####", "The answer is")
         assert gsm8k_answer()("", row["answer"], row) == 1.0
-        assert gsm8k_answer()("", said, row) == 0.0
-        assert gsm8k_answer(extract="flexible")("", said, row) == 1.0
+        assert gsm8k_answer()("", completion, row) == 0.0
+        assert gsm8k_answer(extract="flexible")("", completion, row) == 1.0
 
 
 # Regular expressions
 
 
-def test_a_regular_expression_matches_or_not():
+def test_regex_match():
     tag = r"(?s)<think>.*</think>\s*<answer>(.*?)</answer>"
     right = "<think>2\n+ 2</think> <answer> 4 </answer>"
     assert regex_match(tag)("", right) == 1.0
@@ -127,23 +127,23 @@ def test_wrong_regular_expressions_and_rows():
     np.testing.assert_array_equal(text_reward(regex_match("y"), TOK)(tokens, prompts), [1, 0])
 
 
-# Lengths; one token a byte
+# Lengths; one token per byte
 
 WORDS = answered([("p", "x" * n) for n in (0, 1, 10, 15, 18, 20, 21, 40)])
 
 
-def test_soft_overlong_punishment_is_daposs():
+def test_soft_overlong_punishment_equals_dapo():
     # Eq. 13 with L_max = 20 and L_cache = 10, by hand; the first row is empty.
-    wanted = [0, 0, 0, -0.5, -0.8, -1, -1, -1]
-    np.testing.assert_allclose(length_reward(longest=20, cache=10)(*WORDS), wanted, rtol=1e-6)
+    expected = [0, 0, 0, -0.5, -0.8, -1, -1, -1]
+    np.testing.assert_allclose(length_reward(longest=20, cache=10)(*WORDS), expected, rtol=1e-6)
     np.testing.assert_array_equal(length_reward(longest=20)(*WORDS), [0, 0, 0, 0, 0, 0, -1, -1])
 
 
 def test_distance_from_a_target():
-    wanted = [-1, -0.9, 0, -0.5, -0.8, -1, -1, -1]
-    np.testing.assert_allclose(length_reward(target=10)(*WORDS), wanted, rtol=1e-6)
-    wanted = [-0.5, -0.45, 0, -0.25, -0.4, -0.5, -0.55, -1]
-    np.testing.assert_allclose(length_reward(target=10, width=20)(*WORDS), wanted, rtol=1e-6)
+    expected = [-1, -0.9, 0, -0.5, -0.8, -1, -1, -1]
+    np.testing.assert_allclose(length_reward(target=10)(*WORDS), expected, rtol=1e-6)
+    expected = [-0.5, -0.45, 0, -0.25, -0.4, -0.5, -0.55, -1]
+    np.testing.assert_allclose(length_reward(target=10, width=20)(*WORDS), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,6 @@ def test_distance_from_a_target():
         {"target": 5, "cache": 1},
     ],
 )
-def test_lengths_that_do_not_go_together(options):
+def test_incompatible_length_options_are_refused(options):
     with pytest.raises(ValueError, match="length reward"):
         length_reward(**options)

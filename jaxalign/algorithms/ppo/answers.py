@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.ppo.rollout import join_tokens
 from jaxalign.parallel.rules import Rules
-from jaxalign.parallel.sharding import all_rows, local_rows, mesh_of, shard_batch, use_mesh
+from jaxalign.parallel.sharding import all_gather_rows, local_rows, mesh_of, shard_batch, use_mesh
 from jaxalign.sampling.generate import Generation, sample
 from jaxalign.types import Array, Params, PromptBatch, Scores, TokenBatch
 
@@ -101,7 +101,7 @@ def calibrate(
         scores, _ = score_answers(reward_fn, tokens, prompts, answers.mask)
     if mesh is not None:
         scores = shard_batch(scores, mesh)
-    scores, answered = all_rows((scores, jnp.any(answers.mask, axis=1)))
+    scores, answered = all_gather_rows((scores, jnp.any(answers.mask, axis=1)))
     scores = scores[answered].astype(np.float64)
     spread = float(scores.std())
     scale = spread if how == "mean_std" and spread > 0 and math.isfinite(spread) else 1.0

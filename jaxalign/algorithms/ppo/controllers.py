@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
-from jaxalign.parallel.sharding import all_rows
+from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, RolloutBatch
 
@@ -38,7 +38,7 @@ class ScoreStats(NamedTuple):
 
     def add(self, scores: Any, valid: Any) -> ScoreStats:
         """With the valid ones of `scores` `[B]` taken in: Chan et al. 1983, equation 2.1."""
-        scores, valid = all_rows((scores, valid))
+        scores, valid = all_gather_rows((scores, valid))
         new = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
         if not new.size:
             return self

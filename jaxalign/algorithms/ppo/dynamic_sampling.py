@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.losses.advantages import equal_groups
-from jaxalign.parallel.sharding import all_rows
+from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.types import Array, RolloutBatch
 
 
@@ -51,7 +51,7 @@ def count_equal_groups(rollout: RolloutBatch, samples: int) -> int:
 
 def _groups(rollout: RolloutBatch, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """bool `[B / samples]`, of the groups that are no padding: scored alike, and not."""
-    scores, valid = all_rows((rollout.scores, rollout.valid))
+    scores, valid = all_gather_rows((rollout.scores, rollout.valid))
     alike = np.asarray(equal_groups(scores, valid, samples)).reshape(-1, samples)[:, 0]
     there = np.asarray(valid, bool).reshape(-1, samples).any(1)
     return alike & there, ~alike & there

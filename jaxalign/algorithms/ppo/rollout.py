@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign.algorithms.ppo.packing import lay_out, pack_rows, without_answers
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var
-from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch
+from jaxalign.parallel.sharding import all_gather_rows, mesh_of, row_shards, shard_batch
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
@@ -86,7 +86,7 @@ def minibatches(
     kept = None
     if pack:
         rollout = without_answers(rollout)
-        kept = all_rows(rollout.tokens.segment_ids) > 0
+        kept = all_gather_rows(rollout.tokens.segment_ids) > 0
     # All orders at once, before the first step is under way: to read one is to wait for the device.
     keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
     for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):

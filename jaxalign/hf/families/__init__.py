@@ -1,9 +1,8 @@
-"""What differs from one model family to the next: config keys, tensor names, nothing else.
+"""Model families: the config keys and tensor names in which they differ.
 
-A family maps the Hugging Face `config.json` to a `DecoderConfig` and back, and lists which HF
-tensor holds which leaf of the parameter tree. The decoder itself is shared by all of them. To add
-a family, write a file here with its two config functions and its table, and enter it in
-`FAMILIES`.
+A family maps Hugging Face's `config.json` to a `DecoderConfig` and back, and lists which HF tensor
+holds which leaf of the parameter tree. All families share the decoder. To add one, write a file
+here with its two config functions and its table, and list it in `FAMILIES`: two files.
 """
 
 from __future__ import annotations
@@ -70,10 +69,10 @@ FAMILIES: dict[str, Family] = {
 """HF `model_type` → family."""
 
 GENERATION = "_generation_config"
-"""Key under which `source_config` carries the source's `generation_config.json`, if it had one."""
+"""Key of `source_config` for the source's `generation_config.json`, if it had one."""
 
 _UNNAMED = "LABEL_0"
-"""What transformers calls the output of a head with one label that was given no name."""
+"""transformers' name of the single, unnamed output of a head."""
 
 
 def find_family(name: Any) -> Family:
@@ -88,14 +87,14 @@ def find_family(name: Any) -> Family:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The shape of the decoder that a Hugging Face `config.json` describes.
+    """The decoder config that a Hugging Face `config.json` describes.
 
     Args:
       hf: the file as a dict, in the form of transformers 4 or 5.
 
     Raises:
-      ValueError: a key that is missing or asks for something the decoder does not have; the
-        message names the key, what it holds and what is supported.
+      ValueError: a missing key, or a value that the decoder does not support; names the key, its
+        value and what is supported.
     """
     family = find_family(hf.get("model_type"))
     refuse(hf, "quantization_config", "unquantised weights, or GGUF", harmless=())
@@ -105,7 +104,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def is_scorer(hf: Mapping[str, Any]) -> bool:
-    """Whether `config.json` describes a model with a scalar head, or a head of several grades.
+    """Whether `config.json` describes a model with a score head, of one or several outputs.
 
     Raises:
       ValueError: an architecture that is neither a language model nor a scorer of its family.
@@ -120,13 +119,13 @@ def is_scorer(hf: Mapping[str, Any]) -> bool:
 
 
 def attributes_of(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a scorer's outputs; empty for one that has a single, unnamed score.
+    """Names of a scorer's outputs; empty for a single, unnamed score.
 
     Args:
       hf: `config.json` of a sequence classification model.
 
     Raises:
-      ValueError: labels without names for all of them, or labels that are classes, not grades.
+      ValueError: unnamed labels, or labels of a classification instead of a regression.
     """
     unnamed = {str(number): f"LABEL_{number}" for number in range(get(hf, "num_labels", 1))}
     labels = dict(get(hf, "id2label", unnamed))
@@ -144,23 +143,23 @@ def config_to_hf(
 ) -> dict[str, Any]:
     """The Hugging Face `config.json` of a model, readable by transformers 4 and 5.
 
-    What the source's own config held beyond our fields (token ids, initialiser, …) is kept.
+    Keys of the source's config that have no field here (token ids, initialiser, …) are kept.
 
     Args:
-      config: shape of the decoder.
+      config: config of the decoder.
       scorer: whether the model has a scalar head instead of a vocabulary head.
       dtype: of the saved weights, e.g. "bfloat16".
-      attributes: names of the outputs of that head; none for a single score.
+      attributes: names of the head's outputs; empty for a single score.
 
     Raises:
-      ValueError: a shape that the family's config cannot express, e.g. experts in a Llama.
+      ValueError: a field that the family's config cannot express, e.g. experts in a Llama.
     """
     family = find_family(config.family)
-    # A model made here has no token ids, and must not get those that transformers takes for absent
-    # ones: they may not even be in the vocabulary.
+    # A model initialised here has no token ids. Null keeps transformers from using its defaults,
+    # which may exceed the vocabulary.
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
-    # torch_dtype is the older name of dtype; labels belong to the head, which may have changed.
+    # torch_dtype is the old name of dtype; labels describe the head, which may have changed.
     for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
         hf.pop(key, None)
     if len(get(hf, "layer_types", [])) != config.num_layers:
@@ -181,12 +180,12 @@ def config_to_hf(
 
 
 def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
-    """Reads back what was written: whatever the family has no key for would come back different."""
-    ours, theirs = _meaning(config), _meaning(config_from_hf(hf))
+    """Reads back the written config: a field that the family has no key for would differ."""
+    before, after = _canonical(config), _canonical(config_from_hf(hf))
     lost = [
-        f"{name}={ours[name]!r} (would come back as {theirs[name]!r})"
-        for name in ours
-        if ours[name] != theirs[name]
+        f"{name}={before[name]!r} (would come back as {after[name]!r})"
+        for name in before
+        if before[name] != after[name]
     ]
     if lost:
         raise ValueError(
@@ -195,12 +194,12 @@ def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
         )
 
 
-def _meaning(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a config, those that say the same written the same."""
+def _canonical(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a config, with defaults filled in so that equal configs compare equal."""
     local = config.rope if config.local_rope is None else config.local_rope
     layers = config.num_layers
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    same = {
+    filled = {
         "source_config": "",
         "rope": None if config.learned_positions else used_rope(config.rope),
         "local_rope": None if config.window is None else used_rope(local),
@@ -209,21 +208,21 @@ def _meaning(config: DecoderConfig) -> dict[str, Any]:
         "query_scale": round(scale, 12),
     }
     fields = dataclasses.fields(config)
-    return {field.name: getattr(config, field.name) for field in fields} | same
+    return {field.name: getattr(config, field.name) for field in fields} | filled
 
 
 def leaves(
     config: DecoderConfig, shapes: Params, present: Collection[str] | None = None
 ) -> list[Leaf]:
-    """Matches a model's parameter tree with the HF names of its family.
+    """Matches a model's parameter tree with the HF tensor names of its family.
 
     Args:
-      config: shape of the decoder.
+      config: config of the decoder.
       shapes: `model.shapes` of a `Decoder` or `Scorer`.
-      present: tensor names of a source, to choose between the forms in which a family's
-        checkpoints come; without it, the form that is written.
+      present: tensor names of a checkpoint, to choose among the forms of the family's checkpoints;
+        None: the form that is written.
 
     Raises:
-      ValueError: a parameter that HF has no name for, e.g. an adapter.
+      ValueError: a parameter without an HF name, e.g. an adapter.
     """
     return table.leaves(find_family(config.family), config, shapes, present)

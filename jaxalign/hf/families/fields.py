@@ -1,4 +1,4 @@
-"""Keys of `config.json` that most families share: read with checks, and written."""
+"""Reads and writes the keys of `config.json` that most families share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-"""What `config.json` calls an activation → what we call it; the first name of each is written."""
+"""Activation in `config.json` → activation of the decoder; the first name of each is written."""
 
 
 def read_activation(hf: Mapping[str, Any], key: str) -> str:
@@ -27,16 +27,17 @@ def read_activation(hf: Mapping[str, Any], key: str) -> str:
 
 
 def write_activation(config: DecoderConfig) -> str:
-    """The name that transformers knows it by."""
-    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == config.activation)
+    """The MLP's activation, by transformers' name."""
+    names = ACTIVATION_NAMES.items()
+    return next(name for name, activation in names if activation == config.activation)
 
 
 def read_common(hf: Mapping[str, Any], *, partial_rope: bool = False) -> dict[str, Any]:
-    """The fields that families of this shape read alike; refuses what the decoder lacks.
+    """The `DecoderConfig` fields that most families read alike; refuses what the decoder lacks.
 
     Args:
       hf: `config.json`, completed by the family's defaults.
-      partial_rope: whether the family may rotate part of a head only.
+      partial_rope: whether the family may rotate only part of each head.
     """
     heads = integer(hf, "num_attention_heads")
     hidden = integer(hf, "hidden_size")
@@ -94,20 +95,20 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_windows(hf: Mapping[str, Any]) -> None:
-    """For families whose layers all see everything before them."""
+    """Refuses windowed attention, for families with full causal attention in every layer."""
     if hf.get("sliding_window") is not None and flag(hf, "use_sliding_window", True):
         raise unsupported("sliding_window", hf["sliding_window"], "null (full attention)")
-    odd = sorted({str(kind) for kind in get(hf, "layer_types", [])} - {_FULL})
-    if odd:
-        raise unsupported("layer_types", odd, f"{_FULL!r} in every layer")
+    unknown = sorted({str(kind) for kind in get(hf, "layer_types", [])} - {_FULL})
+    if unknown:
+        raise unsupported("layer_types", unknown, f"{_FULL!r} in every layer")
 
 
 def read_windows(hf: Mapping[str, Any], default: Callable[[int], bool]) -> dict[str, Any]:
-    """Window and the layers it holds in, from `sliding_window` and `layer_types`.
+    """The window and the layers that have it, from `sliding_window` and `layer_types`.
 
     Args:
       hf: `config.json`.
-      default: layer, from 0 → whether it has a window, where `layer_types` says nothing.
+      default: layer (from 0) → whether it has a window; used if there is no `layer_types`.
     """
     layers = integer(hf, "num_hidden_layers")
     window = None if hf.get("sliding_window") is None else integer(hf, "sliding_window")
@@ -116,9 +117,9 @@ def read_windows(hf: Mapping[str, Any], default: Callable[[int], bool]) -> dict[
         if window is None:
             return {}
     else:
-        odd = sorted({str(kind) for kind in hf["layer_types"]} - {_FULL, _SLIDING})
-        if odd:
-            raise unsupported("layer_types", odd, f"{_FULL!r}, {_SLIDING!r}")
+        unknown = sorted({str(kind) for kind in hf["layer_types"]} - {_FULL, _SLIDING})
+        if unknown:
+            raise unsupported("layer_types", unknown, f"{_FULL!r}, {_SLIDING!r}")
         windowed = tuple(kind == _SLIDING for kind in hf["layer_types"])
         if window is None and any(windowed):
             raise ValueError(f"config.json: layer_types has {_SLIDING!r}, but no sliding_window")

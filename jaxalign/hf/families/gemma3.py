@@ -25,15 +25,15 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
     both = get(hf, "rope_parameters", {})
     if not isinstance(both, Mapping):
         raise ValueError(f"config.json: rope_parameters={both!r}: wanted an object or null")
-    whole = get(both, _GLOBAL, get(hf, "rope_scaling", {}))
-    rope = read_rope_object(hf, whole, f"rope_parameters.{_GLOBAL}", hf["rope_theta"])
+    global_rope = get(both, _GLOBAL, get(hf, "rope_scaling", {}))
+    rope = read_rope_object(hf, global_rope, f"rope_parameters.{_GLOBAL}", hf["rope_theta"])
     fields = read_gemma({**hf, "rope_parameters": None, "rope_scaling": None}) | {"rope": rope}
-    # The key is there, but transformers' attention does not look at it.
+    # transformers ignores this key.
     fields["attention_softcap"] = None
     if windows:
-        near = get(both, _LOCAL, {})
+        local_rope = get(both, _LOCAL, {})
         theta = hf["rope_local_base_freq"]
-        fields["local_rope"] = read_rope_object(hf, near, f"rope_parameters.{_LOCAL}", theta)
+        fields["local_rope"] = read_rope_object(hf, local_rope, f"rope_parameters.{_LOCAL}", theta)
     return DecoderConfig(**fields, **windows, qk_norm="head")
 
 

@@ -23,18 +23,18 @@ def _rows(prefix: str) -> tuple[Entry, ...]:
         Entry("norm/scale", prefix + "ln_f.weight"),
         Entry("norm/bias", prefix + "ln_f.bias"),
     ]
-    for ours, theirs in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
-        rows.append(Entry(f"blocks/{ours}/scale", f"{layer}{theirs}.weight"))
-        rows.append(Entry(f"blocks/{ours}/bias", f"{layer}{theirs}.bias"))
-    for ours, theirs in {
+    for param, tensor in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
+        rows.append(Entry(f"blocks/{param}/scale", f"{layer}{tensor}.weight"))
+        rows.append(Entry(f"blocks/{param}/bias", f"{layer}{tensor}.bias"))
+    for param, tensor in {
         "attention/out": "attn.c_proj",
         "mlp/up": "mlp.c_fc",
         "mlp/down": "mlp.c_proj",
     }.items():
-        rows.append(Entry(f"blocks/{ours}/kernel", f"{layer}{theirs}.weight"))
-        rows.append(Entry(f"blocks/{ours}/bias", f"{layer}{theirs}.bias"))
-    for i, ours in enumerate(("query", "key", "value")):
-        path, name = f"blocks/attention/{ours}", f"{layer}attn.c_attn"
+        rows.append(Entry(f"blocks/{param}/kernel", f"{layer}{tensor}.weight"))
+        rows.append(Entry(f"blocks/{param}/bias", f"{layer}{tensor}.bias"))
+    for i, param in enumerate(("query", "key", "value")):
+        path, name = f"blocks/attention/{param}", f"{layer}attn.c_attn"
         rows.append(Entry(f"{path}/kernel", f"{name}.weight", part=Part(1, _thirds, i)))
         rows.append(Entry(f"{path}/bias", f"{name}.bias", part=Part(0, _thirds, i)))
     return tuple(rows)
@@ -93,7 +93,7 @@ GPT2 = Family(
         Entry("head/kernel", "lm_head.weight", transpose=True),
         Entry("score/kernel", "score.weight", transpose=True),
         *_rows("transformer."),
-        *_rows(""),  # OpenAI's own files carry no prefix
+        *_rows(""),  # OpenAI's checkpoints have no prefix
     ),
     read=_read,
     write=_write,

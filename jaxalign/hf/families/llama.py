@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and what is Llama under another name: SmolLM 1 and 2, TinyLlama, Yi."""
+"""Llama 1 to 3, and models of the same architecture: SmolLM 1 and 2, TinyLlama, Yi."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROJECTIONS = {
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
 }
-"""Llama's names of the projections, which most later families kept."""
+"""Llama's names of the projections; most later families use them too."""
 
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
@@ -34,7 +34,7 @@ def llama_table(
     """A key table in Llama's style.
 
     Args:
-      projections: our path in a block → their name in a layer, of matrices with or without bias.
+      projections: path in a block → HF name in a layer, for matrices with or without bias.
       norms: the same for norms.
     """
     rows = [
@@ -43,11 +43,11 @@ def llama_table(
         Entry("head/kernel", "lm_head.weight", transpose=True),
         Entry("score/kernel", "score.weight", transpose=True),
     ]
-    for ours, theirs in norms.items():
-        rows.append(Entry(f"blocks/{ours}/scale", f"{LAYER}{theirs}.weight"))
-    for ours, theirs in projections.items():
-        rows.append(Entry(f"blocks/{ours}/kernel", f"{LAYER}{theirs}.weight", transpose=True))
-        rows.append(Entry(f"blocks/{ours}/bias", f"{LAYER}{theirs}.bias"))
+    for param, tensor in norms.items():
+        rows.append(Entry(f"blocks/{param}/scale", f"{LAYER}{tensor}.weight"))
+    for param, tensor in projections.items():
+        rows.append(Entry(f"blocks/{param}/kernel", f"{LAYER}{tensor}.weight", transpose=True))
+        rows.append(Entry(f"blocks/{param}/bias", f"{LAYER}{tensor}.bias"))
     return tuple(rows)
 
 

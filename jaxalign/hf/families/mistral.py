@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window in every layer, where its config has one."""
+"""Mistral: Llama with a sliding window in every layer, if the config sets one."""
 
 from __future__ import annotations
 

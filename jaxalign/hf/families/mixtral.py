@@ -12,32 +12,37 @@ from jaxalign.hf.families.table import Entry, Family, Part
 from jaxalign.hf.families.values import integer, refuse
 from jaxalign.models.base import DecoderConfig
 
-ATTENTION = {ours: theirs for ours, theirs in PROJECTIONS.items() if ours.startswith("attention/")}
+ATTENTION = {
+    param: tensor for param, tensor in PROJECTIONS.items() if param.startswith("attention/")
+}
 
 
 def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Entry, ...]:
-    """Router and experts: a tensor an expert, as checkpoints are written.
+    """Router and experts, in both forms of checkpoints.
 
-    Also as transformers 5 holds them in memory and may save them: all experts in one tensor, gate
-    and up joined.
+    The form that is written has one tensor per expert. transformers 5 may save the form that it has
+    in memory: all experts in one tensor, with gate and up fused.
 
     Args:
       block: name of the mixture in a layer.
-      names: ours ("gate", "up", "down") → theirs.
+      names: projection of the parameter tree ("gate", "up", "down") → HF name.
     """
     rows = [
         Entry("blocks/mlp/router/kernel", f"{LAYER}{block}.gate.weight", transpose=True),
         Entry("blocks/mlp/router/kernel", f"{LAYER}mlp.gate.weight", transpose=True),
     ]
-    for ours, theirs in names.items():
-        name = f"{LAYER}{block}.experts.{{}}.{theirs}.weight"
-        rows.append(Entry(f"blocks/mlp/{ours}/kernel", name, transpose=True))
-    halves = lambda config: (config.intermediate_size,) * 2  # noqa: E731
-    joined = LAYER + "mlp.experts."
-    for i, ours in enumerate(("gate", "up")):
+    for param, tensor in names.items():
+        name = f"{LAYER}{block}.experts.{{}}.{tensor}.weight"
+        rows.append(Entry(f"blocks/mlp/{param}/kernel", name, transpose=True))
+
+    def halves(config: DecoderConfig) -> tuple[int, int]:
+        return (config.intermediate_size,) * 2
+
+    fused = LAYER + "mlp.experts."
+    for i, param in enumerate(("gate", "up")):
         part = Part(axis=1, sizes=halves, number=i)
-        rows.append(Entry(f"blocks/mlp/{ours}/kernel", joined + "gate_up_proj", True, part))
-    rows.append(Entry("blocks/mlp/down/kernel", joined + "down_proj", transpose=True))
+        rows.append(Entry(f"blocks/mlp/{param}/kernel", fused + "gate_up_proj", True, part))
+    rows.append(Entry("blocks/mlp/down/kernel", fused + "down_proj", transpose=True))
     return tuple(rows)
 
 

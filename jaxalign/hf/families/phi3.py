@@ -37,7 +37,7 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
     keys = dict(hf)
     for name in ("rope_parameters", "rope_scaling"):
         rope = keys.get(name)
-        # Older configs call their longrope by these names.
+        # Older configs use these names for longrope.
         if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
             keys[name] = {**rope, "rope_type": "longrope"}
     return DecoderConfig(**read_common(keys, partial_rope=True), **read_window(keys))

@@ -26,14 +26,14 @@ QWEN = COMMON | {
 
 
 def read_qwen_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The window holds from layer `max_window_layers` on, if `use_sliding_window`."""
+    """Layers from `max_window_layers` on have the window, if `use_sliding_window`."""
     if not flag(hf, "use_sliding_window"):
         hf = {**hf, "sliding_window": None}
     return read_windows(hf, lambda layer: layer >= get(hf, "max_window_layers", 28))
 
 
 def write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_qwen_windows` reads; a window that is off keeps the size it had."""
+    """The keys that `read_qwen_windows` reads; a disabled window keeps its size."""
     kinds = write_layer_types(config)
     keys: dict[str, Any] = {"use_sliding_window": config.window is not None, "layer_types": kinds}
     if config.window is not None:

@@ -10,7 +10,7 @@ from jaxalign.models.base import ROPE_KINDS, RopeConfig
 
 _ORIGINAL = "original_max_position_embeddings"
 
-# Kind → our field → their key, of the numbers that must be there and of those that may.
+# Kind → field of `RopeConfig` → key of `config.json`, for required and for optional numbers.
 _REQUIRED: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
@@ -47,9 +47,9 @@ def read_rope_object(
     Args:
       hf: `config.json`.
       rope: the object.
-      where: its name, for errors.
-      theta: where the object does not hold it.
-      partial: whether a part of each head may stay without rotation.
+      where: its key, for errors.
+      theta: used if the object has none.
+      partial: whether the family may rotate only part of each head.
     """
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: {where}={rope!r}: wanted an object or null")
@@ -68,22 +68,22 @@ def read_rope_object(
         "kind": kind,
         "fraction": part,
     }
-    for ours, theirs in _REQUIRED.get(kind, {}).items():
-        fields[ours] = number(rope, theirs, f"{where}.")
-    for ours, theirs in _OPTIONAL.get(kind, {}).items():
-        if rope.get(theirs) is not None:
-            fields[ours] = number(rope, theirs, f"{where}.")
+    for field, key in _REQUIRED.get(kind, {}).items():
+        fields[field] = number(rope, key, f"{where}.")
+    for field, key in _OPTIONAL.get(kind, {}).items():
+        if rope.get(key) is not None:
+            fields[field] = number(rope, key, f"{where}.")
     return RopeConfig(**fields, **_context(hf, rope, kind, where))
 
 
 def _context(hf: Mapping[str, Any], rope: Mapping[str, Any], kind: str, where: str) -> Any:
-    """The fields that depend on how long contexts were and are."""
+    """The fields that depend on the original and the current maximum length."""
     longest = integer(hf, "max_position_embeddings")
     if kind == "dynamic":
         return {"original_max_positions": longest}
     if kind not in ("llama3", "yarn", "longrope"):
         return {}
-    # Phi-3 keeps it beside the object, and there it counts first, as in transformers.
+    # Phi-3 has this key outside the object, where it takes precedence, as in transformers.
     original = get(hf, _ORIGINAL, get(rope, _ORIGINAL, longest))
     original = integer({f"{where}.{_ORIGINAL}": original}, f"{where}.{_ORIGINAL}")
     fields: dict[str, Any] = {"original_max_positions": original}
@@ -92,22 +92,22 @@ def _context(hf: Mapping[str, Any], rope: Mapping[str, Any], kind: str, where: s
     if kind == "yarn":
         fields["truncate"] = flag(rope, "truncate", True)
     if kind == "longrope":
-        for ours, theirs in _LISTS.items():
-            values = rope.get(theirs)
+        for field, key in _LISTS.items():
+            values = rope.get(key)
             if not isinstance(values, list):
-                raise ValueError(f"config.json: {where}.{theirs}={values!r}: wanted a list")
-            fields[ours] = tuple(number({theirs: value}, theirs, f"{where}.") for value in values)
+                raise ValueError(f"config.json: {where}.{key}={values!r}: wanted a list")
+            fields[field] = tuple(number({key: value}, key, f"{where}.") for value in values)
     return fields
 
 
 def write_rope_object(rope: RopeConfig) -> dict[str, Any]:
     """The object that `read_rope_object` reads, without theta."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
-    for ours, theirs in _REQUIRED.get(rope.kind, {}).items():
-        scaling[theirs] = getattr(rope, ours)
-    for ours, theirs in _OPTIONAL.get(rope.kind, {}).items():
-        if getattr(rope, ours) is not None:
-            scaling[theirs] = getattr(rope, ours)
+    for field, key in _REQUIRED.get(rope.kind, {}).items():
+        scaling[key] = getattr(rope, field)
+    for field, key in _OPTIONAL.get(rope.kind, {}).items():
+        if getattr(rope, field) is not None:
+            scaling[key] = getattr(rope, field)
     if rope.kind in ("llama3", "yarn", "longrope"):
         scaling[_ORIGINAL] = rope.original_max_positions
     if rope.kind in ("yarn", "longrope"):
@@ -115,14 +115,15 @@ def write_rope_object(rope: RopeConfig) -> dict[str, Any]:
     if rope.kind == "yarn":
         scaling["truncate"] = rope.truncate
     if rope.kind == "longrope":
-        scaling |= {theirs: list(getattr(rope, ours)) for ours, theirs in _LISTS.items()}
+        scaling |= {key: list(getattr(rope, field)) for field, key in _LISTS.items()}
     return scaling
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """Both dialects: transformers 5 reads the first, transformers 4 and most servers the others.
+    """Writes both dialects.
 
-    Without those they would fall back to theta = 10000 in silence.
+    transformers 5 reads `rope_parameters`. transformers 4 and most servers read the other keys, and
+    without them would silently use theta = 10000.
     """
     scaling = write_rope_object(rope)
     partial = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
@@ -135,7 +136,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def used_rope(rope: RopeConfig) -> RopeConfig:
-    """The same with every field at its default that its kind does not use."""
+    """The config with unused fields of its kind at their defaults."""
     used = {"theta", "kind", "fraction", *_REQUIRED.get(rope.kind, ())}
     used |= set(_OPTIONAL.get(rope.kind, ()))
     if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):

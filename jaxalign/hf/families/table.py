@@ -1,8 +1,8 @@
-"""Key tables: which Hugging Face tensor holds which leaf of the parameter tree, and which part.
+"""Key tables: which Hugging Face tensor, or which part of one, holds a leaf of the parameter tree.
 
 An `Entry` is a row of a family's table. Given a config and the parameters' shapes, `leaves` turns
-the table into `Leaf`s (what to read for each of our arrays), and `tensors` turns those into
-`Tensor`s (what to write for each of theirs). Neither knows a file format.
+the table into `Leaf`s (the HF tensors to read for each parameter), and `tensors` turns those into
+`Tensor`s (the parameters to write into each HF tensor). Neither depends on a file format.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxalign.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Which part of a fused HF tensor an entry is.
+    """A part of a fused HF tensor, such as the keys in a QKV matrix.
 
     Attributes:
-      axis: of the HF tensor as it is stored, along which parts are joined.
+      axis: axis of the stored HF tensor along which parts are concatenated.
       sizes: config → sizes of all parts along `axis`, in order.
-      number: which of them this is, from 0.
+      number: index of this part.
     """
 
     axis: int
@@ -34,19 +34,19 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of a key table.
+    """A row of a key table.
 
-    A path may have several rows, for families whose checkpoints come in several forms: the first
-    one is written, and a source is read by the first one of whose tensors it has any.
+    A path has several rows if checkpoints of the family exist in several forms. Saving uses the
+    first; loading uses the first of which the checkpoint has any tensor.
 
     Attributes:
-      path: leaf of our parameter tree, e.g. "blocks/mlp/up/kernel".
-      name: HF tensor name. Each "{}" stands for a leading axis of the leaf, which stacks as many
-        tensors: "model.layers.{}.mlp.up_proj.weight" all layers, `[L, D, F]`;
-        "model.layers.{}.experts.{}.w1.weight" all layers and experts, `[L, E, D, F]`.
-      transpose: the last two axes are swapped: HF mostly keeps matrices `[out, in]`, we keep
-        `[in, out]`.
-      part: where the HF tensor joins several leaves, which part this one is; None for all of it.
+      path: leaf of the parameter tree, e.g. "blocks/mlp/up/kernel".
+      name: HF tensor name. Each "{}" is a leading axis of the leaf, along which tensors are
+        stacked: "model.layers.{}.mlp.up_proj.weight" gives `[L, D, F]`, and
+        "model.layers.{}.experts.{}.w1.weight" gives `[L, E, D, F]`.
+      transpose: whether to swap the last two axes: HF mostly stores matrices as `[out, in]`, the
+        parameter tree as `[in, out]`.
+      part: the part of a fused HF tensor; None: all of it.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one HF `model_type` maps to the shared decoder.
+    """Maps one HF `model_type` to the shared decoder.
 
     Attributes:
       model_type: value of `model_type` in `config.json`.
@@ -66,9 +66,9 @@ class Family:
       table: HF names of the parameters.
       read: `config.json` as a dict, completed by `defaults` → `DecoderConfig`.
       write: `DecoderConfig` → the keys of `config.json` that `read` reads.
-      defaults: keys that a `config.json` may leave out, with the values transformers takes then. A
-        key that is there and null is not completed.
-      ignored: patterns (as in `fnmatch`) of tensors that say nothing new, e.g. saved buffers.
+      defaults: transformers' defaults of keys that a `config.json` may omit. They do not replace a
+        null.
+      ignored: `fnmatch` patterns of redundant tensors, e.g. saved buffers.
     """
 
     model_type: str
@@ -83,18 +83,18 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of a model's parameter tree and the HF tensors that make it up.
+    """A leaf of the parameter tree and the HF tensors that hold it.
 
-    An *item* is what one tensor contributes: the leaf without its `stacked` leading axes.
+    An *item* is the content of one tensor: the leaf without its `stacked` leading axes.
 
     Attributes:
       path: e.g. "blocks/mlp/up/kernel".
       shape: of the leaf, stacked axes (layers, experts) first.
-      names: HF tensor names, one an item, in row-major order of the stacked axes.
-      stacked: how many leading axes are stacked.
+      names: HF tensor names, one per item, in row-major order of the stacked axes.
+      stacked: number of stacked leading axes.
       transpose: whether the last two axes of each tensor are swapped.
-      window: (axis, start, whole): the item is the part of the tensor from `start` on along its
-        stored `axis`, whose whole size is `whole`. None where the item is the whole tensor.
+      window: (axis, start, size): the item starts at `start` along `axis` of the stored tensor,
+        whose size along that axis is `size`. None: the item is the whole tensor.
     """
 
     path: str
@@ -106,33 +106,33 @@ class Leaf:
 
     @property
     def item_shape(self) -> tuple[int, ...]:
-        """Shape of what one tensor contributes, our way round."""
+        """Shape of an item, in the axis order of the parameter tree."""
         return self.shape[self.stacked :]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each HF tensor, all of it, as stored."""
-        shape = list(self._turn(self.item_shape))
+        """Shape of each whole HF tensor, as stored."""
+        shape = list(self._stored_order(self.item_shape))
         if self.window is not None:
-            axis, _, whole = self.window
-            shape[axis] = whole
+            axis, _, size = self.window
+            shape[axis] = size
         return tuple(shape)
 
     def index(self, bounds: Sequence[slice] | None = None) -> tuple[slice, ...]:
-        """Where a block of an item (all of it by default) lies in the stored tensor.
+        """Index of a block of an item in the stored tensor.
 
         Args:
-          bounds: a slice with start and stop for each axis of the item.
+          bounds: for each axis of the item a slice with start and stop; None: the whole item.
         """
         if bounds is None:
             bounds = [slice(0, size) for size in self.item_shape]
-        index = list(self._turn(tuple(bounds)))
+        index = list(self._stored_order(tuple(bounds)))
         if self.window is not None:
             axis, start, _ = self.window
             index[axis] = slice(start + index[axis].start, start + index[axis].stop)
         return tuple(index)
 
-    def _turn(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _stored_order(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transpose else axes
 
 
@@ -141,8 +141,8 @@ class Piece:
     """An item of a leaf as part of an HF tensor.
 
     Attributes:
-      leaf: whose.
-      position: along the leaf's stacked axes; () if it has none.
+      leaf: the leaf.
+      position: index of the item along the leaf's stacked axes; () if it has none.
     """
 
     leaf: Leaf
@@ -173,18 +173,18 @@ def leaves(
     """Applies a family's table to the parameter tree of a model.
 
     Args:
-      family: whose table.
-      config: shape of the decoder.
-      shapes: nested dict of things with a shape.
-      present: tensor names of a source to be read; by default the form that is written.
+      family: the family.
+      config: config of the decoder.
+      shapes: nested dict of arrays or `ShapeDtypeStruct`s.
+      present: tensor names of a checkpoint to load; None: the form that is written.
 
     Raises:
-      ValueError: a parameter that HF has no name for, e.g. an adapter.
+      ValueError: a parameter without an HF name, e.g. an adapter.
     """
     rows: dict[str, list[Entry]] = {}
     for entry in family.table:
         rows.setdefault(entry.path, []).append(entry)
-    found = []
+    result = []
     for path, leaf in flatten(shapes).items():
         if path not in rows:
             hint = "; merge adapters first (merge_lora)" if "lora_" in path else ""
@@ -192,9 +192,9 @@ def leaves(
                 f"parameter {path} has no Hugging Face name in {family.model_type}{hint}"
             )
         forms = [_leaf(entry, config, tuple(leaf.shape)) for entry in rows[path]]
-        there = [form for form in forms if any(name in (present or ()) for name in form.names)]
-        found.append([*there, *forms][0])
-    return found
+        stored = [form for form in forms if any(name in (present or ()) for name in form.names)]
+        result.append([*stored, *forms][0])
+    return result
 
 
 def _leaf(entry: Entry, config: DecoderConfig, shape: tuple[int, ...]) -> Leaf:
@@ -206,28 +206,28 @@ def _leaf(entry: Entry, config: DecoderConfig, shape: tuple[int, ...]) -> Leaf:
         return plain
     sizes, axis = tuple(entry.part.sizes(config)), entry.part.axis
     if plain.tensor_shape[axis] != sizes[entry.part.number]:
-        # The table itself is wrong, not what a user gave.
+        # A bug in the table, not a user's error.
         raise RuntimeError(f"{entry} with parts {sizes} does not fit a leaf of shape {shape}")
     return dataclasses.replace(plain, window=(axis, sum(sizes[: entry.part.number]), sum(sizes)))
 
 
 def tensors(leaves: Sequence[Leaf]) -> list[Tensor]:
-    """The HF tensors that leaves are written as, in the order of their first piece."""
+    """The HF tensors that hold the leaves, in the order of their first piece."""
     pieces: dict[str, list[Piece]] = {}
     for leaf in leaves:
         positions = itertools.product(*map(range, leaf.shape[: leaf.stacked]))
         for name, position in zip(leaf.names, positions, strict=True):
             pieces.setdefault(name, []).append(Piece(leaf, position))
-    made = []
+    result = []
     for name, parts in pieces.items():
         shape = parts[0].leaf.tensor_shape
         covered = sum(math.prod(part.leaf.item_shape) for part in parts)
         if covered != math.prod(shape) or any(p.leaf.tensor_shape != shape for p in parts):
-            # The table itself is wrong, not what a user gave.
+            # A bug in the table, not a user's error.
             paths = ", ".join(part.leaf.path for part in parts)
             raise RuntimeError(f"{name} {shape} is not made up of exactly {paths}")
-        made.append(Tensor(name, shape, tuple(parts)))
-    return made
+        result.append(Tensor(name, shape, tuple(parts)))
+    return result
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

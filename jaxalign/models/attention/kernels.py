@@ -17,8 +17,8 @@ from jaxalign.models.attention.mask import Marks, Sight, visible
 from jaxalign.parallel.shard_map import (
     current_device,
     gather_shards,
-    layout,
     map_shards,
+    named_sharding,
     pad_length,
     shard_index,
 )
@@ -97,7 +97,9 @@ def splash(
 
     axes: list[Any] = [f"rows length {heads}"] * 3 + ["rows length", "rows", "new"]
     if not jax.sharding.get_abstract_mesh().empty:
-        axes.append([kernel.manual_sharding_spec(layout("new length")) for kernel in kernels])
+        axes.append(
+            [kernel.manual_sharding_spec(named_sharding("new length")) for kernel in kernels]
+        )
     else:
         axes.append("")
     windowed = None if sight.windowed is None else jnp.asarray(sight.windowed)[None]

@@ -1,37 +1,47 @@
-"""Several processes, one program: joining them, talking among them, and failing together.
+"""Several processes running one program: initialization, host collectives, joint failure.
 
-JAX's own runtime is the engine: `jax.distributed` connects the processes, its service holds the
-few texts that they exchange here, and everything about arrays is a collective of XLA.
+`jax.distributed` connects the processes. Its key-value service carries the short texts exchanged
+here; arrays travel by XLA collectives only.
 """
 
 from jaxalign.parallel.distributed.collectives import (
-    agree,
+    all_gather_text,
+    all_reduce_sum,
     barrier,
-    exchange,
+    broadcast_random,
+    fail_together,
     is_main,
-    same_number,
-    together,
-    total,
+    raise_on_all,
 )
-from jaxalign.parallel.distributed.consistency import check_same, check_shared, flatten
-from jaxalign.parallel.distributed.heartbeat import Preempted, broken, guard, leave, preempted
+from jaxalign.parallel.distributed.consistency import (
+    check_consistent,
+    check_shared_folder,
+    flatten,
+)
+from jaxalign.parallel.distributed.heartbeat import (
+    Preempted,
+    exit_if_failed,
+    guard,
+    job_failed,
+    preempted,
+)
 from jaxalign.parallel.distributed.initialize import start
 
 __all__ = [
     "Preempted",
-    "agree",
+    "all_gather_text",
+    "all_reduce_sum",
     "barrier",
-    "broken",
-    "check_same",
-    "check_shared",
-    "exchange",
+    "broadcast_random",
+    "check_consistent",
+    "check_shared_folder",
+    "exit_if_failed",
+    "fail_together",
     "flatten",
     "guard",
     "is_main",
-    "leave",
+    "job_failed",
     "preempted",
-    "same_number",
+    "raise_on_all",
     "start",
-    "together",
-    "total",
 ]

@@ -1,13 +1,12 @@
-"""When one process fails or is lost, all stop, each with a message that says which one and why.
+"""Heartbeats: when one process fails or is lost, all stop, each naming the process and the cause.
 
-JAX's service notices by itself when a process sends no more signs of life, and then ends the
-others, but knows processes by number only, and hears nothing of what went wrong. So each process
-has a thread that waits for bad news and gives signs of life of its own, which process 0 watches.
-It is a little quicker than the service, which stays behind it for machines that hang altogether.
+JAX's coordination service also detects a lost process and ends the others. It knows only process
+numbers and no error messages. So each process runs a thread that publishes heartbeats and blocks on
+failure reports; process 0 checks the heartbeats. This detection is a little faster than the
+service's, which remains as a fallback for machines that hang altogether.
 
-The service lives in process 0. Without it, JAX aborts the other processes within milliseconds, by
-C++ code that leaves no thread of Python the time to speak; so the last word is had by a handler of
-that very abort.
+The service lives in process 0. If that process dies, JAX's C++ client aborts the others within
+milliseconds, before any Python thread can run. A SIGABRT handler prints the message in that case.
 """
 
 from __future__ import annotations
@@ -31,31 +30,31 @@ from jaxalign.parallel.distributed.collectives import barrier
 from jaxalign.parallel.distributed.service import PREFIX, announce, client, reachable, seconds, who
 
 LOST = "JAXALIGN_LOST_SECONDS"
-"""After how long without a sign of life a process counts as lost; by default 30 seconds."""
+"""Seconds without a heartbeat after which a process counts as lost; 30 by default."""
 
 _FAILED = f"{PREFIX}/failed"
-_NEWS = f"{PREFIX}/news"
+_REPORT = f"{PREFIX}/news"
 _BEAT = f"{PREFIX}/beat"
 _DONE, _LEFT = "done", "left"
-_QUIET = {_DONE, _LEFT}  # of whom no further sign of life is wanted
-_OWN = "RESOURCE_EXHAUSTED"  # what XLA says of this process alone: its memory is full
-_TELLING = 10.0  # seconds in which the others hear of a failure here
-_LEAVING = 5.0  # seconds in which the others say why they stop
+_FINAL = {_DONE, _LEFT}  # last heartbeats: silence after one of these is no loss
+_LOCAL_ERROR = "RESOURCE_EXHAUSTED"  # XLA ran out of memory here: no other process is to blame
+_REPORT_SECONDS = 10.0  # time for the others to receive a failure report
+_EXIT_SECONDS = 5.0  # time for the others to print their message
 
 
 def lost_after() -> int:
-    """Seconds after which a silent process counts as lost."""
+    """Seconds without a heartbeat after which a process counts as lost."""
     return seconds(LOST, 30)
 
 
-class Watch:
-    """The thread of one process.
+class Heartbeat:
+    """The heartbeat thread of one process.
 
     Args:
       service: the key-value store.
       index: of this process.
-      count: of processes.
-      patience: seconds without a sign of life after which a process counts as lost.
+      count: number of processes.
+      patience: seconds without a heartbeat after which a process counts as lost.
       stop: ends this process, given the message; replaced in tests.
     """
 
@@ -70,67 +69,67 @@ class Watch:
         self._service, self._index, self._count = service, index, count
         self._patience, self._stop = patience, stop
         self._pause = max(1, round(1000 * patience / 6))  # milliseconds
-        self._seen: dict[int, tuple[str, float]] = {}
-        self._looked = self._awake = time.monotonic()
+        self._last_beats: dict[int, tuple[str, float]] = {}  # process → (heartbeat, time)
+        self._checked = self._resumed = time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jaxalign-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="jaxalign-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Publishes the first heartbeat and starts the thread."""
         self._beat("0")
         self._thread.start()
 
     def end(self) -> None:
-        """This process is done: its silence is no loss any more."""
+        """Publishes that this process is done, so that its silence is no loss; joins the thread."""
         if self._ended.is_set():
             return
         self._ended.set()
         with contextlib.suppress(Exception):
             self._beat(_DONE)
-            # Wakes the thread. Python must not end while it is within the client.
-            self._service.key_value_set(f"{_NEWS}/{self._index}", "", allow_overwrite=True)
+            # Wakes the thread: the interpreter must not shut down while it is inside the client.
+            self._service.key_value_set(f"{_REPORT}/{self._index}", "", allow_overwrite=True)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(_TELLING)
+            self._thread.join(_REPORT_SECONDS)
 
     def wait(self) -> None:
-        """Gives the thread the time to notice the loss of another process."""
+        """Blocks long enough for the thread to detect the loss of another process."""
         self._thread.join(1.5 * self._patience)
 
     def fail(self, message: str) -> None:
-        """Tells the others that this process has failed, and waits until they have heard it."""
+        """Reports this process's failure, and waits until the others have received the report."""
         if self._ended.is_set():
             return
-        self.end()  # first: our own thread must not end us for this message
-        self._tell(message)
-        until = time.monotonic() + _TELLING
-        while time.monotonic() < until:
+        self.end()  # first: our own thread must not end this process for this report
+        self._report(message)
+        deadline = time.monotonic() + _REPORT_SECONDS
+        while time.monotonic() < deadline:
             try:
                 beats = dict(self._service.key_value_dir_get(_BEAT))
             except Exception:
-                return  # process 0 is gone, so there is nobody to tell
-            if len(beats) == self._count and set(beats.values()) <= _QUIET:
+                return  # process 0 is gone, and the store with it
+            if len(beats) == self._count and set(beats.values()) <= _FINAL:
                 return
             time.sleep(0.1)
 
     def leave(self) -> None:
-        """Says that this process has had its last word; process 0 waits for those of the others.
+        """Publishes that this process has printed its message; process 0 waits for the others.
 
-        It holds the service, without which JAX aborts them before they have spoken.
+        Process 0 hosts the service. If it exits first, JAX aborts the others before they print.
         """
-        until = time.monotonic() + _LEAVING
+        deadline = time.monotonic() + _EXIT_SECONDS
         with contextlib.suppress(Exception):
             self._beat(_LEFT)
-            while self._index == 0 and time.monotonic() < until:
+            while self._index == 0 and time.monotonic() < deadline:
                 if set(dict(self._service.key_value_dir_get(_BEAT)).values()) <= {_LEFT}:
                     return
                 time.sleep(0.1)
 
-    def _tell(self, message: str) -> None:
+    def _report(self, message: str) -> None:
         with contextlib.suppress(Exception):
-            # Whoever fails first is the one to be named: for the next one this is refused.
+            # Without allow_overwrite, so that only the first failure is ever reported.
             self._service.key_value_set(_FAILED, message)
             for index in range(self._count):
-                self._service.key_value_set(f"{_NEWS}/{index}", message, allow_overwrite=True)
+                self._service.key_value_set(f"{_REPORT}/{index}", message, allow_overwrite=True)
 
     def _beat(self, text: str) -> None:
         self._service.key_value_set(f"{_BEAT}/{self._index}", text, allow_overwrite=True)
@@ -143,9 +142,9 @@ class Watch:
             try:
                 self._beat(str(number))
                 if self._index == 0:
-                    self._look()
-                news = f"{_NEWS}/{self._index}"
-                message = self._service.blocking_key_value_get(news, self._pause)
+                    self._check_beats()
+                key = f"{_REPORT}/{self._index}"
+                message = self._service.blocking_key_value_get(key, self._pause)
             except Exception as error:
                 if self._ended.is_set() or "DEADLINE_EXCEEDED" in str(error):
                     continue
@@ -158,26 +157,27 @@ class Watch:
             self._stop(message)
             return
 
-    def _look(self) -> None:
-        """Process 0: who has been silent for too long?"""
+    def _check_beats(self) -> None:
+        """On process 0: reports a process without a heartbeat for `patience` seconds."""
         now = time.monotonic()
-        if now - self._looked > self._patience / 2:
-            self._awake = now  # it was this process that slept, or its machine: hear them anew
-        self._looked = now
+        if now - self._checked > self._patience / 2:
+            # This process itself was suspended: count the others' silence from now on.
+            self._resumed = now
+        self._checked = now
         for key, text in self._service.key_value_dir_get(_BEAT):
             index = int(key.rsplit("/", 1)[1])
-            before = self._seen.get(index)
-            if before is None or before[0] != text:
-                self._seen[index] = (text, now)
-            elif text not in _QUIET and now - max(before[1], self._awake) > self._patience:
-                self._tell(_is_silent(index, now - before[1]))
+            last = self._last_beats.get(index)
+            if last is None or last[0] != text:
+                self._last_beats[index] = (text, now)
+            elif text not in _FINAL and now - max(last[1], self._resumed) > self._patience:
+                self._report(_is_silent(index, now - last[1]))
                 return
 
     def silent(self) -> str | None:
-        """On process 0: a message about one that has been silent for long, if there is one."""
+        """On process 0: the message about a process without heartbeats; None if all are alive."""
         now = time.monotonic()
-        for index, (text, since) in self._seen.items():
-            if text not in _QUIET and now - since > self._patience:
+        for index, (text, since) in self._last_beats.items():
+            if text not in _FINAL and now - since > self._patience:
                 return _is_silent(index, now - since)
         return None
 
@@ -193,112 +193,113 @@ def _first_is_lost() -> str:
     return f"{who(0)} is lost: it was killed, or its machine cannot be reached"
 
 
-_watch: Watch | None = None
-_broken = False
+_heartbeat: Heartbeat | None = None
+_failed = False
 
 
 def begin() -> None:
-    """Starts to watch, once; alone, does nothing."""
-    global _watch
-    if _watch is not None or client() is None or jax.process_count() == 1:
+    """Starts this process's heartbeat, once; with one process, does nothing."""
+    global _heartbeat
+    if _heartbeat is not None or client() is None or jax.process_count() == 1:
         return
     announce()
     barrier("joining")
     for index in range(jax.process_count()):
-        who(index)  # must be known when the store is gone
-    _watch = Watch(client(), jax.process_index(), jax.process_count(), lost_after(), _stop)
-    _watch.start()
+        who(index)  # cached now, for messages after the store is gone
+    _heartbeat = Heartbeat(client(), jax.process_index(), jax.process_count(), lost_after(), _stop)
+    _heartbeat.start()
     ctypes.CDLL(None).signal(signal.SIGABRT, _ABORTED)
-    # Before JAX's own, which waits for all processes: that one would wait for the dead as well.
+    # Runs before JAX's own exit handler, which would wait for dead processes too.
     atexit.register(_at_exit)
 
 
 def _stop(message: str) -> None:
     """Ends this process at once: its main thread may hang in a collective with a dead process."""
-    _say(message)
-    if _watch is not None and reachable():
-        _watch.leave()
+    _print(message)
+    if _heartbeat is not None and reachable():
+        _heartbeat.leave()
     os._exit(1)
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     text = f"jaxalign: {message}. This is {who(jax.process_index())}, which stops too.\n"
     os.write(2, text.encode())
 
 
 def _aborted(number: int) -> None:
-    """JAX aborts this process; where that is for the loss of another, says so."""
+    """SIGABRT handler: if JAX aborts because another process is lost, prints which one."""
     message = None
     if jax.process_index() == 0:
-        message = None if _watch is None else _watch.silent()
+        message = None if _heartbeat is None else _heartbeat.silent()
     elif not reachable():
         message = _first_is_lost()
     if message is not None:
-        _say(message)
+        _print(message)
         os._exit(1)
 
 
-# By ctypes: a handler set by Python's `signal` runs when the main thread next does, which is never.
+# Installed by ctypes: Python runs `signal` handlers between bytecodes of the main thread, which
+# executes no bytecode after an abort.
 _ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)(_aborted)
 
 
 def _at_exit() -> None:
-    if _watch is not None:
-        _watch.end()
-    if _broken:
-        leave(1)
+    if _heartbeat is not None:
+        _heartbeat.end()
+    if _failed:
+        exit_if_failed(1)
 
 
-def leave(status: int) -> None:
-    """Ends this process if the job is broken, without waiting for processes that are dead."""
-    if _broken:
+def exit_if_failed(status: int) -> None:
+    """Exits at once if the job has failed here, without waiting for dead processes."""
+    if _failed:
         sys.stdout.flush()
         sys.stderr.flush()
-        if _watch is not None:
-            _watch.leave()
+        if _heartbeat is not None:
+            _heartbeat.leave()
         os._exit(status)
 
 
 class Preempted(RuntimeError):
-    """The scheduler asks for the machines; raised on all processes after the same step."""
+    """The scheduler wants the machines back; raised on all processes after the same step."""
 
 
-def broken() -> bool:
-    """Whether the job has failed here: nothing that wants the other processes can succeed."""
-    return _broken
+def job_failed() -> bool:
+    """Whether the job has failed here: any collective with the other processes would hang."""
+    return _failed
 
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
-    """Runs the body; where it fails on one process, the others stop with that one's message.
+    """Runs the body; if it raises on one process, the others stop with that process's message.
 
-    The exception goes on its way on the process that failed. `Preempted` is no failure.
+    The exception propagates on the process that raised it. `Preempted` is not a failure.
     """
-    global _broken
+    global _failed
     try:
         yield
     except Preempted:
         raise
     except BaseException as error:
-        if _watch is not None and not _broken:
-            if isinstance(error, jax.errors.JaxRuntimeError) and _OWN not in str(error):
-                # A collective fails where another process is gone: the watch will say which, and
-                # end this process.
-                _watch.wait()
-            _broken = True
+        if _heartbeat is not None and not _failed:
+            if isinstance(error, jax.errors.JaxRuntimeError) and _LOCAL_ERROR not in str(error):
+                # A collective also fails if another process is gone. In that case the heartbeat
+                # thread names that process and ends this one during the wait.
+                _heartbeat.wait()
+            _failed = True
             summary = "".join(traceback.format_exception_only(error)).strip()
-            _watch.fail(f"{who(jax.process_index())} failed: {summary}")
+            _heartbeat.fail(f"{who(jax.process_index())} failed: {summary}")
         raise
 
 
 def preempted(step: int) -> bool:
-    """Whether all processes are to save and stop after this step, as one of them was told to.
+    """Whether all processes must save and stop after this step, because one received SIGTERM.
 
-    With several processes, SIGTERM (which schedulers send before they take a machine away) does
-    not end a process: JAX passes it on to all, and finds a step that all have yet to reach. Alone,
-    SIGTERM does what it always does.
+    Schedulers send SIGTERM before they take a machine away. With several processes it does not end
+    the process: JAX forwards it to all and agrees on a step that none has reached yet. With one
+    process, SIGTERM keeps its default behaviour.
 
     Args:
-      step: counts up, the same on all processes.
+      step: counts up, equal on all processes.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""Joining the other processes of a job, by what the environment says of them."""
+"""Initializes `jax.distributed` from the environment: explicit variables, Slurm, MPI, Cloud TPU."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from jaxalign.parallel.jax_private import on_cloud_tpu_vm
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN = "JAXALIGN_JOIN_SECONDS"
-"""How long a process waits for the others to start; by default 600 seconds."""
+"""Seconds that a process waits for the others to start; 600 by default."""
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 
 def start() -> None:
-    """Joins the other processes of the job, if the environment names any. docs/launching.md.
+    """Initializes `jax.distributed` if the environment describes a job of several processes.
 
-    In this order:
+    The first of these that is set counts (see docs/launching.md):
 
-    1. explicit: `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
-       `JAX_PROCESS_ID`; the last may come from `JOB_COMPLETION_INDEX`, which Kubernetes sets in
-       Indexed Jobs and JobSets. `JAX_NUM_PROCESSES=1` alone: one process, whatever else there is.
-    2. Slurm (a step of several tasks) and Open MPI, found by JAX. A task that is alone on its
-       node takes all of its devices; several take one each. Open MPI 5 says no address: set
-       `JAX_COORDINATOR_ADDRESS`.
+    1. Explicit: `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+       `JAX_PROCESS_ID`. `JOB_COMPLETION_INDEX`, which Kubernetes sets in Indexed Jobs and JobSets,
+       replaces the last. `JAX_NUM_PROCESSES=1` without an address means one process, whatever else
+       is set.
+    2. Slurm (a step of several tasks) and Open MPI, which JAX detects. A task that is alone on its
+       node takes all devices of the node; several tasks take one each. Open MPI 5 publishes no
+       address: set `JAX_COORDINATOR_ADDRESS`.
     3. Cloud TPU: GKE's variables (`TPU_WORKER_HOSTNAMES`), or the metadata of a TPU VM.
 
-    Alone, this does nothing. Call it before the first use of a device.
+    With one process, does nothing. Call it before the first use of a device.
 
     Raises:
-      ValueError: settings that are incomplete, or no numbers.
-      RuntimeError: the others did not come in time.
+      ValueError: an incomplete setting, or one that is not a number.
+      RuntimeError: the other processes did not start in time.
     """
     if not jax.distributed.is_initialized():
-        found = _found()
-        if found is None:
+        arguments = _arguments()
+        if arguments is None:
             return
         patience = heartbeat.lost_after()
         jax.distributed.initialize(
-            **found,
+            **arguments,
             initialization_timeout=seconds(JOIN, 600),
-            # The service is behind our own watch, which can say which machine it was. It hears of a
-            # process twice in this time, so it may notice after a little more than half of it.
+            # Longer than our own heartbeat's timeout, whose message names the machine. The service
+            # polls twice in this time, so it may react after little more than half of it.
             heartbeat_timeout_seconds=2 * patience + 15,
         )
     heartbeat.begin()
 
 
-def _found() -> dict[str, Any] | None:
-    """Arguments for `jax.distributed.initialize`; None: this process is alone."""
+def _arguments() -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize`; None: a job of one process."""
     if COUNT in os.environ:
         return _explicit()
-    # Of the step, not of the job: a shell inside an allocation is one process.
+    # Variables of the Slurm step, not of the job: a shell inside an allocation is one process.
     if _number("SLURM_STEP_NUM_TASKS", 1) > 1:
-        alone = _number("SLURM_STEP_NUM_TASKS", 1) == _number("SLURM_STEP_NUM_NODES", 0)
-        return {"local_device_ids": []} if alone else {}
+        one_per_node = _number("SLURM_STEP_NUM_TASKS", 1) == _number("SLURM_STEP_NUM_NODES", 0)
+        return {"local_device_ids": []} if one_per_node else {}
     if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
         return _open_mpi()
     hosts = [os.environ.get(n, "") for n in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]
@@ -83,22 +84,22 @@ def _explicit() -> dict[str, Any] | None:
         raise ValueError(
             f"{COUNT} is set but {' and '.join(missing)} is not; set all three, or none"
         )
-    at = _number(index, 0)
-    if at >= count:
-        raise ValueError(f"{index}={at}: wanted 0 to {count - 1}, as {COUNT}={count}")
+    process_id = _number(index, 0)
+    if process_id >= count:
+        raise ValueError(f"{index}={process_id}: wanted 0 to {count - 1}, as {COUNT}={count}")
     return {
         "coordinator_address": os.environ[ADDRESS],
         "num_processes": count,
-        "process_id": at,
-        # What is given is not to be looked up: on Kubernetes JAX would ask for a client library.
+        "process_id": process_id,
+        # Without this, JAX on Kubernetes would want its client library to detect the cluster.
         "cluster_detection_method": "deactivate",
     }
 
 
 def _open_mpi() -> dict[str, Any]:
-    """JAX reads the address of Open MPI 4's launcher; that of 5 has none to read."""
-    alone = _number("OMPI_COMM_WORLD_LOCAL_SIZE", 0) == 1
-    devices: dict[str, Any] = {"local_device_ids": []} if alone else {}
+    """JAX reads the address that Open MPI 4's launcher publishes; Open MPI 5 publishes none."""
+    one_per_node = _number("OMPI_COMM_WORLD_LOCAL_SIZE", 0) == 1
+    devices: dict[str, Any] = {"local_device_ids": []} if one_per_node else {}
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return devices
     if ADDRESS not in os.environ:
@@ -107,7 +108,7 @@ def _open_mpi() -> dict[str, Any]:
             f"that they can meet at; set {ADDRESS}=host:port of the first one, e.g. with "
             f"mpirun -x {ADDRESS}=$(hostname):8476"
         )
-    if not alone:
+    if not one_per_node:
         devices = {"local_device_ids": [_number("OMPI_COMM_WORLD_LOCAL_RANK", 0)]}
     return devices | {
         "coordinator_address": os.environ[ADDRESS],
@@ -125,7 +126,7 @@ def _number(name: str, default: int) -> int:
 
 
 def _pod_of_vms() -> bool:
-    """Whether this is one of several TPU VMs that gcloud made together."""
+    """Whether this TPU VM is one of several in a slice or multislice, by its metadata."""
     if not on_cloud_tpu_vm() or "TPU_SKIP_MDS_QUERY" in os.environ:
         return False
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -138,10 +139,10 @@ def _pod_of_vms() -> bool:
 
 
 def _metadata(name: str) -> str:
-    """What Google's metadata server says; "" where there is none (Kaggle, Colab)."""
-    asked = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
+    """A value of Google's metadata server; "" where there is no such server (Kaggle, Colab)."""
+    request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(asked, timeout=5) as answer:
-            return answer.read().decode()
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.read().decode()
     except (urllib.error.URLError, TimeoutError, OSError):
         return ""

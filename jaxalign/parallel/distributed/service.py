@@ -1,4 +1,4 @@
-"""The service that connects the processes of a job: its key-value store, and who is who."""
+"""JAX's coordination service: its key-value store, and each process's host name and pid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def client() -> Any:
 
 
 def seconds(name: str, default: int) -> int:
-    """A number of seconds from the environment.
+    """Reads a number of seconds from an environment variable.
 
     Raises:
       ValueError: not a positive whole number.
@@ -32,7 +32,7 @@ def seconds(name: str, default: int) -> int:
 
 
 def reachable(timeout: float = 2.0) -> bool:
-    """Whether somebody listens where the service is, on the machine of process 0."""
+    """Whether the service's port on process 0's machine accepts a connection."""
     host, _, port = str(coordination().coordinator_address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
@@ -42,15 +42,15 @@ def reachable(timeout: float = 2.0) -> bool:
 
 
 def announce() -> None:
-    """Tells the others which machine this process runs on."""
-    here = f"{socket.gethostname()}, pid {os.getpid()}"
-    client().key_value_set(f"{PREFIX}/who/{jax.process_index()}", here, allow_overwrite=True)
+    """Publishes this process's host name and pid to the other processes."""
+    name = f"{socket.gethostname()}, pid {os.getpid()}"
+    client().key_value_set(f"{PREFIX}/who/{jax.process_index()}", name, allow_overwrite=True)
 
 
 @functools.lru_cache(maxsize=4096)
 def who(index: int) -> str:
-    """A process by number and machine, as messages name it."""
+    """A process as messages name it: `process 3 (host-3, pid 71)`."""
     try:
         return f"process {index} ({client().blocking_key_value_get(f'{PREFIX}/who/{index}', 2000)})"
-    except Exception:  # the service may be gone: a message about that must still be made
+    except Exception:  # the service may be gone, and the message that says so must still be built
         return f"process {index}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.parallel.mesh import make_mesh, set_apart
+from jaxalign.parallel.mesh import make_mesh, split_devices
 from jaxalign.parallel.rules import check_rules, use_rules
 
 
@@ -57,7 +57,7 @@ class MeshConfig:
         A model that has no devices of its own lies on the mesh of the run.
         """
         if self.apart:
-            dealt = set_apart(list(jax.devices() if devices is None else devices), self.apart)
+            dealt = split_devices(list(jax.devices() if devices is None else devices), self.apart)
             if model in self.apart:
                 return make_mesh(devices=dealt[model])
             devices = dealt[None]

@@ -17,7 +17,8 @@ from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
-from jaxalign.rewards.specs import ModelReward, RewardSpec
+from jaxalign.rewards.model_spec import ModelReward
+from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.data import DataConfig
 from jaxalign.run.config.data import want as _want
 from jaxalign.run.config.mesh import MeshConfig

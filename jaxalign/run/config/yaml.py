@@ -174,17 +174,14 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         options = [h for h in typing.get_args(hint) if h is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
-        kinds = {h.kind: h for h in options if dataclasses.is_dataclass(h) and hasattr(h, "kind")}
-        if kinds and isinstance(value, Mapping):
-            chosen = kinds.get(value.get("kind"))
-            if chosen is not None:
-                return _build(chosen, value, f"{name}.", problems)
-            problems.append(
-                f"{name}.kind: wanted one of {', '.join(kinds)}, got {value.get('kind')!r}"
-            )
-            return None
         fitting = [h for h in options if _fits(h, value)]
         return _convert((fitting or options)[0], value, name, problems)
+    if hasattr(hint, "kinds") and isinstance(value, Mapping):  # a table of classes by `kind`
+        kind, known = value.get("kind"), hint.kinds()
+        if not isinstance(kind, str) or kind not in known:
+            problems.append(f"{name}.kind: wanted one of {', '.join(known)}, got {kind!r}")
+            return None
+        return _build(known[kind], value, f"{name}.", problems)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.", problems)
     if origin is tuple:

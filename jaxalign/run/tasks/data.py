@@ -104,7 +104,7 @@ def section_data(
             once = dataclasses.replace(once, split="validation")
             held_out = make(_whole(data.train), tok, options=once, **kind)
     facts = {"data.train": train.checksum, "held-out data": held_out and held_out.checksum}
-    distributed.check_same("the data (by its checksum)", facts)
+    distributed.check_consistent("the data (by its checksum)", facts)
     return train, held_out
 
 

@@ -1,4 +1,4 @@
-"""What a reward model's held-out data says: scores of all examples, gathered and looked at once."""
+"""Evaluates a reward model on held-out data, over the scores of all examples at once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import reward
 from jaxalign.data import Batches
 from jaxalign.models.base import ScalarModel
-from jaxalign.parallel.sharding import all_rows, shard_batch
+from jaxalign.parallel.sharding import all_gather_rows, shard_batch
 from jaxalign.rewards import evaluation
-from jaxalign.rewards.evaluation import Findings
+from jaxalign.rewards.evaluation import EvalResult
 from jaxalign.run.metrics import add_up
 from jaxalign.types import TrainState
 
 
-class HeldOut:
-    """Held-out figures of a reward model; call it with a state.
+class RewardEvaluator:
+    """Evaluates the reward model of a state.
 
     Args:
       scorer: the reward model.
       config: options of the algorithm.
       batches: held-out data.
-      mesh: where the state lies.
+      mesh: the state's mesh.
     """
 
     def __init__(
@@ -39,38 +39,38 @@ class HeldOut:
         self._details: dict[str, Any] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Figures of all held-out data: metrics of the step, and of `rewards.evaluation`."""
+        """Figures of all held-out data: the step's metrics and those of `rewards.evaluation`."""
         sums, parts = [], []
         with jax.set_mesh(self._mesh):
             for batch in self._batches:
                 metrics, examples = self._measure(state, shard_batch(batch, self._mesh))
                 sums.append(metrics)
-                parts.append(all_rows(examples))
+                parts.append(all_gather_rows(examples))
         examples = {name: _join([part[name] for part in parts]) for name in parts[0]}
-        found = findings(self._config, examples, self._batches.sources)
-        self._details = {"objective": self._config.objective} | found.details
-        return found.figures | add_up(sums)
+        result = evaluate(self._config, examples, self._batches.sources)
+        self._details = {"objective": self._config.objective} | result.details
+        return result.figures | add_up(sums)
 
     def details(self) -> dict[str, Any]:
         """Curves and tables of the last call."""
         return self._details
 
 
-def findings(
+def evaluate(
     config: reward.Config, examples: dict[str, np.ndarray], sources: Sequence[str]
-) -> Findings:
-    """What `jaxalign.rewards.evaluation` has to say about the examples of this objective."""
+) -> EvalResult:
+    """Evaluates scored examples by the objective's function in `jaxalign.rewards.evaluation`."""
     if config.objective == "pairs":
-        return evaluation.pair_findings(examples, sources)
+        return evaluation.evaluate_pairs(examples, sources)
     if config.objective == "ranking":
-        return evaluation.ranking_findings(examples, sources)
+        return evaluation.evaluate_rankings(examples, sources)
     if config.objective == "regression":
-        return evaluation.grade_findings(examples, sources, config.attributes)
-    return evaluation.step_findings(examples, sources)
+        return evaluation.evaluate_grades(examples, sources, config.attributes)
+    return evaluation.evaluate_steps(examples, sources)
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of all batches; those of narrower batches end in zeros, which no mask keeps."""
+    """Concatenates rows of batches of several widths, padded with zeros (False in the mask)."""
     if parts[0].ndim == 1:
         return np.concatenate(parts)
     width = max(part.shape[1] for part in parts)

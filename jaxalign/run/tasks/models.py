@@ -16,7 +16,7 @@ from jaxalign.models.lm_head import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run.config.runs import ModelConfig, PPORun, RewardRun
 from jaxalign.run.export import run_tokenizer
 from jaxalign.types import Params

@@ -17,10 +17,10 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import ppo_flops
 from jaxalign.parallel.host_memory import on_device, to_host_memory
-from jaxalign.parallel.sharding import all_rows, local_rows
+from jaxalign.parallel.sharding import all_gather_rows, local_rows
 from jaxalign.rewards import build_reward
 from jaxalign.rewards.cases import shifted
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run.config.runs import PPORun
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, to_floats
@@ -173,7 +173,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             rollout = prepare(
                 jax.random.fold_in(key, number), state, ref_params, batch, **carried(loop)
             )
-            answered, given = all_rows((rollout.valid, rollout.scores))
+            answered, given = all_gather_rows((rollout.valid, rollout.scores))
             scores += given[answered].tolist()
             figures = to_floats(ppo.rollout_metrics(rollout, options.samples))
             for name, value in figures.items():

@@ -8,7 +8,7 @@ from jaxalign.algorithms import reward
 from jaxalign.models.flops import update_flops
 from jaxalign.run.config.runs import RewardRun
 from jaxalign.run.tasks.data import judgements, make_data, total_of
-from jaxalign.run.tasks.evaluate import HeldOut
+from jaxalign.run.tasks.evaluate import RewardEvaluator
 from jaxalign.run.tasks.models import load, with_head
 from jaxalign.run.tasks.task import Task, cost_of, exporter, optimizer, start
 
@@ -22,7 +22,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
     micro = config.run.micro_batches
     measure = None
     if held_out is not None:
-        measure = HeldOut(loaded.model, config.reward, held_out, mesh)
+        measure = RewardEvaluator(loaded.model, config.reward, held_out, mesh)
     # `flops` lives as long as the task: it must not hold the weights that the state was made of.
     model, frozen = loaded.model, bool(loaded.frozen)
     flops = lambda batch: update_flops(  # noqa: E731

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxalign.algorithms.ppo.rollout import answer_mask_of
 from jaxalign.parallel import distributed
-from jaxalign.parallel.sharding import all_rows
+from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.types import RolloutBatch
 
 BINS = 20
@@ -60,7 +60,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
     (their difference), `rewards`, `advantages`, and with a critic `values` and `returns`, belong
     to the t-th token of the answer. `trained` says whether the answer is in the loss.
     """
-    batch: Any = all_rows(rollout._replace(ptx=None))
+    batch: Any = all_gather_rows(rollout._replace(ptx=None))
     mask = answer_mask_of(batch)
     result = []
     for row in np.flatnonzero(mask.any(axis=1))[:count]:
@@ -102,7 +102,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
 
 def histograms(rollout: RolloutBatch) -> dict[str, Any]:
     """`scores` and `lengths` of all answers: `edges` of the bins, and the `counts` between them."""
-    batch: Any = all_rows(rollout._replace(ptx=None))
+    batch: Any = all_gather_rows(rollout._replace(ptx=None))
     valid, mask = np.asarray(batch.valid), answer_mask_of(batch)
     result = {}
     for name, values in (("scores", batch.scores), ("lengths", mask.sum(axis=1))):

@@ -1,4 +1,4 @@
-"""Every element type that PyPI's gguf dequantises, through a file that its writer wrote."""
+"""Every element type that PyPI's gguf dequantises, in files by its own writer."""
 
 import gguf
 import ml_dtypes
@@ -27,7 +27,7 @@ WIDTH, HEADS, HEAD, ROWS = 512, 2, 16, 32
 
 
 def encoded(kind, rows, seed):
-    """Rows of a tensor in a type: quantised where gguf can, else any blocks that are finite."""
+    """Quantised rows: by gguf if it can quantise to the type, else random finite blocks."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, WIDTH)).astype(np.float32)
     if kind == gguf.GGMLQuantizationType.F64:
@@ -38,7 +38,10 @@ def encoded(kind, rows, seed):
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = rng.integers(0, 256, (rows, WIDTH // numbers, size), np.uint8)
         data = blocks.reshape(rows, -1)
-        finite = lambda: np.isfinite(gguf.quants.dequantize(data, kind))  # noqa: E731
+
+        def finite():
+            return np.isfinite(gguf.quants.dequantize(data, kind))
+
         with np.errstate(all="ignore"):
             while not finite().all():  # the scales are half-precision numbers, some not finite
                 bad = ~finite().reshape(rows, WIDTH // numbers, numbers).all(-1)
@@ -71,23 +74,23 @@ def test_values_equal_those_of_the_package(tmp_path, name):
     writer.write_tensors_to_file()
     writer.close()
 
-    # What the package's own reader and dequantiser make of the file.
-    want = {}
+    # Values by the package's own reader and dequantiser.
+    expected = {}
     for tensor in gguf.GGUFReader(path).tensors:
         plain = name == "F64"
         data = tensor.data if plain else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        want[tensor.name] = np.asarray(data).reshape(-1, WIDTH)
+        expected[tensor.name] = np.asarray(data).reshape(-1, WIDTH)
     file = GGUFFile(path)
     kept = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}
     everything = (slice(None), slice(None))
     got = file.read("model.embed_tokens.weight", everything)
     assert got.dtype == file.dtypes["model.embed_tokens.weight"] == kept.get(name, np.float32)
-    np.testing.assert_array_equal(got.astype(np.float64), want["token_embd.weight"])
+    np.testing.assert_array_equal(got.astype(np.float64), expected["token_embd.weight"])
     part = (slice(2, 5), slice(17, 300))
     got = file.read("model.embed_tokens.weight", part)
-    np.testing.assert_array_equal(got.astype(np.float64), want["token_embd.weight"][part])
-    # Queries: the file has rows (0, 1, 2, …) of a head in pairs, Hugging Face in halves.
-    pairs = want["blk.0.attn_q.weight"].reshape(HEADS, HEAD // 2, 2, WIDTH)
+    np.testing.assert_array_equal(got.astype(np.float64), expected["token_embd.weight"][part])
+    # Queries: the file interleaves the rows of a head, Hugging Face splits them in halves.
+    pairs = expected["blk.0.attn_q.weight"].reshape(HEADS, HEAD // 2, 2, WIDTH)
     rows = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(ROWS, WIDTH)
     query = "model.layers.0.self_attn.q_proj.weight"
     np.testing.assert_array_equal(file.read(query, everything).astype(np.float64), rows)

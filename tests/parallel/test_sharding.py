@@ -1,4 +1,4 @@
-"""Meshes, logical axes, compiled steps: layouts that fit, and clear words where they do not."""
+"""Meshes, logical axes, compiled steps: shardings that fit, and errors for those that do not."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ from jaxalign.types import TrainState
     ],
     ids=str,
 )
-def test_mesh_takes_the_rest(sizes, shape):
+def test_minus_one_takes_the_rest(sizes, shape):
     mesh = make_mesh(**sizes)
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
@@ -47,7 +47,7 @@ def test_mesh_takes_the_rest(sizes, shape):
     assert row_shards(mesh) == shape[0] * shape[1]
 
 
-def test_mesh_on_some_devices():
+def test_mesh_of_given_devices():
     mesh = make_mesh(devices=jax.devices()[:2])
     assert mesh.size == 2
 
@@ -160,7 +160,7 @@ def test_batches_are_split_by_rows():
         shard_batch({"ids": np.zeros((6, 3))}, mesh)
 
 
-def test_optimizer_state_lies_as_its_parameters_do():
+def test_optimizer_state_is_sharded_like_its_parameters():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     layout = param_shardings(tiny.DECODER.axes, mesh)
     params = jax.device_put(tiny.random_params(tiny.DECODER), layout)
@@ -178,7 +178,7 @@ def test_optimizer_state_lies_as_its_parameters_do():
         )
         assert moment["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
     assert adam.count.sharding == NamedSharding(mesh, PartitionSpec())
-    # Factored statistics have another shape than their parameter, and are everywhere.
+    # Factored statistics differ in shape from their parameter and are replicated.
     factored = opt_state_shardings(params, optax.adafactor(1e-3, min_dim_size_to_factor=8))
     assert all(isinstance(x, NamedSharding) for x in jax.tree.leaves(factored))
     with pytest.raises(ValueError, match="lie on no mesh"):
@@ -190,7 +190,7 @@ def double(state, batch):
     return TrainState(state.step + 1, params, state.frozen, state.opt_state), {"n": state.step}
 
 
-def test_compiled_step_stays_on_the_states_mesh():
+def test_compiled_step_uses_the_states_mesh():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     kernel = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
     state = init_state({"kernel": kernel}, optax.sgd(1.0))
@@ -215,8 +215,8 @@ def test_state_off_the_mesh_is_replicated():
     assert len(state.params["kernel"].sharding.device_set) == 8
 
 
-def test_sizes_that_are_no_products_of_a_slices_sides(monkeypatch):
-    """64 of 8 × 16 × 16 chips: JAX wants to be told that it may split a side."""
+def test_sizes_that_split_a_physical_axis(monkeypatch):
+    """64 of 8 × 16 × 16 chips: JAX needs `allow_split_physical_axes`."""
 
     def refuse(*args, **options):
         raise NotImplementedError

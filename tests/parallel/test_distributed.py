@@ -1,6 +1,6 @@
-"""Joining other processes, and what they tell one another; threads stand in for processes.
+"""Initialization, host collectives and heartbeats; threads stand in for processes.
 
-`test_multihost.py` has real ones.
+`test_multihost.py` starts real ones.
 """
 
 import collections
@@ -50,7 +50,7 @@ TIMES = {"initialization_timeout": 600, "heartbeat_timeout_seconds": 75}
 
 @pytest.fixture
 def starts(monkeypatch):
-    """Calls of `jax.distributed.initialize`, which is not really called; an empty environment."""
+    """Calls of `jax.distributed.initialize`, recorded but not made; clears the environment."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     calls = []
@@ -64,16 +64,15 @@ def set_environment(monkeypatch, values):
         monkeypatch.setenv(name, value)
 
 
-def test_alone_nothing_happens(starts, monkeypatch):
+def test_one_process_does_not_initialize(starts, monkeypatch):
     distributed.start()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # also where a cluster says otherwise
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # takes precedence over a cluster
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     distributed.start()
     assert starts == []
 
 
-def test_explicit_settings_are_passed_on(starts, monkeypatch):
-    # They come before what a cluster says.
+def test_explicit_settings_override_the_cluster(starts, monkeypatch):
     set_environment(
         monkeypatch, EXPLICIT | {"SLURM_STEP_NUM_TASKS": "2", "TPU_WORKER_HOSTNAMES": "a,b"}
     )
@@ -81,18 +80,18 @@ def test_explicit_settings_are_passed_on(starts, monkeypatch):
     assert starts == [GIVEN | TIMES]
 
 
-def test_an_indexed_job_gives_the_number_of_the_process(starts, monkeypatch):
+def test_indexed_job_sets_the_process_id(starts, monkeypatch):
     set_environment(monkeypatch, EXPLICIT | {"JOB_COMPLETION_INDEX": "3"})
     monkeypatch.delenv("JAX_PROCESS_ID")
     distributed.start()
     assert starts == [GIVEN | TIMES | {"process_id": 3}]
 
 
-def test_times_are_taken_from_the_environment(starts, monkeypatch):
+def test_timeouts_from_the_environment(starts, monkeypatch):
     values = {"JAXALIGN_LOST_SECONDS": "8", "JAXALIGN_JOIN_SECONDS": "20"}
     set_environment(monkeypatch, EXPLICIT | values)
     distributed.start()
-    # The service is the second line: it waits a little longer than the watch.
+    # The service is the fallback: its timeout is longer than the heartbeat's.
     times = {"initialization_timeout": 20, "heartbeat_timeout_seconds": 31}
     assert starts == [GIVEN | times]
     monkeypatch.setenv("JAXALIGN_JOIN_SECONDS", "0")
@@ -101,7 +100,7 @@ def test_times_are_taken_from_the_environment(starts, monkeypatch):
 
 
 @pytest.mark.parametrize("absent", ["JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"])
-def test_half_of_the_settings_is_an_error(starts, monkeypatch, absent):
+def test_incomplete_settings_are_refused(starts, monkeypatch, absent):
     set_environment(monkeypatch, EXPLICIT)
     monkeypatch.delenv(absent)
     with pytest.raises(ValueError, match=f"{absent} is not"):
@@ -110,7 +109,7 @@ def test_half_of_the_settings_is_an_error(starts, monkeypatch, absent):
 
 
 @pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
-def test_a_setting_that_is_no_number_is_named(starts, monkeypatch, name):
+def test_settings_that_are_not_numbers_are_refused(starts, monkeypatch, name):
     set_environment(monkeypatch, EXPLICIT | {name: "two"})
     with pytest.raises(ValueError, match=f"{name}='two': wanted a whole number"):
         distributed.start()
@@ -129,7 +128,7 @@ MPI5 = MPI | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, {}),  # a device each
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, {}),  # one device per task
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, ALL_DEVICES),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
         (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}, {}),
@@ -144,13 +143,13 @@ MPI5 = MPI | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
-def test_clusters_are_recognised(starts, monkeypatch, environment, joins):
+def test_clusters_are_detected(starts, monkeypatch, environment, joins):
     set_environment(monkeypatch, environment)
     distributed.start()
     assert starts == ([] if joins is None else [joins | TIMES])
 
 
-def test_open_mpi_without_an_address_says_how_to_give_one(starts, monkeypatch):
+def test_open_mpi_5_without_an_address_is_refused(starts, monkeypatch):
     set_environment(monkeypatch, MPI)
     with pytest.raises(ValueError, match=r"4 processes but says no address.*mpirun -x JAX_COORD"):
         distributed.start()
@@ -167,19 +166,19 @@ def test_open_mpi_without_an_address_says_how_to_give_one(starts, monkeypatch):
         ({}, False),  # no metadata server, as on Kaggle
     ],
 )
-def test_tpu_vms_are_found_by_their_metadata(starts, monkeypatch, metadata, joins):
+def test_tpu_pods_are_detected_by_metadata(starts, monkeypatch, metadata, joins):
     monkeypatch.setattr(initialize, "on_cloud_tpu_vm", lambda: True)
     monkeypatch.setattr(initialize, "_metadata", lambda name: metadata.get(name, ""))
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     distributed.start()
     assert starts == ([TIMES] if joins else [])
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the chips are not wanted
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the TPU is not used
     distributed.start()
     assert len(starts) == int(joins)
 
 
-def test_a_second_start_does_nothing(starts, monkeypatch):
+def test_second_start_does_nothing(starts, monkeypatch):
     set_environment(monkeypatch, EXPLICIT)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     distributed.start()
@@ -199,7 +198,7 @@ class Store:
     """A key-value store with barriers, as JAX's service has, for threads."""
 
     def __init__(self, count, absent=0):
-        """`absent` processes never come to a barrier: the others have waited when all are there."""
+        """`absent` processes never reach a barrier; it times out once all others have."""
         self.count, self.absent, self.values, self.gone = count, absent, {}, False
         self.changed = threading.Condition()
         self.barriers = collections.defaultdict(lambda: threading.Barrier(count - absent))
@@ -224,8 +223,9 @@ class Store:
 
     def blocking_key_value_get(self, key, milliseconds):
         with self.changed:
-            there = lambda: key in self.values or self.gone  # noqa: E731
-            if not self.changed.wait_for(there, milliseconds / 1000):
+            if not self.changed.wait_for(
+                lambda: key in self.values or self.gone, milliseconds / 1000
+            ):
                 raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
             self._check()
             return self.values[key]
@@ -249,7 +249,7 @@ class Store:
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Runs a function of the process's number in as many threads; gives results or errors."""
+    """Runs a function of the process index in one thread per process; returns results or errors."""
     mine = threading.local()
 
     class Counts:
@@ -291,10 +291,14 @@ def processes(monkeypatch):
     service.who.cache_clear()
 
 
-def test_processes_exchange_texts_and_leave_nothing_behind(processes):
+def test_all_gather_text_deletes_old_keys(processes):
     def talk_twice(index):
-        first = distributed.exchange("a/b", f"one {index}")
-        return first, distributed.exchange("a/b", f"two {index}"), distributed.same_number()
+        first = distributed.all_gather_text("a/b", f"one {index}")
+        return (
+            first,
+            distributed.all_gather_text("a/b", f"two {index}"),
+            distributed.broadcast_random(),
+        )
 
     results = processes(3, talk_twice)
     assert {number for *_, number in results} == {results[0][2]}
@@ -306,7 +310,7 @@ def test_processes_exchange_texts_and_leave_nothing_behind(processes):
     assert all("/a b/2/" in key for key in kept)
 
 
-def test_a_barrier_names_who_did_not_come(processes):
+def test_barrier_names_late_processes(processes):
     def come(index):
         if index != 1:
             distributed.barrier("reading", timeout=0.3)
@@ -320,9 +324,9 @@ def test_a_barrier_names_who_did_not_come(processes):
         assert "did not come within 0.3 s" in str(late)
 
 
-def test_what_fails_on_one_fails_on_all(processes):
+def test_failure_on_one_process_raises_on_all(processes):
     def write(index):
-        with distributed.together("writing"):
+        with distributed.fail_together("writing"):
             if index == 1:
                 raise OSError("disk full")
 
@@ -331,13 +335,13 @@ def test_what_fails_on_one_fails_on_all(processes):
     assert isinstance(ok, RuntimeError)
     assert str(ok).startswith("writing failed on process 1 (")
     assert str(ok).endswith("OSError: disk full")
-    assert processes(2, lambda index: distributed.agree(None, "writing")) == [None, None]
+    assert processes(2, lambda index: distributed.raise_on_all(None, "writing")) == [None, None]
 
 
-def test_facts_that_differ_are_named_on_all(processes):
+def test_inconsistent_values_are_named_on_all(processes):
     def compare(index):
         facts = {"data.rows": 8 + (index == 2), "run.seed": 0} | ({"lora": 1} if index == 1 else {})
-        distributed.check_same("the configuration", facts)
+        distributed.check_consistent("the configuration", facts)
 
     for error in processes(3, compare):
         assert isinstance(error, ValueError)
@@ -349,13 +353,14 @@ def test_facts_that_differ_are_named_on_all(processes):
         assert "data.rows is 9 on process 2 (" in str(error)
         assert "and 8 on process 0 (" in str(error)
         assert "seed" not in str(error)
-    assert processes(2, lambda index: distributed.check_same("it", {"a": [1]})) == [None, None]
+    assert processes(2, lambda index: distributed.check_consistent("it", {"a": [1]})) == [
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("differs", ["versions", "configuration", "nothing"])
-def test_a_run_refuses_hosts_with_other_packages_or_options(
-    processes, monkeypatch, tmp_path, differs
-):
+def test_run_refuses_inconsistent_hosts(processes, monkeypatch, tmp_path, differs):
     def options(index):
         rows = 8 * (1 + index * (differs == "configuration"))
         values = {
@@ -372,54 +377,57 @@ def test_a_run_refuses_hosts_with_other_packages_or_options(
     if differs == "nothing":
         assert found == [None, None]
         return
-    told = {
+    start = {
         "versions": "package versions must be the same on all hosts: jax is '0.11' on process 1 (",
         "configuration": "the configuration must be the same on all hosts: data.rows is 16 on",
     }[differs]
     for error in found:
         assert isinstance(error, ValueError)
-        assert str(error).startswith(told)
+        assert str(error).startswith(start)
 
 
-def test_nested_values_are_compared_one_by_one():
+def test_flatten():
     values = {"data": {"rows": 8, "train": ["a"]}, "lora": None}
     flat = {"data.rows": 8, "data.train": ["a"], "lora": None}
     assert distributed.flatten(values) == flat
 
 
-def test_a_folder_that_is_not_shared_is_refused(processes, tmp_path, monkeypatch):
+def test_unshared_folder_is_refused(processes, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxalign.parallel.distributed.consistency._NETWORK_FOLDER", 0.3)
-    look = lambda index: distributed.check_shared(tmp_path / f"host{index}")  # noqa: E731
-    for error in processes(2, look):
+
+    def check_own_folder(index):
+        distributed.check_shared_folder(tmp_path / f"host{index}")
+
+    for error in processes(2, check_own_folder):
         assert isinstance(error, ValueError)
         assert "is not seen by process 1 (" in str(error)
     shared = tmp_path / "shared"
-    assert processes(2, lambda index: distributed.check_shared(shared)) == [None, None]
+    assert processes(2, lambda index: distributed.check_shared_folder(shared)) == [None, None]
     assert list(shared.iterdir()) == []
 
 
-# --- watching ------------------------------------------------------------------------------------
+# --- heartbeats ----------------------------------------------------------------------------------
 
 
 class Hosts:
-    """Watches of several processes over one store, and what each was told when it had to stop."""
+    """Heartbeats of several processes over one store, and the message with which each stopped."""
 
     def __init__(self, count, patience, clock):
         self.store, self.clock = Store(count), clock
-        self.told = {}
-        self.watches = [
-            heartbeat.Watch(
-                self.store, i, count, patience, lambda text, i=i: self.told.setdefault(i, text)
+        self.messages = {}
+        self.heartbeats = [
+            heartbeat.Heartbeat(
+                self.store, i, count, patience, lambda text, i=i: self.messages.setdefault(i, text)
             )
             for i in range(count)
         ]
 
     def wait(self, count):
-        while len(self.told) < count:
+        while len(self.messages) < count:
             time.sleep(0.01)
 
     def pass_time(self, seconds, *alive):
-        """Moves the clock on, and waits until those that are alive have said so, or have ended."""
+        """Advances the clock, and waits until each of `alive` has sent a heartbeat or stopped."""
 
         def beats():
             return [self.store.values.get(f"jaxalign/beat/{index}") for index in alive]
@@ -427,14 +435,14 @@ class Hosts:
         before = beats()
         self.clock.now += seconds
         while any(
-            old == new and index not in self.told
+            old == new and index not in self.messages
             for index, old, new in zip(alive, before, beats(), strict=True)
         ):
             time.sleep(0.01)
 
 
 class Clock:
-    """In place of the module `time`: it stands still unless it is moved on."""
+    """Replaces the module `time`; tests advance it."""
 
     now = 0.0
     sleep = staticmethod(time.sleep)
@@ -446,7 +454,7 @@ class Clock:
 @pytest.fixture
 def hosts(monkeypatch):
     monkeypatch.setattr(heartbeat, "who", lambda index: f"process {index} (host{index})")
-    monkeypatch.setattr(heartbeat, "_TELLING", 0.5)
+    monkeypatch.setattr(heartbeat, "_REPORT_SECONDS", 0.5)
     made = []
     monkeypatch.setattr(heartbeat, "reachable", lambda: not made[-1].store.gone)
 
@@ -458,57 +466,57 @@ def hosts(monkeypatch):
 
     yield make
     for each in made:
-        for one in each.watches:
+        for one in each.heartbeats:
             one.end()
 
 
-def test_a_failure_reaches_the_others_at_once(hosts):
+def test_failure_report_reaches_all_processes(hosts):
     group = hosts(3, patience=30)
-    for one in group.watches:
+    for one in group.heartbeats:
         one.start()
-    group.watches[1].fail("process 1 (host1) failed: ValueError: no")
+    group.heartbeats[1].fail("process 1 (host1) failed: ValueError: no")
     group.wait(2)
-    assert group.told == dict.fromkeys((0, 2), "process 1 (host1) failed: ValueError: no")
-    group.watches[1].fail("again")  # whoever has failed says so once
-    assert len(group.told) == 2
+    assert group.messages == dict.fromkeys((0, 2), "process 1 (host1) failed: ValueError: no")
+    group.heartbeats[1].fail("again")  # a process reports once
+    assert len(group.messages) == 2
 
 
-def test_silence_is_noticed_and_an_end_is_no_silence(hosts):
+def test_missing_heartbeats_are_reported_but_not_after_end(hosts):
     group = hosts(4, patience=0.6, clock=Clock())
-    group.store.key_value_set("jaxalign/beat/2", "7")  # was there, and says no more
+    group.store.key_value_set("jaxalign/beat/2", "7")  # its last heartbeat
     for index in (0, 1, 3):
-        group.watches[index].start()
-    group.watches[3].end()
-    while not {0, 1} <= set(group.told):
+        group.heartbeats[index].start()
+    group.heartbeats[3].end()
+    while not {0, 1} <= set(group.messages):
         group.pass_time(0.2, 0, 1)
     assert group.clock.now > 0.6
-    assert set(group.told) == {0, 1}
-    for text in group.told.values():
+    assert set(group.messages) == {0, 1}
+    for text in group.messages.values():
         assert text.startswith("process 2 (host2) is lost: no sign of life for")
 
 
-def test_signs_of_life_are_given(hosts):
+def test_heartbeats_keep_processes_alive(hosts):
     group = hosts(2, patience=0.6, clock=Clock())
-    for one in group.watches:
+    for one in group.heartbeats:
         one.start()
     for _ in range(10):
         group.pass_time(0.2, 0, 1)
-    assert group.told == {}
+    assert group.messages == {}
 
 
-def test_without_the_store_it_is_process_0_that_is_lost(hosts):
+def test_lost_store_means_process_0_is_lost(hosts):
     group = hosts(2, patience=30)
-    group.watches[1].start()
+    group.heartbeats[1].start()
     group.store.break_down()
     group.wait(1)
-    assert group.told == {
+    assert group.messages == {
         1: "process 0 (host0) is lost: it was killed, or its machine cannot be reached"
     }
 
 
-def test_the_first_failure_is_the_one_that_is_told(hosts):
+def test_only_the_first_failure_is_reported(hosts):
     group = hosts(3, patience=30)
-    group.watches[0].start()
+    group.heartbeats[0].start()
     group.store.key_value_set("jaxalign/failed", "process 2 (host2) failed: OSError: disk full")
-    group.watches[1].fail("process 1 (host1) failed: TimeoutError: process 2")
-    assert group.told == {}
+    group.heartbeats[1].fail("process 1 (host1) failed: TimeoutError: process 2")
+    assert group.messages == {}

@@ -1,4 +1,4 @@
-"""Two processes of 4 devices each train as one of 8 does, and stop together when one is lost."""
+"""Two processes with 4 devices each train like one with 8, and stop together when one is lost."""
 
 import json
 import pathlib
@@ -47,12 +47,12 @@ def same_weights(one, two):
 
 PROGRAM = """
 import os, sys
-from jaxalign import distributed
+from jaxalign.parallel import distributed
 from jaxalign.parallel.distributed import collectives
 distributed.start()
 import jax, numpy as np
 import jaxalign
-from jaxalign.parallel.sharding import all_rows, part_of_rows
+from jaxalign.parallel.sharding import all_gather_rows, part_of_rows
 from jaxalign.parallel.jax_private import count_compiled
 
 me = jax.process_index()
@@ -68,7 +68,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 1, 8)):
     assert batch["x"].shape == (8, 2), batch["x"].shape
     assert not batch["x"].is_fully_addressable
     assert (jaxalign.local_rows(batch)["x"] == mine).all()
-    assert (all_rows(batch)["x"] == every).all()
+    assert (all_gather_rows(batch)["x"] == every).all()
     turned = jaxalign.shard_batch(jax.jit(lambda x: x[::-1])(batch["x"]), mesh)
     expected = every[::-1][index * 8 // count : (index + 1) * 8 // count]
     assert (jaxalign.local_rows(turned, mesh) == expected).all()
@@ -84,15 +84,15 @@ tok = chatmodel.make_tokenizer()
 reward = jaxalign.text_reward(lambda prompt, answer: heard.append(answer) or me, tok)
 assert (reward(*rows) == np.full(4, me)).all()
 assert heard == [tok.decode(row) for row in ids], heard
-print("SUMS", distributed.total([me + 1, 2**31 - 1])())
-distributed.total([me, 1])()
-assert count_compiled(collectives._gatherer()[1]) == 1  # every step asks; none may compile
+print("SUMS", distributed.all_reduce_sum([me + 1, 2**31 - 1])())
+distributed.all_reduce_sum([me, 1])()
+assert count_compiled(collectives._all_gather()[1]) == 1  # every step calls it
 try:
-    distributed.check_same("the configuration", {"data.rows": 8 + me})
+    distributed.check_consistent("the configuration", {"data.rows": 8 + me})
 except ValueError as error:
     print("DIFFER", error)
 from jaxalign.parallel.distributed.service import client
-if me == 0:  # comes only when the other has given up, however slow this machine is
+if me == 0:  # arrives only after the other has timed out
     client().blocking_key_value_get("test/given-up", 900_000)
 try:
     distributed.barrier("slow", timeout=1)
@@ -120,18 +120,18 @@ except (OSError, RuntimeError) as error:
     print("FAILED", error)
 save.Writer = Writer
 
-from jaxalign import cli
+from jaxalign.commands import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def check_saved(said, source, place):
-    """Both wrote their files of one folder; of a folder that failed on one there is nothing."""
-    assert "FAILED saving a model failed on process 1" in said[0]
-    assert "FAILED disk full" in said[1]
+def check_saved(logs, source, place):
+    """Both processes wrote their files of one folder; the failed folder is gone."""
+    assert "FAILED saving a model failed on process 1" in logs[0]
+    assert "FAILED disk full" in logs[1]
     (one,), (other,) = (
         [line.split()[1:] for line in text.splitlines() if line.startswith("WROTE")]
-        for text in said
+        for text in logs
     )
     assert one
     assert other
@@ -149,8 +149,8 @@ def check_saved(said, source, place):
     assert (place / "out/config.json").is_file()
 
 
-def test_two_processes_are_one_program(chat_models, tmp_path):
-    """Rows, sums, files and errors between two real processes; then SFT on both, as in this one."""
+def test_two_processes_equal_one(chat_models, tmp_path):
+    """Rows, sums, files and errors between two processes; then SFT equals SFT in one process."""
     changes = {"data": {"packing": True, "length": 96, "rows": 4}}
     config = configured("sft", chat_models, tmp_path / "two", changes, steps=2, export=False)
     log = tmp_path / "log"
@@ -160,20 +160,20 @@ def test_two_processes_are_one_program(chat_models, tmp_path):
     )
     alone = load_config("sft", config, [f"run.folder={tmp_path / 'one'}"])
     one = loop.train(alone)
-    statuses, said = multihost.finish(running, log)
-    assert statuses == [0, 0], said
-    check_saved(said, source, place)
+    statuses, logs = multihost.finish(running, log)
+    assert statuses == [0, 0], logs
+    check_saved(logs, source, place)
 
-    for index, text in enumerate(said):
+    for index, text in enumerate(logs):
         assert f"PARTS ({index}, 2) (0, 1)\n" in text
         assert "HOSTS [[0, 0, 1, 1], [0, 0, 1, 1]]" in text
         assert "SUMS [3, 4294967294]\n" in text
         assert "DIFFER the configuration must be the same on all hosts: data.rows is 9 on" in text
         assert f"process 1 ({HOST}, pid {running[1].pid}) and 8 on process 0 (" in text
-    assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in said[1]
-    # One log, of the first host.
-    assert "run folder:" in said[0]
-    assert "run folder:" not in said[1]
+    assert f"LATE TimeoutError slow: process 0 ({HOST}, pid" in logs[1]
+    # Only process 0 logs.
+    assert "run folder:" in logs[0]
+    assert "run folder:" not in logs[1]
     same_metrics(chatmodel.lines(tmp_path / "two"), chatmodel.lines(one.folder))
     versions = json.loads((tmp_path / "two/versions.json").read_text(encoding="utf-8"))
     assert versions["processes"] == "2"
@@ -198,10 +198,10 @@ def stages(models, folder):
         if algorithm == "ppo":
             changes["data"]["rows"] = 16
             changes |= {"minibatches": 2, "ppo_epochs": 2}
-            # Else Adam turns rounding of gradients near 1e-8 into whole steps of the weights.
+            # With a smaller eps, Adam turns rounding errors near 1e-8 into full steps.
             changes["optimizer"] = {"eps": 1e-5}
-            # Frozen models on devices of their own, of both hosts;
-            # answers written with whole weights and a cache split along time.
+            # Frozen models on separate devices of both hosts;
+            # rollout with replicated weights and a cache sharded along time.
             changes["mesh"] = {
                 "data": 2,
                 "fsdp": 2,
@@ -216,7 +216,7 @@ def stages(models, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path):
+def test_every_algorithm_equals_one_process(chat_models, tmp_path):
     """The same YAML and command: losses, rewards, KL, held-out figures and exported weights."""
     path = tmp_path / "all.yaml"
     values = {"folder": str(tmp_path / "none"), "stages": stages(chat_models, tmp_path)}
@@ -224,8 +224,8 @@ def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path)
     for processes in (2, 1):
         log, folder = tmp_path / f"log{processes}", tmp_path / str(processes)
         running = multihost.start(["pipeline", path, f"folder={folder}"], processes, log)
-        statuses, said = multihost.finish(running, log, 900)
-        assert statuses == [0] * processes, said
+        statuses, logs = multihost.finish(running, log, 900)
+        assert statuses == [0] * processes, logs
     for stage in values["stages"]:
         one, two = (tmp_path / number / stage["name"] for number in ("1", "2"))
         rows = chatmodel.lines(two)
@@ -238,7 +238,7 @@ def test_every_algorithm_gives_the_metrics_of_one_process(chat_models, tmp_path)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, victim):
+def test_killed_process_stops_the_other_and_both_resume(chat_models, tmp_path, victim):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured(
         "sft", chat_models, folder, steps=1_000_000, save_every=2, export=False, log_every=1_000_000
@@ -251,10 +251,10 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
     killed = time.monotonic()
     status = running[1 - victim].wait(600)
     took = time.monotonic() - killed
-    _, said = multihost.finish(running, log)
+    _, logs = multihost.finish(running, log)
     print(f"process {1 - victim} ended {took:.1f} s after process {victim} was killed, {status}")
     assert status != 0
-    assert f"process {victim} ({HOST}, pid {running[victim].pid}) is lost" in said[1 - victim]
+    assert f"process {victim} ({HOST}, pid {running[victim].pid}) is lost" in logs[1 - victim]
 
     shutil.copytree(folder, tmp_path / "copy")
     there = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
@@ -262,8 +262,8 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
     ends = [f"run.steps={steps}", "run.resume=true"]
     log = tmp_path / "log2"
     two = multihost.start(["sft", config, *ends], 2, log)
-    statuses, said = multihost.finish(two, log)
-    assert statuses == [0, 0], said
+    statuses, logs = multihost.finish(two, log)
+    assert statuses == [0, 0], logs
     again = load_config("sft", config, [*ends, f"run.folder={tmp_path / 'copy'}"])
     one = loop.train(again)
     assert [row["step"] for row in chatmodel.lines(one.folder)] == list(range(1, steps + 1))
@@ -277,33 +277,34 @@ def test_a_killed_process_ends_the_other_and_both_resume(chat_models, tmp_path, 
 FAILING = """
 import sys
 import jax
-from jaxalign import cli, train
-check = train.check_finite
+from jaxalign.commands import cli
+from jaxalign.run import loop
+check = loop.check_finite
 def fail(metrics, step):
     if jax.process_index() == 1 and step == 2:
         raise FloatingPointError("step 2: loss=nan")
     check(metrics, step)
-train.check_finite = fail
+loop.check_finite = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_failing_host_stops_all_with_its_message(chat_models, tmp_path):
+def test_failing_host_stops_all_with_its_message(chat_models, tmp_path):
     config = configured("sft", chat_models, tmp_path / "run", steps=1_000_000, save_every=1)
     log = tmp_path / "log"
     running = multihost.start(["sft", config], 2, log, program=("-c", FAILING))
-    statuses, said = multihost.finish(running, log)
+    statuses, logs = multihost.finish(running, log)
     assert statuses == [1, 2]
-    told = f"process 1 ({HOST}, pid {running[1].pid}) failed: FloatingPointError: step 2: loss=nan"
-    assert told in said[0]
-    assert "jaxalign sft: error: step 2: loss=nan" in said[1]
+    failed = f"process 1 ({HOST}, pid {running[1].pid}) failed"
+    assert f"{failed}: FloatingPointError: step 2: loss=nan" in logs[0]
+    assert "jaxalign sft: error: step 2: loss=nan" in logs[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
+def test_hosts_with_different_data_are_refused(chat_models, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -311,15 +312,15 @@ def test_hosts_with_other_data_are_refused(chat_models, tmp_path):
     changes = {"data": {"train": ["data.jsonl"]}}
     config = configured("sft", chat_models, tmp_path / "run", changes)
     running = multihost.start(["sft", config], 2, tmp_path / "log", folders=folders)
-    statuses, said = multihost.finish(running, tmp_path / "log")
+    statuses, logs = multihost.finish(running, tmp_path / "log")
     assert 0 not in statuses
-    for text in said:
+    for text in logs:
         assert "the data (by its checksum) must be the same on all hosts: data.train is" in text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
+def test_preempted_run_saves_and_resumes(chat_models, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured("sft", chat_models, folder, steps=1_000_000, export=False)
     running = multihost.start(["sft", config], 2, log)
@@ -327,9 +328,9 @@ def test_a_preempted_run_saves_and_goes_on(chat_models, tmp_path):
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
         assert all(process.poll() is None for process in running), multihost.finish(running, log)
         time.sleep(0.2)
-    running[1].send_signal(signal.SIGTERM)  # one host is told; all stop after the same step
-    statuses, said = multihost.finish(running, log)
-    assert statuses == [75, 75], said
+    running[1].send_signal(signal.SIGTERM)  # one host gets the signal; all stop after the same step
+    statuses, logs = multihost.finish(running, log)
+    assert statuses == [75, 75], logs
     done = len(chatmodel.lines(folder))
-    assert f"stopped after step {done} of 1000000" in said[0]
+    assert f"stopped after step {done} of 1000000" in logs[0]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(done)]

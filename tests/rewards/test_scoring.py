@@ -1,5 +1,6 @@
-"""`jaxalign score` and best-of-n: every form of row, by an independent forward pass."""
+"""`jaxalign score` and best-of-n: every form of row, against an independent forward pass."""
 
+import functools
 import json
 
 import chatmodel
@@ -38,7 +39,7 @@ def text_of(prompt, answer):
 
 
 def outputs(tok, params, text):
-    """What the head says at every token of a text: `[n, A]`, by plain numpy."""
+    """The head's outputs at every token of a text `[n, A]`, in numpy."""
     hidden = forward(chatmodel.DECODER.config, params, np.array(tok.encode(text)))
     return hidden @ np.asarray(params["score"]["kernel"], np.float64)
 
@@ -60,7 +61,7 @@ def test_rows_of_every_form(tok, params):
     made = [Row(row, f"data:{n}") for n, row in enumerate(rows)]
     scored = score_rows(SCORER, params, tok, made, batch=3)
     got = scored.results
-    near = lambda x: pytest.approx(x, rel=1e-4, abs=1e-5)  # noqa: E731
+    near = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
     assert got[0] == near(end(tok, params, "hi", "yes"))
     chosen = end(tok, params, "up?", "a longer answer than the others are")
     rejected = end(tok, params, "up?", "no")
@@ -79,15 +80,15 @@ def test_rows_of_every_form(tok, params):
     assert scored.cut == 0
 
 
-def test_what_is_too_long_is_cut_and_counted(tok, params):
+def test_long_answers_are_cut_and_counted(tok, params):
     rows = [Row({"prompt": "hi", "completion": "a b c d e f"}, "data:1")]
     whole = text_of("hi", "a b c d e f")
     size = len(tok.encode(whole))
     for length, cut in ((size, 0), (size - 4, 1)):
         scored = score_rows(SCORER, params, tok, rows, length=length)
         assert scored.cut == cut
-        want = outputs(tok, params, whole)[length - 1, 0]
-        assert scored.results[0] == pytest.approx(want, rel=1e-4)
+        expected = outputs(tok, params, whole)[length - 1, 0]
+        assert scored.results[0] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match=r"data:2: the steps end beyond length=9"):
         score_rows(SCORER, params, tok, [Row({"prompt": "hi", "steps": ["a"]}, "data:2")], length=9)
 
@@ -99,17 +100,17 @@ def test_attributes_and_their_weighted_sum(tok):
         Row({"prompt": "hi", "chosen": "yes", "rejected": "no"}, "data:2"),
     ]
     got = score_rows(GRADER, params, tok, rows).results
-    want = outputs(tok, params, text_of("hi", "yes"))[-1]
-    assert got[0] == pytest.approx({"kind": want[0], "long": want[1]}, rel=1e-4, abs=1e-6)
+    expected = outputs(tok, params, text_of("hi", "yes"))[-1]
+    assert got[0] == pytest.approx({"kind": expected[0], "long": expected[1]}, rel=1e-4, abs=1e-6)
     assert set(got[1]["margin"]) == {"kind", "long"}
     one, weighed = weigh_attributes(GRADER, params, {"kind": 0.5, "long": -2.0})
     assert one == SCORER
-    total = 0.5 * want[0] - 2 * want[1]
+    total = 0.5 * expected[0] - 2 * expected[1]
     assert score_rows(one, weighed, tok, rows).results[0] == pytest.approx(total, rel=1e-4)
-    said = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
-    assert score_conversations(one, weighed, tok, said) == pytest.approx([total], rel=1e-4)
+    conversations = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
+    assert score_conversations(one, weighed, tok, conversations) == pytest.approx([total], rel=1e-4)
     with pytest.raises(ValueError, match="kind, long and no single score"):
-        score_conversations(GRADER, params, tok, said)
+        score_conversations(GRADER, params, tok, conversations)
     with pytest.raises(ValueError, match=r"data:3: steps, but .* kind, long"):
         score_rows(GRADER, params, tok, [Row({"prompt": "hi", "steps": ["a"]}, "data:3")])
 
@@ -123,15 +124,15 @@ def test_weights_that_do_not_fit_are_refused(weights):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"prompt": "hi"}, r"data:1: got the columns prompt"),
         ({"prompt": "hi", "steps": "one"}, r"data:1: labels: got 'one', wanted a list"),
         ({"prompt": "hi", "completion": ""}, r"data:1: completion: got empty text"),
     ],
 )
-def test_rows_without_an_answer_are_refused(tok, params, row, told):
-    with pytest.raises(ValueError, match=told):
+def test_rows_without_an_answer_are_refused(tok, params, row, message):
+    with pytest.raises(ValueError, match=message):
         score_rows(SCORER, params, tok, [Row(row, "data:1")])
 
 
@@ -147,52 +148,52 @@ def test_command(chat_models, tmp_path, capsys, tok):
     assert [{k: v for k, v in row.items() if k != "reward"} for row in made] == rows
     scorer = tiny.random_params(SCORER, seed=4)
     assert made[0]["reward"]["chosen"] == pytest.approx(end(tok, scorer, "hi", "yes"), rel=1e-4)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     right = sum(row["reward"]["margin"] > 0 for row in made)
-    assert f"2 rows scored, 0 answers cut; {right / 2:.3f} of 2 pairs ranked right" in told
+    assert f"2 rows scored, 0 answers cut; {right / 2:.3f} of 2 pairs ranked right" in message
 
     def complaint(*arguments):
         assert main(["score", *arguments]) == 2
         return capsys.readouterr().err
 
-    told = complaint(str(chat_models / "scorer"), data, "--column", "margin")
-    assert "pairs.jsonl:1: the row has a column 'margin' already" in told
+    message = complaint(str(chat_models / "scorer"), data, "--column", "margin")
+    assert "pairs.jsonl:1: the row has a column 'margin' already" in message
     assert "language model without a score" in complaint(str(chat_models / "chat"), data)
-    told = complaint(str(chat_models / "scorer"), data, "--weights", "kind=1")
-    assert "one score and no attributes" in told
-    told = complaint(str(chat_models / "scorer"), data, "--weights", "kind:1")
-    assert "--weights: got 'kind:1', wanted name=number" in told
+    message = complaint(str(chat_models / "scorer"), data, "--weights", "kind=1")
+    assert "one score and no attributes" in message
+    message = complaint(str(chat_models / "scorer"), data, "--weights", "kind:1")
+    assert "--weights: got 'kind:1', wanted name=number" in message
     assert "batch=0" in complaint(str(chat_models / "scorer"), data, "--batch", "0")
 
 
-def test_best_of_picks_what_the_judge_likes(tok, params):
+def test_best_of_returns_the_highest_score(tok, params):
     policy = tiny.random_params(chatmodel.DECODER, seed=3)
-    asked = []
+    calls = []
 
     def judge(conversations):
-        asked.extend(conversations)
+        calls.extend(conversations)
         return model_judge(SCORER, params, tok, batch=4)(conversations)
 
     sampling = {"max_new_tokens": 5, "temperature": 1.0, "key": jax.random.key(1)}
     prompts = ["hi", [{"role": "user", "content": "up?"}]]
-    picked = best_of(chatmodel.DECODER, policy, tok, prompts, judge, count=3, **sampling)
-    assert len(picked) == 2
-    for asked_for, one in zip(("hi", "up?"), picked, strict=True):
-        assert len(one.answers) == len(one.scores) == 3
-        said = [end(tok, params, asked_for, answer) for answer in one.answers]
-        assert one.scores == pytest.approx(said, rel=1e-4, abs=1e-5)
-        assert one.score == max(one.scores)
-        assert one.answer == one.answers[one.scores.index(one.score)]
-    assert len({answer for one in picked for answer in one.answers}) > 2
-    assert asked[0][0] == {"role": "user", "content": "hi"}
-    assert asked[-1][0] == {"role": "user", "content": "up?"}
+    results = best_of(chatmodel.DECODER, policy, tok, prompts, judge, count=3, **sampling)
+    assert len(results) == 2
+    for prompt, result in zip(("hi", "up?"), results, strict=True):
+        assert len(result.answers) == len(result.scores) == 3
+        expected = [end(tok, params, prompt, answer) for answer in result.answers]
+        assert result.scores == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert result.score == max(result.scores)
+        assert result.answer == result.answers[result.scores.index(result.score)]
+    assert len({answer for result in results for answer in result.answers}) > 2
+    assert calls[0][0] == {"role": "user", "content": "hi"}
+    assert calls[-1][0] == {"role": "user", "content": "up?"}
     plain = jaxalign.generate(
         chatmodel.DECODER, policy, tok, ["hi"] * 3 + prompts[1:] * 3, **sampling
     )
-    assert [answer for one in picked for answer in one.answers] == plain
+    assert [answer for result in results for answer in result.answers] == plain
 
 
-def test_best_of_refuses_what_makes_no_sense(tok, capsys, chat_models):
+def test_best_of_refuses_invalid_options(tok, capsys, chat_models):
     policy = jax.tree.map(jnp.zeros_like, tiny.random_params(chatmodel.DECODER))
     with pytest.raises(ValueError, match="greedy answers are all alike"):
         best_of(chatmodel.DECODER, policy, tok, ["hi"], len, count=2, temperature=0.0)

@@ -1,4 +1,4 @@
-"""Round trips with transformers itself: its weights in, our folders out, the same numbers."""
+"""Round trips with transformers: load its weights, save a folder, compare logits."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def hf_config(case):
 
 
 def randomised(model):
-    """Every parameter random, biases and norms too, so that none can be left out unnoticed."""
+    """Random parameters, biases and norms included, so that an omitted one changes the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -67,7 +67,7 @@ def randomised(model):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function from a case to a saved transformers model, its folder made once."""
+    """case → folder of a saved transformers model, made once."""
     made = {}
 
     def get(case):
@@ -112,11 +112,11 @@ def assert_same_bytes(left, right):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers_and_survive_a_round_trip(case, folders, tmp_path):
-    folder, theirs = folders(case)
+    folder, reference = folders(case)
     model, params = load_pretrained(folder)
-    want = torch_logits(theirs, TOKENS)
-    assert np.abs(want).max() > 0.5  # else a tolerance of 1e-4 would show nothing
-    np.testing.assert_allclose(our_logits(model, params, TOKENS), want, atol=1e-4, rtol=0)
+    expected = torch_logits(reference, TOKENS)
+    assert np.abs(expected).max() > 0.5  # otherwise a tolerance of 1e-4 shows nothing
+    np.testing.assert_allclose(our_logits(model, params, TOKENS), expected, atol=1e-4, rtol=0)
 
     save_pretrained(model, params, tmp_path / "out")
     assert_same_bytes(tensors(folder), tensors(tmp_path / "out"))
@@ -126,34 +126,34 @@ def test_logits_equal_transformers_and_survive_a_round_trip(case, folders, tmp_p
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    np.testing.assert_allclose(torch_logits(again, TOKENS), want, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["gqa", "llama3_rope"])
 def test_right_padding_and_packing(case, folders):
-    folder, theirs = folders(case)
+    folder, reference = folders(case)
     model, params = load_pretrained(folder)
     mask = np.ones((2, 24), np.int32)
     mask[0, 17:] = 0
-    want = torch_logits(theirs, TOKENS, mask)
+    expected = torch_logits(reference, TOKENS, mask)
     got = our_logits(model, params, TOKENS, segment_ids=mask)
-    np.testing.assert_allclose(got[mask > 0], want[mask > 0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got[mask > 0], expected[mask > 0], atol=1e-4, rtol=0)
 
-    # Two documents in one row: each as if alone.
+    # Two documents in one row give the same logits as alone.
     positions = np.concatenate([np.arange(10), np.arange(14)])[None].astype(np.int32)
     segments = np.repeat([1, 2], [10, 14])[None].astype(np.int32)
     hidden = model.apply(params, TOKENS[:1], positions, segments)
     packed = np.asarray(model.logits(params, hidden))[0]
     for part in (slice(0, 10), slice(10, 24)):
-        alone = torch_logits(theirs, TOKENS[:1, part])[0]
+        alone = torch_logits(reference, TOKENS[:1, part])[0]
         np.testing.assert_allclose(packed[part], alone, atol=1e-4, rtol=0)
 
 
 def test_sharded_bf16_source_on_a_mesh(folders, tmp_path):
-    _, theirs = folders("gqa")
+    _, reference = folders("gqa")
     source = tmp_path / "source"
-    copy.deepcopy(theirs).to(torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    copy.deepcopy(reference).to(torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert len(list(source.glob("*.safetensors"))) > 2
 
     model, params = load_pretrained(source)
@@ -166,8 +166,8 @@ def test_sharded_bf16_source_on_a_mesh(folders, tmp_path):
     )
     with jax.set_mesh(mesh):
         logits = jax.jit(lambda p, x: model.logits(p, model.apply(p, x)))(sharded, TOKENS)
-    want = torch_logits(theirs, TOKENS)
-    np.testing.assert_allclose(np.asarray(logits), want, atol=1e-4, rtol=0)
+    expected = torch_logits(reference, TOKENS)
+    np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-4, rtol=0)
 
     # bf16 in, bf16 out: loaded as such from the mesh, or rounded back from float32.
     _, narrow = load_pretrained(source, mesh=mesh, dtype=jnp.bfloat16)
@@ -184,15 +184,15 @@ def test_sharded_bf16_source_on_a_mesh(folders, tmp_path):
 def test_sequence_classification_round_trip(tmp_path):
     config = hf_config("gqa")
     config.num_labels = 1
-    theirs = randomised(transformers.AutoModelForSequenceClassification.from_config(config))
-    theirs.save_pretrained(tmp_path / "source")
+    reference = randomised(transformers.AutoModelForSequenceClassification.from_config(config))
+    reference.save_pretrained(tmp_path / "source")
     model, params = load_pretrained(tmp_path / "source")
     mask = np.ones((2, 24), np.int32)
     mask[1, 15:] = 0
     tokens = np.where(mask > 0, TOKENS, 0)
     scores = np.asarray(model.scores(params, model.apply(params, tokens, None, mask)))
-    want = torch_logits(theirs, tokens, mask)[:, 0]
-    np.testing.assert_allclose(scores[[0, 1], [23, 14]], want, atol=1e-5, rtol=1e-5)
+    expected = torch_logits(reference, tokens, mask)[:, 0]
+    np.testing.assert_allclose(scores[[0, 1], [23, 14]], expected, atol=1e-5, rtol=1e-5)
 
     save_pretrained(model, params, tmp_path / "out")
     assert_same_bytes(tensors(tmp_path / "source"), tensors(tmp_path / "out"))
@@ -202,7 +202,7 @@ def test_sequence_classification_round_trip(tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.config.num_labels == 1
-    np.testing.assert_allclose(torch_logits(again, tokens, mask)[:, 0], want, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(torch_logits(again, tokens, mask)[:, 0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["tied_linear_rope", "qwen2"])
@@ -210,30 +210,30 @@ def test_fresh_scalar_head_exports(case, folders, tmp_path):
     folder, _ = folders(case)
     scorer, params = with_scalar_head(*load_pretrained(folder), jax.random.key(0))
     save_pretrained(scorer, params, tmp_path / "out")
-    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+    reference, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    want = torch_logits(theirs, TOKENS)[:, 0]
+    expected = torch_logits(reference, TOKENS)[:, 0]
     scores = np.asarray(scorer.scores(params, scorer.apply(params, TOKENS)))[:, -1]
-    np.testing.assert_allclose(scores, want, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
 
 
-def test_a_head_of_several_grades_comes_back(folders, tmp_path):
+def test_scorer_with_attributes_round_trip(folders, tmp_path):
     folder, _ = folders("tied_linear_rope")
     names = ("helpfulness", "verbosity", "tact")
     scorer, params = with_scalar_head(*load_pretrained(folder), jax.random.key(0), names)
     save_pretrained(scorer, params, tmp_path / "out")
-    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+    reference, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert theirs.config.id2label == dict(enumerate(names))
-    assert theirs.config.problem_type == "regression"
+    assert reference.config.id2label == dict(enumerate(names))
+    assert reference.config.problem_type == "regression"
     outputs = np.asarray(scorer.outputs(params, scorer.apply(params, TOKENS)))[:, -1]
-    np.testing.assert_allclose(outputs, torch_logits(theirs, TOKENS), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(outputs, torch_logits(reference, TOKENS), atol=1e-5, rtol=0)
     again, weights = load_pretrained(tmp_path / "out")
     assert again.attributes == names
     np.testing.assert_array_equal(weights["score"]["kernel"], params["score"]["kernel"])
@@ -246,7 +246,7 @@ def test_token_ids_and_chat_template_are_exported(shared, folders, tmp_path):
     model, params = load_pretrained(folder)
     with pytest.raises(ValueError, match=r"512 tokens.*96"):
         save_pretrained(model, params, tmp_path / "out", tokenizer=tokenizer)
-    assert list(tmp_path.iterdir()) == []  # nothing half-written is left
+    assert list(tmp_path.iterdir()) == []  # no partial folder
 
     folder = shared / "data/stories260K/hf"
     model, params = load_pretrained(folder)
@@ -254,18 +254,18 @@ def test_token_ids_and_chat_template_are_exported(shared, folders, tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
     assert again.chat_template == tokenizer.chat_template
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.config.pad_token_id == again.pad_token_id == 0
-    assert theirs.generation_config.eos_token_id == 2
-    assert theirs.generation_config.pad_token_id == 0
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reference.config.pad_token_id == again.pad_token_id == 0
+    assert reference.generation_config.eos_token_id == 2
+    assert reference.generation_config.pad_token_id == 0
 
 
 def test_stories260k_exports_the_same_logits(shared, tmp_path):
     golden = np.load(shared / "data/stories260K/golden.npz")
-    ids, want = golden["input_ids"], golden["logits"]
+    ids, expected = golden["input_ids"], golden["logits"]
     save_pretrained(*load_pretrained(shared / "data/stories260K/hf"), tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    np.testing.assert_allclose(torch_logits(theirs, ids[None])[0], want, atol=1e-4, rtol=0)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(torch_logits(reference, ids[None])[0], expected, atol=1e-4, rtol=0)
     source = transformers.AutoModelForCausalLM.from_pretrained(shared / "data/stories260K/hf")
-    got, origin = torch_logits(theirs, ids[None]), torch_logits(source, ids[None])
+    got, origin = torch_logits(reference, ids[None]), torch_logits(source, ids[None])
     np.testing.assert_allclose(got, origin, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Damaged and disguised weight files are refused by name and reason; no pickle is opened."""
+"""Damaged and misnamed weight files are refused with name and reason; no pickle is opened."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ def write(folder, header, length=None):
     return folder
 
 
-def test_the_writer_of_these_tests_writes_what_is_read(folder):
+def test_written_file_is_read_back(folder):
     file = SafetensorsFolder(write(folder, ENTRIES))
     assert file.shapes == {"a": (2, 3), "b": (4,)}
     np.testing.assert_array_equal(file.read("a", (slice(1, 2), slice(1, 3))), A[1:2, 1:3])
@@ -111,7 +111,7 @@ def test_truncated_files(folder):
 
 
 class Trap:
-    """Leaves a mark when unpickled."""
+    """Creates a file when unpickled."""
 
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("unpickled"),)
@@ -130,7 +130,7 @@ def test_pickles_are_named_and_never_opened(folder, monkeypatch):
     path.rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle weights only \(pytorch_model\.bin\)"):
         load_pretrained(folder)
-    # An index may name any file; what is in it decides.
+    # The index may name any file; its content decides.
     index = {"weight_map": {"a": "pytorch_model.bin"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a readable.*zip archive"):
@@ -138,7 +138,7 @@ def test_pickles_are_named_and_never_opened(folder, monkeypatch):
     assert not (folder / "unpickled").exists()
 
 
-def test_other_files_under_the_name_are_told_apart(folder):
+def test_other_file_formats_are_recognised(folder):
     path = folder / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ValueError, match=r"Git LFS pointer.*git lfs pull"):
@@ -163,7 +163,7 @@ def test_swapped_shapes_are_named(folder):
     save_file({n: np.ones(s, np.float32) for n, s in shapes.items()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="do not fit") as error:
         load_pretrained(folder)
-    told = f"wrong shape: {layer}mlp.up_proj.weight (8, 12), wanted (12, 8). Check that"
-    assert told in str(error.value)
+    message = f"wrong shape: {layer}mlp.up_proj.weight (8, 12), wanted (12, 8). Check that"
+    assert message in str(error.value)
     assert "unexpected" not in str(error.value)
     assert "missing" not in str(error.value)

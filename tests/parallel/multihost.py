@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, as tests of several hosts start them."""
+"""Starts a program on several processes of this machine, as a job of several hosts."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
+TESTS = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
 RUN = ("-m", "jaxalign.commands.cli")
 
@@ -17,9 +17,9 @@ def start(arguments, processes, log, *, program=RUN, folders=None, **environment
     Args:
       arguments: of the program; the same for all.
       processes: how many.
-      log: a path; what process i says goes to `<log>.<i>`.
+      log: a path; the output of process i goes to `<log>.<i>`.
       program: what Python runs; the command line of jaxalign by default.
-      folders: where each process runs; here by default.
+      folders: working directory of each process; the current one by default.
       **environment: more variables.
 
     Returns:
@@ -33,7 +33,7 @@ def start(arguments, processes, log, *, program=RUN, folders=None, **environment
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path]),
         "JAX_NUM_PROCESSES": str(processes),
     }
     if processes > 1:
@@ -54,13 +54,13 @@ def start(arguments, processes, log, *, program=RUN, folders=None, **environment
 
 
 def finish(running, log, timeout=850):
-    """Waits for processes; gives their exit statuses and what they said."""
+    """Waits for processes; returns their exit statuses and outputs."""
     try:
         statuses = [process.wait(timeout) for process in running]
     finally:
         for process in running:
             process.kill()
-    said = [
+    logs = [
         pathlib.Path(f"{log}.{index}").read_text(encoding="utf-8") for index in range(len(running))
     ]
-    return statuses, said
+    return statuses, logs

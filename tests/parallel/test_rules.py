@@ -1,4 +1,4 @@
-"""The table of layouts: what may be put into it, what that changes, and in a user's YAML."""
+"""Sharding rules: valid overrides, their effect on programs, and rules in YAML."""
 
 import chatmodel
 import jax
@@ -26,7 +26,7 @@ from jaxalign.parallel.sharding import (
     reshard_by_rules,
     shard_batch,
 )
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run import loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
@@ -38,7 +38,7 @@ from jaxalign.types import TrainState
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
-def test_entries_hold_for_a_while_and_lie_on_top_of_one_another():
+def test_overrides_nest_and_end_with_the_context():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     axes = tiny.DECODER.axes["blocks"]["mlp"]["up"]["kernel"]
     assert partition_spec(axes) == PartitionSpec(None, "fsdp", "tensor")
@@ -55,7 +55,7 @@ def test_entries_hold_for_a_while_and_lie_on_top_of_one_another():
     assert current_rules() is RULES
 
 
-def test_a_jitted_function_is_traced_anew_under_another_table():
+def test_jit_retraces_under_other_rules():
     mesh, traced = make_mesh(data=2, fsdp=4), []
 
     @jax.jit
@@ -71,7 +71,7 @@ def test_a_jitted_function_is_traced_anew_under_another_table():
     assert len(traced) == 2
 
 
-def test_a_compiled_step_keeps_the_table_it_was_made_under():
+def test_compiled_step_keeps_its_rules():
     mesh = make_mesh(data=2, fsdp=4)
 
     def step(state, batch):
@@ -81,22 +81,22 @@ def test_a_compiled_step_keeps_the_table_it_was_made_under():
     state = init_state({"sum": jnp.zeros(())}, optax.sgd(0.0))
     with use_rules({"rows": "data"}):
         compiled = compile_step(step, state, mesh)
-    state, _ = compiled(state, np.ones(2, np.float32))  # 2 rows: no multiple of 8
+    state, _ = compiled(state, np.ones(2, np.float32))  # 2 rows on 8 devices
     assert float(state.params["sum"]) == 2
 
 
-def test_the_cache_has_entries_of_its_own():
+def test_cache_axes_default_to_rows_and_kv_heads():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     keys = jnp.ones((8, 2, 4, 8))  # rows, heads, columns, width
     with jax.set_mesh(mesh):
         assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 1, 4, 8)
         with use_rules({"cache_heads": None, "cache_length": "tensor"}):
             assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (2, 2, 2, 8)
-        with use_rules({"kv_heads": None, "rows": "data"}):  # said of all, it holds for the cache
+        with use_rules({"kv_heads": None, "rows": "data"}):  # the cache axes follow
             assert jax.jit(split)(keys).sharding.shard_shape(keys.shape) == (4, 2, 4, 8)
 
 
-def test_parameters_are_laid_out_by_other_entries():
+def test_reshard_by_rules():
     mesh = make_mesh(fsdp=8)
     model = tiny.DECODER
     params = jax.device_put(tiny.random_params(model), param_shardings(model.axes, mesh))
@@ -116,7 +116,7 @@ def test_parameters_are_laid_out_by_other_entries():
     ],
     ids=str,
 )
-def test_entries_that_mean_nothing_are_refused(rules, message):
+def test_invalid_rules_are_refused(rules, message):
     with pytest.raises(ValueError, match=message), use_rules(rules):
         pass
 
@@ -124,14 +124,14 @@ def test_entries_that_mean_nothing_are_refused(rules, message):
 @pytest.mark.parametrize(
     ("sizes", "rules", "message"),
     [
-        # A device would add up parts of different rows.
+        # A device would sum parts of different rows.
         ({"fsdp": 8}, {"mlp": "fsdp"}, "'rows length mlp' map to mesh axis 'fsdp' twice"),
-        # A device would hand the tokens of one row to holders of another.
+        # A device would send tokens to holders of other rows.
         ({"expert": 2}, {"rows": "fsdp"}, r"rule expert=.*expert is not among rows="),
     ],
     ids=["summed", "shared"],
 )
-def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, message):
+def test_rules_that_experts_cannot_use_are_refused(sizes, rules, message):
     x, weights = jnp.ones((8, 4, 16)), {"up": jnp.ones((2, 16, 8))}
     with (
         jax.set_mesh(make_mesh(**sizes)),
@@ -140,25 +140,27 @@ def test_entries_under_which_experts_would_go_wrong_are_refused(sizes, rules, me
     ):
         map_row_shards(
             lambda x, weights, first: x, [x], weights, {"up": "expert hidden mlp"},
-            summed="mlp", spread="expert",
+            contracted="mlp", sharded="expert",
         )  # fmt: skip
 
 
-def test_a_vocabulary_over_the_axis_of_rows_is_read_whole():
-    """Each device has other rows: parts of the vocabulary cannot be joined between them."""
+def test_vocabulary_sharded_over_the_row_axis():
+    """The devices hold different rows, so shards of the vocabulary must be all-gathered."""
     model, rng = tiny.DECODER, np.random.default_rng(0)
     params = tiny.random_params(model)
     hidden = rng.normal(size=(8, 4, model.config.hidden_size)).astype(np.float32)
     targets = rng.integers(0, tiny.VOCAB, (8, 4)).astype(np.int32)
     read = jax.jit(lambda params, x, y: target_logprobs(model, params, x, y))
-    want = read(params, hidden, targets)
+    expected = read(params, hidden, targets)
     mesh = make_mesh(fsdp=8)
     with jax.set_mesh(mesh), use_rules({"vocab": "fsdp", "embed": None}):
         placed = jax.device_put(params, param_shardings(model.axes, mesh))
-        np.testing.assert_allclose(read(placed, *shard_batch((hidden, targets), mesh)), want, 1e-5)
+        np.testing.assert_allclose(
+            read(placed, *shard_batch((hidden, targets), mesh)), expected, 1e-5
+        )
 
 
-# In a user's YAML
+# Rules in YAML
 
 RULES_OF = {
     "reference": {"embed": None},
@@ -170,13 +172,13 @@ SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def parts_of(params):
-    """Over how many devices the MLP's first matrix is split: (width, columns)."""
+    """Shards of the MLP's first matrix: (width, columns)."""
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
     whole, part = kernel.shape, kernel.sharding.shard_shape(kernel.shape)
     return whole[1] // part[1], whole[2] // part[2]
 
 
-def test_a_rule_on_the_command_line_changes_a_layout(chat_models, tmp_path, monkeypatch):
+def test_rule_from_the_command_line(chat_models, tmp_path, monkeypatch):
     kept, make = [], loop.make_task
 
     def spying(config):
@@ -201,12 +203,12 @@ def test_a_rule_on_the_command_line_changes_a_layout(chat_models, tmp_path, monk
     assert all(x.sharding.shard_shape(x.shape) == (2, 8, 48) for x in moments)
     for ours, theirs in zip(lines["ruled"], lines["plain"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-    again = load_config("sft", tmp_path / "ruled/config.yaml")  # what it ran with, it writes down
+    again = load_config("sft", tmp_path / "ruled/config.yaml")  # the resolved config has the rules
     assert again.mesh.rules == {"mlp": None, "embed": ("fsdp", "data")}
     assert cli.main(["sft", str(file), "mesh.rules.embd=fsdp"]) == 2
 
 
-def test_models_have_rules_of_their_own(chat_models, tmp_path):
+def test_rules_per_model(chat_models, tmp_path):
     values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
     values |= {"mesh": SPREAD | {"rules_of": RULES_OF}}
     config = load_config("ppo", values)
@@ -235,7 +237,9 @@ def test_models_have_rules_of_their_own(chat_models, tmp_path):
     held = (policy.params, start_reference(config, policy, mesh)[1], scorers.reward(spec)[1])
     numbers = [{d.id for d in mesh_of(params).devices.flat} for params in held]
     assert numbers == [{0, 1, 2, 3}, {4, 5}, {6, 7}]
-    _, critic = start_critic(config, policy, scorers)  # from the reward model, but at home
+    _, critic = start_critic(
+        config, policy, scorers
+    )  # loaded from the reward model, placed with the policy
     assert mesh_of(critic) == mesh
 
     values = chatmodel.settings("dpo", chat_models, tmp_path / "dpo")
@@ -257,15 +261,13 @@ def test_models_have_rules_of_their_own(chat_models, tmp_path):
     ],
     ids=str,
 )
-def test_rules_that_mean_nothing_are_refused_with_the_config(
-    chat_models, tmp_path, algorithm, changes, message
-):
+def test_invalid_rules_in_a_config_are_refused(chat_models, tmp_path, algorithm, changes, message):
     values = chatmodel.settings(algorithm, chat_models, tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         load_config(algorithm, values | {"mesh": changes})
 
 
-def test_a_reference_that_moves_has_no_rules(chat_models, tmp_path):
+def test_moving_reference_has_no_rules(chat_models, tmp_path):
     values = chatmodel.settings("dpo", chat_models, tmp_path / "run")
     values |= {"reference_sync": {}, "mesh": {"rules_of": {"reference": {"embed": None}}}}
     with pytest.raises(ValueError, match=r"reference_sync=.*null with mesh\.rules_of\.reference"):

@@ -1,18 +1,18 @@
-"""Meshes over several slices or hosts: what lies in one, and clear words where it does not fit."""
+"""Meshes over several slices or hosts: placement of axes, and errors for sizes that do not fit."""
 
 import types
 
 import numpy as np
 import pytest
 
-from jaxalign.parallel.mesh import make_mesh, set_apart, split_over_slices
+from jaxalign.parallel.mesh import make_mesh, split_devices, split_over_slices
 from jaxalign.run.config.runs import load_config
 
 SIZES = {"data": 4, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
 
 
 def devices(slices, each, *, hosts=None):
-    """Devices that are not there: `slices` of `each`; or one slice over hosts."""
+    """Fake devices: `slices` of `each`; or one slice over several hosts."""
     return [
         types.SimpleNamespace(
             id=i,
@@ -31,17 +31,17 @@ def devices(slices, each, *, hosts=None):
         (1, {}),
         (2, {"data": 2, "fsdp": 1}),
         (4, {"data": 4, "fsdp": 1}),
-        (8, {"data": 4, "fsdp": 2}),  # as many as `data` has, then the next axis
+        (8, {"data": 4, "fsdp": 2}),  # `data` first, then the next axis
     ],
 )
-def test_slices_lie_along_the_first_axes_they_divide(slices, expected):
+def test_slices_split_the_first_axes_they_divide(slices, expected):
     found = split_over_slices(SIZES, devices(slices, 16 // slices), None)
     assert {name: found[name] for name in expected} == expected
     assert int(np.prod(list(found.values()))) == slices if found else slices == 1
 
 
-def test_a_mesh_of_slices_keeps_what_talks_most_within_one(monkeypatch):
-    """The whole of fsdp × tensor in one slice, replicas in two; or as the user says."""
+def test_tensor_axis_stays_within_a_slice(monkeypatch):
+    """fsdp × tensor within a slice, replicas across slices; or as `dcn` says."""
     built = []
     monkeypatch.setattr(
         "jaxalign.parallel.mesh.Mesh", lambda placed, *args, **kw: built.append(placed)
@@ -65,7 +65,7 @@ def test_a_mesh_of_slices_keeps_what_talks_most_within_one(monkeypatch):
     ],
     ids=str,
 )
-def test_counts_that_do_not_fit_are_refused(dcn, message):
+def test_dcn_counts_that_do_not_fit_are_refused(dcn, message):
     with pytest.raises(ValueError, match=message):
         split_over_slices(SIZES, devices(2, 8), dcn)
 
@@ -75,8 +75,8 @@ def test_slices_of_different_sizes_are_refused():
         split_over_slices(SIZES, devices(2, 8)[:12], None)
 
 
-def test_hosts_count_where_there_are_no_slices(tmp_path):
-    """Here one host has all 8 devices: nothing lies between hosts, and a config that says so."""
+def test_hosts_replace_slices(tmp_path):
+    """One host has all 8 devices: `dcn` of 1 fits, and a config can set it."""
     with pytest.raises(ValueError, match=r"dcn data=2 wants 2 hosts, there are 1"):
         make_mesh(data=2, dcn={"data": 2})
     values = {
@@ -89,11 +89,11 @@ def test_hosts_count_where_there_are_no_slices(tmp_path):
         config.mesh.make()
 
 
-# Devices of their own
+# Devices of frozen models
 
 
-def test_each_host_gives_the_same_share():
-    dealt = set_apart(devices(2, 8, hosts=True), {"reference": 2, "reward": 4})
+def test_split_devices_evenly_over_hosts():
+    dealt = split_devices(devices(2, 8, hosts=True), {"reference": 2, "reward": 4})
     numbers = {name: [device.id for device in group] for name, group in dealt.items()}
     assert numbers == {
         None: [0, 1, 2, 3, 4, 8, 9, 10, 11, 12],
@@ -111,6 +111,6 @@ def test_each_host_gives_the_same_share():
     ],
     ids=str,
 )
-def test_shares_that_do_not_fit_are_refused(counts, message):
+def test_split_devices_refuses_uneven_counts(counts, message):
     with pytest.raises(ValueError, match=message):
-        set_apart(devices(2, 8, hosts=True), counts)
+        split_devices(devices(2, 8, hosts=True), counts)

@@ -1,4 +1,4 @@
-"""config.json in both dialects, to our config and back; the unsupported is refused by name."""
+"""config.json of transformers 4 and 5 ↔ DecoderConfig; unsupported values are refused by name."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_absent_and_null_keys_take_the_defaults_of_transformers():
 def test_rope_in_old_and_new_form(keys, rope):
     config = config_from_hf(LLAMA | keys)
     assert config.rope == rope
-    # Written in both forms: either alone must give the same back.
+    # Both forms are written; each alone must read back the same.
     hf = config_to_hf(config, scorer=False, dtype="float32")
     old = {k: v for k, v in hf.items() if k != "rope_parameters"}
     new = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
@@ -143,12 +143,12 @@ def test_biases_by_family():
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1"),
     ],
 )
-def test_what_the_decoder_lacks_is_refused_by_name(keys, message):
+def test_unsupported_features_are_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(LLAMA | keys)
 
 
-def test_an_unused_sliding_window_is_no_obstacle():
+def test_unused_sliding_window_is_accepted():
     keys = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768}
     config = config_from_hf(LLAMA | keys)
     hf = config_to_hf(config, scorer=False, dtype="float32")
@@ -183,7 +183,7 @@ def test_labels_are_attributes(keys, names):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label"),
@@ -194,8 +194,8 @@ def test_labels_are_attributes(keys, names):
         ),
     ],
 )
-def test_labels_that_are_no_attributes_are_refused(keys, told):
-    with pytest.raises(ValueError, match=told):
+def test_labels_of_a_classification_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
         attributes_of(LLAMA | keys)
 
 
@@ -210,7 +210,7 @@ def test_attributes_are_written_as_labels_of_a_regression():
     assert "problem_type" not in config_to_hf(config, scorer=True, dtype="float32")
 
 
-def test_what_we_do_not_model_survives():
+def test_unknown_keys_survive_a_round_trip():
     source = LLAMA | {
         "eos_token_id": [1, 2],
         "initializer_range": 0.5,
@@ -232,7 +232,7 @@ def test_what_we_do_not_model_survives():
     assert hf["num_hidden_layers"] == 2
     assert "layer_types" not in hf
     assert hf["id2label"] == {"0": "LABEL_0"}
-    # A scorer exported as a language model again does not keep the label.
+    # A scorer exported as a language model loses the label.
     back = config_to_hf(config_from_hf(hf), scorer=False, dtype="float32")
     assert "id2label" not in back
     assert back["architectures"] == ["LlamaForCausalLM"]
@@ -250,7 +250,7 @@ def test_what_we_do_not_model_survives():
         {"rope_layers": (True, False, True)},
     ],
 )
-def test_what_a_family_cannot_express_is_refused(fields):
+def test_configs_that_a_family_cannot_express_are_refused(fields):
     config = dataclasses.replace(config_from_hf(LLAMA), **fields)
     lost = next((name for name in fields if name != "family"), "qkv_bias")
     with pytest.raises(ValueError, match=rf"{config.family}.*cannot express.*{lost}="):
@@ -280,13 +280,13 @@ OLD = {
 
 @pytest.mark.parametrize("kind", OLD)
 def test_older_configs_read_as_transformers_reads_them(kind):
-    """Configs in the form of transformers 4; what comes out is the same in both forms."""
+    """Configs of transformers 4 read like those of transformers 5."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch", reason="transformers' configs are checked with torch")
     keys = {k: v for k, v in LLAMA.items() if k != "architectures"} | OLD[kind]
     keys |= {"model_type": kind, "num_key_value_heads": 2}
-    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(keys))).to_dict()
-    new = {k: v for k, v in theirs.items() if k not in ("architectures", "torch_dtype")}
+    written = transformers.AutoConfig.for_model(**json.loads(json.dumps(keys))).to_dict()
+    new = {k: v for k, v in written.items() if k not in ("architectures", "torch_dtype")}
     old, again = config_from_hf(keys), config_from_hf(new)
     assert dataclasses.replace(old, source_config="") == dataclasses.replace(
         again, source_config=""
@@ -326,7 +326,7 @@ def test_flatten_and_back():
 
 @pytest.mark.parametrize("kind", families.CASES)
 def test_adapters_and_rematerialisation_fit_every_family(kind):
-    """By shapes only: adapters on every projection that a family has, under a gradient."""
+    """Shapes only: adapters on all projections of a family, under a gradient."""
     config = config_from_hf({"model_type": kind, **families.keys(kind)})
     plain = Decoder(config)
     model = dataclasses.replace(
@@ -341,7 +341,10 @@ def test_adapters_and_rematerialisation_fit_every_family(kind):
         for path, model_axes in flatten(model.axes).items()
     )
     ids = jax.ShapeDtypeStruct((2, 8), "int32")
-    loss = lambda p, ids: jnp.sum(model.apply(p, ids), dtype="float32")  # noqa: E731
+
+    def loss(params, ids):
+        return jnp.sum(model.apply(params, ids), dtype="float32")
+
     grads = jax.eval_shape(jax.grad(loss), model.shapes, ids)
     assert {path: x.shape for path, x in flatten(grads).items()} == {
         path: x.shape for path, x in found.items()

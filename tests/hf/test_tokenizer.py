@@ -1,4 +1,4 @@
-"""Padding that is never the stop token, and clear words where there is no tokenizer."""
+"""The padding token never equals EOS; errors for folders without a tokenizer."""
 
 import json
 
@@ -71,20 +71,20 @@ def test_folders_without_a_tokenizer(tmp_path):
 def test_hub_id_downloads_tokenizer_files_only(tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    calls = []
     save(tmp_path, ["<s>", "</s>", "<p>"], eos_token="</s>", pad_token="<p>")
 
     def snapshot_download(repo, *, allow_patterns):
-        asked.extend(allow_patterns)
+        calls.extend(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_tokenizer("org/name").pad_token == "<p>"
-    assert not any("safetensors" in pattern for pattern in asked)
+    assert not any("safetensors" in pattern for pattern in calls)
 
 
 def test_real_tokenizers(shared):
-    """What each folder's own files say, and SmolLM2's padding moved off its EOS."""
+    """The folders' own tokenizers, except that SmolLM2's padding is moved off its EOS."""
     for name, pad in (
         ("smollm2-tokenizer", "<|endoftext|>"),
         ("qwen3-tokenizer", "<|endoftext|>"),

@@ -1,4 +1,4 @@
-"""Saving: dtypes, who writes what, and that a folder appears whole or not at all."""
+"""Saving: dtypes, which process writes which file, and atomic replacement of the folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 
-HERE = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_sources_dtypes_come_back_tensor_by_tensor(params, tmp_path):
     assert loaded["embed"]["embedding"].dtype == jnp.bfloat16
 
 
-def test_a_model_from_nowhere_has_no_source_dtype(params, tmp_path):
+def test_initialised_model_has_no_source_dtype(params, tmp_path):
     with pytest.raises(ValueError, match=r"not loaded from a checkpoint; name one of float32"):
         save_pretrained(tiny.DECODER, params, tmp_path / "out", dtype="source")
     with pytest.raises(ValueError, match="dtype=int8"):
@@ -74,14 +74,14 @@ def test_a_model_from_nowhere_has_no_source_dtype(params, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_values_beyond_a_dtype_are_refused_both_ways(params, tmp_path):
+def test_values_beyond_a_dtype_are_refused_on_save_and_load(params, tmp_path):
     huge = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(1e5)}}
-    told = r"model\.norm\.weight holds values that float16 cannot"
-    with pytest.raises(ValueError, match=f"{told}; save it as bfloat16 or float32"):
+    message = r"model\.norm\.weight holds values that float16 cannot"
+    with pytest.raises(ValueError, match=f"{message}; save it as bfloat16 or float32"):
         save_pretrained(tiny.DECODER, huge, tmp_path / "half", dtype="float16")
     assert not list(tmp_path.iterdir())
     save_pretrained(tiny.DECODER, huge, tmp_path / "whole")
-    with pytest.raises(ValueError, match=f"whole: {told}; load it as"):
+    with pytest.raises(ValueError, match=f"whole: {message}; load it as"):
         load_pretrained(tmp_path / "whole", dtype="float16")
     infinite = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(jnp.inf)}}
     save_pretrained(tiny.DECODER, infinite, tmp_path / "inf", dtype="float16")
@@ -96,15 +96,15 @@ def test_copies_convert_as_numpy_does(source, to, turned):
     values = values.astype(source)
     target = np.zeros((3, 50, 37) if turned else values.shape, to)
     assert blocks.copy(target, values.swapaxes(-1, -2) if turned else values)
-    want = values.astype(to)
-    np.testing.assert_array_equal(target, want.swapaxes(-1, -2) if turned else want)
+    expected = values.astype(to)
+    np.testing.assert_array_equal(target, expected.swapaxes(-1, -2) if turned else expected)
 
 
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_host_holds_its_shards_and_little_more(tmp_path, monkeypatch):
-    """Numpy's memory while 8 devices take their parts; on CPUs these parts are that memory."""
+def test_host_memory_is_bounded_by_local_shards(tmp_path, monkeypatch):
+    """Peak numpy memory while 8 devices get their shards, which on CPUs are that memory."""
     config = DecoderConfig(
         vocab_size=512, hidden_size=256, intermediate_size=768, num_layers=6, num_heads=8,
         num_kv_heads=8, head_dim=32, tie_embeddings=True,
@@ -133,11 +133,11 @@ def planned(*sizes):
     return [Planned(Tensor(f"t{i}", (size,), ()), kind) for i, size in enumerate(sizes)]
 
 
-def test_files_are_shared_out_in_turn():
+def test_files_are_assigned_round_robin():
     files = plan_files(planned(10, 10, 30, 5, 5, 10), 80, processes=2)
     assert [[p.tensor.name for p in file.tensors] for file in files] == [
         ["t0", "t1"],
-        ["t2"],  # larger than a file may be, so alone
+        ["t2"],  # larger than the limit: a file to itself
         ["t3", "t4", "t5"],
     ]
     assert [file.owner for file in files] == [0, 1, 0]
@@ -147,7 +147,7 @@ def test_files_are_shared_out_in_turn():
     index = index_of(files)
     assert index["metadata"] == {"total_size": 280}
     assert index["weight_map"]["t4"] == "model-00003-of-00003.safetensors"
-    # The same names whoever writes: each process works it out by itself.
+    # Every process computes the same plan.
     for count in (1, 3, 8):
         other = plan_files(planned(10, 10, 30, 5, 5, 10), 80, processes=count)
         assert [file[:2] for file in other] == [file[:2] for file in files]
@@ -175,7 +175,7 @@ hf_save.save_pretrained(tiny.DECODER, tiny.random_params(tiny.DECODER), sys.argv
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_killed_save_leaves_no_half_folder(params, tmp_path, there):
+def test_killed_save_leaves_no_partial_folder(params, tmp_path, there):
     out = tmp_path / "place/out"
     before = None
     if there:
@@ -183,7 +183,7 @@ def test_a_killed_save_leaves_no_half_folder(params, tmp_path, there):
         before = {path.name: path.read_bytes() for path in out.iterdir()}
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(out)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "half\n"
@@ -192,10 +192,10 @@ def test_a_killed_save_leaves_no_half_folder(params, tmp_path, there):
     left = [path for path in out.parent.iterdir() if path != out]
     assert len(left) == 1
     assert left[0].name.startswith(".out.")
-    assert (left[0] / "model.safetensors").stat().st_size > 0  # it was in the middle
+    assert (left[0] / "model.safetensors").stat().st_size > 0  # it was killed while writing
     if there:
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     else:
         assert not out.exists()
-    save_pretrained(tiny.DECODER, params, out)  # what is left is no obstacle
+    save_pretrained(tiny.DECODER, params, out)  # the temporary folder is no obstacle
     assert stored(out)

@@ -1,4 +1,4 @@
-"""Held-out figures of reward models: intervals, calibration, histograms, by source; by hand."""
+"""Evaluation of reward models by hand: intervals, calibration, histograms, figures by source."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_wilson_by_table(wins, count, low, high):
     assert wilson(wins, count) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_wilson_is_where_the_normal_test_just_rejects():
+def test_wilson_inverts_the_normal_test():
     for wins, count in ((3, 17), (95, 100), (1, 2)):
         share = wins / count
         for p in wilson(wins, count):
@@ -45,7 +45,7 @@ def test_calibration_by_hand():
     assert (table[3]["low"], table[3]["high"]) == pytest.approx(wilson(2, 2))
 
 
-def test_calibration_of_what_happens_as_often_as_predicted_is_good():
+def test_calibrated_predictions_have_low_ece():
     predicted = RNG.uniform(size=20000)
     happened = RNG.uniform(size=20000) < predicted
     assert calibration(predicted, happened)[0] < 0.02
@@ -67,7 +67,7 @@ def test_pairs():
         "mask": np.array([[True, True], [True, False]]),
         "source": np.array([[0, 1], [1, 0]]),
     }
-    figures, details = evaluation.pair_findings(examples, ["ours", "theirs", "empty"])
+    figures, details = evaluation.evaluate_pairs(examples, ["ours", "theirs", "empty"])
     assert figures["accuracy"] == pytest.approx(1 / 3)
     assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx(wilson(1, 3))
     # σ(1) won, σ(½) lost, ½ was even.
@@ -92,7 +92,7 @@ def test_rankings():
         "says": np.array([True, True, False]),
         "source": np.array([0, 1, 1]),
     }
-    figures, details = evaluation.ranking_findings(examples, ["a", "b"])
+    figures, details = evaluation.evaluate_rankings(examples, ["a", "b"])
     assert figures["best"] == 0.5
     assert (figures["best_low"], figures["best_high"]) == pytest.approx(wilson(1, 2))
     assert (figures["best/a"], figures["best/b"]) == (1, 0)
@@ -108,17 +108,17 @@ def test_grades():
     source = np.arange(50) % 2
     scores[~mask], grades[~mask] = 99.0, 0.0
     examples = {"scores": scores, "grades": grades, "mask": mask, "source": source}
-    figures, details = evaluation.grade_findings(examples, ["a", "b"], ["help", "length"])
+    figures, details = evaluation.evaluate_grades(examples, ["a", "b"], ["help", "length"])
     for column, name in enumerate(("help", "length")):
         there = mask[:, column]
-        want = np.corrcoef(scores[there, column], grades[there, column])[0, 1]
-        assert figures[f"pearson/{name}"] == pytest.approx(want)
+        expected = np.corrcoef(scores[there, column], grades[there, column])[0, 1]
+        assert figures[f"pearson/{name}"] == pytest.approx(expected)
         assert details["attributes"][column]["count"] == there.sum()
     errors = np.square(scores - grades)
     first = mask & (source == 0)[:, None]
     assert figures["mse/a"] == pytest.approx(errors[first].mean())
     constant = examples | {"scores": np.zeros((50, 2))}
-    assert evaluation.grade_findings(constant, [], ["help", "length"]).figures["pearson/help"] == 0
+    assert evaluation.evaluate_grades(constant, [], ["help", "length"]).figures["pearson/help"] == 0
 
 
 def test_steps():
@@ -127,7 +127,7 @@ def test_steps():
         "labels": np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.8, 0.0, 0.0]], np.float32),
         "mask": np.array([[True, True, False, True], [True, True, False, False]]),
     }
-    figures, details = evaluation.step_findings(examples, [])
+    figures, details = evaluation.evaluate_steps(examples, [])
     assert figures["accuracy"] == pytest.approx(4 / 5)
     # Right: 2 found of 2, one too many. Wrong: 2 found of 3.
     assert figures["f1/right"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 0))

@@ -51,7 +51,7 @@ def weights(seed=0, bias=False):
 
 
 def interleave(rows, heads):
-    """HF's half-split row order to GGUF's pairs: row 2i is HF row i, row 2i + 1 is row i + h."""
+    """HF's half-split rows → GGUF's interleaved rows: 2i is HF row i, 2i + 1 is HF row i + h."""
     out = np.empty_like(rows)
     size = len(rows) // heads
     for head in range(heads):
@@ -101,11 +101,11 @@ def read_all(path):
 
 
 def test_float_and_quantised_tensors_come_back_under_hf_names(tmp_path):
-    want = weights()
+    expected = weights()
     quantised = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight")
-    got = read_all(write(tmp_path / "m.gguf", want, quantise=quantised))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
+    got = read_all(write(tmp_path / "m.gguf", expected, quantise=quantised))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
         if name in quantised:  # 8 bits per block of 32: half a step is max / 127 / 2
             error = np.abs(got[name] - value).max()
             assert 0 < error <= np.abs(value).max() / 254 * 1.01
@@ -122,7 +122,7 @@ def test_model_equals_the_same_weights_in_a_folder(tmp_path):
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (2, 4, 2)
     assert (config.head_dim, config.max_positions, config.vocab_size) == (16, 128, 32)
     assert config.rope == RopeConfig(theta=500.0)
-    assert config.norm_eps == 1e-5  # exactly, although GGUF keeps a float32
+    assert config.norm_eps == 1e-5  # exact, although GGUF stores a float32
     assert config.tie_embeddings
     tokens = np.array([[3, 1, 4, 1, 5, 9, 2, 6]], np.int32)
     logits = np.asarray(model.logits(params, model.apply(params, tokens)))
@@ -144,8 +144,8 @@ def test_model_equals_the_same_weights_in_a_folder(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(hf))
     other, others = load_pretrained(folder)
-    want = np.asarray(other.logits(others, other.apply(others, tokens)))
-    np.testing.assert_allclose(logits, want, atol=1e-6, rtol=0)
+    expected = np.asarray(other.logits(others, other.apply(others, tokens)))
+    np.testing.assert_allclose(logits, expected, atol=1e-6, rtol=0)
 
     save_pretrained(model, params, tmp_path / "out")
     saved = json.loads((tmp_path / "out/config.json").read_text())
@@ -156,10 +156,10 @@ def test_model_equals_the_same_weights_in_a_folder(tmp_path):
 
 
 def test_qwen2_rows_are_not_permuted(tmp_path):
-    want = weights(bias=True)
-    path = write(tmp_path / "m.gguf", want, arch="qwen2")
+    expected = weights(bias=True)
+    path = write(tmp_path / "m.gguf", expected, arch="qwen2")
     got = read_all(path)
-    for name, value in want.items():
+    for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value)
     model, _ = load_pretrained(path)
     assert model.config.qkv_bias
@@ -177,7 +177,7 @@ def test_rope_scaling(tmp_path):
         "rope_theta": 500.0,
         "factor": 4.0,
     }
-    # Llama 3.1 files keep one divisor a frequency: 1 below 2048 tokens of wavelength, 8 above 8192.
+    # Llama 3.1 files store a divisor per frequency: 1 below a wavelength of 2048, 8 above 8192.
     llama3 = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_positions=8192)
     divisors = rope_frequencies(RopeConfig(theta=500000.0), HEAD) / rope_frequencies(llama3, HEAD)
     assert divisors[0] == 1.0
@@ -251,7 +251,7 @@ TEXTS = [
 
 
 def write_tokenizer(path, folder, pre, *, model="gpt2", extra=()):
-    """The tokenizer.json of a folder as GGUF metadata, as converters write it."""
+    """A folder's tokenizer.json as GGUF metadata, in converters' form."""
     spec = json.loads((folder / "tokenizer.json").read_text())
     config = json.loads((folder / "tokenizer_config.json").read_text())
     tokens = {index: token for token, index in spec["model"]["vocab"].items()}
@@ -286,7 +286,7 @@ def write_tokenizer(path, folder, pre, *, model="gpt2", extra=()):
 
 
 def shrink(folder, out, keep=3000):
-    """A real tokenizer with its first merges only: same rules, a hundredth of the time."""
+    """A real tokenizer cut to its first merges: same rules, a hundredth of the time."""
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["merges"] = spec["model"]["merges"][:keep]
     merged = {"".join(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]}
@@ -346,7 +346,7 @@ def test_llama_bpe_splits_digits_in_threes_and_adds_bos(tmp_path):
     writer.close()
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("ab12312 ab<|end|>").input_ids)
-    # whole pieces win over merges in this vocabulary: "Ġab" has no merge, yet is used
+    # ignore_merges: "Ġab" is in the vocabulary without a merge, and is used
     assert pieces == ["<|begin|>", "ab", "123", "12", "Ġab", "<|end|>"]
     assert tokenizer.pad_token == "<|spare|>"
 
@@ -377,7 +377,7 @@ def test_sentencepiece_vocabulary_equals_the_original(shared, tmp_path):
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ours(text, add_special_tokens=False).input_ids == ids, text
         assert ours.decode(ids) == theirs.decode(ids)
-    assert ours("Once").input_ids[0] == 1  # BOS, as such files are meant
+    assert ours("Once").input_ids[0] == 1  # BOS by default
     assert ours.pad_token == "<unk>"
 
 
@@ -420,5 +420,5 @@ def test_qwen3_with_norms_of_queries_and_keys(tmp_path):
     save_pretrained(model, params, tmp_path / "out")
     saved = load_file(tmp_path / "out/model.safetensors")
     assert saved.keys() == tensors.keys()
-    for name, value in tensors.items():  # rows in the order of the file: not interleaved
+    for name, value in tensors.items():  # the file's row order: not interleaved
         np.testing.assert_array_equal(saved[name], value, name)

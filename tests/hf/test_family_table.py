@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from jaxalign.hf.blocks import Block, empty_block, fill, gather_tensor_piece, whole, workers
+from jaxalign.hf.blocks import (
+    Block,
+    empty_block,
+    full_bounds,
+    gather_tensor_piece,
+    read_blocks,
+    workers,
+)
 from jaxalign.hf.families import LLAMA
 from jaxalign.hf.families.table import Entry, Part, leaves, tensors
 
@@ -46,8 +53,11 @@ def shapes():
     wide = {name: {"kernel": (L, D, n), "bias": (L, n)} for name, n in SIZES.items()}
     tree = {"embed": {"embedding": (7, D)}, "blocks": wide, "single": (D, F)}
     tree["experts"] = {"gate": (L, E, D, F), "up": (L, E, D, F)}
-    leaf = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
-    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        tree,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 class Memory:
@@ -68,7 +78,7 @@ def numbers(*shape, start):
 
 @pytest.fixture(params=["an expert a tensor", "experts fused"])
 def source(request):
-    """The made-up checkpoint, and the parameters it stands for, put together by hand."""
+    """A made-up checkpoint, and its parameters, assembled by hand."""
     arrays = {"wte": numbers(7, D, start=0), "s": numbers(F, D, start=100)}
     gate, up = np.zeros((2, L, E, D, F), np.float32)
     for layer in range(L):
@@ -84,43 +94,47 @@ def source(request):
             else:
                 arrays[f"h.{layer}.experts.{expert}.w1"] = first
                 arrays[f"h.{layer}.experts.{expert}.w3"] = second
-    want = {"embed/embedding": arrays["wte"], "single": arrays["s"].T}
-    want |= {"experts/gate": gate, "experts/up": up}
+    expected = {"embed/embedding": arrays["wte"], "single": arrays["s"].T}
+    expected |= {"experts/gate": gate, "experts/up": up}
     for name, part in {"query": slice(8), "key": slice(8, 12), "value": slice(12, 16)}.items():
         layers = range(L)
-        want[f"blocks/{name}/kernel"] = np.stack([arrays[f"h.{i}.qkv"][:, part] for i in layers])
-        want[f"blocks/{name}/bias"] = np.stack([arrays[f"h.{i}.qkv_bias"][part] for i in layers])
-    return Memory(arrays), want
+        expected[f"blocks/{name}/kernel"] = np.stack(
+            [arrays[f"h.{i}.qkv"][:, part] for i in layers]
+        )
+        expected[f"blocks/{name}/bias"] = np.stack(
+            [arrays[f"h.{i}.qkv_bias"][part] for i in layers]
+        )
+    return Memory(arrays), expected
 
 
 def test_reading_finds_every_part(source):
-    file, want = source
+    file, expected = source
     found = leaves(FAMILY, CONFIG, shapes(), file.shapes)
-    assert {leaf.path for leaf in found} == set(want)
+    assert {leaf.path for leaf in found} == set(expected)
     for leaf in found:
         assert leaf.tensor_shape == file.shapes[leaf.names[0]]
-        everything = whole(leaf.shape)
-        # any block of it, as a device of a mesh would ask for
+        everything = full_bounds(leaf.shape)
+        # a block, as a device of a mesh holds it
         some = tuple(slice(size // 2, size) for size in leaf.shape)
         blocks = [empty_block(bounds, np.dtype(np.float32)) for bounds in (everything, some)]
         with workers() as pool:
-            fill(file, leaf, blocks, pool)
-        np.testing.assert_array_equal(blocks[0].data, want[leaf.path], leaf.path)
-        np.testing.assert_array_equal(blocks[1].data, want[leaf.path][some], leaf.path)
+            read_blocks(file, leaf, blocks, pool)
+        np.testing.assert_array_equal(blocks[0].data, expected[leaf.path], leaf.path)
+        np.testing.assert_array_equal(blocks[1].data, expected[leaf.path][some], leaf.path)
 
 
 def test_writing_puts_the_parts_back(source):
-    file, want = source
+    file, expected = source
     found = leaves(FAMILY, CONFIG, shapes(), file.shapes)
     written = {}
     for tensor in tensors(found):
         blocks = []
         for piece in tensor.pieces:
-            item = want[piece.leaf.path][piece.position]
-            # in two blocks, as two devices would hold it
+            item = expected[piece.leaf.path][piece.position]
+            # two blocks, as two devices hold them
             cut = item.shape[0] // 2
             halves = (slice(0, cut), slice(cut, item.shape[0]))
-            rest = whole(item.shape[1:])
+            rest = full_bounds(item.shape[1:])
             blocks.append([Block((half, *rest), item[half]) for half in halves])
         written[tensor.name] = np.zeros(tensor.shape, np.float32)
         middle = tensor.shape[0] // 2
@@ -137,7 +151,7 @@ def test_the_first_form_is_written():
     assert "h.1.gate_up" not in names
 
 
-def test_a_table_that_does_not_cover_a_tensor_is_found_out():
+def test_table_that_does_not_cover_a_tensor_raises():
     short = dataclasses.replace(FAMILY, table=tuple(e for e in TABLE if "value" not in e.path))
     less = shapes()
     del less["blocks"]["value"]

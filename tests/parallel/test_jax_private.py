@@ -1,4 +1,4 @@
-"""Names that libraries keep to themselves are used in one file, until they have public ones."""
+"""Private names of JAX are used in one file only, and only until JAX has public ones."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 
 from jaxalign.parallel import jax_private
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOME = ROOT / "jaxalign/parallel/jax_private.py"
 FILES = sorted(
     path for name in ("jaxalign", "scripts", "tests") for path in (ROOT / name).rglob("*.py")
@@ -49,12 +49,12 @@ def public_names(*modules):
 
 
 def extensions():
-    """JAX's modules for those who build upon it."""
+    """JAX's extension modules."""
     package = importlib.import_module("jax.extend")
     return ["jax.extend", *(f"jax.extend.{m.name}" for m in pkgutil.iter_modules(package.__path__))]
 
 
-# Function → (public names to look through, what the one that replaces it would be called).
+# Function → (public names to search, pattern of the name that would replace it).
 REPLACED = {
     "coordination": (
         lambda: public_names("jax.distributed", *extensions()),
@@ -112,7 +112,7 @@ def test_no_other_file_uses_private_names():
     own = {name for text in texts.values() for names in OWN.findall(text) for name in names}
     used = []
     for path, text in texts.items():
-        # Reading syntax takes long: only where there is something to find.
+        # Parsing is slow: skip files without a match.
         names = set(re.findall(r"\._[a-zA-Z]\w*", text)) - {f".{x}" for x in own | DOCUMENTED}
         if not names and not re.search(r"^\s*(?:from|import) .*\b_", text, re.MULTILINE):
             continue

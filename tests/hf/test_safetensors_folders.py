@@ -1,4 +1,4 @@
-"""Folders of safetensors without torch: a numpy Llama and golden numbers tell what is right."""
+"""Folders of safetensors, without torch: against a numpy Llama and golden numbers."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def tensor_shapes():
 
 
 def sines(shapes):
-    """Weights that anyone can write down again: ½ sin(0.7 n + i), norms 1 + sin / 10."""
+    """Reproducible weights: ½ sin(0.7 n + i), norms 1 + sin / 10."""
     weights = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         wave = np.sin(np.arange(np.prod(shape)) * 0.7 + i).reshape(shape)
@@ -153,7 +153,7 @@ def test_parameters_are_plain_float32_dicts(folder):
     assert kernel.shape == (2, 8, 16)
     np.testing.assert_array_equal(kernel[1], WEIGHTS["model.layers.1.self_attn.q_proj.weight"].T)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    assert not kernel.committed  # free to follow other arrays to their devices
+    assert not kernel.committed  # uncommitted: follows other arrays to their devices
 
 
 def test_options(folder):
@@ -170,8 +170,8 @@ def test_half_precision_sources(tmp_path):
     half = {name: value.astype(np.float16) for name, value in WEIGHTS.items()}
     folder = write(tmp_path / "half", weights=half)
     model, params = load_pretrained(folder)
-    want = numpy_llama(half, TOKENS[0])[1]
-    np.testing.assert_allclose(logits(model, params)[0], want, atol=1e-5)
+    expected = numpy_llama(half, TOKENS[0])[1]
+    np.testing.assert_allclose(logits(model, params)[0], expected, atol=1e-5)
     save_pretrained(model, params, tmp_path / "out", dtype=jnp.float16)
     again = load_file(tmp_path / "out/model.safetensors")
     assert all(again[name].tobytes() == value.tobytes() for name, value in half.items())
@@ -189,7 +189,7 @@ def test_load_on_a_mesh(folder, tmp_path, shape, monkeypatch):
         lambda self, name, index: reads.append((name, str(index))) or read(self, name, index),
     )
     _, sharded = load_pretrained(folder, mesh=mesh)
-    assert len(reads) == len(set(reads))  # every piece is read once, whatever is replicated
+    assert len(reads) == len(set(reads))  # every piece is read once, replicas included
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), params, sharded)
     down = sharded["blocks"]["mlp"]["down"]["kernel"]
     assert down.addressable_shards[0].data.shape == (2, 12 // shape[2], 8 // shape[1])
@@ -243,8 +243,8 @@ def test_configs_survive(folder, tmp_path):
     assert generation == {"top_p": 0.9, "eos_token_id": 7, "bos_token_id": 1}
 
 
-@pytest.mark.parametrize(("eos", "want"), [(5, [5, 6]), (9, 9)])
-def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(folder, tmp_path, eos, want):
+@pytest.mark.parametrize(("eos", "expected"), [(5, [5, 6]), (9, 9)])
+def test_stop_token_list_stays_if_it_contains_the_tokenizers_eos(folder, tmp_path, eos, expected):
     class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id = None, eos, 3
 
@@ -261,7 +261,7 @@ def test_several_stop_tokens_stay_while_the_tokenizer_has_one_of_them(folder, tm
     saved = json.loads((tmp_path / "out/config.json").read_text())
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (saved["eos_token_id"], saved["pad_token_id"]) == (eos, 3)
-    assert generation == {"eos_token_id": want, "pad_token_id": 3}
+    assert generation == {"eos_token_id": expected, "pad_token_id": 3}
 
 
 def test_scorer_round_trip(folder, tmp_path):
@@ -274,8 +274,8 @@ def test_scorer_round_trip(folder, tmp_path):
     again, loaded = load_pretrained(tmp_path / "out")
     assert type(again) is type(scorer)
     scores = np.asarray(again.scores(loaded, again.apply(loaded, TOKENS)))[0]
-    want = numpy_llama(WEIGHTS, TOKENS[0])[0] @ saved["score.weight"][0].astype(np.float64)
-    np.testing.assert_allclose(scores, want, atol=1e-5)
+    expected = numpy_llama(WEIGHTS, TOKENS[0])[0] @ saved["score.weight"][0].astype(np.float64)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def split(folder, tmp_path):
     return out, sorted(out.glob("*.safetensors"))
 
 
-def test_duplicate_and_promised_names(folder, tmp_path):
+def test_duplicate_names_and_missing_indexed_names(folder, tmp_path):
     out, files = split(folder, tmp_path)
     first, second = load_file(files[0]), load_file(files[1])
     name = next(iter(first))
@@ -390,21 +390,21 @@ def test_weights_in_other_formats_are_named(folder):
 def test_hub_id_without_network(monkeypatch):
     import huggingface_hub
 
-    asked = {}
+    calls = {}
 
     def offline(repo, **options):
-        asked.update(options, repo=repo)
+        calls.update(options, repo=repo)
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"'org/name'.*hub \(OSError: no network\)"):
         load_pretrained("org/name")
-    assert asked["repo"] == "org/name"
-    assert "config.json" in asked["allow_patterns"]
-    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    assert calls["repo"] == "org/name"
+    assert "config.json" in calls["allow_patterns"]
+    assert not any("bin" in pattern for pattern in calls["allow_patterns"])
 
 
-def test_hub_id_takes_what_was_downloaded(folder, monkeypatch):
+def test_hub_id_uses_the_download_cache(folder, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
@@ -418,7 +418,7 @@ def test_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
     model, params = load_pretrained(folder)
     out = tmp_path / "deep/out"
     save_pretrained(model, params, out, max_shard_bytes=2000)
-    save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)  # while the first stands
+    save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)  # replaces the first
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -450,8 +450,11 @@ def test_a_failed_save_leaves_the_old_folder(folder, tmp_path, monkeypatch, mome
         monkeypatch.setattr(hf_save, "write_configs", fail)
     else:
         rename = hf.os.rename
-        fails = lambda a, b: fail() if str(a).endswith(".tmp") else rename(a, b)  # noqa: E731
-        monkeypatch.setattr(hf_save.os, "rename", fails)
+
+        def fail_at_the_last_rename(old, new):
+            return fail() if str(old).endswith(".tmp") else rename(old, new)
+
+        monkeypatch.setattr(hf_save.os, "rename", fail_at_the_last_rename)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model, jax.tree.map(lambda x: 2 * x, params), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -500,27 +503,27 @@ def test_reference_forward(shared, tmp_path, weights, architecture):
     config = json.loads((oracle / "config.json").read_text()) | {"architectures": [architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(oracle / weights, tmp_path / "model.safetensors")
-    want = np.load(oracle / "forward.npz")
+    expected = np.load(oracle / "forward.npz")
     model, params = load_pretrained(tmp_path)
-    ids = want["input_ids"].astype(np.int32)
-    mask = want["attention_mask"].astype(np.int32)
+    ids = expected["input_ids"].astype(np.int32)
+    mask = expected["attention_mask"].astype(np.int32)
     hidden = model.apply(params, ids, segment_ids=mask)
     if architecture.endswith("CausalLM"):
         real = mask > 0
         got = np.asarray(model.logits(params, hidden))
-        np.testing.assert_allclose(got[real], want["logits"][real], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got[real], expected["logits"][real], rtol=1e-5, atol=1e-5)
         last = np.asarray(hidden)[real]
-        np.testing.assert_allclose(last, want["last_hidden"][real], rtol=1e-5, atol=1e-5)
-        left = want["left_attention_mask"].astype(np.int32)
+        np.testing.assert_allclose(last, expected["last_hidden"][real], rtol=1e-5, atol=1e-5)
+        left = expected["left_attention_mask"].astype(np.int32)
         hidden = model.apply(
             params,
-            want["left_input_ids"].astype(np.int32),
-            want["left_position_ids"].astype(np.int32),
+            expected["left_input_ids"].astype(np.int32),
+            expected["left_position_ids"].astype(np.int32),
             left,
         )
         got = np.asarray(model.logits(params, hidden))[left > 0]
-        np.testing.assert_allclose(got, want["left_logits"][left > 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, expected["left_logits"][left > 0], rtol=1e-5, atol=1e-5)
     else:
         scores = np.asarray(model.scores(params, hidden))
         pooled = scores[np.arange(len(ids)), mask.sum(1) - 1]
-        np.testing.assert_allclose(pooled, want["reward_logits"][:, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pooled, expected["reward_logits"][:, 0], rtol=1e-5, atol=1e-6)

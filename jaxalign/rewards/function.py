@@ -1,0 +1,84 @@
+"""A reward that a configuration names by a Python function: `module:function` or a file's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxalign.rewards.specs import (
+    BuildContext,
+    RewardFunction,
+    RewardSpec,
+    check_option,
+    register_reward,
+)
+from jaxalign.rewards.text import batch_reward, text_reward
+
+
+@register_reward
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionReward(RewardSpec):
+    """A Python function.
+
+    Attributes:
+      path: `module:function`, or `file.py:function`; the current folder is searched for modules
+        too, last.
+      calls: "row": called once per answer, see `text_reward`; "batch": once per batch, see
+        `batch_reward`.
+    """
+
+    kind: str = "function"
+    path: str
+    calls: str = "row"
+
+    def __post_init__(self):
+        super().__post_init__()
+        module, _, function = self.path.rpartition(":")
+        valid = bool(module) and function.isidentifier()
+        check_option(valid, "path", self.path, "module:function or file.py:function")
+        check_option(self.calls in ("row", "batch"), "calls", self.calls, "row or batch")
+
+    def build(self, context: BuildContext) -> RewardFunction:
+        """The function as a `TextReward`."""
+        make = text_reward if self.calls == "row" else batch_reward
+        return make(import_function(self.path), context.tok, rows=context.rows, name=context.name)
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """Imports a function by `module:name` or `file.py:name`.
+
+    Raises:
+      ValueError: no such module, file or function.
+    """
+    where, _, name = path.rpartition(":")
+    if where.endswith(".py"):
+        file = pathlib.Path(where)
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise ValueError(f"reward path={path!r}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        # A console script does not have the current folder on sys.path. Appended last, so that it
+        # shadows no installed module.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+                raise  # the module exists; one that it imports does not
+            raise ValueError(
+                f"reward path={path!r}: no module {where!r}; it is looked for among what is "
+                "installed and in the current folder"
+            ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward path={path!r}: {where!r} has no function {name!r}")
+    return function
