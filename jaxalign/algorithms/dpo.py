@@ -12,7 +12,7 @@ Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -21,6 +21,7 @@ import optax
 
 from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.pairs import Answers, Pairs, layout, pair_mask, pair_sources, read_answers
+from jaxalign.algorithms.prepare import Prepare
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.dpo import (
@@ -173,7 +174,7 @@ def pair_logps(
 
 def make_prepare(
     model: LanguageModel, config: Config | None = None
-) -> Callable[[Params, AnyPairs], AnyPairs]:
+) -> Prepare[[Params, AnyPairs], AnyPairs]:
     """Builds `prepare(ref_params, batch) -> batch` with the reference's log-probabilities added.
 
     The reference may be any parameters of `model`; run it once an epoch, or once and keep the
@@ -203,7 +204,11 @@ def make_prepare(
             chosen, rejected = logps(ref_params, batch)
         return batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
-    return prepare
+    def lower(ref_params: Params, batch: Pairs) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(ref_params)):
+            return logps.lower(ref_params, batch)
+
+    return Prepare(prepare, lower)
 
 
 def make_loss(

@@ -13,13 +13,14 @@ Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.by_source import by_source, source_of_sequences
+from jaxalign.algorithms.prepare import Prepare
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
@@ -65,7 +66,7 @@ def answer_logps(
 
 def make_prepare(
     model: LanguageModel, reference: LanguageModel | None = None
-) -> Callable[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
+) -> Prepare[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
     """Builds `prepare(state, ref_params, batch) -> batch` with `ref_logps` and `kl` added.
 
     The estimate is over the whole batch, however the step may cut it; the policy is read once more
@@ -98,7 +99,11 @@ def make_prepare(
             logps, kl = compare(combine(state.params, state.frozen), ref_params, batch)
         return batch._replace(ref_logps=logps, kl=kl)
 
-    return prepare
+    def lower(state: TrainState, ref_params: Params, batch: UnpairedBatch) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(ref_params)):
+            return compare.lower(combine(state.params, state.frozen), ref_params, batch)
+
+    return Prepare(prepare, lower)
 
 
 def make_loss(

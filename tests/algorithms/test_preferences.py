@@ -37,6 +37,10 @@ def lay(documents, length=12):
     return tiny.token_batch(tiny.lay(documents, groups, length))
 
 
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def token_logprobs(params, document):
     """(log π of each trained target, log Σ p² there) in float64."""
     ids = document["inputs"][None]
@@ -101,6 +105,10 @@ def test_the_reference_counts_tails_as_the_policy_does(params, sides):
     assert ready.ref_chosen_logps[0] == pytest.approx(want, rel=1e-5)
     _, metrics = jax.jit(dpo.make_loss(tiny.DECODER, config).terms)(params, ready)
     assert metrics["rewards/chosen"].total == pytest.approx(0, abs=1e-4)
+    # What is lowered for shapes is what runs, `ld_alpha` included.
+    lowered = dpo.make_prepare(tiny.DECODER, config).lower(*shapes_of((params, batch)))
+    chosen, _ = lowered.compile()(params, batch)
+    assert chosen[0] == pytest.approx(want, rel=1e-5)
 
 
 def test_published_sft_terms_and_refusals():
@@ -135,7 +143,10 @@ def test_kto_prepares_a_batch_with_what_all_of_it_says(params, sides):
     desirable = np.array([True, False, True, False])
     batch = UnpairedBatch(lay(own), desirable, mismatched)
     state = init_state(params, tiny_sgd())
-    ready = kto.make_prepare(tiny.DECODER)(state, reference, batch)
+    prepare = kto.make_prepare(tiny.DECODER)
+    ready = prepare(state, reference, batch)
+    lowered = prepare.lower(*shapes_of((state, reference, batch)))
+    np.testing.assert_array_equal(lowered.compile()(params, reference, batch)[1], ready.kl)
 
     def ratio(document):
         one, two = (token_logprobs(p, document)[0].sum() for p in (params, reference))

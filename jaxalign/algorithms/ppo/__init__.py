@@ -21,7 +21,6 @@ State: `TrainState` with `params = {"policy": …, "critic": …}`, or the polic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +49,11 @@ from jaxalign.algorithms.ppo.rollout import (
     join_tokens,
     logprob_difference,
     minibatches,
+    rollout_figures,
     rollout_metrics,
     value_mask_of,
 )
+from jaxalign.algorithms.prepare import Prepare
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses import aggregate as averages
@@ -91,6 +92,7 @@ __all__ = [
     "minibatches",
     "next_kl_coef",
     "next_score_stats",
+    "rollout_figures",
     "rollout_metrics",
 ]
 
@@ -219,7 +221,7 @@ def make_prepare(
     reference: LanguageModel | None = None,
     rollout_mesh: Mesh | None = None,
     rollout_rules: Rules | None = None,
-) -> Callable[..., RolloutBatch]:
+) -> Prepare[..., RolloutBatch]:
     """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
     One iteration's experience: answers sampled from the policy, scores from `reward_fn`, per-token
@@ -242,7 +244,7 @@ def make_prepare(
       (score − shift) / scale; with `normalize_scores`, `score_stats` are those of all scores so
       far (`next_score_stats` takes this rollout in). It raises ValueError where a score is not
       finite, and where the sampler's log-probabilities differ from the trainer's by more than
-      `logprob_tolerance` on average.
+      `logprob_tolerance` on average. `.lower` is that of `make_experience`.
     """
     config = Config() if config is None else config
     if config.missing_eos_penalty and not config.stop_tokens:
@@ -315,7 +317,7 @@ def make_prepare(
             )
         return rollout
 
-    return prepare
+    return Prepare(prepare, experience.lower)
 
 
 def make_loss(

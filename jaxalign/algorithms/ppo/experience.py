@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import masked_sum, whiten
@@ -29,7 +28,7 @@ def make_experience(
     config: Config,
     *,
     reference: LanguageModel | None = None,
-) -> Callable[..., RolloutBatch]:
+) -> Prepare[..., RolloutBatch]:
     """Builds the half of `prepare` that follows sampling and scoring, jitted; takes any answers.
 
     Args:
@@ -160,7 +159,6 @@ def make_experience(
             kl_coef=everywhere(kl_coef) if config.kl_in == "loss" else None,
         )
 
-    @functools.wraps(experience)
     def anywhere(
         state: TrainState,
         ref_params: Params,
@@ -181,8 +179,11 @@ def make_experience(
             said = asked(ref_params, reshard_batch(tokens, there), np.asarray(heat))
         return experience(state, None, *rest, reshard_batch(said, here))
 
-    anywhere.lower = experience.lower  # pyrefly: ignore[missing-attribute]
-    return anywhere
+    def lower(state: TrainState, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(state.params)):
+            return experience.lower(state, *args, **kwargs)
+
+    return Prepare(anywhere, lower)
 
 
 def scale_scores(

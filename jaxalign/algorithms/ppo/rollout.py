@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxalign.algorithms.ppo.packing import lay_out, pack_rows, without_answers
 from jaxalign.losses.advantages import equal_groups
-from jaxalign.losses.masked import masked_mean, masked_sum, masked_var
+from jaxalign.losses.masked import masked_mean, masked_sum, masked_var, weighted
 from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch
 from jaxalign.sampling.generate import Generation
-from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
+from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch, Weighted
 
 
 def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -> TokenBatch:
@@ -107,55 +107,80 @@ def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
 
 
 @functools.partial(jax.jit, static_argnames="samples")
+def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weighted]:
+    """The means of `rollout_metrics` as sums with their weights.
+
+    Figures add up leaf by leaf over rollouts and are divided once, so that those of held-out data
+    do not depend on how the prompts were cut into batches.
+
+    Args:
+      rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, those of all hosts.
+      samples: answers a prompt; above 1, also `groups/equal`.
+
+    Returns:
+      Name → float32 scalars. The weight is the number of answers; of `logprobs/mean_difference`
+      the number of their tokens, of `rewards/<name>` the answers that the reward applies to.
+
+    Raises:
+      ValueError: the rollout has no scores, rewards or sampler log-probabilities.
+    """
+    scores, rewards, valid, finished, sampled = _needed(rollout)
+    mask = answer_mask_of(rollout)
+
+    def per_answer(x: Array) -> Weighted:
+        return weighted(masked_sum(x, mask, axis=1), valid)  # [B, T] -> [B] -> a sum
+
+    # Outside of answers rewards are 0.
+    shaped = weighted(jnp.sum(rewards, axis=1), valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
+    figures = {
+        "objective/scores": weighted(scores, valid),
+        "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
+        "objective/entropy": per_answer(-rollout.old_logprobs),
+        "objective/rlhf_reward": shaped,
+        "objective/non_score_reward": Weighted(
+            shaped.total - weighted(entered, valid).total, shaped.weight
+        ),
+        "response/length": weighted(jnp.sum(mask, axis=1, dtype=jnp.float32), valid),
+        "response/finished": weighted(finished, valid),
+        "logprobs/mean_difference": weighted(jnp.abs(rollout.old_logprobs - sampled), mask),
+    }
+    for name, part in (rollout.reward_parts or {}).items():
+        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
+        figures[f"rewards/{name}"] = weighted(part.values, judged)
+        figures[f"applies/{name}"] = weighted(judged, valid)
+    if rollout.answer_mask is not None:
+        trained = jnp.any(rollout.tokens.loss_mask, axis=1)
+        figures["response/trained"] = weighted(trained, valid)
+    if samples > 1:
+        figures["groups/equal"] = weighted(equal_groups(scores, valid, samples), valid)
+    return figures
+
+
+@functools.partial(jax.jit, static_argnames="samples")
 def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
-    """What a rollout says before the update, float32 scalars under TRL's names.
+    """Describes a rollout before the update: float32 scalars under TRL's names.
 
     `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
     mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
     answers a prompt, also the part of the prompts whose answers all score alike. Of several
     rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
     `applies/<name>` the part of all answers that these are.
+
+    Most are means (`rollout_figures`). Extremes, a standard deviation, a count and the critic's
+    explained variance are not, and belong to this rollout alone.
     """
+    scores, _, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)
-    scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
-    finished, sampled = rollout.finished, rollout.sampler_logprobs
-    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
-        raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
-
-    def per_answer(x: Array) -> jax.Array:
-        return masked_mean(masked_sum(x, mask, axis=1), valid)
-
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    # Outside of answers rewards are 0.
-    shaped = masked_mean(jnp.sum(rewards, axis=1), valid)
-    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
-    mean_gap, max_gap = logprob_difference(rollout.old_logprobs, sampled, mask)
-    parts: dict[str, jax.Array] = {}
-    for name, part in (rollout.reward_parts or {}).items():
-        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
-        parts[f"rewards/{name}"] = masked_mean(part.values, judged)
-        parts[f"applies/{name}"] = masked_mean(judged, valid)
-    metrics = parts | {
-        "objective/scores": masked_mean(scores, valid),
+    metrics = {name: figure.mean() for name, figure in rollout_figures(rollout, samples).items()}
+    metrics |= {
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
-        "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
-        "objective/entropy": per_answer(-rollout.old_logprobs),
-        "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": shaped - masked_mean(entered, valid),
-        "response/length": masked_mean(lengths, valid),
         "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
         "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
-        "response/finished": masked_mean(finished, valid),
         "val/num_eos_tokens": masked_sum(finished, valid),
-        "logprobs/mean_difference": mean_gap,
-        "logprobs/max_difference": max_gap,
+        "logprobs/max_difference": logprob_difference(rollout.old_logprobs, sampled, mask)[1],
     }
-    if rollout.answer_mask is not None:
-        trained = jnp.any(rollout.tokens.loss_mask, axis=1)
-        metrics["response/trained"] = masked_mean(trained, valid)
-    if samples > 1:
-        alike = equal_groups(scores, valid, samples)
-        metrics["groups/equal"] = masked_mean(alike, valid)
     if rollout.returns is not None and rollout.old_values is not None:
         critic_mask = value_mask_of(rollout)
         spread = masked_var(rollout.returns, critic_mask)
@@ -163,6 +188,15 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
         explained = jnp.where(spread > 0, 1 - unexplained / spread, 0.0)
         metrics["critic/explained_variance"] = explained
     return metrics
+
+
+def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array]:
+    """(scores, rewards, valid, finished, sampler log-probabilities) of a complete rollout."""
+    scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
+    finished, sampled = rollout.finished, rollout.sampler_logprobs
+    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
+        raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
+    return scores, rewards, valid, finished, sampled
 
 
 def answer_mask_of(rollout: RolloutBatch) -> Array:
