@@ -2,22 +2,23 @@
 
     step(state, batch) -> (state, metrics)
 
-An algorithm gives a `Loss`: how much each of its terms weighs in a batch (`count`), and the sums
-themselves (`terms`). The step divides every sum by the weight of the *whole* batch, so that loss,
-gradient and metrics are the same however the batch is cut into micro-batches or spread over
-devices.
+An algorithm gives a `Loss` (`algorithms.loss`): how much each of its terms weighs in a batch
+(`count`), and the sums themselves (`terms`). The step divides every sum by the weight of the
+*whole* batch, so that loss, gradient and metrics are the same however the batch is cut into
+micro-batches or spread over devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxalign.algorithms.loss import Figures, Loss, Sums
 from jaxalign.models.base import combine
 from jaxalign.parallel.host_memory import HOST, lies_in_host_memory
 from jaxalign.parallel.sharding import mesh_of, replicated, row_axes, row_shards
@@ -25,19 +26,6 @@ from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-
-
-class Loss(NamedTuple):
-    """A sum of terms, each an average over its own weight.
-
-    Attributes:
-      count: batch → `{term: weight}`; reads masks only.
-      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`). The loss is
-        `Σ_term sum / weight`.
-    """
-
-    count: Callable[[Any], dict[str, Array]]
-    terms: Callable[[Params, Any], tuple[dict[str, Array], dict[str, Weighted]]]
 
 
 def init_state(
@@ -140,10 +128,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         counts = loss.count(batch)
 
-        def objective(params: Params, part: Any) -> tuple[jax.Array, dict[str, Weighted]]:
+        def objective(params: Params, part: Any) -> tuple[jax.Array, Figures]:
             sums, metrics = loss.terms(combine(params, state.frozen), part)
+            _check_terms(sums, counts)
             value = sum(Weighted(total, counts[name]).mean() for name, total in sums.items())
-            return jnp.asarray(value, jnp.float32), metrics
+            return jnp.asarray(value, jnp.float32), jax.lax.stop_gradient(metrics)
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         if micro_batches == 1:
@@ -162,6 +151,14 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
     return step
 
 
+def _check_terms(sums: Sums, counts: Sums) -> None:
+    if sums.keys() != counts.keys():
+        raise ValueError(
+            f"the loss has the terms {', '.join(sums)} and weights for {', '.join(counts)}; wanted "
+            "the same names from Loss.terms and Loss.count"
+        )
+
+
 def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, Any, Params]:
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(gradient, params, first)
@@ -174,18 +171,21 @@ def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, A
     return value, metrics, grads
 
 
-def make_eval(loss: Loss) -> Callable[[TrainState, Any], dict[str, Weighted]]:
+def make_eval(loss: Loss) -> Callable[[TrainState, Any], Figures]:
     """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add them up over batches.
 
     Includes `loss/<term>` for each term of the loss.
     """
 
     @jax.jit
-    def evaluate(state: TrainState, batch: Any) -> dict[str, Weighted]:
+    def evaluate(state: TrainState, batch: Any) -> Figures:
         sums, metrics = loss.terms(combine(state.params, state.frozen), batch)
-        counts = loss.count(batch)
-        return metrics | {
-            f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()
-        }
+        return metrics | loss_figures(sums, loss.count(batch))
 
     return evaluate
+
+
+def loss_figures(sums: Sums, counts: Sums) -> Figures:
+    """`loss/<term>` for each term of a loss: its sum and weight."""
+    _check_terms(sums, counts)
+    return {f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()}

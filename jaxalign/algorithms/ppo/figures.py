@@ -1,39 +1,16 @@
-"""What PPO does with a rollout besides learning: build its rows, cut it up, describe it."""
+"""Figures of a rollout before the update: scores, KL, lengths, sampler against trainer."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxalign.algorithms.ppo.packing import lay_out, pack_rows, without_answers
+from jaxalign.algorithms.ppo.rows import answer_mask_of, value_mask_of
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var, weighted
-from jaxalign.parallel.sharding import all_rows, mesh_of, row_shards, shard_batch
-from jaxalign.sampling.generate import Generation
-from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch, Weighted
-
-
-def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -> TokenBatch:
-    """Prompts and their answers as rows of P + R tokens, `loss_mask` on the answers' tokens."""
-    ids = jnp.concatenate([jnp.asarray(prompts.tokens), answers.tokens], axis=1)
-    valid = jnp.concatenate([jnp.asarray(prompts.mask), answers.mask], axis=1)
-    answer = jnp.concatenate([jnp.zeros_like(jnp.asarray(prompts.mask)), answers.mask], axis=1)
-
-    def next_one(x: jax.Array, fill: Any) -> jax.Array:
-        return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
-
-    return TokenBatch(
-        inputs=ids,
-        targets=next_one(ids, pad_token),
-        positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
-        segment_ids=valid.astype(jnp.int32),
-        loss_mask=next_one(answer, False),
-    )
+from jaxalign.types import Array, RolloutBatch, Weighted
 
 
 @jax.jit
@@ -43,67 +20,6 @@ def logprob_difference(
     """Mean and largest |trainer − sampler| over the answers' tokens."""
     gap = jnp.abs(logprobs - sampler_logprobs)
     return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
-
-
-def minibatches(
-    key: jax.Array,
-    rollout: RolloutBatch,
-    epochs: int = 4,
-    count: int = 4,
-    *,
-    pack: int = 0,
-    multiple: int = 1,
-) -> Iterator[RolloutBatch]:
-    """Cuts a rollout into `epochs × count` mini-batches of whole rows.
-
-    Every epoch uses every row once, in a fresh order drawn from `fold_in(key, epoch)`.
-
-    Args:
-      key: PRNG key.
-      rollout: B rows.
-      epochs: passes over the rollout.
-      count: mini-batches an epoch; B must be a multiple.
-      pack: 0 leaves an answer a row. n lays the answers of a mini-batch end to end in fewer, longer
-        rows (`rollout_packing`), of the smallest of n sizes that takes them: at most so many
-        shapes for a step to compile. Losses and gradients are the same; `scores`, `finished` and
-        `valid`, which belong to answers and not to rows, are None then.
-      multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
-        steps with as many `micro_batches`.
-
-    Raises:
-      ValueError: B is not a multiple of `count`, or a number is out of range.
-    """
-    rows = rollout.advantages.shape[0]
-    if epochs < 1 or count < 1 or pack < 0 or multiple < 1:
-        raise ValueError(
-            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}: wanted positive "
-            "integers (pack also 0)"
-        )
-    if rows % count:
-        raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
-    mesh = mesh_of(rollout)
-    multiple *= row_shards(mesh) if mesh is not None else 1
-    kept = None
-    if pack:
-        rollout = without_answers(rollout)
-        kept = all_rows(rollout.tokens.segment_ids) > 0
-    # All orders at once, before the first step is under way: to read one is to wait for the device.
-    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
-    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
-        for rows_of_part in np.split(order, count):
-            layout = None
-            if kept is not None:
-                layout = lay_out(kept, rows_of_part.tolist(), sizes=pack, multiple=multiple)
-            if layout is None:
-                part = _take_rows(rollout, rows_of_part)
-            else:
-                part = pack_rows(rollout, layout)
-            yield part if mesh is None else shard_batch(part, mesh)
-
-
-@jax.jit
-def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), rollout)
 
 
 @functools.partial(jax.jit, static_argnames="samples")
@@ -197,13 +113,3 @@ def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array]:
     if scores is None or rewards is None or valid is None or finished is None or sampled is None:
         raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
     return scores, rewards, valid, finished, sampled
-
-
-def answer_mask_of(rollout: RolloutBatch) -> Array:
-    """The tokens of all answers, in the loss or not."""
-    return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
-
-
-def value_mask_of(rollout: RolloutBatch) -> Array:
-    """Where the critic is trained."""
-    return rollout.tokens.loss_mask if rollout.value_mask is None else rollout.value_mask
