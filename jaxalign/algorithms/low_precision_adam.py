@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxalign.types import Array
 
@@ -50,6 +51,23 @@ class SmallMoments(NamedTuple):
     nu: Any
     mu_scale: Any = None
     nu_scale: Any = None
+
+
+def row_scale_spec(path: tuple[Any, ...], spec: PartitionSpec, rank: int) -> PartitionSpec | None:
+    """How int8's scales are sharded: `[…, 1]`, one a row of the parameter, as those rows are.
+
+    Args:
+      path: of a leaf in an optimizer's state.
+      spec: of its parameter.
+      rank: number of the parameter's dimensions.
+
+    Returns:
+      None for any other leaf.
+    """
+    scales = ("mu_scale", "nu_scale")
+    if not any(getattr(key, "name", None) in scales for key in path):
+        return None
+    return PartitionSpec(*tuple(spec)[: max(rank - 1, 0)])
 
 
 def scale_by_small_adam(

@@ -1,4 +1,4 @@
-"""The one train step that all four algorithms share.
+"""The one train step that all algorithms share.
 
     step(state, batch) -> (state, metrics)
 
@@ -16,71 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.algorithms.loss import Figures, Loss, Sums
 from jaxalign.models.base import combine
-from jaxalign.parallel.host_memory import HOST, lies_in_host_memory
-from jaxalign.parallel.sharding import mesh_of, replicated, row_axes, row_shards
+from jaxalign.parallel.sharding import row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-
-
-def init_state(
-    params: Params, tx: optax.GradientTransformation, frozen: Params | None = None
-) -> TrainState:
-    """Makes a train state; copies the parameters, because steps donate their state.
-
-    Args:
-      params: what is trained. Where its leaves lie on a mesh, the optimizer state follows them.
-      tx: any optax transformation.
-      frozen: parameters the forward pass needs but that are not trained (shared, not copied).
-    """
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    mesh = mesh_of(params)
-    if mesh is None:
-        opt_state = jax.jit(tx.init)(params)
-        step = jnp.zeros((), jnp.int32)
-    else:
-        layout = opt_state_shardings(params, tx)
-        opt_state = jax.jit(tx.init, out_shardings=layout)(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step, params, {} if frozen is None else frozen, opt_state)
-
-
-def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any:
-    """Shardings of `tx`'s state: moments lie as their parameters do, counters everywhere.
-
-    Args:
-      params: arrays, or `ShapeDtypeStruct`s with shardings, on one mesh.
-      tx: the optax transformation.
-    """
-    mesh = mesh_of(params)
-    if mesh is None:
-        raise ValueError("the parameters lie on no mesh; load them with mesh=…")
-    everywhere = replicated(mesh)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
-
-    def like(path: Any, leaf: Any) -> NamedSharding:
-        # A moment sits in the optimizer's state under the path of its parameter. (optax's own
-        # tree_map_params cannot see through `optax.partition`.) Statistics of another shape than
-        # their parameter lie everywhere, but for those of its rows, which lie as the rows do.
-        for start in range(len(path)):
-            param = by_path.get(path[start:])
-            if param is not None and param.shape == leaf.shape:
-                return param.sharding
-            if param is not None and leaf.shape and leaf.shape == (*param.shape[:-1], 1):
-                rows = tuple(param.sharding.spec)[: len(leaf.shape) - 1]
-                return NamedSharding(mesh, PartitionSpec(*rows))
-        return everywhere
-
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        layout = like(path, leaf)
-        return layout.with_memory_kind(HOST) if lies_in_host_memory(path, leaf) else layout
-
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

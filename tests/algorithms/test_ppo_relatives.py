@@ -11,7 +11,8 @@ import tiny
 from test_ppo import KEY, length_reward, prompts
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import make_eval
 from jaxalign.types import RolloutBatch, Weighted
 
 RLOO = ppo.Config(

@@ -9,7 +9,7 @@ import tiny
 
 from jaxalign.algorithms import dpo, kto
 from jaxalign.algorithms.pairs import layout, read_answers
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.models.decoder import Decoder
 from jaxalign.types import PairBatch, SharedPairBatch, UnpairedBatch
 

@@ -8,7 +8,7 @@ import tiny
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.ppo.packing import packed_shape, plan_rows
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import shard_batch
 from jaxalign.types import RolloutBatch, TokenBatch

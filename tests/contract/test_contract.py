@@ -8,7 +8,7 @@ import pytest
 from cases import CASES, LENGTH, ROWS
 
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
