@@ -27,8 +27,8 @@ def by_source(loss: HiddenLoss, names: Sequence[str]) -> HiddenLoss:
         return loss
 
     def terms(params: Params, hidden: jax.Array, batch: Any) -> Terms:
-        found = loss.terms(params, hidden, batch)
-        return found._replace(metrics=found.metrics | figures_by_source(found.entries, names))
+        result = loss.terms(params, hidden, batch)
+        return result._replace(metrics=result.metrics | figures_by_source(result.entries, names))
 
     return loss._replace(terms=terms)
 

@@ -38,10 +38,10 @@ class Config:
     """Options of KTO.
 
     Attributes:
-      beta: β > 0, strength of the leash to the reference.
+      beta: β > 0, how closely the policy is held to the reference.
       desirable_weight: λ_D > 0.
-      undesirable_weight: λ_U > 0. The paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3, n how many
-        answers of each kind the data has.
+      undesirable_weight: λ_U > 0. The paper recommends λ_D n_D / (λ_U n_U) between 1 and 4/3, with
+        n the number of answers of each kind in the data.
     """
 
     beta: float = 0.1
@@ -75,8 +75,8 @@ def make_prepare(
 ) -> Prepare[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
     """Builds `prepare(state, ref_params, batch) -> batch` with `ref_logps` and `kl` added.
 
-    The estimate is over the whole batch, however the step may cut it; the policy is read once more
-    for it, without a gradient. Run it for every batch: the policy moves.
+    The estimate is over the whole batch, however the step may cut it. It takes one more forward
+    pass of the policy, without a gradient. Run it for every batch: the policy moves.
 
     Args:
       model: the policy.

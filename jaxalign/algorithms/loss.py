@@ -137,8 +137,8 @@ def with_model_terms(
         return loss.count(batch) | {f"{prefix}{name}": x for name, x in extra.items()}
 
     def terms(params: Params, batch: Any) -> tuple[Sums, Figures]:
-        found = run(params, batch)
-        return found.sums, found.metrics
+        result = run(params, batch)
+        return result.sums, result.metrics
 
     return Loss(count, terms)
 

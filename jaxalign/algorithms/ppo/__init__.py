@@ -1,4 +1,4 @@
-"""Proximal policy optimisation against a reward, under a KL leash; with a critic or without.
+"""Proximal policy optimisation against a reward, with a KL penalty; with a critic or without.
 
     r_t = score·[t = last] − β · kl_t                                  shaped reward of a token
     A_t = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V_{t+1} − V_t             advantage
@@ -11,7 +11,7 @@ and the reward act in `prepare`, which samples answers, scores them and computes
 an iteration. `minibatches` then cuts the rollout up for several epochs of steps.
 
 The relatives differ in A and in how tokens are averaged: RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++
-and GSPO compare the `samples` answers to a prompt instead of asking a critic (`losses.advantages`,
+and GSPO compare the `samples` answers to a prompt instead of using a critic (`losses.advantages`,
 `losses.aggregate`; recipes in docs/ppo.md). Pass `critic=None` for them.
 
 One iteration, file by file:

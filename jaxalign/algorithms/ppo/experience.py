@@ -13,6 +13,7 @@ B answers; rows have T + 1 columns, of which the last predicts nothing: the roll
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -67,82 +68,7 @@ def make_experience(
         tokens = _without_last_column(tokens)
         return _token_logprobs(reference, on_device(ref_params), tokens, temperature)[0]
 
-    @jax.jit
-    def experience(
-        state: TrainState,
-        ref_params: Params | None,
-        tokens: TokenBatch,
-        scores: Array,
-        finished: Array,
-        sampler_logprobs: Array,
-        kl_coef: Array | None = None,
-        temperature: Array | None = None,
-        score_scale: ScoreScale | None = None,
-        ref_logprobs: Array | None = None,
-    ) -> RolloutBatch:
-        tokens, sampler_logprobs = _without_last_column((tokens, sampler_logprobs))
-        params = combine(state.params, state.frozen)
-        mask = tokens.loss_mask  # [B, T]
-        valid = jnp.any(mask, axis=1)  # [B]
-        used_temperature = config.temperature if temperature is None else temperature
-        coef = config.kl_coef if kl_coef is None else kl_coef
-
-        # 3. Log-probabilities, [B, T].
-        old_logprobs, hidden = _token_logprobs(model, params["policy"], tokens, used_temperature)
-        if ref_logprobs is None:
-            own = on_device(ref_params or {})
-            ref_logprobs, _ = _token_logprobs(reference, own, tokens, used_temperature)
-        scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)
-        scaled = scale_scores(scores, score_scale, config.reward_clip)
-
-        # 4. KL, [B, T].
-        token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
-
-        # 5. Rewards, [B, T]; `value_mask` has one position more where the score follows the answer.
-        def shape(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-            beta = coef if config.kl_in == "reward" else 0.0
-            return losses.token_rewards(
-                token_kl, scores, mask, kl_coef=beta, score_at=config.score_at
-            )
-
-        rewards, value_mask = shape(scaled)
-        trained = _trained_tokens(mask, valid, scores, finished, config)
-
-        # 6. Advantages, [B, T], and with a critic returns.
-        shaped = Shaped(rewards, value_mask, mask, valid, scaled, lambda scores: shape(scores)[0])
-        values = returns = None
-        if critic is None:
-            advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
-        else:
-            if not config.shared_critic:
-                hidden, _ = read(critic, params["critic"], tokens)
-            values = critic.scores(params["critic"], hidden)
-            advantages, returns = gae(shaped, values, config)
-        if config.whitens:
-            advantages = whiten(advantages, trained, ddof=config.whiten_ddof)
-
-        # 7. The rollout. A row's critic is trained where its policy is, and one position after it.
-        def rows(x: Array | None) -> jax.Array | None:
-            return None if x is None else jnp.full(valid.shape, x, jnp.float32)
-
-        return RolloutBatch(
-            tokens=tokens._replace(loss_mask=trained),
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            old_values=None if values is None else jnp.where(value_mask, values, 0.0),
-            advantages=jnp.where(trained, advantages, 0.0),
-            returns=returns,
-            value_mask=value_mask & jnp.any(trained, axis=1, keepdims=True),
-            rewards=rewards,
-            scores=scores,
-            sampler_logprobs=sampler_logprobs,
-            finished=finished,
-            valid=valid,
-            answer_mask=mask if config.mask_truncated or config.skip_equal_groups else None,
-            scaled_scores=None if scaled is scores else scaled,
-            temperature=rows(temperature),
-            kl_coef=rows(kl_coef) if config.kl_in == "loss" else None,
-        )
+    experience = jax.jit(functools.partial(_experience, model, critic, reference, config))
 
     def run(
         state: TrainState,
@@ -170,6 +96,90 @@ def make_experience(
             return experience.lower(state, *args, **kwargs)
 
     return Prepare(run, lower)
+
+
+def _experience(
+    model: LanguageModel,
+    critic: ScalarModel | None,
+    reference: LanguageModel,
+    config: Config,
+    state: TrainState,
+    ref_params: Params | None,
+    tokens: TokenBatch,
+    scores: Array,
+    finished: Array,
+    sampler_logprobs: Array,
+    kl_coef: Array | None = None,
+    temperature: Array | None = None,
+    score_scale: ScoreScale | None = None,
+    ref_logprobs: Array | None = None,
+) -> RolloutBatch:
+    """Steps 3 to 7, one program; arguments as `make_experience` says.
+
+    `ref_logprobs` `[B, T]` take the place of `ref_params`, where the reference has its own devices.
+    """
+    tokens, sampler_logprobs = _without_last_column((tokens, sampler_logprobs))
+    params = combine(state.params, state.frozen)
+    mask = tokens.loss_mask  # [B, T]
+    valid = jnp.any(mask, axis=1)  # [B]
+    used_temperature = config.temperature if temperature is None else temperature
+    coef = config.kl_coef if kl_coef is None else kl_coef
+
+    # 3. Log-probabilities, [B, T].
+    old_logprobs, hidden = _token_logprobs(model, params["policy"], tokens, used_temperature)
+    if ref_logprobs is None:
+        own = on_device(ref_params or {})
+        ref_logprobs, _ = _token_logprobs(reference, own, tokens, used_temperature)
+
+    # 4. KL, [B, T].
+    token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
+
+    # 5. Rewards, [B, T]; `value_mask` has one position more where the score follows the answer.
+    scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)  # [B]
+    scaled = scale_scores(scores, score_scale, config.reward_clip)
+
+    def shape(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        beta = coef if config.kl_in == "reward" else 0.0
+        return losses.token_rewards(token_kl, scores, mask, kl_coef=beta, score_at=config.score_at)
+
+    rewards, value_mask = shape(scaled)
+    trained = _trained_tokens(mask, valid, scores, finished, config)
+
+    # 6. Advantages, [B, T], and with a critic returns.
+    shaped = Shaped(rewards, value_mask, mask, valid, scaled, lambda scores: shape(scores)[0])
+    values = returns = None
+    if critic is None:
+        advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
+    else:
+        if not config.shared_critic:
+            hidden, _ = read(critic, params["critic"], tokens)
+        values = critic.scores(params["critic"], hidden)
+        advantages, returns = gae(shaped, values, config)
+    if config.whitens:
+        advantages = whiten(advantages, trained, ddof=config.whiten_ddof)
+
+    # 7. The rollout. A row's critic is trained where its policy is, and one position after it.
+    def rows(x: Array | None) -> jax.Array | None:
+        return None if x is None else jnp.full(valid.shape, x, jnp.float32)
+
+    return RolloutBatch(
+        tokens=tokens._replace(loss_mask=trained),
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        old_values=None if values is None else jnp.where(value_mask, values, 0.0),
+        advantages=jnp.where(trained, advantages, 0.0),
+        returns=returns,
+        value_mask=value_mask & jnp.any(trained, axis=1, keepdims=True),
+        rewards=rewards,
+        scores=scores,
+        sampler_logprobs=sampler_logprobs,
+        finished=finished,
+        valid=valid,
+        answer_mask=mask if config.mask_truncated or config.skip_equal_groups else None,
+        scaled_scores=None if scaled is scores else scaled,
+        temperature=rows(temperature),
+        kl_coef=rows(kl_coef) if config.kl_in == "loss" else None,
+    )
 
 
 def scale_scores(
