@@ -19,7 +19,8 @@ from jaxalign import losses
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
-from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import make_eval
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import (

@@ -160,7 +160,7 @@ class RankedBatch(NamedTuple):
 
     Attributes:
       answers: prompts with answers; every leaf is `[B, K, T]`, one answer a row of the last axis.
-      ranks: float32 `[B, K]`, larger is better; equal ranks say nothing about each other.
+      ranks: float32 `[B, K]`, larger is better; equal ranks are not compared.
       mask: bool `[B, K]`, which answers exist.
     """
 
@@ -213,13 +213,13 @@ class PromptBatch(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a reward says of a batch of answers.
+    """A reward's scores for a batch of answers.
 
     Attributes:
       values: float32 `[B]`.
-      applies: bool `[B]`, False where the reward has nothing to say of a row (its value is then 0
-        and counts nowhere). None: it speaks of every row.
-      parts: name → scores of the rewards that `values` was put together from; None: of one alone.
+      applies: bool `[B]`, False where the reward does not apply to a row (its value is then 0 and
+        counts nowhere). None: it applies to every row.
+      parts: name → scores of the rewards that `values` combines; None: of a single reward.
     """
 
     values: Array
@@ -231,7 +231,7 @@ class RolloutBatch(NamedTuple):
     """Sampled answers with all that a PPO update needs; made by `ppo.make_prepare`.
 
     Per-token arrays are `[B, T]` and aligned with `tokens.targets`: entry t belongs to the
-    action of choosing `targets[b, t]` after reading `inputs[b, :t + 1]`.
+    action of sampling `targets[b, t]` after `inputs[b, :t + 1]`.
 
     Attributes:
       tokens: prompts and answers; `loss_mask` marks the answer's tokens, stop token included.

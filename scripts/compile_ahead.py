@@ -28,7 +28,7 @@ from jax.experimental import topologies
 from jaxalign.algorithms import dpo, ppo, sft
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer

@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.algorithms import low_precision_adam
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, decays, make_optimizer, make_schedule
-from jaxalign.algorithms.step import init_state, opt_state_shardings
+from jaxalign.algorithms.state import init_state, opt_state_shardings
 from jaxalign.parallel.mesh import make_mesh
 
 

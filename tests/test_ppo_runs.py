@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign.algorithms import ppo
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.run import loop, tasks
 from jaxalign.run.config.runs import load_config
@@ -119,6 +120,26 @@ def test_dumps_are_aligned_with_tokens(run):
         for name in ("scores", "lengths"):
             assert sum(line[name]["counts"]) == 16
             assert len(line[name]["edges"]) == len(line[name]["counts"]) + 1
+
+
+def test_updates_are_packed_where_the_option_says_so(chat_models, tmp_path, monkeypatch):
+    """Packed rows hold several answers, so that what an answer has once is gone."""
+    parts = []
+    cut = ppo.minibatches
+
+    def see(*args, **options):
+        for part in cut(*args, **options):
+            parts.append(part)
+            yield part
+
+    monkeypatch.setattr(ppo, "minibatches", see)
+    changes = {"ppo": GRPO, "pack_updates": 8, "ppo_epochs": 1, "minibatches": 1}
+    options = {"steps": 1, "checkpoint": False, "export": False}
+    result = loop.train(settings(chat_models, tmp_path / "run", changes, **options))
+    assert len(parts) == 1
+    assert parts[0].scores is None
+    assert int(parts[0].tokens.loss_mask.sum()) > 0
+    assert np.isfinite(result.history[0]["loss"])
 
 
 def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):

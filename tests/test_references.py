@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign.algorithms.moving_reference import FollowState, ReferenceSync, follow
-from jaxalign.run import loop, tasks
+from jaxalign.algorithms.moving_reference import (
+    MovingReferenceState,
+    ReferenceSync,
+    with_moving_reference,
+)
+from jaxalign.run import loop as loop
+from jaxalign.run import tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, read_yaml
 from jaxalign.run.export import export_run
@@ -239,7 +244,7 @@ def test_shared_prompts_give_the_same_keys_and_log_probabilities(chat_models, tm
 def test_follow_moves_every_so_many_updates_by_hand():
     import optax
 
-    tx = follow(optax.sgd(1.0), ReferenceSync(every=2, alpha=0.25))
+    tx = with_moving_reference(optax.sgd(1.0), ReferenceSync(every=2, alpha=0.25))
     params = {"w": np.float32(8.0)}
     state = tx.init(params)
     seen = []
@@ -270,7 +275,7 @@ def test_another_models_weights_can_follow_and_start_as_they_are(
     changes = {"reference": other_model, "reference_sync": {"every": 8}}
     task = tasks.make_task(config("dpo", chat_models, tmp_path / "run", changes))
     _, params = jaxalign.load_pretrained(other_model)
-    assert isinstance(task.state.opt_state, FollowState)
+    assert isinstance(task.state.opt_state, MovingReferenceState)
     held = task.state.opt_state.reference
     for one, other in zip(jax.tree.leaves(held), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -1,49 +1,59 @@
-"""Figures by source: the same sums as of the whole batch, for the tokens or pairs of one source.
+"""Figures by source: the sums of the whole batch again, for the tokens or pairs of one source.
 
-metrics |= by_source("nll", nll, batch.loss_mask, batch.source_ids, sources)
+loss = by_source(loss, ("chat", "code"))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxalign.algorithms.loss import Entries, Figures, HiddenLoss, Terms
 from jaxalign.losses.masked import as_bool, last_index, weighted
-from jaxalign.types import Array, TokenBatch, Weighted
+from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 
-def by_source(
-    name: str, values: Array, mask: Array, source_ids: Array | None, sources: Sequence[str]
-) -> dict[str, Weighted]:
-    """`{name}/{source}` for each of several sources; nothing for one, or where none is recorded.
+def by_source(loss: HiddenLoss, names: Sequence[str]) -> HiddenLoss:
+    """The same loss, with figures for each of several data sources among its metrics.
 
     Args:
-      name: of the metric, such as "nll".
-      values: any shape; nothing flows back.
-      mask: the same shape, what counts.
-      source_ids: the same shape, from 0.
-      sources: their names.
+      loss: one that gives `Terms.entries`.
+      names: of the sources, in the order of the rows' `source_ids`. One or none: the loss itself.
+    """
+    if len(names) < 2:
+        return loss
+
+    def terms(params: Params, hidden: jax.Array, batch: Any) -> Terms:
+        result = loss.terms(params, hidden, batch)
+        return result._replace(metrics=result.metrics | figures_by_source(result.entries, names))
+
+    return loss._replace(terms=terms)
+
+
+def figures_by_source(entries: Entries | None, names: Sequence[str]) -> Figures:
+    """`{term}/{source}` for each source; nothing where sources are not recorded.
 
     Returns:
-      Sums with their weights, to be added up over the batches' parts; and, so that a source that a
-      batch lacks can be told from one whose mean is 0, `share/{source}`: its part of what counts.
+      Sums with their weights. Also `share/{source}`, the source's part of what counts: it tells a
+      source that is missing from one whose mean is 0.
     """
-    if source_ids is None or len(sources) < 2:
+    if entries is None or entries.source_ids is None:
         return {}
-    values = jax.lax.stop_gradient(jnp.asarray(values))
-    everything = jnp.sum(as_bool(mask), dtype=jnp.float32)
-    metrics: dict[str, Weighted] = {}
-    for number, source in enumerate(sources):
-        found = weighted(values, as_bool(mask) & (jnp.asarray(source_ids) == number))
-        metrics[f"{name}/{source}"] = found
-        metrics[f"share/{source}"] = Weighted(found.weight, everything)
-    return metrics
+    mask, source_ids = as_bool(entries.mask), jnp.asarray(entries.source_ids)
+    everything = jnp.sum(mask, dtype=jnp.float32)
+    figures: Figures = {}
+    for number, source in enumerate(names):
+        figure = weighted(entries.losses, mask & (source_ids == number))
+        figures[f"{entries.name}/{source}"] = figure
+        figures[f"share/{source}"] = Weighted(figure.weight, everything)
+    return figures
 
 
 def source_of_sequences(tokens: TokenBatch, sequences: Array, count: int = 1) -> jax.Array | None:
-    """The source of each sequence of a row, read at its end: `[B, count]`; None if not recorded.
+    """The data source of each sequence of a row: `[B, count]`; None if not recorded.
 
     Args:
       tokens: rows; all tokens of a sequence are of one source.
@@ -53,3 +63,9 @@ def source_of_sequences(tokens: TokenBatch, sequences: Array, count: int = 1) ->
     if tokens.source_ids is None:
         return None
     return jnp.take_along_axis(jnp.asarray(tokens.source_ids), last_index(sequences, count), axis=1)
+
+
+def source_of_rows(tokens: TokenBatch) -> jax.Array | None:
+    """The data source of rows of one sequence each: `[B]`; None if not recorded."""
+    source = source_of_sequences(tokens, tokens.segment_ids)
+    return None if source is None else source[:, 0]

@@ -93,10 +93,10 @@ def compile_step(
     Args:
       step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.
       state: concrete arrays or `ShapeDtypeStruct`s that carry shardings.
-      mesh: by default the one the state lies on, or else all devices along `fsdp`.
+      mesh: by default the state's, or else all devices along `fsdp`.
 
     Raises:
-      ValueError: the state lies on another mesh.
+      ValueError: the state is on another mesh.
     """
     mesh = mesh_of(state) if mesh is None else mesh
     return CompiledStep(step, state, make_mesh() if mesh is None else mesh)

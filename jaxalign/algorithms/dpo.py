@@ -3,7 +3,7 @@
     L = − log σ(β · (log π(y_c|x)/π_ref(y_c|x) − log π(y_r|x)/π_ref(y_r|x)))
 
 averaged over pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7); other
-forms by `loss_type`, see `losses.dpo`. The frozen reference acts in `prepare`: the step itself
+forms by `loss_type`, see `losses.preference`. The frozen reference acts in `prepare`: the step
 holds one model. SimPO, ORPO and CPO have no reference, and no `prepare`.
 
 Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
@@ -12,32 +12,43 @@ Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import FrozenDict
 
 from jaxalign.algorithms.by_source import by_source
-from jaxalign.algorithms.pairs import Answers, Pairs, layout, pair_mask, pair_sources, read_answers
-from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
+from jaxalign.algorithms.pairs import (
+    Answers,
+    Pairs,
+    answers_of,
+    layout,
+    pair_mask,
+    pair_sources,
+    read_answers,
+)
+from jaxalign.algorithms.prepare import Prepare
+from jaxalign.algorithms.step import Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.dpo import (
-    WHOLE_BATCH,
     as_types,
     as_weights,
     check_options,
     needs_reference,
+    needs_whole_batch,
     preference_loss,
 )
 from jaxalign.losses.masked import keep, weighted
-from jaxalign.losses.sft import nll
+from jaxalign.losses.preference import chosen_nll, option_names
 from jaxalign.losses.tokens import check_ld_alpha
-from jaxalign.models.base import LanguageModel, read_counts
+from jaxalign.models.base import LanguageModel
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, shard_batch, use_mesh
-from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, Weighted
+from jaxalign.types import PairBatch, Params, SharedPairBatch
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
 
@@ -47,8 +58,8 @@ class Config:
     """Options of DPO. One that has no effect on the chosen `loss_type` is refused.
 
     Attributes:
-      beta: β > 0, strength of the leash to the reference (τ in IPO, λ in ORPO).
-      loss_type: see `losses.dpo.preference_loss`; several are added up.
+      beta: β > 0, how closely the policy is held to the reference (τ in IPO, λ in ORPO).
+      loss_type: see `losses.preference`; several are added up.
       loss_weights: the weight of each of several types; None: 1 each.
       label_smoothing: in [0, 0.5): the assumed rate of flipped labels, for the types that use it.
       ipo_normalize: `ipo` only: divide log-ratios by answer length (as TRL).
@@ -56,6 +67,8 @@ class Config:
       f_alpha: α of `f_divergence="alpha_divergence"`.
       discopop_tau: `discopop` only: temperature of the switch between its halves.
       simpo_gamma: `simpo` only: the margin γ ≥ 0.
+      loss_options: options of the loss types that have no field here, by name; for losses added
+        with `losses.preference.register`.
       ld_alpha: in [0, 1]: what tokens beyond the shorter answer's length count in log-ratios
         (LD-DPO, see `losses.tokens`); None: 1.
       wpo_weighting: multiply a pair's loss by how likely its answers are under the policy (WPO,
@@ -73,6 +86,7 @@ class Config:
     f_alpha: float = 0.5
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
+    loss_options: Mapping[str, float | bool | str] = FrozenDict()
     ld_alpha: float | None = None
     wpo_weighting: bool = False
     sft_coef: float | None = None
@@ -80,8 +94,17 @@ class Config:
     def __post_init__(self):
         if not isinstance(self.loss_type, str):
             object.__setattr__(self, "loss_type", tuple(self.loss_type))
-        # The loss itself knows which options go together; let it speak before any data is read.
-        check_options(loss_type=self.loss_type, loss_weights=self.loss_weights, **self._options())
+        object.__setattr__(self, "loss_options", FrozenDict(self.loss_options))
+        for name, value in self.loss_options.items():
+            if hasattr(type(self), name):
+                raise ValueError(
+                    f"loss_options {name}={value!r}: wanted options without a field of their own; "
+                    f"set {name} itself"
+                )
+        # The loss checks its options before any data is read.
+        check_options(
+            loss_type=self.loss_type, loss_weights=self.loss_weights, **_loss_options(self)
+        )
         compared = set(self.types) - {"sft"}
         if self.ld_alpha is not None:
             check_ld_alpha(self.ld_alpha)
@@ -90,7 +113,7 @@ class Config:
                     f"ld_alpha={self.ld_alpha} has no effect on loss_type={self.loss_type!r}, "
                     "which has no log-ratios; leave it out"
                 )
-        if self.wpo_weighting and (not compared or compared & set(WHOLE_BATCH)):
+        if self.wpo_weighting and (not compared or needs_whole_batch(self.types)):
             raise ValueError(
                 f"wpo_weighting=True with loss_type={self.loss_type!r}: it weights pairs, and this "
                 "loss has none of its own; leave it out"
@@ -123,44 +146,12 @@ class Config:
         added = dict(zip(self.types, weights, strict=True)).get("sft", 0.0)
         return added + (1.0 if set(self.types) & {"orpo", "cpo"} else 0.0)
 
-    def _options(self) -> dict:
-        return {
-            "beta": self.beta,
-            "label_smoothing": self.label_smoothing,
-            "ipo_normalize": self.ipo_normalize,
-            "f_divergence": self.f_divergence,
-            "f_alpha": self.f_alpha,
-            "discopop_tau": self.discopop_tau,
-            "simpo_gamma": self.simpo_gamma,
-        }
 
-    def loss(
-        self,
-        answers: Answers,
-        ref_chosen_logps: jax.Array | None,
-        ref_rejected_logps: jax.Array | None,
-        mask: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`losses.dpo.preference_loss` with these options, without its `sft` part.
-
-        That part is an average over tokens, not pairs: the step adds it as a term of its own.
-        """
-        weights = zip(self.types, as_weights(self.types, self.loss_weights), strict=True)
-        pairwise = {name: weight for name, weight in weights if name != "sft"}
-        losses, *rewards = preference_loss(
-            answers.chosen,
-            answers.rejected,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            loss_type=tuple(pairwise) or "sigmoid",  # for the rewards
-            loss_weights=tuple(pairwise.values()) or None,
-            chosen_lengths=answers.chosen_lengths,
-            rejected_lengths=answers.rejected_lengths,
-            pair_weights=answers.weights,
-            mask=mask,
-            **self._options(),
-        )
-        return losses if pairwise else jnp.zeros_like(losses), rewards[0], rewards[1]
+def _loss_options(config: Config) -> dict[str, Any]:
+    """The arguments of `preference_loss` that a config holds: its fields of the same names."""
+    names = ("beta", "f_divergence", "f_alpha", *option_names())
+    fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return fields | dict(config.loss_options)
 
 
 def pair_logps(
@@ -173,7 +164,7 @@ def pair_logps(
 
 def make_prepare(
     model: LanguageModel, config: Config | None = None
-) -> Callable[[Params, AnyPairs], AnyPairs]:
+) -> Prepare[[Params, AnyPairs], AnyPairs]:
     """Builds `prepare(ref_params, batch) -> batch` with the reference's log-probabilities added.
 
     The reference may be any parameters of `model`; run it once an epoch, or once and keep the
@@ -203,49 +194,42 @@ def make_prepare(
             chosen, rejected = logps(ref_params, batch)
         return batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
-    return prepare
+    def lower(ref_params: Params, batch: Pairs) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(ref_params)):
+            return logps.lower(ref_params, batch)
+
+    return Prepare(prepare, lower)
 
 
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The DPO loss: `preference` weighted by pairs, `sft` by tokens, and the model's own terms.
+    """The DPO loss: `preference`, averaged over pairs, and `sft`, over the chosen answers' tokens.
 
     With several `sources`, the names of the rows' `source_ids`, also `preference/<source>` of each.
     """
     config = Config() if config is None else config
     sft_weight = config.sft_weight
 
-    def count(batch: Pairs) -> dict[str, Array]:
+    def count(batch: Pairs) -> Sums:
         mask = pair_mask(batch)
-        counts: dict[str, Array] = {"preference": jnp.sum(mask, dtype=jnp.float32)}
+        counts: Sums = {"preference": jnp.sum(mask, dtype=jnp.float32)}
         if sft_weight:
-            counts["sft"] = jnp.sum(keep(layout(batch).lengths()[0], mask))
-        return counts | read_counts(model, layout(batch).tokens)
+            counts["sft"] = weighted(layout(batch).lengths()[0], mask).total
+        return counts
 
-    def reference(batch: Pairs, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        if not config.has_reference:
-            return None, None
-        if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
-            raise ValueError(
-                "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "
-                "add them with dpo.make_prepare(model)(ref_params, batch)"
-            )
-        return keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)
-
-    def terms(params: Params, batch: Pairs) -> tuple[dict[str, Array], dict[str, Weighted]]:
+    def terms(params: Params, hidden: jax.Array, batch: Pairs) -> Terms:
         mask = pair_mask(batch)
-        ref_chosen, ref_rejected = reference(batch, mask)
-        answers = read_answers(
+        reference = _reference_logps(batch, mask) if config.has_reference else (None, None)
+        answers = answers_of(
             model,
             params,
+            hidden,
             batch,
             ld_alpha=config.ld_alpha,
             wpo_weighting=config.wpo_weighting,
         )
-        losses, chosen_rewards, rejected_rewards = config.loss(
-            answers, ref_chosen, ref_rejected, mask
-        )
+        losses, chosen_rewards, rejected_rewards = _pair_losses(config, answers, reference, mask)
         values = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
@@ -256,20 +240,52 @@ def make_loss(
         }
         if answers.weights is not None:
             values["weights"] = answers.weights
-        metrics = {k: weighted(jax.lax.stop_gradient(v), mask) for k, v in values.items()}
-        metrics |= by_source("preference", losses, mask, pair_sources(batch), sources)
-        sums: dict[str, Array] = {"preference": weighted(losses, mask).total}
+        metrics = {name: weighted(value, mask) for name, value in values.items()}
+        sums: Sums = {"preference": weighted(losses, mask).total}
         if sft_weight:
-            tokens = weighted(answers.chosen_lengths, mask).total
-            total = weighted(nll(answers.plain_chosen), mask).total
-            sums["sft"] = sft_weight * total
-            metrics["nll"] = Weighted(jax.lax.stop_gradient(total), tokens)
-        for name, term in answers.extra.items():
-            sums[name] = term.total
-            metrics[name] = jax.lax.stop_gradient(term)
-        return sums, metrics
+            metrics["nll"] = chosen_nll(answers.plain_chosen, answers.chosen_lengths, mask)
+            sums["sft"] = sft_weight * metrics["nll"].total
+        return Terms(sums, metrics, Entries("preference", losses, mask, pair_sources(batch)))
 
-    return Loss(count, terms)
+    loss = HiddenLoss(lambda batch: layout(batch).tokens, count, terms)
+    return with_model_terms(by_source(loss, sources), model)
+
+
+def _reference_logps(batch: Pairs, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The reference's log-probabilities of both answers, 0 where there is no pair."""
+    if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
+        raise ValueError(
+            "the DPO batch has no ref_chosen_logps / ref_rejected_logps; "
+            "add them with dpo.make_prepare(model)(ref_params, batch)"
+        )
+    return keep(batch.ref_chosen_logps, mask), keep(batch.ref_rejected_logps, mask)
+
+
+def _pair_losses(
+    config: Config,
+    answers: Answers,
+    reference: tuple[jax.Array | None, jax.Array | None],
+    mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`preference_loss` without its `sft` part: (losses, chosen rewards, rejected rewards).
+
+    That part is an average over tokens, not pairs: it is a term of its own.
+    """
+    weights = zip(config.types, as_weights(config.types, config.loss_weights), strict=True)
+    pairwise = {name: weight for name, weight in weights if name != "sft"}
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        answers.chosen,
+        answers.rejected,
+        *reference,
+        loss_type=tuple(pairwise) or "sigmoid",  # for the rewards
+        loss_weights=tuple(pairwise.values()) or None,
+        chosen_lengths=answers.chosen_lengths,
+        rejected_lengths=answers.rejected_lengths,
+        pair_weights=answers.weights,
+        mask=mask,
+        **_loss_options(config),
+    )
+    return losses if pairwise else jnp.zeros_like(losses), chosen_rewards, rejected_rewards
 
 
 def make_step(
@@ -292,7 +308,7 @@ def make_step(
 
 def check_micro_batches(config: Config, micro_batches: int) -> None:
     """Refuses to cut a batch whose loss sorts all of its pairs: the result would depend on it."""
-    if micro_batches > 1 and set(config.types) & set(WHOLE_BATCH):
+    if micro_batches > 1 and needs_whole_batch(config.types):
         raise ValueError(
             f"micro_batches={micro_batches} with loss_type={config.loss_type!r}: it compares all "
             "pairs of a batch with one another; use micro_batches=1 (and more devices, or fewer "

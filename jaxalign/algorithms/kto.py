@@ -13,22 +13,24 @@ Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.algorithms.by_source import by_source, source_of_sequences
-from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.by_source import by_source, source_of_rows
+from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
+from jaxalign.algorithms.prepare import Prepare
+from jaxalign.algorithms.step import Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.kto import check_options, kl_estimate, kto_loss
 from jaxalign.losses.masked import as_bool, keep, masked_sum, weighted
-from jaxalign.models.base import LanguageModel, combine, read, read_counts
+from jaxalign.models.base import LanguageModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, shard_batch, use_mesh
-from jaxalign.types import Array, Params, TokenBatch, TrainState, UnpairedBatch, Weighted
+from jaxalign.types import Params, TokenBatch, TrainState, UnpairedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,10 @@ class Config:
     """Options of KTO.
 
     Attributes:
-      beta: β > 0, strength of the leash to the reference.
+      beta: β > 0, how closely the policy is held to the reference.
       desirable_weight: λ_D > 0.
-      undesirable_weight: λ_U > 0. The paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3, n how many
-        answers of each kind the data has.
+      undesirable_weight: λ_U > 0. The paper recommends λ_D n_D / (λ_U n_U) between 1 and 4/3, with
+        n the number of answers of each kind in the data.
     """
 
     beta: float = 0.1
@@ -54,28 +56,33 @@ class Config:
         )
 
 
-def answer_logps(
-    model: LanguageModel, params: Params, tokens: TokenBatch
-) -> tuple[jax.Array, dict[str, Weighted]]:
-    """Summed log-probability of each row's answer, float32 `[B]`, and the model's own terms."""
-    hidden, extra = read(model, params, tokens)
+def hidden_logps(
+    model: LanguageModel, params: Params, hidden: jax.Array, tokens: TokenBatch
+) -> jax.Array:
+    """Summed log-probability of each row's answer, float32 `[B]`, from hidden states."""
     logprobs = target_logprobs(model, params, hidden, tokens.targets, mask=tokens.loss_mask)
-    return masked_sum(logprobs, tokens.loss_mask, axis=1), extra
+    return masked_sum(logprobs, tokens.loss_mask, axis=1)
+
+
+def answer_logps(model: LanguageModel, params: Params, tokens: TokenBatch) -> jax.Array:
+    """Summed log-probability of each row's answer, float32 `[B]`."""
+    hidden, _ = read(model, params, tokens)
+    return hidden_logps(model, params, hidden, tokens)
 
 
 def make_prepare(
     model: LanguageModel, reference: LanguageModel | None = None
-) -> Callable[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
+) -> Prepare[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
     """Builds `prepare(state, ref_params, batch) -> batch` with `ref_logps` and `kl` added.
 
-    The estimate is over the whole batch, however the step may cut it; the policy is read once more
-    for it, without a gradient. Run it for every batch: the policy moves.
+    The estimate is over the whole batch, however the step may cut it. It takes one more forward
+    pass of the policy, without a gradient. Run it for every batch: the policy moves.
 
     Args:
       model: the policy.
       reference: the model of `ref_params`; None: the same.
     """
-    other = model if reference is None else reference
+    reference = model if reference is None else reference
 
     @jax.jit
     def compare(
@@ -84,11 +91,11 @@ def make_prepare(
         ref_params = on_device(ref_params)
         exists = jnp.any(as_bool(batch.mismatched.loss_mask), axis=1)
         kl = kl_estimate(
-            answer_logps(model, policy, batch.mismatched)[0],
-            answer_logps(other, ref_params, batch.mismatched)[0],
+            answer_logps(model, policy, batch.mismatched),
+            answer_logps(reference, ref_params, batch.mismatched),
             exists,
         )
-        return answer_logps(other, ref_params, batch.tokens)[0], jnp.full(exists.shape, kl)
+        return answer_logps(reference, ref_params, batch.tokens), jnp.full(exists.shape, kl)
 
     def prepare(state: TrainState, ref_params: Params, batch: UnpairedBatch) -> UnpairedBatch:
         mesh = mesh_of(ref_params)
@@ -98,13 +105,17 @@ def make_prepare(
             logps, kl = compare(combine(state.params, state.frozen), ref_params, batch)
         return batch._replace(ref_logps=logps, kl=kl)
 
-    return prepare
+    def lower(state: TrainState, ref_params: Params, batch: UnpairedBatch) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(ref_params)):
+            return compare.lower(combine(state.params, state.frozen), ref_params, batch)
+
+    return Prepare(prepare, lower)
 
 
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The KTO loss: `kto` weighted by answers, and the model's own terms.
+    """The KTO loss: `kto`, averaged over answers.
 
     With several `sources`, the names of the rows' `source_ids`, also `kto/<source>` of each.
     """
@@ -113,18 +124,17 @@ def make_loss(
     def exists(batch: UnpairedBatch) -> jax.Array:
         return jnp.any(as_bool(batch.tokens.loss_mask), axis=1)
 
-    def count(batch: UnpairedBatch) -> dict[str, Array]:
-        answers = jnp.sum(exists(batch), dtype=jnp.float32)
-        return {"kto": answers, **read_counts(model, batch.tokens)}
+    def count(batch: UnpairedBatch) -> Sums:
+        return {"kto": jnp.sum(exists(batch), dtype=jnp.float32)}
 
-    def terms(params: Params, batch: UnpairedBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
+    def terms(params: Params, hidden: jax.Array, batch: UnpairedBatch) -> Terms:
         if batch.ref_logps is None or batch.kl is None:
             raise ValueError(
                 "the KTO batch has no ref_logps / kl; add them with "
                 "kto.make_prepare(model)(state, ref_params, batch)"
             )
         mask = exists(batch)
-        logps, extra = answer_logps(model, params, batch.tokens)
+        logps = hidden_logps(model, params, hidden, batch.tokens)
         kl = keep(batch.kl, mask)
         losses, rewards = kto_loss(
             logps,
@@ -135,7 +145,6 @@ def make_loss(
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
         )
-        logps, rewards = jax.lax.stop_gradient((logps, rewards))
         good = mask & as_bool(batch.desirable)
         bad = mask & ~as_bool(batch.desirable)
         metrics = {
@@ -145,16 +154,13 @@ def make_loss(
             "logps/rejected": weighted(logps, bad),
             "kl": weighted(kl, mask),
         }
-        source = source_of_sequences(batch.tokens, batch.tokens.segment_ids)
-        known = None if source is None else source[:, 0]
-        metrics |= by_source("kto", losses, mask, known, sources)
-        sums: dict[str, Array] = {"kto": weighted(losses, mask).total}
-        for name, term in extra.items():
-            sums[name] = term.total
-            metrics[name] = jax.lax.stop_gradient(term)
-        return sums, metrics
+        source = source_of_rows(batch.tokens)
+        return Terms(
+            {"kto": weighted(losses, mask).total}, metrics, Entries("kto", losses, mask, source)
+        )
 
-    return Loss(count, terms)
+    loss = HiddenLoss(lambda batch: batch.tokens, count, terms)
+    return with_model_terms(by_source(loss, sources), model)
 
 
 def make_step(

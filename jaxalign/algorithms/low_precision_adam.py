@@ -1,13 +1,13 @@
-"""Adam whose two moments take 2 bytes each (bfloat16) or 1 (int8), rounded at random.
+"""Adam whose two moments take 2 bytes each (bfloat16) or 1 (int8), with stochastic rounding.
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   update = m̂ / (√v̂ + ε)
 
-(Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1), in float32; only what is kept
-between two updates is small. With β₂ = 0.999 a step changes v by a thousandth of itself, less than
-half of what either form can tell apart, so that rounding to the nearest would keep v where it is
-for ever. Values are therefore rounded up or down at random with the odds that make the expectation
-exact (Gupta et al. 2015, https://arxiv.org/abs/1502.02551, §3.1). The random numbers are a function
-of the update's number: a resumed run draws the same, on any mesh.
+(Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1). The arithmetic is float32; only
+the moments between two updates are small. With β₂ = 0.999 a step changes v by a thousandth of
+itself, less than half a step of either format: rounded to nearest, v would never move. Values are
+therefore rounded up or down at random, with odds that make the expectation exact (Gupta et al.
+2015, https://arxiv.org/abs/1502.02551, §3.1). The random numbers are a function of the update's
+number: a resumed run rounds alike, on any mesh.
 
 int8 is a logarithmic form over a float32 scale s, the largest magnitude of each row (the last axis
 of a parameter): block-wise quantisation with a non-linear map, as 8-bit Adam has it (Dettmers et
@@ -26,18 +26,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxalign.types import Array
 
 MOMENTS = ("float32", "bfloat16", "int8")
-"""How Adam's moments may be kept."""
+"""Formats of Adam's moments."""
 
 _M_LEVELS, _M_OCTAVE = 127, 6
 _V_LEVELS, _V_OCTAVE = 255, 8
 
 
 class SmallMoments(NamedTuple):
-    """What is kept between two updates.
+    """The state between two updates.
 
     Attributes:
       count: updates so far, int32.
@@ -52,10 +53,27 @@ class SmallMoments(NamedTuple):
     nu_scale: Any = None
 
 
+def row_scale_spec(path: tuple[Any, ...], spec: PartitionSpec, rank: int) -> PartitionSpec | None:
+    """How int8's scales are sharded: `[…, 1]`, one a row of the parameter, as those rows are.
+
+    Args:
+      path: of a leaf in an optimizer's state.
+      spec: of its parameter.
+      rank: number of the parameter's dimensions.
+
+    Returns:
+      None for any other leaf.
+    """
+    scales = ("mu_scale", "nu_scale")
+    if not any(getattr(key, "name", None) in scales for key in path):
+        return None
+    return PartitionSpec(*tuple(spec)[: max(rank - 1, 0)])
+
+
 def scale_by_small_adam(
     kind: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """Like `optax.scale_by_adam`, with the moments kept in "bfloat16" or "int8".
+    """Like `optax.scale_by_adam`, with moments in "bfloat16" or "int8".
 
     Raises:
       ValueError: another kind.
@@ -81,40 +99,41 @@ def scale_by_small_adam(
         del params
         count = state.count + 1
         leaves, tree = jax.tree.flatten(updates)
-        kept = [
+        moments = [
             [None] * len(leaves) if part is None else tree.flatten_up_to(part) for part in state[1:]
         ]
         key = jax.random.fold_in(jax.random.key(0), count)
         first, second = 1 - jnp.float32(b1) ** count, 1 - jnp.float32(b2) ** count
 
-        def one(key: Any, g: Any, mu: Any, nu: Any, mu_scale: Any, nu_scale: Any) -> Any:
+        def update_leaf(key: Any, g: Any, mu: Any, nu: Any, mu_scale: Any, nu_scale: Any) -> Any:
+            """(update, (mu, nu, mu_scale, nu_scale)) of one parameter, or of one of its layers."""
             narrow, g = g.dtype == jnp.bfloat16, g.astype(jnp.float32)
             m = b1 * _decode_m(mu, mu_scale) + (1 - b1) * g
             v = b2 * _decode_v(nu, nu_scale) + (1 - b2) * jnp.square(g)
-            made = (m / first) / (jnp.sqrt(v / second) + eps)
-            m_key, v_key, made_key = jax.random.split(key, 3)
+            step = (m / first) / (jnp.sqrt(v / second) + eps)
+            m_key, v_key, step_key = jax.random.split(key, 3)
             if narrow:  # of bfloat16 weights: an update takes no more memory than its gradient
-                made = to_bfloat16(made_key, made)
+                step = to_bfloat16(step_key, step)
             if kind == "bfloat16":
-                return made, (to_bfloat16(m_key, m), to_bfloat16(v_key, v), None, None)
+                return step, (to_bfloat16(m_key, m), to_bfloat16(v_key, v), None, None)
             (m_code, m_scale), (v_code, v_scale) = encode_m(m_key, m), encode_v(v_key, v)
-            return made, (m_code, v_code, m_scale, v_scale)
+            return step, (m_code, v_code, m_scale, v_scale)
 
-        made, news = [], []
-        for number, leaf in enumerate(zip(leaves, *kept, strict=True)):
+        steps, states = [], []
+        for number, leaf in enumerate(zip(leaves, *moments, strict=True)):
             leaf_key, layers = jax.random.fold_in(key, number), leaf[0].shape[:-2]
             if layers:  # layer by layer, so that only one layer's moments are float32 at a time
                 keys = jax.random.split(leaf_key, layers[0])
-                update, new = jax.lax.map(lambda each: one(*each), (keys, *leaf))
+                step, new = jax.lax.map(lambda layer: update_leaf(*layer), (keys, *leaf))
             else:
-                update, new = one(leaf_key, *leaf)
-            made.append(update)
-            news.append(new)
+                step, new = update_leaf(leaf_key, *leaf)
+            steps.append(step)
+            states.append(new)
         parts = [
-            None if kept[i] and kept[i][0] is None else tree.unflatten([new[i] for new in news])
-            for i in range(4)
+            None if old and old[0] is None else tree.unflatten([new[i] for new in states])
+            for i, old in enumerate(moments)
         ]
-        return tree.unflatten(made), SmallMoments(count, *parts)
+        return tree.unflatten(steps), SmallMoments(count, *parts)
 
     return optax.GradientTransformation(init, update)
 
@@ -147,12 +166,12 @@ def _row(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], 1) if shape else ()
 
 
-def _decode_m(kept: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return kept.astype(jnp.float32) if scale is None else decode_m(kept, scale)
+def _decode_m(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return stored.astype(jnp.float32) if scale is None else decode_m(stored, scale)
 
 
-def _decode_v(kept: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return kept.astype(jnp.float32) if scale is None else decode_v(kept, scale)
+def _decode_v(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return stored.astype(jnp.float32) if scale is None else decode_v(stored, scale)
 
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -176,12 +195,12 @@ def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor:
 
 
 def round_weights_at_random() -> optax.GradientTransformation:
-    """Makes updates of bfloat16 weights land on a neighbour at random, others stay what they are.
+    """Stochastic rounding of bfloat16 weights; other updates pass unchanged.
 
-    A step of 1e-6 is less than half of what bfloat16 can tell apart in a weight of 0.001 or more:
-    rounded to the nearest, the weight never moves. The sum is taken in float32 here and rounded up
-    or down with the odds that make its expectation exact; the update is then the difference, which
-    bfloat16 holds exactly. Comes last in a chain, and wants the parameters.
+    A step of 1e-6 is less than half the spacing of bfloat16 at a weight of 0.001 or more: rounded
+    to nearest, the weight never moves. The sum is computed in float32 and rounded up or down, with
+    odds that make its expectation exact. The update is the difference, which bfloat16 holds
+    exactly. Comes last in a chain, and needs the parameters.
     """
 
     def narrow(leaf: Any) -> bool:
@@ -197,23 +216,24 @@ def round_weights_at_random() -> optax.GradientTransformation:
             return updates, state
         key = jax.random.fold_in(jax.random.key(1), state.count)
         leaves, tree = jax.tree.flatten(updates)
-        made = []
+        rounded = []
         for number, (u, p) in enumerate(zip(leaves, tree.flatten_up_to(params), strict=True)):
             if narrow(p):
-                whole = p.astype(jnp.float32) + u.astype(jnp.float32)
-                u = to_bfloat16(jax.random.fold_in(key, number), whole) - p
-            made.append(u)
-        return tree.unflatten(made), optax.ScaleByScheduleState(count=state.count + 1)
+                moved = p.astype(jnp.float32) + u.astype(jnp.float32)
+                u = to_bfloat16(jax.random.fold_in(key, number), moved) - p
+            rounded.append(u)
+        return tree.unflatten(rounded), optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
 
 def to_bfloat16(key: jax.Array, x: jax.Array) -> jax.Array:
-    """float32 → bfloat16, up or down: what is cut off, plus a random number, carries or not.
+    """float32 → bfloat16, rounded up or down at random; the expectation is x.
 
-    The expectation is x; what bfloat16 holds exactly stays.
+    A random number is added to the 16 bits that are cut off: their carry rounds up. What bfloat16
+    holds exactly stays.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    kept = (bits + noise) >> 16
-    return jax.lax.bitcast_convert_type(kept.astype(jnp.uint16), jnp.bfloat16)
+    upper = (bits + noise) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

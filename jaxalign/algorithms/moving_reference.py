@@ -1,11 +1,11 @@
-"""A reference that follows the policy (TR-DPO), kept in the optimizer's state.
+"""A moving reference (TR-DPO): an optax wrapper with the reference in the optimizer's state.
 
 Gorbatovski et al. 2024 (https://arxiv.org/abs/2404.09656): every so many updates
 
     θ_ref ← α θ + (1 − α) θ_ref
 
 α < 1 is their soft update (with `every: 1` a moving average), α = 1 the hard one. As part of the
-optimizer's state the reference is laid out like the parameters, saved, and resumed exactly.
+optimizer's state the reference is sharded like the parameters, saved, and resumed exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxalign.types import Array, Params, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferenceSync:
-    """When and how far the reference follows the policy.
+    """When and how far the reference moves to the policy.
 
     Attributes:
       every: updates between two moves of the reference.
@@ -39,7 +39,7 @@ class ReferenceSync:
             raise ValueError(f"reference_sync alpha={self.alpha}: wanted 0 < alpha ≤ 1")
 
 
-class FollowState(NamedTuple):
+class MovingReferenceState(NamedTuple):
     """The wrapped optimizer's state, and the reference.
 
     Attributes:
@@ -53,19 +53,23 @@ class FollowState(NamedTuple):
     inner: Any
 
 
-def follow(tx: optax.GradientTransformation, sync: ReferenceSync) -> optax.GradientTransformation:
-    """The same optimizer, with a reference in its state that starts as the parameters."""
+def with_moving_reference(
+    tx: optax.GradientTransformation, sync: ReferenceSync
+) -> optax.GradientTransformation:
+    """The same optimizer with a reference in its state, which starts as the parameters."""
 
-    def init(params: Params) -> FollowState:
-        return FollowState(
+    def init(params: Params) -> MovingReferenceState:
+        return MovingReferenceState(
             jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params), tx.init(params)
         )
 
     def update(
         updates: Any, state: Any, params: Params | None = None, **_: Any
-    ) -> tuple[Any, FollowState]:
+    ) -> tuple[Any, MovingReferenceState]:
         if params is None:
-            raise ValueError("follow(tx) wants the parameters: update(updates, state, params)")
+            raise ValueError(
+                "with_moving_reference(tx) wants the parameters: update(updates, state, params)"
+            )
         updates, inner = tx.update(updates, state.inner, params)
         count = state.count + 1
         moves = count % sync.every == 0
@@ -75,15 +79,17 @@ def follow(tx: optax.GradientTransformation, sync: ReferenceSync) -> optax.Gradi
             return jnp.where(moves, moved.astype(reference.dtype), reference)
 
         reference = jax.tree.map(move, state.reference, optax.apply_updates(params, updates))
-        return updates, FollowState(count, reference, inner)
+        return updates, MovingReferenceState(count, reference, inner)
 
     return optax.GradientTransformation(init, update)
 
 
 def reference_of(state: TrainState) -> Params:
-    """The reference in the state of an optimizer made by `follow`."""
-    if not isinstance(state.opt_state, FollowState):
-        raise ValueError("the train state holds no reference; make its optimizer with `follow`")
+    """The reference in the state of an optimizer made by `with_moving_reference`."""
+    if not isinstance(state.opt_state, MovingReferenceState):
+        raise ValueError(
+            "the train state holds no reference; make its optimizer with `with_moving_reference`"
+        )
     return state.opt_state.reference
 
 
@@ -93,11 +99,11 @@ def start_reference(state: TrainState, ref_params: Params) -> TrainState:
     Raises:
       ValueError: they differ in structure or shape from the trained parameters.
     """
-    here, there = (jax.tree.map(jnp.shape, x) for x in (reference_of(state), ref_params))
-    if here != there:
+    shapes, ref_shapes = (jax.tree.map(jnp.shape, x) for x in (reference_of(state), ref_params))
+    if shapes != ref_shapes:
         raise ValueError(
-            "the reference has another shape than the policy, so that it cannot follow it; use the "
-            "model that the policy started from, or no reference_sync"
+            "the reference has another shape than the policy, so that it cannot move to it; use "
+            "the model that the policy started from, or no reference_sync"
         )
     copy = jax.tree.map(
         lambda new, old: jax.device_put(jnp.array(new, old.dtype, copy=True), old.sharding),

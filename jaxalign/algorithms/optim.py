@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: optax, put together the way alignment recipes do."""
+"""Optimizers and learning-rate schedules: optax, combined as alignment recipes do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxalign.algorithms.low_precision_adam import (
     scale_by_small_adam,
 )
 from jaxalign.parallel.host_memory import offload_state
+from jaxalign.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -33,10 +34,10 @@ class OptimizerConfig:
       b1, b2, eps: Adam's.
       weight_decay: on matrices (embeddings and heads too), not on norms and biases.
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
-      moments: how Adam's two moments are kept between updates: "float32" (8 bytes a parameter; in
-        bfloat16 where the parameters are), "bfloat16" (4) or "int8" (2); see
+      moments: the type of Adam's two moments between updates: "float32" (8 bytes a parameter,
+        whatever the parameters' type), "bfloat16" (4) or "int8" (2); see
         `jaxalign.algorithms.low_precision_adam`.
-      offload: keep them in the host's memory between updates.
+      offload: keep the moments in host memory between updates.
     """
 
     learning_rate: float = 1e-5
@@ -78,7 +79,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
-        after: Any = optax.constant_schedule(peak)
+        after = optax.constant_schedule(peak)
     else:
         if config.total_steps is None:
             raise ValueError(
@@ -99,15 +100,15 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def decays(params: Any) -> Any:
-    """Which leaves weight decay applies to: all but norms' scales and biases."""
+def decays(params: Params) -> Any:
+    """Which parameters weight decay applies to: all but norms' scales and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) not in ("scale", "bias"), params
     )
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` for parameters of any type: left to itself, Adam's moments take the parameters'."""
+    """`tx` with float32 gradients, parameters and moments; without it, moments have their type."""
 
     def cast(tree: Any) -> Any:
         return optax.tree.cast(tree, jnp.float32)
@@ -119,7 +120,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
-    """Clipping, then AdamW with the configured schedule; bfloat16 weights are rounded at random."""
+    """Clipping, then AdamW with the configured schedule; bfloat16 weights round stochastically."""
     config = OptimizerConfig() if config is None else config
     schedule = make_schedule(config)
     if config.moments == "float32":

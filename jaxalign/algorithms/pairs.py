@@ -13,7 +13,7 @@ from jaxalign.losses.masked import segment_sum
 from jaxalign.losses.tokens import length_desensitised, wpo_weight
 from jaxalign.models.base import LanguageModel, read
 from jaxalign.models.lm_head import target_logprobs
-from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch, Weighted
+from jaxalign.types import Array, PairBatch, Params, SharedPairBatch, TokenBatch
 
 Pairs = PairBatch | SharedPairBatch
 
@@ -134,7 +134,6 @@ class Answers(NamedTuple):
       chosen_lengths: its tokens, float32.
       rejected_lengths: the same of the rejected one.
       weights: the WPO weight of the pair, or None.
-      extra: loss terms of the model itself, see `models.base.read`.
     """
 
     chosen: jax.Array
@@ -143,7 +142,6 @@ class Answers(NamedTuple):
     chosen_lengths: jax.Array
     rejected_lengths: jax.Array
     weights: jax.Array | None
-    extra: dict[str, Weighted]
 
 
 def read_answers(
@@ -154,7 +152,7 @@ def read_answers(
     ld_alpha: float | None = None,
     wpo_weighting: bool = False,
 ) -> Answers:
-    """Runs the model over a pair batch and adds up what it says of each answer.
+    """Runs the model over a pair batch and sums log-probabilities over each answer.
 
     Args:
       model: a language model.
@@ -163,9 +161,31 @@ def read_answers(
       ld_alpha: see `losses.tokens.length_desensitised`; None: all tokens alike.
       wpo_weighting: compute `weights`.
     """
+    hidden, _ = read(model, params, layout(batch).tokens)
+    return answers_of(model, params, hidden, batch, ld_alpha=ld_alpha, wpo_weighting=wpo_weighting)
+
+
+def answers_of(
+    model: LanguageModel,
+    params: Params,
+    hidden: jax.Array,
+    batch: Pairs,
+    *,
+    ld_alpha: float | None = None,
+    wpo_weighting: bool = False,
+) -> Answers:
+    """`read_answers` from the hidden states of the batch's rows.
+
+    Args:
+      model: a language model.
+      params: its parameters.
+      hidden: its hidden states on `layout(batch).tokens`, `[R, T, D]`.
+      batch: pairs, side by side or with shared prompts.
+      ld_alpha: see `losses.tokens.length_desensitised`; None: all tokens alike.
+      wpo_weighting: compute `weights`.
+    """
     where = layout(batch)
     tokens = where.tokens
-    hidden, extra = read(model, params, tokens)
     mask = tokens.loss_mask
     logprobs = target_logprobs(model, params, hidden, tokens.targets, mask=mask)
     plain = where.sum_answers(logprobs)
@@ -184,7 +204,7 @@ def read_answers(
         squares = where.sum_answers(jax.lax.stop_gradient(2 * logprobs - doubled))
         chosen, rejected = map(wpo_weight, plain, squares, lengths)
         weights = chosen * rejected
-    return Answers(*logps, plain[0], *lengths, weights, extra)
+    return Answers(*logps, plain[0], *lengths, weights)
 
 
 def _ranks(where: Layout) -> jax.Array:

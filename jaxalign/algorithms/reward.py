@@ -27,13 +27,15 @@ import jax
 import optax
 
 from jaxalign.algorithms import objectives
-from jaxalign.algorithms.objectives import Examples, Objective, Sums
-from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.by_source import by_source
+from jaxalign.algorithms.loss import Figures, Loss, run_model, with_model_terms
+from jaxalign.algorithms.objectives import Examples, Objective
+from jaxalign.algorithms.step import Step, loss_figures
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.models.base import ScalarModel, combine, read, read_counts
+from jaxalign.models.base import ScalarModel, combine
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.sharding import constrain
-from jaxalign.types import Array, Params, TrainState, Weighted
+from jaxalign.types import TrainState
 
 OBJECTIVES = ("pairs", "ranking", "regression", "steps")
 RANKINGS = ("plackett_luce", "all_pairs")
@@ -95,42 +97,36 @@ class Config:
 def make_loss(
     scorer: ScalarModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The loss of the configured objective, and what the model itself adds (`read`).
+    """The loss of the configured objective.
 
-    The objective's term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With
-    several `sources`, the names of the rows' `source_ids`, also that term of each source.
+    Its term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With several
+    `sources`, the names of the rows' `source_ids`, also that term of each source.
 
     Raises:
       ValueError: a regression with a scorer whose attributes are others than the config's.
     """
-    objective = _objective(scorer, Config() if config is None else config, sources)
-
-    def terms(params: Params, batch: Any) -> Sums:
-        _, sums, metrics = _judge(scorer, objective, params, batch)
-        return sums, metrics
-
-    return Loss(lambda batch: _count(scorer, objective, batch), terms)
+    objective = _objective(scorer, Config() if config is None else config)
+    return with_model_terms(by_source(objective.loss, sources), scorer)
 
 
 def make_measure(
     scorer: ScalarModel, config: Config | None = None
-) -> Callable[[TrainState, Any], tuple[dict[str, Weighted], Examples]]:
+) -> Callable[[TrainState, Any], tuple[Figures, Examples]]:
     """Builds `measure(state, batch) -> ({metric: Weighted}, examples)`, jitted, for held-out data.
 
     Metrics are those of `algorithms.step.make_eval`, to be added up over batches. Examples are the
-    scores themselves with what they are to be compared with, from which
-    `jaxalign.rewards.evaluation` makes
-    intervals, calibration and histograms; on a mesh, whole on every device.
+    scores with what they are compared with; `jaxalign.rewards.evaluation` makes intervals,
+    calibration and histograms of them. On a mesh every device holds all of them.
     """
     objective = _objective(scorer, Config() if config is None else config)
+    run = run_model(objective.loss, scorer)
+    count = with_model_terms(objective.loss, scorer).count
 
     @jax.jit
-    def measure(state: TrainState, batch: Any) -> tuple[dict[str, Weighted], Examples]:
-        params = combine(state.params, state.frozen)
-        scores, sums, metrics = _judge(scorer, objective, params, batch)
-        counts = _count(scorer, objective, batch)
-        metrics |= {f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()}
-        examples = objective.examples(scores, batch)
+    def measure(state: TrainState, batch: Any) -> tuple[Figures, Examples]:
+        terms = run(combine(state.params, state.frozen), batch)
+        metrics = terms.metrics | loss_figures(terms.sums, count(batch))
+        examples = objective.examples(terms.outputs, batch)
         return metrics, {name: constrain(value, "") for name, value in examples.items()}
 
     return measure
@@ -148,21 +144,7 @@ def make_step(
     return _make_step(make_loss(scorer, config, sources=sources), tx, micro_batches)
 
 
-def _count(scorer: ScalarModel, objective: Objective, batch: Any) -> dict[str, Array]:
-    return {**objective.count(batch), **read_counts(scorer, objective.tokens(batch))}
-
-
-def _judge(
-    scorer: ScalarModel, objective: Objective, params: Params, batch: Any
-) -> tuple[jax.Array, dict[str, Array], dict[str, Weighted]]:
-    """(scores, `{term: sum}`, `{metric: Weighted}`) in one forward pass."""
-    hidden, extra = read(scorer, params, objective.tokens(batch))
-    scores = objective.score(params, hidden, batch)
-    sums, metrics = objective.judge(scores, batch)
-    return scores, sums | {name: term.total for name, term in extra.items()}, metrics | extra
-
-
-def _objective(scorer: ScalarModel, config: Config, sources: Sequence[str] = ()) -> Objective:
+def _objective(scorer: ScalarModel, config: Config) -> Objective:
     if config.objective == "regression":
         if not isinstance(scorer, Scorer) or scorer.attributes != config.attributes:
             has = getattr(scorer, "attributes", ())
@@ -170,10 +152,10 @@ def _objective(scorer: ScalarModel, config: Config, sources: Sequence[str] = ())
                 f"reward attributes={list(config.attributes)}: the scorer has {list(has)}; wanted "
                 "the same names in the same order (with_scalar_head(…, attributes=…))"
             )
-        return objectives.regression(scorer, sources)
+        return objectives.regression(scorer)
     if config.objective == "steps":
-        return objectives.steps(scorer, sources)
+        return objectives.steps(scorer)
     center, smoothing = config.center_coef, config.label_smoothing
     if config.objective == "ranking":
-        return objectives.ranking(scorer, config.ranking, center, smoothing, sources)
-    return objectives.pairs(scorer, center, smoothing, sources)
+        return objectives.ranking(scorer, config.ranking, center, smoothing)
+    return objectives.pairs(scorer, center, smoothing)

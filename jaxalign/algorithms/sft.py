@@ -13,17 +13,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.by_source import by_source
-from jaxalign.algorithms.step import Loss, Step
+from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
+from jaxalign.algorithms.step import Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.losses.masked import weighted
 from jaxalign.losses.sft import nll
-from jaxalign.models.base import LanguageModel, read, read_counts
+from jaxalign.models.base import LanguageModel
 from jaxalign.models.lm_head import target_sum
-from jaxalign.types import Array, Params, TokenBatch, Weighted
+from jaxalign.types import Params, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,29 +43,29 @@ class Config:
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The SFT loss: `nll` weighted by trained tokens, and what the model itself adds (`read`).
+    """The SFT loss: `nll`, averaged over trained tokens.
 
     With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each.
     """
     config = Config() if config is None else config
 
-    def count(batch: TokenBatch) -> dict[str, Array]:
-        trained = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-        return {"nll": trained, **read_counts(model, batch)}
+    def count(batch: TokenBatch) -> Sums:
+        return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
 
-    def terms(params: Params, batch: TokenBatch) -> tuple[dict[str, Array], dict[str, Weighted]]:
-        hidden, extra = read(model, params, batch)
-        found = target_sum(
-            model, params, hidden, batch.targets, batch.loss_mask, entropy=config.log_entropy
+    def terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
+        mask = batch.loss_mask
+        target = target_sum(
+            model, params, hidden, batch.targets, mask, entropy=config.log_entropy
+        )  # log π of the targets, [B, T], and Σ m · log π
+        entropy = target.entropy
+        return Terms(
+            {"nll": -target.total},
+            {} if entropy is None else {"entropy": weighted(entropy, mask)},
+            Entries("nll", nll(target.logprobs), mask, batch.source_ids),
         )
-        metrics = dict(extra)
-        if found.entropy is not None:
-            metrics["entropy"] = weighted(found.entropy, batch.loss_mask)
-        losses = nll(found.logprobs)
-        metrics |= by_source("nll", losses, batch.loss_mask, batch.source_ids, sources)
-        return {"nll": -found.total} | {name: term.total for name, term in extra.items()}, metrics
 
-    return Loss(count, terms)
+    loss = HiddenLoss(lambda batch: batch, count, terms)
+    return with_model_terms(by_source(loss, sources), model)
 
 
 def make_step(

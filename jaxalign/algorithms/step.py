@@ -1,98 +1,29 @@
-"""The one train step that all four algorithms share.
+"""The one train step that all algorithms share.
 
     step(state, batch) -> (state, metrics)
 
-An algorithm gives a `Loss`: how much each of its terms weighs in a batch (`count`), and the sums
-themselves (`terms`). The step divides every sum by the weight of the *whole* batch, so that loss,
-gradient and metrics are the same however the batch is cut into micro-batches or spread over
-devices.
+An algorithm gives a `Loss` (`algorithms.loss`): how much each of its terms weighs in a batch
+(`count`), and the sums themselves (`terms`). The step divides every sum by the weight of the
+*whole* batch, so that loss, gradient and metrics are the same however the batch is cut into
+micro-batches or spread over devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxalign.algorithms.loss import Figures, Loss, Sums
 from jaxalign.models.base import combine
-from jaxalign.parallel.host_memory import HOST, is_offloaded
-from jaxalign.parallel.sharding import mesh_of, replicated, row_axes, row_shards
+from jaxalign.parallel.sharding import row_axes, row_shards
 from jaxalign.types import Array, Params, TrainState, Weighted
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-
-
-class Loss(NamedTuple):
-    """A sum of terms, each an average over its own weight.
-
-    Attributes:
-      count: batch → `{term: weight}`; reads masks only.
-      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`). The loss is
-        `Σ_term sum / weight`.
-    """
-
-    count: Callable[[Any], dict[str, Array]]
-    terms: Callable[[Params, Any], tuple[dict[str, Array], dict[str, Weighted]]]
-
-
-def init_state(
-    params: Params, tx: optax.GradientTransformation, frozen: Params | None = None
-) -> TrainState:
-    """Makes a train state; copies the parameters, because steps donate their state.
-
-    Args:
-      params: what is trained. Where its leaves lie on a mesh, the optimizer state follows them.
-      tx: any optax transformation.
-      frozen: parameters the forward pass needs but that are not trained (shared, not copied).
-    """
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    mesh = mesh_of(params)
-    if mesh is None:
-        opt_state = jax.jit(tx.init)(params)
-        step = jnp.zeros((), jnp.int32)
-    else:
-        layout = opt_state_shardings(params, tx)
-        opt_state = jax.jit(tx.init, out_shardings=layout)(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step, params, {} if frozen is None else frozen, opt_state)
-
-
-def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any:
-    """Shardings of `tx`'s state: moments lie as their parameters do, counters everywhere.
-
-    Args:
-      params: arrays, or `ShapeDtypeStruct`s with shardings, on one mesh.
-      tx: the optax transformation.
-    """
-    mesh = mesh_of(params)
-    if mesh is None:
-        raise ValueError("the parameters lie on no mesh; load them with mesh=…")
-    everywhere = replicated(mesh)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
-
-    def like(path: Any, leaf: Any) -> NamedSharding:
-        # A moment sits in the optimizer's state under the path of its parameter. (optax's own
-        # tree_map_params cannot see through `optax.partition`.) Statistics of another shape than
-        # their parameter lie everywhere, but for those of its rows, which lie as the rows do.
-        for start in range(len(path)):
-            param = by_path.get(path[start:])
-            if param is not None and param.shape == leaf.shape:
-                return param.sharding
-            if param is not None and leaf.shape and leaf.shape == (*param.shape[:-1], 1):
-                rows = tuple(param.sharding.spec)[: len(leaf.shape) - 1]
-                return NamedSharding(mesh, PartitionSpec(*rows))
-        return everywhere
-
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        layout = like(path, leaf)
-        return layout.with_memory_kind(HOST) if is_offloaded(path, leaf) else layout
-
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def split_rows(batch: Any, parts: int) -> Any:
@@ -140,10 +71,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         counts = loss.count(batch)
 
-        def objective(params: Params, part: Any) -> tuple[jax.Array, dict[str, Weighted]]:
+        def objective(params: Params, part: Any) -> tuple[jax.Array, Figures]:
             sums, metrics = loss.terms(combine(params, state.frozen), part)
+            _check_terms(sums, counts)
             value = sum(Weighted(total, counts[name]).mean() for name, total in sums.items())
-            return jnp.asarray(value, jnp.float32), metrics
+            return jnp.asarray(value, jnp.float32), jax.lax.stop_gradient(metrics)
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         if micro_batches == 1:
@@ -162,6 +94,14 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
     return step
 
 
+def _check_terms(sums: Sums, counts: Sums) -> None:
+    if sums.keys() != counts.keys():
+        raise ValueError(
+            f"the loss has the terms {', '.join(sums)} and weights for {', '.join(counts)}; wanted "
+            "the same names from Loss.terms and Loss.count"
+        )
+
+
 def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, Any, Params]:
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(gradient, params, first)
@@ -174,18 +114,21 @@ def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, A
     return value, metrics, grads
 
 
-def make_eval(loss: Loss) -> Callable[[TrainState, Any], dict[str, Weighted]]:
+def make_eval(loss: Loss) -> Callable[[TrainState, Any], Figures]:
     """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add them up over batches.
 
     Includes `loss/<term>` for each term of the loss.
     """
 
     @jax.jit
-    def evaluate(state: TrainState, batch: Any) -> dict[str, Weighted]:
+    def evaluate(state: TrainState, batch: Any) -> Figures:
         sums, metrics = loss.terms(combine(state.params, state.frozen), batch)
-        counts = loss.count(batch)
-        return metrics | {
-            f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()
-        }
+        return metrics | loss_figures(sums, loss.count(batch))
 
     return evaluate
+
+
+def loss_figures(sums: Sums, counts: Sums) -> Figures:
+    """`loss/<term>` for each term of a loss: its sum and weight."""
+    _check_terms(sums, counts)
+    return {f"loss/{name}": Weighted(total, counts[name]) for name, total in sums.items()}

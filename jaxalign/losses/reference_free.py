@@ -51,7 +51,9 @@ def simpo(
     """
     chosen, rejected = _per_token(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     rewards = beta * chosen, beta * rejected
-    losses = sigmoid(rewards[0] - simpo_gamma, rewards[1], beta=1.0, smoothing=label_smoothing)
+    losses = sigmoid(
+        rewards[0] - simpo_gamma, rewards[1], beta=1.0, label_smoothing=label_smoothing
+    )
     return losses, *rewards
 
 
@@ -84,7 +86,7 @@ def orpo(
     Array([0.6931472], dtype=float32)
     """
     chosen, rejected = _per_token(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
-    losses = sigmoid(_log_odds(chosen), _log_odds(rejected), beta=1.0, smoothing=0.0)
+    losses = sigmoid(_log_odds(chosen), _log_odds(rejected), beta=1.0, label_smoothing=0.0)
     return beta * losses, beta * chosen, beta * rejected
 
 
@@ -114,7 +116,7 @@ def cpo(
     Array([0.6931472], dtype=float32)
     """
     chosen, rejected = as_float32(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    losses = sigmoid(chosen, rejected, beta=beta, smoothing=label_smoothing)
+    losses = sigmoid(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
     return losses, beta * chosen, beta * rejected
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
-from jaxalign.algorithms.moving_reference import follow
+from jaxalign.algorithms.moving_reference import with_moving_reference
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import Step
 from jaxalign.hf import families
@@ -142,7 +142,7 @@ def _kto(config: Any, mesh: Mesh) -> Parts:
 
 def _preference_optimizer(config: Any) -> Any:
     tx = _optimizer(config.optimizer)
-    return tx if config.reference_sync is None else follow(tx, config.reference_sync)
+    return tx if config.reference_sync is None else with_moving_reference(tx, config.reference_sync)
 
 
 def _reference(

@@ -17,7 +17,7 @@ from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.kto import answer_logps
 from jaxalign.algorithms.pairs import read_answers
 from jaxalign.algorithms.ppo.experience import make_experience
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.lm_head import head_chunks, pooled_scores

@@ -18,7 +18,7 @@ from _ppo import PAD, Rollouts, read_rollouts
 
 import jaxalign as ja
 from jaxalign import ppo
-from jaxalign.algorithms.ppo import answers
+from jaxalign.algorithms.ppo import prepare as ppo_prepare
 from jaxalign.commands.bench.case import cached_rows, row_parts
 from jaxalign.rewards import model_reward
 from jaxalign.sampling.generate import sample
@@ -51,7 +51,7 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
     for number, lengths in enumerate(job.steps):
         start = time.perf_counter()
         # The peer's answers end where its `generate` is told to; so do ours.
-        answers.sample = functools.partial(sample, lengths=np.array(lengths))
+        ppo_prepare.sample = functools.partial(sample, lengths=np.array(lengths))
         rollout = prepare(jax.random.key(number), state, reference, prompts)
         prepared = time.perf_counter()
         metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout)]

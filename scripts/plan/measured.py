@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan import make_plan
 from jaxalign.plan.parts import PARTS

@@ -5,7 +5,8 @@ import numpy as np
 import tiny
 
 from jaxalign.algorithms import dpo, reward, sft
-from jaxalign.algorithms.by_source import by_source, source_of_sequences
+from jaxalign.algorithms.by_source import figures_by_source, source_of_sequences
+from jaxalign.algorithms.loss import Entries
 from jaxalign.types import PairBatch, TokenBatch
 
 
@@ -13,7 +14,7 @@ def test_against_a_loop():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(3, 7)).astype(np.float32)
     mask, ids = rng.random((3, 7)) < 0.6, rng.integers(0, 2, (3, 7))
-    found = by_source("nll", values, mask, ids, ("a", "b", "none"))
+    found = figures_by_source(Entries("nll", values, mask, ids), ("a", "b", "none"))
     for number, name in enumerate(("a", "b")):
         kept = [
             v for v, m, i in zip(values.flat, mask.flat, ids.flat, strict=True) if m and i == number
@@ -21,8 +22,8 @@ def test_against_a_loop():
         np.testing.assert_allclose(found[f"nll/{name}"].mean(), np.mean(kept), rtol=1e-6)
         np.testing.assert_allclose(found[f"share/{name}"].mean(), len(kept) / mask.sum(), rtol=1e-6)
     assert found["share/none"].mean() == found["nll/none"].weight == 0
-    assert by_source("nll", values, mask, None, ("a", "b")) == {}
-    assert by_source("nll", values, mask, ids, ("a",)) == {}
+    assert figures_by_source(Entries("nll", values, mask, None), ("a", "b")) == {}
+    assert figures_by_source(None, ("a", "b")) == {}
 
 
 def test_the_source_of_packed_sequences():
@@ -45,6 +46,8 @@ def test_sft_logs_each_source():
     ids = np.array([0, 1, 1, 0])
     mixed = batch._replace(source_ids=np.repeat(ids[:, None], 9, axis=1).astype(np.int32))
     params = tiny.random_params(tiny.DECODER)
+    of_one = sft.make_loss(tiny.DECODER, sources=("a",))
+    assert jax.eval_shape(of_one.terms, params, mixed)[1] == {}
     loss = sft.make_loss(tiny.DECODER, sources=("a", "b"))
     sums, metrics = jax.jit(loss.terms)(params, mixed)
     plain = jax.jit(sft.make_loss(tiny.DECODER).terms)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import make_eval
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import PromptBatch
@@ -193,6 +194,43 @@ def test_rollout_metrics_by_hand(rollout):
         metrics["critic/explained_variance"], 1 - (returns - old).var() / returns.var(), rtol=1e-4
     )
     assert metrics["logprobs/max_difference"] < 1e-4
+
+
+def test_figures_do_not_depend_on_how_rows_are_batched(rollout):
+    """Sums and weights by hand; 3 and 5 rows add up to the 8 of the whole, one of them empty."""
+    whole = ppo.rollout_figures(rollout)
+    rows = np.asarray(rollout.tokens.loss_mask).sum(1)
+    assert int(whole["response/length"].total) == rows.sum()
+    assert int(whole["response/length"].weight) == 7
+    assert int(whole["logprobs/mean_difference"].weight) == rows.sum()
+    gaps = np.asarray(rollout.old_logprobs - rollout.ref_logprobs)
+    np.testing.assert_allclose(whole["objective/kl"].total, gaps.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        whole["objective/non_score_reward"].total, -CONFIG.kl_coef * gaps.sum(), rtol=1e-4
+    )
+    parts = [
+        ppo.rollout_figures(jax.tree.map(lambda x, part=part: x[part], rollout))
+        for part in (slice(0, 3), slice(3, 8))
+    ]
+    summed = jax.tree.map(jnp.add, *parts)
+    for name, figure in whole.items():
+        np.testing.assert_allclose(summed[name], figure, 1e-5, 1e-5, err_msg=name)
+    # All metrics but these are means over rows, which the figures hold.
+    alone = {
+        "objective/scores_std", "response/length_min", "response/length_max", "val/num_eos_tokens",
+        "logprobs/max_difference", "critic/explained_variance",
+    }  # fmt: skip
+    assert set(ppo.rollout_metrics(rollout)) - set(whole) == alone
+
+
+def test_experience_lowers_as_it_runs(state, reference, rollout):
+    """The program of `lower` for shapes is the one that makes the rollout."""
+    tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), rollout.tokens)
+    columns = jnp.pad(rollout.sampler_logprobs, ((0, 0), (0, 1)))
+    args = (state, reference, tokens, rollout.scores, rollout.finished, columns)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    made = prepare().lower(*shapes).compile()(*args)
+    np.testing.assert_allclose(made.returns, rollout.returns, 1e-5, 1e-5)
 
 
 def test_several_devices_make_the_same_rollout(rollout, state, reference):

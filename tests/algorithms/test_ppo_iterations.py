@@ -8,7 +8,7 @@ import tiny
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.types import PromptBatch

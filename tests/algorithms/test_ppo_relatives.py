@@ -11,7 +11,10 @@ import tiny
 from test_ppo import KEY, length_reward, prompts
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.algorithms.ppo.advantages import CRITIC_FREE
+from jaxalign.algorithms.ppo.config import ESTIMATORS
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import make_eval
 from jaxalign.types import RolloutBatch, Weighted
 
 RLOO = ppo.Config(
@@ -52,6 +55,26 @@ def again(config, state, reference, rollout, **changes):
     experience = ppo.make_experience(tiny.DECODER, None, config)
     given = {"scores": rollout.scores, "finished": rollout.finished} | changes
     return experience(state, reference, tokens, given["scores"], given["finished"], sampled)
+
+
+def test_every_estimator_has_a_function():
+    """What `Config` admits and what `experience` looks up are one list."""
+    assert set(ESTIMATORS) == {"gae", *CRITIC_FREE}
+
+
+def test_advantages_are_whitened_where_the_option_says_so(policy, reference, rollout):
+    """RLOO's are not by default, REINFORCE++'s are: each the other way round."""
+    mask = np.asarray(rollout.tokens.loss_mask)
+    raw = np.asarray(rollout.advantages, np.float64)[mask]
+    white = again(dataclasses.replace(RLOO, whiten_advantages=True), policy, reference, rollout)
+    want = (raw - raw.mean()) / raw.std()
+    np.testing.assert_allclose(np.asarray(white.advantages)[mask], want, rtol=1e-3, atol=1e-4)
+    config = dataclasses.replace(RLOO, advantage_estimator="reinforce++", whiten_advantages=False)
+    plain = again(config, policy, reference, rollout)
+    # γ = 1: the rewards from a token on.
+    rewards = np.asarray(rollout.rewards, np.float64)
+    want = rewards[:, ::-1].cumsum(1)[:, ::-1][mask]
+    np.testing.assert_allclose(np.asarray(plain.advantages)[mask], want, rtol=1e-3, atol=1e-4)
 
 
 def test_answers_to_a_prompt_are_adjacent_and_read_the_same_prompt(rollout):

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import yaml
 
 from jaxalign.algorithms import dpo, kto
 from jaxalign.algorithms.pairs import layout, read_answers
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
+from jaxalign.losses import preference
 from jaxalign.models.decoder import Decoder
+from jaxalign.run.config.yaml import build, to_values
 from jaxalign.types import PairBatch, SharedPairBatch, UnpairedBatch
 
 LENGTHS = ((9, 6), (5, 11), (8, 8))
@@ -35,6 +38,10 @@ def sides():
 def lay(documents, length=12):
     groups = tiny.alone(len(documents), 4)  # and an empty row
     return tiny.token_batch(tiny.lay(documents, groups, length))
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def token_logprobs(params, document):
@@ -91,6 +98,37 @@ def test_every_option_of_dpo_against_numpy(params, sides):
     assert means["weights"] == pytest.approx(np.mean(weights), rel=1e-4)
 
 
+def test_a_loss_from_outside_trains_by_its_options(params, sides, monkeypatch):
+    """Registered in one call; its option comes from the config, which YAML can hold."""
+    monkeypatch.setattr(preference, "TABLE", dict(preference.TABLE))
+
+    def hinge_from(chosen, rejected, *, beta, hinge_at):
+        return jax.nn.relu(hinge_at - beta * (chosen - rejected))
+
+    preference.register("hinge_from", hinge_from, {"hinge_at": preference.Option(1.0)})
+    config = dpo.Config(loss_type="hinge_from", loss_options={"hinge_at": 4.0}, beta=0.2)
+    batch = PairBatch(lay(sides[0]), lay(sides[1]), *np.append(REF, [[0], [0]], 1).astype("f4"))
+    step = jax.jit(dpo.make_step(tiny.DECODER, tiny_sgd(), config))
+    _, metrics = step(init_state(params, tiny_sgd()), batch)
+    losses = []
+    for pair in range(3):
+        c, r = (token_logprobs(params, side[pair])[0].sum() for side in sides)
+        losses.append(max(0, 4 - 0.2 * ((c - REF[0, pair]) - (r - REF[1, pair]))))
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    # A config is data: hashable, equal by value, written and read as YAML.
+    values = yaml.safe_load(yaml.safe_dump(to_values(config)))
+    assert values["loss_options"] == {"hinge_at": 4.0}
+    assert build(dpo.Config, values) == config
+    assert hash(build(dpo.Config, values)) == hash(config)
+    assert dpo.Config(loss_type="hinge_from") != config
+    with pytest.raises(ValueError, match=r"hinge_to=1.0: no preference loss has this option"):
+        dpo.Config(loss_type="hinge_from", loss_options={"hinge_to": 1.0})
+    with pytest.raises(ValueError, match=r"loss_options simpo_gamma=0.3.*set simpo_gamma itself"):
+        dpo.Config(loss_type="simpo", loss_options={"simpo_gamma": 0.3})
+    with pytest.raises(ValueError, match=r"hinge_at=4.0 has no effect on loss_type='sigmoid'"):
+        dpo.Config(loss_options={"hinge_at": 4.0})
+
+
 def test_the_reference_counts_tails_as_the_policy_does(params, sides):
     batch = PairBatch(lay(sides[0]), lay(sides[1]))
     config = dpo.Config(ld_alpha=0.3)
@@ -101,6 +139,10 @@ def test_the_reference_counts_tails_as_the_policy_does(params, sides):
     assert ready.ref_chosen_logps[0] == pytest.approx(want, rel=1e-5)
     _, metrics = jax.jit(dpo.make_loss(tiny.DECODER, config).terms)(params, ready)
     assert metrics["rewards/chosen"].total == pytest.approx(0, abs=1e-4)
+    # What is lowered for shapes is what runs, `ld_alpha` included.
+    lowered = dpo.make_prepare(tiny.DECODER, config).lower(*shapes_of((params, batch)))
+    chosen, _ = lowered.compile()(params, batch)
+    assert chosen[0] == pytest.approx(want, rel=1e-5)
 
 
 def test_published_sft_terms_and_refusals():
@@ -135,7 +177,10 @@ def test_kto_prepares_a_batch_with_what_all_of_it_says(params, sides):
     desirable = np.array([True, False, True, False])
     batch = UnpairedBatch(lay(own), desirable, mismatched)
     state = init_state(params, tiny_sgd())
-    ready = kto.make_prepare(tiny.DECODER)(state, reference, batch)
+    prepare = kto.make_prepare(tiny.DECODER)
+    ready = prepare(state, reference, batch)
+    lowered = prepare.lower(*shapes_of((state, reference, batch)))
+    np.testing.assert_array_equal(lowered.compile()(params, reference, batch)[1], ready.kl)
 
     def ratio(document):
         one, two = (token_logprobs(p, document)[0].sum() for p in (params, reference))

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.ppo.packing import lay_out, packed_shape
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.ppo.packing import packed_shape, plan_rows
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import shard_batch
 from jaxalign.types import RolloutBatch, TokenBatch
@@ -67,13 +67,13 @@ def test_layout_by_hand():
     assert packed_shape(5, 8, 7, 16, 1) == (2, 16)
     assert packed_shape(5, 8, 9, 16, 1) == (3, 8)
     assert packed_shape(5, 8, 9, 16, 4) == (4, 8)
-    layout = lay_out(kept, [4, 0, 1, 2, 3], sizes=16)
+    layout = plan_rows(kept, [4, 0, 1, 2, 3], sizes=16)
     # By decreasing length: 6 5 | 3 2 fill one row of 16.
     assert layout.segment_ids.tolist() == [[1] * 6 + [2] * 5 + [3] * 3 + [4] * 2]
     assert layout.row[0].tolist() == [4] * 6 + [0] * 5 + [1] * 3 + [3] * 2
     assert layout.column[0].tolist() == [*range(2, 8), *range(3, 8), *range(5, 8), 6, 7]
     # Full rows stay as they are.
-    assert lay_out(np.ones((4, 8), bool), range(4), sizes=16) is None
+    assert plan_rows(np.ones((4, 8), bool), range(4), sizes=16) is None
 
 
 @pytest.fixture(scope="module")

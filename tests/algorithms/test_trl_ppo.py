@@ -12,7 +12,8 @@ import oracle
 import pytest
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.step import init_state, make_eval
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
 from jaxalign.models.lm_head import pooled_scores
 from jaxalign.parallel.jax_private import count_compiled

@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.types import PairBatch
 

@@ -13,7 +13,7 @@ import tiny
 
 from jaxalign.algorithms import dpo, ppo, reward, sft
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.types import PairBatch, RolloutBatch
 
 # Lengths as uneven as they come: the weights of micro-batches and devices all differ.

@@ -14,7 +14,7 @@ import tiny
 from jaxalign.algorithms import sft
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated

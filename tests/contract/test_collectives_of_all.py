@@ -13,7 +13,7 @@ import tiny
 from jaxalign.algorithms import dpo, ppo, reward
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.mesh import make_mesh

@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 from cases import CASES, LENGTH, ROWS
 
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
@@ -183,10 +184,8 @@ def test_resume_is_continue_bit_for_bit(case, tmp_path):
     assert loop == {"position": 2}
     resumed, got = run(resumed, range(2, 4))
     assert step.compiles == 1
-    for one, other in zip(want, got, strict=True):
-        assert one == other
-    for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(want, got)
+    chex.assert_trees_all_equal(jax.device_get(straight), jax.device_get(resumed))
 
 
 def test_rows_that_do_not_divide_are_refused(case):

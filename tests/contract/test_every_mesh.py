@@ -22,7 +22,7 @@ from test_contract import same
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import opt_state_shardings
+from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.mesh import make_mesh

@@ -9,7 +9,7 @@ from cases import CASES
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.types import PromptBatch
 

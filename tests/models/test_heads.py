@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms.optim import make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import (
     Scorer,

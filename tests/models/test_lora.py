@@ -8,7 +8,7 @@ import tiny
 from jaxalign.algorithms import sft
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora

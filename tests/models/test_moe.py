@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.algorithms import sft
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder

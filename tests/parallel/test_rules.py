@@ -11,7 +11,7 @@ import yaml
 from jax.sharding import PartitionSpec
 
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.commands import cli
 from jaxalign.models.attention.kv_cache import split
 from jaxalign.models.lm_head import target_logprobs

@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state, opt_state_shardings
+from jaxalign.algorithms.state import init_state, opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.rules import RULES

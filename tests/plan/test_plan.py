@@ -16,7 +16,7 @@ import pytest
 import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.algorithms.moving_reference import FollowState
+from jaxalign.algorithms.moving_reference import MovingReferenceState
 from jaxalign.commands import cli
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.mesh import make_mesh
@@ -139,7 +139,7 @@ def test_what_a_reference_takes(overrides, held, shapes, tmp_path):
     assert bool(sizes) == bool(held)
     follows = run.reference_sync is not None
     state = jax.eval_shape(parts.tx.init, parts.params)
-    assert isinstance(state, FollowState) == follows
+    assert isinstance(state, MovingReferenceState) == follows
     if run.dpo.has_reference:
         assert parts.batch.ref_chosen_logps.shape == (8,)
 

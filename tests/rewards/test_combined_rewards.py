@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from answered import TOK, answered
 
-from jaxalign.algorithms.ppo import RolloutBatch, rollout_metrics
+from jaxalign.algorithms.ppo import rollout_metrics
 from jaxalign.rewards import RewardError, combine_rewards, text_reward
-from jaxalign.types import Scores
+from jaxalign.types import RolloutBatch, Scores
 
 ROWS = [{"task": "sum", "worth": 2.0}, {"task": "chat", "worth": 4.0}, {"task": "sum", "worth": 8}]
 BATCH = answered([("p", "one"), ("q", "two!"), ("r", "three"), ("", "")])

@@ -1,20 +1,21 @@
-"""What PPO carries from one iteration to the next besides its weights: plain numbers, JSON-able."""
+"""PPO's state between iterations besides its weights: KL coefficient and score statistics.
+
+Plain numbers, so that a checkpoint keeps them as JSON.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.algorithms.ppo.config import Config
 from jaxalign.losses.ppo import adaptive_kl_coef, missing_eos_penalty
 from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, RolloutBatch
-
-if TYPE_CHECKING:
-    from jaxalign.algorithms.ppo import Config
 
 
 class ScoreStats(NamedTuple):
@@ -36,18 +37,18 @@ class ScoreStats(NamedTuple):
         spread = math.sqrt(self.squares / self.count) if self.count else 0.0
         return spread if spread > 0 else 1.0
 
-    def add(self, scores: Any, valid: Any) -> ScoreStats:
-        """With the valid ones of `scores` `[B]` taken in: Chan et al. 1983, equation 2.1."""
+    def add(self, scores: Array, valid: Array) -> ScoreStats:
+        """The statistics with the valid ones of `scores` `[B]`: Chan et al. 1983, equation 2.1."""
         scores, valid = all_gather_rows((scores, valid))
-        new = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
-        if not new.size:
+        added = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
+        if not added.size:
             return self
-        count, gap = self.count + new.size, float(new.mean()) - self.mean
-        squares = self.squares + float(np.square(new - new.mean()).sum())
+        count, gap = self.count + added.size, float(added.mean()) - self.mean
+        squares = self.squares + float(np.square(added - added.mean()).sum())
         return ScoreStats(
             count,
-            self.mean + gap * new.size / count,
-            squares + gap * gap * self.count * new.size / count,
+            self.mean + gap * added.size / count,
+            squares + gap * gap * self.count * added.size / count,
         )
 
 
@@ -61,7 +62,7 @@ def next_score_stats(stats: ScoreStats, rollout: RolloutBatch) -> ScoreStats:
 def running_scale(
     scores: Array, answers: Generation, penalty: float, stats: ScoreStats | None
 ) -> tuple[np.float32, np.float32]:
-    """(mean, standard deviation) of all scores so far, these ones and their penalties included."""
+    """(mean, standard deviation) of all scores so far, with these after their penalties."""
     answered = jnp.any(answers.mask, axis=1)
     penalised = missing_eos_penalty(scores, answers.finished, penalty)
     stats = (ScoreStats() if stats is None else stats).add(penalised, answered)

@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling: other prompts in the places of those whose answers all score alike."""
+"""DAPO's dynamic sampling: zero-variance groups are replaced by groups of further prompts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxalign.types import Array, RolloutBatch
 def fill_equal_groups(
     rollout: RolloutBatch, other: RolloutBatch, samples: int
 ) -> tuple[RolloutBatch, int]:
-    """Puts groups of `other` in the places of groups of `rollout` that have nothing to learn from.
+    """Replaces zero-variance groups of `rollout` by groups of `other` that have a signal.
 
-    A group, the `samples` answers to one prompt, has nothing to learn from where all its answers
-    score alike: group-relative advantages are 0 (Yu et al. 2025, arXiv 2503.14476, eq. 11). Groups
-    are taken in order, each at most once, and whole: advantages, which compare the answers of a
-    group, stay what they were. Every process must call this.
+    A group is the `samples` answers to one prompt. Where they all score alike, group-relative
+    advantages are 0 (Yu et al. 2025, arXiv 2503.14476, eq. 11). Groups move whole, in order, each
+    at most once, so that advantages, which compare the answers of a group, stay valid. Every
+    process must call this.
 
     Args:
       rollout: B answers `[B, T]`.
@@ -29,8 +29,8 @@ def fill_equal_groups(
       samples: answers a prompt.
 
     Returns:
-      A rollout of B answers and max(T, S) columns, and how many of its groups still have nothing to
-      learn from.
+      A rollout of B answers and max(T, S) columns, and how many of its groups still have zero
+      variance.
     """
     empty, _ = _groups(rollout, samples)
     _, useful = _groups(other, samples)
@@ -39,28 +39,28 @@ def fill_equal_groups(
     if not count:
         return rollout, len(places)
     rows = np.arange(len(empty) * samples).reshape(-1, samples)
-    theirs = np.arange(len(useful) * samples).reshape(-1, samples) + rows.size
-    rows[places[:count]] = theirs[donors[:count]]
+    other_rows = np.arange(len(useful) * samples).reshape(-1, samples) + rows.size
+    rows[places[:count]] = other_rows[donors[:count]]
     return _take(rollout, other, rows.reshape(-1)), len(places) - count
 
 
 def count_equal_groups(rollout: RolloutBatch, samples: int) -> int:
-    """How many groups have nothing to learn from; every process must call this."""
+    """How many groups have zero variance; every process must call this."""
     return int(_groups(rollout, samples)[0].sum())
 
 
 def _groups(rollout: RolloutBatch, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """bool `[B / samples]`, of the groups that are no padding: scored alike, and not."""
+    """(zero variance, some variance), bool `[B / samples]` each; False for padding in both."""
     scores, valid = all_gather_rows((rollout.scores, rollout.valid))
     alike = np.asarray(equal_groups(scores, valid, samples)).reshape(-1, samples)[:, 0]
-    there = np.asarray(valid, bool).reshape(-1, samples).any(1)
-    return alike & there, ~alike & there
+    real = np.asarray(valid, bool).reshape(-1, samples).any(1)
+    return alike & real, ~alike & real
 
 
 @jax.jit
 def _take(rollout: RolloutBatch, other: RolloutBatch, rows: Array) -> RolloutBatch:
     def both(a: Any, b: Any) -> jax.Array:
-        if a.ndim > 1 and a.shape[1] != b.shape[1]:  # of another bucket: columns that hold nothing
+        if a.ndim > 1 and a.shape[1] != b.shape[1]:  # of another bucket: pad columns
             a, b = (
                 jnp.pad(x, ((0, 0), (0, max(a.shape[1], b.shape[1]) - x.shape[1]))) for x in (a, b)
             )

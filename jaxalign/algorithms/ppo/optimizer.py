@@ -12,8 +12,8 @@ from jaxalign.types import Params
 
 def init_params(policy_params: Params, critic_params: Params | None = None) -> Params:
     """The trained parameters of PPO, for `init_state`: `{"policy": …, "critic": …}`."""
-    both = {"policy": policy_params}
-    return both if critic_params is None else both | {"critic": critic_params}
+    params = {"policy": policy_params}
+    return params if critic_params is None else params | {"critic": critic_params}
 
 
 def make_optimizer(
@@ -22,7 +22,7 @@ def make_optimizer(
     *,
     critic_warmup: int = 0,
 ) -> optax.GradientTransformation:
-    """One optimizer out of two: policy and critic with their own rates and gradient clipping.
+    """One optimizer of two: policy and critic with separate rates and gradient clipping.
 
     Args:
       policy_tx: the policy's.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.commands.bench.case import Case, Runner, Sample
 from jaxalign.commands.bench.rows import prompt_batch
 from jaxalign.commands.bench.sizes import SIZES

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import init_state
+from jaxalign.algorithms.state import init_state
 from jaxalign.commands.bench.case import Case, Runner, Sample
 from jaxalign.commands.bench.rows import pair_batches, token_batches
 from jaxalign.commands.bench.sizes import SIZES

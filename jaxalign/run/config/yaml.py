@@ -190,7 +190,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return tuple(
             _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
         )
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             problems.append(f"{name}: wanted a section, got {value!r}")
             return value

@@ -12,9 +12,9 @@ import optax
 from jaxalign.algorithms import dpo
 from jaxalign.algorithms.moving_reference import (
     ReferenceSync,
-    follow,
     reference_of,
     start_reference,
+    with_moving_reference,
 )
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
@@ -51,7 +51,7 @@ def reference_optimizer(
     tx: optax.GradientTransformation, sync: ReferenceSync | None
 ) -> optax.GradientTransformation:
     """The optimizer, with a reference in its state where that is to follow the policy."""
-    return tx if sync is None else follow(tx, sync)
+    return tx if sync is None else with_moving_reference(tx, sync)
 
 
 def hold_reference(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.algorithms.ppo.rollout import answer_mask_of
+from jaxalign.algorithms.ppo.rows import answer_mask_of
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.types import RolloutBatch

@@ -11,8 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.compile import CompiledStep, compile_step
+from jaxalign.algorithms.loss import Loss
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.step import Loss, Step, init_state, make_eval
+from jaxalign.algorithms.state import init_state
+from jaxalign.algorithms.step import Step, make_eval
 from jaxalign.data import Batches
 from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine

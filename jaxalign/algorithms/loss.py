@@ -1,0 +1,182 @@
+"""Losses as values that combine, the way optax transformations do.
+
+    sft = HiddenLoss(tokens, count, terms)                    # the mathematics of one algorithm
+    loss = with_model_terms(by_source(sft, names), model)     # a Loss, for make_step and make_eval
+
+The mathematics of a loss begins at the hidden states of the rows it reads. `with_model_terms` runs
+the model over those rows, once, and adds the terms that the model itself brings, such as the router
+balance of a mixture of experts. `by_source` (its own file) adds figures for each data source.
+`join_losses` puts several losses on the same hidden states; `add_losses` adds whole losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.base import LanguageModel, ScalarModel, read, read_counts
+from jaxalign.types import Array, Params, TokenBatch, Weighted
+
+Sums = dict[str, Array]
+"""Term → Σ of its losses over a batch, not divided yet."""
+
+Figures = dict[str, Weighted]
+"""Metric → its sum and weight."""
+
+
+class Loss(NamedTuple):
+    """A sum of terms, each an average over its own weight:
+
+        L = Σ_term sum / weight
+
+    Attributes:
+      count: batch → `{term: weight}`, float32 scalars. It sees the whole batch and reads masks
+        only.
+      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`), float32 scalars. It sees
+        one micro-batch at a time; the step adds the parts up before it divides.
+    """
+
+    count: Callable[[Any], Sums]
+    terms: Callable[[Params, Any], tuple[Sums, Figures]]
+
+
+class Entries(NamedTuple):
+    """The losses of a term before they are summed; what `by_source` splits.
+
+    Attributes:
+      name: of the term, such as "nll".
+      losses: a loss for each token, answer or pair; any shape.
+      mask: the same shape, which of them count.
+      source_ids: int, the same shape, from 0: the data source. None: not recorded.
+    """
+
+    name: str
+    losses: Array
+    mask: Array
+    source_ids: Array | None
+
+
+class Terms(NamedTuple):
+    """What a `HiddenLoss` makes of a batch.
+
+    Attributes:
+      sums: `{term: sum}`.
+      metrics: `{metric: Weighted}`; nothing flows back from them.
+      entries: the main term before the sum; None: there are no figures by source.
+      outputs: what the head gave, such as scores, for an evaluation of single examples.
+    """
+
+    sums: Sums
+    metrics: Figures
+    entries: Entries | None = None
+    outputs: Any = None
+
+
+class HiddenLoss(NamedTuple):
+    """A loss as mathematics on the hidden states of a model.
+
+    Attributes:
+      tokens: batch → the rows that the model reads, `[R, T]`.
+      count: as in `Loss`.
+      terms: (parameters, hidden states `[R, T, D]`, batch) → `Terms`.
+    """
+
+    tokens: Callable[[Any], TokenBatch]
+    count: Callable[[Any], Sums]
+    terms: Callable[[Params, jax.Array, Any], Terms]
+
+
+def run_model(
+    loss: HiddenLoss,
+    model: LanguageModel | ScalarModel,
+    *,
+    part: str | None = None,
+    prefix: str = "",
+) -> Callable[[Params, Any], Terms]:
+    """(parameters, batch) → `Terms`: one forward pass, the loss on it, and the model's own terms.
+
+    The arguments are those of `with_model_terms`.
+    """
+
+    def run(params: Params, batch: Any) -> Terms:
+        own = params if part is None else params[part]
+        hidden, extra = read(model, own, loss.tokens(batch))
+        terms = loss.terms(params, hidden, batch)
+        added = {f"{prefix}{name}": term for name, term in extra.items()}
+        sums = {name: term.total for name, term in added.items()}
+        return terms._replace(sums=terms.sums | sums, metrics=terms.metrics | added)
+
+    return run
+
+
+def with_model_terms(
+    loss: HiddenLoss,
+    model: LanguageModel | ScalarModel,
+    *,
+    part: str | None = None,
+    prefix: str = "",
+) -> Loss:
+    """The loss of a model's parameters, with the terms that the model itself adds to any loss.
+
+    A model names them in `extra_terms` (see `models.base.read`); each is averaged over all tokens
+    but padding, and logged under its name.
+
+    Args:
+      loss: the mathematics.
+      model: a `LanguageModel` or `ScalarModel`.
+      part: the model's parameters are `params[part]`; None: all of them. The loss sees all.
+      prefix: put before the names of the model's terms.
+    """
+    run = run_model(loss, model, part=part, prefix=prefix)
+
+    def count(batch: Any) -> Sums:
+        extra = read_counts(model, loss.tokens(batch))
+        return loss.count(batch) | {f"{prefix}{name}": x for name, x in extra.items()}
+
+    def terms(params: Params, batch: Any) -> tuple[Sums, Figures]:
+        result = run(params, batch)
+        return result.sums, result.metrics
+
+    return Loss(count, terms)
+
+
+def join_losses(*losses: HiddenLoss) -> HiddenLoss:
+    """Several losses on the hidden states of the same rows, those of the first."""
+
+    def count(batch: Any) -> Sums:
+        return _added(loss.count(batch) for loss in losses)
+
+    def terms(params: Params, hidden: jax.Array, batch: Any) -> Terms:
+        parts = [loss.terms(params, hidden, batch) for loss in losses]
+        return parts[0]._replace(
+            sums=_added(part.sums for part in parts),
+            metrics=_added(part.metrics for part in parts),
+        )
+
+    return HiddenLoss(losses[0].tokens, count, terms)
+
+
+def add_losses(*losses: Loss) -> Loss:
+    """The sum of several losses; terms of one name are averaged over their common weight."""
+
+    def count(batch: Any) -> Sums:
+        return _added(loss.count(batch) for loss in losses)
+
+    def terms(params: Params, batch: Any) -> tuple[Sums, Figures]:
+        parts = [loss.terms(params, batch) for loss in losses]
+        return _added(sums for sums, _ in parts), _added(metrics for _, metrics in parts)
+
+    return Loss(count, terms)
+
+
+def _added(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One dict out of several; what has the same name in two is added up."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            known = name in result
+            result[name] = jax.tree.map(jnp.add, result[name], value) if known else value
+    return result

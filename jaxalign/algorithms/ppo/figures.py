@@ -1,0 +1,115 @@
+"""Figures of a rollout before the update: scores, KL, lengths, sampler against trainer."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.algorithms.ppo.rows import answer_mask_of, value_mask_of
+from jaxalign.losses.advantages import equal_groups
+from jaxalign.losses.masked import masked_mean, masked_sum, masked_var, weighted
+from jaxalign.types import Array, RolloutBatch, Weighted
+
+
+@jax.jit
+def logprob_difference(
+    logprobs: Array, sampler_logprobs: Array, mask: Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and largest |trainer − sampler| over the answers' tokens."""
+    gap = jnp.abs(logprobs - sampler_logprobs)
+    return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weighted]:
+    """The means of `rollout_metrics` as sums with their weights.
+
+    Figures add up leaf by leaf over rollouts and are divided once, so that those of held-out data
+    do not depend on how the prompts were cut into batches.
+
+    Args:
+      rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, those of all hosts.
+      samples: answers a prompt; above 1, also `groups/equal`.
+
+    Returns:
+      Name → float32 scalars. The weight is the number of answers; of `logprobs/mean_difference`
+      the number of their tokens, of `rewards/<name>` the answers that the reward applies to.
+
+    Raises:
+      ValueError: the rollout has no scores, rewards or sampler log-probabilities.
+    """
+    scores, rewards, valid, finished, sampled = _needed(rollout)
+    mask = answer_mask_of(rollout)
+
+    def per_answer(x: Array) -> Weighted:
+        return weighted(masked_sum(x, mask, axis=1), valid)  # [B, T] -> [B] -> a sum
+
+    # Outside of answers rewards are 0.
+    shaped = weighted(jnp.sum(rewards, axis=1), valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
+    figures = {
+        "objective/scores": weighted(scores, valid),
+        "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
+        "objective/entropy": per_answer(-rollout.old_logprobs),
+        "objective/rlhf_reward": shaped,
+        "objective/non_score_reward": Weighted(
+            shaped.total - weighted(entered, valid).total, shaped.weight
+        ),
+        "response/length": weighted(jnp.sum(mask, axis=1, dtype=jnp.float32), valid),
+        "response/finished": weighted(finished, valid),
+        "logprobs/mean_difference": weighted(jnp.abs(rollout.old_logprobs - sampled), mask),
+    }
+    for name, part in (rollout.reward_parts or {}).items():
+        judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
+        figures[f"rewards/{name}"] = weighted(part.values, judged)
+        figures[f"applies/{name}"] = weighted(judged, valid)
+    if rollout.answer_mask is not None:
+        trained = jnp.any(rollout.tokens.loss_mask, axis=1)
+        figures["response/trained"] = weighted(trained, valid)
+    if samples > 1:
+        figures["groups/equal"] = weighted(equal_groups(scores, valid, samples), valid)
+    return figures
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
+    """Describes a rollout before the update: float32 scalars under TRL's names.
+
+    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
+    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
+    answers a prompt, also the part of the prompts whose answers all score alike. Of several
+    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
+    `applies/<name>` the part of all answers that these are.
+
+    Most are means (`rollout_figures`). Extremes, a standard deviation, a count and the critic's
+    explained variance are not, and belong to this rollout alone.
+    """
+    scores, _, valid, finished, sampled = _needed(rollout)
+    mask = answer_mask_of(rollout)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    metrics = {name: figure.mean() for name, figure in rollout_figures(rollout, samples).items()}
+    metrics |= {
+        "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
+        "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
+        "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
+        "val/num_eos_tokens": masked_sum(finished, valid),
+        "logprobs/max_difference": logprob_difference(rollout.old_logprobs, sampled, mask)[1],
+    }
+    if rollout.returns is not None and rollout.old_values is not None:
+        critic_mask = value_mask_of(rollout)
+        spread = masked_var(rollout.returns, critic_mask)
+        unexplained = masked_var(rollout.returns - rollout.old_values, critic_mask)
+        explained = jnp.where(spread > 0, 1 - unexplained / spread, 0.0)
+        metrics["critic/explained_variance"] = explained
+    return metrics
+
+
+def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array]:
+    """(scores, rewards, valid, finished, sampler log-probabilities) of a complete rollout."""
+    scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
+    finished, sampled = rollout.finished, rollout.sampler_logprobs
+    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
+        raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
+    return scores, rewards, valid, finished, sampled

@@ -1,0 +1,196 @@
+"""PPO's loss: policy, critic and text, each a loss of its own, added up.
+
+    L = policy + c_v · value + c_ptx · (−log π(text))
+
+The policy's loss holds the clipped objective, an entropy bonus and, with `kl_in="loss"`, a KL term.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.algorithms.loss import (
+    Figures,
+    HiddenLoss,
+    Loss,
+    Sums,
+    Terms,
+    add_losses,
+    join_losses,
+    with_model_terms,
+)
+from jaxalign.algorithms.ppo.config import Config
+from jaxalign.algorithms.ppo.rows import value_mask_of
+from jaxalign.losses import aggregate as averages
+from jaxalign.losses import ppo as losses
+from jaxalign.losses.masked import keep, weighted
+from jaxalign.losses.sft import nll
+from jaxalign.models.base import LanguageModel, ScalarModel
+from jaxalign.models.lm_head import target_logprobs, target_sum
+from jaxalign.types import Params, RolloutBatch, TokenBatch, Weighted
+
+
+def make_loss(
+    model: LanguageModel, critic: ScalarModel | None, config: Config | None = None
+) -> Loss:
+    """The PPO loss: `policy`, averaged as `loss_aggregation` says; `value`, over value positions.
+
+    Also `ptx`, averaged over the tokens of the text, where there is such text.
+    """
+    config = Config() if config is None else config
+    config.check_critic(critic)
+    policy = policy_loss(model, config)
+    if critic is None:
+        loss = with_model_terms(policy, model, part="policy")
+    elif config.shared_critic:
+        both = join_losses(policy, value_loss(critic, config))
+        loss = with_model_terms(both, model, part="policy")
+    else:
+        loss = add_losses(
+            with_model_terms(policy, model, part="policy"),
+            with_model_terms(value_loss(critic, config), critic, part="critic", prefix="critic_"),
+        )
+    if config.ptx_coef:
+        loss = add_losses(loss, with_model_terms(ptx_loss(model, config), model, part="policy"))
+    return loss
+
+
+# The policy.
+
+
+def policy_loss(model: LanguageModel, config: Config) -> HiddenLoss:
+    """`policy`: the clipped objective, less the entropy bonus, plus the KL term."""
+
+    def count(batch: RolloutBatch) -> Sums:
+        weight = averages.aggregate_weight(
+            batch.tokens, config.loss_aggregation, config.max_new_tokens
+        )
+        return {"policy": weight}
+
+    def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
+        tokens = batch.tokens
+        # The same in every row: micro-batches cut up what belongs to the whole batch.
+        temperature = batch.temperature
+        temperature = config.temperature if temperature is None else jnp.max(temperature)
+        kl_coef = config.kl_coef if batch.kl_coef is None else jnp.max(batch.kl_coef)
+        logprobs, entropy = target_logprobs(
+            model,
+            params["policy"],
+            hidden,
+            tokens.targets,
+            temperature,
+            entropy=True,
+            entropy_gradient=config.entropy_coef != 0,
+            mask=tokens.loss_mask,
+        )
+        return _policy_terms(logprobs, entropy, kl_coef, batch, config)
+
+    return HiddenLoss(lambda batch: batch.tokens, count, terms)
+
+
+def _policy_terms(
+    logprobs: jax.Array,
+    entropy: jax.Array,
+    kl_coef: jax.Array | float,
+    batch: RolloutBatch,
+    config: Config,
+) -> Terms:
+    """From log π and entropies of the new policy, both `[B, T]`."""
+    tokens, mask = batch.tokens, batch.tokens.loss_mask
+
+    def averaged(x: jax.Array) -> Weighted:
+        return averages.aggregate(x, tokens, config.loss_aggregation, config.max_new_tokens)
+
+    # Masked before the arithmetic: NaN in padding must not reach a gradient.
+    new, old = keep(logprobs, mask), keep(batch.old_logprobs, mask)
+    ref, advantages = keep(batch.ref_logprobs, mask), keep(batch.advantages, mask)
+    log_ratio = new - old
+    if config.importance_sampling_level == "sequence":
+        log_ratio = averages.answer_mean(log_ratio, tokens)
+    clipped = _clipped_objective(log_ratio, advantages, config)
+    loss = clipped
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    if config.kl_in == "loss":
+        loss = loss + kl_coef * losses.kl(new, ref, config.kl_estimator)
+    total = averaged(loss).total
+    ratio = jnp.exp(jnp.clip(log_ratio, -losses.MAX_LOG_RATIO, losses.MAX_LOG_RATIO))
+    metrics = {
+        "loss/policy_avg": averaged(clipped),
+        "policy/approxkl_avg": weighted(0.5 * jnp.square(new - old), mask),
+        "policy/clipfrac_avg": weighted(clipped > -advantages * ratio, mask),
+        "policy/entropy_avg": weighted(entropy, mask),
+        "val/ratio": weighted(ratio, mask),
+        "val/ratio_var": weighted(jnp.square(ratio - 1), mask),
+    }
+    return Terms({"policy": total}, metrics)
+
+
+def _clipped_objective(log_ratio: jax.Array, advantages: jax.Array, config: Config) -> jax.Array:
+    """max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), `[B, T]`."""
+    # The log-ratio against 0: added to log π_old it would come back rounded.
+    return losses.policy_loss(
+        log_ratio,
+        jnp.zeros_like(log_ratio),
+        advantages,
+        clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high,
+        dual_clip=config.dual_clip,
+    )
+
+
+# The critic.
+
+
+def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
+    """`value`: c_v · ½ max((V−R)², (clip(V)−R)²)."""
+
+    def count(batch: RolloutBatch) -> Sums:
+        return {"value": jnp.sum(value_mask_of(batch), dtype=jnp.float32)}
+
+    def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
+        average, metrics = _value_terms(critic.scores(params["critic"], hidden), batch, config)
+        return Terms({"value": config.vf_coef * average.total}, metrics)
+
+    return HiddenLoss(lambda batch: batch.tokens, count, terms)
+
+
+def _value_terms(
+    values: jax.Array, batch: RolloutBatch, config: Config
+) -> tuple[Weighted, Figures]:
+    if batch.old_values is None or batch.returns is None:
+        raise ValueError("the rollout has no old_values and returns; prepare it with the critic")
+    mask = value_mask_of(batch)
+    values, old, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
+    limit = config.clip_range_value
+    value_losses = losses.value_loss(values, old, returns, clip_range_value=limit)
+    # A value within the bounds stays as it is, to the last bit: rounding is no clipping.
+    near = values if limit is None else jnp.clip(values, old - limit, old + limit)
+    clipped = jnp.square(near - returns) > jnp.square(values - returns)
+    average = weighted(value_losses, mask)
+    return average, {"loss/value_avg": average, "val/clipfrac_avg": weighted(clipped, mask)}
+
+
+# Text beside the rollout.
+
+
+def ptx_loss(model: LanguageModel, config: Config) -> HiddenLoss:
+    """`ptx`: c_ptx · −log π of text as in pre-training, without the rollout's temperature."""
+
+    def count(batch: RolloutBatch) -> Sums:
+        return {"ptx": jnp.sum(_text(batch).loss_mask, dtype=jnp.float32)}
+
+    def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
+        text = _text(batch)
+        target = target_sum(model, params["policy"], hidden, text.targets, text.loss_mask)
+        metrics = {"loss/ptx_avg": weighted(nll(target.logprobs), text.loss_mask)}
+        return Terms({"ptx": -config.ptx_coef * target.total}, metrics)
+
+    return HiddenLoss(_text, count, terms)
+
+
+def _text(batch: RolloutBatch) -> TokenBatch:
+    if batch.ptx is None:
+        raise ValueError("ppo ptx_coef > 0 and no text; wanted batch._replace(ptx=TokenBatch)")
+    return batch.ptx

@@ -1,0 +1,74 @@
+"""A rollout cut into mini-batches of updates, its answers packed or a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.algorithms.ppo.packing import pack_rows, plan_rows, without_answers
+from jaxalign.parallel.sharding import all_gather_rows, mesh_of, row_shards, shard_batch
+from jaxalign.types import Array, RolloutBatch
+
+
+def minibatches(
+    key: jax.Array,
+    rollout: RolloutBatch,
+    epochs: int = 4,
+    count: int = 4,
+    *,
+    pack: int = 0,
+    multiple: int = 1,
+) -> Iterator[RolloutBatch]:
+    """Cuts a rollout into `epochs × count` mini-batches of whole rows.
+
+    Every epoch uses every row once, in a new order from `fold_in(key, epoch)`.
+
+    Args:
+      key: PRNG key.
+      rollout: B rows.
+      epochs: passes over the rollout.
+      count: mini-batches an epoch; B must be a multiple.
+      pack: 0 leaves an answer a row. n packs the answers of a mini-batch end to end into fewer,
+        longer rows (`packing`), of the smallest of n sizes that holds them: a step compiles at most
+        n shapes. Losses and gradients are the same. `scores`, `finished` and `valid`, which belong
+        to answers and not to rows, are None then.
+      multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
+        steps with as many `micro_batches`.
+
+    Raises:
+      ValueError: B is not a multiple of `count`, or a number is out of range.
+    """
+    rows = rollout.advantages.shape[0]
+    if epochs < 1 or count < 1 or pack < 0 or multiple < 1:
+        raise ValueError(
+            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}: wanted positive "
+            "integers (pack also 0)"
+        )
+    if rows % count:
+        raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
+    mesh = mesh_of(rollout)
+    multiple *= row_shards(mesh) if mesh is not None else 1
+    tokens = None
+    if pack:
+        rollout = without_answers(rollout)
+        tokens = all_gather_rows(rollout.tokens.segment_ids) > 0
+    # All orders at once, before the first step runs: reading one waits for the device.
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
+    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
+        for part_rows in np.split(order, count):
+            plan = None
+            if tokens is not None:
+                plan = plan_rows(tokens, part_rows.tolist(), sizes=pack, multiple=multiple)
+            if plan is None:
+                part = _take_rows(rollout, part_rows)
+            else:
+                part = pack_rows(rollout, plan)
+            yield part if mesh is None else shard_batch(part, mesh)
+
+
+@jax.jit
+def _take_rows(rollout: RolloutBatch, rows: Array) -> RolloutBatch:
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), rollout)

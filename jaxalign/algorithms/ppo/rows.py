@@ -1,0 +1,46 @@
+"""A rollout's rows: prompts with their answers, and the masks over them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.sampling.generate import Generation
+from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
+
+
+def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -> TokenBatch:
+    """Prompts and their answers as rows of P + R tokens, `loss_mask` on the answers' tokens.
+
+    Args:
+      prompts: `[B, P]`, padded on the left, one for each answer.
+      answers: `[B, R]`.
+      pad_token: the target after the last column, which no mask reads.
+    """
+    outside = jnp.zeros_like(jnp.asarray(prompts.mask))
+    # [B, P] and [B, R] -> [B, P + R]
+    ids = jnp.concatenate([jnp.asarray(prompts.tokens), answers.tokens], axis=1)
+    valid = jnp.concatenate([jnp.asarray(prompts.mask), answers.mask], axis=1)
+    answer = jnp.concatenate([outside, answers.mask], axis=1)
+
+    def shift(x: jax.Array, fill: int) -> jax.Array:
+        """Column t gets what stands in t + 1: targets follow inputs."""
+        return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
+
+    return TokenBatch(
+        inputs=ids,
+        targets=shift(ids, pad_token),
+        positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
+        segment_ids=valid.astype(jnp.int32),
+        loss_mask=shift(answer, False),
+    )
+
+
+def answer_mask_of(rollout: RolloutBatch) -> Array:
+    """The tokens of all answers, in the loss or not: `[B, T]`."""
+    return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
+
+
+def value_mask_of(rollout: RolloutBatch) -> Array:
+    """Where the critic is trained: `[B, T]`."""
+    return rollout.tokens.loss_mask if rollout.value_mask is None else rollout.value_mask
