@@ -31,7 +31,7 @@ from jaxalign.algorithms.objectives import Examples, Objective, Sums
 from jaxalign.algorithms.step import Loss, Step
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.models.base import ScalarModel, combine, read, read_counts
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import Array, Params, TrainState, Weighted
 

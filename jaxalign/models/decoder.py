@@ -24,9 +24,9 @@ from jaxalign.models.attention.mask import Marks, Sight
 from jaxalign.models.attention.xla import attend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
-from jaxalign.models.look_up import look_up
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.ops import look_up
 from jaxalign.models.per_layer import View, layer_traits, make_views
 from jaxalign.parallel.shard_map import current_device, pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.lora import LoraConfig
-from jaxalign.models.matmul import project
+from jaxalign.models.ops import project
 from jaxalign.models.rope import Rope, rotate
 
 INIT_STD = 0.02

@@ -20,7 +20,8 @@ from jaxalign.algorithms.ppo.experience import make_experience
 from jaxalign.algorithms.step import opt_state_shardings
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
-from jaxalign.models.lm_head import head_chunks, pooled_scores
+from jaxalign.models.lm_head import head_chunks
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.host_memory import is_offloaded, on_device
 from jaxalign.parallel.sharding import axis_shards, replicated, row_shards, rows_sharding, use_mesh
 from jaxalign.plan.costs import Costs, count_costs

@@ -14,7 +14,7 @@ import pytest
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.step import init_state, make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
-from jaxalign.models.lm_head import pooled_scores
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import PromptBatch, RolloutBatch, TrainState

@@ -21,8 +21,8 @@ from jaxalign.hf.families import (
 )
 from jaxalign.models.base import DecoderConfig, RopeConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import TARGETS, LoraConfig
+from jaxalign.models.scorer import Scorer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

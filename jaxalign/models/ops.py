@@ -1,4 +1,4 @@
-"""The matrix product of a projection, with a backward pass that is fast on CPUs too."""
+"""Projection and embedding look-up, each with a backward pass of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign.parallel.sharding import constrain
+from jaxalign.parallel.sharding import constrain, constrain_last
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -22,13 +22,13 @@ def project(x: jax.Array, kernel: jax.Array, axes: str) -> jax.Array:
     return x @ kernel
 
 
-def _forward(
+def _project_forward(
     x: jax.Array, kernel: jax.Array, axes: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _backward(
+def _project_backward(
     axes: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
@@ -54,4 +54,35 @@ def _elsewhere(
     return dy @ kernel.T, constrain(jnp.einsum("btd,btf->df", x, dy), axes)
 
 
-project.defvjp(_forward, _backward)
+project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, ids: jax.Array, time: str = "length") -> jax.Array:
+    """Rows of the table `[V, D]`: ids `[B, T]` → `[B, T, D]`; `time`: the logical axis of T.
+
+    Where the table's columns are split over devices that have different rows, every device looks up
+    its columns for all of them, and backward gets the gradient of its columns from all. Compilers
+    that find a layout by themselves may send whole tables instead, which is more by as much as the
+    vocabulary is larger than the batch.
+    """
+    axes = f"rows {time} embed"
+    return constrain_last(jnp.take(table, constrain_last(ids, axes), axis=0, mode="clip"), axes)
+
+
+def _look_up_forward(
+    table: jax.Array, ids: jax.Array, time: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return look_up(table, ids, time), (table, ids)
+
+
+def _look_up_backward(
+    time: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    (table, ids), axes = saved, f"rows {time} embed"
+    ids, gradient = constrain_last(ids, axes), constrain_last(gradient, axes)
+    add = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0, mode="clip"), table)
+    return constrain(add(gradient)[0], "vocab embed"), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
