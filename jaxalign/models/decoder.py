@@ -1,7 +1,7 @@
 """The decoder: flax.nnx modules inside, pure functions on a nested dict of arrays outside.
 
 Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so compile time and
-program size do not grow with depth (but for the first few layers on a CPU, see `_unrolled`).
+program size do not grow with depth (but for shallow models on a CPU, see `Backend.unrolled_layers`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from jaxalign.models.attention.dispatch import Choice, attention_kind, check_kin
 from jaxalign.models.attention.kv_cache import Cache, attend_cached, empty_cache, split, write
 from jaxalign.models.attention.mask import Marks, Sight
 from jaxalign.models.attention.xla import attend
+from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.ops import look_up
 from jaxalign.models.per_layer import View, layer_traits, make_views
-from jaxalign.parallel.shard_map import current_device, pad_length
+from jaxalign.parallel.shard_map import pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array, Params, Weighted
 
@@ -45,9 +46,6 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 """What the backward pass keeps of a block: everything, matmul results only, its input only, or that
 in the host's memory."""
-
-_MATRIX_LENGTH = 2048
-"""Longest rows for which the plain form of attention reads who sees whom from a matrix."""
 
 
 class Block(nnx.Module):
@@ -159,21 +157,6 @@ def _with_values(state: Any, values: Params) -> Any:
 def _even(inputs: Array, marks: Marks) -> tuple[jax.Array, Marks]:
     """Tokens and their marks with padding at the end where the mesh splits time unevenly."""
     return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, marks))
-
-
-_UNROLLED = 8
-"""Most layers that a CPU's program holds one after the other."""
-
-
-def _unrolled(config: DecoderConfig) -> int:
-    """How many layers the loop over them does at a time.
-
-    On a CPU the loop copies what each layer's backward pass needs into one array for all and out
-    again: a twelfth of a small model's step. Accelerators write it where it belongs. Deep models
-    stay in the loop everywhere, since a program as long as they are deep takes long to compile.
-    """
-    few = config.num_layers <= _UNROLLED and current_device()[0] == "cpu"
-    return config.num_layers if few else 1
 
 
 def _layer(stacked: Any, layer: int) -> Any:
@@ -341,14 +324,19 @@ class Decoder:
         x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
         carry = (x, nothing)
         layers = (params["blocks"], layer_traits(config))
-        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=_unrolled(config))
+        unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
+        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
         return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
 
     def _views(self, marks: Marks) -> tuple[Callable[[Any], View], str]:
         """How layers look at whole rows, and by which form of attention."""
         length = marks.segments.shape[1]
         kind = self.attention_kind(length, branches=marks.branches is not None).kind
-        matrix = kind == "xla" and length <= _MATRIX_LENGTH and axis_shards("length") == 1
+        matrix = (
+            kind == "xla"
+            and length <= backend().attention_mask_length
+            and axis_shards("length") == 1
+        )
         return make_views(self.config, Sight(marks, marks), matrix=matrix), kind
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:

@@ -13,21 +13,19 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.backend import backend
 from jaxalign.models.base import LanguageModel
-from jaxalign.models.lm_head_kernel import Entropy, Finish, fused_logprobs, fused_total, identity
+from jaxalign.models.lm_head_kernel import (
+    Entropy,
+    Finish,
+    fused_logprobs,
+    fused_total,
+    identity,
+    vocabulary_shards,
+)
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import axis_shards, constrain, row_shards
 from jaxalign.types import Array, Params
-
-CHUNK_LOGITS = 2**25
-"""Most logits a device holds at a time by default: 32 M, 128 MiB in float32."""
-
-CHUNK_POSITIONS = 512
-"""Most positions a chunk holds by default: more would only push logits out of the caches."""
-
-
-MASKED_CHUNK_POSITIONS = 256
-"""The same where only some positions are wanted, of which the last chunk is computed whole."""
 
 
 @overload
@@ -73,9 +71,8 @@ def target_logprobs(
         only logged cost nothing in the backward pass.
       mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
         nothing, so that the head runs over answers only. None: all.
-      chunk: positions of every row computed at a time; by default `CHUNK_POSITIONS` in all, or as
-        many as make `CHUNK_LOGITS` logits a device. Memory grows with it, results do not depend on
-        it.
+      chunk: positions of every row computed at a time; None: chosen by platform, vocabulary and
+        memory, see `head_chunks`. Memory grows with it; results do not depend on it.
 
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
@@ -206,22 +203,40 @@ def head_chunks(
     lines: int, positions: int, vocabulary: int, parts: int, chunk: int | None = None, *,
     masked: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
-    """How the head cuts up its positions: (positions of a line at a time, how many times).
+    """How the head cuts up its positions.
+
+    A chunk of P positions of a device reads the head `[D, V]` once and holds float32 logits
+    `[P, V / n]`, n the shards of the vocabulary. `Backend.head_*` limit P by platform, by
+    vocabulary and by the device's memory: on an H100 or a v5p, P = 4,096 at a vocabulary of 128k.
 
     Args:
-      lines: rows, or parts of rows.
+      lines: rows, or parts of rows, of all devices.
       positions: of a line.
-      vocabulary: logits of a position.
+      vocabulary: V.
       parts: over how many devices the lines are split.
-      chunk: positions at a time; None: as `target_logprobs` chooses.
-      masked: not all positions are wanted.
+      chunk: positions of a line at a time, where the caller chooses.
+      masked: whether only some positions count: chunks past the last of them are skipped.
+
+    Returns:
+      (positions of a line in a chunk, number of chunks), for the mesh in context.
     """
+    multiple = 1
     if chunk is None:
-        most = MASKED_CHUNK_POSITIONS if masked else CHUNK_POSITIONS
-        chunk = min(most, max(1, CHUNK_LOGITS * parts // (lines * vocabulary)))
+        platform = backend()
+        multiple = platform.head_multiple
+        columns = math.ceil(vocabulary / vocabulary_shards(lines, vocabulary))
+        limits = [platform.head_logit_bytes // 4 * parts // (lines * columns)]
+        if platform.head_positions is not None:
+            limits.append(platform.head_positions * parts // lines)
+        row = platform.head_masked_row_positions if masked else platform.head_row_positions
+        if row is not None:
+            limits.append(row)
+        chunk = max(1, min(limits))
+        if chunk > multiple:
+            chunk -= chunk % multiple
     count = math.ceil(positions / chunk)
-    if not masked:
-        chunk = math.ceil(positions / count)  # equal chunks: less padding
+    if not masked:  # equal chunks: less padding
+        chunk = math.ceil(positions / count / multiple) * multiple
     return min(chunk, positions), count
 
 

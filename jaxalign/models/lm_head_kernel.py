@@ -27,6 +27,7 @@ of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -148,7 +149,7 @@ class _Cut(NamedTuple):
         return jax.shard_map(work, in_specs=into, out_specs=out, check_vma=False)(*args)
 
 
-def _cut(lines: int, head: jax.Array) -> _Cut:
+def _cut(lines: int, width: int, vocabulary: int) -> _Cut:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _Cut()
@@ -162,10 +163,16 @@ def _cut(lines: int, head: jax.Array) -> _Cut:
 
     axes = functools.partial(mesh_axes, mesh=mesh)
     rows = over((*axes("length"), *axes("rows")), lines)
-    embed = over(tuple(name for name in axes("embed") if name in rows), head.shape[0])
+    embed = over(tuple(name for name in axes("embed") if name in rows), width)
     # Parts of the vocabulary are joined between devices that hold the same rows.
-    vocabulary = tuple(name for name in axes("vocab") if name not in rows)
-    return _Cut(rows, over(vocabulary, head.shape[1]), embed)
+    columns = tuple(name for name in axes("vocab") if name not in rows)
+    return _Cut(rows, over(columns, vocabulary), embed)
+
+
+def vocabulary_shards(lines: int, vocabulary: int) -> int:
+    """Over how many devices of the mesh in context the head's V columns are split."""
+    mesh, cut = jax.sharding.get_abstract_mesh(), _cut(lines, 1, vocabulary)
+    return math.prod(mesh.shape[name] for name in cut.vocabulary)
 
 
 def _logits(
@@ -181,7 +188,7 @@ def _forward(
     chunk: int, entropy: Entropy, finish: Finish, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
 ):  # fmt: skip
-    cut = _cut(hidden.shape[0], head)
+    cut = _cut(hidden.shape[0], *head.shape)
     work = functools.partial(_read, chunk, entropy, finish, cut)
     args = (hidden, head, targets, temperature, wanted)
     chosen, logz, mean, whole = cut.run(work, "rhrss", "rrrg", *args)
@@ -231,7 +238,7 @@ def _read(
 
 def _backward(chunk: int, entropy: Entropy, finish: Finish, saved, gradients):
     hidden, head = saved[:2]
-    cut = _cut(hidden.shape[0], head)
+    cut = _cut(hidden.shape[0], *head.shape)
     work = functools.partial(_differentiate, chunk, entropy, finish, cut)
     to_hidden, to_head = cut.run(work, "rgrssrrrr", "rh", *saved, *gradients)
     return to_hidden, to_head.astype(head.dtype), None, None, None
@@ -303,7 +310,7 @@ def _total_forward(
     chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, weights: jax.Array,
 ):  # fmt: skip
-    cut = _cut(hidden.shape[0], head)
+    cut = _cut(hidden.shape[0], *head.shape)
     args = (hidden, head, targets, temperature, wanted)
     if cut.vocabulary:  # the logsumexp is known when all parts of the vocabulary have been walked
         kind = "value" if entropy else "none"

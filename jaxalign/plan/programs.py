@@ -249,7 +249,8 @@ def _chunks(model: Any, rows: int, length: int, mesh: Mesh) -> int:
     cuts = axis_shards("length", mesh)
     parts = row_shards(mesh) * cuts
     lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
-    return head_chunks(*lines, model.config.vocab_size, parts)[1]
+    with use_mesh(mesh):
+        return head_chunks(*lines, model.config.vocab_size, parts)[1]
 
 
 def _prepare(

@@ -21,13 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention.kv_cache import Cache, with_columns
+from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
-from jaxalign.parallel.shard_map import current_device
 from jaxalign.sampling.draw import Sampling, choose
 from jaxalign.types import Array, Params
-
-_LEAST_STAGE, _MOST_STAGES = 32, 4
-"""Fewest columns that a cache grows by on a CPU, and most loops (each is compiled)."""
 
 
 class Prompts(NamedTuple):
@@ -146,8 +143,8 @@ def decode(
       samples: answers a prompt.
     """
     end = (prompts.first + prompts.length.shape[0]) * samples
-    if current_device()[0] == "cpu":
-        # Once a call, not once a token: a slice of the stacked weights is a copy here.
+    if backend().decode_weights_by_layer:
+        # Once a call, not once a token: on this platform a slice of the stacked weights is a copy.
         params = model.by_layer(params)
 
     def writing(slots: Slots) -> jax.Array:
@@ -262,15 +259,16 @@ def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) 
 def stages(longest: int) -> list[int]:
     """The steps at which the cache of answers that all begin together gets more columns.
 
-    A column that is not written yet shows nothing, but costs as much to read. On a CPU one loop
-    after another therefore has as many columns as it fills; between them the cache is copied.
-    Elsewhere there is one loop: a copy would need room for a second cache.
+    An empty column costs as much to read as a full one. On a CPU one loop after another therefore
+    has as many columns as it fills; between loops the cache is copied. On accelerators there is one
+    loop, since the copy would need memory for a second cache (`Backend.decode_stages`).
 
     Args:
       longest: R, the longest answer.
     """
-    stage = max(_LEAST_STAGE, -(-longest // _MOST_STAGES))
-    if current_device()[0] != "cpu" or longest < 2 * stage:
+    platform = backend()
+    stage = max(platform.decode_stage_columns, -(-longest // platform.decode_stages))
+    if longest < 2 * stage:
         return [longest]
     return [*range(stage, longest, stage), longest]
 

@@ -1,5 +1,6 @@
 """Every form of attention and its backward pass, against a plain softmax derived by JAX."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from jaxalign.models.attention import kernels, xla
 from jaxalign.models.attention.dispatch import attention_kind
 from jaxalign.models.attention.mask import Marks, Sight
 from jaxalign.models.attention.xla import attend
+from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 
@@ -88,8 +90,8 @@ def sight_of(segments, positions, window=None, branches=None, windowed=None):
 def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
     """Short rows in one piece, long ones in blocks that skip what lies ahead, or in loops too."""
     if in_loops:
-        monkeypatch.setattr(xla, "_SCORES", 1)
-        monkeypatch.setattr(xla, "_MOST_BLOCKS", 2)
+        small = dataclasses.replace(backend(), attention_scores=1, attention_query_blocks=2)
+        monkeypatch.setattr(xla, "backend", lambda: small)
         pieces = list(xla._pieces(
             xla.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
             np.zeros((1, 2, length, 8)),
@@ -137,7 +139,7 @@ def test_nothing_grows_with_the_square_of_the_length():
 
     shapes = set(_shapes(jax.make_jaxpr(jax.grad(loss))(tiny.DECODER.shapes).jaxpr))
     assert (1, 2, 2, length, 8) in shapes  # queries
-    assert max(np.prod(shape) for shape in shapes) <= xla._SCORES
+    assert max(np.prod(shape) for shape in shapes) <= backend().attention_scores
 
 
 def _shapes(jaxpr):

@@ -1,4 +1,4 @@
-"""The projection's own backward pass, on the branch of every backend, against numpy."""
+"""The projection's own backward pass, in the form of every backend, against numpy."""
 
 import functools
 
@@ -9,9 +9,9 @@ import pytest
 from jaxalign.models import ops
 
 BRANCHES = {
-    "cpu": ops._on_cpu,
-    "elsewhere": functools.partial(ops._elsewhere, axes="embed mlp"),
-    "turned": functools.partial(ops._elsewhere, axes="heads/8 embed"),
+    "transposed": ops._transposed,
+    "contracted": functools.partial(ops._contracted, axes="embed mlp"),
+    "contracted-embed-last": functools.partial(ops._contracted, axes="heads/8 embed"),
 }
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention.mask import Marks, Sight, visible
+from jaxalign.models.backend import backend
 from jaxalign.parallel.shard_map import (
-    current_device,
     gather_shards,
     map_shards,
     named_sharding,
@@ -23,12 +23,6 @@ from jaxalign.parallel.shard_map import (
     shard_index,
 )
 from jaxalign.parallel.sharding import axis_shards
-
-_BLOCKS = (512, 256, 128)
-"""Sides of splash attention's blocks; larger ones keep the matrix unit busier."""
-
-_WASTE = 1 / 8
-"""Most padding that a larger block may cost."""
 
 
 def splash(
@@ -77,7 +71,7 @@ def splash(
             head_shards=1,
             q_seq_shards=parts,
             attn_logits_soft_cap=softcap,
-            interpret=current_device()[0] != "tpu",
+            interpret=backend().pallas_interpret,
         )
 
     windows = [sight.window] if sight.windowed is None else [None, sight.window]
@@ -109,10 +103,11 @@ def splash(
 
 def _block(length: int) -> int:
     """Side of the blocks for rows of this length."""
-    for block in _BLOCKS:
-        if -length % block <= _WASTE * length:
+    platform = backend()
+    for block in platform.splash_blocks:
+        if -length % block <= platform.splash_padding * length:
             return block
-    return _BLOCKS[-1]
+    return platform.splash_blocks[-1]
 
 
 def cudnn(

@@ -11,25 +11,13 @@ import jax.numpy as jnp
 
 from jaxalign.models.attention.kernels import cudnn, splash
 from jaxalign.models.attention.mask import Lookout, Marks, Sight, visible
+from jaxalign.models.backend import backend
 from jaxalign.parallel.shard_map import gather_shards, map_shards, pad_length, shard_index
 from jaxalign.parallel.sharding import axis_shards
 from jaxalign.types import Array
 
 HIDDEN = -1e30
 """Score of what may not be seen; finite, so that a row that sees nothing gives no NaN."""
-
-_BLOCK = 128
-"""Least number of queries taken at a time: smaller products do not keep a processor busy."""
-
-_MOST_BLOCKS = 8
-"""Most blocks of queries with columns of their own; more would save little more than the half that
-8 nearly do. Long blocks are cut further, in a loop."""
-
-_LONG = 8192
-"""Columns above which fewer queries than `_BLOCK` are enough work."""
-
-_SCORES = 2**22
-"""Scores a device takes at a time: 4 M, 16 MiB in float32; more where so few queries have more."""
 
 
 def attend(
@@ -165,15 +153,17 @@ class _Piece(NamedTuple):
 def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
     """How the queries are taken: in blocks with columns of their own, and these in a loop."""
     length, columns = query.shape[3], key.shape[2]
+    platform = backend()
+    smallest = platform.attention_query_block
     block = length
-    if rule.causal and length == columns and length >= 2 * _BLOCK:
-        block = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
+    if rule.causal and length == columns and length >= 2 * smallest:
+        block = -(-length // (platform.attention_query_blocks * smallest)) * smallest
     for start in range(0, length, block):
         end = min(start + block, length)
         stop = end if block < length else columns
         each = query.shape[0] * query.shape[1] * query.shape[2] * stop
-        least = _BLOCK if stop <= _LONG else _BLOCK // 4
-        fit = _SCORES * rule.parts // each // least * least
+        least = smallest if stop <= platform.attention_long_row else smallest // 4
+        fit = platform.attention_scores * rule.parts // each // least * least
         size = min(end - start, max(least, fit))
         count = (end - start) // size
         yield _Piece(start, count, size, stop)
