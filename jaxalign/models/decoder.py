@@ -1,7 +1,8 @@
 """The decoder: flax.nnx modules inside, pure functions on a nested dict of arrays outside.
 
 Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so compile time and
-program size do not grow with depth (but for shallow models on a CPU, see `Backend.unrolled_layers`).
+program size do not grow with depth. (Shallow models are unrolled on a CPU: see
+`Backend.unrolled_layers`.)
 """
 
 from __future__ import annotations
@@ -332,11 +333,8 @@ class Decoder:
         """How layers look at whole rows, and by which form of attention."""
         length = marks.segments.shape[1]
         kind = self.attention_kind(length, branches=marks.branches is not None).kind
-        matrix = (
-            kind == "xla"
-            and length <= backend().attention_mask_length
-            and axis_shards("length") == 1
-        )
+        short = length <= backend().attention_mask_length and axis_shards("length") == 1
+        matrix = kind == "xla" and short
         return make_views(self.config, Sight(marks, marks), matrix=matrix), kind
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
