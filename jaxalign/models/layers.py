@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.base import DecoderConfig
-from jaxalign.models.lora import LoraConfig
+from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.ops import project
 from jaxalign.models.rope import Rope, rotate
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention.xla import HIDDEN
+from jaxalign.models.attention.xla import MASKED_SCORE
 from jaxalign.models.base import DecoderConfig
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array
@@ -111,7 +111,7 @@ def attend_cached(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.tile(mask, (1, 1, groups, 1))
-    scores = jnp.where(seen, scores, HIDDEN)
+    scores = jnp.where(seen, scores, MASKED_SCORE)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum(
