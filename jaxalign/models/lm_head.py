@@ -69,31 +69,41 @@ def target_logprobs(
         nats.
       entropy_gradient: whether a gradient flows through the entropy; without, entropies that are
         only logged cost nothing in the backward pass.
-      mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
-        nothing, so that the head runs over answers only. None: all.
+      mask: bool `[B, T]`, the positions that count; the others give 0, and the head skips them but
+        for the rest of its last chunk. None: all.
       chunk: positions of every row computed at a time; None: chosen by platform, vocabulary and
         memory, see `head_chunks`. Memory grows with it; results do not depend on it.
 
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
     """
-    laid = _lay_out(model, params, hidden, targets, mask, chunk)
+    inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
     kind: Entropy = "none"
     if entropy:
         kind = "gradient" if entropy_gradient else "value"
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    both = fused_logprobs(
-        laid.chunk, kind, laid.cap, laid.hidden, laid.head, laid.targets, temperature, laid.wanted
+    logprobs, entropies = fused_logprobs(
+        inputs.chunk,
+        kind,
+        inputs.finish,
+        inputs.hidden,
+        inputs.head,
+        inputs.targets,
+        temperature,
+        inputs.num_valid,
     )
-    return (laid.back(both[0]), laid.back(both[1])) if entropy else laid.back(both[0])
+    if entropy:
+        return inputs.back(logprobs), inputs.back(entropies)
+    return inputs.back(logprobs)
 
 
 class TargetSum(NamedTuple):
-    """What `target_sum` gives.
+    """The result of `target_sum`.
 
     Attributes:
       total: float32 scalar, Σ log π over the mask, in nats.
-      logprobs: float32 `[B, T]`, what is summed; 0 outside the mask. No gradient flows through it.
+      logprobs: float32 `[B, T]`, the terms of the sum; 0 outside the mask. No gradient flows
+        through it.
       entropy: float32 `[B, T]`, in nats, or None. No gradient flows through it.
     """
 
@@ -108,70 +118,78 @@ def target_sum(
 ) -> TargetSum:  # fmt: skip
     """Σ_t m_t · log π(y_t), for losses that are this sum up to a factor.
 
-    The same as summing `target_logprobs`, for three products of hidden states and head instead of
-    four: the gradient of a sum is known, up to a factor, while a chunk's logits are at hand, so
-    that the backward pass does not form them again. (Where the vocabulary is split over devices it
-    still does.)
+    Equals the sum of `target_logprobs`, but multiplies hidden states and head three times instead
+    of four. The gradient of the sum is known up to a factor while a chunk's logits are at hand, so
+    that the backward pass forms no logits again (unless the vocabulary is split over devices).
 
     Args:
       model, params, hidden, targets, chunk: as for `target_logprobs`.
       mask: bool `[B, T]`, m.
       entropy: also return the entropies.
     """
-    laid = _lay_out(model, params, hidden, targets, mask, chunk)
-    weights = laid.put(jnp.asarray(mask, jnp.float32))
+    inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
+    weights = inputs.put(jnp.asarray(mask, jnp.float32))
     total, logprobs, entropies = fused_total(
-        laid.chunk, entropy, laid.cap, laid.hidden, laid.head, laid.targets, jnp.float32(1),
-        laid.wanted, weights,
-    )  # fmt: skip
+        inputs.chunk,
+        entropy,
+        inputs.finish,
+        inputs.hidden,
+        inputs.head,
+        inputs.targets,
+        jnp.float32(1),
+        inputs.num_valid,
+        weights,
+    )
     logprobs, entropies = jax.lax.stop_gradient((logprobs, entropies))
-    return TargetSum(total, laid.back(logprobs), laid.back(entropies) if entropy else None)
+    return TargetSum(total, inputs.back(logprobs), inputs.back(entropies) if entropy else None)
 
 
-class _LaidOut(NamedTuple):
+class _HeadInputs(NamedTuple):
     """Positions as the fused head takes them.
 
+    With L lines of N positions: on one device one line holds all rows, B·T positions; over several
+    devices a line is a row, or a device's part of one, so that every position stays where it is.
+
     Attributes:
-      hidden, targets: `[R, N, D]` and `[R, N]`, the wanted positions first.
+      hidden: `[L, N, D]`, valid positions first in each line.
+      targets: `[L, N]`.
       head: `[D, V]`.
-      wanted: where the wanted positions end; None: all are.
-      chunk: positions of a row at a time.
-      cap: what the model does to its logits.
-      put: lays out another `[B, T]`.
-      back: the way back, to `[B, T]` and 0 where the mask is.
+      num_valid: valid positions of the line that has most; None: all.
+      chunk: positions of a line at a time.
+      finish: what the model does to its logits.
+      put: another `[B, T]` → `[L, N]`.
+      back: `[L, N]` → `[B, T]`, 0 outside the mask.
     """
 
     hidden: jax.Array
     targets: jax.Array
     head: jax.Array
-    wanted: jax.Array | None
+    num_valid: jax.Array | None
     chunk: int
-    cap: Finish
+    finish: Finish
     put: Callable[[jax.Array], jax.Array]
     back: Callable[[jax.Array], jax.Array]
 
 
-def _lay_out(
+def _head_inputs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array | None,
     chunk: int | None,
-) -> _LaidOut:  # fmt: skip
+) -> _HeadInputs:  # fmt: skip
     rows, length, width = hidden.shape
     targets = jnp.asarray(targets, jnp.int32)
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params).astype(hidden.dtype)
-    # On one device the rows are laid end to end; over several, every row, or part of one, stays on
-    # its own.
     parts = row_shards() * axis_shards("length")
     lines = fold_length(targets).shape
     shape = lines if parts > 1 else (1, rows * length)
-    hidden = fold_length(hidden).reshape(*shape, width)
-    wanted = order = kept = None
+    hidden = fold_length(hidden).reshape(*shape, width)  # [B, T, D] → [L, N, D]
+    num_valid = order = valid = None
     if mask is not None:
-        kept = fold_length(jnp.asarray(mask, bool)).reshape(shape)
-        order = jnp.argsort(~kept, axis=1, stable=True)
-        wanted = jnp.max(jnp.sum(kept, axis=1, dtype=jnp.int32))
-        hidden = _reorder(jnp.where(kept[..., None], hidden, 0), order)
+        valid = fold_length(jnp.asarray(mask, bool)).reshape(shape)
+        order = jnp.argsort(~valid, axis=1, stable=True)  # [L, N], valid positions first
+        num_valid = jnp.max(jnp.sum(valid, axis=1, dtype=jnp.int32))
+        hidden = _reorder(jnp.where(valid[..., None], hidden, 0), order)
     chunk = None if chunk is None else max(1, chunk * rows // shape[0])
     chunk, count = head_chunks(
         shape[0], shape[1], head.shape[1], parts, chunk, masked=mask is not None
@@ -188,15 +206,15 @@ def _lay_out(
 
     def back(x: jax.Array) -> jax.Array:
         x = x[:, : shape[1]]
-        if order is not None and kept is not None:
+        if order is not None and valid is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
-            x = jnp.where(kept, x, 0.0)
+            x = jnp.where(valid, x, 0.0)
         if parts > 1:
             return constrain(unfold_length(x, length), "rows length")
         return constrain(x.reshape(rows, length), "rows length")
 
-    cap = getattr(model, "finish_logits", identity)
-    return _LaidOut(hidden, put(targets), head, wanted, chunk, cap, put, back)
+    finish = getattr(model, "finish_logits", identity)
+    return _HeadInputs(hidden, put(targets), head, num_valid, chunk, finish, put, back)
 
 
 def head_chunks(
@@ -242,7 +260,7 @@ def head_chunks(
 
 @jax.custom_vjp
 def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-    """`x[b, order[b, t]]` for permutations: going back is reading too, never a scatter."""
+    """`x[b, order[b, t]]` for permutations; its gradient is a gather too, not a scatter."""
     return jnp.take_along_axis(x, order[..., None], axis=1)
 
 
