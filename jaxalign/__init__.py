@@ -23,15 +23,9 @@ from jaxalign.algorithms.state import init_state
 from jaxalign.algorithms.step import make_eval
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import (
-    Scorer,
-    pooled_scores,
-    target_logprobs,
-    target_sum,
-    weigh_attributes,
-    with_scalar_head,
-)
+from jaxalign.models.lm_head import target_logprobs, target_sum
 from jaxalign.models.lora import LoraConfig, add_lora, merge_lora
+from jaxalign.models.scorer import Scorer, pooled_scores, weigh_attributes, with_scalar_head
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.rules import use_rules
 from jaxalign.parallel.sharding import local_rows, shard_batch

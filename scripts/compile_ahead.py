@@ -31,7 +31,7 @@ from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, replicated
 from jaxalign.types import PairBatch, RolloutBatch, TokenBatch, TrainState

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxalign
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = (

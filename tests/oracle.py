@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.types import TokenBatch
 
 DECODER = Decoder(

@@ -230,7 +230,7 @@ def test_a_reward_model_with_another_vocabulary_is_named(complain, tmp_path):
 
     import jaxalign
     from jaxalign.models.decoder import Decoder
-    from jaxalign.models.lm_head import Scorer
+    from jaxalign.models.scorer import Scorer
 
     small = Scorer(Decoder(dataclasses.replace(chatmodel.DECODER.config, vocab_size=200)))
     jaxalign.save_pretrained(small, tiny.random_params(small), tmp_path / "small")

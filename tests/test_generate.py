@@ -13,7 +13,7 @@ from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, use_mesh
-from jaxalign.sampling.draw import Sampling, choose
+from jaxalign.sampling.draw import Sampling, sample_tokens
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
 from jaxalign.sampling.generate import sample
 from jaxalign.types import PromptBatch
@@ -138,7 +138,7 @@ def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
         jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(0), jnp.int32(0)
     )
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (draws, len(logits)))
-    tokens, logprobs = jax.jit(choose)(jax.random.split(KEY, draws), rows, sampling)
+    tokens, logprobs = jax.jit(sample_tokens)(jax.random.split(KEY, draws), rows, sampling)
     return np.asarray(tokens), np.asarray(logprobs)
 
 

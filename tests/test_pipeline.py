@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import jaxalign
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.run.pipeline import EXAMPLES, load_stages, run_stages
 
 STAGES = {

@@ -11,7 +11,7 @@ import jaxalign
 from jaxalign.commands import cli
 from jaxalign.commands.quickstart.stages import RECIPE
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.run.pipeline import EXAMPLES, load_stages
 
 STAGES = ("sft", "reward", "ppo", "dpo")

@@ -9,7 +9,7 @@ import pytest
 
 import jaxalign
 from jaxalign.commands.report.runs import make_page
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan.parts import PARTS
 from jaxalign.run.config.runs import load_config

@@ -15,7 +15,7 @@ from jaxalign import algorithms
 from jaxalign.commands import cli
 from jaxalign.hf import load_pretrained
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.run import export, loop, reporter, tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, read_yaml

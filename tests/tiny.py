@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign.models.base import DecoderConfig, RopeConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.types import TokenBatch
 
 VOCAB = 64

@@ -21,7 +21,7 @@ from jaxalign.losses.process import step_bce
 from jaxalign.losses.ranking import all_pairs, better, plackett_luce
 from jaxalign.losses.reward import bradley_terry
 from jaxalign.models.base import ScalarModel
-from jaxalign.models.lm_head import Scorer, last_hidden
+from jaxalign.models.scorer import Scorer, last_hidden
 from jaxalign.types import Array, GradedBatch, Params, RankedBatch, StepBatch, TokenBatch
 
 Examples = dict[str, jax.Array]

@@ -33,7 +33,7 @@ from jaxalign.algorithms.objectives import Examples, Objective
 from jaxalign.algorithms.step import Step, loss_figures
 from jaxalign.algorithms.step import make_step as _make_step
 from jaxalign.models.base import ScalarModel, combine
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.sharding import constrain
 from jaxalign.types import TrainState
 

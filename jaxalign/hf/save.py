@@ -19,7 +19,7 @@ from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.orbax_folder import PARAMS
 from jaxalign.hf.safetensors_write import File, Planned, Writer, plan_files, write_index
 from jaxalign.hf.source import SOURCE_DTYPES, read_json
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
 

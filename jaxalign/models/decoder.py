@@ -1,13 +1,13 @@
-"""The decoder: flax.nnx modules inside, pure functions on a nested dict of arrays outside.
+"""The decoder: pure functions on a nested dict of arrays, over the modules of `models.network`.
 
-Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so compile time and
-program size do not grow with depth (but for the first few layers on a CPU, see `_unrolled`).
+Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so that compile time and
+program size do not grow with depth. Two paths do otherwise: shallow models are unrolled on a CPU
+(`Backend.unrolled_layers`), and a decode step always is (`Decoder.extend`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +18,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.masked import weighted
 from jaxalign.losses.router import document_balance
-from jaxalign.models.attention.dispatch import Choice, attention_kind, check_kind
-from jaxalign.models.attention.kv_cache import Cache, attend_cached, empty_cache, split, write
-from jaxalign.models.attention.mask import Marks, Sight
-from jaxalign.models.attention.xla import attend
-from jaxalign.models.base import DecoderConfig
-from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
-from jaxalign.models.look_up import look_up
-from jaxalign.models.lora import LoraConfig
-from jaxalign.models.moe import Experts, Routing
-from jaxalign.models.per_layer import View, layer_traits, make_views
-from jaxalign.parallel.shard_map import current_device, pad_length
+from jaxalign.models.attention.dispatch import AttentionKind, attention_kind, check_kind
+from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
+from jaxalign.models.attention.mask import MaskSpec, Segments
+from jaxalign.models.backend import backend
+from jaxalign.models.base import DecoderConfig, LoraConfig
+from jaxalign.models.layers import make_norm
+from jaxalign.models.moe import Routing
+from jaxalign.models.network import Block, Stack, abstract_block, abstract_stack, with_values
+from jaxalign.models.ops import look_up
+from jaxalign.models.per_layer import (
+    AttentionInputs,
+    LayerAttributes,
+    attention_inputs,
+    layer_attributes,
+)
+from jaxalign.parallel.shard_map import pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array, Params, Weighted
 
@@ -43,141 +48,17 @@ REMAT: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
 }
-"""What the backward pass keeps of a block: everything, matmul results only, its input only, or that
-in the host's memory."""
-
-_MATRIX_LENGTH = 2048
-"""Longest rows for which the plain form of attention reads who sees whom from a matrix."""
+"""What the backward pass keeps of a block: everything; results of matrix products; the block's
+input; the block's input, in the host's memory."""
 
 
-class Block(nnx.Module):
-    """Attention and a feed-forward network, each normalised and added to the residual stream."""
-
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        before, after = config.norm_place != "after", config.norm_place != "before"
-        self.attention_norm = make_norm(config) if before else None
-        self.attention = Attention(config, lora, rngs)
-        self.attention_post_norm = make_norm(config) if after else None
-        self.mlp_norm = make_norm(config) if before else None
-        self.mlp = (Experts if config.num_experts else MLP)(config, lora, rngs)
-        self.mlp_post_norm = make_norm(config) if after else None
-        self.softcap = config.attention_softcap
-
-    def __call__(
-        self, x: jax.Array, view: View, kind: str = "xla"
-    ) -> tuple[jax.Array, Routing | None]:
-        """`[B, T, D]` → `[B, T, D]`, and what the router did, if there is one."""
-        return self.read(x, view, kind)[0]
-
-    def read(
-        self, x: jax.Array, view: View, kind: str = "xla"
-    ) -> tuple[tuple[jax.Array, Routing | None], tuple[jax.Array, jax.Array]]:
-        """Like a call; also gives the keys and values, `[B, T, K, head_dim]`."""
-        query, key, value = self._project(x, view)
-        attended = attend(query, key, value, view.sight, view.scale, self.softcap, kind=kind)
-        return self._finish(x, attended), (key, value)
-
-    def extend(
-        self, x: jax.Array, view: View, keys: jax.Array, values: jax.Array, used: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Like a call, but attends to this layer's cache after writing the new tokens to it."""
-        query, key, value = self._project(x, view)
-        keys, values = write(keys, key, used), write(values, value, used)
-        seen = view.sight.matrix
-        attended = attend_cached(query, keys, values, seen, view.scale, self.softcap)
-        return self._finish(x, attended)[0], keys, values
-
-    def _project(self, x: jax.Array, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = x if self.attention_norm is None else self.attention_norm(x)
-        return self.attention.project(x, view.rope)
-
-    def _finish(self, x: jax.Array, attended: jax.Array) -> tuple[jax.Array, Routing | None]:
-        y = self.attention.merge(attended)
-        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = x if self.mlp_norm is None else self.mlp_norm(x)
-        y, routing = self.mlp(y) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), routing
-
-
-class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`, and position embeddings `[P, D]` where they are learned."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(
-            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
-        )
-        if config.learned_positions:
-            shape = (config.max_positions, config.hidden_size)
-            noise = jax.random.normal(rngs.params(), shape, jnp.float32)
-            self.positions = nnx.Param(INIT_STD * noise, axes="positions embed")
-
-
-class Head(nnx.Module):
-    """An untied output matrix `[D, V]`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        shape = (config.hidden_size, config.vocab_size)
-        self.kernel = nnx.Param(
-            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
-        )
-
-
-class Stack(nnx.Module):
-    """The whole network; its parameter tree is the public one."""
-
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        self.embed = Embedding(config, rngs)
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, lora, rngs)
-
-        self.blocks = blocks(rngs)
-        self.norm = make_norm(config)
-        self.head = None if config.tie_embeddings else Head(config, rngs)
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract_stack(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Stack(config, lora, nnx.Rngs(0))))
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract_block(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
-
-
-def _with_values(state: Any, values: Params) -> Any:
-    """A copy of an abstract nnx state that holds the given nested dict of arrays."""
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, values)
-    return state
-
-
-def _even(inputs: Array, marks: Marks) -> tuple[jax.Array, Marks]:
-    """Tokens and their marks with padding at the end where the mesh splits time unevenly."""
-    return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, marks))
-
-
-_UNROLLED = 8
-"""Most layers that a CPU's program holds one after the other."""
-
-
-def _unrolled(config: DecoderConfig) -> int:
-    """How many layers the loop over them does at a time.
-
-    On a CPU the loop copies what each layer's backward pass needs into one array for all and out
-    again: a twelfth of a small model's step. Accelerators write it where it belongs. Deep models
-    stay in the loop everywhere, since a program as long as they are deep takes long to compile.
-    """
-    few = config.num_layers <= _UNROLLED and current_device()[0] == "cpu"
-    return config.num_layers if few else 1
+def _pad_to_shards(inputs: Array, segments: Segments) -> tuple[jax.Array, Segments]:
+    """Tokens and segments, padded at the end to a multiple of the shards of the length."""
+    return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, segments))
 
 
 def _layer(stacked: Any, layer: int) -> Any:
-    """One layer of what is stacked along a leading axis."""
+    """One layer of a pytree of arrays `[L, …]`."""
     return jax.tree.map(lambda x: x[layer], stacked)
 
 
@@ -190,7 +71,7 @@ class Decoder:
       compute_dtype: dtype of activations and matmuls; parameters keep their own.
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
-      attention: which form of attention, see `jaxalign.models.attention.dispatch.KINDS`.
+      attention: which kind of attention, see `jaxalign.models.attention.dispatch.KINDS`.
     """
 
     config: DecoderConfig
@@ -211,19 +92,21 @@ class Decoder:
     @property
     def shapes(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, float32."""
-        _, state = _abstract_stack(self.config, self.lora)
+        _, state = abstract_stack(self.config, self.lora)
         return nnx.to_pure_dict(state)
 
     @property
     def axes(self) -> Params:
         """The parameter tree with the logical axes of each leaf, e.g. "layers embed mlp"."""
-        _, state = _abstract_stack(self.config, self.lora)
+        _, state = abstract_stack(self.config, self.lora)
 
         def axes_of(path: Any, variable: nnx.Variable) -> str:
             stacked = path[0].key == "blocks"
             return f"layers {variable.axes}" if stacked else variable.axes
 
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        def is_variable(x: Any) -> bool:
+            return isinstance(x, nnx.Variable)
+
         tree = jax.tree_util.tree_map_with_path(axes_of, state, is_leaf=is_variable)
         return nnx.to_pure_dict(tree)
 
@@ -256,8 +139,8 @@ class Decoder:
         """
         return self._run(params, inputs, positions, segment_ids, branch_ids)[0]
 
-    def attention_kind(self, length: int, *, branches: bool = False) -> Choice:
-        """Which form of attention rows of this length get, and why.
+    def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
+        """Which kind of attention rows of this length get, and why.
 
         Depends on the mesh in context or, without one, on the default device.
         """
@@ -308,7 +191,7 @@ class Decoder:
         self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
         branch_ids: Array | None, *, collect: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """Hidden states, and the sum over layers of what the routers did if that is collected."""
+        """Hidden states `[B, T, D]`; with `collect` also the routing, summed over layers."""
         config = self.config
         inputs = jnp.asarray(inputs)
         if positions is None:
@@ -316,40 +199,48 @@ class Decoder:
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
         length = inputs.shape[1]
-        inputs, marks = _even(inputs, Marks(segment_ids, positions, branch_ids))
-        view_of, kind = self._views(marks)
+        inputs, segments = _pad_to_shards(inputs, Segments(segment_ids, positions, branch_ids))
+        inputs_of, kind = self._attention_inputs(segments)
 
-        def run(layer: Params, trait: Any, x: jax.Array) -> tuple[jax.Array, Routing | None]:
+        def run(
+            layer: Params, attributes: LayerAttributes, x: jax.Array
+        ) -> tuple[jax.Array, Routing | None]:
+            """One block: `[B, T, D]` → `[B, T, D]`."""
             x = checkpoint_name(x, "block_input")
-            x, routing = self._block(layer)(x, view_of(trait), kind)
+            x, routing = self._block(layer)(x, inputs_of(attributes), kind)
             return constrain(x, "rows length hidden"), routing if collect else None
 
         policy = REMAT[self.remat]
         if policy is not None:
+            # Inside a scan XLA cannot merge the recomputation with the forward pass.
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, total = carry
-            layer, trait = xs
-            x, routing = run(layer, trait, x)
+            layer, attributes = xs
+            x, routing = run(layer, attributes, x)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
-        nothing = None
+        no_routing = None
         if collect:
-            zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)
-            nothing = Routing(zeros, zeros)
-        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
-        carry = (x, nothing)
-        layers = (params["blocks"], layer_traits(config))
-        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=_unrolled(config))
+            zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)  # [B, T, E]
+            no_routing = Routing(zeros, zeros)
+        x = self._embed(params, inputs, segments.positions, segments.ids, "rows length hidden")
+        carry = (x, no_routing)
+        layers = (params["blocks"], layer_attributes(config))  # [L, …] each
+        unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
+        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
         return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
 
-    def _views(self, marks: Marks) -> tuple[Callable[[Any], View], str]:
-        """How layers look at whole rows, and by which form of attention."""
-        length = marks.segments.shape[1]
-        kind = self.attention_kind(length, branches=marks.branches is not None).kind
-        matrix = kind == "xla" and length <= _MATRIX_LENGTH and axis_shards("length") == 1
-        return make_views(self.config, Sight(marks, marks), matrix=matrix), kind
+    def _attention_inputs(
+        self, segments: Segments
+    ) -> tuple[Callable[[LayerAttributes], AttentionInputs], str]:
+        """For whole rows: the inputs of a layer by its attributes, and the kind of attention."""
+        length = segments.ids.shape[1]
+        kind = self.attention_kind(length, branches=segments.branches is not None).kind
+        short = length <= backend().attention_mask_length and axis_shards("length") == 1
+        matrix = kind == "xla" and short
+        return attention_inputs(self.config, MaskSpec(segments, segments), matrix=matrix), kind
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens."""
@@ -370,21 +261,23 @@ class Decoder:
         Returns:
           Hidden states `[B, T, D]`, and a full cache of T columns.
         """
-        config, kind = self.config, self.compute_dtype if dtype is None else dtype
+        config, dtype = self.config, self.compute_dtype if dtype is None else dtype
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
         length = positions.shape[1]
-        inputs, marks = _even(inputs, Marks(segment_ids, positions))
-        view_of, form = self._views(marks)
+        inputs, segments = _pad_to_shards(inputs, Segments(segment_ids, positions))
+        inputs_of, kind = self._attention_inputs(segments)
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            layer, trait = xs
-            (x, _), kept = self._block(layer).read(x, view_of(trait), form)
-            kept = jax.tree.map(lambda y: y[:, :length].astype(kind).transpose(0, 2, 1, 3), kept)
-            return constrain(x, "rows length hidden"), kept
+            layer, attributes = xs
+            (x, _), cached = self._block(layer).with_keys_values(x, inputs_of(attributes), kind)
+            cached = jax.tree.map(  # [B, T, K, d] → [B, K, T, d]
+                lambda y: y[:, :length].astype(dtype).transpose(0, 2, 1, 3), cached
+            )
+            return constrain(x, "rows length hidden"), cached
 
-        x = self._embed(params, inputs, marks.positions, marks.segments, "rows length hidden")
-        x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_traits(config)))
-        keys, values = (
+        x = self._embed(params, inputs, segments.positions, segments.ids, "rows length hidden")
+        x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_attributes(config)))
+        keys, values = (  # [L, B, K, T, d] → L arrays
             tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
         )
         used = jnp.asarray(length, jnp.int32)
@@ -393,8 +286,7 @@ class Decoder:
     def by_layer(self, params: Params) -> Params:
         """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
 
-        A loop over tokens then finds each layer's weights lying by themselves. Where slicing the
-        stack costs nothing (accelerators read a slice in place) this is only a second copy.
+        A loop over tokens then slices no stack. See `Backend.decode_weights_by_layer`.
         """
         layers = range(self.config.num_layers)
         blocks = tuple(_layer(params["blocks"], layer) for layer in layers)
@@ -403,9 +295,10 @@ class Decoder:
     def extend(
         self, params: Params, cache: Cache, inputs: Array, positions: Array, segment_ids: Array
     ) -> tuple[jax.Array, Cache]:
-        """Reads T more tokens of every row into the cache, T small: one step of decoding.
+        """One step of decoding: reads T more tokens of every row into the cache, T small.
 
-        The layers are laid out one after another, not scanned: see `models.attention.kv_cache`.
+        Layers are unrolled, not scanned: each updates a cache array of its own in place (see
+        `models.attention.kv_cache`).
 
         Args:
           params: as for `apply`, or what `by_layer` makes of them.
@@ -420,20 +313,22 @@ class Decoder:
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
         positions = jnp.asarray(positions, jnp.int32)
-        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
-        sight = Sight(Marks(segment_ids, positions), Marks(segments, seen), cached=True)
-        view_of = make_views(self.config, sight, matrix=True)
-        blocks, traits = params["blocks"], layer_traits(self.config)
+        key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
+        query, key = Segments(segment_ids, positions), Segments(segments, key_positions)
+        mask = MaskSpec(query, key, cached=True)  # T queries, S columns of the cache
+        inputs_of = attention_inputs(self.config, mask, matrix=True)
+        blocks, attributes = params["blocks"], layer_attributes(self.config)
         keys, values = list(cache.keys), list(cache.values)
         x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         for layer in range(self.config.num_layers):
-            own = blocks[layer] if isinstance(blocks, tuple) else _layer(blocks, layer)
-            x, keys[layer], values[layer] = self._block(own).extend(
-                x, view_of(_layer(traits, layer)), keys[layer], values[layer], cache.used
+            weights = blocks[layer] if isinstance(blocks, tuple) else _layer(blocks, layer)
+            layer_inputs = inputs_of(_layer(attributes, layer))
+            x, keys[layer], values[layer] = self._block(weights).extend(
+                x, layer_inputs, keys[layer], values[layer], cache.used
             )
             x = constrain(x, "rows new hidden")
         used = cache.used + segment_ids.shape[1]
-        cache = Cache(tuple(keys), tuple(values), segments, seen, used)
+        cache = Cache(tuple(keys), tuple(values), segments, key_positions, used)
         return self._norm(params, x), cache
 
     def head(self, params: Params) -> jax.Array:
@@ -449,17 +344,18 @@ class Decoder:
         return self.finish_logits(logits)
 
     def finish_logits(self, logits: jax.Array) -> jax.Array:
-        """What comes after the product with the head: `c · tanh(logits / c)`, or nothing."""
+        """The soft cap of the logits, `c · tanh(logits / c)`, if the model has one."""
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(
         self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
     ) -> jax.Array:
+        """Token ids `[B, T]` → the residual stream `[B, T, D]`, laid out by `axes`."""
         embed = params["embed"]
         x = look_up(embed["embedding"], jnp.asarray(inputs), axes.split()[1])
         if self.config.learned_positions:
-            # Positions that the table lacks give NaN: a loud end instead of a wrong embedding.
+            # A position beyond the table gives NaN, which is noticed; a wrong embedding is not.
             # Padding may hold any position.
             known = jnp.where(jnp.asarray(segment_ids) > 0, jnp.asarray(positions), 0)
             x = x + jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
@@ -469,8 +365,8 @@ class Decoder:
         return constrain(x, axes)
 
     def _block(self, layer: Params) -> Block:
-        graphdef, state = _abstract_block(self.config, self.lora)
-        return nnx.merge(graphdef, _with_values(state, layer))
+        graphdef, state = abstract_block(self.config, self.lora)
+        return nnx.merge(graphdef, with_values(state, layer))
 
     def _norm(self, params: Params, x: jax.Array) -> jax.Array:
         norm = make_norm(self.config)

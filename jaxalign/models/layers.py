@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.base import DecoderConfig
-from jaxalign.models.lora import LoraConfig
-from jaxalign.models.matmul import project
+from jaxalign.models.base import DecoderConfig, LoraConfig
+from jaxalign.models.ops import project
 from jaxalign.models.rope import Rope, rotate
 
 INIT_STD = 0.02

@@ -1,4 +1,4 @@
-"""What is read from hidden states: log-probabilities of targets, and scalar scores.
+"""Log-probabilities of target tokens from hidden states.
 
 `target_logprobs` is the only training code that sees the vocabulary, a chunk of positions at a
 time: the whole `[B, T, V]` is never made, forward or backward.
@@ -6,31 +6,26 @@ time: the whole `[B, T, V]` is never made, forward or backward.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.masked import last_index
-from jaxalign.models.base import DecoderConfig, LanguageModel, ScalarModel, read
-from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head_kernel import Entropy, Finish, fused_logprobs, fused_total, identity
+from jaxalign.models.backend import backend
+from jaxalign.models.base import LanguageModel
+from jaxalign.models.lm_head_kernel import (
+    Entropy,
+    Finish,
+    fused_logprobs,
+    fused_total,
+    identity,
+    vocabulary_shards,
+)
 from jaxalign.parallel.shard_map import fold_length, unfold_length
-from jaxalign.parallel.sharding import axis_shards, constrain, mesh_of, param_shardings, row_shards
-from jaxalign.types import Array, Params, TokenBatch, Weighted
-
-CHUNK_LOGITS = 2**25
-"""Most logits a device holds at a time by default: 32 M, 128 MiB in float32."""
-
-CHUNK_POSITIONS = 512
-"""Most positions a chunk holds by default: more would only push logits out of the caches."""
-
-
-MASKED_CHUNK_POSITIONS = 256
-"""The same where only some positions are wanted, of which the last chunk is computed whole."""
+from jaxalign.parallel.sharding import axis_shards, constrain, row_shards
+from jaxalign.types import Array, Params
 
 
 @overload
@@ -74,32 +69,41 @@ def target_logprobs(
         nats.
       entropy_gradient: whether a gradient flows through the entropy; without, entropies that are
         only logged cost nothing in the backward pass.
-      mask: bool `[B, T]`, the positions whose results are wanted; the others give 0 and cost
-        nothing, so that the head runs over answers only. None: all.
-      chunk: positions of every row computed at a time; by default `CHUNK_POSITIONS` in all, or as
-        many as make `CHUNK_LOGITS` logits a device. Memory grows with it, results do not depend on
-        it.
+      mask: bool `[B, T]`, the positions that count; the others give 0, and the head skips them but
+        for the rest of its last chunk. None: all.
+      chunk: positions of every row computed at a time; None: chosen by platform, vocabulary and
+        memory, see `head_chunks`. Memory grows with it; results do not depend on it.
 
     Returns:
       float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
     """
-    laid = _lay_out(model, params, hidden, targets, mask, chunk)
+    inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
     kind: Entropy = "none"
     if entropy:
         kind = "gradient" if entropy_gradient else "value"
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    both = fused_logprobs(
-        laid.chunk, kind, laid.cap, laid.hidden, laid.head, laid.targets, temperature, laid.wanted
+    logprobs, entropies = fused_logprobs(
+        inputs.chunk,
+        kind,
+        inputs.finish,
+        inputs.hidden,
+        inputs.head,
+        inputs.targets,
+        temperature,
+        inputs.num_valid,
     )
-    return (laid.back(both[0]), laid.back(both[1])) if entropy else laid.back(both[0])
+    if entropy:
+        return inputs.back(logprobs), inputs.back(entropies)
+    return inputs.back(logprobs)
 
 
 class TargetSum(NamedTuple):
-    """What `target_sum` gives.
+    """The result of `target_sum`.
 
     Attributes:
       total: float32 scalar, Σ log π over the mask, in nats.
-      logprobs: float32 `[B, T]`, what is summed; 0 outside the mask. No gradient flows through it.
+      logprobs: float32 `[B, T]`, the terms of the sum; 0 outside the mask. No gradient flows
+        through it.
       entropy: float32 `[B, T]`, in nats, or None. No gradient flows through it.
     """
 
@@ -114,70 +118,78 @@ def target_sum(
 ) -> TargetSum:  # fmt: skip
     """Σ_t m_t · log π(y_t), for losses that are this sum up to a factor.
 
-    The same as summing `target_logprobs`, for three products of hidden states and head instead of
-    four: the gradient of a sum is known, up to a factor, while a chunk's logits are at hand, so
-    that the backward pass does not form them again. (Where the vocabulary is split over devices it
-    still does.)
+    Equals the sum of `target_logprobs`, but multiplies hidden states and head three times instead
+    of four. The gradient of the sum is known up to a factor while a chunk's logits are at hand, so
+    that the backward pass forms no logits again (unless the vocabulary is split over devices).
 
     Args:
       model, params, hidden, targets, chunk: as for `target_logprobs`.
       mask: bool `[B, T]`, m.
       entropy: also return the entropies.
     """
-    laid = _lay_out(model, params, hidden, targets, mask, chunk)
-    weights = laid.put(jnp.asarray(mask, jnp.float32))
+    inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
+    weights = inputs.put(jnp.asarray(mask, jnp.float32))
     total, logprobs, entropies = fused_total(
-        laid.chunk, entropy, laid.cap, laid.hidden, laid.head, laid.targets, jnp.float32(1),
-        laid.wanted, weights,
-    )  # fmt: skip
+        inputs.chunk,
+        entropy,
+        inputs.finish,
+        inputs.hidden,
+        inputs.head,
+        inputs.targets,
+        jnp.float32(1),
+        inputs.num_valid,
+        weights,
+    )
     logprobs, entropies = jax.lax.stop_gradient((logprobs, entropies))
-    return TargetSum(total, laid.back(logprobs), laid.back(entropies) if entropy else None)
+    return TargetSum(total, inputs.back(logprobs), inputs.back(entropies) if entropy else None)
 
 
-class _LaidOut(NamedTuple):
+class _HeadInputs(NamedTuple):
     """Positions as the fused head takes them.
 
+    With L lines of N positions: on one device one line holds all rows, B·T positions; over several
+    devices a line is a row, or a device's part of one, so that every position stays where it is.
+
     Attributes:
-      hidden, targets: `[R, N, D]` and `[R, N]`, the wanted positions first.
+      hidden: `[L, N, D]`, valid positions first in each line.
+      targets: `[L, N]`.
       head: `[D, V]`.
-      wanted: where the wanted positions end; None: all are.
-      chunk: positions of a row at a time.
-      cap: what the model does to its logits.
-      put: lays out another `[B, T]`.
-      back: the way back, to `[B, T]` and 0 where the mask is.
+      num_valid: valid positions of the line that has most; None: all.
+      chunk: positions of a line at a time.
+      finish: what the model does to its logits.
+      put: another `[B, T]` → `[L, N]`.
+      back: `[L, N]` → `[B, T]`, 0 outside the mask.
     """
 
     hidden: jax.Array
     targets: jax.Array
     head: jax.Array
-    wanted: jax.Array | None
+    num_valid: jax.Array | None
     chunk: int
-    cap: Finish
+    finish: Finish
     put: Callable[[jax.Array], jax.Array]
     back: Callable[[jax.Array], jax.Array]
 
 
-def _lay_out(
+def _head_inputs(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array | None,
     chunk: int | None,
-) -> _LaidOut:  # fmt: skip
+) -> _HeadInputs:  # fmt: skip
     rows, length, width = hidden.shape
     targets = jnp.asarray(targets, jnp.int32)
     if targets.shape != (rows, length):
         raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}")
     head = model.head(params).astype(hidden.dtype)
-    # On one device the rows are laid end to end; over several, every row, or part of one, stays on
-    # its own.
     parts = row_shards() * axis_shards("length")
     lines = fold_length(targets).shape
     shape = lines if parts > 1 else (1, rows * length)
-    hidden = fold_length(hidden).reshape(*shape, width)
-    wanted = order = kept = None
+    hidden = fold_length(hidden).reshape(*shape, width)  # [B, T, D] → [L, N, D]
+    num_valid = order = valid = None
     if mask is not None:
-        kept = fold_length(jnp.asarray(mask, bool)).reshape(shape)
-        order = jnp.argsort(~kept, axis=1, stable=True)
-        wanted = jnp.max(jnp.sum(kept, axis=1, dtype=jnp.int32))
-        hidden = _reorder(jnp.where(kept[..., None], hidden, 0), order)
+        valid = fold_length(jnp.asarray(mask, bool)).reshape(shape)
+        order = jnp.argsort(~valid, axis=1, stable=True)  # [L, N], valid positions first
+        num_valid = jnp.max(jnp.sum(valid, axis=1, dtype=jnp.int32))
+        hidden = _reorder(jnp.where(valid[..., None], hidden, 0), order)
     chunk = None if chunk is None else max(1, chunk * rows // shape[0])
     chunk, count = head_chunks(
         shape[0], shape[1], head.shape[1], parts, chunk, masked=mask is not None
@@ -194,43 +206,61 @@ def _lay_out(
 
     def back(x: jax.Array) -> jax.Array:
         x = x[:, : shape[1]]
-        if order is not None and kept is not None:
+        if order is not None and valid is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1), axis=1)
-            x = jnp.where(kept, x, 0.0)
+            x = jnp.where(valid, x, 0.0)
         if parts > 1:
             return constrain(unfold_length(x, length), "rows length")
         return constrain(x.reshape(rows, length), "rows length")
 
-    cap = getattr(model, "finish_logits", identity)
-    return _LaidOut(hidden, put(targets), head, wanted, chunk, cap, put, back)
+    finish = getattr(model, "finish_logits", identity)
+    return _HeadInputs(hidden, put(targets), head, num_valid, chunk, finish, put, back)
 
 
 def head_chunks(
     lines: int, positions: int, vocabulary: int, parts: int, chunk: int | None = None, *,
     masked: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
-    """How the head cuts up its positions: (positions of a line at a time, how many times).
+    """How the head cuts up its positions.
+
+    A chunk of P positions of a device reads the head `[D, V]` once and holds float32 logits
+    `[P, V / n]`, n the shards of the vocabulary. `Backend.head_*` limit P by platform, by
+    vocabulary and by the device's memory: on an H100 or a v5p, P = 4,096 at a vocabulary of 128k.
 
     Args:
-      lines: rows, or parts of rows.
+      lines: rows, or parts of rows, of all devices.
       positions: of a line.
-      vocabulary: logits of a position.
+      vocabulary: V.
       parts: over how many devices the lines are split.
-      chunk: positions at a time; None: as `target_logprobs` chooses.
-      masked: not all positions are wanted.
+      chunk: positions of a line at a time, where the caller chooses.
+      masked: whether only some positions count: chunks past the last of them are skipped.
+
+    Returns:
+      (positions of a line in a chunk, number of chunks), for the mesh in context.
     """
+    multiple = 1
     if chunk is None:
-        most = MASKED_CHUNK_POSITIONS if masked else CHUNK_POSITIONS
-        chunk = min(most, max(1, CHUNK_LOGITS * parts // (lines * vocabulary)))
+        platform = backend()
+        multiple = platform.head_multiple
+        columns = math.ceil(vocabulary / vocabulary_shards(lines, vocabulary))
+        limits = [platform.head_logit_bytes // 4 * parts // (lines * columns)]
+        if platform.head_positions is not None:
+            limits.append(platform.head_positions * parts // lines)
+        row = platform.head_masked_row_positions if masked else platform.head_row_positions
+        if row is not None:
+            limits.append(row)
+        chunk = max(1, min(limits))
+        if chunk > multiple:
+            chunk -= chunk % multiple
     count = math.ceil(positions / chunk)
-    if not masked:
-        chunk = math.ceil(positions / count)  # equal chunks: less padding
+    if not masked:  # equal chunks: less padding
+        chunk = math.ceil(positions / count / multiple) * multiple
     return min(chunk, positions), count
 
 
 @jax.custom_vjp
 def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-    """`x[b, order[b, t]]` for permutations: going back is reading too, never a scatter."""
+    """`x[b, order[b, t]]` for permutations; its gradient is a gather too, not a scatter."""
     return jnp.take_along_axis(x, order[..., None], axis=1)
 
 
@@ -243,186 +273,3 @@ def _reorder_backward(order: jax.Array, gradient: jax.Array) -> tuple[jax.Array,
 
 
 _reorder.defvjp(_reorder_forward, _reorder_backward)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """A decoder with a scalar head instead of a vocabulary: reward model and critic.
-
-    Attributes:
-      base: the decoder; its output head is not used and not in the parameters.
-      attributes: names of the head's A outputs, where it predicts several grades ("helpfulness",
-        "verbosity", …); empty for the one score of a usual reward model.
-    """
-
-    base: Decoder
-    attributes: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if len(set(self.attributes)) < len(self.attributes) or "" in self.attributes:
-            raise ValueError(f"attributes={list(self.attributes)}: wanted names, each of them once")
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's shape."""
-        return self.base.config
-
-    @property
-    def shapes(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s."""
-        shapes = {k: v for k, v in self.base.shapes.items() if k != "head"}
-        width = max(1, len(self.attributes))
-        kernel = jax.ShapeDtypeStruct((self.config.hidden_size, width), jnp.float32)
-        return shapes | {"score": {"kernel": kernel}}
-
-    @property
-    def axes(self) -> Params:
-        """The parameter tree with the logical axes of each leaf."""
-        axes = {k: v for k, v in self.base.axes.items() if k != "head"}
-        return axes | {"score": {"kernel": "embed scalar"}}
-
-    def apply(
-        self,
-        params: Params,
-        inputs: Array,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        branch_ids: Array | None = None,
-    ) -> jax.Array:
-        """Hidden states `[B, T, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids, branch_ids)
-
-    @property
-    def extra_terms(self) -> tuple[str, ...]:
-        """As `Decoder.extra_terms`."""
-        return self.base.extra_terms
-
-    def apply_with_losses(
-        self,
-        params: Params,
-        inputs: Array,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        branch_ids: Array | None = None,
-    ) -> tuple[jax.Array, dict[str, Weighted]]:
-        """As `Decoder.apply_with_losses`."""
-        return self.base.apply_with_losses(params, inputs, positions, segment_ids, branch_ids)
-
-    def outputs(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """All outputs at every position: `hidden · score`, float32 `[B, T, A]` (A = 1 without
-        attributes)."""
-        kernel = params["score"]["kernel"].astype(jnp.float32)
-        return jnp.einsum("btd,do->bto", hidden.astype(jnp.float32), kernel)
-
-    def scores(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """The scalar at every position: `hidden · score`, float32 `[B, T]`.
-
-        Raises:
-          ValueError: there are several attributes, and no one scalar.
-        """
-        if len(self.attributes) > 1:
-            raise ValueError(
-                f"a reward model with the attributes {', '.join(self.attributes)} has no single "
-                "score; say how much each counts (weigh_attributes; reward_weights in a config)"
-            )
-        return self.outputs(params, hidden)[..., 0]
-
-
-def with_scalar_head(
-    model: Decoder, params: Params, key: jax.Array, attributes: tuple[str, ...] = ()
-) -> tuple[Scorer, Params]:
-    """Puts a fresh scalar head on a language model: the start of a reward model or critic.
-
-    The head is N(0, 1/(D + 1)) without bias (Stiennon et al. 2020; Huang et al. 2024), so that
-    first scores are of order one. The vocabulary head, where untied, is left out.
-
-    Args:
-      model: the language model.
-      params: its parameters; shared, not copied.
-      key: a PRNG key for the head.
-      attributes: names of A outputs; none for one score.
-
-    Returns:
-      (scorer, parameters with `score/kernel` `[D, 1]`, or `[D, A]`).
-    """
-    width = model.config.hidden_size
-    scorer, mesh = Scorer(model, attributes), mesh_of(params)
-    shape = scorer.shapes["score"]["kernel"].shape
-    kernel = jax.random.normal(key, shape, jnp.float32) / math.sqrt(width + 1)
-    if mesh is not None:
-        layout = param_shardings(scorer.axes["score"], mesh, scorer.shapes["score"])
-        kernel = jax.device_put(kernel, layout["kernel"])
-    kept = {k: v for k, v in params.items() if k != "head"}
-    return scorer, kept | {"score": {"kernel": kernel}}
-
-
-def weigh_attributes(
-    scorer: Scorer, params: Params, weights: Mapping[str, float]
-) -> tuple[Scorer, Params]:
-    """A reward model whose one score is a weighted sum of another's attributes.
-
-    The head is linear, so the sum is a head too: `hidden · (score · w)`. What comes back is an
-    ordinary reward model, for PPO, best-of-n and export.
-
-    Args:
-      scorer: a reward model with attributes.
-      params: its parameters; all but the head are shared, not copied.
-      weights: attribute → weight; those not named weigh 0.
-
-    Returns:
-      (scorer without attributes, parameters with `score/kernel` `[D, 1]`).
-
-    Raises:
-      ValueError: no attributes, no weights, or a name that is no attribute.
-    """
-    if not scorer.attributes:
-        raise ValueError(
-            f"reward weights {dict(weights)}: the reward model has one score and no attributes to "
-            "weigh; leave them out"
-        )
-    unknown = [name for name in weights if name not in scorer.attributes]
-    if unknown or not any(weights.values()):
-        raise ValueError(
-            f"reward weights {dict(weights)}: wanted a number for one or more of "
-            f"{', '.join(scorer.attributes)}" + (f", got {', '.join(unknown)}" if unknown else "")
-        )
-    column = jnp.array([[weights.get(name, 0.0)] for name in scorer.attributes], jnp.float32)
-    kernel = params["score"]["kernel"]
-    # Products of float32, where a TPU would round to bfloat16.
-    one = jnp.matmul(kernel.astype(jnp.float32), column, precision="highest").astype(kernel.dtype)
-    return dataclasses.replace(scorer, attributes=()), params | {"score": {"kernel": one}}
-
-
-def pooled_scores(
-    scorer: ScalarModel, params: Params, tokens: TokenBatch, count: int | None = None
-) -> jax.Array:
-    """The scalar at the last token of each sequence, the usual score of a reward model.
-
-    Args:
-      scorer: reward model.
-      params: its parameters.
-      tokens: `[B, T]`; padded on either side or packed.
-      count: S, the largest number of sequences a row holds; None when each row is one sequence.
-
-    Returns:
-      float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is none.
-    """
-    hidden, _ = read(scorer, params, tokens)
-    last = last_hidden(hidden, tokens.segment_ids, 1 if count is None else count)
-    pooled = scorer.scores(params, last)
-    return pooled[:, 0] if count is None else pooled
-
-
-def last_hidden(hidden: jax.Array, segment_ids: Array, count: int = 1) -> jax.Array:
-    """The hidden state at the last token of each sequence.
-
-    Args:
-      hidden: `[B, T, D]`.
-      segment_ids: int `[B, T]`, 0 on padding.
-      count: S, the largest number of sequences a row holds.
-
-    Returns:
-      `[B, S, D]`; that of position 0 where a row has no such sequence.
-    """
-    last = last_index(segment_ids, count)
-    return jnp.take_along_axis(hidden, last[:, :, None], axis=1)

@@ -9,17 +9,25 @@ the backward pass forms the gradient of a recomputed chunk,
 
     ∂/∂z = g·(onehot(y) − p) − e·p·(z − Σ p·z),
 
-with g and e the incoming gradients of log p(y) and H. Chunks past the last position that is wanted
-are skipped while the program runs, so that the cost grows with the trained positions only.
+with g and e the incoming gradients of log p(y) and H. Valid positions come first in every row, and
+chunks past the last of them are skipped at run time: the cost grows with trained positions only.
 
-Of a sum Σ w·log p(y) whose weights are known beforehand, ∂/∂z is known as soon as a chunk's logits
-are, up to one factor: `fused_total` forms the gradients of hidden states and head in the forward
-pass, and no logits a second time (as Hsu et al. 2024, https://arxiv.org/abs/2410.10989, §3.2).
+Of a sum Σ w·log p(y) with weights that are known beforehand, ∂/∂z is known up to one factor as soon
+as a chunk's logits are. `fused_total` forms the gradients of hidden states and head in the forward
+pass, and forms no logits again (as Hsu et al. 2024, https://arxiv.org/abs/2410.10989, §3.2).
 
-On a mesh every device walks over its own rows and its own part of the vocabulary, and what devices
-owe each other is sent before or after the walk: the head is gathered over the parameters' shards
-once for both passes, its gradient is added up on the device and then reduce-scattered once. Parts
-of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
+On a mesh every device runs over its own rows and its own columns of the head. No collective runs
+inside the loop over chunks:
+
+- Before it, the head is all-gathered over the mesh axes that shard its rows D (FSDP), once for both
+  passes: D·V values, divided by the shards of the vocabulary.
+- After the forward loop, z_y, logsumexp and Σ p·z of each position are all-reduced over the shards
+  of the vocabulary, if there are several.
+- After the backward loop, the float32 gradient of the head is reduce-scattered over the axes of the
+  all-gather, and all-reduced over the other axes that shard rows (data). The gradient of hidden
+  states is all-reduced over the shards of the vocabulary.
+
+Parts s of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
 
     Z = log Σ_s exp(Z_s),      Σ_v p_v z_v = Σ_s exp(Z_s − Z) M_s.
 """
@@ -27,6 +35,7 @@ of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -58,7 +67,7 @@ def fused_logprobs(
     head: jax.Array,
     targets: jax.Array,
     temperature: jax.Array,
-    wanted: jax.Array | None,
+    num_valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and, if asked for, the entropy.
 
@@ -71,13 +80,13 @@ def fused_logprobs(
       head: `[D, V]`, in the dtype of `hidden`.
       targets: int32 `[R, N]`.
       temperature: float32 scalar; no gradient flows to it.
-      wanted: int32 scalar; positions from here on may be skipped: their results are 0. None
-        computes all.
+      num_valid: int32 scalar, valid positions of the row that has most; positions from here on are
+        skipped and give 0. None: all are valid.
 
     Returns:
       Two float32 `[R, N]`.
     """
-    return _forward(chunk, entropy, finish, hidden, head, targets, temperature, wanted)[0]
+    return _forward(chunk, entropy, finish, hidden, head, targets, temperature, num_valid)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -89,296 +98,391 @@ def fused_total(
     head: jax.Array,
     targets: jax.Array,
     temperature: jax.Array,
-    wanted: jax.Array | None,
+    num_valid: jax.Array | None,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Σ weights · log p(target), and what is summed.
 
-    A gradient flows to `hidden` and `head`, and through the sum alone: what else is returned is to
-    be looked at.
+    A gradient flows to `hidden` and `head`, and through the sum only.
 
     Args:
-      chunk, finish, hidden, head, targets, temperature, wanted: as for `fused_logprobs`.
+      chunk, finish, hidden, head, targets, temperature, num_valid: as for `fused_logprobs`.
       entropy: whether entropies are computed; else they are 0.
-      weights: float32 `[R, N]`; 0 from `wanted` on.
+      weights: float32 `[R, N]`; 0 from `num_valid` on.
 
     Returns:
       The sum, float32; log-probabilities and entropies, two float32 `[R, N]`.
     """
-    args = (hidden, head, targets, temperature, wanted)
+    args = (hidden, head, targets, temperature, num_valid)
     logprobs, entropies = _forward(chunk, "value" if entropy else "none", finish, *args)[0]
     return jnp.sum(weights * logprobs), logprobs, entropies
 
 
-class _Cut(NamedTuple):
-    """How the work is cut up over the mesh in context; mesh axes, none of them where it is not.
+class HeadSplit(NamedTuple):
+    """How the mesh in context splits the head's work: names of mesh axes, () where it does not.
 
     Attributes:
-      rows: that rows are split over.
-      vocabulary: that columns of the head are.
-      embed: those of `rows` that the head's rows lie over between steps.
+      rows: mesh axes that shard the rows R of hidden states, targets and results.
+      vocabulary: mesh axes that shard the head's columns V.
+      embed: those of `rows` that shard the head's rows D between steps (FSDP).
     """
 
     rows: tuple[str, ...] = ()
     vocabulary: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()
 
-    def run(self, work: Callable[..., Any], kinds: str, made: str, *args: Any) -> Any:
-        """Runs `work` on each device with its part of every argument.
+    @property
+    def by_row(self) -> PartitionSpec:
+        """Of arrays `[R, N, …]`."""
+        return PartitionSpec(self.rows or None)
+
+    @property
+    def sharded_head(self) -> PartitionSpec:
+        """Of the head `[D, V]` as parameters lie between steps, and of its gradient."""
+        return PartitionSpec(self.embed or None, self.vocabulary or None)
+
+    @property
+    def gathered_head(self) -> PartitionSpec:
+        """Of the head `[D, V]` with all its rows on every device."""
+        return PartitionSpec(None, self.vocabulary or None)
+
+    def operands(self, head: PartitionSpec) -> Operands:
+        """The specs of `Operands`, with the head as given."""
+        whole = PartitionSpec()
+        return Operands(self.by_row, head, self.by_row, whole, whole)
+
+    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, *args: Any) -> Any:
+        """Runs a function on each device with its part of every argument.
 
         Args:
-          work: the function.
-          kinds: a letter for each argument: r: its first axis is rows; h: a head, or its gradient,
-            as it lies between steps; g: a head, gathered but for the vocabulary; s: the same on
-            every device.
-          made: the same of its results.
-          *args: the arguments.
+          function: gives parts of its results.
+          in_specs: a `PartitionSpec` for each argument, or a pytree of them.
+          out_specs: the same for its results.
+          *args: whole arrays.
         """
         if not self.rows and not self.vocabulary:
-            return work(*args)
-        columns = self.vocabulary or None
-        specs = {
-            "r": PartitionSpec(self.rows or None),
-            "h": PartitionSpec(self.embed or None, columns),
-            "g": PartitionSpec(None, columns),
-            "s": PartitionSpec(),
-        }
-        into, out = (tuple(specs[kind] for kind in told) for told in (kinds, made))
-        # What is whole on several devices is computed alike on all of them; nothing checks it.
-        return jax.shard_map(work, in_specs=into, out_specs=out, check_vma=False)(*args)
+            return function(*args)
+        # Devices that hold the same part of an argument compute the same; nothing checks that.
+        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*args)
 
 
-def _cut(lines: int, head: jax.Array) -> _Cut:
+class Operands(NamedTuple):
+    """What both passes read; or the `PartitionSpec` of each.
+
+    Attributes:
+      hidden: `[R, N, D]`.
+      head: `[D, V]`.
+      targets: int32 `[R, N]`.
+      temperature: float32 scalar.
+      num_valid: int32 scalar or None, see `fused_logprobs`.
+    """
+
+    hidden: Any
+    head: Any
+    targets: Any
+    temperature: Any
+    num_valid: Any
+
+
+class Normalizers(NamedTuple):
+    """What the forward pass keeps of each position for the backward pass, float32 `[R, N]`.
+
+    Attributes:
+      logz: logsumexp(z) over the whole vocabulary.
+      mean: Σ_v p_v z_v, or 0 without entropy.
+    """
+
+    logz: Any
+    mean: Any
+
+
+def head_split(rows: int, width: int, vocabulary: int) -> HeadSplit:
+    """How the mesh in context splits a head `[D, V]` and R rows; axes that do not divide are left.
+
+    Args:
+      rows: R.
+      width: D.
+      vocabulary: V.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _Cut()
+        return HeadSplit()
 
-    def over(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
         names = tuple(name for name in names if mesh.shape[name] > 1)
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        return () if size % parts else names
+        return () if size % math.prod(mesh.shape[name] for name in names) else names
 
     axes = functools.partial(mesh_axes, mesh=mesh)
-    rows = over((*axes("length"), *axes("rows")), lines)
-    embed = over(tuple(name for name in axes("embed") if name in rows), head.shape[0])
+    row_axes = dividing((*axes("length"), *axes("rows")), rows)
+    embed_axes = dividing(tuple(name for name in axes("embed") if name in row_axes), width)
     # Parts of the vocabulary are joined between devices that hold the same rows.
-    vocabulary = tuple(name for name in axes("vocab") if name not in rows)
-    return _Cut(rows, over(vocabulary, head.shape[1]), embed)
+    vocabulary_axes = tuple(name for name in axes("vocab") if name not in row_axes)
+    return HeadSplit(row_axes, dividing(vocabulary_axes, vocabulary), embed_axes)
+
+
+def vocabulary_shards(rows: int, vocabulary: int) -> int:
+    """Over how many devices of the mesh in context the head's V columns are split."""
+    mesh, split = jax.sharding.get_abstract_mesh(), head_split(rows, 1, vocabulary)
+    return math.prod(mesh.shape[name] for name in split.vocabulary)
 
 
 def _logits(
     finish: Finish, hidden: jax.Array, head: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Logits of a chunk, and how a gradient comes back through `finish` and the temperature."""
+    """Logits `[P, V]` of hidden states `[P, D]`, and how a gradient goes back to `hidden·head`."""
     raw = jnp.matmul(hidden, head, preferred_element_type=jnp.float32).astype(jnp.float32)
-    finished, back = jax.vjp(finish, raw)
-    return finished / temperature, lambda g: back(g / temperature)[0]
+    finished, pullback = jax.vjp(finish, raw)
+    return finished / temperature, lambda g: pullback(g / temperature)[0]
+
+
+Saved = tuple[Operands, Normalizers]
 
 
 def _forward(
     chunk: int, entropy: Entropy, finish: Finish, hidden: jax.Array, head: jax.Array,
-    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
-):  # fmt: skip
-    cut = _cut(hidden.shape[0], head)
-    work = functools.partial(_read, chunk, entropy, finish, cut)
-    args = (hidden, head, targets, temperature, wanted)
-    chosen, logz, mean, whole = cut.run(work, "rhrss", "rrrg", *args)
-    saved = (hidden, whole, *args[2:], logz, mean)
-    return (chosen - logz, mean if entropy == "none" else logz - mean), saved
+    targets: jax.Array, temperature: jax.Array, num_valid: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], Saved]:  # fmt: skip
+    split = head_split(hidden.shape[0], *head.shape)
+    operands = Operands(hidden, head, targets, temperature, num_valid)
+    target_logits, normalizers, gathered = split.run(
+        functools.partial(_forward_shard, chunk, entropy, finish, split),
+        (split.operands(split.sharded_head),),
+        (split.by_row, Normalizers(split.by_row, split.by_row), split.gathered_head),
+        operands,
+    )
+    logz, mean = normalizers
+    results = target_logits - logz, mean if entropy == "none" else logz - mean
+    return results, (operands._replace(head=gathered), normalizers)
 
 
-def _read(
-    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
-    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """One device's z_y, logsumexp(z) and Σ p·z, joined with those of the other parts of the
-    vocabulary; and the gathered head, for the backward pass."""
-    zeros, shared = jnp.zeros(targets.shape, jnp.float32), cut.vocabulary
-    if cut.embed:
-        head = jax.lax.all_gather(head, cut.embed, axis=0, tiled=True)
-    columns, first = head.shape[1], _first(head, shared)
+def _forward_shard(
+    chunk: int, entropy: Entropy, finish: Finish, split: HeadSplit, operands: Operands
+) -> tuple[jax.Array, Normalizers, jax.Array]:
+    """One device's forward pass.
 
-    def one(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        part = functools.partial(_part, i, chunk)
-        logits, _ = _logits(finish, part(hidden), head, temperature)
-        logz = jax.nn.logsumexp(logits, axis=-1)
-        column = part(targets) - first
+    Returns:
+      (z_y `[R, N]`, normalizers, the gathered head `[D, V]` for the backward pass), with logits of
+      its part of the vocabulary joined with those of the other parts.
+    """
+    hidden, head, targets, temperature, num_valid = operands
+    zeros = jnp.zeros(targets.shape, jnp.float32)  # [R, N]
+    if split.embed:
+        head = jax.lax.all_gather(head, split.embed, axis=0, tiled=True)  # [D / n, V] → [D, V]
+    columns, first = head.shape[1], _first_column(head, split)
+
+    def chunk_step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        take = functools.partial(_take_chunk, i, chunk)
+        logits, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, D] → [R·c, V]
+        logz = jax.nn.logsumexp(logits, axis=-1)  # [R·c]
+        column = take(targets) - first  # [R·c]
         chosen = jnp.take_along_axis(logits, column[..., None], axis=-1, mode="clip")[..., 0]
-        if shared:
+        if split.vocabulary:  # targets in other parts of the vocabulary
             chosen = jnp.where((column >= 0) & (column < columns), chosen, 0.0)
-        results = [chosen, logz]
+        new = [chosen, logz]
         if entropy != "none":
-            results.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
-        put = functools.partial(_put, i, chunk)
-        return tuple(map(put, done, results))
+            new.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
+        put = functools.partial(_put_chunk, i, chunk)
+        return tuple(map(put, results, new))
 
     start = (zeros,) * (2 if entropy == "none" else 3)
-    count = _count(wanted, targets.shape[1], chunk)
-    chosen, logz, *mean = jax.lax.fori_loop(0, count, one, start)
+    count = _num_chunks(num_valid, targets.shape[1], chunk)
+    chosen, logz, *mean = jax.lax.fori_loop(0, count, chunk_step, start)
     mean = zeros if entropy == "none" else mean[0]
-    if not shared:
-        return chosen, logz, mean, head
-    top = jax.lax.pmax(logz, shared)
-    joined = top + jnp.log(jax.lax.psum(jnp.exp(logz - top), shared))
+    if not split.vocabulary:
+        return chosen, Normalizers(logz, mean), head
+    # Z = log Σ_s exp(Z_s), with the largest Z_s taken out; then Σ p·z = Σ_s exp(Z_s − Z) M_s.
+    top = jax.lax.pmax(logz, split.vocabulary)
+    joined = top + jnp.log(jax.lax.psum(jnp.exp(logz - top), split.vocabulary))
     if entropy != "none":
-        mean = jax.lax.psum(jnp.exp(logz - joined) * mean, shared)
-    if wanted is not None:
+        mean = jax.lax.psum(jnp.exp(logz - joined) * mean, split.vocabulary)
+    if num_valid is not None:
         joined = jnp.where(jnp.arange(targets.shape[1])[None] < count * chunk, joined, 0.0)
-    return jax.lax.psum(chosen, shared), joined, mean, head
+    return jax.lax.psum(chosen, split.vocabulary), Normalizers(joined, mean), head
 
 
-def _backward(chunk: int, entropy: Entropy, finish: Finish, saved, gradients):
-    hidden, head = saved[:2]
-    cut = _cut(hidden.shape[0], head)
-    work = functools.partial(_differentiate, chunk, entropy, finish, cut)
-    to_hidden, to_head = cut.run(work, "rgrssrrrr", "rh", *saved, *gradients)
+def _backward(
+    chunk: int, entropy: Entropy, finish: Finish, saved: Saved,
+    gradients: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None, None, None]:  # fmt: skip
+    operands, normalizers = saved
+    head = operands.head
+    split = head_split(operands.hidden.shape[0], *head.shape)
+    by_row = split.by_row
+    to_hidden, to_head = split.run(
+        functools.partial(_backward_shard, chunk, entropy, finish, split),
+        (split.operands(split.gathered_head), Normalizers(by_row, by_row), by_row, by_row),
+        (by_row, split.sharded_head),
+        operands, normalizers, *gradients,
+    )  # fmt: skip
     return to_hidden, to_head.astype(head.dtype), None, None, None
 
 
-def _differentiate(
-    chunk: int, entropy: Entropy, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
-    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, logz: jax.Array,
-    mean: jax.Array, to_logprobs: jax.Array, to_entropy: jax.Array,
+def _backward_shard(
+    chunk: int, entropy: Entropy, finish: Finish, split: HeadSplit, operands: Operands,
+    normalizers: Normalizers, to_logprobs: jax.Array, to_entropy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """One device's part of the gradients, added up with those of the others."""
-    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]
-    vocabulary += _first(head, cut.vocabulary)
+    """One device's gradients of its hidden states `[R, N, D]` and of its part of the head."""
+    (hidden, head, targets, temperature, num_valid), (logz, mean) = operands, normalizers
+    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]  # [1, V]
+    vocabulary += _first_column(head, split)
 
-    def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        part = functools.partial(_part, i, chunk)
-        states = part(hidden)
-        logits, back = _logits(finish, states, head, temperature)
-        probs = jnp.exp(logits - part(logz)[..., None])
-        gradient = part(to_logprobs)[..., None]
-        # Compared, not scattered: a scatter would be a second pass over all logits.
-        to_logits = jnp.where(vocabulary == part(targets)[..., None], gradient, 0.0)
+    def chunk_step(i: jax.Array, sums: HeadGradients) -> HeadGradients:
+        take = functools.partial(_take_chunk, i, chunk)
+        states = take(hidden)  # [R·c, D]
+        logits, pullback = _logits(finish, states, head, temperature)  # [R·c, V]
+        probs = jnp.exp(logits - take(logz)[..., None])
+        gradient = take(to_logprobs)[..., None]  # [R·c, 1]
+        # ∂/∂z = g·(onehot(y) − p) − e·p·(z − Σ p·z). The one-hot is a comparison: a scatter would
+        # be a second pass over all logits.
+        to_logits = jnp.where(vocabulary == take(targets)[..., None], gradient, 0.0)
         to_logits -= probs * gradient
         if entropy == "gradient":
-            to_logits -= part(to_entropy)[..., None] * probs * (logits - part(mean)[..., None])
-        to_logits = back(to_logits).astype(hidden.dtype)
-        return _come_back(i, chunk, states, head, to_logits, done)
+            to_logits -= take(to_entropy)[..., None] * probs * (logits - take(mean)[..., None])
+        to_logits = pullback(to_logits).astype(hidden.dtype)
+        return _add_gradients(i, chunk, states, head, to_logits, sums)
 
-    start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
-    count = _count(wanted, targets.shape[1], chunk)
-    to_hidden, to_head = jax.lax.fori_loop(0, count, one, start)
-    if cut.vocabulary:
-        to_hidden = jax.lax.psum(to_hidden, cut.vocabulary)
-    return to_hidden, _sum_head(to_head, cut)
+    start = HeadGradients(jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
+    count = _num_chunks(num_valid, targets.shape[1], chunk)
+    to_hidden, to_head = jax.lax.fori_loop(0, count, chunk_step, start)
+    if split.vocabulary:
+        to_hidden = jax.lax.psum(to_hidden, split.vocabulary)
+    return to_hidden, _reduce_head_gradient(to_head, split)
 
 
-def _come_back(
+class HeadGradients(NamedTuple):
+    """Gradients of hidden states `[R, N, D]` and, in float32, of the head `[D, V]`.
+
+    Or the `PartitionSpec` of each.
+    """
+
+    hidden: Any
+    head: Any
+
+
+def _add_gradients(
     i: jax.Array, chunk: int, states: jax.Array, head: jax.Array, to_logits: jax.Array,
-    done: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """A chunk's share of the gradients of hidden states and head."""
-    to_hidden, to_head = done
-    to_hidden = _put(i, chunk, to_hidden, jnp.matmul(to_logits, head.T))
-    to_head += jnp.matmul(states.T, to_logits, preferred_element_type=jnp.float32)
-    return to_hidden, to_head
+    sums: HeadGradients,
+) -> HeadGradients:  # fmt: skip
+    """Adds a chunk's share: states `[R·c, D]`, gradient of its logits `[R·c, V]`."""
+    to_hidden, to_head = sums
+    to_hidden = _put_chunk(i, chunk, to_hidden, jnp.matmul(to_logits, head.T))
+    to_head += jnp.matmul(states.T, to_logits, preferred_element_type=jnp.float32)  # [D, V]
+    return HeadGradients(to_hidden, to_head)
 
 
-def _sum_head(to_head: jax.Array, cut: _Cut) -> jax.Array:
-    """The gradient of the head, added up over devices and laid out as the head is."""
-    if cut.embed:
-        to_head = jax.lax.psum_scatter(to_head, cut.embed, scatter_dimension=0, tiled=True)
-    rest = tuple(name for name in cut.rows if name not in cut.embed)
-    to_head = jax.lax.psum(to_head, rest) if rest else to_head
-    if cut.rows:
-        # The TPU compiler moves sums over devices out of a loop over micro-batches, and fails where
-        # their results are converted before they are added up.
+def _reduce_head_gradient(to_head: jax.Array, split: HeadSplit) -> jax.Array:
+    """One device's float32 gradient of the head `[D, V]`, summed over devices and sharded.
+
+    A reduce-scatter over the axes that shard the head's rows, an all-reduce over the others that
+    shard the batch's rows.
+    """
+    if split.embed:
+        to_head = jax.lax.psum_scatter(to_head, split.embed, scatter_dimension=0, tiled=True)
+    others = tuple(name for name in split.rows if name not in split.embed)
+    to_head = jax.lax.psum(to_head, others) if others else to_head
+    if split.rows:
+        # XLA's TPU compiler moves sums over devices out of a loop over micro-batches, and fails
+        # where their results are converted before they are added up.
         to_head = jax.lax.optimization_barrier(to_head)
     return to_head
 
 
-class _Ahead(NamedTuple):
-    """Gradients of the sum, but for the factor that comes from outside."""
-
-    hidden: jax.Array
-    head: jax.Array
-
-
 def _total_forward(
     chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
-    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, weights: jax.Array,
-):  # fmt: skip
-    cut = _cut(hidden.shape[0], head)
-    args = (hidden, head, targets, temperature, wanted)
-    if cut.vocabulary:  # the logsumexp is known when all parts of the vocabulary have been walked
+    targets: jax.Array, temperature: jax.Array, num_valid: jax.Array | None, weights: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:  # fmt: skip
+    """The sum and its terms; and the gradients, but for the factor that comes from outside."""
+    split = head_split(hidden.shape[0], *head.shape)
+    operands = Operands(hidden, head, targets, temperature, num_valid)
+    if split.vocabulary:  # the logsumexp is known only after all parts of the vocabulary
         kind = "value" if entropy else "none"
-        (logprobs, entropies), saved = _forward(chunk, kind, finish, *args)
+        (logprobs, entropies), saved = _forward(chunk, kind, finish, *operands)
         return (jnp.sum(weights * logprobs), logprobs, entropies), (saved, weights)
-    work = functools.partial(_read_and_differentiate, chunk, entropy, finish, cut)
-    made = cut.run(work, "rhrssr", "rrrh", *args, weights)
-    logprobs, entropies, to_hidden, to_head = made
-    saved = _Ahead(to_hidden, to_head), jnp.zeros((), head.dtype)
+    by_row = split.by_row
+    logprobs, entropies, gradients = split.run(
+        functools.partial(_total_shard, chunk, entropy, finish, split),
+        (split.operands(split.sharded_head), by_row),
+        (by_row, by_row, HeadGradients(by_row, split.sharded_head)),
+        operands, weights,
+    )  # fmt: skip
+    # The empty array carries the head's dtype to the backward pass.
+    saved = gradients, jnp.zeros((), head.dtype)
     return (jnp.sum(weights * logprobs), logprobs, entropies), saved
 
 
-def _total_backward(chunk: int, entropy: bool, finish: Finish, saved, gradients):
-    factor, (made, other) = gradients[0], saved
-    if not isinstance(made, _Ahead):
-        each = factor * other, jnp.zeros_like(other)
-        return (*_backward(chunk, "none", finish, made, each), None)
-    to_hidden = (made.hidden * factor).astype(made.hidden.dtype)
-    return to_hidden, (made.head * factor).astype(other.dtype), None, None, None, None
+def _total_backward(
+    chunk: int, entropy: bool, finish: Finish, saved: Any, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, None, None, None, None]:
+    factor = gradients[0]  # ∂/∂total; no gradient flows through the other results
+    if not isinstance(saved[0], HeadGradients):
+        forward, weights = saved
+        to_results = factor * weights, jnp.zeros_like(weights)
+        return (*_backward(chunk, "none", finish, forward, to_results), None)
+    (to_hidden, to_head), like_head = saved
+    to_hidden = (to_hidden * factor).astype(to_hidden.dtype)
+    return to_hidden, (to_head * factor).astype(like_head.dtype), None, None, None, None
 
 
-def _read_and_differentiate(
-    chunk: int, entropy: bool, finish: Finish, cut: _Cut, hidden: jax.Array, head: jax.Array,
-    targets: jax.Array, temperature: jax.Array, wanted: jax.Array | None, weights: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """One device's log p, entropy, and gradients of Σ w·log p, of its rows."""
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    if cut.embed:
-        head = jax.lax.all_gather(head, cut.embed, axis=0, tiled=True)
-    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]
+def _total_shard(
+    chunk: int, entropy: bool, finish: Finish, split: HeadSplit, operands: Operands,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array, HeadGradients]:  # fmt: skip
+    """One device's log p and entropy `[R, N]`, and the gradients of its Σ w·log p."""
+    hidden, head, targets, temperature, num_valid = operands
+    zeros = jnp.zeros(targets.shape, jnp.float32)  # [R, N]
+    if split.embed:
+        head = jax.lax.all_gather(head, split.embed, axis=0, tiled=True)  # [D / n, V] → [D, V]
+    vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]  # [1, V]
 
-    def one(i: jax.Array, done: tuple[Any, Any]) -> tuple[Any, Any]:
-        seen, gradients = done
-        part = functools.partial(_part, i, chunk)
-        states, column, weight = part(hidden), part(targets)[..., None], part(weights)[..., None]
-        logits, back = _logits(finish, states, head, temperature)
-        logz = jax.nn.logsumexp(logits, axis=-1)
+    def chunk_step(i: jax.Array, carry: tuple[Any, HeadGradients]) -> tuple[Any, HeadGradients]:
+        results, gradients = carry
+        take = functools.partial(_take_chunk, i, chunk)
+        states, column, weight = take(hidden), take(targets)[..., None], take(weights)[..., None]
+        logits, pullback = _logits(finish, states, head, temperature)  # [R·c, D] → [R·c, V]
+        logz = jax.nn.logsumexp(logits, axis=-1)  # [R·c]
         chosen = jnp.take_along_axis(logits, column, axis=-1, mode="clip")[..., 0]
         probs = jnp.exp(logits - logz[..., None])
-        results = [chosen - logz]
+        new = [chosen - logz]
         if entropy:
-            results.append(logz - jnp.sum(probs * logits, axis=-1))
-        to_logits = jnp.where(vocabulary == column, weight, 0.0) - probs * weight
-        to_logits = back(to_logits).astype(hidden.dtype)
-        gradients = _come_back(i, chunk, states, head, to_logits, gradients)
-        return tuple(map(functools.partial(_put, i, chunk), seen, results)), gradients
+            new.append(logz - jnp.sum(probs * logits, axis=-1))
+        to_logits = jnp.where(vocabulary == column, weight, 0.0) - probs * weight  # w·(onehot − p)
+        to_logits = pullback(to_logits).astype(hidden.dtype)
+        gradients = _add_gradients(i, chunk, states, head, to_logits, gradients)
+        return tuple(map(functools.partial(_put_chunk, i, chunk), results, new)), gradients
 
-    start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
-    count = _count(wanted, targets.shape[1], chunk)
-    seen, (to_hidden, to_head) = jax.lax.fori_loop(
-        0, count, one, ((zeros,) * (2 if entropy else 1), start)
+    start = HeadGradients(jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
+    count = _num_chunks(num_valid, targets.shape[1], chunk)
+    results, (to_hidden, to_head) = jax.lax.fori_loop(
+        0, count, chunk_step, ((zeros,) * (2 if entropy else 1), start)
     )
-    return seen[0], seen[1] if entropy else zeros, to_hidden, _sum_head(to_head, cut)
+    gradients = HeadGradients(to_hidden, _reduce_head_gradient(to_head, split))
+    return results[0], results[1] if entropy else zeros, gradients
 
 
-def _first(head: jax.Array, shared: tuple[str, ...]) -> jax.Array | int:
-    """The first word of this device's part of the vocabulary."""
-    return jax.lax.axis_index(shared) * head.shape[1] if shared else 0
+def _first_column(head: jax.Array, split: HeadSplit) -> jax.Array | int:
+    """The first token of this device's part of the vocabulary."""
+    return jax.lax.axis_index(split.vocabulary) * head.shape[1] if split.vocabulary else 0
 
 
-def _part(i: jax.Array, chunk: int, x: jax.Array) -> jax.Array:
-    """A chunk of every row, the rows end to end: sums over the last axis of `[1, N, V]` take XLA's
-    CPU compiler many times those of `[N, V]`."""
-    part = jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+def _take_chunk(i: jax.Array, chunk: int, x: jax.Array) -> jax.Array:
+    """Chunk i of every row, rows end to end: `[R, N, …]` → `[R·c, …]`.
+
+    Not `[R, c, …]`: sums over the last axis of `[1, N, V]` take XLA's CPU compiler 37 times as long
+    as those of `[N, V]`.
+    """
+    part = jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)  # [R, c, …]
     return part.reshape(-1, *x.shape[2:])
 
 
-def _put(i: jax.Array, chunk: int, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`old` with what `_part` takes replaced."""
+def _put_chunk(i: jax.Array, chunk: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes chunk i, `[R·c, …]`, into `old`, `[R, N, …]`."""
     new = new.reshape(old.shape[0], chunk, *old.shape[2:])
     return jax.lax.dynamic_update_slice_in_dim(old, new, i * chunk, axis=1)
 
 
-def _count(wanted: jax.Array | None, length: int, chunk: int) -> jax.Array | int:
-    return length // chunk if wanted is None else (wanted + chunk - 1) // chunk
+def _num_chunks(num_valid: jax.Array | None, length: int, chunk: int) -> jax.Array | int:
+    return length // chunk if num_valid is None else (num_valid + chunk - 1) // chunk
 
 
 fused_logprobs.defvjp(_forward, _backward)

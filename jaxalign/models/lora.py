@@ -6,39 +6,13 @@ Only A and B are trained; the base goes to `TrainState.frozen`, without optimize
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 
+from jaxalign.models.base import LoraConfig
+from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.types import Params
-
-if TYPE_CHECKING:
-    from jaxalign.models.decoder import Decoder
-
-TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which projections get adapters, and how large.
-
-    Attributes:
-      rank: r, columns of A.
-      alpha: α; the adapter's output is scaled by α/r.
-      targets: projections to adapt.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora rank={self.rank}: wanted a positive integer")
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"lora targets={self.targets}: wanted some of {', '.join(TARGETS)}")
 
 
 def add_lora(

@@ -1,8 +1,8 @@
 """A mixture of experts: each token takes a few of many feed-forward networks, none is dropped.
 
 Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that every
-token gets exactly its experts whatever the others chose. What the router chose is reported, for
-the load-balancing loss in `jaxalign.models.balance`.
+token gets exactly its experts whatever the others chose. What the router chose is returned, for
+the load-balancing loss in `jaxalign.losses.router`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxalign.models.base import DecoderConfig
+from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.layers import ACTIVATIONS, INIT_STD
-from jaxalign.models.lora import LoraConfig
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.types import Params
 

@@ -1,7 +1,7 @@
-"""What differs from layer to layer: window or not, which rotation, how attention is scaled.
+"""Per-layer attributes: window or not, which rotary embedding, which scale of attention scores.
 
-All layers run in one scan. What differs is one value a layer, scanned along with the weights; what
-does not differ is settled while tracing and costs nothing.
+All layers run in one scan. What differs between layers is scanned along with their weights, one
+value a layer. What does not differ is settled while tracing and costs nothing.
 """
 
 from __future__ import annotations
@@ -14,79 +14,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.attention.mask import Sight
+from jaxalign.models.attention.mask import MaskSpec
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.rope import Rope, rope_tables
 
-Traits = dict[str, Any]
-"""Of each layer, or of one of them: `windowed`, `rotated` (bool) and `scale` (float32)."""
+LayerAttributes = dict[str, Any]
+"""`windowed`, `rotated` (bool) and `scale` (float32), where layers differ in them: `[L]`, or one
+scalar of a single layer."""
 
 
-class View(NamedTuple):
-    """How one layer looks at the tokens.
+class AttentionInputs(NamedTuple):
+    """What the attention of one layer takes beside its queries, keys and values.
 
     Attributes:
-      sight: which token sees which.
+      mask: which query attends to which key.
       rope: rotation of the new tokens, or None.
-      scale: of the attention scores, or None for the default.
+      scale: of the attention scores, or None for 1/√head_dim.
     """
 
-    sight: Sight
+    mask: MaskSpec
     rope: Rope | None
     scale: Any
 
 
-def layer_traits(config: DecoderConfig) -> Traits:
-    """What the scan over layers carries beside their weights: `[L]` each, {} if all are alike."""
-    traits: Traits = {}
+def layer_attributes(config: DecoderConfig) -> LayerAttributes:
+    """The attributes of all layers, `[L]` each: what the scan takes beside the weights.
+
+    {} where all layers are alike.
+    """
+    attributes: LayerAttributes = {}
     if len(set(config.window_layers)) > 1:
-        traits["windowed"] = np.asarray(config.window_layers)
+        attributes["windowed"] = np.asarray(config.window_layers)
     if len(set(config.rope_layers)) > 1:
-        traits["rotated"] = np.asarray(config.rope_layers)
+        attributes["rotated"] = np.asarray(config.rope_layers)
     if config.query_scale_by_layer:
         number = np.arange(1, config.num_layers + 1, dtype=np.float32)
         base = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        traits["scale"] = np.float32(base) / number
-    return traits
+        attributes["scale"] = np.float32(base) / number
+    return attributes
 
 
-def make_views(config: DecoderConfig, sight: Sight, *, matrix: bool) -> Callable[[Traits], View]:
-    """Lays out all that layers choose from, and returns the choice.
+def attention_inputs(
+    config: DecoderConfig, mask: MaskSpec, *, matrix: bool
+) -> Callable[[LayerAttributes], AttentionInputs]:
+    """Prepares masks and rotations once for all layers.
 
     Args:
       config: of the model.
-      sight: which token sees which where no window holds.
-      matrix: whether who sees whom is laid out as a matrix, once for all layers.
+      mask: of a layer without a window.
+      matrix: whether masks become matrices `[B, 1, T, S]`, once for all layers.
 
     Returns:
-      traits of a layer → its view.
+      A function from a layer's attributes to its inputs.
     """
-    windowed = config.window is not None and (not config.window_layers or any(config.window_layers))
-    near = dataclasses.replace(sight, window=config.window) if windowed else sight
+    has_window = config.window is not None and (
+        not config.window_layers or any(config.window_layers)
+    )
+    window_mask = dataclasses.replace(mask, window=config.window) if has_window else mask
     if matrix:
-        sight, near = sight.with_matrix(), near.with_matrix()
-    rope = local = None
+        mask, window_mask = mask.with_matrix(), window_mask.with_matrix()
+    rope = window_rope = None
     if not config.learned_positions and (not config.rope_layers or any(config.rope_layers)):
-        marks = sight.looking
-        positions, segments = marks.positions, marks.segments
-        rope = local = rope_tables(config.rope, config.head_dim, positions, segments)
-        if windowed and config.local_rope is not None:
-            local = rope_tables(config.local_rope, config.head_dim, positions, segments)
+        assert mask.query is not None
+        positions, segments = mask.query.positions, mask.query.ids
+        rope = window_rope = rope_tables(config.rope, config.head_dim, positions, segments)
+        if has_window and config.local_rope is not None:
+            window_rope = rope_tables(config.local_rope, config.head_dim, positions, segments)
 
-    def view(trait: Traits) -> View:
-        seen_by, turn = (near, local) if windowed else (sight, rope)
-        if "windowed" in trait:
-            chosen = None
-            if matrix:
-                chosen = jnp.where(trait["windowed"], near.matrix, sight.matrix)
-            seen_by = dataclasses.replace(near, windowed=trait["windowed"], matrix=chosen)
-            if local is not rope:
-                turn = jax.tree.map(lambda a, b: jnp.where(trait["windowed"], a, b), local, rope)
-        if "rotated" in trait and turn is not None:
-            # A layer without positions turns by the angle 0.
-            cos, sin = turn
-            turn = jnp.where(trait["rotated"], cos, 1.0), jnp.where(trait["rotated"], sin, 0.0)
-        scale = trait.get("scale", config.query_scale)
-        return View(seen_by, turn, scale)
+    def of_layer(attributes: LayerAttributes) -> AttentionInputs:
+        layer_mask, layer_rope = (window_mask, window_rope) if has_window else (mask, rope)
+        if "windowed" in attributes:
+            windowed, chosen = attributes["windowed"], None
+            if matrix:  # both are [B, 1, T, S]
+                chosen = jnp.where(windowed, window_mask.matrix, mask.matrix)
+            layer_mask = dataclasses.replace(window_mask, windowed=windowed, matrix=chosen)
+            if window_rope is not rope:
+                layer_rope = jax.tree.map(
+                    lambda near, far: jnp.where(windowed, near, far), window_rope, rope
+                )
+        if "rotated" in attributes and layer_rope is not None:
+            # A layer without positions rotates by the angle 0.
+            cos, sin = layer_rope  # [B, T, 1, rotated / 2]
+            rotated = attributes["rotated"]
+            layer_rope = jnp.where(rotated, cos, 1.0), jnp.where(rotated, sin, 0.0)
+        return AttentionInputs(layer_mask, layer_rope, attributes.get("scale", config.query_scale))
 
-    return view
+    return of_layer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.backend import backend
 from jaxalign.models.base import RopeConfig
 from jaxalign.types import Array
 
@@ -103,12 +103,11 @@ def rope_tables(
     lengths = None
     if config.kind in ("dynamic", "longrope"):
         lengths = _lengths(positions, segment_ids)
-    form = functools.partial(_tables, config, head_dim)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return form(positions, lengths)
-    on_cpu = functools.partial(_by_themselves, form)
-    return jax.lax.platform_dependent(positions, lengths, cpu=on_cpu, default=form)
+    one_device = mesh.empty or mesh.size == 1
+    if backend().rope_in_branch and one_device:
+        return _tables_in_branch(config, head_dim, positions, lengths)
+    return _tables(config, head_dim, positions, lengths)
 
 
 def _tables(
@@ -124,23 +123,26 @@ def _tables(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _by_themselves(
-    form: Callable[..., Rope], positions: jax.Array, lengths: jax.Array | None
+def _tables_in_branch(
+    config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array | None
 ) -> Rope:
-    """The tables, computed once on a CPU.
+    """`_tables` inside a `lax.cond` whose predicate is always true, so that they are computed once.
 
-    Its compiler puts sines and cosines into every rotation otherwise, where each layer and head
-    computes them again (barriers are gone by then). Into a branch that is chosen while the program
-    runs it does not look; this one is always taken.
+    XLA's CPU compiler otherwise fuses sines and cosines into each rotation and computes them again
+    for every layer and head; an `optimization_barrier` is removed before fusion. XLA does not fuse
+    across a `cond` whose predicate it does not know. (`Backend.rope_in_branch` has the figures.)
     """
+    # True of every position, read as int32: an unsigned one has no value below 0 to compare with.
+    # Comparing in the type of the positions once gave False, and zeros for rotations.
     always = positions.reshape(-1)[0].astype(jnp.int32) > jnp.iinfo(jnp.int32).min
-    shapes = jax.eval_shape(form, positions, lengths)
+    tables = functools.partial(_tables, config, head_dim)
+    shapes = jax.eval_shape(tables, positions, lengths)
 
     def never(positions: jax.Array, lengths: jax.Array | None) -> Rope:
         cos, sin = (jnp.zeros(x.shape, x.dtype) for x in shapes)
         return cos, sin
 
-    return jax.lax.cond(always, form, never, positions, lengths)
+    return jax.lax.cond(always, tables, never, positions, lengths)
 
 
 def _lengths(positions: jax.Array, segment_ids: Array | None) -> jax.Array:

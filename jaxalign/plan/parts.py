@@ -24,7 +24,7 @@ from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings

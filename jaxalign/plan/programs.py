@@ -20,7 +20,8 @@ from jaxalign.algorithms.ppo.experience import make_experience
 from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
-from jaxalign.models.lm_head import head_chunks, pooled_scores
+from jaxalign.models.lm_head import head_chunks
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.host_memory import is_offloaded, on_device
 from jaxalign.parallel.sharding import axis_shards, replicated, row_shards, rows_sharding, use_mesh
 from jaxalign.plan.costs import Costs, count_costs
@@ -248,7 +249,8 @@ def _chunks(model: Any, rows: int, length: int, mesh: Mesh) -> int:
     cuts = axis_shards("length", mesh)
     parts = row_shards(mesh) * cuts
     lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
-    return head_chunks(*lines, model.config.vocab_size, parts)[1]
+    with use_mesh(mesh):
+        return head_chunks(*lines, model.config.vocab_size, parts)[1]
 
 
 def _prepare(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxalign.data.examples import Message
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.rewards.scoring import score_conversations
 from jaxalign.sampling.generate import generate
 from jaxalign.types import Params

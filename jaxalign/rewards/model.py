@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from jaxalign.models.base import ScalarModel
-from jaxalign.models.lm_head import pooled_scores
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, reshard_batch, use_mesh
 from jaxalign.types import Array, Params, PromptBatch, TokenBatch

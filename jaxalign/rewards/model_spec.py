@@ -20,7 +20,7 @@ from jaxalign.types import Params
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxalign.models.lm_head import Scorer
+    from jaxalign.models.scorer import Scorer
 
 
 @register_reward
@@ -101,7 +101,7 @@ LoadModel = Callable[[ModelReward], "tuple[Scorer, Params]"]
 
 def _load(spec: ModelReward) -> tuple[Scorer, Params]:
     from jaxalign.hf import load_pretrained
-    from jaxalign.models.lm_head import Scorer, weigh_attributes
+    from jaxalign.models.scorer import Scorer, weigh_attributes
 
     model, params = load_pretrained(spec.source)
     if not isinstance(model, Scorer):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxalign.models.lm_head import Scorer, pooled_scores
+from jaxalign.models.scorer import Scorer, pooled_scores
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, row_shards, rows_sharding, shard_batch, use_mesh
 from jaxalign.rewards.cases import Case, RewardError

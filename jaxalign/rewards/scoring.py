@@ -34,7 +34,7 @@ from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.hf import load_pretrained, load_tokenizer
-from jaxalign.models.lm_head import Scorer, weigh_attributes
+from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.rewards.evaluation import wilson
 from jaxalign.types import Params, TokenBatch
 
@@ -162,7 +162,7 @@ def load_scorer(
 
     Args:
       source: folder or hub id.
-      weights: attribute → weight, for one score; see `jaxalign.models.lm_head.weigh_attributes`.
+      weights: attribute → weight, for one score; see `jaxalign.models.scorer.weigh_attributes`.
 
     Raises:
       ValueError: a language model without a score, or weights that do not fit.

@@ -30,7 +30,7 @@ from jaxalign.types import Params, PromptBatch, TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxalign.models.lm_head import Scorer
+    from jaxalign.models.scorer import Scorer
 
 RewardFunction = Callable[[TokenBatch, PromptBatch], Any]
 """`(prompts with answers, prompts) -> scores [B]`."""

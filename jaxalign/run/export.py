@@ -17,8 +17,8 @@ from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, wri
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import merge_lora
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings

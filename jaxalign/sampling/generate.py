@@ -1,11 +1,12 @@
-"""Sampling: prefill, then one jitted decode loop over a donated key-value cache.
+"""Answers to prompts: `sample` on arrays, `generate` on text.
 
-Temperature, top-k and top-p are traced: changing them compiles nothing. The loop stops early when
-every row has produced a stop token.
+Prompts are prefilled; then one jitted decode loop runs over a donated key-value cache, until every
+row has a stop token. Temperature, top-k and top-p are traced: to change them compiles nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Generation(NamedTuple):
         distribution over the whole vocabulary; 0 on padding.
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
-      steps: int32 scalar, decode steps that it took; None where something else wrote.
+      steps: int32 scalar, decode steps; None for answers from elsewhere.
     """
 
     tokens: jax.Array
@@ -50,6 +51,23 @@ class Generation(NamedTuple):
     mask: jax.Array
     finished: jax.Array
     steps: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The static part of sampling: another value compiles another program.
+
+    Attributes:
+      max_new_tokens: R, the longest answer.
+      samples: answers to each prompt.
+      slots: answers generated at a time.
+      cache_dtype: of keys and values.
+    """
+
+    max_new_tokens: int
+    samples: int
+    slots: int
+    cache_dtype: str
 
 
 def sample(
@@ -75,30 +93,29 @@ def sample(
 
     Args:
       model: the language model.
-      params: its parameters, used where they lie; on a mesh the rows are split over it.
+      params: its parameters; the rows are split over their mesh.
       prompts: padded on the left.
       key: PRNG key; the same key gives the same answers on any mesh.
       max_new_tokens: R, static.
       temperature: divides the logits; 0 means greedy.
-      top_k: keep the k most likely tokens; 0 keeps all.
-      top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+      top_k: only the k most likely tokens; 0: all.
+      top_p: only the smallest set of tokens with at least this probability; 1: all.
       stop_tokens: ids that end an answer.
       pad_token: id written after the end.
       samples: answers to each prompt; those to prompt b are the rows b·samples, b·samples + 1, …
-        The prompt is read once for all of them.
-      slots: answers written at a time; one that ends makes room for the next. None: all at once.
-        Fewer slots need a smaller cache, and lose no step to short answers. Results do not depend
-        on it.
+        The prompt is prefilled once for all of them.
+      slots: answers generated at a time; a finished one makes room for the next. None: all. Fewer
+        slots need a smaller cache, and short answers waste no steps. Results do not depend on it.
       cache_dtype: of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
       lengths: int `[B·samples]`, the most tokens of each answer, 1 to `max_new_tokens`; None: that
         for all.
-      mesh: where to write; the parameters are put there in its layout (`reshard`). Answers come
-        back to the mesh of the parameters. Weights that are split for training (fsdp) are gathered
-        anew for every token; whole or split over `tensor` they need not be. None: the parameters'
-        own.
-      rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while it writes:
-        the parameters are put there, and activations and the cache (`cache_rows`, `cache_heads`,
-        `cache_length`) lie so. None: those that hold anyway.
+      mesh: where to generate; the parameters are resharded to it, and the answers come back to the
+        mesh of the parameters. Weights that are sharded for training (fsdp) are all-gathered for
+        every token; weights that are whole or sharded over `tensor` are not. None: the mesh of the
+        parameters.
+      rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while generating.
+        Parameters are resharded by them; activations and the cache (`cache_rows`, `cache_heads`,
+        `cache_length`) follow them. None: the entries in force.
 
     Raises:
       ValueError: a value out of its range.
@@ -106,21 +123,14 @@ def sample(
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: wanted a positive integer")
-    for name, value, low, high in (
-        ("temperature", temperature, 0.0, np.inf),
-        ("top_k", top_k, 0, np.inf),
-        ("top_p", top_p, 1e-6, 1.0),
-    ):
-        if not isinstance(value, jax.Array) and not low <= value <= high:
-            raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
+    sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
-    sampling = Sampling(
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(top_k, jnp.int32),
-        jnp.asarray(top_p, jnp.float32),
-        jnp.asarray(list(stop_tokens), jnp.int32),
-        jnp.asarray(pad_token, jnp.int32),
+    options = EngineOptions(
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        slots=answers if slots is None else min(slots, answers),
+        cache_dtype=jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name,
     )
     home = mesh_of(params)
     with use_rules(rules):
@@ -128,35 +138,50 @@ def sample(
             params = reshard(params, model.axes, mesh)
         else:
             mesh, params = home, reshard_by_rules(params, model.axes, rules)
-        written = _write(
-            model, params, prompts, key, sampling, limits,
-            max_new_tokens=max_new_tokens, samples=samples, slots=slots, cache_dtype=cache_dtype,
-            mesh=mesh,
-        )  # fmt: skip
-    steps = written.steps
+        generation = _run(model, params, prompts, key, sampling, limits, options, mesh)
+    steps = generation.steps
     if home is not None:
-        written = shard_batch(written._replace(steps=None), home)
-    return written._replace(steps=steps)
+        generation = shard_batch(generation._replace(steps=None), home)
+    return generation._replace(steps=steps)
 
 
-def _write(
+def _sampling(
+    temperature: float | Array, top_k: int | Array, top_p: float | Array,
+    stop_tokens: Sequence[int], pad_token: int,
+) -> Sampling:  # fmt: skip
+    """Checked and as arrays, so that other values compile nothing."""
+    for name, value, low, high in (
+        ("temperature", temperature, 0.0, np.inf),
+        ("top_k", top_k, 0, np.inf),
+        ("top_p", top_p, 1e-6, 1.0),
+    ):
+        if not isinstance(value, jax.Array) and not low <= value <= high:
+            raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
+    return Sampling(
+        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray(top_k, jnp.int32),
+        jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(list(stop_tokens), jnp.int32),
+        jnp.asarray(pad_token, jnp.int32),
+    )
+
+
+def _run(
     model: Decoder, params: Params, prompts: PromptBatch, key: jax.Array, sampling: Sampling,
-    limits: np.ndarray, *, max_new_tokens: int, samples: int, slots: int | None, cache_dtype: Any,
-    mesh: Mesh | None,
+    limits: np.ndarray, options: EngineOptions, mesh: Mesh | None,
 ) -> Generation:  # fmt: skip
-    """The answers, one a limit, where the parameters lie."""
+    """Prefills group by group and decodes; `limits` `[N]`, the most tokens of each answer."""
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
-    count, answers = prompts.tokens.shape[0], len(limits)
-    slots = answers if slots is None else min(slots, answers)
-    # Prompts that are read together: as many as the slots can take.
+    count, slots, samples = prompts.tokens.shape[0], options.slots, options.samples
+    # Prompts that are prefilled together: as many as the slots can take.
     group = min(count, slots)
     if mesh is not None and (slots % row_shards(mesh) or group % row_shards(mesh)):
         raise ValueError(
             f"slots={slots} and {group} prompts at a time do not divide over the mesh's "
             f"{row_shards(mesh)} shards of rows; use a multiple"
         )
-    kind = jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name
+    dtype = options.cache_dtype
     with use_mesh(mesh):
         state = empty_slots(
             model,
@@ -164,23 +189,25 @@ def _write(
             limits,
             slots=slots,
             prompt_length=prompts.tokens.shape[1],
-            max_new_tokens=max_new_tokens,
-            cache_dtype=kind,
+            max_new_tokens=options.max_new_tokens,
+            cache_dtype=dtype,
         )
         for first in range(0, count, group):
             # The last group begins earlier rather than being shorter: one shape for all.
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
-            read = read_prompts(model, params, tokens, mask, jnp.int32(start), kind)
-            last = jnp.asarray(first + group >= count)
-            state = decode(model, params, state, read, key, sampling, last, samples=samples)
-        there, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    return Generation(state.tokens, state.logprobs, there, finished, state.steps)
+            prefilled = read_prompts(model, params, tokens, mask, jnp.int32(start), dtype)
+            last_group = jnp.asarray(first + group >= count)
+            state = decode(
+                model, params, state, prefilled, key, sampling, last_group, samples=samples
+            )
+        mask, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
+    return Generation(state.tokens, state.logprobs, mask, finished, state.steps)
 
 
 @jax.jit
 def _ends(tokens: Array, lengths: Array, stop_tokens: Array) -> tuple[jax.Array, jax.Array]:
-    """Which tokens belong to the answers, and which answers have ended with a stop token."""
+    """Which tokens belong to answers, `[B, R]`, and which answers have a stop token, `[B]`."""
     mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     stops = jnp.any(tokens[..., None] == stop_tokens[None, None], axis=-1)
     return mask, jnp.any(stops & mask, axis=1)
@@ -223,8 +250,8 @@ def generate(
       model: the language model.
       params: its parameters.
       tok: its tokenizer.
-      prompts: what the user says, or whole conversations as lists of messages; rendered by the chat
-        template.
+      prompts: user messages, or whole conversations as lists of messages; the chat template renders
+        them.
       max_new_tokens: longest answer, tokens.
       temperature: 0 is greedy.
       top_k: 0 is off.
@@ -238,8 +265,8 @@ def generate(
       One answer a prompt, special tokens removed.
 
     Raises:
-      ValueError: the parameters are spread over several processes, of which each would answer its
-        own prompts: that is what `sample` is for.
+      ValueError: the parameters are on several processes. Use `sample` there, with the rows of each
+        process.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
     from jaxalign.data.packing import prompt_rows

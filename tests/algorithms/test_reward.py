@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import reward
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.types import (
     GradedBatch,
     PairBatch,

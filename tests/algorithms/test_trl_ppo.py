@@ -15,7 +15,7 @@ from jaxalign.algorithms import ppo
 from jaxalign.algorithms.state import init_state
 from jaxalign.algorithms.step import make_eval
 from jaxalign.algorithms.step import make_step as make_any_step
-from jaxalign.models.lm_head import pooled_scores
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.jax_private import count_compiled
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import PromptBatch, RolloutBatch, TrainState

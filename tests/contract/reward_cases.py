@@ -7,7 +7,7 @@ import tiny
 from cases import LENGTHS, ROWS, Case
 
 from jaxalign.algorithms import reward
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.types import GradedBatch, RankedBatch, StepBatch
 
 ANSWERS = 3

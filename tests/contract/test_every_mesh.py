@@ -24,7 +24,7 @@ from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, partition_spec
 

@@ -17,7 +17,7 @@ from oracle import furthest
 from jaxalign.algorithms import dpo, reward, sft
 from jaxalign.data import preference_batches, sft_batches
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 
 MODEL = Decoder(dataclasses.replace(tiny.CONFIG, vocab_size=100))
 SCORER = Scorer(MODEL)

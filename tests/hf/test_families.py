@@ -19,10 +19,9 @@ from jaxalign.hf.families import (
     leaves,
     unflatten,
 )
-from jaxalign.models.base import DecoderConfig, RopeConfig
+from jaxalign.models.base import LORA_TARGETS, DecoderConfig, LoraConfig, RopeConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
-from jaxalign.models.lora import TARGETS, LoraConfig
+from jaxalign.models.scorer import Scorer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -334,7 +333,7 @@ def test_adapters_and_rematerialisation_fit_every_family(kind):
     )
     found, base = flatten(model.shapes), flatten(plain.shapes)
     adapted = {path.rsplit("/", 2)[1] for path in found if path.endswith("lora_a")}
-    assert adapted == set(TARGETS) - (set() if config.gated_mlp else {"gate"})
+    assert adapted == set(LORA_TARGETS) - (set() if config.gated_mlp else {"gate"})
     assert {path for path in found if "lora_" not in path} == set(base)
     assert all(
         len(model_axes.split()) == len(found[path].shape)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.hf import load as hf
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.hf import save as hf_save
-from jaxalign.models.lm_head import with_scalar_head
+from jaxalign.models.scorer import with_scalar_head
 from jaxalign.parallel.mesh import make_mesh
 
 CONFIG = {

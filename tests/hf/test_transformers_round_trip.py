@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
-from jaxalign.models.lm_head import with_scalar_head
+from jaxalign.models.scorer import with_scalar_head
 from jaxalign.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch")

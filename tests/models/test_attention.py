@@ -1,5 +1,6 @@
 """Every form of attention and its backward pass, against a plain softmax derived by JAX."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ import tiny
 from jaxalign.models.attention import dispatch as attention_kind_module
 from jaxalign.models.attention import kernels, xla
 from jaxalign.models.attention.dispatch import attention_kind
-from jaxalign.models.attention.mask import Marks, Sight
+from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.attention.xla import attend
+from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.mesh import make_mesh
 
@@ -39,7 +41,7 @@ def rows_of_documents(rng, rows, length, documents=3):
 
 
 def mask_of(segments, positions, window=None, branches=None):
-    """Who sees whom: `[B, 1, T, T]`, one query at a time."""
+    """The attention mask `[B, 1, T, T]`, one query at a time."""
     rows, length = segments.shape
     mask = np.zeros((rows, 1, length, length), bool)
     for b, t in np.ndindex(rows, length):
@@ -75,9 +77,9 @@ def agree(form, mask, inputs, segments, softcap=None, scale=0.4):
         np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), atol=1e-5 * max(most, 10))
 
 
-def sight_of(segments, positions, window=None, branches=None, windowed=None):
-    marks = Marks(jnp.asarray(segments), jnp.asarray(positions), branches)
-    return Sight(marks, marks, window=window, windowed=windowed)
+def spec_of(ids, positions, window=None, branches=None, windowed=None):
+    segments = Segments(jnp.asarray(ids), jnp.asarray(positions), branches)
+    return MaskSpec(segments, segments, window=window, windowed=windowed)
 
 
 @pytest.mark.parametrize(
@@ -88,21 +90,19 @@ def sight_of(segments, positions, window=None, branches=None, windowed=None):
 def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
     """Short rows in one piece, long ones in blocks that skip what lies ahead, or in loops too."""
     if in_loops:
-        monkeypatch.setattr(xla, "_SCORES", 1)
-        monkeypatch.setattr(xla, "_MOST_BLOCKS", 2)
-        pieces = list(xla._pieces(
-            xla.Rule(None, True, 1), np.zeros((1, 2, 2, length, 8)),
-            np.zeros((1, 2, length, 8)),
-        ))  # fmt: skip
-        assert [piece[:] for piece in pieces] == [(0, 3, 128, 384), (384, 2, 128, 700),
-                                                  (640, 1, 60, 700)]  # fmt: skip
+        small = dataclasses.replace(backend(), attention_scores=1, attention_query_blocks=2)
+        monkeypatch.setattr(xla, "backend", lambda: small)
+        options = xla.XLAOptions(None, True, 1)
+        query, key = np.zeros((1, 2, 2, length, 8)), np.zeros((1, 2, length, 8))
+        schedule = [tuple(blocks) for blocks in xla.block_schedule(options, query, key)]
+        assert schedule == [(0, 3, 128, 384), (384, 2, 128, 700), (640, 1, 60, 700)]
     rng = np.random.default_rng(0)
     segments, positions = rows_of_documents(rng, 1, length)
-    sight = sight_of(segments, positions, window)
-    sight = sight.with_matrix() if matrix else sight
+    spec = spec_of(segments, positions, window)
+    spec = spec.with_matrix() if matrix else spec
 
     def form(q, k, v, c):
-        return attend(q, k, v, sight, c, softcap)
+        return attend(q, k, v, spec, c, softcap)
 
     mask = mask_of(segments, positions, window)
     agree(form, mask, inputs_of(rng, 1, length), segments, softcap)
@@ -137,7 +137,7 @@ def test_nothing_grows_with_the_square_of_the_length():
 
     shapes = set(_shapes(jax.make_jaxpr(jax.grad(loss))(tiny.DECODER.shapes).jaxpr))
     assert (1, 2, 2, length, 8) in shapes  # queries
-    assert max(np.prod(shape) for shape in shapes) <= xla._SCORES
+    assert max(np.prod(shape) for shape in shapes) <= backend().attention_scores
 
 
 def _shapes(jaxpr):
@@ -170,8 +170,8 @@ def test_rows_split_in_time_and_kernels(kind, sizes, options):
 
     def form(q, k, v, c):
         windowed = jnp.asarray(options["windowed"]) if "windowed" in options else None
-        sight = sight_of(segments, positions, window, branches, windowed)
-        return attend(q, k, v, sight, c, softcap, kind=kind)
+        spec = spec_of(segments, positions, window, branches, windowed)
+        return attend(q, k, v, spec, c, softcap, kind=kind)
 
     mask = mask_of(segments, positions, window, branches)
     mesh = make_mesh(**sizes) if sizes else make_mesh(devices=jax.devices()[:1])
@@ -265,8 +265,8 @@ def test_what_cudnn_is_asked_for(case, monkeypatch):
         mask = mask_of(segments, positions, window if windowed else None, branches)
 
         def form(q, k, v, c, windowed=windowed):
-            sight = sight_of(segments, positions, window, branches, jnp.asarray(windowed))
-            return attend(q, k, v, sight, c, kind="cudnn")
+            spec = spec_of(segments, positions, window, branches, jnp.asarray(windowed))
+            return attend(q, k, v, spec, c, kind="cudnn")
 
         with jax.set_mesh(mesh):
             agree(form, mask, inputs_of(rng, rows, length), segments)

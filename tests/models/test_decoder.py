@@ -12,8 +12,8 @@ import tiny
 
 from jaxalign.models.base import DecoderConfig, RopeConfig, combine
 from jaxalign.models.decoder import REMAT, Decoder
-from jaxalign.models.lm_head import pooled_scores
 from jaxalign.models.rope import rope_tables
+from jaxalign.models.scorer import pooled_scores
 
 APPLY = jax.jit(tiny.DECODER.apply)
 LINEAR = dataclasses.replace(tiny.CONFIG, rope=RopeConfig(kind="linear", factor=3.0), head_dim=6)

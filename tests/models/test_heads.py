@@ -13,13 +13,8 @@ import tiny
 from jaxalign.algorithms.optim import make_optimizer
 from jaxalign.algorithms.state import init_state
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import (
-    Scorer,
-    pooled_scores,
-    target_logprobs,
-    weigh_attributes,
-    with_scalar_head,
-)
+from jaxalign.models.lm_head import target_logprobs
+from jaxalign.models.scorer import Scorer, pooled_scores, weigh_attributes, with_scalar_head
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import TokenBatch

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.look_up import look_up
+from jaxalign.models.ops import look_up
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import constrain
 

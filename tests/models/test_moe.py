@@ -16,8 +16,8 @@ from jaxalign.algorithms.state import init_state
 from jaxalign.hf import load_pretrained, save_pretrained
 from jaxalign.models.base import combine, read, read_counts
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
 from jaxalign.models.lora import add_lora, merge_lora
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, shard_batch
 

@@ -11,7 +11,7 @@ import tiny
 from answered import TOK, answered
 
 import jaxalign
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.rewards import FunctionReward, ModelReward, build_reward
 from jaxalign.rewards.function import import_function
 from jaxalign.rewards.gsm8k import Gsm8kReward

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import jaxalign
 from jaxalign.data.examples import Prompt
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.rewards import RewardError, model_reward, retokenised_reward
 
 SCORER = Scorer(chatmodel.DECODER)

@@ -14,7 +14,7 @@ from plain_llama import forward
 import jaxalign
 from jaxalign.commands.cli import main
 from jaxalign.data.sources import Row
-from jaxalign.models.lm_head import Scorer, weigh_attributes
+from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.rewards.best_of import best_of, model_judge
 from jaxalign.rewards.scoring import score_conversations, score_rows
 

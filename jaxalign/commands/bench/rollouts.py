@@ -20,7 +20,7 @@ from jaxalign.commands.bench.rows import prompt_batch
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.commands.bench.updates import adam, decoder
 from jaxalign.models.flops import decode_flops, ppo_flops, work_of
-from jaxalign.models.lm_head import with_scalar_head
+from jaxalign.models.scorer import with_scalar_head
 from jaxalign.parallel.sharding import local_rows
 from jaxalign.rewards.model import model_reward
 from jaxalign.run.metrics import Stopwatch

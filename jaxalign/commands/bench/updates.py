@@ -18,7 +18,7 @@ from jaxalign.commands.bench.rows import pair_batches, token_batches
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.flops import forward_flops, update_flops, work_of
-from jaxalign.models.lm_head import with_scalar_head
+from jaxalign.models.scorer import with_scalar_head
 from jaxalign.parallel.sharding import param_shardings, shard_batch
 from jaxalign.types import Params, TokenBatch
 

@@ -44,7 +44,7 @@ from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
 from jaxalign.hf import load_pretrained, load_tokenizer
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, pooled_scores
+from jaxalign.models.scorer import Scorer, pooled_scores
 from jaxalign.parallel.sharding import row_shards, shard_batch, use_mesh
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.run.config.yaml import build, override, read_yaml

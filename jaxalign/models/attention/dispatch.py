@@ -1,7 +1,7 @@
-"""Which form of attention runs: one table of what each kernel covers, and the choice from it.
+"""Which kind of attention runs: one table of what each kernel lacks, and the choice.
 
-This is about whole rows, in training, scoring and prefill. Decoding reads its cache in a form of
-its own (`jaxalign.models.attention.kv_cache`).
+This is about whole rows, in training, scoring and prefill. Decoding attends to its cache in its own
+way (`jaxalign.models.attention.kv_cache`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jaxalign.parallel.jax_private import has_cuda
 from jaxalign.parallel.shard_map import current_device
 
 KINDS = ("auto", "xla", "splash", "cudnn")
-"""What may be asked for: by backend; the plain XLA form; splash attention; cuDNN's."""
+"""What a model may ask for: by platform; plain XLA; splash attention; cuDNN's flash attention."""
 
 
-class Choice(NamedTuple):
-    """Which form runs, and why.
+class AttentionKind(NamedTuple):
+    """Which kind of attention runs, and why.
 
     Attributes:
       kind: "xla", "splash" or "cudnn".
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is to be attended to.
+    """What the choice depends on.
 
     Attributes:
       dtype: of queries, keys and values.
@@ -45,9 +45,9 @@ class Case:
       length: tokens of a row.
       softcap: whether scores are capped.
       branches: whether rows have branches.
-      adrift: whether there are several devices and no mesh in context that says what lies where.
+      no_mesh: whether there are several devices and no mesh in context.
       platform: "cpu", "gpu" or "tpu".
-      device_kind: what the device calls itself.
+      device_kind: the device's name, e.g. "NVIDIA H100 80GB HBM3".
     """
 
     dtype: str
@@ -55,17 +55,17 @@ class Case:
     length: int
     softcap: bool = False
     branches: bool = False
-    adrift: bool = False
+    no_mesh: bool = False
     platform: str = "cpu"
     device_kind: str = ""
 
 
-LACKS: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
+UNSUPPORTED: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
     "splash": (
         (lambda case: case.branches, "it knows no branches"),
         (lambda case: case.dtype == "float16", "TPUs have no float16"),
         (lambda case: case.length < 128, "its least block is 128 tokens"),
-        (lambda case: case.adrift, "no mesh in context splits it over the devices"),
+        (lambda case: case.no_mesh, "no mesh in context splits it over the devices"),
     ),
     "cudnn": (
         (
@@ -79,60 +79,62 @@ LACKS: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
         (lambda case: not _has_cudnn(), "cuDNN, or a GPU from Ampere on, is missing"),
     ),
 }
-"""Kernel → what it does not cover, in words. All else is covered; plain XLA covers everything."""
+"""Kernel → what it does not cover, in words. It covers all else; plain XLA covers everything."""
 
-BY_BACKEND = {"tpu": "splash", "gpu": "cudnn"}
-"""What "auto" asks for; "xla" elsewhere."""
+BY_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
+"""What "auto" stands for; "xla" elsewhere."""
 
 
 def attention_kind(
-    asked: str = "auto", *, dtype: str, head_dim: int, length: int, softcap: float | None = None,
-    branches: bool = False, device: tuple[str, str] | None = None,
-) -> Choice:  # fmt: skip
-    """Decides which form of attention runs.
+    requested: str = "auto", *, dtype: str, head_dim: int, length: int,
+    softcap: float | None = None, branches: bool = False, device: tuple[str, str] | None = None,
+) -> AttentionKind:  # fmt: skip
+    """Chooses the kind of attention.
 
     Args:
-      asked: one of `KINDS`. A kernel that is asked for by name gives way to the plain form too
-        where it does not cover the case; "splash" off TPUs runs in Pallas' interpreter.
+      requested: one of `KINDS`. A kernel that does not cover the case gives way to plain
+        XLA, requested or not. "splash" off TPUs runs in Pallas' interpreter.
       dtype: of activations.
       head_dim: width of a head.
       length: tokens of a row.
       softcap: of the scores, or None.
       branches: whether rows have branches.
-      device: platform and kind, as `current_device` gives; None: what it gives.
+      device: platform and kind; None: `current_device()`.
 
     Raises:
-      ValueError: there is no such kind.
+      ValueError: `requested` is not one of `KINDS`.
     """
-    check_kind(asked)
+    check_kind(requested)
     platform, device_kind = current_device() if device is None else device
-    wanted = BY_BACKEND.get(platform, "xla") if asked == "auto" else asked
-    if wanted == "xla":
-        return Choice("xla", "asked for" if asked == "xla" else f"{platform} has no kernel here")
+    kind = BY_PLATFORM.get(platform, "xla") if requested == "auto" else requested
+    if kind == "xla":
+        why = "asked for" if requested == "xla" else f"{platform} has no kernel here"
+        return AttentionKind("xla", why)
     case = Case(
         dtype=jnp.dtype(dtype).name,
         head_dim=head_dim,
         length=length,
         softcap=softcap is not None,
         branches=branches,
-        adrift=jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1,
+        no_mesh=jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1,
         platform=platform,
         device_kind=device_kind,
     )
-    for lacks, why in LACKS[wanted]:
-        if lacks(case):
-            return Choice("xla", f"not {wanted}: {why}")
-    return Choice(wanted, "asked for" if asked != "auto" else f"the kernel for {platform}")
+    for applies, why in UNSUPPORTED[kind]:
+        if applies(case):
+            return AttentionKind("xla", f"not {kind}: {why}")
+    why = "asked for" if requested != "auto" else f"the kernel for {platform}"
+    return AttentionKind(kind, why)
 
 
-def check_kind(asked: str) -> None:
-    """Refuses what is no kind of attention.
+def check_kind(requested: str) -> None:
+    """Refuses an unknown kind of attention.
 
     Raises:
       ValueError: it is not one of `KINDS`.
     """
-    if asked not in KINDS:
-        raise ValueError(f"attention={asked!r}: wanted one of {', '.join(KINDS)}")
+    if requested not in KINDS:
+        raise ValueError(f"attention={requested!r}: wanted one of {', '.join(KINDS)}")
 
 
 def _capability() -> float | None:

@@ -1,9 +1,9 @@
 """The key-value cache of decoding, and attention to it.
 
-A step of decoding reads every weight and every cached key once and computes little: what it may
-not do is copy either. So every layer has arrays of its own, which a step updates in place and
-reads where they lie (a slice of one array for all layers would be a copy), and each head's keys
-lie together, as the products with them take them.
+A decode step reads every weight and every cached key once and computes little, so it must copy
+neither. Each layer therefore has arrays of its own, which a step updates in place; a slice of one
+array for all layers would be a copy. Heads come before columns, `[B, K, S, head_dim]`, the layout
+that both products take.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention.xla import HIDDEN
+from jaxalign.models.attention.xla import MASKED_SCORE
 from jaxalign.models.base import DecoderConfig
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array
@@ -53,13 +53,13 @@ def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Ca
     )
 
 
-def with_columns(cache: Cache, count: int) -> Cache:
-    """The first `count` columns, or all of them and as many empty ones as make it so many."""
+def resize_cache(cache: Cache, count: int) -> Cache:
+    """A cache of `count` columns: the first ones, or all of them and empty ones after them."""
 
     def fit(x: jax.Array, axis: int) -> jax.Array:
-        room = [(0, 0)] * x.ndim
-        room[axis] = (0, max(0, count - x.shape[axis]))
-        return jnp.pad(jax.lax.slice_in_dim(x, 0, min(count, x.shape[axis]), axis=axis), room)
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, max(0, count - x.shape[axis]))
+        return jnp.pad(jax.lax.slice_in_dim(x, 0, min(count, x.shape[axis]), axis=axis), padding)
 
     if count == cache.segment_ids.shape[1]:
         return cache
@@ -68,16 +68,16 @@ def with_columns(cache: Cache, count: int) -> Cache:
 
 
 def split(x: jax.Array) -> jax.Array:
-    """Pins one layer's keys or values, `[B, K, S, head_dim]`: rows and heads over the mesh.
+    """Shards one layer's keys or values, `[B, K, S, head_dim]`, over rows and heads.
 
-    Where the mesh does not divide the heads (fewer of them than shards), every shard has them all.
+    Where the mesh does not divide the heads (fewer heads than shards), every shard has them all.
     """
     whole = x.shape[1] % axis_shards("cache_heads")
     return constrain(x, f"cache_rows {'hidden' if whole else 'cache_heads'} cache_length hidden")
 
 
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
-    """Enters the keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
+    """Writes keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
     new = new.astype(layer.dtype).transpose(0, 2, 1, 3)
     return jax.lax.dynamic_update_slice(layer, new, (0, 0, used, 0))
 
@@ -100,23 +100,25 @@ def attend_cached(
       `[B, T, H, head_dim]`; the softmax is computed in float32.
     """
     rows, new, heads, width = query.shape
-    kind, groups = query.dtype, heads // keys.shape[1]
+    dtype, groups = query.dtype, heads // keys.shape[1]
     scale = width**-0.5 if scale is None else scale
-    query = (query * scale).astype(kind).reshape(rows, new, -1, groups, width)
-    # The heads of a group and the new tokens are the rows of one matrix.
+    query = (query * scale).astype(dtype).reshape(rows, new, -1, groups, width)
+    # The G heads of a group and the T new tokens become rows of one matrix.
+    # [B, T, K, G, d] → [B, K, G, T, d] → [B, K, G·T, d]
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, -1, groups * new, width)
     scores = jnp.einsum(
-        "bkgd,bksd->bkgs", query, keys.astype(kind), preferred_element_type=jnp.float32
+        "bkgd,bksd->bkgs", query, keys.astype(dtype), preferred_element_type=jnp.float32
     )
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = jnp.tile(mask, (1, 1, groups, 1))
-    scores = jnp.where(seen, scores, HIDDEN)
+    mask = jnp.tile(mask, (1, 1, groups, 1))  # [B, 1, T, S] → [B, 1, G·T, S]
+    scores = jnp.where(mask, scores, MASKED_SCORE)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum(
-        "bkgs,bksd->bkgd", weights.astype(kind), values.astype(kind),
+        "bkgs,bksd->bkgd", weights.astype(dtype), values.astype(dtype),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    out = (out / total).astype(kind).reshape(rows, -1, groups, new, width)
+    out = (out / total).astype(dtype).reshape(rows, -1, groups, new, width)
+    # [B, K, G, T, d] → [B, T, K, G, d] → [B, T, H, d]
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, new, heads, width)

@@ -1,117 +1,112 @@
-"""Which token may look at which, as a few integers a token; as a matrix only where rows are short.
+"""The attention mask as a few integers a token; as a matrix only where rows are short.
 
-A token sees tokens of its own segment that are not after it; within its segment, those of branch 0
-and of its own branch only; within a window, those whose position is near.
+A token attends to tokens of its own segment that do not come after it. Within a segment it attends
+to branch 0 and to its own branch only; with a sliding window, only to the positions just before it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-class Marks(NamedTuple):
-    """What decides what a token sees.
+class Segments(NamedTuple):
+    """Where each token of a row belongs.
 
     Attributes:
-      segments: int32 `[B, N]`.
+      ids: int32 `[B, N]`, the segment of each token; 0 is padding.
       positions: int32 `[B, N]`, from 0 in each document.
       branches: int32 `[B, N]`, or None for rows without branches.
     """
 
-    segments: Any
+    ids: Any
     positions: Any
     branches: Any = None
 
 
-class Lookout(NamedTuple):
-    """The arrays of a `Sight` along a row, for functions that take arrays only.
-
-    Attributes:
-      looking: marks of the T tokens that look.
-      seen: marks of the S tokens that are looked at.
-      window: int32 scalar, how many tokens one sees, itself included; None: all.
-      first: int32 scalar, the column in `seen` of the first token that looks; None: 0.
-      matrix: bool `[B, 1, T, S]` with everything above already in it, or None.
-    """
-
-    looking: Marks
-    seen: Marks
-    window: Any = None
-    first: Any = None
-    matrix: Any = None
-
-
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query", "key", "windowed", "query_start", "matrix"],
+    meta_fields=["cached", "window"],
+)
 @dataclasses.dataclass(frozen=True)
-class Sight:
-    """Which of T tokens sees which of S.
+class MaskSpec:
+    """Which of T queries attends to which of S keys; a pytree.
 
     Attributes:
-      looking: marks of the tokens that look.
-      seen: marks of those looked at.
-      cached: False: both are the same columns (T = S), and what comes later in the row is hidden.
-        True: `seen` is a cache written in any order; later positions are hidden, and segment 0.
-      window: how many tokens one sees, itself included, by positions; None: all.
-      windowed: whether the window holds, a traced bool where layers differ; None: it does.
-      matrix: bool `[B, 1, T, S]`, if `with_matrix` made it.
+      query: segments of the T queries.
+      key: segments of the S keys.
+      cached: False: keys are columns of the same rows, and a query attends to no later column.
+        True: keys are a cache that was written in any order; a query attends to no later position,
+        and to no column of segment 0.
+      window: how many positions a query attends to, its own included; None: all.
+      windowed: bool scalar, whether the window holds; traced where layers differ. None: it does.
+      query_start: int32 scalar, the column of the first query among the keys; None: 0. A device
+        that holds a part of every row sets it.
+      matrix: bool `[B, 1, T, S]` that replaces all of the above.
     """
 
-    looking: Marks
-    seen: Marks
+    query: Segments | None = None
+    key: Segments | None = None
     cached: bool = False
     window: int | None = None
     windowed: Any = None
+    query_start: Any = None
     matrix: Any = None
 
-    def lookout(self) -> Lookout:
-        """Its arrays."""
-        window = self.window
-        if window is not None:
-            wide = jnp.iinfo(jnp.int32).max
-            window = jnp.asarray(window, jnp.int32)
-            window = window if self.windowed is None else jnp.where(self.windowed, window, wide)
-        return Lookout(self.looking, self.seen, window, None, self.matrix)
-
-    def with_matrix(self) -> Sight:
-        """The same with the matrix made, for short rows: once for all layers."""
-        whole = visible(self.lookout(), cached=self.cached)
-        return dataclasses.replace(self, matrix=whole)
+    def with_matrix(self) -> MaskSpec:
+        """The same with its matrix: made once for all layers, for short rows."""
+        return dataclasses.replace(self, matrix=make_mask(self))
 
 
-def visible(
-    lookout: Lookout, start: Any = 0, size: int | None = None, stop: int | None = None, *,
-    cached: bool = False,
-) -> jax.Array:  # fmt: skip
-    """Which token sees which, for `size` tokens from `start` on and columns before `stop`.
+def make_mask(
+    spec: MaskSpec, start: Any = 0, size: int | None = None, stop: int | None = None
+) -> jax.Array:
+    """The mask of a block of queries.
+
+    Args:
+      spec: what to mask.
+      start: first query of the block; may be traced.
+      size: queries of the block; None: all.
+      stop: keys before this column only; None: all.
 
     Returns:
-      bool `[B, 1, size, stop]`.
+      bool `[B, 1, size, stop]`, True where a query attends to a key.
     """
-    if lookout.matrix is not None:
-        whole = lookout.matrix
-        return whole if size is None else _part(whole, start, size, 2)[..., :stop]
-    length, columns = (x.segments.shape[1] for x in lookout[:2])
-    size, stop = length if size is None else size, columns if stop is None else stop
-    looking = jax.tree.map(lambda x: _part(jnp.asarray(x), start, size, 1)[:, :, None], lookout[0])
-    seen = jax.tree.map(lambda x: jnp.asarray(x)[:, None, :stop], lookout[1])
-    sees = looking.segments == seen.segments
-    if cached:
-        sees &= (seen.positions <= looking.positions) & (seen.segments > 0)
+    if spec.matrix is not None:
+        if size is None:
+            return spec.matrix
+        return _block(spec.matrix, start, size, axis=2)[..., :stop]  # [B, 1, size, stop]
+    if spec.query is None or spec.key is None:
+        raise ValueError("a MaskSpec wants segments of queries and keys, or a matrix")
+    size = spec.query.ids.shape[1] if size is None else size
+    stop = spec.key.ids.shape[1] if stop is None else stop
+    query = jax.tree.map(  # [B, T] -> [B, size, 1]
+        lambda x: _block(jnp.asarray(x), start, size, axis=1)[:, :, None], spec.query
+    )
+    key = jax.tree.map(lambda x: jnp.asarray(x)[:, None, :stop], spec.key)  # [B, S] -> [B, 1, stop]
+    mask = query.ids == key.ids  # [B, size, stop]
+    if spec.cached:
+        mask &= (key.positions <= query.positions) & (key.ids > 0)
     else:
-        first = 0 if lookout.first is None else lookout.first
-        own = first + start + jnp.arange(size)
-        sees &= (own[:, None] >= jnp.arange(stop)[None, :])[None]
-    if looking.branches is not None:
-        sees &= (seen.branches == 0) | (seen.branches == looking.branches)
-    if lookout.window is not None:
-        sees &= looking.positions - seen.positions < lookout.window
-    return sees[:, None]
+        first = 0 if spec.query_start is None else spec.query_start
+        column = first + start + jnp.arange(size)
+        mask &= (column[:, None] >= jnp.arange(stop)[None, :])[None]  # [1, size, stop]
+    if query.branches is not None:
+        mask &= (key.branches == 0) | (key.branches == query.branches)
+    if spec.window is not None:
+        window = jnp.asarray(spec.window, jnp.int32)
+        if spec.windowed is not None:
+            window = jnp.where(spec.windowed, window, jnp.iinfo(jnp.int32).max)
+        mask &= query.positions - key.positions < window
+    return mask[:, None]  # [B, 1, size, stop]
 
 
-def _part(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+def _block(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     if isinstance(start, int):
         return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)

@@ -2,159 +2,157 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention.kernels import cudnn, splash
-from jaxalign.models.attention.mask import Lookout, Marks, Sight, visible
+from jaxalign.models.attention.mask import MaskSpec, Segments, make_mask
+from jaxalign.models.backend import backend
 from jaxalign.parallel.shard_map import gather_shards, map_shards, pad_length, shard_index
 from jaxalign.parallel.sharding import axis_shards
 from jaxalign.types import Array
 
-HIDDEN = -1e30
-"""Score of what may not be seen; finite, so that a row that sees nothing gives no NaN."""
-
-_BLOCK = 128
-"""Least number of queries taken at a time: smaller products do not keep a processor busy."""
-
-_MOST_BLOCKS = 8
-"""Most blocks of queries with columns of their own; more would save little more than the half that
-8 nearly do. Long blocks are cut further, in a loop."""
-
-_LONG = 8192
-"""Columns above which fewer queries than `_BLOCK` are enough work."""
-
-_SCORES = 2**22
-"""Scores a device takes at a time: 4 M, 16 MiB in float32; more where so few queries have more."""
+MASKED_SCORE = -1e30
+"""Score of a masked key; finite, so that a query without any key gives no NaN."""
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, sight: Sight | Array,
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec | Array,
     scale: jax.Array | float | None = None, softcap: float | None = None, *,
     causal: bool = False, kind: str = "xla",
 ) -> jax.Array:  # fmt: skip
-    """Softmax attention `softmax(scale · q·kᵀ) · v` with grouped key and value heads.
+    """Softmax attention with grouped key and value heads.
+
+        softmax(scale · q·kᵀ) · v
 
     The backward pass keeps no `[T, S]` matrix: it forms the weights again from the logsumexp of
     each row (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
 
-    Where the mesh in context splits time, a device attends from its part of every row: it gathers
-    the keys and values of the whole row (with grouped heads a fraction of the activations).
+    Where the mesh in context splits the length, each device attends from its part of every row. It
+    all-gathers the keys and values of the whole row; with grouped heads these are a fraction of the
+    activations.
 
     Args:
       query: `[B, T, H, head_dim]`.
       key: `[B, S, K, head_dim]`; each serves H / K query heads.
       value: `[B, S, K, head_dim]`.
-      sight: who sees whom; or bool `[B, 1, T, S]`, for "xla" only. A row that sees nothing
-        (padding) gets a meaningless finite value.
+      mask: which query attends to which key; or bool `[B, 1, T, S]`, for "xla" only. A query
+        without keys (padding) gets a meaningless finite value.
       scale: of the scores; None: 1/√head_dim. May be traced.
       softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
-      causal: the matrix shows no column after a query's own (T = S), so that those need no
-        computing. A `Sight` knows that by itself.
-      kind: "xla", "splash" or "cudnn", as `jaxalign.models.attention.dispatch` answers.
+      causal: with a bool matrix: it is False right of the diagonal (T = S), so that those products
+        are skipped. A `MaskSpec` implies it.
+      kind: "xla", "splash" or "cudnn", see `jaxalign.models.attention.dispatch`.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = (query * scale).astype(key.dtype)  # a traced scale is float32
-    if not isinstance(sight, Sight):
-        lookout = Lookout(Marks(None, None), Marks(None, None), matrix=jnp.asarray(sight))
-        return _plain(query, key, value, lookout, Rule(softcap, causal, _parts()))
+    if not isinstance(mask, MaskSpec):
+        options = XLAOptions(softcap, causal, _score_shards())
+        return xla_attention(query, key, value, MaskSpec(matrix=jnp.asarray(mask)), options)
     if kind == "xla" and axis_shards("length") == 1:
-        return _plain(query, key, value, sight.lookout(), Rule(softcap, True, _parts()))
+        return xla_attention(query, key, value, mask, XLAOptions(softcap, True, _score_shards()))
+    if mask.query is None:
+        raise ValueError(f"attention={kind!r} wants segments, not a matrix alone")
     length = query.shape[1]
-    key, value = (_repeated(x, query.shape[2]) for x in (key, value))
-    heads = _heads(query, key)
+    key, value = (_repeat_heads(x, query.shape[2]) for x in (key, value))
+    heads = _head_axis(query, key)
     if kind == "splash":
-        return splash(query, key, value, sight, softcap, heads)
+        return splash(query, key, value, mask, softcap, heads)
     query, key, value = (pad_length(x) for x in (query, key, value))
-    marks = jax.tree.map(lambda x: pad_length(jnp.asarray(x)), sight.looking)
-    run = _part_of_rows if kind == "xla" else cudnn
-    run = functools.partial(run, window=sight.window, softcap=softcap)
-    axes = (f"rows length {heads}", *(f"rows length {heads}",) * 2, "rows length", "rows", "new")
-    windowed = None if sight.windowed is None else jnp.asarray(sight.windowed)[None]
-    out = map_shards(run, (query, key, value, marks, marks, windowed), axes)
+    segments = jax.tree.map(lambda x: pad_length(jnp.asarray(x)), mask.query)
+    run = _sequence_parallel if kind == "xla" else cudnn
+    run = functools.partial(run, window=mask.window, softcap=softcap)
+    # Query, key and value are split along rows, length and heads. Segments go in twice: those of
+    # the device's queries, and those of the whole rows.
+    split = f"rows length {heads}"
+    axes = (split, split, split, "rows length", "rows", "new")
+    windowed = None if mask.windowed is None else jnp.asarray(mask.windowed)[None]
+    out = map_shards(run, (query, key, value, segments, segments, windowed), axes)
     return out[:, :length]
 
 
-def _repeated(x: jax.Array, heads: int) -> jax.Array:
+def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
     """Keys or values with heads repeated, where there are fewer of them than shards of heads."""
-    parts, own = axis_shards("heads"), x.shape[2]
-    fewer = own % parts and parts % own == 0 and heads % parts == 0
-    return jnp.repeat(x, parts // own, axis=2) if fewer else x
+    shards, kv_heads = axis_shards("heads"), x.shape[2]
+    fewer = kv_heads % shards and shards % kv_heads == 0 and heads % shards == 0
+    return jnp.repeat(x, shards // kv_heads, axis=2) if fewer else x
 
 
-def _heads(query: jax.Array, key: jax.Array) -> str:
-    """The logical axis of heads where they divide over their shards, else one that is whole."""
+def _head_axis(query: jax.Array, key: jax.Array) -> str:
+    """The logical axis of heads where their shards divide them, else one that is never split."""
     divide = all(x.shape[2] % axis_shards("heads") == 0 for x in (query, key))
     return "heads" if divide else "hidden"
 
 
-def _part_of_rows(
-    query: jax.Array, key: jax.Array, value: jax.Array, looking: Marks, seen: Marks,
-    windowed: jax.Array | None, *, window: int | None, softcap: float | None,
+def _sequence_parallel(
+    query: jax.Array, key: jax.Array, value: jax.Array, query_segments: Segments,
+    key_segments: Segments, windowed: jax.Array | None, *, window: int | None,
+    softcap: float | None,
 ) -> jax.Array:  # fmt: skip
-    """The plain form on a device that has a part of every row, and marks of the whole of it."""
-    key, value = (gather_shards(x, "length", 1) for x in (key, value))
+    """XLA attention on a device that holds a part of every row: `[B, T / n, H, d]`."""
+    key, value = (gather_shards(x, "length", 1) for x in (key, value))  # [B, T, K, d]
     holds = None if windowed is None else windowed[0]
-    lookout = Sight(looking, seen, False, window, holds).lookout()
-    lookout = lookout._replace(first=shard_index("length") * query.shape[1])
-    return _plain(query, key, value, lookout, Rule(softcap, False, 1))
+    start = shard_index("length") * query.shape[1]
+    mask = MaskSpec(query_segments, key_segments, False, window, holds, start)
+    return xla_attention(query, key, value, mask, XLAOptions(softcap, False, 1))
 
 
-def _parts() -> int:
-    """Over how many devices the scores are split, where the compiler splits them."""
+def _score_shards() -> int:
+    """Over how many devices the compiler splits the scores."""
     return axis_shards("rows") * axis_shards("heads")
 
 
-class Rule(NamedTuple):
-    """What of the plain form is settled while tracing.
+class XLAOptions(NamedTuple):
+    """Static options of XLA attention.
 
     Attributes:
       softcap: of the scores, or None.
-      causal: columns after a query's own need no computing (T = S).
-      parts: over how many devices the scores are split.
+      causal: no query attends to a later column (T = S), so that blocks skip later keys.
+      score_shards: over how many devices the compiler splits the scores.
     """
 
     softcap: float | None
     causal: bool
-    parts: int
+    score_shards: int
 
 
-def _plain(
-    query: jax.Array, key: jax.Array, value: jax.Array, lookout: Lookout, rule: Rule
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec, options: XLAOptions
 ) -> jax.Array:
     """Scaled queries `[B, T, H, d]`, keys and values `[B, S, K, d]` → `[B, T, H, d]`."""
-    rows, new, heads, width = query.shape
-    # The query heads of a group are stacked along the rows of one matrix, so that both products
-    # are plain batched matrix products without repeated keys. On CPUs this is about twice as fast
-    # as the general contraction of jax.nn.dot_product_attention for narrow heads.
-    query = query.reshape(rows, new, key.shape[2], -1, width)
+    rows, length, heads, width = query.shape
+    # The G = H / K query heads of a group become rows of one matrix, so that both products are
+    # plain batched matrix products without repeated keys. On CPUs this is about twice as fast as
+    # the general contraction of jax.nn.dot_product_attention for narrow heads.
+    query = query.reshape(rows, length, key.shape[2], -1, width)  # [B, T, K, G, d]
     out = _attend(
-        rule,
-        query.transpose(0, 2, 3, 1, 4),
-        key.transpose(0, 2, 1, 3),
-        value.transpose(0, 2, 1, 3),
-        lookout,
+        options,
+        query.transpose(0, 2, 3, 1, 4),  # [B, K, G, T, d]
+        key.transpose(0, 2, 1, 3),  # [B, K, S, d]
+        value.transpose(0, 2, 1, 3),  # [B, K, S, d]
+        mask,
     )
-    return out.transpose(0, 3, 1, 2, 4).reshape(rows, new, heads, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    rule: Rule, query: jax.Array, key: jax.Array, value: jax.Array, lookout: Lookout
+    options: XLAOptions, query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec
 ) -> jax.Array:
     """Query `[B, K, G, T, d]`, key and value `[B, K, S, d]` → as query."""
-    return _forward(rule, query, key, value, lookout)[0]
+    return _forward(options, query, key, value, mask)[0]
 
 
-class _Piece(NamedTuple):
-    """`count` times `size` queries from `start` on, which see columns before `stop` only."""
+class QueryBlocks(NamedTuple):
+    """`count` blocks of `size` queries from `start` on; none attends to a key from `stop` on."""
 
     start: int
     count: int
@@ -162,119 +160,156 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def _pieces(rule: Rule, query: jax.Array, key: jax.Array) -> Iterator[_Piece]:
-    """How the queries are taken: in blocks with columns of their own, and these in a loop."""
+def block_schedule(options: XLAOptions, query: jax.Array, key: jax.Array) -> Iterator[QueryBlocks]:
+    """How queries are cut into blocks.
+
+    Under a causal mask, up to `Backend.attention_query_blocks` spans of queries have key columns of
+    their own, so that products above the diagonal are skipped. A span whose scores are more than
+    `Backend.attention_scores` a device is cut further, and its blocks run in a loop.
+    """
+    platform = backend()
+    smallest = platform.attention_query_block
     length, columns = query.shape[3], key.shape[2]
-    block = length
-    if rule.causal and length == columns and length >= 2 * _BLOCK:
-        block = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        stop = end if block < length else columns
-        each = query.shape[0] * query.shape[1] * query.shape[2] * stop
-        least = _BLOCK if stop <= _LONG else _BLOCK // 4
-        fit = _SCORES * rule.parts // each // least * least
+    span = length
+    if options.causal and length == columns and length >= 2 * smallest:
+        span = -(-length // (platform.attention_query_blocks * smallest)) * smallest
+    for start in range(0, length, span):
+        end = min(start + span, length)
+        stop = end if span < length else columns
+        scores = query.shape[0] * query.shape[1] * query.shape[2] * stop  # of one query position
+        least = smallest if stop <= platform.attention_long_row else smallest // 4
+        fit = platform.attention_scores * options.score_shards // scores // least * least
         size = min(end - start, max(least, fit))
         count = (end - start) // size
-        yield _Piece(start, count, size, stop)
+        yield QueryBlocks(start, count, size, stop)
         if start + count * size < end:
-            yield _Piece(start + count * size, 1, end - start - count * size, stop)
+            yield QueryBlocks(start + count * size, 1, end - start - count * size, stop)
 
 
-def _forward(rule: Rule, query, key, value, lookout: Lookout):
+Residuals = tuple[jax.Array, jax.Array, jax.Array, MaskSpec, jax.Array, jax.Array]
+"""Query, key, value, mask, output `[B, K, G, T, d]` and logsumexp `[B, K, G, T, 1]`."""
+
+
+def _forward(
+    options: XLAOptions, query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec
+) -> tuple[jax.Array, Residuals]:
     outs, logzs = [], []
-    pieces = list(_pieces(rule, query, key))
-    query, lookout = _tied(pieces, query, lookout)
-    for piece in pieces:
-        keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
+    schedule = list(block_schedule(options, query, key))
+    query, mask = _keep_mask_in_loops(schedule, query, mask)
+    for blocks in schedule:
+        keys, values = key[:, :, : blocks.stop], value[:, :, : blocks.stop]  # [B, K, stop, d]
 
-        def one(start, piece=piece, keys=keys, values=values):
-            part = jax.lax.dynamic_slice_in_dim(query, start, piece.size, axis=3)
-            sees = visible(lookout, start, piece.size, piece.stop)
-            scores, _ = _scores(rule.softcap, part, keys, sees)
+        def attend_block(
+            start: jax.Array | int,
+            blocks: QueryBlocks = blocks,
+            keys: jax.Array = keys,
+            values: jax.Array = values,
+        ) -> tuple[jax.Array, jax.Array]:
+            part = jax.lax.dynamic_slice_in_dim(query, start, blocks.size, axis=3)
+            part_mask = make_mask(mask, start, blocks.size, blocks.stop)  # [B, 1, size, stop]
+            scores, _ = _scores(options.softcap, part, keys, part_mask)  # [B, K, G, size, stop]
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = _matmul(weights.astype(values.dtype), values)
+            total = jnp.sum(weights, axis=-1, keepdims=True)  # [B, K, G, size, 1]
+            out = _matmul(weights.astype(values.dtype), values)  # [B, K, G, size, d]
             return (out / total).astype(query.dtype), top + jnp.log(total)
 
-        if piece.count == 1:
-            out, logz = one(piece.start)
+        if blocks.count == 1:
+            out, logz = attend_block(blocks.start)
         else:
-            starts = piece.start + piece.size * jnp.arange(piece.count)
-            out, logz = (_joined(x) for x in jax.lax.map(one, starts))
+            starts = blocks.start + blocks.size * jnp.arange(blocks.count)
+            out, logz = (_join_blocks(x) for x in jax.lax.map(attend_block, starts))
         outs.append(out)
         logzs.append(logz)
     out, logz = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=3) for x in (outs, logzs))
-    return out, (query, key, value, lookout, out, logz)
+    return out, (query, key, value, mask, out, logz)
 
 
-def _tied(pieces: list[_Piece], query: jax.Array, lookout: Lookout) -> tuple[jax.Array, Lookout]:
-    """Ties who sees whom to the queries where there are loops.
+def _keep_mask_in_loops(
+    schedule: list[QueryBlocks], query: jax.Array, mask: MaskSpec
+) -> tuple[jax.Array, MaskSpec]:
+    """Makes the mask depend on the queries where blocks run in a loop.
 
-    It depends on no parameter; left free, JAX would move it out of the loops (when it splits what a
-    gradient needs from what it does not) and so make the whole `[T, T]` mask after all.
+    The mask depends on no parameter. When JAX splits what a gradient needs from what it does not,
+    it would move the mask out of the loop, and so make all of `[T, T]`.
     """
-    if all(piece.count == 1 for piece in pieces):
-        return query, lookout
-    if lookout.first is None:
-        lookout = lookout._replace(first=jnp.zeros((), jnp.int32))
-    return jax.lax.optimization_barrier((query, lookout))
+    if all(blocks.count == 1 for blocks in schedule):
+        return query, mask
+    if mask.query_start is None:
+        mask = dataclasses.replace(mask, query_start=jnp.zeros((), jnp.int32))
+    return jax.lax.optimization_barrier((query, mask))
 
 
-def _joined(x: jax.Array) -> jax.Array:
+def _join_blocks(x: jax.Array) -> jax.Array:
     """`[n, B, K, G, t, d]` → `[B, K, G, n · t, d]`."""
-    x = jnp.moveaxis(x, 0, 3)
+    x = jnp.moveaxis(x, 0, 3)  # [B, K, G, n, t, d]
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
-def _backward(rule: Rule, saved, gradient):
-    query, key, value, lookout, out, logz = saved
-    # Σ_s p_s · (∂L/∂p_s) of each query, without the weights.
+def _backward(
+    options: XLAOptions, residuals: Residuals, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    query, key, value, mask, out, logz = residuals
+    # Σ_s p_s · ∂L/∂p_s of each query, without the weights p: [B, K, G, T, 1].
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    to_queries = []
-    to_key, to_value = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    pieces = list(_pieces(rule, query, key))
-    query, lookout = _tied(pieces, query, lookout)
-    if all(piece.count == 1 for piece in pieces):
-        # Where layers are not in a loop the compiler sees both passes at once, and would keep the
-        # weights of the first rather than form them again.
+    query_gradients = []
+    key_gradient, value_gradient = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    schedule = list(block_schedule(options, query, key))
+    query, mask = _keep_mask_in_loops(schedule, query, mask)
+    if all(blocks.count == 1 for blocks in schedule):
+        # Where layers are unrolled the compiler sees both passes at once. Without this barrier it
+        # would keep the weights of the forward pass rather than form them again.
         query, key = jax.lax.optimization_barrier((query, key))
-    for piece in pieces:
-        keys, values = key[:, :, : piece.stop], value[:, :, : piece.stop]
+    for blocks in schedule:
+        keys, values = key[:, :, : blocks.stop], value[:, :, : blocks.stop]  # [B, K, stop, d]
 
-        def one(start, piece=piece, keys=keys, values=values):
+        def block_gradients(
+            start: jax.Array | int,
+            blocks: QueryBlocks = blocks,
+            keys: jax.Array = keys,
+            values: jax.Array = values,
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             part, above, part_logz, part_inner = (
-                jax.lax.dynamic_slice_in_dim(x, start, piece.size, axis=3)
+                jax.lax.dynamic_slice_in_dim(x, start, blocks.size, axis=3)
                 for x in (query, gradient, logz, inner)
             )
-            sees = visible(lookout, start, piece.size, piece.stop)
-            scores, slope = _scores(rule.softcap, part, keys, sees)
-            weights = jnp.exp(scores - part_logz)
+            part_mask = make_mask(mask, start, blocks.size, blocks.stop)  # [B, 1, size, stop]
+            scores, slope = _scores(options.softcap, part, keys, part_mask)
+            weights = jnp.exp(scores - part_logz)  # [B, K, G, size, stop]
             to_scores = weights * (_matmul(above, values.swapaxes(-1, -2)) - part_inner)
             if slope is not None:
                 to_scores = to_scores * slope
             weights, to_scores = weights.astype(query.dtype), to_scores.astype(query.dtype)
-            sums = (_columns(part, to_scores), _columns(above, weights))
+            # To keys and values, [B, K, stop, d]; to the queries of the block, [B, K, G, size, d].
+            sums = (_sum_over_queries(part, to_scores), _sum_over_queries(above, weights))
             return sums, _matmul(to_scores, keys).astype(query.dtype)
 
-        if piece.count == 1:
-            sums, to_query = one(piece.start)
+        if blocks.count == 1:
+            sums, query_gradient = block_gradients(blocks.start)
         else:
-            starts = piece.start + piece.size * jnp.arange(piece.count)
+            starts = blocks.start + blocks.size * jnp.arange(blocks.count)
             zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
-            sums, to_query = jax.lax.scan(functools.partial(_add, one), zeros, starts)
-            to_query = _joined(to_query)
-        to_key = to_key.at[:, :, : piece.stop].add(sums[0])
-        to_value = to_value.at[:, :, : piece.stop].add(sums[1])
-        to_queries.append(to_query)
-    joined = to_queries[0] if len(to_queries) == 1 else jnp.concatenate(to_queries, axis=3)
-    return joined, to_key.astype(key.dtype), to_value.astype(value.dtype), None
+            add = functools.partial(_add_block, block_gradients)
+            sums, query_gradient = jax.lax.scan(add, zeros, starts)
+            query_gradient = _join_blocks(query_gradient)
+        key_gradient = key_gradient.at[:, :, : blocks.stop].add(sums[0])
+        value_gradient = value_gradient.at[:, :, : blocks.stop].add(sums[1])
+        query_gradients.append(query_gradient)
+    joined = query_gradients[0]
+    if len(query_gradients) > 1:
+        joined = jnp.concatenate(query_gradients, axis=3)
+    return joined, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), None
 
 
-def _add(one, sums, start):
-    new, other = one(start)
-    return jax.tree.map(jnp.add, sums, new), other
+_Sums = tuple[jax.Array, jax.Array]
+
+
+def _add_block(
+    block_gradients: Callable[[jax.Array], tuple[_Sums, jax.Array]], sums: _Sums, start: jax.Array
+) -> tuple[_Sums, jax.Array]:
+    """A step of the scan over blocks: adds up gradients of keys and values."""
+    new, query_gradient = block_gradients(start)
+    return jax.tree.map(jnp.add, sums, new), query_gradient
 
 
 _attend.defvjp(_forward, _backward)
@@ -283,29 +318,28 @@ _attend.defvjp(_forward, _backward)
 def _scores(
     softcap: float | None, query: jax.Array, key: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Masked scores `[B, K, G, T, S]` in float32, and the slope of the soft-cap where there is."""
-    scores = _matmul(query, key.swapaxes(-1, -2))
+    """Masked scores `[B, K, G, T, S]` in float32, and the slope of the soft cap if there is one."""
+    scores = _matmul(query, key.swapaxes(-1, -2))  # [B, K, G, T, d] · [B, K, d, S]
     slope = None
     if softcap is not None:
-        bent = jnp.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
-    return jnp.where(mask[:, :, None], scores, HIDDEN), slope
+        capped = jnp.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - capped * capped
+    return jnp.where(mask[:, :, None], scores, MASKED_SCORE), slope  # mask: [B, 1, 1, T, S]
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`[B, K, G, T, n]` by `[B, K, n, m]`, the G·T rows as one matrix; float32."""
+    """`[B, K, G, T, n]` by `[B, K, n, m]` → `[B, K, G, T, m]`, float32; G·T rows in one matrix."""
     out = jnp.matmul(
         x.reshape(*x.shape[:2], -1, x.shape[-1]), y, preferred_element_type=jnp.float32
     )
     return out.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _columns(x: jax.Array, y: jax.Array) -> jax.Array:
+def _sum_over_queries(x: jax.Array, y: jax.Array) -> jax.Array:
     """Σ over G and T of y ⊗ x: `[B, K, G, T, d]`, `[B, K, G, T, S]` → `[B, K, S, d]`.
 
     Written as (xᵀ·y)ᵀ, so that the narrow operand is the one to be transposed.
     """
-    flat = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))
-    narrow, wide = flat
+    narrow, wide = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))  # [B, K, G·T, …]
     out = jnp.matmul(narrow.swapaxes(-1, -2), wide, preferred_element_type=jnp.float32)
     return out.swapaxes(-1, -2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, with_scalar_head
+from jaxalign.models.scorer import Scorer, with_scalar_head
 from jaxalign.parallel.sharding import reshard_by_rules
 from jaxalign.run.config.runs import PPORun
 from jaxalign.run.tasks.models import Loaded, Scorers, language_model, shape_of

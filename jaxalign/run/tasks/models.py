@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxalign.hf import load_pretrained
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.models.lora import add_lora
+from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.model_spec import ModelReward

@@ -1,4 +1,4 @@
-"""The projection's own backward pass, on the branch of every backend, against numpy."""
+"""The projection's own backward pass, in the form of every backend, against numpy."""
 
 import functools
 
@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.models import matmul
+from jaxalign.models import ops
 
 BRANCHES = {
-    "cpu": matmul._on_cpu,
-    "elsewhere": functools.partial(matmul._elsewhere, axes="embed mlp"),
-    "turned": functools.partial(matmul._elsewhere, axes="heads/8 embed"),
+    "transposed": ops._transposed,
+    "contracted": functools.partial(ops._contracted, axes="embed mlp"),
+    "contracted-embed-last": functools.partial(ops._contracted, axes="heads/8 embed"),
 }
 
 
@@ -28,7 +28,7 @@ def test_gradients_of_each_branch(branch):
 def test_the_gradient_is_the_projections():
     rng = np.random.default_rng(1)
     x, kernel, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 5), (5, 7), (2, 3, 7)))
-    value, pull = jax.vjp(lambda x, kernel: matmul.project(x, kernel, "embed mlp"), x, kernel)
+    value, pull = jax.vjp(lambda x, kernel: ops.project(x, kernel, "embed mlp"), x, kernel)
     np.testing.assert_allclose(value, np.tensordot(x, kernel, 1), rtol=1e-5, atol=1e-5)
     dx, dkernel = pull(dy)
     np.testing.assert_allclose(dx, np.tensordot(dy, kernel, (2, 1)), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,147 @@
+"""The network as flax.nnx modules: a block, the embedding, the head, and the stack of them.
+
+`jaxalign.models.decoder` makes pure functions of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign.models.attention.kv_cache import attend_cached, write
+from jaxalign.models.attention.xla import attend
+from jaxalign.models.base import DecoderConfig, LoraConfig
+from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
+from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.per_layer import AttentionInputs
+from jaxalign.types import Params
+
+
+class Block(nnx.Module):
+    """Attention and a feed-forward network, each normalised and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = make_norm(config) if before else None
+        self.attention = Attention(config, lora, rngs)
+        self.attention_post_norm = make_norm(config) if after else None
+        self.mlp_norm = make_norm(config) if before else None
+        self.mlp = (Experts if config.num_experts else MLP)(config, lora, rngs)
+        self.mlp_post_norm = make_norm(config) if after else None
+        self.softcap = config.attention_softcap
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kind: str
+    ) -> tuple[jax.Array, Routing | None]:
+        """`[B, T, D]` → `[B, T, D]`, and the router's choices, if there is a router."""
+        return self.with_keys_values(x, inputs, kind)[0]
+
+    def with_keys_values(
+        self, x: jax.Array, inputs: AttentionInputs, kind: str
+    ) -> tuple[tuple[jax.Array, Routing | None], tuple[jax.Array, jax.Array]]:
+        """Like a call; also returns keys and values, `[B, T, K, head_dim]`.
+
+        Args:
+          x: `[B, T, D]`.
+          inputs: mask, rotation and scale.
+          kind: of attention, see `jaxalign.models.attention.dispatch`.
+        """
+        query, key, value = self._project(x, inputs)
+        attended = attend(query, key, value, inputs.mask, inputs.scale, self.softcap, kind=kind)
+        return self._finish(x, attended), (key, value)
+
+    def extend(
+        self, x: jax.Array, inputs: AttentionInputs, keys: jax.Array, values: jax.Array,
+        used: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        """Like a call, but attends to this layer's cache after writing the new tokens to it.
+
+        Args:
+          x: `[B, T, D]`, T new tokens of each row.
+          inputs: as for a call; the mask is a matrix `[B, 1, T, S]`.
+          keys, values: this layer's cache, `[B, K, S, head_dim]`.
+          used: int32 scalar, the column to write next.
+        """
+        query, key, value = self._project(x, inputs)
+        keys, values = write(keys, key, used), write(values, value, used)
+        mask = inputs.mask.matrix
+        attended = attend_cached(query, keys, values, mask, inputs.scale, self.softcap)
+        return self._finish(x, attended)[0], keys, values
+
+    def _project(
+        self, x: jax.Array, inputs: AttentionInputs
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[B, T, D]` → queries `[B, T, H, d]`, keys and values `[B, T, K, d]`."""
+        x = x if self.attention_norm is None else self.attention_norm(x)
+        return self.attention.project(x, inputs.rope)
+
+    def _finish(self, x: jax.Array, attended: jax.Array) -> tuple[jax.Array, Routing | None]:
+        """Output projection and MLP, each added to the residual stream `[B, T, D]`."""
+        y = self.attention.merge(attended)  # [B, T, H, d] → [B, T, D]
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = x if self.mlp_norm is None else self.mlp_norm(x)
+        y, routing = self.mlp(y) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), routing
+
+
+class Embedding(nnx.Module):
+    """Token embeddings `[V, D]`, and position embeddings `[P, D]` where they are learned."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(
+            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
+        )
+        if config.learned_positions:
+            shape = (config.max_positions, config.hidden_size)
+            noise = jax.random.normal(rngs.params(), shape, jnp.float32)
+            self.positions = nnx.Param(INIT_STD * noise, axes="positions embed")
+
+
+class Head(nnx.Module):
+    """An untied output matrix `[D, V]`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = nnx.Param(
+            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
+        )
+
+
+class Stack(nnx.Module):
+    """The whole network; its parameter tree is the public one."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.embed = Embedding(config, rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, lora, rngs)
+
+        self.blocks = blocks(rngs)
+        self.norm = make_norm(config)
+        self.head = None if config.tie_embeddings else Head(config, rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_stack(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
+    """Graph definition and abstract state of the whole network."""
+    return nnx.split(nnx.eval_shape(lambda: Stack(config, lora, nnx.Rngs(0))))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_block(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
+    """Graph definition and abstract state of one block."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
+
+
+def with_values(state: Any, values: Params) -> Any:
+    """A copy of an abstract nnx state that holds the given nested dict of arrays."""
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, values)
+    return state
