@@ -8,10 +8,10 @@ import writers
 from writers import rows_of
 
 from jaxalign.commands.synth import (
-    Asker,
     FunctionWriter,
     InstructConfig,
     Journal,
+    RequestFactory,
     Sampling,
     SelfInstruct,
     read_seed_tasks,
@@ -19,7 +19,7 @@ from jaxalign.commands.synth import (
 from jaxalign.data import read_rows, to_conversation
 from jaxalign.run.pipeline import EXAMPLES
 
-ASKER = Asker(7, Sampling(0.7, 1.0, 100))
+FACTORY = RequestFactory(7, Sampling(0.7, 1.0, 100))
 
 
 def playing(name="player", rows=3, stop_after=None, calls=None):
@@ -46,7 +46,7 @@ def instruct(out, writer, **options):
     seeds = read_seed_tasks([str(EXAMPLES / "en" / "seed_tasks.jsonl")])
     journal = Journal(out)
     try:
-        run = SelfInstruct(config, seeds, writer, ASKER, journal, "en")
+        run = SelfInstruct(config, seeds, writer, FACTORY, journal, "en")
         run.run()
     finally:
         journal.close()
@@ -122,8 +122,8 @@ def test_the_seed_decides_what_is_shown(tmp_path, timeless):
     calls, config = [], InstructConfig(seeds=("x",), count=1)
     for seed in (7, 8):
         journal = Journal(tmp_path / f"seed{seed}.jsonl")
-        asker = Asker(seed, ASKER.sampling)
-        SelfInstruct(config, seeds, playing(calls=calls), asker, journal, "en").run()
+        factory = RequestFactory(seed, FACTORY.sampling)
+        SelfInstruct(config, seeds, playing(calls=calls), factory, journal, "en").run()
         journal.close()
     first = [request for request in calls if request.name == "round 1/prompt 1/tasks"]
     assert first[0].messages != first[1].messages
@@ -144,11 +144,11 @@ def test_killed_and_continued_is_the_same_as_uninterrupted(tmp_path, timeless, s
     run, journal = instruct(out, playing(calls=calls))
     assert out.read_bytes() == whole.read_bytes()
     assert run.dropped == expected.dropped
-    assert journal.found[2]
+    assert journal.resumed[2]
     replies = (tmp_path / "out.jsonl.journal").read_text().splitlines()
     assert len(replies) == len({json.loads(line)["request"] for line in replies})
     assert sorted(replies) == sorted((tmp_path / "whole.jsonl.journal").read_text().splitlines())
-    assert journal.asked <= len(replies) - stop_after + 3  # a group of 3 may be half kept
+    assert journal.requested <= len(replies) - stop_after + 3  # a group of 3 may be half kept
 
 
 def test_a_half_written_row_is_written_again(tmp_path, timeless):
@@ -171,7 +171,7 @@ def test_more_rows_go_on_where_fewer_ended(tmp_path, timeless):
     instruct(whole, playing())
     assert out.read_bytes() == whole.read_bytes()
     _, journal = instruct(out, playing(), count=5)
-    assert journal.asked == 0
+    assert journal.requested == 0
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -178,12 +178,12 @@ def test_interrupted_is_status_130(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
+CONFIGS = sorted(pathlib.Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_are_valid(path):
-    from jaxalign.commands.synth.command import load_synth
+    from jaxalign.commands.synth.config import load_synth
     from jaxalign.run.config.runs import RUNS, load_config
     from jaxalign.run.pipeline import load_stages
 
