@@ -1,7 +1,7 @@
 """Data made by models: Self-Instruct, and preference pairs by ranking sampled answers.
 
-A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); this room knows no
-model. Runs can be killed and continued: see `Journal`.
+A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); the methods know no
+model. A run that was killed can be resumed: see `Journal`.
 """
 
 from jaxalign.commands.synth.config import (
