@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     # Only the tokenizers of transformers are used, so its advice to install torch is no use here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    parsed = _parse(arguments)
+    parsed = parse(arguments)
     command: Command = parsed.subcommand
 
     from jaxalign.commands.startup.program_cache import cache_programs
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxalign", description="Align language models with people, in JAX."
     )
