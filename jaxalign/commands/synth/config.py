@@ -238,8 +238,8 @@ class SynthRun:
     """A run of `jaxalign synth`: exactly one of `instruct` and `preferences`.
 
     Attributes:
-      out: the JSONL file to write; `<out>.journal` keeps the replies, and the same command resumes a
-        run that was stopped.
+      out: the JSONL file to write; `<out>.journal` keeps the replies, so that the same command
+        resumes a run that was stopped.
       writer: the model that writes.
       judge: the model that grades or compares; None: the writer.
       reward_model: the model that scores, with `preferences.ranker: reward`.
