@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one command; `subcommand` is the `Command`. Exits on a wrong command line."""
+    """The arguments of a command; `subcommand` is the `Command`. A wrong command line exits."""
     parser = argparse.ArgumentParser(
         prog="jaxalign", description="Align language models with people, in JAX."
     )

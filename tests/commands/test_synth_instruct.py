@@ -87,6 +87,55 @@ def test_self_instruct_writes_rows_that_train(tmp_path):
     assert 6 * asked == before + written
 
 
+@pytest.mark.parametrize(("human", "machine"), [(1, 0), (3, 1), (2, 4)])
+def test_a_prompt_shows_as_many_tasks_of_each_kind_as_set(tmp_path, human, machine):
+    options = {"human_examples": human, "machine_examples": machine}
+    calls = []
+    instruct(tmp_path / "out.jsonl", playing(calls=calls), **options)
+    for row in rows_of(tmp_path / "out.jsonl"):
+        shown = row["provenance"]["seeds"]
+        written = [name for name in shown if name.startswith("round ")]
+        assert len(shown) - len(written) == human
+        first_round = row["provenance"]["task"].startswith("round 1/")
+        assert len(written) == (0 if first_round else machine)
+    # The prompts themselves: a numbered list of so many tasks, of which the model continues.
+    for request in calls:
+        if request.name.endswith("/tasks"):
+            tasks = human + (0 if request.name.startswith("round 1/") else machine)
+            assert f"numbered from {tasks + 1}." in request.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_classification_keeps_as_many_labels_as_set(tmp_path, most):
+    """The writer gives three labels to every classification."""
+    labels = ("warm", "cold", "mild")
+    calls = []
+
+    def answer(requests):
+        calls.extend(requests)
+        for request in requests:
+            text = writers.play(request.messages[-1]["content"])
+            if text.startswith("Label: warm"):
+                text = "\n".join(f"Label: {label}\nInput: a {label} day" for label in labels)
+            yield text, "stop"
+
+    writer = FunctionWriter("player", lambda requests: list(answer(requests)), 3)
+    out = tmp_path / "out.jsonl"
+    run, _ = instruct(out, writer, form="alpaca", count=40, max_labels=most)
+    tasks = {}
+    for row in rows_of(out):
+        if row["provenance"]["classification"]:
+            tasks.setdefault(row["provenance"]["task"], []).append(row["output"])
+    *whole, _ = tasks.values()  # the last one may end with the run
+    assert len(whole) > 1
+    assert all(outputs == list(labels[:most]) for outputs in whole)
+    asked = [r for r in calls if "a classification. Name" in r.messages[-1]["content"]]
+    assert asked
+    assert all(f"up to {most} of them" in r.messages[-1]["content"] for r in asked)
+    dropped = run.dropped["more labels than max_labels"]
+    assert dropped == (len(labels) - most) * len(asked)
+
+
 def test_classifications_are_written_labels_first(tmp_path):
     out = tmp_path / "out.jsonl"
     instruct(out, playing(), form="alpaca", count=30)
