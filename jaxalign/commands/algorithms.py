@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-ALGORITHMS = {
-    "sft": "supervised fine-tuning",
-    "reward": "train a reward model from pairs, rankings, grades or labelled steps",
-    "dpo": "direct preference optimisation and its relatives",
-    "kto": "preference optimisation from single answers marked good or bad",
-    "ppo": "reinforcement learning against a reward model",
-}
+
+def algorithms() -> dict[str, str]:
+    """The name of each algorithm, which is its command, and one line of help."""
+    return {
+        "sft": "supervised fine-tuning",
+        "reward": "train a reward model from pairs, rankings, grades or labelled steps",
+        "dpo": "direct preference optimisation and its relatives",
+        "kto": "preference optimisation from single answers marked good or bad",
+        "ppo": "reinforcement learning against a reward model",
+    }
 
 
 def load_any_config(parsed: argparse.Namespace) -> tuple[str, Any]:
@@ -26,7 +29,7 @@ def load_any_config(parsed: argparse.Namespace) -> tuple[str, Any]:
     from jaxalign.run.config.yaml import override, read_yaml
 
     path, overrides, algorithm = parsed.config, parsed.overrides, None
-    if path in ALGORITHMS:
+    if path in algorithms():
         if not overrides:
             raise ValueError(f"{parsed.command} {path}: wanted a YAML file behind it")
         algorithm, (path, *overrides) = path, overrides

@@ -29,7 +29,7 @@ def commands() -> tuple[Command, ...]:
     from jaxalign.commands.synth import command as synth
 
     return (
-        *train.COMMANDS,
+        *train.commands(),
         quickstart.COMMAND,
         *answer.COMMANDS,
         *export.COMMANDS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxalign.commands.algorithms import ALGORITHMS
+from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
 
 
@@ -41,12 +41,11 @@ def _pipeline(parsed: argparse.Namespace) -> None:
             print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
 
 
-COMMANDS = (
-    *(
+def commands() -> list[Command]:
+    """A command for each algorithm, those registered from outside too, and `pipeline`."""
+    training = [
         Command(name, help, _train_arguments, _train, compiles=True)
-        for name, help in ALGORITHMS.items()
-    ),
-    Command(
-        "pipeline", "several stages from one YAML", _pipeline_arguments, _pipeline, compiles=True
-    ),
-)
+        for name, help in algorithms().items()
+    ]
+    help = "several stages from one YAML"
+    return [*training, Command("pipeline", help, _pipeline_arguments, _pipeline, compiles=True)]

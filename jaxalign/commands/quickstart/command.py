@@ -16,8 +16,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(parsed: argparse.Namespace) -> None:
     from jaxalign.commands.quickstart.stages import quickstart
+    from jaxalign.parallel import distributed
 
-    quickstart(parsed.model, parsed.language, parsed.out, parsed.overrides)
+    with distributed.session():
+        quickstart(parsed.model, parsed.language, parsed.out, parsed.overrides)
 
 
 COMMAND = Command(

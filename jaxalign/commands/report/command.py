@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from jaxalign.commands.algorithms import ALGORITHMS
+from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
 from jaxalign.parallel.platforms import leave_accelerators_alone
 
@@ -23,9 +23,9 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    config_arguments(parser, f"YAML file of {', '.join(ALGORITHMS)}")
+    config_arguments(parser, f"YAML file of {', '.join(algorithms())}")
     parser.add_argument(
-        "--as", dest="algorithm", choices=tuple(ALGORITHMS), help="if the YAML does not say"
+        "--as", dest="algorithm", choices=tuple(algorithms()), help="if the YAML does not say"
     )
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show")
     parser.add_argument("--batches", type=int, metavar="N", help="look at the first N only")
