@@ -50,4 +50,4 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}" # 16 GiB
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"  # 4 GiB
 
 say "jaxalign quickstart $*"
-exec "$VENV_PYTHON" -m jaxalign.commands.cli quickstart "$@"
+exec "$VENV_PYTHON" -m jaxalign quickstart "$@"

@@ -12,7 +12,7 @@ import jaxalign
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
 from jaxalign.algorithms.moving_reference import ReferenceSync
 from jaxalign.algorithms.optim import OptimizerConfig
-from jaxalign.commands.synth import command, options
+from jaxalign.commands.synth import config as synth
 from jaxalign.data import Source
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
@@ -544,17 +544,20 @@ READERS = {
         ),
         {"config", "self"},
     ),
-    command.SynthRun: (("commands/synth/command.py",), {"config"}),
-    command.RewardModelConfig: (("commands/synth/command.py",), {"config", "reward_model"}),
-    options.WriterConfig: (("commands/synth/command.py",), {"config", "writer"}),
-    options.LocalConfig: (("commands/synth/command.py",), {"local"}),
-    options.ServerConfig: (("commands/synth/server.py",), {"config", "_config"}),
-    options.InstructConfig: (
-        ("commands/synth/command.py", "commands/synth/instruct.py", "commands/synth/filters.py"),
+    synth.SynthRun: (("commands/synth/run.py",), {"config"}),
+    synth.RewardModelConfig: (("commands/synth/models.py",), {"config", "reward_model"}),
+    synth.WriterConfig: (
+        ("commands/synth/run.py", "commands/synth/models.py"),
+        {"config", "writer"},
+    ),
+    synth.LocalConfig: (("commands/synth/models.py",), {"local"}),
+    synth.ServerConfig: (("commands/synth/server.py",), {"config", "_config"}),
+    synth.InstructConfig: (
+        ("commands/synth/run.py", "commands/synth/instruct.py", "commands/synth/filters.py"),
         {"config", "_config", "options"},
     ),
-    options.PreferenceConfig: (
-        ("commands/synth/command.py", "commands/synth/preferences.py"),
+    synth.PreferenceConfig: (
+        ("commands/synth/run.py", "commands/synth/preferences.py"),
         {"config", "_config", "options"},
     ),
 }
@@ -582,7 +585,7 @@ def reads(files, holders):
 
 
 def test_the_table_of_readers_holds_every_config_class():
-    found, todo = set(), [*RUNS.values(), command.SynthRun]
+    found, todo = set(), [*RUNS.values(), synth.SynthRun]
     while todo:
         cls = todo.pop()
         todo += typing.get_args(cls)

@@ -59,7 +59,7 @@ def test_one_node_is_one_process_over_all_gpus():
     assert words[:1] == ["env"]
     assert "JAX_NUM_PROCESSES=1" in words
     assert not any(word.startswith("CUDA_VISIBLE_DEVICES") for word in words)
-    assert words[-len(WORDS) - 3 :] == ["python3", "-m", "jaxalign.commands.cli", *WORDS]
+    assert words[-len(WORDS) - 3 :] == ["python3", "-m", "jaxalign", *WORDS]
     (some,) = commands(launch("gpu_node.sh", "--gpus", "0,3", "--dry-run", *RUN))
     assert "CUDA_VISIBLE_DEVICES=0,3" in some
 
@@ -72,7 +72,7 @@ def test_what_is_shown_is_what_runs(tmp_path):
     shown = launch("gpu_node.sh", "--python", str(fake), "--dry-run", *RUN)
     done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True)
     assert done.stdout == launch("gpu_node.sh", "--python", str(fake), *RUN)
-    assert done.stdout.splitlines() == ["1", "-m", "jaxalign.commands.cli", *WORDS]
+    assert done.stdout.splitlines() == ["1", "-m", "jaxalign", *WORDS]
 
 
 # Slurm
@@ -121,14 +121,14 @@ def test_the_batch_script_runs_the_command(tmp_path):
         )
         words = done.stdout.splitlines()
         assert words[:2] == ["--kill-on-bad-exit=1", "--label"]
-        assert words[2:] == ["/shared/v e/bin/python", "-m", "jaxalign.commands.cli", *WORDS, *more]
+        assert words[2:] == ["/shared/v e/bin/python", "-m", "jaxalign", *WORDS, *more]
 
 
 def test_slurm_in_a_container():
     line = next(x for x in batch_script("--container", "i:1").splitlines() if x.startswith("srun"))
     words = shlex.split(line.removesuffix("\\"))
     assert "--container-image=i:1" in words
-    assert words[words.index("python3") :] == ["python3", "-m", "jaxalign.commands.cli", *WORDS]
+    assert words[words.index("python3") :] == ["python3", "-m", "jaxalign", *WORDS]
 
 
 # Cloud TPU
@@ -185,7 +185,7 @@ def test_all_vms_run_the_same_command(tmp_path):
             time.sleep(0.1)
         assert log.read_text(encoding="utf-8").splitlines() == [
             "-m",
-            "jaxalign.commands.cli",
+            "jaxalign",
             *WORDS,
         ]
         again = subprocess.run(begin, cwd=tmp_path, capture_output=True, text=True, timeout=900)
@@ -293,7 +293,7 @@ def test_a_jobset_of_tpu_slices():
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/mnt/shared"}]
     assert inside["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
-    command = ["python3", "-u", "-m", "jaxalign.commands.cli", *WORDS]
+    command = ["python3", "-u", "-m", "jaxalign", *WORDS]
     assert container["command"] == [*command, "run.resume=true"]
     once = jobset(*TPU, "--restarts", "0", *RUN)
     assert once[0]["spec"]["failurePolicy"] == {"maxRestarts": 0}

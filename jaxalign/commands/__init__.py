@@ -1,1 +1,1 @@
-"""What the command line does."""
+"""The `jaxalign` command: argparse, pages, benchmarks, synthesis and the quickstart."""

@@ -1,28 +1,94 @@
-"""The commands in which a model answers or judges: `generate`, `chat`, `score`."""
+"""The commands in which a model answers or judges: `generate`, `chat`, `score`.
+
+`generate` and `chat` take the sampling options of `jaxalign.generate` as flags. Names, types,
+defaults and help come from its signature and docstring: a new option there is a new flag here.
+"""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxalign.commands.command import Command
+
+_NOT_FLAGS = ("key", "rows")  # --seed makes the key; prompts are decoded as many at a time as fit
+_DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
+_TYPES = {"int": int, "float": float, "str": str}
 
 
-def generate(parsed: argparse.Namespace) -> int:
+# --- generate and chat ----------------------------------------------------------------------------
+
+
+def _sampling_flags() -> dict[str, dict[str, Any]]:
+    """Option of `jaxalign.generate` → arguments of `add_argument`."""
+    from jaxalign.sampling.generate import generate
+
+    flags = {}
+    for name, parameter in inspect.signature(generate).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY or name in _NOT_FLAGS:
+            continue
+        flags[name] = {
+            "type": _TYPES[str(parameter.annotation).removesuffix(" | None")],
+            "default": _DEFAULTS.get(name, parameter.default),
+            "help": _documented(generate, name),
+        }
+    return flags
+
+
+def _documented(function: Callable[..., Any], name: str) -> str:
+    """An argument's description in a docstring of Google's style, on one line."""
+    found = re.search(
+        rf"^  {name}: (.*(?:\n    .*)*)", inspect.getdoc(function) or "", re.MULTILINE
+    )
+    text = " ".join(found[1].split()) if found is not None else ""
+    return text.rstrip(".").replace("%", "%%").replace("`", "")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder, .gguf file or hub id")
+    for name, arguments in _sampling_flags().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `jaxalign.generate`."""
+    import jax
+
+    options = {name: getattr(parsed, name) for name in _sampling_flags()}
+    return options | {"key": jax.random.key(parsed.seed)}
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("prompts", nargs="*", help="read from standard input, a line each, if none")
+    parser.add_argument(
+        "--best-of", type=int, metavar="N", help="sample N answers, show the one scored best"
+    )
+    parser.add_argument("--reward-model", metavar="MODEL", help="what scores them")
+    parser.add_argument("--reward-chat-template", help="its template; its tokenizer's own if none")
+    _weights_argument(parser)
+
+
+def _generate(parsed: argparse.Namespace) -> None:
     """Answers prompts from the command line or standard input."""
     prompts = parsed.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if parsed.best_of is not None:
-        return _generate_best(parsed, prompts)
+        _generate_best(parsed, prompts)
+        return
     for option in ("reward_model", "weights", "reward_chat_template"):
         if getattr(parsed, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: wanted --best-of N with it")
     answer = _answerer(parsed)
     for prompt, text in zip(prompts, answer(prompts), strict=True):
         print(f"> {prompt}\n{text}\n")
-    return 0
 
 
-def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
-    import jax
-
+def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
     from jaxalign.hf import load_pretrained, load_tokenizer
     from jaxalign.rewards.best_of import best_of, model_judge
     from jaxalign.rewards.scoring import load_scorer
@@ -34,44 +100,89 @@ def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
     judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
     tok = load_tokenizer(parsed.model)
     model, params = load_pretrained(parsed.model)
-    picked = best_of(
-        _language_model(model, parsed.model),
-        params,
-        tok,
-        prompts,
-        judge,
-        count=parsed.best_of,
-        max_new_tokens=parsed.max_new_tokens,
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        key=jax.random.key(parsed.seed),
-        chat_template=parsed.chat_template,
+    model = _language_model(model, parsed.model)
+    results = best_of(model, params, tok, prompts, judge, count=parsed.best_of, **_sampling(parsed))
+    for prompt, best in zip(prompts, results, strict=True):
+        scores = ", ".join(f"{score:.3g}" for score in best.scores)
+        print(f"> {prompt}\n{best.answer}\n[score {best.score:.3g} of {scores}]\n")
+
+
+def _chat(parsed: argparse.Namespace) -> None:
+    """A conversation, line by line."""
+    answer = _answerer(parsed)
+    messages: list[dict[str, str]] = []
+    print("Empty line to end.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        text = answer([messages])[0]
+        messages.append({"role": "assistant", "content": text})
+        print(text)
+
+
+def _answerer(parsed: argparse.Namespace) -> Callable[[Sequence[Any]], list[str]]:
+    """Loads the model once; gives prompts or conversations → answers."""
+    from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.sampling.generate import generate
+
+    tok = load_tokenizer(parsed.model)
+    model, params = load_pretrained(parsed.model)
+    model = _language_model(model, parsed.model)
+    options = _sampling(parsed)
+    return lambda prompts: generate(model, params, tok, prompts, **options)
+
+
+def _language_model(model: Any, source: str) -> Any:
+    from jaxalign.models.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{source!r} is a reward model; wanted a language model")
+    return model
+
+
+# --- score ----------------------------------------------------------------------------------------
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id of a reward model")
+    parser.add_argument("files", nargs="+", help="rows with answers: files, folders, hub ids")
+    parser.add_argument("--out", help="file to write; standard output if none")
+    parser.add_argument("--column", default="reward", help="name of the column that is added")
+    parser.add_argument("--batch", type=int, default=16, help="answers scored at a time")
+    parser.add_argument(
+        "--length", type=int, help="longest prompt with answer, tokens; no limit if none"
     )
-    for prompt, one in zip(prompts, picked, strict=True):
-        scores = ", ".join(f"{score:.3g}" for score in one.scores)
-        print(f"> {prompt}\n{one.answer}\n[score {one.score:.3g} of {scores}]\n")
-    return 0
+    parser.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
+    _weights_argument(parser)
 
 
-def score(parsed: argparse.Namespace) -> int:
-    """A reward model's scores of the answers in files."""
+def _score(parsed: argparse.Namespace) -> None:
     from jaxalign.rewards.scoring import score_files
 
-    print(
-        score_files(
-            parsed.model,
-            parsed.files,
-            parsed.out,
-            column=parsed.column,
-            weights=_weights(parsed.weights),
-            batch=parsed.batch,
-            length=parsed.length,
-            chat_template=parsed.chat_template,
-        ),
-        file=sys.stderr,
+    summary = score_files(
+        parsed.model,
+        parsed.files,
+        parsed.out,
+        column=parsed.column,
+        weights=_weights(parsed.weights),
+        batch=parsed.batch,
+        length=parsed.length,
+        chat_template=parsed.chat_template,
     )
-    return 0
+    print(summary, file=sys.stderr)
+
+
+def _weights_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="NAME=W,…",
+        help="of a reward model's attributes, for one score: helpfulness=0.7,verbosity=-0.3",
+    )
 
 
 def _weights(text: str | None) -> dict[str, float] | None:
@@ -90,55 +201,14 @@ def _weights(text: str | None) -> dict[str, float] | None:
     return weights
 
 
-def chat(parsed: argparse.Namespace) -> int:
-    """Talks to a model, line by line."""
-    answer = _answerer(parsed)
-    said: list[dict[str, str]] = []
-    print("Empty line to end.")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return 0
-        said.append({"role": "user", "content": line})
-        text = answer([said])[0]
-        said.append({"role": "assistant", "content": text})
-        print(text)
-
-
-def _answerer(parsed: argparse.Namespace):
-    import jax
-
-    from jaxalign.hf import load_pretrained, load_tokenizer
-    from jaxalign.sampling.generate import generate as write_answers
-
-    tok = load_tokenizer(parsed.model)
-    model, params = load_pretrained(parsed.model)
-    model = _language_model(model, parsed.model)
-    key = jax.random.key(parsed.seed)
-
-    def answer(prompts):
-        return write_answers(
-            model,
-            params,
-            tok,
-            prompts,
-            max_new_tokens=parsed.max_new_tokens,
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            top_p=parsed.top_p,
-            key=key,
-            chat_template=parsed.chat_template,
-        )
-
-    return answer
-
-
-def _language_model(model, source: str):
-    from jaxalign.models.decoder import Decoder
-
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{source!r} is a reward model; wanted a language model")
-    return model
+COMMANDS = (
+    Command("generate", "answer prompts", _generate_arguments, _generate, compiles=True),
+    Command(
+        "score",
+        "a reward model's scores of answers, as JSON lines",
+        _score_arguments,
+        _score,
+        compiles=True,
+    ),
+    Command("chat", "talk to a model", _model_arguments, _chat, compiles=True),
+)

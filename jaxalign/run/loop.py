@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 def train(config: Any, title: str | None = None) -> Result:
-    """Runs one configuration to its end.
+    """Runs one configuration to its end; on several hosts, within `distributed.session()`.
 
     Killed anywhere and started again with `run.resume=true`, it goes on from the newest
     checkpoint and gives bit for bit the metrics of an uninterrupted run on the same mesh (all but
@@ -58,15 +58,9 @@ def train(config: Any, title: str | None = None) -> Result:
       FloatingPointError: the loss is no longer a number.
       jaxalign.parallel.distributed.Preempted: a host of several got SIGTERM.
     """
-    # However the run ends, saves under way are finished and files closed. A failure on one host
-    # stops all hosts first: finishing a save needs every host.
-    with contextlib.ExitStack() as stack:
-        distributed.start()
-        if not distributed.is_main():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        with distributed.guard(), config.mesh.use_rules():
-            return _train(config, title, stack)
+    # However the run ends, saves under way are finished and files closed.
+    with contextlib.ExitStack() as stack, config.mesh.use_rules():
+        return _train(config, title, stack)
 
 
 def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
@@ -82,7 +76,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
     # ---------------------------------------------------------------- resume
     store = _open_checkpoints(run, folder)
     if store is not None:
-        stack.callback(_close, store)
+        stack.push(functools.partial(_close, store))
         if run.resume and store.latest is not None:
             state, position = store.restore(state)
             loop, done = position["loop"], position["done"]
@@ -210,7 +204,8 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
     return store
 
 
-def _close(store: Checkpoints) -> None:
-    """Finishes saves under way, unless another host is gone, without which none can be."""
-    if not distributed.job_failed():
+def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:
+    """Finishes saves under way, which needs every host: not after a failure on one of several."""
+    failed = error is not None and not issubclass(error, distributed.Preempted)
+    if not distributed.job_failed() and not (failed and jax.process_count() > 1):
         store.close()

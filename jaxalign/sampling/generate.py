@@ -257,8 +257,8 @@ def generate(
       top_k: 0 is off.
       top_p: 1 is off.
       key: PRNG key; `jax.random.key(0)` by default.
-      chat_template: as in `sft_batches`; None is the tokenizer's own, "none" continues the text
-        of the prompt as it stands.
+      chat_template: a built-in name ("chatml"), a jinja file, or "none", which continues the text
+        of the prompt as it stands; None is the tokenizer's own.
       rows: prompts decoded at a time.
 
     Returns:

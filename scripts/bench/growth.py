@@ -94,7 +94,7 @@ def first_step(folder: pathlib.Path, config: pathlib.Path) -> float:
     root = str(pathlib.Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(x for x in (root, env.get("PYTHONPATH")) if x)
     began = time.perf_counter()
-    command = [sys.executable, "-m", "jaxalign.commands.cli", "sft", str(config)]
+    command = [sys.executable, "-m", "jaxalign", "sft", str(config)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):

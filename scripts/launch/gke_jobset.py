@@ -32,7 +32,7 @@ def jobset(options: argparse.Namespace) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "jaxalign",
         "image": options.image,
-        "command": ["python3", "-u", "-m", "jaxalign.commands.cli", *_command(options)],
+        "command": ["python3", "-u", "-m", "jaxalign", *_command(options)],
         "env": _environment(options, hosts),
         "ports": [{"containerPort": port} for port in _ports(options)],
         "resources": _resources(options),

@@ -34,4 +34,4 @@ settings=(JAX_NUM_PROCESSES=1)
 settings+=("XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
 [[ -z "$gpus" ]] || settings+=("CUDA_VISIBLE_DEVICES=$gpus")
 run env -u JAX_COORDINATOR_ADDRESS -u JAX_PROCESS_ID "${settings[@]}" \
-  "$python" -m jaxalign.commands.cli "$@"
+  "$python" -m jaxalign "$@"

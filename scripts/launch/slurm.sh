@@ -82,7 +82,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 # newest checkpoint.
 again=()
 [[ "\${SLURM_RESTART_COUNT:-0}" == 0 ]] || again=($again)
-srun --kill-on-bad-exit=1 --label $(quoted ${inside[@]+"${inside[@]}"} "$python" -m jaxalign.commands.cli "$@") \\
+srun --kill-on-bad-exit=1 --label $(quoted ${inside[@]+"${inside[@]}"} "$python" -m jaxalign "$@") \\
   "\${again[@]}"
 END
 }

@@ -94,7 +94,7 @@ PYTHON=\$(command -v python3.12 || command -v python3.11 || command -v python3) 
     # No addresses: the VMs find each other by the metadata of the slice.
     everywhere "cd jaxalign || exit 1; if [ -f run.pid ] && kill -0 \$(cat run.pid) 2> /dev/null; then \
 echo 'a run is under way; stop it first' >&2; exit 1; fi; \
-nohup .venv/bin/python -m jaxalign.commands.cli $(quoted "$@") > run.log 2>&1 < /dev/null & \
+nohup .venv/bin/python -m jaxalign $(quoted "$@") > run.log 2>&1 < /dev/null & \
 echo \$! > run.pid"
     ;;
   log)

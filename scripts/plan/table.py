@@ -53,7 +53,7 @@ def compile_row(name: str, overrides: list[str]) -> dict:
     command = [
         sys.executable,
         "-m",
-        "jaxalign.commands.cli",
+        "jaxalign",
         "plan",
         str(RECIPES / f"{algorithm}.yaml"),
     ]

@@ -43,9 +43,3 @@ def real(shared):
 
     names = ("smollm2", "minimind", "qwen3")
     return {n: AutoTokenizer.from_pretrained(shared / "data" / f"{n}-tokenizer") for n in names}
-
-
-@pytest.fixture
-def timeless(monkeypatch):
-    """Every reply of a synthesis was written at the same time."""
-    monkeypatch.setattr("jaxalign.commands.synth.writer.now", lambda: "2026-01-01T00:00:00+00:00")

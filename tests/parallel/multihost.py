@@ -8,7 +8,7 @@ import sys
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 8
-RUN = ("-m", "jaxalign.commands.cli")
+RUN = ("-m", "jaxalign")
 
 
 def start(arguments, processes, log, *, program=RUN, folders=None, **environment):

@@ -375,7 +375,7 @@ def plan_apart(shapes, tmp_path, devices, *overrides):
     """The command in a process of its own: libtpu ends the process at the tests' XLA_FLAGS."""
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump(chatmodel.settings("sft", shapes, tmp_path / "run")))
-    command = [sys.executable, "-m", "jaxalign.commands.cli", "plan", "sft", str(path), *overrides]
+    command = [sys.executable, "-m", "jaxalign", "plan", "sft", str(path), *overrides]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [*command, "--devices", devices, "--json"],

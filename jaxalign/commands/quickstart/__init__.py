@@ -1,1 +1,1 @@
-"""The main job, on example data: SFT, reward model, PPO and DPO."""
+"""SFT, reward model, PPO and DPO on example data, side by side."""

@@ -1,1 +1,1 @@
-"""Pages: of a run, and of its data."""
+"""HTML pages: of a run and its metrics, and of the data that training will see."""

@@ -1,4 +1,4 @@
-"""Charts of lines and bars as SVG text: no library, no script; colours are the page's."""
+"""Line and bar charts as SVG text, without library or script; the page sets the colours."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
 _MARKED = 40
 _MOST = 300
 
-# What neither HTML nor XML may hold, in whatever way it is written.
+# Characters that neither HTML nor XML allows, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def text(value: Any) -> str:
-    """Text for HTML: escaped, and without characters that a page may not hold."""
+    """Text for HTML: escaped, and without characters that HTML forbids."""
     return html.escape(_ILLEGAL.sub("\ufffd", str(value)))
 
 
@@ -51,10 +51,10 @@ def step_ticks(first: float, last: float) -> list[int]:
 
 
 def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
-    """At most about `most` points that look the same: of every stretch its lowest and highest.
+    """At most about `most` points that look the same: the lowest and highest of every stretch.
 
-    The first and the last point are kept; a value that is no number stands for its stretch, so
-    that it is seen.
+    The first and last points stay. A value that is not a number replaces its stretch, so that it
+    remains visible.
     """
     if len(points) <= most:
         return list(points)
@@ -77,15 +77,15 @@ def line_chart(
     y_label: str,
     x_ticks: Sequence[float] | None = None,
 ) -> str:
-    """One SVG with a line for each series; a value that is no number leaves a gap.
+    """One SVG with a line for each series; a value that is not a number leaves a gap.
 
     Args:
       series: one or more lists of (step, value), in order of steps; drawn with the classes `s0`,
         `s1`, …
-      label: says what is shown to those who cannot see it.
+      label: text for screen readers.
       x_label: under the horizontal axis.
       y_label: along the vertical axis.
-      x_ticks: where the horizontal axis is numbered; whole steps by default.
+      x_ticks: numbers on the horizontal axis; whole steps by default.
 
     Raises:
       ValueError: no point at all.
@@ -132,12 +132,12 @@ def bar_chart(
     x_label: str,
     y_label: str,
 ) -> str:
-    """One SVG with a bar for each bin and group, those of a bin side by side.
+    """One SVG with a bar for each bin and group, the groups of a bin side by side.
 
     Args:
       edges: of the bins, ascending, one more than there are bins.
       counts: of each group, one number a bin; drawn with the classes `s0`, `s1`, ….
-      label: says what is shown to those who cannot see it.
+      label: text for screen readers.
       x_label: under the horizontal axis.
       y_label: along the vertical axis.
 
@@ -185,7 +185,7 @@ def _frame(
     across: Sequence[tuple[float, str]],
     up: Sequence[tuple[float, str]],
 ) -> list[str]:
-    """The opening tag, the grid and both axes: ticks as (place, what is written there)."""
+    """The opening tag, the grid and both axes; ticks are (position, text)."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
     for place, written in up:
@@ -203,7 +203,7 @@ def _frame(
 
 
 def _pieces(points: Points) -> list[list[tuple[float, float]]]:
-    """Stretches of finite values of two points or more; a lone point is drawn by its dot."""
+    """Stretches of two or more finite values; a lone point appears as its dot."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if math.isfinite(y):

@@ -1,6 +1,6 @@
-"""HTML pages that need nothing else: style, frame and tables; charts are in `charts`.
+"""HTML pages without other files: style, frame and tables. `charts` has the charts.
 
-Light and dark follow the reader's setting.
+Light or dark follows the reader's setting.
 """
 
 from __future__ import annotations

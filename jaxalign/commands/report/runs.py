@@ -1,7 +1,7 @@
-"""A run, or the stages of a pipeline, as one HTML page that needs nothing else.
+"""A run, or the stages of a pipeline, as one HTML page that needs no other file.
 
-Curves of `metrics.jsonl`, held-out figures before and after, configuration and versions; of a
-quickstart also its table of figures and its answers. Light and dark follow the reader's setting.
+It has the curves of `metrics.jsonl`, held-out figures before and after, configuration and versions;
+for a quickstart also its table of figures and its answers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,13 @@ from jaxalign.commands.report.page import page, table
 from jaxalign.hf.source import read_json
 from jaxalign.run.config.runs import RUNS
 from jaxalign.run.config.yaml import read_yaml
+from jaxalign.run.reporter import SHOWN
 
 Curve = list[tuple[float, float]]
 
-_MAIN = (
-    "loss",
-    "accuracy",
-    "rewards/accuracies",
-    "rewards/margins",
-    "objective/scores",
-    "objective/kl",
-    "response/length",
-    "grad_norm",
-)
+_FIRST = (*SHOWN, "grad_norm")
+"""Charts that are open when the page is; the others are folded away."""
+
 _UNITS = {
     "objective/kl": "nats an answer",
     "response/length": "tokens",
@@ -40,11 +34,11 @@ _UNITS = {
 
 
 class Metrics(NamedTuple):
-    """What `metrics.jsonl` holds.
+    """The contents of `metrics.jsonl`.
 
     Attributes:
-      curves: metric → (step, value) in the order written; values may be infinite or no number.
-      cut: whether the last line was cut off, as in a run that is being written or was killed.
+      curves: metric → (step, value) in the order written; values may be infinite or NaN.
+      cut: whether the last line is incomplete, as in a run that is under way or was killed.
     """
 
     curves: dict[str, Curve]
@@ -54,7 +48,7 @@ class Metrics(NamedTuple):
 def write_report(
     folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
-    """Writes the page of a run or pipeline; gives the file.
+    """Writes the page of a run or pipeline; returns the file.
 
     Args:
       folder: a run's folder, or one whose sub-folders are runs.
@@ -158,23 +152,23 @@ def _run(folder: pathlib.Path, title: str | None) -> str:
         name: _figure(name, [curves[line] for line in lines], lines, across)
         for name, lines in groups.items()
     }
-    first = [charts.pop(name) for name in _MAIN if name in charts]
-    parts.append(f'<h3>Training</h3><div class="charts">{"".join(first)}</div>')
+    shown = [charts.pop(name) for name in _FIRST if name in charts]
+    parts.append(f'<h3>Training</h3><div class="charts">{"".join(shown)}</div>')
     rest = f'<div class="charts">{"".join(charts[name] for name in sorted(charts))}</div>'
     parts.append(f"<details><summary>All other metrics ({len(charts)})</summary>{rest}</details>")
     for name in ("config.yaml", "versions.json"):
         path = folder / name
-        shown = (
+        content = (
             f"<pre>{text(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
             if path.is_file()
             else "<p>The run's folder has none.</p>"
         )
-        parts.append(f"<details><summary>{name}</summary>{shown}</details>")
+        parts.append(f"<details><summary>{name}</summary>{content}</details>")
     return "<section>" + "\n".join(parts) + "</section>"
 
 
 def _grouped(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
-    """Charts and their lines: a held-out figure is drawn with the training metric it measures."""
+    """Chart → its lines: a held-out figure shares a chart with the training metric it measures."""
     terms = [name for name in curves if name.startswith("eval/loss/")]
     groups = {name: [name] for name in curves if not name.startswith("eval/")}
     for name in curves:
@@ -193,15 +187,15 @@ def _grouped(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
 def _figure(title: str, series: Sequence[Curve], names: Sequence[str], across: str) -> str:
     lasts = [f"{curve[-1][1]:.4g}" for curve in series]
     if len(series) == 1:
-        told = f"last {lasts[0]}"
+        legend = f"last {lasts[0]}"
     else:
         labels = ["held out" if name.startswith("eval/") else "training" for name in names]
-        told = "last " + "".join(
+        legend = "last " + "".join(
             f'<i class="s{i}"></i>{label} {last}'
             for i, (label, last) in enumerate(zip(labels, lasts, strict=True))
         )
     svg = line_chart(series, title, across, _UNITS.get(title, title))
-    return _captioned(title, told, svg)
+    return _captioned(title, legend, svg)
 
 
 def _held_out(curves: Mapping[str, Curve], across: str) -> str:
@@ -215,13 +209,13 @@ def _held_out(curves: Mapping[str, Curve], across: str) -> str:
 
 
 def _evaluation(path: pathlib.Path, across: str) -> str:
-    """A reward model's last look at held-out data: calibration, scores, attributes, sources."""
-    found = read_json(path)
+    """A reward model's last evaluation: calibration, scores, attributes, sources."""
+    values = read_json(path)
     figures, tables = [], []
     try:
-        if found.get("calibration"):
-            bins = found["calibration"]
-            low = 0.5 if found["objective"] == "pairs" else 0.0
+        if values.get("calibration"):
+            bins = values["calibration"]
+            low = 0.5 if values["objective"] == "pairs" else 0.0
             curve = [(row["predicted"], row["observed"]) for row in bins]
             ends = [[(row["predicted"], row[end]) for end in ("low", "high")] for row in bins]
             svg = line_chart(
@@ -231,15 +225,15 @@ def _evaluation(path: pathlib.Path, across: str) -> str:
                 "observed",
                 x_ticks=value_ticks(low, 1.0),
             )
-            told = '<i class="s0"></i>observed <i class="s1"></i>perfect'
-            figures.append(_captioned("calibration", told, svg))
-        if "histogram" in found:
-            edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+            legend = '<i class="s0"></i>observed <i class="s1"></i>perfect'
+            figures.append(_captioned("calibration", legend, svg))
+        if "histogram" in values:
+            edges, counts = values["histogram"]["edges"], values["histogram"]["counts"]
             svg = bar_chart(edges, list(counts.values()), "scores", "score", "answers")
-            told = " ".join(f'<i class="s{i}"></i>{text(name)}' for i, name in enumerate(counts))
-            figures.append(_captioned("scores", told, svg))
+            legend = " ".join(f'<i class="s{i}"></i>{text(name)}' for i, name in enumerate(counts))
+            figures.append(_captioned("scores", legend, svg))
         for name in ("attributes", "sources"):
-            rows = found.get(name, [])
+            rows = values.get(name, [])
             if rows:
                 heads = list(rows[0])
                 cells = [
@@ -247,14 +241,14 @@ def _evaluation(path: pathlib.Path, across: str) -> str:
                     for row in rows
                 ]
                 tables.append(table(heads, cells, numbers=range(1, len(heads))))
-        title = f"Scores of held-out answers, {across} {found['step']:g}"
+        title = f"Scores of held-out answers, {across} {values['step']:g}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not what a run of `jaxalign reward` writes") from error
     return f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>{"".join(tables)}'
 
 
-def _captioned(title: str, told: str, svg: str) -> str:
-    return f"<figure><figcaption>{text(title)} <span>{told}</span></figcaption>{svg}</figure>"
+def _captioned(title: str, legend: str, svg: str) -> str:
+    return f"<figure><figcaption>{text(title)} <span>{legend}</span></figcaption>{svg}</figure>"
 
 
 def _summary(path: pathlib.Path) -> str:

@@ -1,1 +1,1 @@
-"""What the command does before it begins: pages of memory, compiled programs."""
+"""What the command does before it loads JAX: huge pages, compiled programs on disk."""

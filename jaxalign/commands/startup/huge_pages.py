@@ -1,17 +1,18 @@
-"""Memory in large pages for computing on a CPU under Linux.
+"""Memory in huge pages for computing on a CPU under Linux.
 
-XLA asks for the temporary memory of every step anew, and glibc gives and takes it page by page:
-tens of thousands of page faults a step, a tenth of a small model's time. glibc can ask the kernel
-for pages of 2 MiB instead (`glibc.malloc.hugetlb`, from 2.35 on), but only a process that starts
-with that setting does so.
+XLA allocates the temporary memory of every step anew. glibc then maps and unmaps it in pages of
+4 KiB: tens of thousands of page faults a step, a tenth of a small model's time. From version 2.35
+on, glibc can ask the kernel for pages of 2 MiB (`glibc.malloc.hugetlb`), but it reads that setting
+only when a process starts.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import sys
+
+from jaxalign.parallel.platforms import computes_on_cpu
 
 _VARIABLE = "GLIBC_TUNABLES"
 _SETTING = "glibc.malloc.hugetlb"
@@ -19,44 +20,27 @@ _KERNEL = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def environment() -> dict[str, str]:
-    """What to add to the environment of a process that computes on a CPU.
+    """Environment variables for a process that computes on a CPU.
 
     Returns:
-      Nothing where it is said already, or would change nothing: the C library is not glibc or too
-      old, or the kernel gives large pages to all that ask for none, or to nobody.
+      Nothing if the user has set this tunable, or if it would change nothing: the C library is not
+      glibc or too old, or the kernel gives huge pages to every process or to none.
     """
-    said = os.environ.get(_VARIABLE, "")
-    if _SETTING in said or _glibc() < (2, 35) or not _on_request():
+    tunables = os.environ.get(_VARIABLE, "")
+    if _SETTING in tunables or _glibc() < (2, 35) or not _on_request():
         return {}
-    return {_VARIABLE: f"{said}:{_SETTING}=1".lstrip(":")}
+    return {_VARIABLE: f"{tunables}:{_SETTING}=1".lstrip(":")}
 
 
-def restart_command() -> None:
-    """Starts the `jaxalign` command over with large pages, if it will compute on a CPU.
+def restart_with_huge_pages() -> None:
+    """Replaces this process by the same one with huge pages, if it will compute on a CPU.
 
-    Does nothing in any other program. Called as soon as the package is imported, since what was
-    loaded until then is loaded twice. The process keeps its number and its arguments.
+    The process keeps its number and its arguments. It happens once, since the new process finds the
+    variable set. Call it before importing JAX: what is loaded so far is loaded again.
     """
-    more = environment() if _is_command() and _computes_on_cpu() else {}
-    if more:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)
-
-
-def _is_command() -> bool:
-    """Whether this process is `jaxalign …` or `python -m jaxalign.commands.cli …`."""
-    program = pathlib.Path(sys.argv[0]).name if sys.argv else ""
-    return program in ("jaxalign", "-m") and any(
-        x == "jaxalign.commands.cli" or pathlib.Path(x).name == "jaxalign"
-        for x in sys.orig_argv[1:3]
-    )
-
-
-def _computes_on_cpu() -> bool:
-    """Whether JAX will find nothing else; told without starting it."""
-    asked = os.environ.get("JAX_PLATFORMS")
-    if asked:
-        return asked == "cpu"
-    return all(importlib.util.find_spec(name) is None for name in ("libtpu", "jax_plugins"))
+    added = environment() if computes_on_cpu() else {}
+    if added:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)
 
 
 def _glibc() -> tuple[int, ...]:
@@ -68,7 +52,7 @@ def _glibc() -> tuple[int, ...]:
 
 
 def _on_request() -> bool:
-    """Whether the kernel gives large pages to those who ask, and only to them."""
+    """Whether the kernel gives huge pages exactly to processes that ask for them."""
     try:
         return "[madvise]" in _KERNEL.read_text(encoding="ascii")
     except OSError:

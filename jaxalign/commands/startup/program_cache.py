@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the same command starts faster the next time."""
+"""Compiled programs on disk: the same command starts faster the next time."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import platform
 import jax
 
 FOLDER = "JAXALIGN_CACHE"
-"""Environment variable: the folder to keep programs in; empty for none."""
+"""Environment variable: the folder of compiled programs; empty turns the cache off."""
 
 _SHORTEST = 0.2
-"""Seconds of compilation from which a program is worth keeping."""
+"""Seconds of compilation from which a program is worth its disk space."""
 
 
-def keep_programs() -> pathlib.Path | None:
-    """Turns JAX's persistent cache on, unless it is on, or off, already.
+def cache_programs() -> pathlib.Path | None:
+    """Turns on JAX's persistent compilation cache, unless the user has turned it on or off.
 
-    Programs for a CPU may use all its instructions, so that machines that share a home folder and
-    differ in their processors must not share them: the processor is part of the folder's name.
+    A program for a CPU may use every instruction of that CPU. Machines that share a home folder may
+    differ in their processors, so the folder's name contains a hash of the processor.
 
     Returns:
-      The folder; None where nothing was changed.
+      The folder; None if nothing was changed.
     """
-    asked = os.environ.get(FOLDER)
-    if asked == "" or jax.config.values["jax_compilation_cache_dir"] is not None:
+    chosen = os.environ.get(FOLDER)
+    if chosen == "" or jax.config.values["jax_compilation_cache_dir"] is not None:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = pathlib.Path(asked or pathlib.Path(home) / "jaxalign" / "programs").expanduser()
+    root = pathlib.Path(chosen or pathlib.Path(home) / "jaxalign" / "programs").expanduser()
     folder = root / hashlib.sha256(_processor().encode()).hexdigest()[:12]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +42,11 @@ def keep_programs() -> pathlib.Path | None:
 
 
 def _processor() -> str:
-    """What the processor is and can do."""
-    known = [platform.machine(), platform.processor()]
+    """The processor's model and instruction sets, as text."""
+    facts = [platform.machine(), platform.processor()]
     path = pathlib.Path("/proc/cpuinfo")
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         names = ("model name", "flags", "Features", "CPU part")
-        known += sorted({line for line in lines if line.startswith(names)})
-    return "\n".join(known)
+        facts += sorted({line for line in lines if line.startswith(names)})
+    return "\n".join(facts)

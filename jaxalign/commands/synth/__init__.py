@@ -1,25 +1,31 @@
 """Data made by models: Self-Instruct, and preference pairs by ranking sampled answers.
 
-A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); this room knows no
-model. Runs can be killed and continued: see `Journal`.
+A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); the methods know no
+model. A run that was killed can be resumed: see `Journal`.
 """
 
-from jaxalign.commands.synth.instruct import SelfInstruct, Task, read_seed_tasks
-from jaxalign.commands.synth.journal import Journal
-from jaxalign.commands.synth.options import (
+from jaxalign.commands.synth.config import (
     InstructConfig,
     LocalConfig,
     PreferenceConfig,
     ServerConfig,
     WriterConfig,
 )
+from jaxalign.commands.synth.instruct import SelfInstruct, Task, read_seed_tasks
+from jaxalign.commands.synth.journal import Journal
 from jaxalign.commands.synth.preferences import Preferences, read_prompts
 from jaxalign.commands.synth.rouge import Pool, common_subsequence, rouge_l, words
 from jaxalign.commands.synth.server import ServerError, ServerWriter
-from jaxalign.commands.synth.writer import Asker, FunctionWriter, Reply, Request, Sampling, Writer
+from jaxalign.commands.synth.writer import (
+    FunctionWriter,
+    Reply,
+    Request,
+    RequestFactory,
+    Sampling,
+    Writer,
+)
 
 __all__ = [
-    "Asker",
     "FunctionWriter",
     "InstructConfig",
     "Journal",
@@ -29,6 +35,7 @@ __all__ = [
     "Preferences",
     "Reply",
     "Request",
+    "RequestFactory",
     "Sampling",
     "SelfInstruct",
     "ServerConfig",

@@ -1,21 +1,21 @@
-"""What is not taken: instructions, instances and answers, each with the reason."""
+"""Filters of instructions, instances and replies; each drops with a reason."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxalign.commands.synth.options import InstructConfig
+from jaxalign.commands.synth.config import InstructConfig
 from jaxalign.commands.synth.prompts import Instance
 from jaxalign.commands.synth.rouge import Pool, words
 from jaxalign.commands.synth.writer import LENGTH, REFUSED, Reply
 
 
 class InstructionFilter:
-    """Keeps an instruction that is new, of a fair length and about text.
+    """Keeps an instruction that is new, neither too short nor too long, and about text.
 
     Args:
       config: the thresholds.
-      instructions: those that are there already.
+      instructions: earlier ones, which new ones must differ from.
     """
 
     def __init__(self, config: InstructConfig, instructions: Sequence[str]):
@@ -27,25 +27,25 @@ class InstructionFilter:
 
     def why_not(self, instruction: str) -> tuple[str | None, float]:
         """The reason to drop it, or None, and its greatest ROUGE-L; one that is kept is added."""
-        said = words(instruction)
-        if len(said) < self._config.min_words:
+        tokens = words(instruction)
+        if len(tokens) < self._config.min_words:
             return f"instruction of less than {self._config.min_words} words", 0.0
-        if len(said) > self._config.max_words:
+        if len(tokens) > self._config.max_words:
             return f"instruction of more than {self._config.max_words} words", 0.0
         if not instruction[0].isalnum() and instruction[0] not in "\"'“‘《（([*`":
             return "instruction begins with a punctuation mark", 0.0
         for keyword, parts in self._keywords:
-            if holds(said, parts):
+            if contains(tokens, parts):
                 return f"keyword {keyword!r}", 0.0
-        score, _ = self._pool.most_similar(said)
+        score, _ = self._pool.most_similar(tokens)
         if score >= self._config.rouge_threshold:
             return f"ROUGE-L of {self._config.rouge_threshold:g} or more with another", score
-        self._pool.add(said)
+        self._pool.add(tokens)
         return None, score
 
 
-def holds(text: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether words stand in a text one after the other."""
+def contains(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether the words of `part` occur in `text` in a row."""
     size = len(part)
     return size > 0 and any(
         list(text[at : at + size]) == list(part) for at in range(len(text) - size + 1)
@@ -55,9 +55,9 @@ def holds(text: Sequence[str], part: Sequence[str]) -> bool:
 def keep_instances(
     instances: Sequence[Instance], instruction: str, config: InstructConfig
 ) -> tuple[list[Instance], list[str]]:
-    """The instances of a task that can be trained on, and the reasons against the others.
+    """The instances of a task that training can use, and the reasons against the others.
 
-    Inputs that come with different outputs are all dropped, since at least one of those is wrong.
+    All instances of an input with several outputs are dropped: at least one of those is wrong.
     """
     kept: list[Instance] = []
     reasons: list[str] = []

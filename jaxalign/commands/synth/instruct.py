@@ -1,19 +1,20 @@
 """Self-Instruct (Wang et al. 2022, arXiv 2212.10560): new tasks from a few seed tasks.
 
-A round goes the paper's way, each step in one go for all that the step before has left:
+A round follows the paper. Each step handles everything that the step before has kept:
 
 1. *Instructions*: a prompt shows some human and some machine tasks (6 and 2, as the paper) and asks
    for new ones.
-2. Those are dropped that are too short or long, hold a keyword, or are too like any other task
+2. *Filters* drop those that are too short or long, contain a keyword, or resemble another task
    (ROUGE-L ≥ 0.7 in the paper).
-3. *Classification?* Asked of each task, with seed tasks as examples (by option).
+3. *Classification?* The writer says of each task whether it is one, given seed tasks as examples.
+   An option turns this off.
 4. *Instances*: input first, then the output; for classifications the labels first and an input for
    each, since a model that writes inputs first tends to give them all the same label.
-5. Instances are dropped that are empty, too long, repeat themselves or contradict one another.
+5. *Filters* drop instances that are empty, too long, repeated or contradictory.
 
-Unlike the paper, which completes with a plain language model, chat models are asked in words, and
-one request writes several instructions (as Alpaca does). Which tasks are shown depends on the seed
-and the place in the run alone.
+The paper completes text with a plain language model. Here a chat model gets instructions, and one
+request writes several tasks, as in Alpaca. Which tasks a prompt shows depends only on the seed and
+on the position in the run.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.commands.synth import prompts
+from jaxalign.commands.synth.config import InstructConfig
 from jaxalign.commands.synth.filters import InstructionFilter, keep_instances, why_no_answer
 from jaxalign.commands.synth.journal import Journal
-from jaxalign.commands.synth.options import InstructConfig
 from jaxalign.commands.synth.prompts import Instance
-from jaxalign.commands.synth.writer import LENGTH, Asker, Reply, Request, Writer, prompt_hash
+from jaxalign.commands.synth.writer import (
+    LENGTH,
+    Reply,
+    Request,
+    RequestFactory,
+    Writer,
+    prompt_hash,
+)
 from jaxalign.data.rows import Messages
 from jaxalign.data.sources import read_rows
 
@@ -53,7 +61,7 @@ class Task(NamedTuple):
 
 
 class _New(NamedTuple):
-    """A task on its way."""
+    """A task without instances yet."""
 
     id: str
     instruction: str
@@ -110,13 +118,13 @@ class SelfInstruct:
       config: the options.
       seeds: human tasks; at least one.
       writer: who writes.
-      asker: seed and sampling.
-      journal: where replies and rows go.
+      factory: seed and sampling.
+      journal: stores replies and rows.
       language: "en" or "zh", of the prompts.
 
     Attributes:
       dropped: how much was dropped, by reason.
-      notes: what was counted besides.
+      notes: other counts.
     """
 
     def __init__(
@@ -124,7 +132,7 @@ class SelfInstruct:
         config: InstructConfig,
         seeds: Sequence[Task],
         writer: Writer,
-        asker: Asker,
+        factory: RequestFactory,
         journal: Journal,
         language: str,
     ):
@@ -134,7 +142,7 @@ class SelfInstruct:
         self._seeds = list(seeds)
         self._machine: list[Task] = []
         self._writer = writer
-        self._asker = asker
+        self._factory = factory
         self._journal = journal
         self._language = language
         self._filter = InstructionFilter(config, [task.instruction for task in seeds])
@@ -143,7 +151,7 @@ class SelfInstruct:
         """Writes rows until there are as many as wanted.
 
         Raises:
-          ValueError: some rounds in a row brought nothing new.
+          ValueError: `patience` rounds in a row wrote no row.
         """
         number = barren = 0
         while self._journal.rows < self._config.count:
@@ -167,8 +175,8 @@ class SelfInstruct:
         for task, reply, digest in zip(tasks, replies, digests, strict=True):
             self._keep(task, reply, digest)
 
-    def _draw(self, name: str) -> random.Random:
-        return random.Random(f"{self._asker.seed} {name}")
+    def _rng(self, name: str) -> random.Random:
+        return random.Random(f"{self._factory.seed} {name}")
 
     def _ask(self, requests: Sequence[Request]) -> tuple[list[Reply], list[str]]:
         replies = self._journal.ask(self._writer, requests)
@@ -179,11 +187,11 @@ class SelfInstruct:
         config, names, requests, shown = self._config, [], [], []
         for n in range(1, config.prompts_per_round + 1):
             name = f"round {number}/prompt {n}"
-            draw = self._draw(name)
-            human = draw.sample(self._seeds, min(config.human_examples, len(self._seeds)))
-            machine = draw.sample(self._machine, min(config.machine_examples, len(self._machine)))
+            rng = self._rng(name)
+            human = rng.sample(self._seeds, min(config.human_examples, len(self._seeds)))
+            machine = rng.sample(self._machine, min(config.machine_examples, len(self._machine)))
             examples = human + machine
-            draw.shuffle(examples)
+            rng.shuffle(examples)
             text = prompts.NEW_TASKS[self._language].format(
                 count=config.tasks_per_prompt,
                 first=len(examples) + 1,
@@ -191,7 +199,7 @@ class SelfInstruct:
             )
             names.append(name)
             shown.append([task.id for task in examples])
-            requests.append(self._asker.request(f"{name}/tasks", text))
+            requests.append(self._factory.request(f"{name}/tasks", text))
         kept: list[_New] = []
         for name, ids, reply, digest in zip(names, shown, *self._ask(requests), strict=True):
             reason = None if reply.finish == LENGTH else why_no_answer(reply)
@@ -213,10 +221,10 @@ class SelfInstruct:
         """Asks which tasks are classifications; an unclear reply counts as no, as in the paper."""
         requests = []
         for task in tasks:
-            draw = self._draw(f"{task.id}/classification")
-            examples = self._examples(draw, True, _SHOWN // 2)
-            examples += self._examples(draw, False, _SHOWN // 2)
-            draw.shuffle(examples)
+            rng = self._rng(f"{task.id}/classification")
+            examples = self._examples(rng, True, _SHOWN // 2)
+            examples += self._examples(rng, False, _SHOWN // 2)
+            rng.shuffle(examples)
             text = prompts.CLASSIFICATION[self._language].format(
                 examples="\n\n".join(
                     prompts.show_classification(self._language, e.instruction, e.classification)
@@ -224,7 +232,7 @@ class SelfInstruct:
                 ),
                 instruction=task.instruction,
             )
-            requests.append(self._asker.request(f"{task.id}/classification", text, exact=True))
+            requests.append(self._factory.request(f"{task.id}/classification", text, exact=True))
         result = []
         for task, reply, digest in zip(tasks, *self._ask(requests), strict=True):
             answer = prompts.read_yes_no(reply.text) if why_no_answer(reply) is None else None
@@ -235,28 +243,28 @@ class SelfInstruct:
             result.append(task._replace(classification=bool(answer), hashes=[*task.hashes, digest]))
         return result
 
-    def _examples(self, draw: random.Random, classification: bool, count: int) -> list[Task]:
+    def _examples(self, rng: random.Random, classification: bool, count: int) -> list[Task]:
         fit = [
             task
             for task in self._seeds
             if task.classification == classification
             and len(_as_example(self._language, task)) <= _SHOWN_CHARACTERS
         ]
-        return draw.sample(fit, min(count, len(fit)))
+        return rng.sample(fit, min(count, len(fit)))
 
     def _written(self, tasks: Sequence[_New]) -> tuple[list[Reply], list[str]]:
         """Asks for the instances of all tasks."""
         requests = []
         for task in tasks:
             name = f"{task.id}/instances"
-            examples = self._examples(self._draw(name), task.classification, _SHOWN)
+            examples = self._examples(self._rng(name), task.classification, _SHOWN)
             template = prompts.OUTPUT_FIRST if task.classification else prompts.INPUT_FIRST
             text = template[self._language].format(
                 count=self._config.max_labels,
                 examples="\n\n".join(_as_example(self._language, e) for e in examples),
                 instruction=task.instruction,
             )
-            requests.append(self._asker.request(name, text))
+            requests.append(self._factory.request(name, text))
         return self._ask(requests)
 
     def _keep(self, task: _New, reply: Reply, digest: str) -> None:
@@ -289,8 +297,8 @@ class SelfInstruct:
                 "seeds": task.seeds,
                 "prompts": [*task.hashes, digest],
                 "time": reply.time,
-                "sampling": self._asker.sampling._asdict(),
-                "seed": self._asker.seed,
+                "sampling": self._factory.sampling._asdict(),
+                "seed": self._factory.seed,
                 "classification": task.classification,
                 "scores": {"rouge_l": round(task.score, 4)},
             }
@@ -306,11 +314,11 @@ def as_row(form: str, instruction: str, instance: Instance) -> dict[str, Any]:
     """A row in one of the forms that are read for SFT."""
     if form == "alpaca":
         return {"instruction": instruction, "input": instance.input, "output": instance.output}
-    asked = f"{instruction}\n{instance.input}" if instance.input else instruction
+    prompt = f"{instruction}\n{instance.input}" if instance.input else instruction
     if form == "prompt_completion":
-        return {"prompt": asked, "completion": instance.output}
-    said: Messages = (
-        {"role": "user", "content": asked},
+        return {"prompt": prompt, "completion": instance.output}
+    messages: Messages = (
+        {"role": "user", "content": prompt},
         {"role": "assistant", "content": instance.output},
     )
-    return {"messages": list(said)}
+    return {"messages": list(messages)}

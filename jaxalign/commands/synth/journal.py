@@ -1,10 +1,10 @@
-"""Files that a run can be killed over: replies as they come, rows as they are finished.
+"""Files that survive a kill: replies as they arrive, rows as they are finished.
 
-Every reply is appended to a journal beside the output, under its request's name. A run that is
-started again goes the same way from the beginning, with replies from the journal as long as there
-are any, and so comes to the same rows: what is decided on the way (seeds drawn, tasks dropped)
-depends on settings and replies alone. Rows that are already in the output must be the rows that the
-run comes to; they are not written again.
+Every reply is appended to a journal beside the output, under its request's name. A run that starts
+again repeats every step from the beginning and takes replies from the journal while it has them.
+Its decisions (which seeds to show, which tasks to drop) depend on settings and replies alone, so it
+makes the same rows. Rows already in the output must equal the rows it makes; they are not written
+again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ except ImportError:  # no such locks on Windows
 class Appended:
     """A JSONL file of one writer: complete lines, and a place to append.
 
-    A last line that was cut off by a kill is taken off; `repaired` says so. Each line is on the
-    disk when `append` returns.
+    A last line that a kill cut off is removed; `repaired` is then True. Each line is on the disk
+    when `append` returns.
 
     Raises:
       ValueError: another process writes to the file, or a line is no JSON object.
@@ -96,7 +96,7 @@ class Journal:
 
     Attributes:
       rows: how many rows the run has come to so far.
-      asked: replies that were asked for, not taken from the journal.
+      requested: replies that came from the writer, not from the journal.
     """
 
     def __init__(self, out: str | os.PathLike[str]):
@@ -108,7 +108,7 @@ class Journal:
                 "so this run did not write them; give another out"
             )
         self.rows = 0
-        self.asked = 0
+        self.requested = 0
         self._replies = Appended(journal)
         try:
             self._out = Appended(path)
@@ -130,8 +130,8 @@ class Journal:
                 ) from None
 
     @property
-    def found(self) -> tuple[int, int, bool]:
-        """Replies and rows found at the start, and whether a last line was cut off."""
+    def resumed(self) -> tuple[int, int, bool]:
+        """Replies and rows that the files held at the start; whether a cut-off line was removed."""
         repaired = self._replies.repaired or self._out.repaired
         return len(self._replies.rows), len(self._out.rows), repaired
 
@@ -155,14 +155,14 @@ class Journal:
         missing = [i for i in range(len(requests)) if i not in replies]
         for i, reply in writer.write(requests, missing) if missing else ():
             replies[i] = reply
-            self.asked += 1
+            self.requested += 1
             row = {"request": requests[i].name, "prompt": prompts[i], **reply._asdict()}
             if reply.finish == REFUSED:
                 self._refusals.append(row)
             else:
                 self._replies.append(row)
         # A refusal counts only once the writer has also answered: if it refuses everything, the
-        # fault is in the settings, and the same requests shall be made again when that is mended.
+        # fault is in the settings, and the same requests must be sent again once those are fixed.
         if any(reply.finish != REFUSED for reply in replies.values()):
             for row in self._refusals:
                 self._replies.append(row)

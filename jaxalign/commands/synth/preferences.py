@@ -5,10 +5,10 @@ Three rankers:
 - `reward`: the score of a reward model, as in best-of-n sampling and rejection sampling.
 - `grade`: a judge gives each answer a grade from 1 to 10.
 - `pairwise`: a judge compares every two answers (Zheng et al. 2023, arXiv 2306.05685). Judges
-  favour a place, so both orders are asked: what wins in both wins, anything else is a tie. An
-  answer's score is its number of wins (Copeland's rule).
+  favour a position, so the judge sees both orders. An answer that wins both wins; otherwise it is
+  a tie. An answer's score is its number of wins (Copeland's rule).
 
-Equal scores make no pair. Everything that makes none is counted.
+Equal scores make no pair. Answers, prompts and pairs that are dropped are counted by reason.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.commands.synth import prompts as texts
+from jaxalign.commands.synth.config import PreferenceConfig
 from jaxalign.commands.synth.filters import why_no_answer
 from jaxalign.commands.synth.journal import Journal
-from jaxalign.commands.synth.options import PreferenceConfig
-from jaxalign.commands.synth.writer import Asker, Request, Writer, prompt_hash
+from jaxalign.commands.synth.writer import Request, RequestFactory, Writer, prompt_hash
 from jaxalign.data.rows import Prompt, to_prompt
 from jaxalign.data.sources import read_rows
 
 TOO_LONG = "too_long"
-"""What a reward model's writer gives as `finish` for an answer that it cannot read whole."""
+"""`finish` of an answer that exceeds the reward model's length."""
 
 
 class _Answer(NamedTuple):
@@ -48,7 +48,7 @@ class _Answer(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    """A pair on its way: places of chosen and rejected, their scores."""
+    """A pair: the indices of its answers, and their scores."""
 
     chosen: int
     rejected: int
@@ -59,14 +59,14 @@ def read_prompts(config: PreferenceConfig) -> list[Prompt]:
     """The prompts of a run, in order.
 
     Raises:
-      ValueError: a row without a prompt, or one with tools, which writers are not told of.
+      ValueError: a row without a prompt, or one with tools, which requests cannot carry.
     """
     prompts = [to_prompt(row) for row in read_rows(list(config.prompts))[: config.count]]
     for prompt in prompts:
         if prompt.tools:
             raise ValueError(
-                f"{prompt.origin}: tools: got some, wanted a prompt without: writers are not told "
-                "of tools; leave the row out"
+                f"{prompt.origin}: tools: got some, wanted a prompt without: requests carry no "
+                "tools; leave the row out"
             )
     return prompts
 
@@ -79,14 +79,14 @@ class Preferences:
       prompts: what is to be answered.
       writer: who answers.
       judge: who ranks; for "reward" a writer whose replies are numbers (`score_writer`).
-      asker: seed and sampling.
-      judge_asker: the same for the judge.
-      journal: where replies and rows go.
+      factory: seed and sampling.
+      judge_factory: the same for the judge.
+      journal: stores replies and rows.
       language: "en" or "zh", of the judge's prompts.
 
     Attributes:
       dropped: how much was dropped, by reason.
-      notes: what was counted besides.
+      notes: other counts.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Preferences:
         prompts: Sequence[Prompt],
         writer: Writer,
         judge: Writer,
-        asker: Asker,
-        judge_asker: Asker,
+        factory: RequestFactory,
+        judge_factory: RequestFactory,
         journal: Journal,
         language: str,
     ):
@@ -106,8 +106,8 @@ class Preferences:
         self._prompts = prompts
         self._writer = writer
         self._judge = judge
-        self._asker = asker
-        self._judge_asker = judge_asker
+        self._factory = factory
+        self._judge_factory = judge_factory
         self._journal = journal
         self._language = language
 
@@ -127,7 +127,7 @@ class Preferences:
         numbers = range(1, self._config.answers + 1)
         which = list(itertools.product(places, numbers))
         requests = [
-            self._asker.request(f"prompt {place + 1}/answer {n}", self._prompts[place].messages)
+            self._factory.request(f"prompt {place + 1}/answer {n}", self._prompts[place].messages)
             for place, n in which
         ]
         answers: dict[int, list[_Answer]] = {place: [] for place in places}
@@ -158,16 +158,16 @@ class Preferences:
         requests = []
         for place, at in which:
             answer = answers[place][at]
-            said = list(self._prompts[place].messages)
+            messages = list(self._prompts[place].messages)
             name = f"prompt {place + 1}/{'score' if rewarded else 'grade'} {answer.number}"
             if rewarded:
-                said.append({"role": "assistant", "content": answer.text})
-                requests.append(self._judge_asker.request(name, said, exact=True))
+                messages.append({"role": "assistant", "content": answer.text})
+                requests.append(self._judge_factory.request(name, messages, exact=True))
                 continue
             text = texts.GRADE[self._language].format(
-                conversation=texts.show_conversation(self._language, said), answer=answer.text
+                conversation=texts.show_conversation(self._language, messages), answer=answer.text
             )
-            requests.append(self._judge_asker.request(name, text, exact=True))
+            requests.append(self._judge_factory.request(name, text, exact=True))
         scores: dict[int, dict[int, float]] = {place: {} for place in places}
         replies = self._journal.ask(self._judge, requests)
         for (place, at), request, reply in zip(which, requests, replies, strict=True):
@@ -200,7 +200,7 @@ class Preferences:
                         conversation=conversation, first=a.text, second=b.text
                     )
                     name = f"prompt {place + 1}/answer {a.number} before {b.number}"
-                    requests.append(self._judge_asker.request(name, text, exact=True))
+                    requests.append(self._judge_factory.request(name, text, exact=True))
                     which.append((place, first, second))
         winners: dict[tuple[int, int, int], int | None] = {}
         unread: set[tuple[int, int, int]] = set()
@@ -271,8 +271,8 @@ class Preferences:
             "seeds": [prompt.origin],
             "prompts": [chosen.digest, rejected.digest],
             "time": max(chosen.time, rejected.time),
-            "sampling": self._asker.sampling._asdict(),
-            "seed": self._asker.seed,
+            "sampling": self._factory.sampling._asdict(),
+            "seed": self._factory.seed,
             "answers": [chosen.number, rejected.number],
             "scores": {"chosen": pair.scores[0], "rejected": pair.scores[1], "margin": margin},
         }

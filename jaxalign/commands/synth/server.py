@@ -1,7 +1,7 @@
 """A writer behind HTTP: any server that speaks OpenAI's chat completions.
 
-The key goes into one header and nowhere else: not into files, not into messages (a server that
-repeats it in an error has it blotted out), and not to another host, since redirects are refused.
+The key goes into one header and nowhere else. Error messages that repeat it are redacted; no file
+contains it; and redirects are refused, so no other host receives it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxalign.commands.synth.options import ServerConfig
+from jaxalign.commands.synth.config import ServerConfig
 from jaxalign.commands.synth.writer import REFUSED, Reply, Request, now
 from jaxalign.rewards.http import PostError, check_url, pauses, post
 
@@ -22,10 +22,10 @@ _REFUSED = (400, 413, 422)
 
 
 class ServerError(ConnectionError):
-    """The server did not answer, however often it was asked."""
+    """The server did not answer, in spite of all retries."""
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """This try failed, another may not."""
 
     def __init__(self, why: str, wait: float | None = None):
@@ -37,18 +37,18 @@ class _Refused(Exception):
     """The server does not want this prompt."""
 
 
-class _Stopped(Exception):
+class _Cancelled(Exception):
     """Another request failed for good."""
 
 
 class ServerWriter:
-    """Asks a server, several requests at a time.
+    """Sends requests to a server, several at a time.
 
     Args:
       model: its name at the server.
-      config: where the server is, and how patiently it is asked.
+      config: address, key, timeouts and retries.
       concurrency: requests at a time.
-      environment: where address and key are looked up unless the configuration has them.
+      environment: holds address and key unless the configuration has them.
 
     Raises:
       ValueError: no address, one that is not http or https, or a key that no header can hold.
@@ -74,8 +74,7 @@ class ServerWriter:
         """See `Writer`.
 
         Raises:
-          ServerError: a request failed after all its retries. Replies that were under way are
-            waited for and given out before.
+          ServerError: a request failed after all its retries. Replies under way are yielded first.
           ValueError: the server refuses the key, the model or the address, or too many prompts.
         """
         stop = threading.Event()
@@ -89,7 +88,7 @@ class ServerWriter:
                     try:
                         reply = future.result()
                         self._count(reply)
-                    except _Stopped:
+                    except _Cancelled:
                         continue
                     except (ValueError, OSError) as error:
                         failure = error if failure is None else failure
@@ -119,7 +118,7 @@ class ServerWriter:
         attempt = 0
         while True:
             if stop.is_set():
-                raise _Stopped
+                raise _Cancelled
             try:
                 return _reply(self._post(body))
             except ValueError:
@@ -127,7 +126,7 @@ class ServerWriter:
                 raise
             except _Refused as refusal:
                 return Reply(str(refusal), REFUSED, now())
-            except _Again as failure:
+            except _Retry as failure:
                 attempt += 1
                 if attempt > self._config.retries:
                     stop.set()
@@ -163,7 +162,7 @@ class ServerWriter:
 
     def _failure(self, error: PostError) -> Exception:
         if error.again:
-            return _Again(str(error), error.wait)
+            return _Retry(str(error), error.wait)
         if error.status in _REFUSED:
             return _Refused(str(error))
         remedy = "the writer's address and model"
@@ -201,7 +200,7 @@ def _key(config: ServerConfig, environment: Mapping[str, str]) -> str | None:
 
 
 def _reply(raw: str) -> Reply:
-    """A chat completion → the reply; what is none is worth another try."""
+    """A chat completion → the reply; raises `_Retry` for anything else."""
     try:
         answer = json.loads(raw)
         choice = answer["choices"][0]
@@ -210,10 +209,10 @@ def _reply(raw: str) -> Reply:
         usage = answer.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise _Again(f"no chat completion: {raw[:200]!r}") from None
+        raise _Retry(f"no chat completion: {raw[:200]!r}") from None
     text = "" if text is None else text
     if not isinstance(text, str):
-        raise _Again(f"a completion whose content is no text, but a {type(text).__name__}")
+        raise _Retry(f"a completion whose content is no text, but a {type(text).__name__}")
     # Half a surrogate pair could not be written to a file.
     text = text.encode("utf-8", "replace").decode()
     finish = finish if isinstance(finish, str) else "stop"

@@ -1,4 +1,4 @@
-"""What is asked and what is answered, whoever writes."""
+"""Requests, replies, and what any writer does with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Request(NamedTuple):
     """One request to a writer.
 
     Attributes:
-      name: what it is for, the same in every run: `round 3/prompt 1/tasks`.
+      name: its purpose, the same in every run: `round 3/prompt 1/tasks`.
       messages: OpenAI's messages.
       sampling: how the reply is sampled.
       seed: in [0, 2³¹), from the run's seed and the name.
@@ -37,13 +37,13 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What came back.
+    """A writer's reply.
 
     Attributes:
-      text: of the assistant; of a refusal the server's reason.
-      finish: "stop", "length" (cut off at max_tokens) or "refused"; or what else a server says.
-      time: when, ISO 8601 in UTC, seconds.
-      tokens: how many it has, where that is known.
+      text: the assistant's text; if refused, the server's reason.
+      finish: "stop", "length" (cut off at max_tokens), "refused", or another word of the server.
+      time: when it was written, ISO 8601 in UTC, to the second.
+      tokens: its length in tokens; None if unknown.
     """
 
     text: str
@@ -64,15 +64,15 @@ class Writer(Protocol):
     def write(
         self, requests: Sequence[Request], missing: Collection[int]
     ) -> Iterator[tuple[int, Reply]]:
-        """Replies to those requests that are missing, as (place in `requests`, reply)."""
+        """Yields (index in `requests`, reply) for the requests whose index is in `missing`."""
         ...
 
 
 class FunctionWriter:
     """A writer around a function from requests to (text, finish), in groups of one size.
 
-    Groups are cut from all requests whether missing or not, so that a run that is continued asks
-    the function for the same groups again and gets the same replies.
+    Groups are cut from all requests, missing or not: a resumed run passes the same groups to the
+    function and gets the same replies.
 
     Args:
       name: of the model.
@@ -94,14 +94,14 @@ class FunctionWriter:
         self, requests: Sequence[Request], missing: Collection[int]
     ) -> Iterator[tuple[int, Reply]]:
         """See `Writer`."""
-        wanted = set(missing)
+        missing = set(missing)
         for start in range(0, len(requests), self._rows):
             group = range(start, min(start + self._rows, len(requests)))
-            if wanted.isdisjoint(group):
+            if missing.isdisjoint(group):
                 continue
             replies = self._function([requests[i] for i in group])
             for i, (text, finish) in zip(group, replies, strict=True):
-                if i in wanted:
+                if i in missing:
                     yield i, Reply(text, finish, now())
 
 
@@ -111,7 +111,7 @@ def now() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asker:
+class RequestFactory:
     """Makes the requests of one run: seeds and sampling in one place.
 
     Attributes:
@@ -125,11 +125,12 @@ class Asker:
     def request(
         self, name: str, messages: str | Sequence[dict[str, Any]], exact: bool = False
     ) -> Request:
-        """A request; `exact` for greedy replies. A text is one user message."""
-        said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        """A request; `exact` makes the reply greedy. A string is one user message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         sampling = self.sampling._replace(temperature=0.0) if exact else self.sampling
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        return Request(name, list(said), sampling, int.from_bytes(digest[:4], "big") >> 1)
+        return Request(name, list(messages), sampling, int.from_bytes(digest[:4], "big") >> 1)
 
 
 def prompt_hash(writer: str, request: Request) -> str:

@@ -26,6 +26,7 @@ from jaxalign.parallel.distributed.heartbeat import (
     preempted,
 )
 from jaxalign.parallel.distributed.initialize import start
+from jaxalign.parallel.distributed.session import session
 
 __all__ = [
     "Preempted",
@@ -43,5 +44,6 @@ __all__ = [
     "job_failed",
     "preempted",
     "raise_on_all",
+    "session",
     "start",
 ]

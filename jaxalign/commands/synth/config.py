@@ -1,9 +1,20 @@
-"""What may be set: the writer, and the two methods."""
+"""The configuration of `jaxalign synth`: the run, its writers, and the two methods.
+
+out: data/tasks.jsonl
+writer: {model: some-model, server: {address: "http://localhost:8000/v1"}}
+instruct: {seeds: ["${examples}/seed_tasks.jsonl"], count: 1000}   # or preferences: {…}
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jaxalign.commands.synth.prompts import LANGUAGES
+from jaxalign.run.config.mesh import MeshConfig
+from jaxalign.run.config.yaml import build, override, read_yaml
 
 FORMS = ("messages", "prompt_completion", "alpaca")
 RANKERS = ("reward", "grade", "pairwise")
@@ -14,7 +25,7 @@ KEYWORDS = (
     *("map", "maps", "draw", "plot", "file", "files", "video", "audio"),
     *("图片", "图像", "照片", "画", "视频", "音频", "文件", "地图"),
 )
-"""Words of tasks that a model of text alone cannot do."""
+"""Words of tasks that a text-only model cannot do."""
 
 
 def want(ok: bool, name: str, got: Any, wanted: str) -> None:
@@ -31,17 +42,17 @@ class ServerConfig:
       address: base address such as `http://localhost:8000/v1`; None: from the environment.
       address_variable: the environment variable that holds the address.
       key: sent as bearer token; None: from the environment, and none is sent if that has none. It
-        is better kept there: what is in a configuration is easily passed on.
+        is safer there: configurations get shared.
       key_variable: the environment variable that holds the key.
       limit_field: the name under which `max_tokens` is sent; newer models of OpenAI want
         "max_completion_tokens".
-      send_seed: send a seed with each request, a different one each. Servers that know it then
-        repeat themselves; those that refuse it need false.
+      send_seed: send a seed with each request, a different one each. Servers that support it become
+        reproducible; those that refuse it need false.
       timeout: seconds without an answer before a request is sent again.
       retries: times that a request is sent again after a status of 408, 409, 425, 429 or 5xx, a
         broken connection, a timeout, or an answer that cannot be read. Then the run stops.
-      backoff: seconds before the first of them; doubled each time, with jitter, to 60 at most. What
-        the server asks for (`Retry-After`) is waited, to 10 minutes at most.
+      backoff: seconds before the first retry; doubled each time, with jitter, up to 60. A longer
+        `Retry-After` of the server is obeyed, up to 10 minutes.
       max_refusals: requests refused one after the other (400, 413, 422: the server does not want
         this prompt) before the run stops.
     """
@@ -68,7 +79,7 @@ class ServerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalConfig:
-    """A model that is loaded here.
+    """A model that this process loads.
 
     Attributes:
       chat_template: None (the tokenizer's own), a built-in name, or a jinja file. Not "none".
@@ -82,14 +93,14 @@ class LocalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WriterConfig:
-    """Who writes, or judges.
+    """The model that writes, or judges.
 
     Attributes:
       model: its name at the server; with `local` a folder, a `.gguf` file or a hub id.
-      server: where it is; None without `local`: a server named by the environment.
-      local: set (to `{}`) for a model that is loaded here.
-      temperature: 0 is greedy. Where one right answer is wanted (whether a task is a
-        classification, verdicts of a judge) it is always 0.
+      server: its server; None without `local`: a server named by the environment.
+      local: set (to `{}`) for a model that this process loads.
+      temperature: 0 is greedy. Questions with one right answer (whether a task is a
+        classification; verdicts of a judge) always use 0.
       top_p: 1 is off.
       max_tokens: of a reply.
       concurrency: requests at a time; of a local model, replies decoded at a time.
@@ -121,12 +132,12 @@ class InstructConfig:
         `instances` (or `input`, `output`).
       count: rows wanted.
       form: of the rows: "messages", "prompt_completion" or "alpaca".
-      human_examples: seed tasks shown when new tasks are asked for.
-      machine_examples: tasks written earlier shown with them, once there are any.
-      tasks_per_prompt: new tasks asked for in one request.
-      prompts_per_round: such requests sent at once; what a round writes is shown from the next on.
+      human_examples: seed tasks that a request for new tasks shows.
+      machine_examples: earlier machine-written tasks that it shows too, once there are any.
+      tasks_per_prompt: new tasks that one request asks for.
+      prompts_per_round: such requests sent at once; the next round may show what they wrote.
       classification_check: ask which tasks are classifications and write their labels first.
-      max_labels: rows kept of a classification task.
+      max_labels: labels, one row each, that a classification task may have; the rest are dropped.
       rouge_threshold: a new instruction is dropped if its ROUGE-L with any other reaches this;
         1 drops repetitions only.
       min_words: of an instruction. A Chinese or Japanese character counts as a word.
@@ -199,3 +210,104 @@ class PreferenceConfig:
         want(self.pairs in PAIRS, "pairs", self.pairs, " or ".join(PAIRS))
         want(self.min_margin >= 0, "min_margin", self.min_margin, "0 or more")
         want(self.prompts_per_round > 0, "prompts_per_round", self.prompts_per_round, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """The reward model that ranks.
+
+    Attributes:
+      source: folder or hub id of a reward model with its tokenizer.
+      chat_template: None (the tokenizer's own), a built-in name, or a jinja file.
+      length: tokens of prompt and answer; longer answers are dropped and counted.
+      rows: answers scored at a time.
+    """
+
+    source: str
+    chat_template: str | None = None
+    length: int = 2048
+    rows: int = 16
+
+    def __post_init__(self):
+        want(self.length > 1, "length", self.length, "at least 2")
+        want(self.rows > 0, "rows", self.rows, "positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SynthRun:
+    """A run of `jaxalign synth`: exactly one of `instruct` and `preferences`.
+
+    Attributes:
+      out: the JSONL file to write; `<out>.journal` keeps the replies, so that the same command
+        resumes a run that was stopped.
+      writer: the model that writes.
+      judge: the model that grades or compares; None: the writer.
+      reward_model: the model that scores, with `preferences.ranker: reward`.
+      instruct: write tasks.
+      preferences: write preference pairs.
+      language: "en" or "zh": of the prompts, and of `${examples}` in sources.
+      seed: of every random choice.
+      mesh: devices of models that are loaded here; None: the first device.
+    """
+
+    out: str
+    writer: WriterConfig
+    judge: WriterConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    instruct: InstructConfig | None = None
+    preferences: PreferenceConfig | None = None
+    language: str = "en"
+    seed: int = 0
+    mesh: MeshConfig | None = None
+
+    def __post_init__(self):
+        for option in ("rules_of", "apart"):
+            given = {} if self.mesh is None else getattr(self.mesh, option)
+            want(
+                not given, f"mesh.{option}", given, "nothing: that is for models of a training run"
+            )
+        want(self.out.endswith(".jsonl"), "out", self.out, "a file name that ends with .jsonl")
+        want(self.language in LANGUAGES, "language", self.language, " or ".join(LANGUAGES))
+        want(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, less than 2**32")
+        if (self.instruct is None) == (self.preferences is None):
+            raise ValueError("instruct, preferences: wanted one section of the two")
+        ranker = None if self.preferences is None else self.preferences.ranker
+        judged = ranker in ("grade", "pairwise")
+        want(
+            judged or self.judge is None,
+            "judge",
+            None if self.judge is None else self.judge.model,
+            "null, unless preferences.ranker is grade or pairwise",
+        )
+        scored = self.reward_model is not None
+        if scored != (ranker == "reward"):
+            raise ValueError(
+                f"reward_model: {'given' if scored else 'missing'} with preferences.ranker="
+                f"{ranker}; wanted with ranker=reward, and only there"
+            )
+        local = self.writer.local is not None or scored
+        local = local or (self.judge is not None and self.judge.local is not None)
+        want(self.mesh is None or local, "mesh", "given", "null, since no model is loaded here")
+
+
+def load_synth(
+    source: str | pathlib.Path | Mapping[str, Any], assignments: Sequence[str] = ()
+) -> SynthRun:
+    """The checked configuration.
+
+    Args:
+      source: YAML file, or nested values.
+      assignments: `key=value` overrides.
+
+    Raises:
+      ValueError: all problems at once.
+    """
+    values = override(source if isinstance(source, Mapping) else read_yaml(source), assignments)
+    for name in ("writer", "judge"):
+        node: Any = values
+        for part in (name, "server", "key"):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node is not None and not isinstance(node, str):
+            # Refused here: the general message would show the key.
+            raise ValueError(f"{name}.server.key: wanted text; put it in quotes")
+    return build(SynthRun, values)

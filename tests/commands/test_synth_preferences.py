@@ -6,17 +6,17 @@ import pytest
 from writers import rows_of
 
 from jaxalign.commands.synth import (
-    Asker,
     FunctionWriter,
     Journal,
     PreferenceConfig,
     Preferences,
+    RequestFactory,
     Sampling,
     read_prompts,
 )
 from jaxalign.data import read_rows, to_preference
 
-ASKER = Asker(7, Sampling(0.7, 1.0, 100))
+FACTORY = RequestFactory(7, Sampling(0.7, 1.0, 100))
 
 
 def prefer(out, answers, judge, judge_calls=None, questions=("q one", "q two"), k=3, **options):
@@ -45,8 +45,8 @@ def prefer(out, answers, judge, judge_calls=None, questions=("q one", "q two"), 
             examples,
             FunctionWriter("writer", answer, 4),
             FunctionWriter("judge", judging, 4),
-            ASKER,
-            ASKER,
+            FACTORY,
+            FACTORY,
             journal,
             "en",
         )

@@ -9,8 +9,8 @@ import pytest
 import writers
 
 from jaxalign.commands.synth import (
-    Asker,
     Journal,
+    RequestFactory,
     Sampling,
     ServerConfig,
     ServerError,
@@ -18,8 +18,8 @@ from jaxalign.commands.synth import (
 )
 
 KEY = "sk-very-secret-0123456789"
-ASKER = Asker(0, Sampling(0.5, 0.9, 50))
-REQUESTS = [ASKER.request(f"request {n}", f"Question {n}") for n in range(4)]
+FACTORY = RequestFactory(0, Sampling(0.5, 0.9, 50))
+REQUESTS = [FACTORY.request(f"request {n}", f"Question {n}") for n in range(4)]
 
 
 def writer(server, concurrency=2, environment=None, **options):
@@ -241,7 +241,7 @@ def test_no_more_requests_at_a_time_than_wanted():
             now -= 1
         return writers.friendly(body, number)
 
-    requests = [ASKER.request(str(n), str(n)) for n in range(9)]
+    requests = [FACTORY.request(str(n), str(n)) for n in range(9)]
     with writers.serving(answer) as server:
         assert len(ask(writer(server, concurrency=3), requests)) == 9
     assert most == 3

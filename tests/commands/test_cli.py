@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import chatmodel
+import jax
 import pytest
 import yaml
 
@@ -17,8 +18,8 @@ from jaxalign.commands import cli
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
-    *("sft", "reward", "dpo", "ppo", "pipeline", "quickstart", "generate", "chat", "export"),
-    *("import", "plan", "report", "score", "data", "synth"),
+    *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "generate", "score", "chat"),
+    *("export", "import", "plan", "bench", "report", "data", "synth"),
 ]
 
 
@@ -27,9 +28,10 @@ def write_config(path, values):
     return str(path)
 
 
-def test_as_a_module_it_lists_its_commands():
+@pytest.mark.parametrize("module", ["jaxalign", "jaxalign.commands.cli"])
+def test_as_a_module_it_lists_its_commands(module):
     done = subprocess.run(
-        [sys.executable, "-m", "jaxalign.commands.cli", "--help"],
+        [sys.executable, "-m", module, "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -37,6 +39,18 @@ def test_as_a_module_it_lists_its_commands():
     for command in COMMANDS:
         assert re.search(rf"^ +{command}\b", done.stdout, re.MULTILINE), command
     assert done.stderr == ""
+
+
+def test_the_table_has_every_command_once():
+    assert [command.name for command in cli.commands()] == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: jaxalign {name}" in capsys.readouterr().out
 
 
 def test_as_a_module_wrong_input_is_one_line_and_status_2(tmp_path):
@@ -89,6 +103,39 @@ def test_sft_then_export_then_generate(chat_models, tmp_path, capsys):
     command = ["generate", str(out), "hi", "--max-new-tokens", "5", "--temperature", "0"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"> hi\n{expected[0]}\n\n"
+
+
+def test_sampling_flags_are_the_options_of_generate(chat_models, monkeypatch, capsys):
+    """A new option of the function is a new flag of both commands, with its type and help."""
+    passed = []
+
+    def generate(
+        model, params, tok, prompts, *, max_new_tokens: "int" = 64, min_p: "float" = 0.0, key=None
+    ):
+        """Answers prompts.
+
+        Args:
+          max_new_tokens: longest answer.
+          min_p: keep tokens of at least this
+            share of the largest probability.
+          key: PRNG key.
+        """
+        passed.append((max_new_tokens, min_p, key))
+        return ["answer" for _ in prompts]
+
+    monkeypatch.setattr(sys.modules["jaxalign.sampling.generate"], "generate", generate)
+    model = str(chat_models / "chat")
+    assert cli.main(["generate", model, "hi", "--min-p", "0.25", "--seed", "3"]) == 0
+    assert passed == [(128, 0.25, jax.random.key(3))]
+    for command in ("generate", "chat"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "--min-p MIN_P keep tokens of at least this share of the largest probability" in text
+        assert "--top-k" not in text
+    with pytest.raises(SystemExit):
+        cli.main(["generate", model, "hi", "--min-p", "many"])
+    assert "invalid float value: 'many'" in capsys.readouterr().err
 
 
 def test_generate_reads_prompts_from_standard_input(chat_models, monkeypatch, capsys):
@@ -178,12 +225,12 @@ def test_interrupted_is_status_130(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-CONFIGS = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.yaml"))
+CONFIGS = sorted(pathlib.Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_are_valid(path):
-    from jaxalign.commands.synth.command import load_synth
+    from jaxalign.commands.synth.config import load_synth
     from jaxalign.run.config.runs import RUNS, load_config
     from jaxalign.run.pipeline import load_stages
 

@@ -16,14 +16,16 @@ import yaml
 
 import jaxalign
 from jaxalign.commands import cli
-from jaxalign.commands.synth import Asker, FunctionWriter, LocalConfig, Sampling, WriterConfig
-from jaxalign.commands.synth.command import (
-    RewardModelConfig,
-    load_synth,
-    local_writer,
-    run_synth,
-    score_writer,
+from jaxalign.commands.synth import (
+    FunctionWriter,
+    LocalConfig,
+    RequestFactory,
+    Sampling,
+    WriterConfig,
 )
+from jaxalign.commands.synth.config import RewardModelConfig, load_synth
+from jaxalign.commands.synth.models import local_writer, score_writer
+from jaxalign.commands.synth.run import run_synth
 from jaxalign.data import read_rows, to_conversation, to_preference
 
 KEY = "sk-very-secret-0123456789"
@@ -92,7 +94,7 @@ def test_killed_by_the_system_and_continued(tmp_path):
     with writers.serving(stuck) as server:
         path = settings(killed, server.address)
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxalign.commands.cli", "synth", path],
+            [sys.executable, "-m", "jaxalign", "synth", path],
             stdout=subprocess.DEVNULL,
             env=os.environ | {"OPENAI_API_KEY": KEY},
         )
@@ -114,7 +116,7 @@ def test_killed_by_the_system_and_continued(tmp_path):
         expected = run_synth(load_synth(settings(whole, server.address)))
     assert untimed(out) == untimed(whole / "out.jsonl")
     assert result.dropped == expected.dropped
-    assert result.asked <= expected.asked - kept + 1  # a line that was cut off is asked again
+    assert result.requested <= expected.requested - kept + 1  # one was cut off
 
 
 def test_a_chinese_run_asks_in_chinese(tmp_path):
@@ -161,9 +163,9 @@ def test_a_local_model_answers_as_generate_does(chat_models):
     config = WriterConfig(
         model=str(chat_models / "chat"), local=LocalConfig(), max_tokens=6, concurrency=2
     )
-    asker = Asker(0, Sampling(0.0, 1.0, 6))
+    factory = RequestFactory(0, Sampling(0.0, 1.0, 6))
     texts = ["hi", "up?", "so"]
-    requests = [asker.request(text, text) for text in texts]
+    requests = [factory.request(text, text) for text in texts]
     writer = local_writer(config)
     replies = dict(writer.write(requests, range(3)))
     model, params = jaxalign.load_pretrained(chat_models / "chat")
@@ -173,8 +175,8 @@ def test_a_local_model_answers_as_generate_does(chat_models):
     assert replies[0].finish == "length"
 
     # Sampled, a group that is asked again gives the same, whichever of it is missing.
-    asker = Asker(0, Sampling(1.0, 1.0, 6))
-    requests = [asker.request(text, text) for text in texts]
+    factory = RequestFactory(0, Sampling(1.0, 1.0, 6))
+    requests = [factory.request(text, text) for text in texts]
     first = dict(writer.write(requests, range(3)))
     again = dict(writer.write(requests, [1]))
     assert again[1].text == first[1].text
@@ -214,9 +216,9 @@ def test_scores_are_those_of_the_reward_model(chat_models):
     source = chat_models / "scorer"
     writer = score_writer(RewardModelConfig(source=str(source), length=64, rows=2))
     said = [("hi", "ok"), ("up?", "yes, and more"), ("q", "x" * 60), ("so", "no")]
-    asker = Asker(0, Sampling(0.0, 1.0, 1))
+    factory = RequestFactory(0, Sampling(0.0, 1.0, 1))
     requests = [
-        asker.request(
+        factory.request(
             str(n),
             [{"role": "user", "content": a}, {"role": "assistant", "content": b}],
         )

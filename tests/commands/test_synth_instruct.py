@@ -8,10 +8,10 @@ import writers
 from writers import rows_of
 
 from jaxalign.commands.synth import (
-    Asker,
     FunctionWriter,
     InstructConfig,
     Journal,
+    RequestFactory,
     Sampling,
     SelfInstruct,
     read_seed_tasks,
@@ -19,7 +19,7 @@ from jaxalign.commands.synth import (
 from jaxalign.data import read_rows, to_conversation
 from jaxalign.run.pipeline import EXAMPLES
 
-ASKER = Asker(7, Sampling(0.7, 1.0, 100))
+FACTORY = RequestFactory(7, Sampling(0.7, 1.0, 100))
 
 
 def playing(name="player", rows=3, stop_after=None, calls=None):
@@ -46,7 +46,7 @@ def instruct(out, writer, **options):
     seeds = read_seed_tasks([str(EXAMPLES / "en" / "seed_tasks.jsonl")])
     journal = Journal(out)
     try:
-        run = SelfInstruct(config, seeds, writer, ASKER, journal, "en")
+        run = SelfInstruct(config, seeds, writer, FACTORY, journal, "en")
         run.run()
     finally:
         journal.close()
@@ -87,6 +87,55 @@ def test_self_instruct_writes_rows_that_train(tmp_path):
     assert 6 * asked == before + written
 
 
+@pytest.mark.parametrize(("human", "machine"), [(1, 0), (3, 1), (2, 4)])
+def test_a_prompt_shows_as_many_tasks_of_each_kind_as_set(tmp_path, human, machine):
+    options = {"human_examples": human, "machine_examples": machine}
+    calls = []
+    instruct(tmp_path / "out.jsonl", playing(calls=calls), **options)
+    for row in rows_of(tmp_path / "out.jsonl"):
+        shown = row["provenance"]["seeds"]
+        written = [name for name in shown if name.startswith("round ")]
+        assert len(shown) - len(written) == human
+        first_round = row["provenance"]["task"].startswith("round 1/")
+        assert len(written) == (0 if first_round else machine)
+    # The prompts themselves: a numbered list of so many tasks, of which the model continues.
+    for request in calls:
+        if request.name.endswith("/tasks"):
+            tasks = human + (0 if request.name.startswith("round 1/") else machine)
+            assert f"numbered from {tasks + 1}." in request.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_classification_keeps_as_many_labels_as_set(tmp_path, most):
+    """The writer gives three labels to every classification."""
+    labels = ("warm", "cold", "mild")
+    calls = []
+
+    def answer(requests):
+        calls.extend(requests)
+        for request in requests:
+            text = writers.play(request.messages[-1]["content"])
+            if text.startswith("Label: warm"):
+                text = "\n".join(f"Label: {label}\nInput: a {label} day" for label in labels)
+            yield text, "stop"
+
+    writer = FunctionWriter("player", lambda requests: list(answer(requests)), 3)
+    out = tmp_path / "out.jsonl"
+    run, _ = instruct(out, writer, form="alpaca", count=40, max_labels=most)
+    tasks = {}
+    for row in rows_of(out):
+        if row["provenance"]["classification"]:
+            tasks.setdefault(row["provenance"]["task"], []).append(row["output"])
+    *whole, _ = tasks.values()  # the last one may end with the run
+    assert len(whole) > 1
+    assert all(outputs == list(labels[:most]) for outputs in whole)
+    asked = [r for r in calls if "a classification. Name" in r.messages[-1]["content"]]
+    assert asked
+    assert all(f"up to {most} of them" in r.messages[-1]["content"] for r in asked)
+    dropped = run.dropped["more labels than max_labels"]
+    assert dropped == (len(labels) - most) * len(asked)
+
+
 def test_classifications_are_written_labels_first(tmp_path):
     out = tmp_path / "out.jsonl"
     instruct(out, playing(), form="alpaca", count=30)
@@ -122,8 +171,8 @@ def test_the_seed_decides_what_is_shown(tmp_path, timeless):
     calls, config = [], InstructConfig(seeds=("x",), count=1)
     for seed in (7, 8):
         journal = Journal(tmp_path / f"seed{seed}.jsonl")
-        asker = Asker(seed, ASKER.sampling)
-        SelfInstruct(config, seeds, playing(calls=calls), asker, journal, "en").run()
+        factory = RequestFactory(seed, FACTORY.sampling)
+        SelfInstruct(config, seeds, playing(calls=calls), factory, journal, "en").run()
         journal.close()
     first = [request for request in calls if request.name == "round 1/prompt 1/tasks"]
     assert first[0].messages != first[1].messages
@@ -144,11 +193,11 @@ def test_killed_and_continued_is_the_same_as_uninterrupted(tmp_path, timeless, s
     run, journal = instruct(out, playing(calls=calls))
     assert out.read_bytes() == whole.read_bytes()
     assert run.dropped == expected.dropped
-    assert journal.found[2]
+    assert journal.resumed[2]
     replies = (tmp_path / "out.jsonl.journal").read_text().splitlines()
     assert len(replies) == len({json.loads(line)["request"] for line in replies})
     assert sorted(replies) == sorted((tmp_path / "whole.jsonl.journal").read_text().splitlines())
-    assert journal.asked <= len(replies) - stop_after + 3  # a group of 3 may be half kept
+    assert journal.requested <= len(replies) - stop_after + 3  # a group of 3 may be half kept
 
 
 def test_a_half_written_row_is_written_again(tmp_path, timeless):
@@ -171,7 +220,7 @@ def test_more_rows_go_on_where_fewer_ended(tmp_path, timeless):
     instruct(whole, playing())
     assert out.read_bytes() == whole.read_bytes()
     _, journal = instruct(out, playing(), count=5)
-    assert journal.asked == 0
+    assert journal.requested == 0
     assert out.read_bytes() == whole.read_bytes()
 
 

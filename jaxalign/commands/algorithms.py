@@ -1,0 +1,40 @@
+"""The algorithms as commands know them: their names, and configurations that name one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def algorithms() -> dict[str, str]:
+    """The name of each algorithm, which is its command, and one line of help."""
+    return {
+        "sft": "supervised fine-tuning",
+        "reward": "train a reward model from pairs, rankings, grades or labelled steps",
+        "dpo": "direct preference optimisation and its relatives",
+        "kto": "preference optimisation from single answers marked good or bad",
+        "ppo": "reinforcement learning against a reward model",
+    }
+
+
+def load_any_config(parsed: argparse.Namespace) -> tuple[str, Any]:
+    """The algorithm and the configuration of a YAML file.
+
+    The algorithm's name may stand before the file; otherwise the file's sections tell.
+
+    Raises:
+      ValueError: a wrong file, or one that fits several algorithms.
+    """
+    from jaxalign.run.config.runs import algorithm_of, load_config
+    from jaxalign.run.config.yaml import override, read_yaml
+
+    path, overrides, algorithm = parsed.config, parsed.overrides, None
+    if path in algorithms():
+        if not overrides:
+            raise ValueError(f"{parsed.command} {path}: wanted a YAML file behind it")
+        algorithm, (path, *overrides) = path, overrides
+    values = override(read_yaml(path), overrides)
+    if algorithm is None:
+        remedy = f"write it before the file: {parsed.command} sft FILE"
+        algorithm = algorithm_of(values, remedy)
+    return algorithm, load_config(algorithm, values)

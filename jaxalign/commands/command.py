@@ -1,0 +1,36 @@
+"""What a subcommand of `jaxalign` consists of: each command's file declares its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+      name: the word on the command line.
+      help: one line for `jaxalign --help`.
+      add_arguments: adds its arguments to its parser.
+      run: does the work, given the parsed arguments; its result is the exit status, None is 0.
+      compiles: whether it compiles programs that are worth a cache on disk.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    compiles: bool = False
+
+
+def config_arguments(parser: argparse.ArgumentParser, help: str, key: str = "key") -> None:
+    """Adds a YAML file and overrides of its values."""
+    parser.add_argument("config", help=help)
+    overrides_argument(parser, key)
+
+
+def overrides_argument(parser: argparse.ArgumentParser, key: str = "key") -> None:
+    """Adds `key=value …`."""
+    parser.add_argument("overrides", nargs="*", metavar=f"{key}=value")

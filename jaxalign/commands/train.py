@@ -1,0 +1,51 @@
+"""The commands that train: one for each algorithm, and `pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxalign.commands.algorithms import algorithms
+from jaxalign.commands.command import Command, config_arguments
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser, "YAML file (see configs/)")
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from jaxalign.parallel import distributed
+    from jaxalign.run.config.runs import load_config
+    from jaxalign.run.loop import train
+
+    with distributed.session():
+        result = train(load_config(parsed.command, parsed.config, parsed.overrides))
+        for name, value in result.after.items():
+            start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
+            print(f"held out: {name} {value:.4g}{start}")
+        print(f"run folder: {result.folder}")
+        if result.model is not None:
+            print(f"model: {result.model}")
+
+
+def _pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser, "YAML file (see configs/pipeline.yaml)", key="stage.key")
+
+
+def _pipeline(parsed: argparse.Namespace) -> None:
+    from jaxalign.parallel import distributed
+    from jaxalign.run.pipeline import load_stages, run_stages
+
+    with distributed.session():
+        results = run_stages(load_stages(parsed.config, parsed.overrides))
+        for name, result in results.items():
+            print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
+
+
+def commands() -> list[Command]:
+    """A command for each algorithm, those registered from outside too, and `pipeline`."""
+    training = [
+        Command(name, help, _train_arguments, _train, compiles=True)
+        for name, help in algorithms().items()
+    ]
+    help = "several stages from one YAML"
+    return [*training, Command("pipeline", help, _pipeline_arguments, _pipeline, compiles=True)]
