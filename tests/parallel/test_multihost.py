@@ -278,13 +278,13 @@ FAILING = """
 import sys
 import jax
 from jaxalign.commands import cli
-from jaxalign.run import loop
-check = loop.check_finite
+from jaxalign.run import reporter
+check = reporter.check_finite
 def fail(metrics, step):
     if jax.process_index() == 1 and step == 2:
         raise FloatingPointError("step 2: loss=nan")
     check(metrics, step)
-loop.check_finite = fail
+reporter.check_finite = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 
