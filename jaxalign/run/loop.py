@@ -17,6 +17,7 @@ from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
 from jaxalign.run.record import check_hosts, write_record
 from jaxalign.run.reporter import Reporter, StepRecord, pop_work
+from jaxalign.run.stopping import StopRequest, stop_on_signals
 from jaxalign.run.tasks import Task, make_task
 from jaxalign.run.tasks.task import Loop
 from jaxalign.types import TrainState
@@ -56,7 +57,7 @@ def train(config: Any, title: str | None = None) -> Result:
     Raises:
       ValueError: a wrong configuration or input.
       FloatingPointError: the loss is no longer a number.
-      jaxalign.parallel.distributed.Preempted: a host of several got SIGTERM.
+      jaxalign.parallel.distributed.Preempted: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     # However the run ends, saves under way are finished and files closed. A failure on one host
     # stops all hosts first: finishing a save needs every host.
@@ -65,11 +66,14 @@ def train(config: Any, title: str | None = None) -> Result:
         if not distributed.is_main():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stop = stack.enter_context(stop_on_signals())
         with distributed.guard(), config.mesh.use_rules():
-            return _train(config, title, stack)
+            return _train(config, title, stack, stop)
 
 
-def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
+def _train(
+    config: Any, title: str | None, stack: contextlib.ExitStack, stop: StopRequest
+) -> Result:
     began = time.perf_counter()
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
@@ -109,9 +113,9 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         key = jax.random.fold_in(root, done)
         state, record = _step(task, key, state, loop, batches, done + 1)
         done += 1
-        stop = distributed.preempted(done)
+        preempted = distributed.preempted(done) or stop.signal is not None
         evaluates = bool(run.eval_every) and done % run.eval_every == 0 and done < task.total
-        saves = stop or bool(run.save_every and done % run.save_every == 0)
+        saves = preempted or bool(run.save_every and done % run.save_every == 0)
         # A step's metrics are read once the next step is under way, so that no device waits for
         # this loop; but no state is saved or evaluated before its own metrics were found finite.
         settle = evaluates or saves or done == task.total or not task.ahead
@@ -121,11 +125,8 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         if saves:
             _save(store, task, state, loop, done)
             saved_at = done
-        if stop:
-            raise distributed.Preempted(
-                f"stopped after step {done} of {task.total}, as a host is to be taken away"
-                + ("; run.resume=true goes on from there" if store is not None else "")
-            )
+        if preempted:
+            raise distributed.Preempted(_how_to_go_on(done, task.total, stop, store))
         if evaluates or saves:
             reporter.start_clock()
 
@@ -182,6 +183,16 @@ def _evaluate(
     figures = task.evaluate(state, loop)
     reporter.evaluation(step, figures, None if task.details is None else task.details())
     return figures
+
+
+def _how_to_go_on(done: int, total: int, stop: StopRequest, store: Checkpoints | None) -> str:
+    cause = "a host is to be taken away" if stop.signal is None else f"{stop.signal} came"
+    saved = (
+        "run.resume=true goes on from there"
+        if store is not None
+        else "run.checkpoint=false: nothing of it is saved"
+    )
+    return f"stopped after step {done} of {total}, as {cause}; {saved}"
 
 
 def _save(store: Checkpoints | None, task: Task, state: TrainState, loop: Loop, done: int) -> None:
