@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
 from jaxalign.run.record import check_hosts, write_record
 from jaxalign.run.reporter import Reporter, StepRecord, pop_work
+from jaxalign.run.stopping import StopRequest, stop_on_signals
 from jaxalign.run.tasks import Task, make_task
 from jaxalign.run.tasks.task import Loop
 from jaxalign.types import TrainState
@@ -56,14 +56,17 @@ def train(config: Any, title: str | None = None) -> Result:
     Raises:
       ValueError: a wrong configuration or input.
       FloatingPointError: the loss is no longer a number.
-      jaxalign.parallel.distributed.Preempted: a host of several got SIGTERM.
+      jaxalign.parallel.distributed.Preempted: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     # However the run ends, saves under way are finished and files closed.
     with contextlib.ExitStack() as stack, config.mesh.use_rules():
-        return _train(config, title, stack)
+        stop = stack.enter_context(stop_on_signals())
+        return _train(config, title, stack, stop)
 
 
-def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Result:
+def _train(
+    config: Any, title: str | None, stack: contextlib.ExitStack, stop: StopRequest
+) -> Result:
     began = time.perf_counter()
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
@@ -76,7 +79,7 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
     # ---------------------------------------------------------------- resume
     store = _open_checkpoints(run, folder)
     if store is not None:
-        stack.push(functools.partial(_close, store))
+        stack.push(_closing(store))
         if run.resume and store.latest is not None:
             state, position = store.restore(state)
             loop, done = position["loop"], position["done"]
@@ -103,9 +106,9 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         key = jax.random.fold_in(root, done)
         state, record = _step(task, key, state, loop, batches, done + 1)
         done += 1
-        stop = distributed.preempted(done)
+        preempted = distributed.preempted(done) or stop.signal is not None
         evaluates = bool(run.eval_every) and done % run.eval_every == 0 and done < task.total
-        saves = stop or bool(run.save_every and done % run.save_every == 0)
+        saves = preempted or bool(run.save_every and done % run.save_every == 0)
         # A step's metrics are read once the next step is under way, so that no device waits for
         # this loop; but no state is saved or evaluated before its own metrics were found finite.
         settle = evaluates or saves or done == task.total or not task.ahead
@@ -115,11 +118,8 @@ def _train(config: Any, title: str | None, stack: contextlib.ExitStack) -> Resul
         if saves:
             _save(store, task, state, loop, done)
             saved_at = done
-        if stop:
-            raise distributed.Preempted(
-                f"stopped after step {done} of {task.total}, as a host is to be taken away"
-                + ("; run.resume=true goes on from there" if store is not None else "")
-            )
+        if preempted:
+            raise distributed.Preempted(_how_to_go_on(done, task.total, stop, store))
         if evaluates or saves:
             reporter.start_clock()
 
@@ -178,6 +178,16 @@ def _evaluate(
     return figures
 
 
+def _how_to_go_on(done: int, total: int, stop: StopRequest, store: Checkpoints | None) -> str:
+    cause = "a host is to be taken away" if stop.signal is None else f"{stop.signal} came"
+    saved = (
+        "run.resume=true goes on from there"
+        if store is not None
+        else "run.checkpoint=false: nothing of it is saved"
+    )
+    return f"stopped after step {done} of {total}, as {cause}; {saved}"
+
+
 def _save(store: Checkpoints | None, task: Task, state: TrainState, loop: Loop, done: int) -> None:
     if store is not None:
         position = {"loop": loop, "done": done, "batches": task.batches.get_state()}
@@ -204,8 +214,15 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
     return store
 
 
-def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:
-    """Finishes saves under way, which needs every host: not after a failure on one of several."""
-    failed = error is not None and not issubclass(error, distributed.Preempted)
-    if not distributed.job_failed() and not (failed and jax.process_count() > 1):
-        store.close()
+def _closing(store: Checkpoints) -> Callable[[Any, Any, Any], None]:
+    """Finishes saves under way when the run ends, unless a failure ends it on one host of several.
+
+    Finishing a save needs every host, and the others do not know of the failure yet.
+    """
+
+    def close(kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        sound = kind is None or issubclass(kind, distributed.Preempted)
+        if sound or jax.process_count() == 1:
+            store.close()
+
+    return close

@@ -119,12 +119,14 @@ class JsonlWriter:
         path = pathlib.Path(path)
         kept = []
         if resume_at is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= resume_at]
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._file.write(line + "\n")
-        self._file.flush()
+            # Split at "\n" alone: a text may hold other ends of lines, such as U+2028.
+            lines = path.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if line and _step_of(line) <= resume_at]
+        # Replaced whole: a run killed here keeps the old file.
+        fresh = path.with_name(f".{path.name}.tmp")
+        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; a value that is not finite is written as a string, to stay JSON."""

@@ -104,7 +104,7 @@ def read_metrics(path: pathlib.Path) -> Metrics:
       ValueError: the file is empty, or a line before the last is no JSON object of numbers.
     """
     curves: dict[str, Curve] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     cut = False
     for number, line in enumerate(lines, start=1):
         try:

@@ -121,10 +121,14 @@ def _keep_before(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Split at "\n" alone: an answer may hold other ends of lines, such as U+2028.
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    # Replaced whole: a run killed here keeps the old file.
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
