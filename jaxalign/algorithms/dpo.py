@@ -149,9 +149,14 @@ class Config:
 
 def _loss_options(config: Config) -> dict[str, Any]:
     """The arguments of `preference_loss` that a config holds: its fields of the same names."""
-    names = ("beta", "f_divergence", "f_alpha", *option_names())
-    fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return fields | dict(config.loss_options)
+    fields = {name: getattr(config, name) for name in option_names() if hasattr(config, name)}
+    return {
+        "beta": config.beta,
+        "f_divergence": config.f_divergence,
+        "f_alpha": config.f_alpha,
+        **fields,
+        **config.loss_options,
+    }
 
 
 def pair_logps(

@@ -129,7 +129,7 @@ def preference_loss(
         (f_divergence, f_alpha),
         loss_type,
     )
-    rewards = [] if pairs.scores is None else [beta * ratio for ratio in pairs.ratios]
+    rewards = [beta * ratio for ratio in pairs.ratios or ()]
     total = jnp.zeros(pairs.mask.shape)
     for name, weight in zip(types, as_weights(types, loss_weights), strict=True):
         row = preference.TABLE[name]
@@ -266,7 +266,7 @@ def _pairs(
     chosen, rejected = as_float32(chosen_logps=logps[0], rejected_logps=logps[1])
     mask = jnp.ones(chosen.shape, bool) if mask is None else as_bool(mask)
     if not needs_reference(loss_type):
-        return Pairs((chosen, rejected), None, None, lengths, mask)
+        return Pairs((chosen, rejected), None, None, None, lengths, mask)
     if ref_logps[0] is None or ref_logps[1] is None:
         raise ValueError(
             f"loss_type={loss_type!r} compares with a reference, and ref_chosen_logps or "
@@ -275,6 +275,13 @@ def _pairs(
     _, ref_chosen, ref_rejected = as_float32(
         chosen_logps=chosen, ref_chosen_logps=ref_logps[0], ref_rejected_logps=ref_logps[1]
     )
-    pairs = Pairs((chosen, rejected), (ref_chosen, ref_rejected), None, lengths, mask)
-    s_chosen, s_rejected = (divergence_score(ratio, *divergence) for ratio in pairs.ratios)
-    return pairs._replace(scores=(s_chosen, s_rejected))
+    ratios = chosen - ref_chosen, rejected - ref_rejected
+    s_chosen, s_rejected = (divergence_score(ratio, *divergence) for ratio in ratios)
+    return Pairs(
+        (chosen, rejected),
+        (ref_chosen, ref_rejected),
+        ratios,
+        (s_chosen, s_rejected),
+        lengths,
+        mask,
+    )

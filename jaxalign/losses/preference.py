@@ -66,23 +66,19 @@ class Pairs(NamedTuple):
 
     Attributes:
       logps: log π of both answers, summed over tokens.
-      ref_logps: log π_ref of both; None: there is no reference.
-      scores: s of both: log-ratios to the reference, after the f-divergence. None: no reference.
+      ref_logps: log π_ref of both; None, as the next two: without a reference.
+      ratios: log π − log π_ref of both.
+      scores: s of both: the log-ratios after the f-divergence.
       lengths: tokens of both answers; either may be None.
       mask: bool, which pairs exist.
     """
 
     logps: Pair
     ref_logps: Pair | None
+    ratios: Pair | None
     scores: Pair | None
     lengths: tuple[Array | None, Array | None]
     mask: jax.Array
-
-    @property
-    def ratios(self) -> Pair:
-        """log π − log π_ref of both answers."""
-        (chosen, rejected), (ref_chosen, ref_rejected) = self.logps, _known(self.ref_logps)
-        return chosen - ref_chosen, rejected - ref_rejected
 
     def needed_lengths(self, loss_type: str) -> Pair:
         """The lengths, for a loss that cannot do without.
@@ -220,7 +216,7 @@ def _aot(pairs: Pairs, *, beta: float, label_smoothing: float) -> Losses:
 
 def _aot_unpaired(pairs: Pairs, *, beta: float, label_smoothing: float) -> Losses:
     return forms.transport(
-        *pairs.ratios, beta=beta, label_smoothing=label_smoothing, mask=pairs.mask
+        *_known(pairs.ratios), beta=beta, label_smoothing=label_smoothing, mask=pairs.mask
     )
 
 

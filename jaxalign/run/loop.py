@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,7 @@ def _train(
     # ---------------------------------------------------------------- resume
     store = _open_checkpoints(run, folder)
     if store is not None:
-        stack.push(_closing(store))
+        stack.push(functools.partial(_close, store))
         if run.resume and store.latest is not None:
             state, position = store.restore(state)
             loop, done = position["loop"], position["done"]
@@ -214,15 +215,8 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
     return store
 
 
-def _closing(store: Checkpoints) -> Callable[[Any, Any, Any], None]:
-    """Finishes saves under way when the run ends, unless a failure ends it on one host of several.
-
-    Finishing a save needs every host, and the others do not know of the failure yet.
-    """
-
-    def close(kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        sound = kind is None or issubclass(kind, distributed.Preempted)
-        if sound or jax.process_count() == 1:
-            store.close()
-
-    return close
+def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:
+    """Finishes saves under way, which needs every host: not after a failure on one of several."""
+    failed = error is not None and not issubclass(error, distributed.Preempted)
+    if not distributed.job_failed() and not (failed and jax.process_count() > 1):
+        store.close()

@@ -99,7 +99,9 @@ def find(name: str, *modules: str) -> Any:
 
 param_shardings = find("param_shardings", "parallel.sharding", "sharding")
 rows_sharding = find("rows_sharding", "parallel.sharding", "sharding")
-opt_state_shardings = find("opt_state_shardings", "algorithms.step", "algorithms.compile")
+opt_state_shardings = find(
+    "opt_state_shardings", "algorithms.state", "algorithms.step", "algorithms.compile"
+)
 DecoderConfig, RopeConfig = (find(name, "models.base") for name in ("DecoderConfig", "RopeConfig"))
 find_devices = find("find_devices", "plan.topology")
 
@@ -282,7 +284,9 @@ class Case:
         yield from self.steps("kto", make, state, batch)
         prepare = kto.make_prepare(model)
         asked = self.on_rows(batch._replace(ref_logps=None, kl=None))
-        yield ("kto/prepare", lambda: self.lower(prepare, params, params, asked))
+        # Before `prepare` had `lower`, the jitted function in it took the policy's parameters.
+        policy = state if hasattr(prepare, "lower") else params
+        yield ("kto/prepare", lambda: self.lower(prepare, policy, params, asked))
 
     def ppo(self) -> Iterator[Program]:
         model, policy = self.model, self.params(self.model)
