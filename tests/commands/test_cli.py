@@ -84,13 +84,13 @@ def test_sft_then_export_then_generate(chat_models, tmp_path, capsys):
     config = write_config(tmp_path / "sft.yaml", values)
 
     assert cli.main(["sft", config, "run.steps=2", "run.save_every=1"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows = chatmodel.lines(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     first, last = rows[0]["eval/loss/nll"], rows[-1]["eval/loss/nll"]
-    assert f"held out: loss/nll {last:.4g} (at the start {first:.4g})" in told
-    assert f"run folder: {folder}" in told
-    assert f"model: {folder / 'model'}" in told
+    assert f"held out: loss/nll {last:.4g} (at the start {first:.4g})" in output
+    assert f"run folder: {folder}" in output
+    assert f"model: {folder / 'model'}" in output
 
     out = tmp_path / "exported"
     assert cli.main(["export", str(folder), "--out", str(out), "--step", "2"]) == 0
@@ -142,26 +142,26 @@ def test_generate_reads_prompts_from_standard_input(chat_models, monkeypatch, ca
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     command = ["generate", str(chat_models / "chat"), "--max-new-tokens", "5", "--seed", "1"]
     assert cli.main(command) == 0
-    told = capsys.readouterr().out
-    assert re.findall(r"^> (.*)$", told, re.MULTILINE) == ["one", "two"]
+    output = capsys.readouterr().out
+    assert re.findall(r"^> (.*)$", output, re.MULTILINE) == ["one", "two"]
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     assert cli.main(command) == 0
-    assert capsys.readouterr().out == told  # the same seed
+    assert capsys.readouterr().out == output  # the same seed
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     assert cli.main([*command[:-1], "2"]) == 0
-    assert capsys.readouterr().out != told
+    assert capsys.readouterr().out != output
 
 
-def test_chat_remembers_what_was_said(chat_models, monkeypatch, capsys):
+def test_chat_remembers_the_conversation(chat_models, monkeypatch, capsys):
     seen = []
 
     def answer(model, params, tok, prompts, **options):
         seen.append(json.loads(json.dumps(prompts)))
         return [f"answer {len(seen)}"]
 
-    said = iter(["hello", "again", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    inputs = iter(["hello", "again", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(inputs))
     # The package has a function of the module's name, so that only this finds the module.
     monkeypatch.setattr(sys.modules["jaxalign.sampling.generate"], "generate", answer)
     assert cli.main(["chat", str(chat_models / "chat")]) == 0
@@ -199,7 +199,7 @@ def test_a_diverged_run_ends_with_status_2(chat_models, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-def test_a_folder_that_is_a_file_is_told(chat_models, tmp_path, capsys):
+def test_a_folder_that_is_a_file_is_named(chat_models, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     config = write_config(
         tmp_path / "sft.yaml", chatmodel.settings("sft", chat_models, tmp_path / "run")

@@ -71,11 +71,11 @@ def test_quickstart_leaves_every_figure_and_model(
 
     iterations = [row for row in chatmodel.lines(out / "ppo") if "loss" in row]
     assert len(iterations) == len(summary["ppo"]) == 2
-    for row, told in zip(iterations, summary["ppo"], strict=True):
-        assert told["iteration"] == row["step"]
+    for row, entry in zip(iterations, summary["ppo"], strict=True):
+        assert entry["iteration"] == row["step"]
         for name in ("objective/scores", "objective/scores_std", "objective/kl"):
-            assert told[name] == row[name]
-            assert math.isfinite(told[name])
+            assert entry[name] == row[name]
+            assert math.isfinite(entry[name])
 
     prompts = [json.loads(line)["prompt"] for line in example_lines(language, "prompts_heldout")][
         :5

@@ -1,4 +1,4 @@
-"""Reports: coordinates by hand, a page that parsers accept, and what is told of broken input."""
+"""Reports: coordinates by hand, a page that parsers accept, and messages about broken input."""
 
 import html.parser
 import json
@@ -224,8 +224,8 @@ def test_without_config_and_versions(tmp_path):
     folder = write_run(tmp_path, ROWS[1:2])
     (folder / "config.yaml").unlink()
     (folder / "versions.json").unlink()
-    told = "".join(parsed(make_page(folder)).itertext())
-    assert told.count("The run's folder has none.") == 2
+    content = "".join(parsed(make_page(folder)).itertext())
+    assert content.count("The run's folder has none.") == 2
     assert list(read_metrics(folder / "metrics.jsonl").curves) == ["loss", "grad_norm", "compiles"]
 
 

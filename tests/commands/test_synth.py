@@ -59,24 +59,24 @@ def test_self_instruct_from_the_command_line(tmp_path, monkeypatch, capsys):
     with writers.serving() as server:
         path = settings(tmp_path, server.address)
         assert cli.main(["synth", path]) == 0
-        told = capsys.readouterr().out
-        asked = len(server.seen)
-        assert f"{tmp_path / 'out.jsonl'}: 20 rows; {asked} replies asked for" in told
-        assert "dropped 8: instruction of less than 4 words" in told
+        output = capsys.readouterr().out
+        requests = len(server.seen)
+        assert f"{tmp_path / 'out.jsonl'}: 20 rows; {requests} replies asked for" in output
+        assert "dropped 8: instruction of less than 4 words" in output
         assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
         assert len([to_conversation(row) for row in read_rows(str(tmp_path / "out.jsonl"))]) == 20
 
         before = (tmp_path / "out.jsonl").read_bytes()
         assert cli.main(["synth", path]) == 0
         assert "20 rows; 0 replies asked for" in capsys.readouterr().out
-        assert len(server.seen) == asked
+        assert len(server.seen) == requests
         assert (tmp_path / "out.jsonl").read_bytes() == before
 
         assert cli.main(["synth", path, "writer.temperature=0.1"]) == 2
         assert "was asked with another prompt, writer or sampling" in capsys.readouterr().err
     for file in tmp_path.iterdir():
         assert KEY not in file.read_text(encoding="utf-8")
-    assert KEY not in told
+    assert KEY not in output
 
 
 def test_killed_by_the_system_and_continued(tmp_path):
@@ -148,8 +148,8 @@ def test_pairs_by_a_judge_of_its_own(tmp_path, monkeypatch, capsys):
     assert {body["temperature"] for *_, body in court.seen} == {0.0}
     assert {headers["Authorization"] for _, headers, _ in court.seen} == {"Bearer judge-key"}
     pairs = [to_preference(row) for row in read_rows(str(tmp_path / "out.jsonl"))]
-    told = capsys.readouterr().out
-    assert f"out.jsonl: {len(pairs)} rows" in told
+    output = capsys.readouterr().out
+    assert f"out.jsonl: {len(pairs)} rows" in output
     rows = untimed(tmp_path / "out.jsonl")
     assert rows
     assert all(row["provenance"]["judge"] == "judge" for row in rows)
@@ -174,7 +174,7 @@ def test_a_local_model_answers_as_generate_does(chat_models):
     assert [replies[n].text for n in range(3)] == expected
     assert replies[0].finish == "length"
 
-    # Sampled, a group that is asked again gives the same, whichever of it is missing.
+    # Sampled, a group that is sent again gives the same, whichever of it is missing.
     factory = RequestFactory(0, Sampling(1.0, 1.0, 6))
     requests = [factory.request(text, text) for text in texts]
     first = dict(writer.write(requests, range(3)))
@@ -196,7 +196,7 @@ def test_a_local_writer_and_a_reward_model_on_a_mesh(chat_models, tmp_path):
         "mesh": {"data": -1, "fsdp": 1},
     }
     result = run_synth(load_synth(values))
-    # Six tokens hold no end token here: every answer is cut off, and that is told.
+    # Six tokens hold no end token here: every answer is cut off, and that is counted.
     assert result.rows == 0
     assert result.dropped["answer: cut off at max_tokens"] == 4
     assert result.dropped["prompt: less than two answers to compare"] == 2
@@ -215,14 +215,14 @@ def test_a_local_writer_and_a_reward_model_on_a_mesh(chat_models, tmp_path):
 def test_scores_are_those_of_the_reward_model(chat_models):
     source = chat_models / "scorer"
     writer = score_writer(RewardModelConfig(source=str(source), length=64, rows=2))
-    said = [("hi", "ok"), ("up?", "yes, and more"), ("q", "x" * 60), ("so", "no")]
+    turns = [("hi", "ok"), ("up?", "yes, and more"), ("q", "x" * 60), ("so", "no")]
     factory = RequestFactory(0, Sampling(0.0, 1.0, 1))
     requests = [
         factory.request(
             str(n),
             [{"role": "user", "content": a}, {"role": "assistant", "content": b}],
         )
-        for n, (a, b) in enumerate(said)
+        for n, (a, b) in enumerate(turns)
     ]
     replies = dict(writer.write(requests, range(4)))
     assert replies[2].finish == "too_long"
@@ -232,8 +232,8 @@ def test_scores_are_those_of_the_reward_model(chat_models):
     for n in (0, 1, 3):
         # By hand: ChatML up to the end token of the answer, alone in its row, unpadded.
         text = (
-            f"<|im_start|>user\n{said[n][0]}<|im_end|>\n"
-            f"<|im_start|>assistant\n{said[n][1]}<|im_end|>"
+            f"<|im_start|>user\n{turns[n][0]}<|im_end|>\n"
+            f"<|im_start|>assistant\n{turns[n][1]}<|im_end|>"
         )
         ids = np.asarray([tok(text, add_special_tokens=False)["input_ids"]])
         hidden = model.apply(params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
@@ -256,7 +256,7 @@ PREFER = LEAST | {"preferences": {"prompts": ["p.jsonl"]}}
 
 
 @pytest.mark.parametrize(
-    ("values", "assignment", "told"),
+    ("values", "assignment", "message"),
     [
         (LEAST, "seed=1", "instruct, preferences: wanted one section of the two"),
         (INSTRUCT, "preferences.prompts=[a]", "wanted one section of the two"),
@@ -287,10 +287,10 @@ PREFER = LEAST | {"preferences": {"prompts": ["p.jsonl"]}}
         (INSTRUCT, "writer.key=abc", "writer.key: unknown key"),
     ],
 )
-def test_what_is_wrong_is_told(values, assignment, told):
+def test_wrong_settings_are_named(values, assignment, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is looked at)
         load_synth(values, [assignment])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_server_and_local_exclude_each_other():

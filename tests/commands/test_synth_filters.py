@@ -221,7 +221,7 @@ def test_the_seed_tasks_of_self_instruct(shared):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"instruction": ""}, r"row 1: instruction: got ''"),
         ({"instruction": "a", "instances": []}, r"instances: got \[\]"),
@@ -230,6 +230,6 @@ def test_the_seed_tasks_of_self_instruct(shared):
         ({"instruction": "a", "output": "b", "is_classification": "no"}, "is_classification"),
     ],
 )
-def test_wrong_seed_tasks_are_named(row, told):
-    with pytest.raises(ValueError, match=told):
+def test_wrong_seed_tasks_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
         read_seed_tasks([row])

@@ -76,15 +76,15 @@ def test_self_instruct_writes_rows_that_train(tmp_path):
     assert later
     assert all(sum(i.startswith("round ") for i in ids) == 2 for ids in later)
     # Every prompt for tasks brings a picture and something too short.
-    asked = sum(request.name.endswith("/tasks") for request in calls)
-    assert run.dropped["keyword 'picture'"] + run.dropped["keyword 'draw'"] == asked
-    assert run.dropped["instruction of less than 4 words"] == asked
+    requests = sum(request.name.endswith("/tasks") for request in calls)
+    assert run.dropped["keyword 'picture'"] + run.dropped["keyword 'draw'"] == requests
+    assert run.dropped["instruction of less than 4 words"] == requests
     # Nothing is lost: each of the 6 tasks of a prompt was dropped or went on to be written.
     written = sum(request.name.endswith("/instances") for request in calls)
     before = sum(
         n for why, n in run.dropped.items() if "instr" in why or "keyw" in why or "RO" in why
     )
-    assert 6 * asked == before + written
+    assert 6 * requests == before + written
 
 
 @pytest.mark.parametrize(("human", "machine"), [(1, 0), (3, 1), (2, 4)])
@@ -129,11 +129,11 @@ def test_a_classification_keeps_as_many_labels_as_set(tmp_path, most):
     *whole, _ = tasks.values()  # the last one may end with the run
     assert len(whole) > 1
     assert all(outputs == list(labels[:most]) for outputs in whole)
-    asked = [r for r in calls if "a classification. Name" in r.messages[-1]["content"]]
-    assert asked
-    assert all(f"up to {most} of them" in r.messages[-1]["content"] for r in asked)
+    requests = [r for r in calls if "a classification. Name" in r.messages[-1]["content"]]
+    assert requests
+    assert all(f"up to {most} of them" in r.messages[-1]["content"] for r in requests)
     dropped = run.dropped["more labels than max_labels"]
-    assert dropped == (len(labels) - most) * len(asked)
+    assert dropped == (len(labels) - most) * len(requests)
 
 
 def test_classifications_are_written_labels_first(tmp_path):

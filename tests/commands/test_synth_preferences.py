@@ -56,7 +56,7 @@ def prefer(out, answers, judge, judge_calls=None, questions=("q one", "q two"), 
     return run, rows_of(out)
 
 
-def said(row):
+def answers_of(row):
     return row["chosen"][0]["content"], row["rejected"][0]["content"]
 
 
@@ -73,7 +73,7 @@ def length_score(request):
 def test_best_against_worst_by_a_reward_model(tmp_path):
     out = tmp_path / "out.jsonl"
     run, rows = prefer(out, ANSWERS, length_score, ranker="reward", write_margin=True)
-    assert [said(row) for row in rows] == [("cccc", "a"), ("yy", "x")]
+    assert [answers_of(row) for row in rows] == [("cccc", "a"), ("yy", "x")]
     assert [row["margin"] for row in rows] == [1.5, 0.5]
     assert rows[0]["provenance"]["scores"] == {"chosen": 2.0, "rejected": 0.5, "margin": 1.5}
     assert rows[0]["provenance"]["answers"] == [3, 2]
@@ -86,7 +86,7 @@ def test_best_against_worst_by_a_reward_model(tmp_path):
 def test_all_pairs_and_ties(tmp_path):
     answers = {"q one": ["bb", "a", "cc"], "q two": ["x", "y", "z"]}
     run, rows = prefer(tmp_path / "all.jsonl", answers, length_score, ranker="reward", pairs="all")
-    assert [said(row) for row in rows] == [("bb", "a"), ("cc", "a")]
+    assert [answers_of(row) for row in rows] == [("bb", "a"), ("cc", "a")]
     assert run.dropped == {"pair: a tie": 4}
     assert "margin" not in rows[0]
     run, rows = prefer(
@@ -111,7 +111,7 @@ def test_grades_and_answers_without(tmp_path):
     answers = ANSWERS | {"q two": ["x", "cut…", "x"]}
     calls = []
     run, rows = prefer(tmp_path / "o.jsonl", answers, judge, calls, ranker="grade")
-    assert [said(row) for row in rows] == [("cccc", "bb")]
+    assert [answers_of(row) for row in rows] == [("cccc", "bb")]
     assert rows[0]["provenance"]["scores"] == {"chosen": 9.0, "rejected": 4.0, "margin": 5.0}
     assert run.dropped == {
         "answer: cut off at max_tokens": 1,
@@ -139,7 +139,7 @@ def test_both_orders_are_asked_and_must_agree(tmp_path):
     calls = []
     longer = pairwise(lambda a, b: "A" if len(a) > len(b) else "B")
     _, rows = prefer(tmp_path / "o.jsonl", ANSWERS, longer, calls, ranker="pairwise")
-    assert [said(row) for row in rows] == [("cccc", "a"), ("yy", "x")]
+    assert [answers_of(row) for row in rows] == [("cccc", "a"), ("yy", "x")]
     assert rows[0]["provenance"]["scores"] == {"chosen": 2.0, "rejected": 0.0, "margin": 2.0}
     assert [request.name for request in calls[:2]] == [
         "prompt 1/answer 1 before 2",

@@ -115,7 +115,7 @@ def test_the_server_says_how_long_to_wait(monkeypatch):
             waits.append(timeout)
 
     monkeypatch.setattr(
-        "jaxalign.data.synthesis.server.threading", types.SimpleNamespace(Event=Hasty)
+        "jaxalign.commands.synth.server.threading", types.SimpleNamespace(Event=Hasty)
     )
     with writers.serving(failing(1, 429, {"Retry-After": "300"})) as server:
         ask(writer(server), REQUESTS[:1])
@@ -139,11 +139,11 @@ def test_failures_for_ever_end_with_a_clear_error_and_keep_what_came(tmp_path):
         with pytest.raises(ServerError, match="no answer to 'request 3' in 3 tries") as caught:
             journal.ask(writer(server, retries=2), REQUESTS)
         journal.close()
-        told = str(caught.value)
-        assert "HTTP 500" in told
-        assert "give the same command again" in told
-        assert KEY not in told
-        assert "broken [key]" in told
+        message = str(caught.value)
+        assert "HTTP 500" in message
+        assert "give the same command again" in message
+        assert KEY not in message
+        assert "broken [key]" in message
         assert sum(b["messages"][0]["content"] == "Question 3" for *_, b in server.seen) == 3
 
         server.answer = writers.friendly
@@ -157,10 +157,12 @@ def test_failures_for_ever_end_with_a_clear_error_and_keep_what_came(tmp_path):
     assert KEY not in kept
 
 
-@pytest.mark.parametrize(("status", "told"), [(401, "the key in OPENAI_API_KEY"), (404, "address")])
-def test_a_wrong_key_or_address_stops_at_once(status, told):
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "the key in OPENAI_API_KEY"), (404, "address")]
+)
+def test_a_wrong_key_or_address_stops_at_once(status, message):
     wrong = failing(99, status, raw=f"Incorrect key {KEY}".encode())
-    with writers.serving(wrong) as server, pytest.raises(ValueError, match=told) as caught:
+    with writers.serving(wrong) as server, pytest.raises(ValueError, match=message) as caught:
         ask(writer(server, concurrency=1))
     assert len(server.seen) == 1
     assert KEY not in str(caught.value)
@@ -214,7 +216,7 @@ def test_a_refused_prompt_is_counted_and_the_run_goes_on(tmp_path):
     assert len(server.seen) == 4
 
 
-def test_a_server_that_refuses_everything_is_told_and_asked_anew(tmp_path):
+def test_refused_requests_stop_the_run_and_are_sent_again(tmp_path):
     with writers.serving(failing(10**6, 400, raw=b"unknown field seed")) as server:
         journal = Journal(tmp_path / "out.jsonl")
         with pytest.raises(ValueError, match=r"refused 3 requests.*unknown field seed"):
@@ -248,7 +250,7 @@ def test_no_more_requests_at_a_time_than_wanted():
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "told"),
+    ("options", "environment", "message"),
     [
         ({}, {}, "server.address: missing, and OPENAI_BASE_URL is not set"),
         ({"address": "localhost:8000"}, {}, "server.address: wanted http://"),
@@ -264,8 +266,8 @@ def test_no_more_requests_at_a_time_than_wanted():
         ),
     ],
 )
-def test_wrong_addresses_and_keys_are_named_not_shown(options, environment, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_wrong_addresses_and_keys_are_named_not_shown(options, environment, message):
+    with pytest.raises(ValueError, match=message) as caught:
         ServerWriter("m", ServerConfig(**options), 1, environment)
     assert "secret" not in str(caught.value)
     assert "sec ret" not in str(caught.value)

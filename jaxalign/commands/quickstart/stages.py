@@ -113,7 +113,7 @@ def _figures(results: dict[str, Result]) -> list[dict[str, Any]]:
             "after": results[stage].after[name],
         }
         for stage, name, title in _FIGURES
-        if name in results[stage].after  # a stage may have been told to leave its held-out data
+        if name in results[stage].after  # a stage may have no held-out data
     ]
 
 

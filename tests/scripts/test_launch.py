@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts/launch"
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 RUN = ["--", "sft", "configs/sft.yaml", "run.folder=/shared/my runs", "data.rows=8"]
