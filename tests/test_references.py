@@ -99,7 +99,7 @@ def test_a_made_cache_is_read_packed_or_not_and_the_reference_is_not_loaded(
     assert again.history == made.history
     changes = merge(common | cache, {"data": {"packing": True, "length": 64, "eval": []}})
     task = tasks.make_task(config("dpo", chat_models, tmp_path / "packed", changes))
-    ((batch,), _) = task.expand(
+    ((batch,), _) = task.prepare_updates(
         jax.random.key(0), task.state, next(iter(task.batches)), {}, iter(())
     )
     assert batch.mask.shape == (8, 2)
@@ -290,7 +290,7 @@ def test_adapters_follow_over_their_base(chat_models, tmp_path):
 
     def reference_says(reference):
         state = task.state._replace(opt_state=task.state.opt_state._replace(reference=reference))
-        ((ready,), _) = task.expand(jax.random.key(0), state, batch, {}, iter(()))
+        ((ready,), _) = task.prepare_updates(jax.random.key(0), state, batch, {}, iter(()))
         return np.asarray(ready.ref_chosen_logps)
 
     at_first = reference_says(kept)

@@ -21,8 +21,8 @@ def config_runner(config: Any) -> Runner:
     """
     task = make_task(config)
     state, loop = task.state, task.loop
-    if task.begin is not None:
-        task.begin(state, loop)
+    if task.on_train_start is not None:
+        task.on_train_start(state, loop)
     batches, key, done = iter(task.batches), jax.random.key(config.run.seed), 0
 
     def run() -> Sample:
@@ -33,7 +33,7 @@ def config_runner(config: Any) -> Runner:
             batches = iter(task.batches)
             batch = next(batches)
         marks = {"data": time.perf_counter() - start}
-        updates, figures = task.expand(jax.random.fold_in(key, done), state, batch, loop, batches)
+        updates, figures = task.prepare_updates(jax.random.fold_in(key, done), state, batch, loop, batches)
         done += 1
         for part in updates:
             state, metrics = task.step(state, part)

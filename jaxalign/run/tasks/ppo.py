@@ -82,7 +82,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
     dump = RolloutDump(config.run.folder, tok, config.dump_every, config.dump_samples)
     add_text = _text_adder(config, loaded.tok, mesh)
 
-    def begin(state: TrainState, loop: Loop) -> None:
+    def on_train_start(state: TrainState, loop: Loop) -> None:
         if config.calibrate_reward != "none":
             key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 5)
             first = next(iter(batches))
@@ -105,8 +105,8 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             "score_stats": ppo.ScoreStats(*loop["score_stats"]),
         }
 
-    def expand(
-        key: jax.Array, state: TrainState, batch: Any, loop: Loop, more: Iterator[Any]
+    def prepare_updates(
+        key: jax.Array, state: TrainState, batch: Any, loop: Loop, data: Iterator[Any]
     ) -> tuple[Iterable[RolloutBatch], Floats]:
         sample_key, shuffle_key = jax.random.split(key)
         kl_coef, scale = loop["kl_coef"], carried(loop)
@@ -132,7 +132,7 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         if config.prompt_draws > 1:
             draws, left = 1, ppo.count_equal_groups(rollout, options.samples)
             while left and draws < config.prompt_draws:
-                other, further = answer(draws, next(more))
+                other, further = answer(draws, next(data))
                 rollout, left = ppo.fill_equal_groups(rollout, other, options.samples)
                 costs = {name: costs[name] + further[name] for name in costs}
                 draws += 1
@@ -194,9 +194,9 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
         save_pretrained(*whole_model(model, policy), folder, tokenizer=tok)
 
     limit = config.target_kl
-    enough = None
+    early_stop = None
     if limit is not None:
-        enough = lambda logged: float(logged["policy/approxkl_avg"]) > limit  # noqa: E731
+        early_stop = lambda logged: float(logged["policy/approxkl_avg"]) > limit  # noqa: E731
 
     return Task(
         *start(both, tx, step, mesh),
@@ -208,12 +208,12 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             "calibration": [0.0, 1.0],
             "score_stats": list(ppo.ScoreStats()),
         },
-        expand=expand,
+        prepare_updates=prepare_updates,
         evaluate=evaluate if held_out is not None else None,
         export=export,
-        begin=begin,
-        enough=enough,
-        ahead=False,
+        on_train_start=on_train_start,
+        early_stop=early_stop,
+        async_metrics=False,
     )
 
 

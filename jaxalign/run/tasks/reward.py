@@ -40,7 +40,7 @@ def reward_task(config: RewardRun, mesh: Mesh) -> Task:
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop, more: ([batch], cost_of(batch, flops)),
+        prepare_updates=lambda key, state, batch, loop, data: ([batch], cost_of(batch, flops)),
         evaluate=None if measure is None else lambda state, loop: measure(state),
         export=exporter(loaded.model, loaded.tok),
         details=None if measure is None else measure.details,

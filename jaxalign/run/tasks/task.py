@@ -39,17 +39,18 @@ class Task(NamedTuple):
       batches: training data.
       total: batches (iterations, in PPO) in all.
       loop: starting value of the loop's own state.
-      expand: (key, state, batch, loop, more) → (batches for the step, metrics known before the
-        update). May change `loop`, and may take further batches from the iterator `more`. Among
-        the metrics are `TOKENS` and `FLOPS`, what this process's rows are in real tokens and model
-        FLOPs, of which the loop makes rates.
+      prepare_updates: (key, state, batch, loop, data) → (batches for the step, metrics known before
+        the update). May change `loop`, and may take further batches from the iterator `data`.
+        Among the metrics are `TOKENS` and `FLOPS`: real tokens and model FLOPs of this process's
+        rows, of which the loop makes rates.
       evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
-      begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
-      enough: metrics of an update → whether the rest of this batch's updates are left out; None:
-        they never are.
-      ahead: whether a step may be sent out before the metrics of the last one are read. False where
-        `expand` waits for the devices in any case.
+      on_train_start: (state, loop) → None; called once, before a run that is not resumed, to fill
+        `loop`.
+      early_stop: metrics of an update → whether to skip the other updates of this batch; None:
+        never.
+      async_metrics: whether a step may be dispatched before the last one's metrics are read. False
+        where `prepare_updates` waits for the devices in any case.
       details: curves and tables of the last evaluation, JSON-able, or None.
     """
 
@@ -58,15 +59,15 @@ class Task(NamedTuple):
     batches: Batches[Any]
     total: int
     loop: Loop
-    expand: Callable[
+    prepare_updates: Callable[
         [jax.Array, TrainState, Any, Loop, Iterator[Any]], tuple[Iterable[Any], Floats]
     ]
     evaluate: Callable[[TrainState, Loop], Floats] | None
     export: Callable[[TrainState, Any], None]
     details: Callable[[], dict[str, Any]] | None = None
-    begin: Callable[[TrainState, Loop], None] | None = None
-    enough: Callable[[dict[str, Any]], bool] | None = None
-    ahead: bool = True
+    on_train_start: Callable[[TrainState, Loop], None] | None = None
+    early_stop: Callable[[dict[str, Any]], bool] | None = None
+    async_metrics: bool = True
 
 
 def optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
@@ -121,7 +122,7 @@ def updates_task(
         batches=batches,
         total=total,
         loop={},
-        expand=lambda key, state, batch, loop, more: (
+        prepare_updates=lambda key, state, batch, loop, data: (
             [prepare(state, batch)],
             cost_of(batch, flops),
         ),
@@ -131,7 +132,7 @@ def updates_task(
 
 
 def cost_of(batch: Any, flops: Callable[[Any], float]) -> Floats:
-    """A batch's real tokens and model FLOPs, as `Task.expand` gives them."""
+    """A batch's real tokens and model FLOPs, as `Task.prepare_updates` gives them."""
     return {TOKENS: work_of(batch).tokens, FLOPS: flops(batch)}
 
 
