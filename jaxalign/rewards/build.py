@@ -53,8 +53,157 @@ def build_reward(
     return combine_rewards(rewards, weights)
 
 
-def _restrict(reward: RewardFunction, spec: RewardSpec, rows: Any, name: str) -> RewardFunction:
-    """The reward, applied only to rows that have the values of `spec.where`."""
+def _make(
+    spec: RewardSpec, tok: PreTrainedTokenizerBase, rows: Any, name: str, load: Load
+) -> Callable[[TokenBatch, PromptBatch], Any]:
+    match spec:
+        case ModelReward():
+            return _model(spec, tok, rows, name, load)
+        case FunctionReward():
+            make = text_reward if spec.calls == "row" else batch_reward
+            return make(import_function(spec.path), tok, rows=rows, name=name)
+        case Gsm8kReward():
+            _check_rows(rows, spec.where, name, lambda row: right_number(row, spec.column))
+            function = gsm8k_answer(
+                extract=spec.extract, column=spec.column, format_score=spec.format_score
+            )
+            return text_reward(function, tok, rows=rows, name=name)
+        case IfevalReward():
+            _check_rows(rows, spec.where, name, instructions)
+            function = ifeval_constraints(mode=spec.mode, per=spec.per)
+            return text_reward(function, tok, rows=rows, name=name)
+        case RegexReward():
+            function = regex_match(spec.pattern, how=spec.how, column=spec.column)
+            return text_reward(function, tok, rows=rows, name=name)
+        case LengthReward():
+            return length_reward(
+                longest=spec.longest, cache=spec.cache, target=spec.target, width=spec.width
+            )
+        case HttpReward():
+            return http_reward(
+                spec.url,
+                tok,
+                rows=rows,
+                name=name,
+                timeout=spec.timeout,
+                max_failures=spec.max_failures,
+                backoff=spec.backoff,
+                batch=spec.batch,
+                concurrency=spec.concurrency,
+                seed=spec.seed,
+                key_variable=spec.key_variable,
+            )
+
+
+def _model(
+    spec: ModelReward, tok: PreTrainedTokenizerBase, rows: Any, name: str, load: Load
+) -> Callable[[TokenBatch, PromptBatch], Any]:
+    scorer, params = load(spec)
+    if spec.tokenizer == "policy":
+        check_same_tokens(tok, spec.source)
+        return model_reward(scorer, params, shift=spec.shift, scale=spec.scale)
+    from jaxalign.hf import load_tokenizer
+
+    return retokenised_reward(
+        scorer,
+        params,
+        load_tokenizer(spec.source),
+        tok,
+        rows=rows,
+        chat_template=spec.chat_template,
+        length=spec.length,
+        batch=spec.batch,
+        shift=spec.shift,
+        scale=spec.scale,
+        name=name,
+    )
+
+
+def _load(spec: ModelReward) -> tuple[Scorer, Params]:
+    from jaxalign.hf import load_reward_model
+
+    return load_reward_model(spec.source, spec.attributes)
+
+
+def check_same_tokens(tok: PreTrainedTokenizerBase, source: str) -> None:
+    """Refuses a reward model whose tokenizer means other texts by the policy's ids.
+
+    Only what is there is looked at: without a tokenizer of its own, a reward model is believed.
+
+    Raises:
+      ValueError: a token has another id, or an ordinary one is not there.
+    """
+    from jaxalign.hf import load_tokenizer
+
+    try:
+        theirs = load_tokenizer(source).get_vocab()
+    except ValueError:
+        return
+    special = set(tok.all_special_tokens)
+    for token, number in tok.get_vocab().items():
+        other = theirs.get(token)
+        if other != number and (other is not None or token not in special):
+            raise ValueError(
+                f"the reward model {source!r} has another tokenizer than the policy: {token!r} is "
+                f"{number} here and {other} there; let it read texts: rewards: [{{kind: model, "
+                f"source: {source}, tokenizer: own}}]"
+            )
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """A function by `module:name` or `file.py:name`.
+
+    Raises:
+      ValueError: no such module, file or function.
+    """
+    where, _, name = path.rpartition(":")
+    if where.endswith(".py"):
+        file = pathlib.Path(where)
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise ValueError(f"reward path={path!r}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        # A command does not look for modules where it is called; last, so that none is hidden.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+                raise  # the module is there, but not what it imports
+            raise ValueError(
+                f"reward path={path!r}: no module {where!r}; it is looked for among what is "
+                "installed and in the current folder"
+            ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward path={path!r}: {where!r} has no function {name!r}")
+    return function
+
+
+def _check_rows(
+    rows: Any, where: Mapping[str, str] | None, name: str, check: Callable[[Any], Any]
+) -> None:
+    """Looks at what a reward needs of each row that it applies to."""
+    for origin, row in Rows(rows).all():
+        if _fits(row, where):
+            try:
+                check(row)
+            except ValueError as error:
+                raise ValueError(f"{origin}: reward {name!r}: {error}") from None
+
+
+def _only_where(
+    reward: Callable[[TokenBatch, PromptBatch], Any],
+    where: Mapping[str, str] | None,
+    rows: Any,
+    name: str,
+) -> Callable[[TokenBatch, PromptBatch], Any]:
+    """The reward, for rows with given columns only."""
+    if where is None:
+        return reward
     if rows is None:
         raise ValueError(f"reward {name!r} where={spec.where}: there are no rows to look at")
     applies = np.array([spec.applies_to(row) for _, row in Rows(rows).all()], np.bool_)

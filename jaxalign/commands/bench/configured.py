@@ -33,7 +33,9 @@ def config_runner(config: Any) -> Runner:
             batches = iter(task.batches)
             batch = next(batches)
         marks = {"data": time.perf_counter() - start}
-        updates, figures = task.prepare_updates(jax.random.fold_in(key, done), state, batch, loop, batches)
+        updates, figures = task.prepare_updates(
+            jax.random.fold_in(key, done), state, batch, loop, batches
+        )
         done += 1
         for part in updates:
             state, metrics = task.step(state, part)
