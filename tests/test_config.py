@@ -520,15 +520,11 @@ READERS = {
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.DPORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
     configs.KTORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
-    configs.PPORun: (("run/tasks/*.py", "run/loop.py", "run/config/runs.py"), {"config", "self"}),
-    RewardSpec: (("rewards/build.py", "rewards/specs.py"), {"spec", "self"}),
-    **{
-        spec: (
-            (f"{spec.__module__.partition('.')[2].replace('.', '/')}.py", "rewards/build.py"),
-            {"spec", "self"},
-        )
-        for spec in RewardSpec.kinds().values()
-    },
+    configs.PPORun: (
+        ("run/tasks/*.py", "run/loop.py", "run/config/ppo.py"),
+        {"config", "self", "_config"},
+    ),
+    **{spec: (("rewards/build.py",), {"spec"}) for spec in typing.get_args(RewardSpec)},
     OptimizerConfig: (("algorithms/optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),

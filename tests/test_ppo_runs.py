@@ -149,8 +149,7 @@ def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
         moved.append(to_host_memory(tree))
         return moved[-1]
 
-    for room in (tasks.ppo, tasks.loading):
-        monkeypatch.setattr(room, "to_host_memory", see)
+    monkeypatch.setattr(tasks.loader, "to_host_memory", see)
     changes = {"ppo": GRPO, "offload_frozen": True}
     task = tasks.make_task(settings(chat_models, tmp_path / "run", changes))
     reference, scorer = moved

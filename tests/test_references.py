@@ -92,7 +92,7 @@ def test_a_made_cache_is_read_packed_or_not_and_the_reference_is_not_loaded(
     def never(*args, **options):
         raise AssertionError("the reference was loaded")
 
-    monkeypatch.setattr(tasks.loading, "language_model", never)
+    monkeypatch.setattr(reference, "load_frozen", never)
     monkeypatch.setattr(reference.dpo, "make_prepare", never)
     cache = {"reference_cache": str(folder)}
     again = run("dpo", chat_models, tmp_path / "again", common | cache)
@@ -304,7 +304,7 @@ def test_a_run_without_a_reference_holds_none(chat_models, tmp_path, monkeypatch
         raise AssertionError("a reference was asked for")
 
     monkeypatch.setattr(reference.dpo, "make_prepare", never)
-    monkeypatch.setattr(tasks.dpo, "hold_reference", never)
+    monkeypatch.setattr(tasks.dpo, "make_reference", never)
     made = run("dpo", chat_models, tmp_path / "run", {"dpo": {"loss_type": "orpo"}})
     assert {"nll", "weight/sft"} <= made.history[0].keys()
     assert made.history[1]["loss"] < made.history[0]["loss"]
