@@ -524,7 +524,14 @@ READERS = {
         ("run/tasks/*.py", "run/loop.py", "run/config/ppo.py"),
         {"config", "self", "_config"},
     ),
-    **{spec: (("rewards/build.py",), {"spec"}) for spec in typing.get_args(RewardSpec)},
+    RewardSpec: (("rewards/build.py", "rewards/specs.py"), {"spec", "self"}),
+    **{
+        spec: (
+            (f"{spec.__module__.partition('.')[2].replace('.', '/')}.py", "rewards/build.py"),
+            {"spec", "self"},
+        )
+        for spec in RewardSpec.kinds().values()
+    },
     OptimizerConfig: (("algorithms/optim.py",), {"config"}),
     LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
     sft.Config: (("algorithms/sft.py",), {"config"}),

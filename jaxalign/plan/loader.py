@@ -22,7 +22,7 @@ from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer
-from jaxalign.parallel.host_memory import HOST, lies_in_host_memory
+from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, param_shardings, replicated
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.run.tasks.loader import Loader
@@ -85,7 +85,7 @@ class ShapeLoader(Loader):
         params = jax.tree.map(lambda x: _shape(x, x.sharding), params)  # copies, as a run makes
 
         def moment(path: Any, x: Any, sharding: Any) -> Any:
-            make = HostArray if lies_in_host_memory(path, x) else jax.ShapeDtypeStruct
+            make = HostArray if is_offloaded(path, x) else jax.ShapeDtypeStruct
             return make(x.shape, x.dtype, sharding=sharding)
 
         opt_state = jax.tree_util.tree_map_with_path(

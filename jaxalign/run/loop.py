@@ -88,12 +88,16 @@ def _train(
     # The first step donates the state that the task began with: `state` is the one to use.
     task = task._replace(state=state)
 
+    # ---------------------------------------------------------------- before the first step
+    write_record(folder, config)
+    name = title or type(config).__name__.removesuffix("Run").lower()
+    reporter = Reporter(folder, name, task.total, done, run.log_every)
+    stack.callback(reporter.close)
+    stack.callback(task.batches.close)
     if task.on_train_start is not None and done == 0:
         task.on_train_start(state, loop)
-    before = evaluate(0) if done == 0 else {}
-    after = before
-    root = jax.random.key(run.seed)
-    history: list[dict[str, float]] = []
+    before = _evaluate(task, state, loop, 0, reporter) if done == 0 else {}
+    after, saved_at = before, done
     batches = iter(task.batches)
     root = jax.random.key(run.seed)
     reporter.start_clock()
@@ -101,26 +105,15 @@ def _train(
     # ---------------------------------------------------------------- the loop
     while done < task.total:
         key = jax.random.fold_in(root, done)
-        parts, metrics = task.prepare_updates(key, state, batch, loop, batches)
-        timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
-        counts = distributed.total([*filled(batch), *_whole(timing)])
-        updates = []
-        for part in parts:
-            state, logged = task.step(state, part)
-            updates.append(logged)
-            if task.early_stop is not None and task.early_stop(logged):
-                break
-        if task.early_stop is not None:
-            metrics = metrics | {"updates": len(updates)}
+        state, record = _step(task, key, state, loop, batches, done + 1)
         done += 1
         preempted = distributed.preempted(done) or stop.signal is not None
         evaluates = bool(run.eval_every) and done % run.eval_every == 0 and done < task.total
         saves = preempted or bool(run.save_every and done % run.save_every == 0)
         # A step's metrics are read once the next step is under way, so that no device waits for
-        # this loop; but nothing is saved, or judged on held-out data, that was not found sound.
-        ahead = task.async_metrics and not evaluates and not saves and done < task.total
-        while len(waiting) > ahead:
-            report(waiting.popleft())
+        # this loop; but no state is saved or evaluated before its own metrics were found finite.
+        settle = evaluates or saves or done == task.total or not task.async_metrics
+        reporter.add(record, keep=0 if settle else 1)
         if evaluates:
             after = _evaluate(task, state, loop, done, reporter)
         if saves:
@@ -159,16 +152,16 @@ def _step(
     asked_at = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - asked_at
-    parts, metrics = task.expand(key, state, batch, loop, batches)
+    parts, metrics = task.prepare_updates(key, state, batch, loop, batches)
     timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
     counts = distributed.all_reduce_sum([*filled(batch), *pop_work(timing)])
     updates: list[dict[str, Any]] = []
     for part in parts:
         state, logged = task.step(state, part)
         updates.append(logged)
-        if task.enough is not None and task.enough(logged):
+        if task.early_stop is not None and task.early_stop(logged):
             break
-    if task.enough is not None:
+    if task.early_stop is not None:
         metrics = metrics | {"updates": len(updates)}
     timing |= {"time/data": waited}
     record = StepRecord(number, updates, metrics, timing, counts, task.step.compiles)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.optim import OptimizerConfig
-from jaxalign.rewards.specs import ModelReward, RewardSpec
+from jaxalign.rewards.model_spec import ModelReward
+from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.data import DataConfig, want
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxalign.data import Batches, preference_batches, prompt_batches, sft_batches
+from jaxalign.data import (
+    Batches,
+    Options,
+    Source,
+    preference_batches,
+    prompt_batches,
+    sft_batches,
+)
+from jaxalign.data.options import BatchOptions
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import part_of_rows
 from jaxalign.run.config.data import DataConfig

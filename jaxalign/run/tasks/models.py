@@ -16,7 +16,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import add_lora
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
-from jaxalign.rewards.specs import ModelReward
+from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run.config.base import ModelConfig, Run
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.config.reward import RewardRun

@@ -18,13 +18,14 @@ from jaxalign.data import Batches, sft_batches, stop_token_ids
 from jaxalign.models.flops import ppo_flops
 from jaxalign.models.lm_head import Scorer
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import all_rows, local_rows
+from jaxalign.parallel.sharding import all_gather_rows, local_rows
 from jaxalign.rewards import build_reward, combine_rewards, model_reward
 from jaxalign.rewards.cases import shifted
-from jaxalign.rewards.specs import ModelReward, RewardSpec
+from jaxalign.rewards.model_spec import ModelReward
+from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
-from jaxalign.run.tasks.data import make_data
+from jaxalign.run.tasks.data import section_data
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Scorers, check_same_shape, load_critic, load_policy, pad_id
 from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
@@ -357,7 +358,7 @@ class Iteration:
                 **_scaling(loop),
             )
             sums.append(ppo.rollout_figures(rollout, samples))
-            valid, values = all_rows((rollout.valid, rollout.scores))
+            valid, values = all_gather_rows((rollout.valid, rollout.scores))
             scores.append(values[valid])
         return add_up(sums) | {"objective/scores_std": float(np.std(np.concatenate(scores)))}
 
@@ -384,9 +385,15 @@ class TextStream:
     """
 
     def __init__(self, config: PPORun, tok: Any, mesh: Mesh):
-        # The section stands alone: only model and seed are shared with the run's own data.
-        section = types.SimpleNamespace(data=config.ptx, model=config.model, run=config.run)
-        self._batches: Batches[TokenBatch] = make_data(sft_batches, section, tok, mesh)[0]
+        assert config.ptx is not None
+        self._batches: Batches[TokenBatch] = section_data(
+            sft_batches,
+            config.ptx,
+            tok,
+            chat_template=config.model.chat_template,
+            seed=config.run.seed,
+            mesh=mesh,
+        )[0]
         self._iterator: Iterator[TokenBatch] | None = None
 
     def join(self, updates: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:

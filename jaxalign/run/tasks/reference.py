@@ -21,8 +21,8 @@ from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.run.config.dpo import DPORun
-from jaxalign.run.config.kto import KTORun
 from jaxalign.run.config.ppo import PPORun
+from jaxalign.run.config.reference import ReferenceRun
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Policy, check_vocabulary, load_frozen, reshard_by_rules
 from jaxalign.run.tasks.reference_cache import (
@@ -34,7 +34,7 @@ from jaxalign.run.tasks.reference_cache import (
 )
 from jaxalign.types import Params, TrainState
 
-AnyRun = DPORun | KTORun | PPORun
+AnyRun = ReferenceRun | PPORun
 """Runs that have a reference."""
 
 
@@ -90,7 +90,7 @@ def reference_in_memory(
 
 
 def moving_reference(
-    config: DPORun | KTORun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
+    config: ReferenceRun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
 ) -> tuple[TrainState, Reference]:
     """The reference in the state of `reference_optimizer`'s optimizer, and that state.
 
@@ -103,7 +103,7 @@ def moving_reference(
 
 
 def make_reference(
-    config: DPORun | KTORun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
+    config: ReferenceRun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
 ) -> tuple[TrainState, Reference]:
     """The reference of a preference run, and the train state, which holds one that moves."""
     if config.reference_sync is not None:

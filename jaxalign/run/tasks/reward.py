@@ -20,7 +20,7 @@ from jaxalign.data import (
     step_batches,
 )
 from jaxalign.run.config.reward import RewardRun
-from jaxalign.run.tasks.evaluate import HeldOut
+from jaxalign.run.tasks.evaluate import RewardEvaluator
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_trained_scorer
 from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
@@ -84,5 +84,5 @@ def reward_task(
     task = updates_task(config, mesh, state, parts, data)
     if data.held_out is None:
         return task
-    held_out = HeldOut(parts.policy, config.reward, data.held_out, mesh)
-    return task._replace(evaluate=lambda state, loop: held_out(state), details=held_out.details)
+    evaluator = RewardEvaluator(parts.policy, config.reward, data.held_out, mesh)
+    return task._replace(evaluate=lambda state, loop: evaluator(state), details=evaluator.details)
