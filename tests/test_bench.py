@@ -14,7 +14,7 @@ from jaxalign.commands.bench import SIZES, Case, measure, show
 from jaxalign.commands.bench.case import Runner, Sample, cached_rows, make_case, row_parts
 from jaxalign.commands.bench.machine import Limit
 from jaxalign.commands.bench.rows import pair_batches, prompt_batch, token_batches
-from jaxalign.commands.bench.updates import update_runner
+from jaxalign.commands.bench.runs import case_runner
 from jaxalign.commands.cli import main
 from jaxalign.models.flops import (
     Work,
@@ -152,7 +152,7 @@ def test_medians_leave_out_what_came_before(monkeypatch):
 def test_a_step_is_measured_and_compiled_once():
     case = Case(what="sft", size="XS", layout="packed", rows=16, length=16).resolved()
     mesh = case.mesh()
-    runner = update_runner(case, mesh)
+    runner = case_runner(case, mesh)
     first, second = runner.run(), runner.run()
     assert runner.compiles() == 1
     assert second.seconds >= second.parts["data"] > 0
@@ -182,14 +182,14 @@ def test_the_command_measures_everything_in_processes_of_its_own(tmp_path, capsy
     small += ["--repeats", "2", "--layouts", "full", "packed", "--out", str(out)]
     assert main(["bench", *small]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(records) == 9  # generation has no packed rows
+    assert len(records) == 10  # generation has no packed rows, nor has KTO
     for record in records:
         assert record["tokens_per_second"] > 0
         assert record["recompiles"] == 0 or record["case"]["what"] == "ppo"
         assert 0 < record["fraction_of_limit"] < 1
     parts = {r["case"]["what"]: set(r["parts"]) for r in records}
-    assert parts["ppo"] == {"rollout", "reward", "experience", "update"}
-    assert parts["dpo"] == {"data", "reference", "update"}
+    assert parts["ppo"] == {"data", "rollout", "reward", "experience", "update"}
+    assert parts["dpo"] == parts["kto"] == {"data", "reference", "update"}
 
 
 @pytest.mark.parametrize("algorithm", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])

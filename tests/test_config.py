@@ -520,7 +520,10 @@ READERS = {
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.DPORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
     configs.KTORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),
-    configs.PPORun: (("run/tasks/*.py", "run/loop.py", "run/config/runs.py"), {"config", "self"}),
+    configs.PPORun: (
+        ("run/tasks/*.py", "run/loop.py", "run/config/ppo.py"),
+        {"config", "self", "_config"},
+    ),
     RewardSpec: (("rewards/build.py", "rewards/specs.py"), {"spec", "self"}),
     **{
         spec: (

@@ -35,7 +35,7 @@ def _no_models(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("jaxalign.run.tasks.models.load_pretrained", refuse)
+    monkeypatch.setattr("jaxalign.run.tasks.loader.load_pretrained", refuse)
 
 
 def values(tokenizer, algorithm, train, **data):

@@ -149,8 +149,7 @@ def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
         moved.append(to_host_memory(tree))
         return moved[-1]
 
-    for room in (tasks.ppo, tasks.loading):
-        monkeypatch.setattr(room, "to_host_memory", see)
+    monkeypatch.setattr(tasks.loader, "to_host_memory", see)
     changes = {"ppo": GRPO, "offload_frozen": True}
     task = tasks.make_task(settings(chat_models, tmp_path / "run", changes))
     reference, scorer = moved
@@ -159,7 +158,7 @@ def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
     assert ("score" in reference, "score" in scorer) == (False, True)
     batch = next(iter(task.batches))
     task.batches.close()
-    _, metrics = task.expand(jax.random.key(0), task.state, batch, task.loop, iter(()))
+    _, metrics = task.prepare_updates(jax.random.key(0), task.state, batch, task.loop, iter(()))
     # The reference is what the policy starts from; the scorer has read the answers.
     assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert metrics["objective/scores_std"] > 0

@@ -92,14 +92,14 @@ def test_a_made_cache_is_read_packed_or_not_and_the_reference_is_not_loaded(
     def never(*args, **options):
         raise AssertionError("the reference was loaded")
 
-    monkeypatch.setattr(tasks.loading, "language_model", never)
+    monkeypatch.setattr(reference, "load_frozen", never)
     monkeypatch.setattr(reference.dpo, "make_prepare", never)
     cache = {"reference_cache": str(folder)}
     again = run("dpo", chat_models, tmp_path / "again", common | cache)
     assert again.history == made.history
     changes = merge(common | cache, {"data": {"packing": True, "length": 64, "eval": []}})
     task = tasks.make_task(config("dpo", chat_models, tmp_path / "packed", changes))
-    ((batch,), _) = task.expand(
+    ((batch,), _) = task.prepare_updates(
         jax.random.key(0), task.state, next(iter(task.batches)), {}, iter(())
     )
     assert batch.mask.shape == (8, 2)
@@ -290,7 +290,7 @@ def test_adapters_follow_over_their_base(chat_models, tmp_path):
 
     def reference_says(reference):
         state = task.state._replace(opt_state=task.state.opt_state._replace(reference=reference))
-        ((ready,), _) = task.expand(jax.random.key(0), state, batch, {}, iter(()))
+        ((ready,), _) = task.prepare_updates(jax.random.key(0), state, batch, {}, iter(()))
         return np.asarray(ready.ref_chosen_logps)
 
     at_first = reference_says(kept)
@@ -304,7 +304,7 @@ def test_a_run_without_a_reference_holds_none(chat_models, tmp_path, monkeypatch
         raise AssertionError("a reference was asked for")
 
     monkeypatch.setattr(reference.dpo, "make_prepare", never)
-    monkeypatch.setattr(tasks.dpo, "hold_reference", never)
+    monkeypatch.setattr(tasks.dpo, "make_reference", never)
     made = run("dpo", chat_models, tmp_path / "run", {"dpo": {"loss_type": "orpo"}})
     assert {"nll", "weight/sft"} <= made.history[0].keys()
     assert made.history[1]["loss"] < made.history[0]["loss"]

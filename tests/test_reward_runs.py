@@ -9,13 +9,11 @@ import pytest
 
 import jaxalign
 from jaxalign.commands.report.runs import make_page
-from jaxalign.models.scorer import Scorer
-from jaxalign.parallel.mesh import make_mesh
-from jaxalign.plan.parts import PARTS
+from jaxalign.models.lm_head import Scorer
+from jaxalign.plan import run_shapes, step_shapes
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.loop import train
 from jaxalign.run.tasks import make_task
-from jaxalign.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -147,11 +145,11 @@ def test_ppo_against_weighted_attributes(chat_models, tmp_path, grades):
 @pytest.mark.parametrize("objective", ROWS)
 def test_a_plan_knows_the_batch_of_each_objective(chat_models, tmp_path, objective):
     config = load_config("reward", settings(chat_models, tmp_path / "run", objective))
-    parts = PARTS["reward"](config, make_mesh())
-    state = TrainState(0, parts.params, parts.frozen, jax.eval_shape(parts.tx.init, parts.params))
-    _, metrics = jax.eval_shape(parts.step, state, parts.batch)
-    assert "loss" in metrics
+    mesh = config.mesh.make()
+    state, parts = run_shapes("reward", config, mesh)
+    batch = step_shapes("reward", config, mesh, state, parts)
+    assert "loss" in parts.step.lower(state, batch).out_info[1]
     made = make_task(config)
     real = next(iter(made.batches))
-    shapes = jax.tree.map(lambda x: (x.ndim, np.dtype(x.dtype)), (parts.batch, real))
+    shapes = jax.tree.map(lambda x: (x.ndim, np.dtype(x.dtype)), (batch, real))
     assert shapes[0] == shapes[1]

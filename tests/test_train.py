@@ -376,11 +376,11 @@ def test_the_next_step_is_sent_before_metrics_are_read(
     def make_task(config):
         task = make(config)
 
-        def expand(*given):
+        def prepare_updates(*given):
             events.append(f"send {sum(event.startswith('send') for event in events) + 1}")
-            return task.expand(*given)
+            return task.prepare_updates(*given)
 
-        return task._replace(expand=expand)
+        return task._replace(prepare_updates=prepare_updates)
 
     def check_finite(metrics, step):
         events.append(f"read {step}")

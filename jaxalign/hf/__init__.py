@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from jaxalign.hf.load import load_model, load_pretrained
+from jaxalign.hf.load import (
+    load_language_model,
+    load_model,
+    load_pretrained,
+    load_reward_model,
+)
 from jaxalign.hf.save import save_pretrained
 from jaxalign.hf.tokenizer import load_tokenizer
 
-__all__ = ["load_model", "load_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = [
+    "load_language_model",
+    "load_model",
+    "load_pretrained",
+    "load_reward_model",
+    "load_tokenizer",
+    "save_pretrained",
+]

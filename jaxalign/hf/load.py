@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jaxalign.hf.save import GENERATION_FILE, abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.scorer import Scorer
+from jaxalign.models.lm_head import Scorer, weigh_attributes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -94,6 +95,70 @@ def load_pretrained(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return model, families.unflatten(flat)
+
+
+def load_language_model(
+    source: str | os.PathLike[str], *, option: str = "source", **options: Any
+) -> tuple[Decoder, Params]:
+    """Loads a model that writes, and refuses one that scores.
+
+    Args:
+      source: as for `load_pretrained`.
+      option: the user's name for `source`, for the message.
+      **options: those of `load_pretrained`.
+
+    Raises:
+      ValueError: a reward model; or as `load_pretrained`.
+    """
+    model, params = load_pretrained(source, **options)
+    return expect_language_model(model, source, option), params
+
+
+def load_reward_model(
+    source: str | os.PathLike[str],
+    weights: Mapping[str, float] | None = None,
+    *,
+    option: str = "source",
+    **options: Any,
+) -> tuple[Scorer, Params]:
+    """Loads a model that scores, and refuses one that writes.
+
+    Args:
+      source: as for `load_pretrained`.
+      weights: attribute → weight, for one score out of several; see
+        `jaxalign.models.lm_head.weigh_attributes`. None: the scores as they are.
+      option: the user's name for `source`, for the message.
+      **options: those of `load_pretrained`.
+
+    Raises:
+      ValueError: a language model; weights that do not fit its attributes; or as `load_pretrained`.
+    """
+    model, params = load_pretrained(source, **options)
+    scorer = expect_reward_model(model, source, option)
+    return (scorer, params) if weights is None else weigh_attributes(scorer, params, weights)
+
+
+def expect_language_model(
+    model: Decoder | Scorer, source: str | os.PathLike[str], option: str = "source"
+) -> Decoder:
+    """The model itself; raises ValueError for a reward model."""
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"{option}={os.fspath(source)!r} is a reward model; wanted a language model"
+        )
+    return model
+
+
+def expect_reward_model(
+    model: Decoder | Scorer, source: str | os.PathLike[str], option: str = "source"
+) -> Scorer:
+    """The model itself; raises ValueError for a language model."""
+    if not isinstance(model, Scorer):
+        raise ValueError(
+            f"{option}={os.fspath(source)!r} is a language model without a score; wanted a reward "
+            "model, as `jaxalign reward` makes"
+        )
+    return model
 
 
 def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:

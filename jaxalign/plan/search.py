@@ -19,11 +19,18 @@ from jax.sharding import Mesh
 
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.flops import row_flops
-from jaxalign.parallel.chips import Chip
+from jaxalign.parallel.chips import Chip, chip_of
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import row_shards
-from jaxalign.plan.parts import PARTS, Parts
-from jaxalign.plan.programs import device_bytes, train_state
+from jaxalign.plan.make import frozen_models, make_plan, run_shapes
+from jaxalign.plan.programs import Log, device_bytes
+from jaxalign.plan.result import Plan
+from jaxalign.plan.topology import find_devices, next_that_holds, parse_topology
+from jaxalign.run.tasks import ALGORITHMS
+from jaxalign.run.tasks.parts import Parts
+from jaxalign.run.tasks.ppo import RolloutParts
+from jaxalign.run.tasks.shapes import full_batch
+from jaxalign.types import TrainState
 
 KEPT = {"none": 34, "dots": 12, "block": 1}
 """Values of the compute dtype that a policy keeps of a layer, in units of tokens × hidden size:
@@ -51,6 +58,55 @@ class Candidate:
     seconds: float
 
 
+def search_plans(
+    algorithm: str, config: Any, topology: str, log: Log = lambda text: None, *, count: int = 3
+) -> list[tuple[tuple[str, ...], Plan]]:
+    """The settings under which a run is fastest: many estimated, the best few compiled.
+
+    Tried are shapes of the mesh, remat policies, micro-batches, and moments in 8 bit beside those
+    of the configuration; rows, lengths and all else stay, so that what is learned stays too.
+
+    Args:
+      algorithm: as in `make_plan`.
+      config: where to start.
+      topology: see `parse_topology`; a kind whose speed is known, not CPUs.
+      log: takes a line about what is going on.
+      count: plans to find.
+
+    Returns:
+      (overrides, plan) of those that fit, most tokens a second first.
+
+    Raises:
+      ValueError: devices of unknown speed, or nothing that fits.
+    """
+    devices = find_devices(topology)
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"--search on {topology!r}: the speed of these devices is not known")
+    with config.mesh.use_rules():
+        found = candidates(algorithm, config, devices, chip)
+    log(f"{len(found)} settings may fit; compiling the best")
+    plans: list[tuple[float, tuple[str, ...], Plan]] = []
+    for candidate in found[: 3 * count]:
+        log(f"trying {' '.join(candidate.overrides)}")
+        try:
+            plan = make_plan(algorithm, candidate.config, topology, log)
+        except ValueError as error:
+            log(f"no: {error}")
+            continue
+        if plan.fits and plan.speed is not None:
+            plans.append((plan.speed.tokens_per_second, candidate.overrides, plan))
+        if len(plans) == count:
+            break
+    if not plans:
+        near = next_that_holds(parse_topology(topology), 2 * len(devices))
+        raise ValueError(
+            f"--search on {topology!r}: nothing was found that fits; try {near or 'LoRA'}"
+        )
+    plans.sort(key=lambda plan: -plan[0])
+    return [(overrides, plan) for _, overrides, plan in plans]
+
+
 def meshes(count: int) -> Iterator[tuple[int, int, int]]:
     """Mesh sizes (data, fsdp, tensor) for so many devices: tensor up to 8, data up to 64."""
     for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64)):
@@ -72,15 +128,17 @@ def candidates(
                 shaped, optimizer=dataclasses.replace(config.optimizer, moments=moments)
             )
             try:
-                parts = PARTS[algorithm](one, mesh)
+                state, parts = run_shapes(algorithm, one, mesh)
             except ValueError:
                 continue  # heads or widths that this mesh does not divide
-            held = device_bytes(train_state(parts, mesh)) + sum(map(device_bytes, parts.models))
+            held = device_bytes(state) + device_bytes(frozen_models(state, parts))
             unit = row_shards(mesh) * minibatches
             for remat, micro in itertools.product(REMAT, (1, 2, 4, 8, 16, 32, 64)):
                 if remat not in KEPT or config.data.rows % (unit * micro):
                     continue
-                memory, seconds = _estimate(algorithm, one, parts, mesh, chip, remat, micro, held)
+                memory, seconds = _estimate(
+                    algorithm, one, state, parts, mesh, chip, remat, micro, held
+                )
                 if memory > 1.1 * chip.memory:
                     continue
                 found.append(
@@ -113,29 +171,28 @@ def _overrides(
 
 
 def _estimate(
-    algorithm: str, config: Any, parts: Parts, mesh: Mesh, chip: Chip, remat: str, micro: int,
-    held: int,
+    algorithm: str, config: Any, state: TrainState, parts: Parts, mesh: Mesh, chip: Chip,
+    remat: str, micro: int, held: int,
 ) -> tuple[float, float]:  # fmt: skip
     """Bytes on a device, and seconds of an update (in PPO, of all those of an iteration)."""
-    model, _ = parts.roles["policy"]
-    shape, sides = model.config, 2 if algorithm in ("dpo", "reward") else 1
-    length = config.data.length
-    answers, updates = config.data.rows, 1
-    if algorithm == "ppo":
-        answers *= config.ppo.samples
-        length += config.ppo.max_new_tokens
+    shape, length, updates, trained = parts.policy.config, config.data.length, 1, 1
+    if isinstance(parts, RolloutParts):
+        length += parts.options.max_new_tokens
         updates = config.ppo_epochs * config.minibatches
-    rows = sides * answers // getattr(config, "minibatches", 1)
+        rows = config.sequences // config.minibatches
+        trained = 2  # policy and critic
+    else:
+        one_row = full_batch(ALGORITHMS[algorithm].shapes(config), 1)
+        rows = round(parts.update_work(one_row).tokens * config.data.rows / length)
     tensor = mesh.shape["tensor"]
     tokens = rows * length / row_shards(mesh)  # of an update, on one device
     width = 2 * shape.hidden_size
-    gradients = device_bytes(parts.params) * (1 if micro == 1 else 2)
+    gradients = device_bytes(state.params) * (1 if micro == 1 else 2)
     kept = shape.num_layers * width * KEPT[remat] / (tensor if remat != "block" else 1)
     # One layer is worked on whole, whatever is kept.
     memory = held + gradients + tokens / micro * (kept + width * KEPT["none"] / tensor)
-    trained = 2 if algorithm == "ppo" else 1
     flops = trained * row_flops(shape, rows, length, head=True) * (3 + AGAIN[remat]) / mesh.size
-    weights = 2 * sum(x.size for x in jax.tree.leaves(parts.params)) / tensor  # bfloat16
+    weights = 2 * sum(x.size for x in jax.tree.leaves(state.params)) / tensor  # bfloat16
     shards = mesh.shape["fsdp"]
     passes = 2 + (AGAIN[remat] > 0.5)
     # Weights are gathered in each pass, gradients scattered (float32) each micro-batch and summed

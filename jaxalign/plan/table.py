@@ -11,7 +11,8 @@ from jaxalign.parallel.chips import GIB
 def show(plan: Any, kinds: Sequence[str]) -> str:
     """The table: memory by kind, programs, collectives, speed, assumptions."""
     mesh = " × ".join(f"{name}={size}" for name, size in plan.mesh.items())
-    what = "iteration" if plan.algorithm == "ppo" else "step"
+    rolls_out = any(program.name == "decode" for program in plan.programs)
+    what = "iteration" if rolls_out else "step"
     lines = [f"{plan.algorithm} {what} on {plan.devices}, mesh {mesh}; on each device:"]
     lines += [f"  {kind:<10} {human(getattr(plan, kind)):>12}" for kind in kinds]
     lines.append(f"  {'total':<10} {human(plan.total):>12}   while “{plan.peak}” runs")
@@ -19,6 +20,8 @@ def show(plan: Any, kinds: Sequence[str]) -> str:
     if plan.host:
         lines.append(f"  {'on host':<10} {human(plan.host):>12}")
     lines += ["", *_programs(plan)]
+    if plan.head_chunk is not None:
+        lines.append(f"  the vocabulary head reads {plan.head_chunk:,} positions at a time")
     lines += ["", *_collectives(plan)]
     if plan.speed is not None:
         speed = plan.speed

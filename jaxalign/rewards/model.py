@@ -40,6 +40,8 @@ def model_reward(
         with use_mesh(model):
             return reshard_batch(score(params, reshard_batch(tokens, model)), answers)
 
+    # The program that scores, lowered for (params, tokens), as arrays or shapes.
+    reward.lower = score.lower  # pyrefly: ignore[missing-attribute]
     return reward
 
 

@@ -100,15 +100,9 @@ LoadModel = Callable[[ModelReward], "tuple[Scorer, Params]"]
 
 
 def _load(spec: ModelReward) -> tuple[Scorer, Params]:
-    from jaxalign.hf import load_pretrained
-    from jaxalign.models.scorer import Scorer, weigh_attributes
+    from jaxalign.hf import load_reward_model
 
-    model, params = load_pretrained(spec.source)
-    if not isinstance(model, Scorer):
-        raise ValueError(f"{spec.source!r} is a language model; wanted a reward model")
-    if spec.attributes is not None:
-        return weigh_attributes(model, params, spec.attributes)
-    return model, params
+    return load_reward_model(spec.source, spec.attributes)
 
 
 def check_same_tokens(tok: PreTrainedTokenizerBase, source: str) -> None:

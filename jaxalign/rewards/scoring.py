@@ -33,8 +33,8 @@ from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
-from jaxalign.hf import load_pretrained, load_tokenizer
-from jaxalign.models.scorer import Scorer, weigh_attributes
+from jaxalign.hf import load_reward_model, load_tokenizer
+from jaxalign.models.lm_head import Scorer
 from jaxalign.rewards.evaluation import wilson
 from jaxalign.types import Params, TokenBatch
 
@@ -168,15 +168,7 @@ def load_scorer(
       ValueError: a language model without a score, or weights that do not fit.
     """
     tok = load_tokenizer(source)
-    model, params = load_pretrained(source)
-    if not isinstance(model, Scorer):
-        raise ValueError(
-            f"{source!r} is a language model without a score; wanted a reward model, as "
-            "`jaxalign reward` makes"
-        )
-    if weights is not None:
-        model, params = weigh_attributes(model, params, weights)
-    return model, params, tok
+    return *load_reward_model(source, weights), tok
 
 
 def score_files(

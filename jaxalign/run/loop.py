@@ -94,8 +94,8 @@ def _train(
     reporter = Reporter(folder, name, task.total, done, run.log_every)
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
-    if task.begin is not None and done == 0:
-        task.begin(state, loop)
+    if task.on_train_start is not None and done == 0:
+        task.on_train_start(state, loop)
     before = _evaluate(task, state, loop, 0, reporter) if done == 0 else {}
     after, saved_at = before, done
     batches = iter(task.batches)
@@ -112,7 +112,7 @@ def _train(
         saves = preempted or bool(run.save_every and done % run.save_every == 0)
         # A step's metrics are read once the next step is under way, so that no device waits for
         # this loop; but no state is saved or evaluated before its own metrics were found finite.
-        settle = evaluates or saves or done == task.total or not task.ahead
+        settle = evaluates or saves or done == task.total or not task.async_metrics
         reporter.add(record, keep=0 if settle else 1)
         if evaluates:
             after = _evaluate(task, state, loop, done, reporter)
@@ -152,16 +152,16 @@ def _step(
     asked_at = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - asked_at
-    parts, metrics = task.expand(key, state, batch, loop, batches)
+    parts, metrics = task.prepare_updates(key, state, batch, loop, batches)
     timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
     counts = distributed.all_reduce_sum([*filled(batch), *pop_work(timing)])
     updates: list[dict[str, Any]] = []
     for part in parts:
         state, logged = task.step(state, part)
         updates.append(logged)
-        if task.enough is not None and task.enough(logged):
+        if task.early_stop is not None and task.early_stop(logged):
             break
-    if task.enough is not None:
+    if task.early_stop is not None:
         metrics = metrics | {"updates": len(updates)}
     timing |= {"time/data": waited}
     record = StepRecord(number, updates, metrics, timing, counts, task.step.compiles)

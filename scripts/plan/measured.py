@@ -22,12 +22,11 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
-from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.plan import make_plan
-from jaxalign.plan.parts import PARTS
+from jaxalign.plan import make_plan, run_shapes
 from jaxalign.run.config.runs import load_config
+from jaxalign.run.tasks.parts import scheduled_optimizer
 from jaxalign.types import TokenBatch
 
 DEVICES = 8
@@ -84,9 +83,9 @@ def make_batch(rows, length, vocabulary):
     return TokenBatch(ids[:, :-1], ids[:, 1:], positions, ones, ones.astype(bool))
 
 
-def make_state(parts):
+def make_state(shapes, tx):
     def draw():
-        leaves, tree = jax.tree.flatten(parts.params)
+        leaves, tree = jax.tree.flatten(shapes)
         keys = jax.random.split(jax.random.key(0), len(leaves))
         made = [
             0.02 * jax.random.normal(key, x.shape, x.dtype)
@@ -94,8 +93,8 @@ def make_state(parts):
         ]
         return tree.unflatten(made)
 
-    layout = jax.tree.map(lambda x: x.sharding, parts.params)
-    return init_state(jax.jit(draw, out_shardings=layout)(), parts.tx)
+    layout = jax.tree.map(lambda x: x.sharding, shapes)
+    return init_state(jax.jit(draw, out_shardings=layout)(), tx)
 
 
 def account_bytes(account):
@@ -114,17 +113,17 @@ def measure(remat, rows, length, folder):
     config = load_config("sft", values)
     plan = make_plan("sft", config, f"cpu:{DEVICES}")
     mesh = make_mesh()
-    parts = PARTS["sft"](config, mesh)
-    model, _ = parts.roles["policy"]
-    state, batch = make_state(parts), make_batch(rows, length, SHAPE["vocab_size"])
-    step = compile_step(parts.step, state, mesh)
+    shapes, parts = run_shapes("sft", config, mesh)
+    model, params, step = parts.policy, shapes.params, parts.step
+    tx = scheduled_optimizer(config.optimizer, 1)
+    state, batch = make_state(params, tx), make_batch(rows, length, SHAPE["vocab_size"])
     account = step.lower(state, batch).compile().memory_analysis()
     state, metrics = step(state, batch)  # compiled and warm
     jax.block_until_ready(state)
     del state
     forget_peak()
     before = resident()
-    state = make_state(parts)
+    state = make_state(params, tx)
     forget_peak()
     began = time.perf_counter()
     state, metrics = step(state, batch)
@@ -134,7 +133,7 @@ def measure(remat, rows, length, folder):
     grown = resident("VmHWM") - before
     return {
         "remat": remat,
-        "parameters": sum(x.size for x in jax.tree.leaves(parts.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "planned": plan.total,
         "reported": account_bytes(account),
         "grown": grown / DEVICES,

@@ -19,8 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.plan import find_devices, make_plan
-from jaxalign.plan.parts import PARTS
+from jaxalign.plan import find_devices, make_plan, run_shapes
 from jaxalign.run.config.runs import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,7 +27,7 @@ LENGTH = 2048
 TOPOLOGIES = ["v5e-8", "v5e-64", "v5e-256", "v5p-4096"]
 
 
-def formula(parts, mesh, passed):
+def formula(shape, params, mesh, passed):
     """Bytes that a device sends in bfloat16: weights gathered twice and gradients scattered once
     (FSDP), the shards' gradients summed over the replicas (data, those of the vocabulary in
     float32), six sums of activations a layer (tensor, all recomputed).
@@ -37,9 +36,9 @@ def formula(parts, mesh, passed):
     from neighbour to neighbour while a product is computed, and gathered for each of the three that
     need them: forward, its recomputation and backward. `passed` bytes say how many of the layers'
     weights these are, of which each takes three gathers and a scatter."""
-    shape, data, shards, tensor = parts.roles["policy"][0].config, *mesh.devices.shape[:3]
-    cut = sum(x.size for x in jax.tree.leaves(parts.params) if x.ndim > 1) / tensor
-    layers = sum(x.size for x in jax.tree.leaves(parts.params["blocks"]) if x.ndim > 2) / tensor
+    data, shards, tensor = mesh.devices.shape[:3]
+    cut = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1) / tensor
+    layers = sum(x.size for x in jax.tree.leaves(params["blocks"]) if x.ndim > 2) / tensor
     apart = passed / (4 * 2) / ((shards - 1) / shards)
     fsdp = (3 * 2 * cut + 2 * min(apart, layers)) * (shards - 1) / shards
     # A tied table has two gradients to sum: as the head's, and as what is looked up.
@@ -64,6 +63,7 @@ def compile_row(name, model, fsdp, tensor):
     mesh = make_mesh(**sizes, devices=devices)
     by_kind = {k: traffic.inner + traffic.outer for k, traffic in plan.costs.collectives.items()}
     passed = by_kind.get("collective-permute", 0.0)
+    state, parts = run_shapes("sft", config, mesh)
     return {
         "topology": name,
         "model": model,
@@ -71,7 +71,7 @@ def compile_row(name, model, fsdp, tensor):
         "tensor": tensor,
         "tflop": plan.costs.flops / 1e12,
         "sent": plan.costs.inner + plan.costs.outer,
-        "formula": formula(PARTS["sft"](config, mesh), mesh, passed),
+        "formula": formula(parts.policy.config, state.params, mesh, passed),
         "compile_seconds": plan.compile_seconds,
         "by_kind": by_kind,
     }

@@ -30,9 +30,9 @@ from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.run import loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
-from jaxalign.run.tasks.actors import start_critic, start_reference
-from jaxalign.run.tasks.models import Scorers, load_policy
-from jaxalign.run.tasks.reference import hold_reference
+from jaxalign.run.tasks.loader import FileLoader
+from jaxalign.run.tasks.models import Scorers, load_critic, load_policy
+from jaxalign.run.tasks.reference import reference_in_memory
 from jaxalign.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -212,41 +212,39 @@ def test_rules_per_model(chat_models, tmp_path):
     values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
     values |= {"mesh": SPREAD | {"rules_of": RULES_OF}}
     config = load_config("ppo", values)
-    mesh = config.mesh.make()
-    policy = load_policy(config.model, mesh, 0)
-    scorers = Scorers(config, mesh, policy.tok)
+    mesh, loader, tok = config.mesh.make(), FileLoader(), chatmodel.make_tokenizer()
+    policy = load_policy(config, mesh, loader, tok)
+    scorers = Scorers(config, mesh, loader, tok)
     assert parts_of(policy.params) == (2, 2)
-    _, reference = start_reference(config, policy, mesh)
-    assert parts_of(reference) == (1, 2)
-    _, critic = start_critic(config, policy, scorers)
+    assert parts_of(reference_in_memory(config, policy, mesh, loader, tok).held) == (1, 2)
+    _, critic = load_critic(config, policy, scorers, mesh, loader)
     assert parts_of(critic) == (4, 2)
     spec = ModelReward(source=str(chat_models / "scorer"))
     assert parts_of(scorers.reward(spec)[1]) == (1, 4)
     named = load_config(
         "ppo", values | {"critic": "policy", "reference": values["model"]["source"]}
     )
-    assert parts_of(start_reference(named, policy, mesh)[1]) == (1, 2)
-    assert parts_of(start_critic(named, policy, scorers)[1]) == (4, 2)
+    assert parts_of(reference_in_memory(named, policy, mesh, loader, tok).held) == (1, 2)
+    assert parts_of(load_critic(named, policy, scorers, mesh, loader)[1]) == (4, 2)
 
     alone = {"mesh": {"tensor": 2, "apart": {"reference": 2, "reward": 2}}}
     config = load_config("ppo", values | alone)
     mesh = config.mesh.make()
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
-    policy = load_policy(config.model, mesh, 0)
-    scorers = Scorers(config, mesh, policy.tok)
-    held = (policy.params, start_reference(config, policy, mesh)[1], scorers.reward(spec)[1])
+    policy = load_policy(config, mesh, loader, tok)
+    scorers = Scorers(config, mesh, loader, tok)
+    reference = reference_in_memory(config, policy, mesh, loader, tok)
+    held = (policy.params, reference.held, scorers.reward(spec)[1])
     numbers = [{d.id for d in mesh_of(params).devices.flat} for params in held]
     assert numbers == [{0, 1, 2, 3}, {4, 5}, {6, 7}]
-    _, critic = start_critic(
-        config, policy, scorers
-    )  # loaded from the reward model, placed with the policy
-    assert mesh_of(critic) == mesh
+    _, critic = load_critic(config, policy, scorers, mesh, loader)
+    assert mesh_of(critic) == mesh  # from the reward model, but at home
 
     values = chatmodel.settings("dpo", chat_models, tmp_path / "dpo")
     values |= {"mesh": SPREAD | {"rules_of": {"reference": {"embed": None}}}}
     config = load_config("dpo", values)
-    _, held = hold_reference(config, policy, None, load=None)
-    assert parts_of(held.params(None)) == (1, 2)
+    reference = reference_in_memory(config, policy, mesh, loader, tok)
+    assert parts_of(reference.params(None)) == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from jaxalign.commands import cli
 from jaxalign.parallel.host_memory import HOST
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.plan import find_devices, make_plan, parse_topology, resident_bytes, topology
-from jaxalign.plan.parts import PARTS, HostArray
+from jaxalign.plan.loader import HostArray
+from jaxalign.plan.make import frozen_models, run_shapes
 from jaxalign.plan.programs import device_bytes
 from jaxalign.plan.topology import nearest_mesh, next_that_holds
 from jaxalign.run.config.runs import load_config
+from jaxalign.run.tasks import ALGORITHMS
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -37,8 +39,9 @@ PARAMS = 4 * (2 * EMBEDDING + BLOCKS + NORMS)  # with the output head
 SCORER = 4 * (EMBEDDING + BLOCKS + NORMS + 32 // 8)
 # A device has 1 of 8 rows of 32 tokens: four int32 and a bool a token.
 TOKENS = 32 * (4 * 4 + 1)
-# 32 + 6 − 1 columns: four int32, seven float32, two masks; score, temperature, two flags a row.
-ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 2 * 4 + 2
+# 32 + 6 − 1 columns: four int32, seven float32, two masks; score, temperature, two flags a row, and
+# of the reward that was added up its score and whether it applies.
+ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 2 * 4 + 2 + 4 + 1
 
 PROGRAMS = {
     "sft": ["update"],
@@ -134,14 +137,13 @@ def test_adapters_freeze_the_base_and_are_the_reference(shapes, tmp_path):
 def test_what_a_reference_takes(overrides, held, shapes, tmp_path):
     """Parts only, nothing compiled: a reference that follows lies in the optimizer's state."""
     run = config("dpo", shapes, tmp_path, *overrides)
-    parts = PARTS["dpo"](run, make_mesh(1, 8, 1))
-    sizes = [x.size * 4 // 8 for x in jax.tree.leaves(parts.models) if x.ndim > 1]
-    assert bool(sizes) == bool(held)
-    follows = run.reference_sync is not None
-    state = jax.eval_shape(parts.tx.init, parts.params)
-    assert isinstance(state, MovingReferenceState) == follows
-    if run.dpo.has_reference:
-        assert parts.batch.ref_chosen_logps.shape == (8,)
+    state, parts = run_shapes("dpo", run, make_mesh(1, 8, 1))
+    assert device_bytes(frozen_models(state, parts)) == held
+    assert isinstance(state.opt_state, MovingReferenceState) == (run.reference_sync is not None)
+    assert (parts.prepare is not None) == run.dpo.has_reference
+    if parts.prepare is not None:
+        ready = parts.prepare.shapes(ALGORITHMS["dpo"].shapes(run))
+        assert ready.ref_chosen_logps.shape == (8,)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +158,11 @@ def test_what_a_reference_takes(overrides, held, shapes, tmp_path):
 def test_frozen_models_in_host_memory(algorithm, overrides, away, held, shapes, tmp_path):
     """Parts only, nothing compiled."""
     run = config(algorithm, shapes, tmp_path, "offload_frozen=true", *overrides)
-    parts = PARTS[algorithm](run, make_mesh(1, 8, 1))
-    assert device_bytes(parts.models, host=True) == away
-    assert device_bytes(parts.models) == held
-    assert resident_bytes(parts, make_mesh(1, 8, 1))["models"] == held
+    state, parts = run_shapes(algorithm, run, make_mesh(1, 8, 1))
+    frozen = frozen_models(state, parts)
+    assert device_bytes(frozen, host=True) == away
+    assert device_bytes(frozen) == held
+    assert resident_bytes(state, parts)["models"] == held
 
 
 def test_what_is_away_counts_as_away_for_compilers_without_host_memory():
@@ -342,8 +345,8 @@ def test_a_compiler_of_another_version_is_refused(compilers, name, installed, to
 @pytest.mark.parametrize(
     ("algorithm", "overrides", "message"),
     [
-        ("sft", ["data.rows=12"], "data.rows=12 .*multiple of 8, the nearest is 16"),
-        ("sft", ["run.micro_batches=2"], "data.rows=8 .*multiple of 16"),
+        ("sft", ["data.rows=12"], "data.rows=12: .*multiple of 8 rows, the nearest is 16"),
+        ("sft", ["run.micro_batches=2"], "data.rows=8: .*multiple of 16 rows"),
         ("sft", ["model.source=absent/model.gguf"], "no such folder or .gguf file"),
         ("sft", ["mesh.tensor=3"], "does not divide the 8 devices.*nearest mesh for 8 is data=1"),
         ("ppo", ["data.packing=true"], "not packed"),

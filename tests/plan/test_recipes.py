@@ -9,10 +9,8 @@ import pytest
 
 from jaxalign.parallel.chips import CHIPS
 from jaxalign.parallel.mesh import make_mesh
-from jaxalign.parallel.sharding import use_mesh
-from jaxalign.plan import parse_topology, resident_bytes
-from jaxalign.plan.parts import PARTS, known_shape
-from jaxalign.plan.programs import train_state
+from jaxalign.plan import parse_topology, resident_bytes, run_shapes, step_shapes
+from jaxalign.plan.loader import known_shape
 from jaxalign.run.config.runs import algorithm_of, load_config
 from jaxalign.run.config.yaml import read_yaml
 
@@ -42,19 +40,20 @@ def test_there_is_one_for_every_model_and_algorithm():
 def test_it_is_of_the_right_size(path):
     """Parameters by the card; what stays in memory fits its topologies, rows divide over them."""
     config, mesh = load(path), make_mesh(1, 8, 1)
-    parts = PARTS[path.stem](config, mesh)
-    model, params = parts.roles["policy"]
+    state, parts = run_shapes(path.stem, config, mesh)
+    model = parts.policy
+    params = state.params["policy"] if path.stem == "ppo" else state.params
     count = sum(x.size for x in jax.tree.leaves(params))
     tied = model.config.tie_embeddings
     if path.stem == "reward" and not tied:  # no vocabulary head
         count += model.config.hidden_size * model.config.vocab_size
     assert count / 1e9 == pytest.approx(SIZES[path.parent.name], rel=0.01)
-    held = 8 * sum(resident_bytes(parts, mesh).values())
+    held = 8 * sum(resident_bytes(state, parts).values())
     line = re.search(r"^# topologies: (.*)$", path.read_text("utf-8"), re.M)
     for name in line[1].split():
         topology = parse_topology(name)
         # Gradients take four bytes a parameter, and something must be left for activations.
-        gradients = 4 * sum(x.size for x in jax.tree.leaves(parts.params))
+        gradients = 4 * sum(x.size for x in jax.tree.leaves(state.params))
         assert held + gradients < 0.85 * topology.devices * CHIPS[topology.family].memory
         assert config.data.rows % (topology.devices * config.run.micro_batches) == 0
 
@@ -63,10 +62,9 @@ def test_it_is_of_the_right_size(path):
 def test_its_step_can_be_evaluated_abstractly(name):
     path = FOLDER / f"{name}.yaml"
     config, mesh = load(path), make_mesh(1, 8, 1)
-    parts = PARTS[path.stem](config, mesh)
-    state = train_state(parts, mesh)
-    with use_mesh(mesh):
-        after, metrics = jax.eval_shape(parts.step, state, parts.batch)
+    state, parts = run_shapes(path.stem, config, mesh)
+    batch = step_shapes(path.stem, config, mesh, state, parts)
+    after, metrics = parts.step.lower(state, batch).out_info
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     assert all(jax.tree.leaves(same))
     assert (metrics["loss"].shape, metrics["loss"].dtype) == ((), np.float32)

@@ -242,5 +242,5 @@ def test_reward_model_is_loaded_by_default(chat_models):
     params = tiny.random_params(Scorer(chatmodel.DECODER), seed=4)  # as chatmodel saved it
     plain = jaxalign.model_reward(Scorer(chatmodel.DECODER), params)(*BATCH)
     np.testing.assert_allclose(scores.values[:2], np.asarray(plain)[:2] - 1.0, atol=1e-5)
-    with pytest.raises(ValueError, match="is a language model; wanted a reward model"):
+    with pytest.raises(ValueError, match="without a score; wanted a reward model"):
         build_reward([ModelReward(source=str(chat_models / "chat"))], TOK)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jaxalign.commands.bench.case import ROWS, WHAT, Case, Runner, Sample
+from jaxalign.commands.bench.case import ROWS, Case, Runner, Sample, measurable
 from jaxalign.commands.bench.machine import (
     Limit,
     counting,
@@ -37,10 +37,10 @@ from jaxalign.parallel.mesh import make_mesh
 __all__ = [
     "ROWS",
     "SIZES",
-    "WHAT",
     "Case",
     "Runner",
     "Sample",
+    "measurable",
     "measure",
     "measure_config",
     "run_case",
@@ -52,11 +52,9 @@ __all__ = [
 def runner_of(case: Case, mesh: Any) -> Runner:
     """What runs a case's steps."""
     if case.what == "generate":
-        from jaxalign.commands.bench.rollouts import generate_runner as make
-    elif case.what == "ppo":
-        from jaxalign.commands.bench.rollouts import ppo_runner as make
+        from jaxalign.commands.bench.generate import generate_runner as make
     else:
-        from jaxalign.commands.bench.updates import update_runner as make
+        from jaxalign.commands.bench.runs import case_runner as make
     return make(case, mesh)
 
 
@@ -76,7 +74,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def measure_config(algorithm: str, config: Any, repeats: int) -> dict[str, Any]:
     """Measures a run's own model and data, as `load_config` gave them, in this process."""
-    from jaxalign.commands.bench.configured import config_runner
+    from jaxalign.commands.bench.runs import config_runner
 
     mesh = make_mesh(data=-1, fsdp=1)
     dtype = config.model.compute_dtype or "float32"

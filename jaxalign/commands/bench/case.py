@@ -15,9 +15,16 @@ from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.decoder import REMAT
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import row_shards
+from jaxalign.run.config.base import ModelConfig, Run
+from jaxalign.run.config.runs import load_config
+from jaxalign.run.tasks import ALGORITHMS
 
-WHAT = ("sft", "reward", "dpo", "ppo", "generate")
 ROWS = ("full", "padded", "packed")
+
+
+def measurable() -> tuple[str, ...]:
+    """What can be measured: every algorithm, and generation."""
+    return (*ALGORITHMS, "generate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +32,7 @@ class Case:
     """One thing to measure, on random weights and tokens.
 
     Attributes:
-      what: one of `WHAT`.
+      what: one of `measurable()`.
       size: key of `SIZES`.
       layout: "full": every row as long as it may be. "padded": lengths drawn uniformly from an
         eighth of it, a document a row (PPO: answers that end at random). "packed": the same
@@ -62,7 +69,8 @@ class Case:
 
     def __post_init__(self):
         for name, choices in (
-            ("what", WHAT), ("size", tuple(SIZES)), ("layout", ROWS), ("remat", tuple(REMAT)),
+            ("what", measurable()), ("size", tuple(SIZES)),
+            ("layout", ROWS), ("remat", tuple(REMAT)),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -74,8 +82,11 @@ class Case:
                 raise ValueError(f"{name}={getattr(self, name)}: wanted a positive integer")
         if self.micro_batches < 0:
             raise ValueError(f"micro_batches={self.micro_batches}: wanted 0 or more")
-        if self.layout == "packed" and self.what == "generate":
-            raise ValueError("generate: prompts are not packed; wanted layout full or padded")
+        if self.layout not in layouts_of(self.what):
+            raise ValueError(
+                f"{self.what}, layout={self.layout!r}: prompts are not packed, nor are single "
+                f"answers; wanted one of {', '.join(layouts_of(self.what))}"
+            )
         if self.layout == "packed" and self.rows % 2:
             raise ValueError(f"rows={self.rows}, packed: wanted an even number")
 
@@ -101,9 +112,67 @@ class Case:
         """Micro-batches of a step."""
         if self.micro_batches or jax.default_backend() != "cpu":
             return max(1, self.micro_batches)
-        length = self.shape[1] * (2 if self.what in ("reward", "dpo") else 1)  # both sides
+        length = self.shape[1] * (2 if self.what in _PAIRED else 1)  # both sides
         length += self.new_tokens if self.what == "ppo" else 0
         return row_parts(self.shape[0], cached_rows(length), row_shards(mesh))
+
+    def model_config(self, dtype: str | None = None) -> ModelConfig:
+        """The section `model` of a run; its weights are in `dtype`, or in `param_dtype`."""
+        return ModelConfig(
+            source=self.size,
+            dtype=self.param_dtype if dtype is None else dtype,
+            compute_dtype=self.dtype,
+            remat=self.remat,
+            attention=self.attention,
+        )
+
+    def config(self, mesh: Mesh) -> Run:
+        """The configuration of a run like this case; the learning rate is so small that nothing
+        diverges."""
+        rows, length = self.shape
+        values: dict[str, Any] = {
+            "model": dataclasses.asdict(self.model_config()),
+            "data": {"train": ["random"], "rows": rows, "length": length, "epochs": None},
+            "run": {"folder": "bench", "steps": 10**6, "micro_batches": self.parts(mesh)},
+            "optimizer": {
+                "learning_rate": 1e-6,
+                "total_steps": 10**6,
+                "schedule": "linear",
+                "moments": self.optimizer_dtype,
+            },
+        }
+        if self.what == "ppo":
+            values |= self._rollout_values()
+        elif self.layout == "packed":
+            values["data"]["packing"] = True
+        return load_config(self.what, values)
+
+    def _rollout_values(self) -> dict[str, Any]:
+        stops: list[int] = []
+        if self.layout != "full":
+            # Random weights choose among all tokens alike: so many ends make so long answers.
+            vocabulary = SIZES[self.size].vocab_size
+            stops = [*range(1, 1 + max(1, round(vocabulary * _MEAN_SHARE / self.new_tokens)))]
+        return {
+            "reward_model": self.size,
+            "ppo": {"max_new_tokens": self.new_tokens, "stop_tokens": stops},
+            "ppo_epochs": self.epochs,
+            "pack_updates": 16 if self.layout == "packed" else 0,
+        }
+
+
+_MEAN_SHARE = 2
+"""Ragged answers of PPO end after `new_tokens / _MEAN_SHARE` tokens on average, were none cut."""
+
+_PAIRED = ("reward", "dpo")
+"""What reads two rows for each of a batch."""
+
+
+def layouts_of(what: str) -> tuple[str, ...]:
+    """The layouts that something can be measured with."""
+    if what in ("sft", "reward", "dpo", "ppo"):
+        return ROWS
+    return ("full", "padded") if what == "generate" else ("full",)
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

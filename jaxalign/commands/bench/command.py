@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.commands.bench import run_cases, show
-from jaxalign.commands.bench.case import Case, make_case
+from jaxalign.commands.bench.case import ROWS, Case, layouts_of, make_case, measurable
 
 
 def bench(
-    what: Sequence[str],
+    what: Sequence[str] | None,
     sizes: Sequence[str],
     layouts: Sequence[str],
     options: dict[str, Any],
@@ -22,7 +22,8 @@ def bench(
     """Measures all that was asked for, prints a table, and adds JSON lines to a file.
 
     Args:
-      what, sizes, layouts: see `Case`; what does not go together is left out, and said.
+      what, sizes, layouts: see `Case`; combinations that do not exist are left out, with a
+        message. What is None: everything.
       options: of `Case`; None: the case's own default.
       out: file to append records to; None: none.
 
@@ -31,10 +32,10 @@ def bench(
     """
     cases: list[Case] = []
     for size in sizes:
-        for one in what:
+        for one in measurable() if what is None else what:
             for layout in layouts:
-                if one == "generate" and layout == "packed":
-                    print("bench: generation has no packed rows: left out", file=sys.stderr)
+                if layout in ROWS and layout not in layouts_of(one):
+                    print(f"bench: {one} has no {layout} rows: left out", file=sys.stderr)
                     continue
                 cases.append(make_case(one, size, layout, options))
     if not cases:

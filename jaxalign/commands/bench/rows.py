@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxalign.commands.bench.case import Case
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
+from jaxalign.run.tasks.shapes import full_batch
 from jaxalign.types import PairBatch, PromptBatch, TokenBatch
 
 _BATCHES = 4
@@ -18,6 +22,53 @@ _BATCHES = 4
 
 _PROMPT_SHARE = 0.25
 """Part of the shorter side of a pair that is its prompt."""
+
+
+class RandomBatches:
+    """Random batches in the place of `jaxalign.data.Batches`.
+
+    Args:
+      case: what they are for.
+      shapes: of a batch; full rows of it are made where no layout of it is known.
+    """
+
+    examples: tuple[Any, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def __init__(self, case: Case, shapes: Any):
+        self._case, self._shapes = case, shapes
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._shapes, TokenBatch):
+            return token_batches(self._case)
+        if isinstance(self._shapes, PairBatch):
+            return pair_batches(self._case)
+        if isinstance(self._shapes, PromptBatch):
+            # Answers are ragged, their prompts are not.
+            return itertools.repeat(prompt_batch(dataclasses.replace(self._case, layout="full")))
+        return full_batches(self._case, self._shapes)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def full_batches(case: Case, shapes: Any) -> Iterator[Any]:
+    """Batches of any kind, whose rows are one document each, as long as they may be."""
+    rng, batch = np.random.default_rng(0), full_batch(shapes)
+
+    def fill(x: Any) -> Any:
+        if not isinstance(x, TokenBatch):
+            return x
+        *rows, length = x.inputs.shape
+        ids = rng.integers(2, SIZES[case.size].vocab_size, (*rows, length + 1))
+        mask = np.broadcast_to(np.arange(length) > 0, x.inputs.shape)
+        return x._replace(
+            inputs=ids[..., :-1].astype(np.int32), targets=ids[..., 1:].astype(np.int32),
+            loss_mask=mask,
+        )  # fmt: skip
+
+    for _ in itertools.count():
+        yield jax.tree.map(fill, batch, is_leaf=lambda x: isinstance(x, TokenBatch))
 
 
 def token_batches(case: Case) -> Iterator[TokenBatch]:

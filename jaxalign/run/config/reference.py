@@ -1,41 +1,66 @@
-"""What a configuration may say of a reference, the same for all that have one."""
+"""The options of a run's reference: the same for all preference runs."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import ClassVar
 
+from jaxalign.algorithms.moving_reference import ReferenceSync
+from jaxalign.run.config.base import Run
 from jaxalign.run.config.data import want
 
 
-def check_sync(config: Any) -> None:
-    """Refuses a reference that cannot follow: a whole one of adapters, one that lies otherwise."""
-    want(
-        config.reference_sync is None or "reference" not in config.mesh.rules_of,
-        "reference_sync",
-        config.reference_sync,
-        "null with mesh.rules_of.reference: a reference that moves lies as the policy does",
-    )
-    want(
-        config.reference_sync is None or config.reference is None or config.model.lora is None,
-        "reference_sync",
-        config.reference_sync,
-        "null with both a reference and model.lora: adapters cannot be moved towards whole weights",
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceRun(Run):
+    """A run whose loss compares the policy with a reference.
 
-
-def check_offload(config: Any, *, held: bool) -> None:
-    """Refuses to move a reference out of the way that is not there.
-
-    Args:
-      config: of a preference run.
-      held: whether its reference is asked at every batch.
+    Attributes:
+      reference: the frozen reference model; None: the starting model itself.
+      reference_sync: lets the reference follow the policy (TR-DPO); None: it is frozen.
+      offload_frozen: keep the reference in the host's memory except while it is read.
     """
-    apart = config.reference is not None or "reference" in config.mesh.rules_of
-    own = apart or config.model.lora is None
-    want(
-        not config.offload_frozen or (held and own and config.reference_sync is None),
-        "offload_frozen",
-        config.offload_frozen,
-        "false: no reference is held beside the step (it is cached, follows the policy, is the "
-        "base under adapters, or there is none)",
-    )
+
+    reference: str | None = None
+    reference_sync: ReferenceSync | None = None
+    offload_frozen: bool = False
+
+    models_with_rules: ClassVar[tuple[str, ...]] = ("reference",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_sync()
+        self._check_offload()
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the reference reads every batch: it is neither cached nor absent."""
+        return True
+
+    def _check_sync(self) -> None:
+        """A moving reference has the policy's layout, and is whole where the policy is whole."""
+        want(
+            self.reference_sync is None or "reference" not in self.mesh.rules_of,
+            "reference_sync",
+            self.reference_sync,
+            "null with mesh.rules_of.reference: a reference that moves lies as the policy does",
+        )
+        want(
+            self.reference_sync is None or self.reference is None or self.model.lora is None,
+            "reference_sync",
+            self.reference_sync,
+            "null with both a reference and model.lora: adapters cannot be moved towards whole "
+            "weights",
+        )
+
+    def _check_offload(self) -> None:
+        """Only parameters that no other model reads can be moved out of the way."""
+        apart = self.reference is not None or "reference" in self.mesh.rules_of
+        own = apart or self.model.lora is None
+        want(
+            not self.offload_frozen
+            or (self.reads_reference and own and self.reference_sync is None),
+            "offload_frozen",
+            self.offload_frozen,
+            "false: no reference is held beside the step (it is cached, follows the policy, is the "
+            "base under adapters, or there is none)",
+        )

@@ -1,81 +1,192 @@
-"""From a run's configuration to what the training loop turns: a file an algorithm.
+"""From a run's configuration to what the training loop turns, and the table of all algorithms.
 
-A `Task` hides from the loop what differs between algorithms: how a batch of data becomes batches
-for the step (nothing in SFT and reward modelling, reference log-probabilities in DPO, a rollout
-cut into mini-batches in PPO), and what is measured on held-out data.
+    configuration → builder → parts → task → loop
+
+A builder makes the parts of a run (`parts.py`): models, step, `prepare`. `plan` and `bench` call
+the same builders with other loaders. A `Task` hides from the loop what differs between algorithms:
+how a batch of data becomes batches for the step, and what is measured on held-out data.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxalign.parallel.sharding import row_axes, row_shards
-from jaxalign.run.config.runs import DPORun, KTORun, PPORun, RewardRun, SFTRun
-from jaxalign.run.tasks.data import load_data
-from jaxalign.run.tasks.dpo import dpo_task
-from jaxalign.run.tasks.kto import kto_task
-from jaxalign.run.tasks.ppo import ppo_task
-from jaxalign.run.tasks.reward import reward_task
-from jaxalign.run.tasks.sft import sft_task
-from jaxalign.run.tasks.task import Task
+from jaxalign.data import (
+    Batches,
+    preference_batches,
+    prompt_batches,
+    sft_batches,
+    unpaired_batches,
+)
+from jaxalign.run.config.runs import (
+    RUNS,
+    DPORun,
+    KTORun,
+    PPORun,
+    RewardRun,
+    Run,
+    SFTRun,
+)
+from jaxalign.run.export import run_tokenizer
+from jaxalign.run.tasks.data import make_data
+from jaxalign.run.tasks.dpo import build_dpo
+from jaxalign.run.tasks.kto import build_kto, unpaired_shapes
+from jaxalign.run.tasks.loader import FileLoader, Loader
+from jaxalign.run.tasks.parts import Parts, RunData, read_data
+from jaxalign.run.tasks.ppo import build_ppo, ppo_task
+from jaxalign.run.tasks.reward import (
+    build_reward_model,
+    judged_batches,
+    judged_shapes,
+    reward_task,
+)
+from jaxalign.run.tasks.rows import check_rows
+from jaxalign.run.tasks.sft import build_sft
+from jaxalign.run.tasks.shapes import pair_shapes, prompt_shapes, text_shapes
+from jaxalign.run.tasks.task import Task, updates_task
+from jaxalign.types import TrainState
 
 __all__ = [
+    "ALGORITHMS",
+    "Algorithm",
     "Task",
-    "dpo_task",
-    "kto_task",
+    "algorithm_of_run",
     "load_data",
     "make_task",
-    "ppo_task",
-    "reward_task",
-    "sft_task",
+    "register",
 ]
 
+MakeBatches = Callable[..., Batches[Any]]
+"""Such as `jaxalign.data.sft_batches`."""
 
-def make_task(config: Any) -> Task:
-    """The task of a configuration made by `load_config`."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A row of the table: all that commands, `plan` and `bench` know of an algorithm.
+
+    Attributes:
+      config: the class of its runs' configurations; its `algorithm` is the name.
+      help: one line for people.
+      example: the YAML to start from, below `configs/`.
+      batches: configuration → what makes its batches.
+      shapes: configuration → a batch of data as shapes, without shardings.
+      build: (configuration, mesh, loader, data) → (train state, parts).
+      task: (configuration, mesh, train state, parts, data) → its task.
+    """
+
+    config: type[Run]
+    help: str
+    example: str
+    batches: Callable[[Any], MakeBatches]
+    shapes: Callable[[Any], Any]
+    build: Callable[[Any, Mesh, Loader, RunData], tuple[TrainState, Parts]]
+    task: Callable[[Any, Mesh, TrainState, Any, RunData], Task] = updates_task
+
+    @property
+    def name(self) -> str:
+        """The command, and the section of a YAML."""
+        return self.config.algorithm
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+"""Name → row."""
+
+
+def register(algorithm: Algorithm) -> None:
+    """Adds an algorithm, for commands, `load_config`, pipelines, `plan` and `bench`.
+
+    Raises:
+      ValueError: another algorithm has this name.
+    """
+    name = algorithm.name
+    if name in ALGORITHMS or RUNS.get(name, algorithm.config) is not algorithm.config:
+        raise ValueError(f"algorithm {name!r} is there already; give another name")
+    ALGORITHMS[name] = algorithm
+    RUNS[name] = algorithm.config
+
+
+def make_task(config: Run) -> Task:
+    """The task of a configuration made by `load_config`: reads its data and models."""
+    algorithm = algorithm_of_run(config)
     mesh = config.mesh.make()
-    _check_rows(config, mesh)
-    makers: dict[type, Callable[..., Task]] = {
-        SFTRun: sft_task,
-        RewardRun: reward_task,
-        DPORun: dpo_task,
-        KTORun: kto_task,
-        PPORun: ppo_task,
-    }
-    return makers[type(config)](config, mesh)
+    check_rows(config, mesh)
+    tok = run_tokenizer(config.model)
+    data = read_data(config, algorithm.batches(config), tok, mesh)
+    state, parts = algorithm.build(config, mesh, FileLoader(), data)
+    return algorithm.task(config, mesh, state, parts, data)
 
 
-def _check_rows(config: Any, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be split evenly, before anything is loaded or sampled."""
-    parts = {row_axes(mesh): row_shards(mesh), "run.micro_batches": config.run.micro_batches}
-    answers, what = config.data.rows, "rows"
-    if isinstance(config, PPORun):
-        parts["minibatches"] = config.minibatches
-        if config.ppo.samples > 1:
-            answers, what = answers * config.ppo.samples, "answers (× ppo.samples)"
-    unit = math.prod(parts.values())
-    if answers % unit:
-        raise ValueError(
-            f"data.rows={config.data.rows}: {answers} {what} do not divide into "
-            f"{', '.join(f'{name} = {size}' for name, size in parts.items())}; "
-            f"use a multiple of {unit} {what}"
-        )
-    for model in config.mesh.apart:
-        unit = row_shards(config.mesh.make(model=model))
-        if answers % unit:
-            raise ValueError(
-                f"data.rows={config.data.rows}: {answers} {what} do not divide over "
-                f"mesh.apart.{model} = {unit} devices; use a multiple of {unit} {what}"
-            )
-    texts = {"data": config.data, "ptx": getattr(config, "ptx", None)}
-    for name, section in texts.items():
-        unit = row_shards(mesh) * (config.run.micro_batches if name == "ptx" else 1)
-        if section is not None and section.rows % unit:
-            raise ValueError(
-                f"{name}.rows={section.rows}: the rows do not divide over the mesh and its "
-                f"micro-batches; use a multiple of {unit} rows"
-            )
+def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:
+    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    tok = run_tokenizer(config.model)
+    return tok, *make_data(algorithm_of_run(config).batches(config), config, tok)
+
+
+def algorithm_of_run(config: Run) -> Algorithm:
+    """The row that a configuration belongs to.
+
+    Raises:
+      ValueError: its algorithm was not registered.
+    """
+    name = type(config).algorithm
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r}: wanted one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+register(
+    Algorithm(
+        config=SFTRun,
+        help="supervised fine-tuning",
+        example="sft.yaml",
+        batches=lambda config: sft_batches,
+        shapes=text_shapes,
+        build=build_sft,
+    )
+)
+register(
+    Algorithm(
+        config=RewardRun,
+        help="train a reward model from pairs, rankings, grades or labelled steps",
+        example="reward.yaml",
+        batches=judged_batches,
+        shapes=judged_shapes,
+        build=build_reward_model,
+        task=reward_task,
+    )
+)
+register(
+    Algorithm(
+        config=DPORun,
+        help="direct preference optimisation and its relatives",
+        example="dpo.yaml",
+        batches=lambda config: preference_batches,
+        shapes=pair_shapes,
+        build=build_dpo,
+    )
+)
+register(
+    Algorithm(
+        config=KTORun,
+        help="preference optimisation from single answers marked good or bad",
+        example="kto.yaml",
+        batches=lambda config: unpaired_batches,
+        shapes=unpaired_shapes,
+        build=build_kto,
+    )
+)
+register(
+    Algorithm(
+        config=PPORun,
+        help="reinforcement learning against a reward model",
+        example="ppo.yaml",
+        batches=lambda config: prompt_batches,
+        shapes=prompt_shapes,
+        build=build_ppo,
+        task=ppo_task,
+    )
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,41 +12,14 @@ from jaxalign.data import (
     Batches,
     Options,
     Source,
-    graded_batches,
     preference_batches,
     prompt_batches,
-    ranked_batches,
     sft_batches,
-    step_batches,
-    unpaired_batches,
 )
 from jaxalign.data.options import BatchOptions
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import part_of_rows
-from jaxalign.run.config.runs import DataConfig, DPORun, KTORun, PPORun, RewardRun, SFTRun
-from jaxalign.run.export import run_tokenizer
-
-
-def load_data(config: Any) -> tuple[Any, Batches[Any], Batches[Any] | None]:
-    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
-    makers: dict[type, Callable[..., Batches[Any]]] = {
-        SFTRun: sft_batches,
-        DPORun: preference_batches,
-        KTORun: unpaired_batches,
-        PPORun: prompt_batches,
-    }
-    make = judgements(config) if isinstance(config, RewardRun) else makers[type(config)]
-    tok = run_tokenizer(config.model)
-    return tok, *make_data(make, config, tok)
-
-
-def judgements(config: RewardRun) -> Callable[..., Batches[Any]]:
-    """What makes the batches that a reward model's objective learns from."""
-    if config.reward.objective == "regression":
-        return functools.partial(graded_batches, attributes=config.reward.attributes)
-    if config.reward.objective == "ranking":
-        return functools.partial(ranked_batches, answers=config.answers)
-    return step_batches if config.reward.objective == "steps" else preference_batches
+from jaxalign.run.config.data import DataConfig
 
 
 def make_data(

@@ -2,61 +2,93 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo
-from jaxalign.data import preference_batches
-from jaxalign.models.flops import forward_flops, update_flops, work_of
-from jaxalign.run.config.runs import DPORun
-from jaxalign.run.tasks.data import make_data, names_of, total_of
-from jaxalign.run.tasks.models import load_policy, reference_model
-from jaxalign.run.tasks.reference import hold_reference, keep_reference, reference_optimizer
-from jaxalign.run.tasks.task import Task, evaluator, optimizer, start, updates_task
+from jaxalign.algorithms.compile import compile_step
+from jaxalign.algorithms.pairs import pair_mask
+from jaxalign.models.flops import work_of
+from jaxalign.run.config.dpo import DPORun
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import Policy, load_policy
+from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, no_work, scheduled_optimizer
+from jaxalign.run.tasks.reference import (
+    Reference,
+    cached_reference,
+    make_reference,
+    reference_optimizer,
+)
+from jaxalign.run.tasks.reference_cache import ReferenceCache
+from jaxalign.run.tasks.shapes import array
+from jaxalign.types import TrainState
 
 
-def dpo_task(config: DPORun, mesh: Mesh) -> Task:
-    """DPO: a batch of pairs gets the reference's log-probabilities, then is one update."""
-    loaded = load_policy(config.model, mesh, config.run.seed)
-    load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
-    batches, held_out = make_data(preference_batches, config, loaded.tok, mesh)
-    total = total_of(config, batches)
-    cache = None
+def build_dpo(
+    config: DPORun, mesh: Mesh, loader: Loader, data: RunData
+) -> tuple[TrainState, Parts]:
+    """The parts of a DPO run; its reference is in memory, moving or cached, or there is none."""
+    policy = load_policy(config, mesh, loader, data.tok)
+    prepare = reference = None
     if config.reference_cache is not None:
-        every = lambda: itertools.chain(  # noqa: E731
-            itertools.islice(batches, total), held_out or ()
-        )
-        cache = keep_reference(config, loaded, every, load)
-    tx = reference_optimizer(optimizer(config.optimizer, total), config.reference_sync)
-    micro = config.run.micro_batches
-    state, step = start(
-        loaded,
+        # Before the train state: both need not fit side by side.
+        prepare = _from_cache(_cache(config, policy, mesh, loader, data))
+    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = reference_optimizer(tx, config.reference_sync)
+    step = dpo.make_step(
+        policy.model,
         tx,
-        dpo.make_step(loaded.model, tx, config.dpo, micro_batches=micro, sources=batches.sources),
-        mesh,
+        config.dpo,
+        micro_batches=config.run.micro_batches,
+        sources=data.sources,
     )
-    asked = cache is None and config.dpo.has_reference
-    if cache is not None:
-        prepare = lambda state, batch: cache.fill(batch)  # noqa: E731
-    elif config.dpo.has_reference:
-        state, reference = hold_reference(config, loaded, state, load)
-        add = dpo.make_prepare(reference.model, config.dpo)
-        prepare = lambda state, batch: add(reference.params(state), batch)  # noqa: E731
-    else:
-        prepare = lambda state, batch: batch  # noqa: E731
-    loss = dpo.make_loss(loaded.model, config.dpo, sources=names_of(held_out))
-    evaluate = evaluator(loss, held_out, mesh, prepare)
-    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
-    model, frozen = loaded.model, bool(loaded.frozen)
+    state = loader.init_state(policy.params, tx, policy.frozen)
+    if config.dpo.has_reference and prepare is None:
+        state, reference = make_reference(config, policy, state, mesh, loader, data.tok)
+        prepare = _from_reference(reference, config.dpo)
+    return state, Parts(
+        policy=policy.model,
+        adapted=bool(policy.frozen),
+        step=compile_step(step, state, mesh),
+        loss=dpo.make_loss(policy.model, config.dpo, sources=data.held_out_sources),
+        prepare=prepare,
+        reference=reference,
+        prepare_work=no_work if reference is None else work_of,
+    )
 
-    def flops(batch: Any) -> float:
-        update = update_flops(model, batch, frozen=frozen)
-        return update + (forward_flops(model.config, work_of(batch)) if asked else 0.0)
 
-    return updates_task(
-        loaded, state, step, batches,
-        total=total, flops=flops, evaluate=evaluate, prepare=prepare,
-    )  # fmt: skip
+def _from_reference(reference: Reference, config: dpo.Config) -> BatchPrepare:
+    prepare = dpo.make_prepare(reference.model, config)
+    return BatchPrepare(
+        run=lambda state, batch: prepare(reference.params(state), batch),
+        shapes=_with_logps,
+        lower=lambda state, batch: prepare.lower(reference.params(state), batch),
+    )
+
+
+def _from_cache(cache: ReferenceCache) -> BatchPrepare:
+    return BatchPrepare(run=lambda state, batch: cache.fill(batch), shapes=_with_logps, lower=None)
+
+
+def _with_logps(batch: Any) -> Any:
+    """Pairs as shapes, with the reference's log-probabilities of each: `[B]`, or `[B, S]`."""
+    logps = array(*jax.eval_shape(pair_mask, batch).shape)
+    return batch._replace(ref_chosen_logps=logps, ref_rejected_logps=logps)
+
+
+def _cache(
+    config: DPORun, policy: Policy, mesh: Mesh, loader: Loader, data: RunData
+) -> ReferenceCache:
+    if data.batches is None:
+        return ReferenceCache()  # nothing is going to be run
+    training = data.batches
+
+    def batches() -> Iterator[Any]:
+        """All that the run sees, held-out batches too."""
+        return itertools.chain(itertools.islice(training, data.total), data.held_out or ())
+
+    return cached_reference(config, policy, batches, mesh, loader, data.tok)

@@ -1,52 +1,79 @@
-"""KTO: a batch of answers gets what policy and reference say of it, then is one update."""
+"""KTO: a batch of answers gets log-probabilities of policy and reference, then is one update."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import kto
-from jaxalign.data import unpaired_batches
-from jaxalign.models.flops import forward_flops, update_flops, work_of
-from jaxalign.run.config.runs import KTORun
-from jaxalign.run.tasks.data import make_data, names_of, total_of
-from jaxalign.run.tasks.models import load_policy, reference_model
-from jaxalign.run.tasks.reference import hold_reference, reference_optimizer
-from jaxalign.run.tasks.task import Task, evaluator, optimizer, start, updates_task
+from jaxalign.algorithms.compile import compile_step
+from jaxalign.models.flops import Work, work_of
+from jaxalign.run.config.base import Run
+from jaxalign.run.config.kto import KTORun
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import load_policy
+from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.reference import Reference, make_reference, reference_optimizer
+from jaxalign.run.tasks.shapes import array, token_shapes
+from jaxalign.types import TrainState, UnpairedBatch
 
 
-def kto_task(config: KTORun, mesh: Mesh) -> Task:
-    """KTO: a batch of answers gets what policy and reference say of it, then is one update."""
-    loaded = load_policy(config.model, mesh, config.run.seed)
-    load = functools.partial(reference_model, loaded=loaded, config=config.model, mesh=mesh)
-    batches, held_out = make_data(unpaired_batches, config, loaded.tok, mesh)
-    total = total_of(config, batches)
-    tx = reference_optimizer(optimizer(config.optimizer, total), config.reference_sync)
-    micro = config.run.micro_batches
-    state, step = start(
-        loaded,
+def unpaired_shapes(config: Run) -> UnpairedBatch:
+    """A batch of answers as shapes."""
+    tokens = token_shapes(config.data)
+    return UnpairedBatch(tokens, array(config.data.rows, dtype=jnp.bool_), tokens)
+
+
+def build_kto(
+    config: KTORun, mesh: Mesh, loader: Loader, data: RunData
+) -> tuple[TrainState, Parts]:
+    """The parts of a KTO run; its reference is in memory or moving."""
+    policy = load_policy(config, mesh, loader, data.tok)
+    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = reference_optimizer(tx, config.reference_sync)
+    step = kto.make_step(
+        policy.model,
         tx,
-        kto.make_step(loaded.model, tx, config.kto, micro_batches=micro, sources=batches.sources),
-        mesh,
+        config.kto,
+        micro_batches=config.run.micro_batches,
+        sources=data.sources,
     )
-    state, reference = hold_reference(config, loaded, state, load)
-    add = kto.make_prepare(loaded.model, reference.model)
-    prepare = lambda state, batch: add(state, reference.params(state), batch)  # noqa: E731
-    loss = kto.make_loss(loaded.model, config.kto, sources=names_of(held_out))
-    evaluate = evaluator(loss, held_out, mesh, prepare)
-    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
-    model, frozen = loaded.model, bool(loaded.frozen)
+    state = loader.init_state(policy.params, tx, policy.frozen)
+    state, reference = make_reference(config, policy, state, mesh, loader, data.tok)
+    return state, Parts(
+        policy=policy.model,
+        adapted=bool(policy.frozen),
+        step=compile_step(step, state, mesh),
+        loss=kto.make_loss(policy.model, config.kto, sources=data.held_out_sources),
+        prepare=_from_reference(policy.model, reference),
+        reference=reference,
+        update_work=_update_work,
+        prepare_work=_prepare_work,
+    )
 
-    def flops(batch: Any) -> float:
-        # The policy reads the mismatched answers too, the reference both.
-        update = update_flops(model, batch.tokens, frozen=frozen)
-        other = work_of(batch.mismatched)
-        asked = work_of(batch.tokens).add(other).add(other)
-        return update + forward_flops(model.config, asked)
 
-    return updates_task(
-        loaded, state, step, batches,
-        total=total, flops=flops, evaluate=evaluate, prepare=prepare,
-    )  # fmt: skip
+def _from_reference(policy: Any, reference: Reference) -> BatchPrepare:
+    prepare = kto.make_prepare(policy, reference.model)
+    return BatchPrepare(
+        run=lambda state, batch: prepare(state, reference.params(state), batch),
+        shapes=_with_logps,
+        lower=lambda state, batch: prepare.lower(state, reference.params(state), batch),
+    )
+
+
+def _with_logps(batch: UnpairedBatch) -> UnpairedBatch:
+    """Answers as shapes, with the reference's log-probabilities and the KL: `[B]`."""
+    rows = array(*batch.desirable.shape)
+    return batch._replace(ref_logps=rows, kl=rows)
+
+
+def _update_work(batch: UnpairedBatch) -> Work:
+    return work_of(batch.tokens)
+
+
+def _prepare_work(batch: UnpairedBatch) -> Work:
+    """The policy reads the mismatched answers, the reference both kinds."""
+    mismatched = work_of(batch.mismatched)
+    return work_of(batch.tokens).add(mismatched).add(mismatched)

@@ -1,4 +1,4 @@
-"""Models as a run wants them: checked against the tokenizer, with adapters and heads."""
+"""The models of a run: checked against the tokenizer, with adapters, heads and layouts."""
 
 from __future__ import annotations
 
@@ -7,65 +7,77 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.hf import load_pretrained
+from jaxalign.hf.load import expect_language_model, expect_reward_model
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import add_lora
-from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
-from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.model_spec import ModelReward
-from jaxalign.run.config.runs import ModelConfig, PPORun, RewardRun
-from jaxalign.run.export import run_tokenizer
+from jaxalign.run.config.base import ModelConfig, Run
+from jaxalign.run.config.ppo import PPORun
+from jaxalign.run.config.reward import RewardRun
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.streams import Stream, stream_key
 from jaxalign.types import Params
 
 
-class Loaded(NamedTuple):
-    """A model with its tokenizer and split parameters, on a mesh."""
+class Policy(NamedTuple):
+    """A model to train with its parameters, on a mesh.
+
+    Attributes:
+      model: with adapters, if there are any.
+      params: what is trained.
+      frozen: the base under adapters; `{}` without.
+    """
 
     model: Any
     params: Params
     frozen: Params
-    tok: Any
+
+    def start(self) -> tuple[Decoder, Params]:
+        """The model that training starts from: the base under adapters, else the model itself."""
+        plain = dataclasses.replace(self.model, lora=None)
+        return plain, self.frozen if self.frozen else self.params
 
 
-def load(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
-    """The model to train, whatever it is, with its adapters."""
-    tok = run_tokenizer(config)
-    model, params = load_pretrained(
-        config.source,
-        mesh=mesh,
-        dtype=config.dtype,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        attention=config.attention,
-    )
-    check_vocabulary(tok, model, config.source)
-    if config.lora is None:
-        return Loaded(model, params, {}, tok)
+def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
+    """The model to train, language or reward model, with its adapters.
+
+    Args:
+      config: of the run.
+      mesh: where it goes.
+      loader: of its arrays.
+      tok: the tokenizer, whose ids the model must know; None: not checked.
+    """
+    source, lora = config.model.source, config.model.lora
+    model, params = loader.load(source, config.model, mesh, remat=config.model.remat)
+    check_vocabulary(tok, model, source)
+    if lora is None:
+        return Policy(model, params, {})
     if isinstance(model, Scorer):
         raise ValueError(
-            f"model.lora with the reward model {config.source!r}: start from a language model"
+            f"model.lora with the reward model {source!r}: start from a language model"
         )
-    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
-    model, adapters, base = add_lora(model, params, key, config.lora)
-    return Loaded(model, place(adapters, model.axes, mesh), base, tok)
+    base, key = model, stream_key(config.run.seed, Stream.ADAPTERS)
+    adapters = loader.make(lambda key: add_lora(base, params, key, lora)[1], key)
+    model = dataclasses.replace(base, lora=lora)
+    return Policy(model, place(adapters, model, mesh, loader), params)
 
 
-def load_policy(config: ModelConfig, mesh: Mesh, seed: int) -> Loaded:
-    """A language model to train."""
-    loaded = load(config, mesh, seed)
-    if not isinstance(loaded.model, Decoder):
-        raise ValueError(
-            f"model.source={config.source!r} is a reward model; wanted a language model"
-        )
-    return loaded
+def load_policy(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
+    """A language model to train; arguments as for `load_trained`."""
+    policy = load_trained(config, mesh, loader, tok)
+    expect_language_model(policy.model, config.model.source, "model.source")
+    return policy
 
 
-def with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
-    """A reward model to train: as loaded, or with a fresh head of as many outputs as are wanted."""
+def load_trained_scorer(config: RewardRun, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
+    """A reward model to train: as loaded, or with a fresh head; arguments as for `load_trained`."""
+    loaded = load_trained(config, mesh, loader, tok)
     attributes, model = config.reward.attributes, loaded.model
     if isinstance(model, Scorer):
         if config.head == "pretrained":
@@ -77,62 +89,53 @@ def with_head(loaded: Loaded, mesh: Mesh, config: RewardRun) -> Loaded:
                 )
             return loaded
         model = model.base
-    key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 3)
-    scorer, full = with_scalar_head(model, loaded.frozen or loaded.params, key, attributes)
-    head = place({"score": full.pop("score")}, scorer.axes, mesh)
+    key = stream_key(config.run.seed, Stream.REWARD_HEAD)
+    start = loaded.frozen if loaded.frozen else loaded.params
+    scorer, full = with_fresh_head(model, start, key, attributes, mesh, loader)
+    head = {"score": full.pop("score")}
     if loaded.frozen:
-        return loaded._replace(model=scorer, params=loaded.params | head, frozen=full)
-    return loaded._replace(model=scorer, params=full | head)
+        return Policy(scorer, loaded.params | head, full)
+    return Policy(scorer, full | head, {})
 
 
-def language_model(source: str, config: ModelConfig, mesh: Mesh) -> tuple[Decoder, Params]:
-    """A frozen language model, held as the one that is trained."""
-    model, params = load_pretrained(
-        source,
-        mesh=mesh,
-        dtype=config.dtype,
-        compute_dtype=config.compute_dtype,
-        attention=config.attention,
+def with_fresh_head(
+    model: Decoder, params: Params, key: jax.Array, attributes: tuple[str, ...], mesh: Mesh,
+    loader: Loader,
+) -> tuple[Scorer, Params]:  # fmt: skip
+    """A scorer with a head of its own on a language model, see `with_scalar_head`."""
+    scorer = Scorer(model, attributes)
+    head = loader.make(
+        lambda key: with_scalar_head(model, params, key, attributes)[1]["score"], key
     )
-    if not isinstance(model, Decoder):
-        raise ValueError(f"reference={source!r} is a reward model; wanted a language model")
-    return model, params
+    trunk = {name: value for name, value in params.items() if name != "head"}
+    return scorer, trunk | place({"score": head}, scorer, mesh, loader)
 
 
-def reference_model(
-    source: str, *, loaded: Loaded, config: ModelConfig, mesh: Mesh
+def load_frozen(
+    source: str, option: str, config: ModelConfig, mesh: Mesh, loader: Loader
 ) -> tuple[Decoder, Params]:
-    """A frozen language model that reads the same tokens as the one that is trained."""
-    model, params = language_model(source, config, mesh)
-    check_vocabulary(loaded.tok, model, source)
-    return model, params
+    """A frozen language model; `option` names `source` in messages."""
+    model, params = loader.load(source, config, mesh, remat="none")
+    return expect_language_model(model, source, option), params
 
 
-def load_scorer(
-    source: str,
+def with_single_score(
+    model: Scorer,
+    params: Params,
     weights: Mapping[str, float] | None,
-    config: ModelConfig,
+    source: str,
     mesh: Mesh,
-    *,
-    critic: bool = False,
+    loader: Loader,
 ) -> tuple[Scorer, Params]:
     """A reward model with one score: of several attributes, their weighted sum."""
-    model, params = load_pretrained(
-        source,
-        mesh=mesh,
-        dtype=config.dtype,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        attention=config.attention,
-    )
-    if not isinstance(model, Scorer):
-        raise ValueError(
-            f"{source!r} is a language model without a score; wanted a reward model, "
-            "as `jaxalign reward` makes"
-        )
-    # A critic of its own may have one score where the reward model has several.
-    if weights is not None and not (critic and not model.attributes):
-        return weigh_attributes(model, params, weights)
+    if weights is not None:
+
+        def weigh(head: Params) -> Params:
+            return weigh_attributes(model, {"score": head}, weights)[1]["score"]
+
+        head = loader.make(weigh, params["score"])
+        single = dataclasses.replace(model, attributes=())
+        return single, params | place({"score": head}, single, mesh, loader)
     if len(model.attributes) > 1:
         raise ValueError(
             f"{source!r} has the attributes {', '.join(model.attributes)} and no single score; say "
@@ -144,69 +147,126 @@ def load_scorer(
 
 
 class Scorers:
-    """The models with a score of a PPO run, each loaded once, whatever it is for."""
+    """The models with a score of a PPO run, each loaded once, whatever it is for.
 
-    def __init__(self, config: PPORun, mesh: Mesh, tok: Any):
-        self._config, self._mesh, self._tok = config, mesh, tok
+    Args:
+      config: of the run.
+      mesh: of the run; a model with devices of its own lies on those.
+      loader: of their arrays.
+      tok: the policy's tokenizer, or None.
+    """
+
+    def __init__(self, config: PPORun, mesh: Mesh, loader: Loader, tok: Any):
+        self._config, self._mesh, self._loader, self._tok = config, mesh, loader, tok
         self._loaded: dict[str, tuple[Scorer, Params]] = {}
+        self._on_host: dict[int, tuple[Scorer, Params]] = {}
 
     def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
-        """One that scores answers."""
-        reads = spec.tokenizer == "policy"
-        return self._load("reward", spec.source, spec.attributes, reads_ids=reads)
-
-    def held(self, spec: ModelReward) -> tuple[Scorer, Params]:
-        """The same in the host's memory."""
-        scorer, params = self.reward(spec)
-        return scorer, to_host_memory(params)
+        """One that scores answers, where the configuration keeps it: on devices or on the host."""
+        with_policy_ids = spec.tokenizer == "policy"
+        scorer, params = self._load("reward", spec.source, spec.attributes, with_policy_ids)
+        if not self._config.offload_frozen:
+            return scorer, params
+        if id(params) not in self._on_host:
+            self._on_host[id(params)] = scorer, self._loader.to_host(params)
+        return self._on_host[id(params)]
 
     def critic(self) -> tuple[Scorer, Params]:
         """What the critic starts from."""
-        start, named = self._config.critic_start(), self._config.critic is not None
-        return self._load("critic", *start, critic=named)
+        source, weights = self._config.critic_start()
+        return self._load("critic", source, weights, True)
 
     def _load(
-        self,
-        role: str,
-        source: str,
-        weights: Mapping[str, float] | None,
-        *,
-        critic: bool = False,
-        reads_ids: bool = True,
+        self, role: str, source: str, weights: Mapping[str, float] | None, with_policy_ids: bool
     ) -> tuple[Scorer, Params]:
-        layout = self._config.mesh.rules_of.get(role, {})
-        apart = self._config.mesh.apart.get(role)
-        key = f"{source} {weights} {critic} {sorted(layout.items())} {apart}"
+        config, apart = self._config, self._config.mesh.apart.get(role)
+        layout = config.mesh.rules_of.get(role, {})
+        # A critic of its own may have one score where the reward model has several.
+        own_critic = role == "critic" and config.critic is not None
+        key = f"{source} {weights} {own_critic} {sorted(layout.items())} {apart}"
         if key not in self._loaded:
-            mesh = self._mesh if apart is None else self._config.mesh.make(model=role)
-            with self._config.mesh.use_rules(role):
-                self._loaded[key] = load_scorer(
-                    source, weights, self._config.model, mesh, critic=critic
-                )
-        if reads_ids:
+            mesh = self._mesh if apart is None else config.mesh.make(model=role)
+            with config.mesh.use_rules(role):
+                self._loaded[key] = self._scorer(source, weights, mesh, own_critic)
+        if with_policy_ids:
             check_vocabulary(self._tok, self._loaded[key][0], source)
         return self._loaded[key]
+
+    def _scorer(
+        self, source: str, weights: Mapping[str, float] | None, mesh: Mesh, own_critic: bool
+    ) -> tuple[Scorer, Params]:
+        loaded, params = self._loader.load_scorer(
+            source, self._config.model, mesh, tuple(weights or ())
+        )
+        model = expect_reward_model(loaded, source)
+        if own_critic and not model.attributes:
+            weights = None
+        return with_single_score(model, params, weights, source, mesh, self._loader)
+
+
+def load_critic(
+    config: PPORun, policy: Policy, scorers: Scorers, mesh: Mesh, loader: Loader
+) -> tuple[Scorer | None, Params | None]:
+    """The critic that a run begins with; (None, None) where there is none."""
+    options = config.ppo
+    if not options.has_critic:
+        return None, None
+    if options.shared_critic or config.critic == "policy":
+        key = stream_key(config.run.seed, Stream.CRITIC_HEAD)
+        critic, params = with_fresh_head(*policy.start(), key, (), mesh, loader)
+        rules = config.mesh.rules_of.get("critic")
+        params = reshard_by_rules(params, critic, mesh, rules, loader)
+    else:
+        critic, params = scorers.critic()
+    if config.critic_head == "zero":
+        with config.mesh.use_rules("critic"):
+            head = loader.make(lambda head: jax.tree.map(jnp.zeros_like, head), params["score"])
+            params = params | place({"score": head}, critic, mesh, loader)
+    return critic, {"score": params["score"]} if options.shared_critic else params
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:
     """Refuses ids that the model has no embedding for, which JAX would clip without a word."""
-    if len(tok) > model.config.vocab_size:
+    if tok is not None and len(tok) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer {tok.name_or_path!r} has {len(tok)} tokens, the model {source!r} only "
             f"{model.config.vocab_size}; they do not belong together"
         )
 
 
-def shape_of(model: Decoder) -> DecoderConfig:
-    """What two models must share to run with each other's weights."""
+def check_same_shape(reference: Decoder, policy: Decoder, source: str, start: str) -> None:
+    """Refuses a reference that cannot run with the policy's weights."""
+    if _shape_of(reference) != _shape_of(policy):
+        raise ValueError(
+            f"reference={source!r} has another shape than the policy {start!r}; wanted the model "
+            "that the policy started from"
+        )
+
+
+def _shape_of(model: Decoder) -> DecoderConfig:
     return dataclasses.replace(model.config, source_config="")
 
 
-def place(tree: Params, axes: Params, mesh: Mesh) -> Params:
-    """Places part of a parameter tree by the logical axes of the whole tree."""
-    if not isinstance(tree, dict):
-        return jax.device_put(tree, param_shardings(axes, mesh))
-    return {name: place(value, axes[name], mesh) for name, value in tree.items()}
+def place(tree: Params, model: Decoder | Scorer, mesh: Mesh, loader: Loader) -> Params:
+    """Lays out part of a model's parameters by the logical axes of the whole tree."""
+
+    def part(tree: Any, whole: Any) -> Any:
+        if not isinstance(tree, dict):
+            return whole
+        return {name: part(value, whole[name]) for name, value in tree.items()}
+
+    shardings = param_shardings(part(tree, model.axes), mesh, tree)
+    return loader.place(tree, shardings)
+
+
+def reshard_by_rules(
+    params: Params, model: Decoder | Scorer, mesh: Mesh, over: Rules | None, loader: Loader
+) -> Params:
+    """Parameters laid out as other rules say; as they are for None or no rules."""
+    if not over:
+        return params
+    with use_rules(over):
+        return place(params, model, mesh, loader)
 
 
 def pad_id(tok: Any) -> int:

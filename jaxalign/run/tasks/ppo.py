@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,133 +12,246 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
-from jaxalign.data import prompt_batches, sft_batches, stop_token_ids
-from jaxalign.hf import save_pretrained
-from jaxalign.models.base import combine
+from jaxalign.algorithms.compile import compile_step
+from jaxalign.algorithms.prepare import Prepare
+from jaxalign.data import Batches, sft_batches, stop_token_ids
 from jaxalign.models.flops import ppo_flops
-from jaxalign.parallel.host_memory import on_device, to_host_memory
+from jaxalign.models.lm_head import Scorer
+from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import all_gather_rows, local_rows
-from jaxalign.rewards import build_reward
+from jaxalign.rewards import build_reward, combine_rewards, model_reward
 from jaxalign.rewards.cases import shifted
 from jaxalign.rewards.model_spec import ModelReward
-from jaxalign.run.config.runs import PPORun
-from jaxalign.run.export import whole_model
-from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, to_floats
-from jaxalign.run.tasks.actors import start_critic, start_reference
-from jaxalign.run.tasks.data import make_data, section_data, total_of
-from jaxalign.run.tasks.models import Scorers, load_policy, pad_id
+from jaxalign.rewards.specs import RewardSpec
+from jaxalign.run.config.ppo import PPORun
+from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
+from jaxalign.run.tasks.data import section_data
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import Scorers, check_same_shape, load_critic, load_policy, pad_id
+from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.reference import reference_in_memory
 from jaxalign.run.tasks.rollout_log import RolloutDump
-from jaxalign.run.tasks.task import Floats, Loop, Task, optimizer, start
-from jaxalign.types import RolloutBatch, TrainState
+from jaxalign.run.tasks.shapes import token_shapes
+from jaxalign.run.tasks.streams import Stream, stream_key
+from jaxalign.run.tasks.task import Floats, Loop, Task, exporter
+from jaxalign.types import Params, RolloutBatch, TokenBatch, TrainState
 
 
-def ppo_task(config: PPORun, mesh: Mesh) -> Task:
-    """PPO: a batch of prompts becomes a rollout, cut into epochs × mini-batches of updates."""
-    loaded = load_policy(config.model, mesh, config.run.seed)
-    reference, ref_params = start_reference(config, loaded, mesh)
-    scorers = Scorers(config, mesh, loaded.tok)
-    critic, critic_params = start_critic(config, loaded, scorers)
-    # Named apart, so that nothing below keeps the weights that the policy starts from.
-    model, tok, adapted, options = loaded.model, loaded.tok, bool(loaded.frozen), config.ppo
-    apart = config.reference is not None or "reference" in config.mesh.rules_of
-    if config.offload_frozen and (apart or not adapted):
-        ref_params = to_host_memory(ref_params)
-    if not options.stop_tokens:
-        stops = stop_token_ids(loaded.tok, config.model.chat_template)
-        options = dataclasses.replace(options, stop_tokens=stops)
-    if options.pad_token == 0:
-        options = dataclasses.replace(options, pad_token=pad_id(loaded.tok))
+class RewardModel(NamedTuple):
+    """A model among the rewards.
 
-    batches, held_out = make_data(prompt_batches, config, loaded.tok, mesh)
-    total = total_of(config, batches)
-    each = config.ppo_epochs * config.minibatches
+    Attributes:
+      spec: what the configuration says of it.
+      model: it.
+      params: its parameters, on devices or on the host.
+    """
+
+    spec: ModelReward
+    model: Scorer
+    params: Params
+
+    def reward(self) -> Any:
+        """Its scores as a reward function, and `.lower` for (params, tokens)."""
+        return model_reward(self.model, self.params, shift=self.spec.shift, scale=self.spec.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutParts(Parts):
+    """The parts of a run whose batches are prompts, and whose updates learn from rollouts.
+
+    Attributes:
+      options: of the algorithm, with the tokenizer's stop and padding tokens.
+      critic: the critic's model, or None.
+      reward_models: the models among the rewards.
+      reward: gives the answers' scores.
+      rollout: (key, state, reference parameters, prompts, …) → rollout, see `ppo.make_prepare`.
+      watch: the time of its parts, "rollout" and "reward"; the rest is experience.
+      text: the batch of text that joins each update, as shapes; None: none does.
+    """
+
+    options: ppo.Config
+    critic: Scorer | None
+    reward_models: tuple[RewardModel, ...]
+    reward: Callable[..., Any]
+    rollout: Prepare[..., RolloutBatch]
+    watch: Stopwatch
+    text: TokenBatch | None
+
+    @property
+    def frozen_params(self) -> tuple[Params, ...]:
+        """Also those of the reward models."""
+        return (*super().frozen_params, *(scorer.params for scorer in self.reward_models))
+
+
+def build_ppo(
+    config: PPORun, mesh: Mesh, loader: Loader, data: RunData
+) -> tuple[TrainState, RolloutParts]:
+    """The parts of a PPO run: four models, of which policy and critic are trained."""
+    policy = load_policy(config, mesh, loader, data.tok)
+    reference = reference_in_memory(config, policy, mesh, loader, data.tok)
+    source = config.model.source
+    check_same_shape(reference.model, policy.model, config.reference or source, source)
+    scorers = Scorers(config, mesh, loader, data.tok)
+    critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
+    options = with_tokens(config, data)
+
+    updates = config.ppo_epochs * config.minibatches
     critic_optimizer = config.critic_optimizer or config.optimizer
     tx = ppo.make_optimizer(
-        optimizer(config.optimizer, max(1, total - config.critic_warmup) * each),
-        optimizer(critic_optimizer, total * each) if options.has_critic else None,
-        critic_warmup=config.critic_warmup * each,
+        scheduled_optimizer(config.optimizer, max(1, data.total - config.critic_warmup) * updates),
+        scheduled_optimizer(critic_optimizer, data.total * updates) if options.has_critic else None,
+        critic_warmup=config.critic_warmup * updates,
     )
-    both = loaded._replace(
-        params=ppo.init_params(loaded.params, critic_params),
-        frozen={"policy": loaded.frozen} if loaded.frozen else {},
+    step = ppo.make_step(policy.model, critic, tx, options, micro_batches=config.run.micro_batches)
+    state = loader.init_state(
+        ppo.init_params(policy.params, critic_params),
+        tx,
+        {"policy": policy.frozen} if policy.frozen else {},
     )
-    step = ppo.make_step(loaded.model, critic, tx, options, micro_batches=config.run.micro_batches)
-    # One table of rows for all prompts: training data, then held-out data.
-    rows = [*batches.examples, *(held_out.examples if held_out is not None else ())]
-    held = scorers.held if config.offload_frozen else scorers.reward
-    reward = build_reward(config.reward_specs(), tok, rows=rows, load=held)
-    specs = [spec for spec in config.reward_specs() if isinstance(spec, ModelReward)]
-    judges = [scorers.reward(spec)[0] for spec in specs]
-    watch = Stopwatch()
-    watched = watch.around(reward, "rollout", "reward")
-    prepare = ppo.make_prepare(
-        model,
+    reward_models = tuple(
+        RewardModel(spec, *scorers.reward(spec))
+        for spec in config.reward_specs()
+        if isinstance(spec, ModelReward)
+    )
+    reward, watch = make_reward(config, data, scorers, reward_models), Stopwatch()
+    rollout = ppo.make_prepare(
+        policy.model,
         critic,
-        watched,
+        watch.around(reward, "rollout", "reward"),
         options,
-        reference=reference,
+        reference=reference.model,
         rollout_rules=config.mesh.rules_of.get("rollout"),
     )
-    dump = RolloutDump(config.run.folder, tok, config.dump_every, config.dump_samples)
-    add_text = _text_adder(config, loaded.tok, mesh)
+    return state, RolloutParts(
+        policy=policy.model,
+        adapted=bool(policy.frozen),
+        step=compile_step(step, state, mesh),
+        reference=reference,
+        options=options,
+        critic=critic,
+        reward_models=reward_models,
+        reward=reward,
+        rollout=rollout,
+        watch=watch,
+        text=None if config.ptx is None else token_shapes(config.ptx),
+        notes=tuple(dict.fromkeys(loader.notes)),
+    )
 
-    def begin(state: TrainState, loop: Loop) -> None:
-        if config.calibrate_reward != "none":
-            key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 5)
-            first = next(iter(batches))
-            batches.close()
-            loop["calibration"] = list(
-                ppo.calibrate(
-                    key,
-                    reference,
-                    jax.jit(on_device)(ref_params),  # it writes answers, not only reads them
-                    first,
-                    reward,
-                    options,
-                    config.calibrate_reward,
-                )
-            )
 
-    def carried(loop: Loop) -> dict[str, Any]:
-        return {
-            "calibration": tuple(loop["calibration"]),
-            "score_stats": ppo.ScoreStats(*loop["score_stats"]),
-        }
+def with_tokens(config: PPORun, data: RunData) -> ppo.Config:
+    """The options, with the tokenizer's stop and padding tokens where the run names none."""
+    options, tok = config.ppo, data.tok
+    if not options.stop_tokens:
+        stops = data.stop_tokens
+        if tok is not None:
+            stops = stop_token_ids(tok, config.model.chat_template)
+        options = dataclasses.replace(options, stop_tokens=stops)
+    if options.pad_token == 0 and tok is not None:
+        options = dataclasses.replace(options, pad_token=pad_id(tok))
+    return options
 
-    def expand(
-        key: jax.Array, state: TrainState, batch: Any, loop: Loop, more: Iterator[Any]
+
+def make_reward(
+    config: PPORun, data: RunData, scorers: Scorers, models: tuple[RewardModel, ...]
+) -> Callable[..., Any]:
+    """The weighted sum of all rewards; without a tokenizer, of the models among them."""
+    if data.tok is not None and data.batches is not None:
+        # One table of rows for all prompts: training data, then held-out data.
+        rows = [*data.batches.examples]
+        rows += data.held_out.examples if data.held_out is not None else ()
+        return build_reward(config.reward_specs(), data.tok, rows=rows, load=scorers.reward)
+    if not models:
+        return _no_reward
+    return combine_rewards(
+        {name_of(scorer.spec): scorer.reward() for scorer in models},
+        {name_of(scorer.spec): scorer.spec.weight for scorer in models},
+    )
+
+
+def name_of(spec: RewardSpec) -> str:
+    """Under which a reward is logged."""
+    return spec.kind if spec.name is None else spec.name
+
+
+def _no_reward(tokens: TokenBatch, prompts: Any) -> Any:
+    raise ValueError("rewards of texts without a tokenizer: nothing can be scored")
+
+
+def ppo_task(
+    config: PPORun, mesh: Mesh, state: TrainState, parts: RolloutParts, data: RunData
+) -> Task:
+    """Every batch of prompts is an iteration: a rollout, then epochs × mini-batches of updates."""
+    iteration = Iteration(config, mesh, parts, data)
+    limit = config.target_kl
+    return Task(
+        state,
+        parts.step,
+        batches=data.batches,  # pyrefly: ignore[bad-argument-type]
+        total=data.total,
+        loop={
+            "kl_coef": parts.options.kl_coef,
+            "iterations": 0,
+            "calibration": [0.0, 1.0],
+            "score_stats": list(ppo.ScoreStats()),
+        },
+        prepare_updates=iteration.prepare_updates,
+        evaluate=iteration.evaluate if data.held_out is not None else None,
+        export=exporter(parts.policy, data.tok, part="policy"),
+        on_train_start=iteration.calibrate if config.calibrate_reward != "none" else None,
+        early_stop=None if limit is None else lambda logged: _kl_of(logged) > limit,
+        async_metrics=False,
+    )
+
+
+def _kl_of(metrics: dict[str, Any]) -> float:
+    return float(metrics["policy/approxkl_avg"])
+
+
+class Iteration:
+    """One iteration of PPO, and what surrounds it. `loop` holds what outlives an iteration.
+
+    Args:
+      config: of the run.
+      mesh: of the run.
+      parts: as `build_ppo` makes them.
+      data: prompts.
+    """
+
+    def __init__(self, config: PPORun, mesh: Mesh, parts: RolloutParts, data: RunData):
+        self._config, self._parts, self._data = config, parts, data
+        self._dump = RolloutDump(
+            config.run.folder, data.tok, config.dump_every, config.dump_samples
+        )
+        self._text = None
+        if config.ptx is not None:
+            self._text = TextStream(config, data.tok, mesh)
+
+    def prepare_updates(
+        self, key: jax.Array, state: TrainState, prompts: Any, loop: Loop, data: Iterator[Any]
     ) -> tuple[Iterable[RolloutBatch], Floats]:
+        """From prompts to the mini-batches of the iteration's updates, and its metrics.
+
+        1. Sample answers, score them, compute advantages.
+        2. Describe them; move β and the scores' statistics for the next iteration.
+        3. Replace prompts whose answers all score alike, if configured (dynamic sampling).
+        4. Cut the rollout into epochs × mini-batches.
+        """
+        config, options = self._config, self._parts.options
         sample_key, shuffle_key = jax.random.split(key)
-        kl_coef, scale = loop["kl_coef"], carried(loop)
-
-        def answer(number: int, batch: Any) -> tuple[RolloutBatch, Floats]:
-            # The first has the plain key, so that runs that take one batch are what they were.
-            key = jax.random.fold_in(sample_key, number) if number else sample_key
-            watch.start()
-            rollout = prepare(key, state, ref_params, batch, kl_coef, **scale)
-            jax.block_until_ready(rollout)
-            return rollout, watch.stop("experience") | cost(rollout)
-
-        rollout, costs = answer(0, batch)
+        rollout, costs = self._roll_out(sample_key, state, prompts, loop)
         metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
-        metrics["kl_coef"] = kl_coef
-        answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
-        loop["kl_coef"] = ppo.next_kl_coef(kl_coef, metrics["objective/kl"], options, answers)
-        if options.normalize_scores:
-            stats = ppo.next_score_stats(ppo.ScoreStats(*loop["score_stats"]), rollout)
-            loop["score_stats"] = list(stats)
-        loop["iterations"] += 1
-        dump.write(loop["iterations"], rollout)
+        metrics["kl_coef"] = loop["kl_coef"]
+        # Further rollouts of this iteration are scaled and penalised as its first one.
+        before = dict(loop)
+        self._update_loop(rollout, metrics["objective/kl"], loop)
+        self._dump.write(loop["iterations"], rollout)
         if config.prompt_draws > 1:
-            draws, left = 1, ppo.count_equal_groups(rollout, options.samples)
-            while left and draws < config.prompt_draws:
-                other, further = answer(draws, next(more))
-                rollout, left = ppo.fill_equal_groups(rollout, other, options.samples)
-                costs = {name: costs[name] + further[name] for name in costs}
-                draws += 1
-            metrics |= {"groups/draws": draws, "groups/left_equal": left}
-        metrics |= costs
-        parts = ppo.minibatches(
+            rollout, more_costs, counts = self._replace_zero_variance(
+                rollout, sample_key, state, data, before
+            )
+            costs = {name: costs[name] + more_costs.get(name, 0.0) for name in costs}
+            metrics |= counts
+        updates = ppo.minibatches(
             shuffle_key,
             rollout,
             config.ppo_epochs,
@@ -146,101 +259,150 @@ def ppo_task(config: PPORun, mesh: Mesh) -> Task:
             pack=config.pack_updates,
             multiple=config.run.micro_batches,
         )
-        return add_text(parts, loop), metrics
+        if self._text is not None:
+            updates = self._text.join(updates, loop)
+        return updates, metrics | costs
 
-    def cost(rollout: RolloutBatch) -> Floats:
+    def _roll_out(
+        self, key: jax.Array, state: TrainState, prompts: Any, loop: Loop
+    ) -> tuple[RolloutBatch, Floats]:
+        """A rollout, with its tokens, FLOPs and seconds."""
+        parts = self._parts
+        parts.watch.start()
+        rollout = parts.rollout(
+            key, state, self._reference(state), prompts, loop["kl_coef"], **_scaling(loop)
+        )
+        jax.block_until_ready(rollout)
+        seconds = parts.watch.stop("experience")
         tokens = local_rows(rollout.tokens)
         flops = ppo_flops(
             tokens,
-            model,
-            critic,
-            judges,
-            epochs=config.ppo_epochs,
-            samples=options.samples,
-            frozen=adapted,
-            shared_critic=options.shared_critic,
+            parts.policy,
+            parts.critic,
+            [scorer.model for scorer in parts.reward_models],
+            epochs=self._config.ppo_epochs,
+            samples=parts.options.samples,
+            frozen=parts.adapted,
+            shared_critic=parts.options.shared_critic,
         )
-        return {TOKENS: float(np.sum(tokens.segment_ids > 0)), FLOPS: flops.total}
+        real = float(np.sum(tokens.segment_ids > 0))
+        return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
 
-    def evaluate(state: TrainState, loop: Loop) -> Floats:
-        # The same key every time: differences come from the policy, not from the draw.
-        key = jax.random.fold_in(jax.random.key(config.run.seed), 2**31 - 1)
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-        scores: list[float] = []
-        for number, batch in enumerate(held_out or ()):
-            batch = shifted(batch, len(batches.examples))
-            rollout = prepare(
-                jax.random.fold_in(key, number), state, ref_params, batch, **carried(loop)
+    def _update_loop(self, rollout: RolloutBatch, measured_kl: float, loop: Loop) -> None:
+        """Moves what the next iteration starts from: β, and the statistics of all scores."""
+        options = self._parts.options
+        answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
+        loop["kl_coef"] = ppo.next_kl_coef(loop["kl_coef"], measured_kl, options, answers)
+        if options.normalize_scores:
+            stats = ppo.ScoreStats(*loop["score_stats"])
+            loop["score_stats"] = list(ppo.next_score_stats(stats, rollout))
+        loop["iterations"] += 1
+
+    def _replace_zero_variance(
+        self,
+        rollout: RolloutBatch,
+        key: jax.Array,
+        state: TrainState,
+        data: Iterator[Any],
+        loop: Loop,
+    ) -> tuple[RolloutBatch, Floats, Floats]:
+        """Dynamic sampling (DAPO): other prompts in the places of zero-variance groups.
+
+        Returns:
+          The rollout; tokens, FLOPs and seconds that it took; how many batches, and groups left.
+        """
+        samples = self._parts.options.samples
+        draws, left = 1, ppo.count_equal_groups(rollout, samples)
+        costs: Floats = {}
+        while left and draws < self._config.prompt_draws:
+            # The first rollout has the plain key.
+            number_key = jax.random.fold_in(key, draws)
+            other, cost = self._roll_out(number_key, state, next(data), loop)
+            rollout, left = ppo.fill_equal_groups(rollout, other, samples)
+            costs = {name: costs.get(name, 0.0) + value for name, value in cost.items()}
+            draws += 1
+        return rollout, costs, {"groups/draws": draws, "groups/left_equal": left}
+
+    def calibrate(self, state: TrainState, loop: Loop) -> None:
+        """Before the first iteration: shifts (and scales) the reward by the reference's answers."""
+        assert self._parts.reference is not None
+        assert self._data.batches is not None
+        prompts = next(iter(self._data.batches))
+        self._data.batches.close()
+        loop["calibration"] = list(
+            ppo.calibrate(
+                stream_key(self._config.run.seed, Stream.CALIBRATION),
+                self._parts.reference.model,
+                # It writes answers: its weights are read for every token.
+                jax.jit(on_device)(self._reference(state)),
+                prompts,
+                self._parts.reward,
+                self._parts.options,
+                self._config.calibrate_reward,
             )
-            answered, given = all_gather_rows((rollout.valid, rollout.scores))
-            scores += given[answered].tolist()
-            figures = to_floats(ppo.rollout_metrics(rollout, options.samples))
-            for name, value in figures.items():
-                if name in _NO_MEANS:
-                    continue
-                if name.startswith(("objective/", "response/", "rewards/", "applies/")):
-                    part = figures.get(name.replace("rewards/", "applies/", 1), 1.0)
-                    count = answered.sum() * (part if name.startswith("rewards/") else 1.0)
-                    sums[name] = sums.get(name, 0.0) + value * float(count)
-                    counts[name] = counts.get(name, 0.0) + float(count)
-        means = {
-            name: value / counts[name] if counts[name] else 0.0 for name, value in sums.items()
-        }
-        return means | {"objective/scores_std": float(np.std(scores))}
+        )
 
-    def export(state: TrainState, folder: Any) -> None:
-        policy = combine(state.params, state.frozen)["policy"]
-        save_pretrained(*whole_model(model, policy), folder, tokenizer=tok)
+    def evaluate(self, state: TrainState, loop: Loop) -> Floats:
+        """Figures of answers to the held-out prompts: sums over all of them, divided once."""
+        # The same key every time: differences come from the policy, not from sampling.
+        key = stream_key(self._config.run.seed, Stream.HELD_OUT)
+        training, samples = self._data.batches, self._parts.options.samples
+        first = 0 if training is None else len(training.examples)
+        sums, scores = [], []
+        for number, prompts in enumerate(self._data.held_out or ()):
+            rollout = self._parts.rollout(
+                jax.random.fold_in(key, number),
+                state,
+                self._reference(state),
+                shifted(prompts, first),  # held-out rows follow the training rows
+                **_scaling(loop),
+            )
+            sums.append(ppo.rollout_figures(rollout, samples))
+            valid, values = all_gather_rows((rollout.valid, rollout.scores))
+            scores.append(values[valid])
+        return add_up(sums) | {"objective/scores_std": float(np.std(np.concatenate(scores)))}
 
-    limit = config.target_kl
-    enough = None
-    if limit is not None:
-        enough = lambda logged: float(logged["policy/approxkl_avg"]) > limit  # noqa: E731
-
-    return Task(
-        *start(both, tx, step, mesh),
-        batches=batches,
-        total=total,
-        loop={
-            "kl_coef": options.kl_coef,
-            "iterations": 0,
-            "calibration": [0.0, 1.0],
-            "score_stats": list(ppo.ScoreStats()),
-        },
-        expand=expand,
-        evaluate=evaluate if held_out is not None else None,
-        export=export,
-        begin=begin,
-        enough=enough,
-        ahead=False,
-    )
+    def _reference(self, state: TrainState) -> Params:
+        reference = self._parts.reference
+        return None if reference is None else reference.params(state)
 
 
-# Means over batches say nothing of these.
-_NO_MEANS = ("objective/scores_std", "response/length_min", "response/length_max")
+def _scaling(loop: Loop) -> dict[str, Any]:
+    """What turns a reward into scores, as `ppo.make_prepare` takes it."""
+    return {
+        "calibration": tuple(loop["calibration"]),
+        "score_stats": ppo.ScoreStats(*loop["score_stats"]),
+    }
 
 
-def _text_adder(
-    config: PPORun, tok: Any, mesh: Mesh
-) -> Callable[[Iterable[RolloutBatch], Loop], Iterator[RolloutBatch]]:
-    """Gives every mini-batch its rows of text, if there is any; its position goes into `loop`."""
-    if config.ptx is None:
-        return lambda parts, loop: iter(parts)
-    template, seed = config.model.chat_template, config.run.seed
-    text, _ = section_data(
-        sft_batches, config.ptx, tok, chat_template=template, seed=seed, mesh=mesh
-    )
-    iterator: list[Iterator[Any]] = []
+class TextStream:
+    """Rows of text for every update; the position is in `loop`, so that a run resumes exactly.
 
-    def add(parts: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:
-        if not iterator:
+    Args:
+      config: of the run, with `ptx`.
+      tok: the policy's tokenizer.
+      mesh: of the run.
+    """
+
+    def __init__(self, config: PPORun, tok: Any, mesh: Mesh):
+        assert config.ptx is not None
+        self._batches: Batches[TokenBatch] = section_data(
+            sft_batches,
+            config.ptx,
+            tok,
+            chat_template=config.model.chat_template,
+            seed=config.run.seed,
+            mesh=mesh,
+        )[0]
+        self._iterator: Iterator[TokenBatch] | None = None
+
+    def join(self, updates: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:
+        """The mini-batches, each with a batch of text."""
+        if self._iterator is None:
             if "ptx" in loop:
-                text.set_state(loop["ptx"])
-            iterator.append(iter(text))
-        for part in parts:
-            batch = next(iterator[0])
-            loop["ptx"] = text.get_state()
-            yield part._replace(ptx=batch)
-
-    return add
+                self._batches.set_state(loop["ptx"])
+            self._iterator = iter(self._batches)
+        for update in updates:
+            text = next(self._iterator)
+            loop["ptx"] = self._batches.get_state()
+            yield update._replace(ptx=text)

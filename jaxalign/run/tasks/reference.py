@@ -1,27 +1,30 @@
-"""The reference of a preference run: held beside the policy, following it, or asked beforehand."""
+"""The reference of a run, of which there are three kinds.
+
+- In memory: frozen parameters beside the train state, or the base under adapters.
+- Moving (TR-DPO): part of the optimizer's state, see `jaxalign.algorithms.moving_reference`.
+- Cached: log-probabilities of all data computed beforehand, see `reference_cache`; no parameters.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jaxalign.algorithms import dpo
-from jaxalign.algorithms.moving_reference import (
-    ReferenceSync,
-    reference_of,
-    start_reference,
-    with_moving_reference,
-)
+from jaxalign.algorithms.moving_reference import ReferenceSync, reference_of, with_moving_reference
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.parallel.host_memory import to_host_memory
-from jaxalign.parallel.sharding import reshard_by_rules
-from jaxalign.run.config.runs import DPORun, KTORun
+from jaxalign.run.config.dpo import DPORun
+from jaxalign.run.config.ppo import PPORun
+from jaxalign.run.config.reference import ReferenceRun
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import Policy, check_vocabulary, load_frozen, reshard_by_rules
 from jaxalign.run.tasks.reference_cache import (
     REMEDY,
     ReferenceCache,
@@ -31,56 +34,107 @@ from jaxalign.run.tasks.reference_cache import (
 )
 from jaxalign.types import Params, TrainState
 
-Load = Callable[[str], tuple[Decoder, Params]]
-"""Loads the model that `reference` names."""
+AnyRun = ReferenceRun | PPORun
+"""Runs that have a reference."""
 
 
-class Reference(NamedTuple):
-    """A reference that is asked for every batch.
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A reference in memory, or one that moves.
 
     Attributes:
-      model: its model.
-      params: state → its parameters at that moment of the run.
+      model: the model of its parameters.
+      held: its parameters; None: it moves, and is part of the optimizer's state.
     """
 
     model: Decoder
-    params: Callable[[TrainState], Params]
+    held: Params | None
+
+    def params(self, state: TrainState) -> Params:
+        """Its parameters at this moment of the run."""
+        if self.held is not None:
+            return self.held
+        return combine(reference_of(state), state.frozen)
 
 
 def reference_optimizer(
     tx: optax.GradientTransformation, sync: ReferenceSync | None
 ) -> optax.GradientTransformation:
-    """The optimizer, with a reference in its state where that is to follow the policy."""
+    """The optimizer, with the reference in its state where that is to move."""
     return tx if sync is None else with_moving_reference(tx, sync)
 
 
-def hold_reference(
-    config: DPORun | KTORun, loaded: Any, state: TrainState, load: Load
+def reference_in_memory(
+    config: AnyRun, policy: Policy, mesh: Mesh, loader: Loader, tok: Any
+) -> Reference:
+    """The frozen reference: the model that is named, or the one that training starts from.
+
+    Args:
+      config: of the run.
+      policy: as it starts; without `reference` its weights are shared, not copied.
+      mesh: of the run.
+      loader: of arrays.
+      tok: the policy's tokenizer, or None.
+    """
+    rules = config.mesh.rules_of.get("reference")
+    elsewhere = "reference" in config.mesh.apart
+    if config.reference is None and not elsewhere:
+        model, params = policy.start()
+        params = reshard_by_rules(params, model, mesh, rules, loader)
+        # The policy reads the base under its adapters too: it stays on the device.
+        movable = bool(rules) or not policy.frozen
+    else:
+        model, params = _named(config, mesh, loader, tok)
+        movable = True
+    return Reference(model, loader.to_host(params) if config.offload_frozen and movable else params)
+
+
+def moving_reference(
+    config: ReferenceRun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
 ) -> tuple[TrainState, Reference]:
-    """The reference of a run, and the state to start from, which holds it if it is to move."""
-    if config.reference is not None:
-        with config.mesh.use_rules("reference"):
-            model, params = load(config.reference)
-        if config.reference_sync is not None:
-            return start_reference(state, params), Reference(model, reference_of)
-        return state, _held(config, model, params)
+    """The reference in the state of `reference_optimizer`'s optimizer, and that state.
+
+    It starts as the policy does, or as the model that the configuration names.
+    """
+    if config.reference is None:
+        return state, Reference(policy.model, None)
+    model, params = _named(config, mesh, loader, tok)
+    return loader.start_reference(state, params), Reference(model, None)
+
+
+def make_reference(
+    config: ReferenceRun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
+) -> tuple[TrainState, Reference]:
+    """The reference of a preference run, and the train state, which holds one that moves."""
     if config.reference_sync is not None:
-        return state, Reference(
-            loaded.model, lambda state: combine(reference_of(state), state.frozen)
-        )
-    return state, _held(config, *_start(config, loaded))
+        return moving_reference(config, policy, state, mesh, loader, tok)
+    return state, reference_in_memory(config, policy, mesh, loader, tok)
 
 
-def keep_reference(
-    config: DPORun, loaded: Any, pairs: Callable[[], Iterable[Any]], load: Load
-) -> ReferenceCache:
-    """What the reference says of all pairs of a run: read from its folder, or computed and kept.
+def _named(config: AnyRun, mesh: Mesh, loader: Loader, tok: Any) -> tuple[Decoder, Params]:
+    """The reference from its own source, on its own devices and with its own layout."""
+    source = config.model.source if config.reference is None else config.reference
+    with config.mesh.use_rules("reference"):
+        if "reference" in config.mesh.apart:
+            mesh = config.mesh.make(model="reference")
+        model, params = load_frozen(source, "reference", config.model, mesh, loader)
+    check_vocabulary(tok, model, source)
+    return model, params
+
+
+def cached_reference(
+    config: DPORun, policy: Policy, batches: Callable[[], Iterable[Any]], mesh: Mesh,
+    loader: Loader, tok: Any,
+) -> ReferenceCache:  # fmt: skip
+    """The reference's log-probabilities of all pairs: read from the folder, or computed and saved.
 
     Args:
       config: of the run, with `reference_cache`.
-      loaded: the policy as it starts.
-      pairs: gives all batches of the run, held-out ones too.
-      load: called only where there is no cache.
+      policy: as it starts.
+      batches: gives all batches of the run, held-out ones too.
+      mesh: of the run.
+      loader: of the reference, which is loaded only where there is no cache.
+      tok: the policy's tokenizer.
 
     Raises:
       ValueError: the cache belongs to something else, or lacks some of the run's pairs.
@@ -91,20 +145,10 @@ def keep_reference(
             f"reference_cache={folder!r} with {jax.process_count()} processes: wanted a folder and "
             "one process"
         )
-    template = resolve_chat_template(loaded.tok, config.model.chat_template)
-    fingerprint = {
-        "model": weights_digest(
-            config.model.source if config.reference is None else config.reference
-        ),
-        "tokenizer": tokenizer_digest(loaded.tok),
-        "chat_template": text_digest(str(template)),
-        "dtype": config.model.dtype,
-        "compute_dtype": str(loaded.model.compute_dtype),
-        "ld_alpha": config.dpo.ld_alpha,
-    }
+    fingerprint = _fingerprint(config, policy, tok)
     cache = ReferenceCache.load(folder, fingerprint)
     if cache is not None:
-        missing = cache.missing(pairs())
+        missing = cache.missing(batches())
         if missing:
             raise ValueError(
                 f"reference cache {folder} belongs to other data: {missing} of the run's pairs are "
@@ -112,26 +156,23 @@ def keep_reference(
             )
         return cache
     cache = ReferenceCache()
-    if config.reference is None:
-        model, params = _start(config, loaded)
-    else:
-        with config.mesh.use_rules("reference"):
-            model, params = load(config.reference)
-    prepare = dpo.make_prepare(model, config.dpo)
-    cache.add(pairs(), lambda batch: prepare(params, batch))
+    reference = reference_in_memory(config, policy, mesh, loader, tok)
+    prepare = dpo.make_prepare(reference.model, config.dpo)
+    cache.add(batches(), lambda batch: prepare(reference.held, batch))
     cache.save(folder, fingerprint)
     print(f"reference cache {folder}: log-probabilities of {len(cache)} pairs written")
     return cache
 
 
-def _held(config: DPORun | KTORun, model: Decoder, params: Params) -> Reference:
-    params = to_host_memory(params) if config.offload_frozen else params
-    return Reference(model, lambda state: params)
-
-
-def _start(config: DPORun | KTORun, loaded: Any) -> tuple[Decoder, Params]:
-    """The starting model as a reference. Under LoRA that is the base; else `init_state` copies."""
-    adapted = config.model.lora is not None
-    model = dataclasses.replace(loaded.model, lora=None)
-    params = loaded.frozen if adapted else loaded.params
-    return model, reshard_by_rules(params, model.axes, config.mesh.rules_of.get("reference"))
+def _fingerprint(config: DPORun, policy: Policy, tok: Any) -> dict[str, Any]:
+    """All that decides the log-probabilities of a pair."""
+    template = resolve_chat_template(tok, config.model.chat_template)
+    source = config.model.source if config.reference is None else config.reference
+    return {
+        "model": weights_digest(source),
+        "tokenizer": tokenizer_digest(tok),
+        "chat_template": text_digest(str(template)),
+        "dtype": config.model.dtype,
+        "compute_dtype": str(policy.model.compute_dtype),
+        "ld_alpha": config.dpo.ld_alpha,
+    }

@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import reward
-from jaxalign.models.flops import update_flops
-from jaxalign.run.config.runs import RewardRun
-from jaxalign.run.tasks.data import judgements, make_data, total_of
+from jaxalign.algorithms.compile import compile_step
+from jaxalign.data import (
+    Batches,
+    graded_batches,
+    preference_batches,
+    ranked_batches,
+    step_batches,
+)
+from jaxalign.run.config.reward import RewardRun
 from jaxalign.run.tasks.evaluate import RewardEvaluator
-from jaxalign.run.tasks.models import load, with_head
-from jaxalign.run.tasks.task import Task, cost_of, exporter, optimizer, start
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import load_trained_scorer
+from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.shapes import array, pair_shapes, token_shapes
+from jaxalign.run.tasks.task import Task, updates_task
+from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TrainState
+
+RANKED_ANSWERS = 4
+"""Answers of a prompt that are assumed before the data is read."""
 
 
-def reward_task(config: RewardRun, mesh: Mesh) -> Task:
-    """Reward model: every batch of judged answers is one update."""
-    loaded = with_head(load(config.model, mesh, config.run.seed), mesh, config)
-    batches, held_out = make_data(judgements(config), config, loaded.tok, mesh)
-    total = total_of(config, batches)
-    tx = optimizer(config.optimizer, total)
-    micro = config.run.micro_batches
-    measure = None
-    if held_out is not None:
-        measure = RewardEvaluator(loaded.model, config.reward, held_out, mesh)
-    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
-    model, frozen = loaded.model, bool(loaded.frozen)
-    flops = lambda batch: update_flops(  # noqa: E731
-        model, batch, frozen=frozen, head=False
+def judged_batches(config: RewardRun) -> Callable[..., Batches[Any]]:
+    """What makes the batches that the objective learns from."""
+    if config.reward.objective == "regression":
+        return functools.partial(graded_batches, attributes=config.reward.attributes)
+    if config.reward.objective == "ranking":
+        return functools.partial(ranked_batches, answers=config.answers)
+    return step_batches if config.reward.objective == "steps" else preference_batches
+
+
+def judged_shapes(config: RewardRun) -> Any:
+    """A batch of the objective as shapes."""
+    rows, tokens = config.data.rows, token_shapes(config.data)
+    if config.reward.objective == "ranking":
+        answers = RANKED_ANSWERS if config.answers is None else config.answers
+        several = jax.tree.map(lambda x: array(rows, answers, x.shape[1], dtype=x.dtype), tokens)
+        return RankedBatch(several, array(rows, answers), array(rows, answers, dtype=jnp.bool_))
+    if config.reward.objective == "regression":
+        grades = (rows, len(config.reward.attributes))
+        return GradedBatch(tokens, array(*grades), array(*grades, dtype=jnp.bool_))
+    if config.reward.objective == "steps":
+        return StepBatch(tokens, array(*tokens.inputs.shape), tokens.loss_mask)
+    return pair_shapes(config)
+
+
+def build_reward_model(
+    config: RewardRun, mesh: Mesh, loader: Loader, data: RunData
+) -> tuple[TrainState, Parts]:
+    """The parts of a reward model's run."""
+    policy = load_trained_scorer(config, mesh, loader, data.tok)
+    tx = scheduled_optimizer(config.optimizer, data.total)
+    step = reward.make_step(
+        policy.model,
+        tx,
+        config.reward,
+        micro_batches=config.run.micro_batches,
+        sources=data.sources,
     )
-    return Task(
-        *start(
-            loaded,
-            tx,
-            reward.make_step(
-                loaded.model, tx, config.reward, micro_batches=micro, sources=batches.sources
-            ),
-            mesh,
-        ),
-        batches=batches,
-        total=total,
-        loop={},
-        expand=lambda key, state, batch, loop, more: ([batch], cost_of(batch, flops)),
-        evaluate=None if measure is None else lambda state, loop: measure(state),
-        export=exporter(loaded.model, loaded.tok),
-        details=None if measure is None else measure.details,
+    state = loader.init_state(policy.params, tx, policy.frozen)
+    return state, Parts(
+        policy=policy.model,
+        adapted=bool(policy.frozen),
+        step=compile_step(step, state, mesh),
     )
+
+
+def reward_task(
+    config: RewardRun, mesh: Mesh, state: TrainState, parts: Parts, data: RunData
+) -> Task:
+    """Every batch of judged answers is one update; held-out scores are looked at all at once."""
+    task = updates_task(config, mesh, state, parts, data)
+    if data.held_out is None:
+        return task
+    evaluator = RewardEvaluator(parts.policy, config.reward, data.held_out, mesh)
+    return task._replace(evaluate=lambda state, loop: evaluator(state), details=evaluator.details)

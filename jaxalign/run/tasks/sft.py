@@ -5,37 +5,31 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from jaxalign.algorithms import sft
-from jaxalign.data import sft_batches
-from jaxalign.models.flops import update_flops
-from jaxalign.run.config.runs import SFTRun
-from jaxalign.run.tasks.data import make_data, names_of, total_of
+from jaxalign.algorithms.compile import compile_step
+from jaxalign.run.config.sft import SFTRun
+from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_policy
-from jaxalign.run.tasks.task import Task, evaluator, optimizer, start, updates_task
+from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.types import TrainState
 
 
-def sft_task(config: SFTRun, mesh: Mesh) -> Task:
-    """SFT: every batch of conversations is one update."""
-    loaded = load_policy(config.model, mesh, config.run.seed)
-    batches, held_out = make_data(sft_batches, config, loaded.tok, mesh)
-    total = total_of(config, batches)
-    tx = optimizer(config.optimizer, total)
-    micro = config.run.micro_batches
-    state, step = start(
-        loaded,
+def build_sft(
+    config: SFTRun, mesh: Mesh, loader: Loader, data: RunData
+) -> tuple[TrainState, Parts]:
+    """The parts of an SFT run."""
+    policy = load_policy(config, mesh, loader, data.tok)
+    tx = scheduled_optimizer(config.optimizer, data.total)
+    step = sft.make_step(
+        policy.model,
         tx,
-        sft.make_step(loaded.model, tx, config.sft, micro_batches=micro, sources=batches.sources),
-        mesh,
+        config.sft,
+        micro_batches=config.run.micro_batches,
+        sources=data.sources,
     )
-    loss = sft.make_loss(loaded.model, config.sft, sources=names_of(held_out))
-    evaluate = evaluator(loss, held_out, mesh)
-    # `flops` lives as long as the task: it must not hold the weights that the state was made of.
-    model, frozen = loaded.model, bool(loaded.frozen)
-    return updates_task(
-        loaded,
-        state,
-        step,
-        batches,
-        total=total,
-        flops=lambda batch: update_flops(model, batch, frozen=frozen),
-        evaluate=evaluate,
+    state = loader.init_state(policy.params, tx, policy.frozen)
+    return state, Parts(
+        policy=policy.model,
+        adapted=bool(policy.frozen),
+        step=compile_step(step, state, mesh),
+        loss=sft.make_loss(policy.model, config.sft, sources=data.held_out_sources),
     )

@@ -1,20 +1,15 @@
-"""What the training loop needs of an algorithm, and the parts that algorithms share."""
+"""What the training loop needs of an algorithm, and the task in which every batch is one update."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.compile import CompiledStep, compile_step
-from jaxalign.algorithms.loss import Loss
-from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
-from jaxalign.algorithms.state import init_state
-from jaxalign.algorithms.step import Step, make_eval
+from jaxalign.algorithms.compile import CompiledStep
+from jaxalign.algorithms.step import Loss, make_eval
 from jaxalign.data import Batches
 from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
@@ -22,7 +17,7 @@ from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
-from jaxalign.run.tasks.models import Loaded
+from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData
 from jaxalign.types import TrainState
 
 Floats = dict[str, float]
@@ -39,18 +34,19 @@ class Task(NamedTuple):
       batches: training data.
       total: batches (iterations, in PPO) in all.
       loop: starting value of the loop's own state.
-      expand: (key, state, batch, loop, more) → (batches for the step, metrics known before the
-        update). May change `loop`, and may take further batches from the iterator `more`. Among
-        the metrics are `TOKENS` and `FLOPS`, what this process's rows are in real tokens and model
-        FLOPs, of which the loop makes rates.
+      prepare_updates: (key, state, batch, loop, data) → (batches for the step, metrics known before
+        the update). May change `loop`, and may take further batches from the iterator `data`.
+        Among the metrics are `TOKENS` and `FLOPS`: real tokens and model FLOPs of this process's
+        rows, of which the loop makes rates.
       evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → None; writes the weights in Hugging Face form.
-      begin: (state, loop) → None; called once before a run that is not resumed, to fill `loop`.
-      enough: metrics of an update → whether the rest of this batch's updates are left out; None:
-        they never are.
-      ahead: whether a step may be sent out before the metrics of the last one are read. False where
-        `expand` waits for the devices in any case.
       details: curves and tables of the last evaluation, JSON-able, or None.
+      on_train_start: (state, loop) → None; called once, before a run that is not resumed, to fill
+        `loop`.
+      early_stop: metrics of an update → whether to skip the other updates of this batch; None:
+        never.
+      async_metrics: whether a step may be dispatched before the last one's metrics are read. False
+        where `prepare_updates` waits for the devices in any case.
     """
 
     state: TrainState
@@ -58,88 +54,71 @@ class Task(NamedTuple):
     batches: Batches[Any]
     total: int
     loop: Loop
-    expand: Callable[
+    prepare_updates: Callable[
         [jax.Array, TrainState, Any, Loop, Iterator[Any]], tuple[Iterable[Any], Floats]
     ]
     evaluate: Callable[[TrainState, Loop], Floats] | None
     export: Callable[[TrainState, Any], None]
     details: Callable[[], dict[str, Any]] | None = None
-    begin: Callable[[TrainState, Loop], None] | None = None
-    enough: Callable[[dict[str, Any]], bool] | None = None
-    ahead: bool = True
+    on_train_start: Callable[[TrainState, Loop], None] | None = None
+    early_stop: Callable[[dict[str, Any]], bool] | None = None
+    async_metrics: bool = True
 
 
-def optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """The optimizer whose schedule ends with the run, unless the configuration says otherwise."""
-    if config.total_steps is None:
-        config = dataclasses.replace(config, total_steps=updates)
-    return make_optimizer(config)
+def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data: RunData) -> Task:
+    """The task in which every batch, once prepared, is one update."""
 
+    def prepare_updates(
+        key: jax.Array, state: TrainState, batch: Any, loop: Loop, more: Iterator[Any]
+    ) -> tuple[Iterable[Any], Floats]:
+        flops = parts.update_flops(batch) + parts.prepare_flops(batch)
+        cost = {TOKENS: work_of(batch).tokens, FLOPS: flops}
+        return [batch if parts.prepare is None else parts.prepare(state, batch)], cost
 
-def start(
-    loaded: Loaded, tx: optax.GradientTransformation, step: Step, mesh: Mesh
-) -> tuple[TrainState, CompiledStep]:
-    """The state at the start, and the step compiled for it."""
-    state = init_state(loaded.params, tx, loaded.frozen)
-    return state, compile_step(step, state, mesh)
+    evaluate = None
+    if data.held_out is not None and parts.loss is not None:
+        evaluate = evaluator(parts.loss, data.held_out, mesh, parts.prepare)
+    return Task(
+        state,
+        parts.step,
+        batches=data.batches,  # pyrefly: ignore[bad-argument-type]
+        total=data.total,
+        loop={},
+        prepare_updates=prepare_updates,
+        evaluate=evaluate,
+        export=exporter(parts.policy, data.tok),
+    )
 
 
 def evaluator(
-    loss: Loss,
-    held_out: Batches[Any] | None,
-    mesh: Mesh,
-    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
-) -> Callable[[TrainState, Loop], Floats] | None:
-    """Held-out figures: sums over all batches, divided once; None without held-out data."""
-    if held_out is None:
-        return None
-    batches, evaluate = held_out, make_eval(loss)
+    loss: Loss, held_out: Batches[Any], mesh: Mesh, prepare: BatchPrepare | None = None
+) -> Callable[[TrainState, Loop], Floats]:
+    """Held-out figures: sums over all batches, divided once."""
+    evaluate = make_eval(loss)
 
     def run(state: TrainState, loop: Loop) -> Floats:
+        sums = []
         with jax.set_mesh(mesh):
-            parts = [evaluate(state, shard_batch(prepare(state, b), mesh)) for b in batches]
-            return add_up(parts)
+            for batch in held_out:
+                ready = batch if prepare is None else prepare(state, batch)
+                sums.append(evaluate(state, shard_batch(ready, mesh)))
+            return add_up(sums)
 
     return run
 
 
-def updates_task(
-    loaded: Loaded,
-    state: TrainState,
-    step: CompiledStep,
-    batches: Batches[Any],
-    *,
-    total: int,
-    flops: Callable[[Any], float],
-    evaluate: Callable[[TrainState, Loop], Floats] | None,
-    prepare: Callable[[TrainState, Any], Any] = lambda state, batch: batch,
-) -> Task:
-    """The task in which every batch, once prepared, is one update of so many model FLOPs."""
-    return Task(
-        state,
-        step,
-        batches=batches,
-        total=total,
-        loop={},
-        expand=lambda key, state, batch, loop, more: (
-            [prepare(state, batch)],
-            cost_of(batch, flops),
-        ),
-        evaluate=evaluate,
-        export=exporter(loaded.model, loaded.tok),
-    )
+def exporter(model: Any, tok: Any, part: str | None = None) -> Callable[[TrainState, Any], None]:
+    """Writes the trained weights, adapters folded in, in Hugging Face form.
 
-
-def cost_of(batch: Any, flops: Callable[[Any], float]) -> Floats:
-    """A batch's real tokens and model FLOPs, as `Task.expand` gives them."""
-    return {TOKENS: work_of(batch).tokens, FLOPS: flops(batch)}
-
-
-def exporter(model: Any, tok: Any) -> Callable[[TrainState, Any], None]:
-    """Writes the trained weights, adapters folded in, in Hugging Face form."""
+    Args:
+      model: the trained model.
+      tok: its tokenizer.
+      part: the model's key in the state's parameters; None: they are all its own.
+    """
 
     def export(state: TrainState, folder: Any) -> None:
-        plain, params = whole_model(model, combine(state.params, state.frozen))
+        params = combine(state.params, state.frozen)
+        plain, params = whole_model(model, params if part is None else params[part])
         save_pretrained(plain, params, folder, tokenizer=tok)
 
     return export

@@ -1,0 +1,154 @@
+"""Models of a run as shapes: from `config.json` or a GGUF file's metadata alone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.moving_reference import reference_of
+from jaxalign.algorithms.state import opt_state_shardings
+from jaxalign.hf import families
+from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.source import locate, read_json
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.lm_head import Scorer
+from jaxalign.parallel.host_memory import HOST, is_offloaded
+from jaxalign.parallel.sharding import mesh_of, param_shardings, replicated
+from jaxalign.run.config.base import ModelConfig
+from jaxalign.run.tasks.loader import Loader
+from jaxalign.types import Params, TrainState
+
+
+class HostArray(jax.ShapeDtypeStruct):
+    """The shape of an array in the host's memory.
+
+    Its sharding says so too where the compiler knows of such memory. Ahead of time those of GPUs do
+    not: a program that reads such an array is then counted as having all of it on the device.
+    """
+
+
+class ShapeLoader(Loader):
+    """Of `ShapeDtypeStruct`s with the shardings that a run's arrays would have."""
+
+    def load(
+        self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
+    ) -> tuple[Decoder | Scorer, Params]:
+        """Reads `config.json`, or the metadata of a GGUF file; no weights need be there."""
+        model = read_model(source, config, mesh, remat)
+        return model, _param_shapes(model, config, mesh)
+
+    def load_scorer(
+        self, source: str, config: ModelConfig, mesh: Mesh, attributes: tuple[str, ...] = ()
+    ) -> tuple[Decoder | Scorer, Params]:
+        """One that is not there is taken to be shaped like the policy, where that is not either."""
+        if known_shape(config.source) is None or pathlib.Path(source).exists():
+            return self.load(source, config, mesh, remat=config.remat)
+        self.notes.append(
+            f"reward model {source!r} is not there: taken to be shaped like the policy"
+        )
+        model = read_model(config.source, config, mesh, config.remat)
+        base = model.base if isinstance(model, Scorer) else model
+        scorer = Scorer(base, attributes)
+        return scorer, _param_shapes(scorer, config, mesh)
+
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Shapes of what the function would give."""
+        return jax.eval_shape(function, *args)
+
+    def place(self, params: Params, shardings: Any) -> Params:
+        """The same shapes with these shardings."""
+        return jax.tree.map(_shape, params, shardings)
+
+    def to_host(self, params: Params) -> Params:
+        """The same shapes in the host's memory."""
+        return jax.tree.map(
+            lambda x: HostArray(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST)),
+            params,
+        )
+
+    def init_state(
+        self, params: Params, tx: optax.GradientTransformation, frozen: Params
+    ) -> TrainState:
+        """The train state as `algorithms.step.init_state` lays it out."""
+        mesh = mesh_of(params)
+        assert mesh is not None
+        params = jax.tree.map(lambda x: _shape(x, x.sharding), params)  # copies, as a run makes
+
+        def moment(path: Any, x: Any, sharding: Any) -> Any:
+            make = HostArray if is_offloaded(path, x) else jax.ShapeDtypeStruct
+            return make(x.shape, x.dtype, sharding=sharding)
+
+        opt_state = jax.tree_util.tree_map_with_path(
+            moment, jax.eval_shape(tx.init, params), opt_state_shardings(params, tx)
+        )
+        counter: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+        return TrainState(counter, params, frozen, opt_state)
+
+    def start_reference(self, state: TrainState, params: Params) -> TrainState:
+        """The state, in which the reference has its place already."""
+        shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (reference_of(state), params)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "the reference has another shape than the policy, so that it cannot follow it; use "
+                "the model that the policy started from, or no reference_sync"
+            )
+        return state
+
+
+def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _param_shapes(model: Decoder | Scorer, config: ModelConfig, mesh: Mesh) -> Params:
+    shardings, dtype = param_shardings(model.axes, mesh, model.shapes), jnp.dtype(config.dtype)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        model.shapes,
+        shardings,
+    )
+
+
+def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Decoder | Scorer:
+    """A model by its shape alone: from the package, else from its `config.json` or GGUF file."""
+    hf, path = known_shape(source), source
+    if hf is None:
+        path = locate(source, ("config.json",))
+        if path.is_dir():
+            hf = read_json(path / "config.json")
+        else:
+            with contextlib.closing(GGUFFile(path)) as file:
+                hf = file.config
+    try:
+        shape, scorer = families.config_from_hf(hf), families.is_scorer(hf)
+        attributes = families.attributes_of(hf) if scorer else ()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    compute = config.compute_dtype
+    if compute is None:
+        compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    model = Decoder(shape, compute_dtype=compute, remat=remat, attention=config.attention)
+    return Scorer(model, attributes) if scorer else model
+
+
+def known_shape(source: str) -> dict[str, Any] | None:
+    """`config.json` of a hub id that the package knows, so that planning needs no hub."""
+    return None if pathlib.Path(source).exists() else _known_shapes().get(source)
+
+
+@functools.lru_cache
+def _known_shapes() -> dict[str, dict[str, Any]]:
+    found = {}
+    for file in (importlib.resources.files("jaxalign.plan") / "shapes").iterdir():
+        shape = json.loads(file.read_text(encoding="utf-8"))
+        found |= dict.fromkeys(shape.pop("_names"), shape)
+    return found

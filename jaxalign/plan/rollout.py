@@ -1,0 +1,232 @@
+"""The programs of a PPO iteration: read prompts, write answers, score, experience, update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.models.base import combine
+from jaxalign.models.flops import row_flops
+from jaxalign.parallel.sharding import replicated, use_mesh
+from jaxalign.plan.loader import ShapeLoader
+from jaxalign.plan.programs import Compiler, Log, chunks, device_bytes, on_rows
+from jaxalign.run.tasks.models import reshard_by_rules
+from jaxalign.run.tasks.ppo import RolloutParts, name_of
+from jaxalign.run.tasks.shapes import array, as_shapes
+from jaxalign.sampling.draw import Sampling
+from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
+from jaxalign.types import Params, RolloutBatch, Scores, TokenBatch, TrainState
+
+# Scalars and keys have no sharding where a run makes them without a mesh in context.
+
+
+def compile_iteration(
+    compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, log: Log
+) -> None:
+    """Compiles all that one iteration of PPO runs.
+
+    Args:
+      compiler: keeps the programs.
+      config: of the run.
+      state: its train state, as shapes.
+      parts: its parts.
+      log: takes a line about what is going on.
+    """
+    policy = combine(state.params, state.frozen)["policy"]
+    with config.mesh.use_rules("rollout"):
+        _compile_sampling(compiler, config, parts, policy, log)
+    tokens = answer_shapes(config, parts, compiler.mesh)
+    _compile_scores(compiler, parts, tokens)
+    rollout = _compile_experience(compiler, config, state, parts, tokens)
+    _compile_update(compiler, config, state, parts, rollout)
+
+
+def _compile_sampling(
+    compiler: Compiler, config: Any, parts: RolloutParts, policy: Params, log: Log
+) -> None:
+    """What `sampling.generate.sample` runs."""
+    model, mesh, options = parts.policy, compiler.mesh, parts.options
+    rules = config.mesh.rules_of.get("rollout")
+    known = () if rules else policy  # else it has a copy of its own for as long as it writes
+    params = reshard_by_rules(policy, model, mesh, rules, ShapeLoader())
+    length, new = config.data.length, options.max_new_tokens
+    answers = config.data.rows * options.samples
+    slots = answers if options.slots is None else min(options.slots, answers)
+    group = min(config.data.rows, slots)  # prompts that are read together
+    kind = jnp.dtype(options.cache_dtype or model.compute_dtype).name
+    tokens = on_rows(array(group, length, dtype=jnp.int32), mesh)
+    mask = on_rows(array(group, length, dtype=jnp.bool_), mesh)
+    number, integer = array(), array(dtype=jnp.int32)
+    whole = replicated(mesh)  # of what `sample` makes with the mesh in context
+    first = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole)
+    stops = array(len(options.stop_tokens), dtype=jnp.int32)
+    sampling = Sampling(number, integer, number, stops, integer)
+    key = as_shapes(jax.eval_shape(lambda: jax.random.key(0)))
+
+    def lower_slots() -> Any:
+        limits = array(answers, dtype=jnp.int32)
+        with use_mesh(mesh):
+            return empty_slots.lower(
+                model, integer, limits, slots=slots, prompt_length=length, max_new_tokens=new,
+                cache_dtype=kind,
+            )  # fmt: skip
+
+    def lower_prefill() -> Any:
+        with use_mesh(mesh):
+            return read_prompts.lower(model, params, tokens, mask, first, kind)
+
+    log("compiling empty slots …")
+    lowered = lower_slots()
+    state = _results(lowered, lowered.compile())
+    compiled = compiler(
+        "prefill", lower_prefill, known=known, batch=(tokens, mask),
+        times=math.ceil(config.data.rows / group), made="cache",
+        useful=row_flops(model.config, group, length, head=False),
+    )  # fmt: skip
+    # The slots are there before the prompts are read.
+    prefill = compiler.done[-1]
+    cache = prefill.cache + device_bytes(state)
+    compiler.done[-1] = dataclasses.replace(prefill, cache=cache)
+    prompts = _results(lower_prefill(), compiled)
+
+    def lower_decode() -> Any:
+        with use_mesh(mesh):
+            return decode.lower(
+                model, params, state, prompts, key, sampling, last, samples=options.samples
+            )
+
+    written = row_flops(model.config, slots, length + new, head=False)
+    written -= row_flops(model.config, slots, length, head=False)
+    head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
+    with use_mesh(mesh):
+        loops = len(stages(new)) if slots == answers else 1
+    compiler(
+        "decode", lower_decode, known=known, batch=(tokens, mask), cache=(state, prompts),
+        trips=math.ceil(new / loops), times=math.ceil(answers / slots), useful=written + head,
+    )  # fmt: skip
+
+
+def _results(lowered: Any, compiled: Any) -> Any:
+    """Results of a program as shapes laid out as it lays them out."""
+    return jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+
+
+def answer_shapes(config: Any, parts: RolloutParts, mesh: Mesh) -> TokenBatch:
+    """Prompts with their answers, `[B · samples, P + R]`."""
+    shape = (config.sequences, config.data.length + parts.options.max_new_tokens)
+    ids, mask = array(*shape, dtype=jnp.int32), array(*shape, dtype=jnp.bool_)
+    return on_rows(TokenBatch(ids, ids, ids, ids, mask), mesh)
+
+
+def _compile_scores(compiler: Compiler, parts: RolloutParts, tokens: TokenBatch) -> None:
+    """The reward models; one with its own tokenizer is taken to read as many tokens."""
+    for number, scorer in enumerate(parts.reward_models):
+
+        def lower(scorer: Any = scorer) -> Any:
+            with use_mesh(compiler.mesh):
+                return scorer.reward().lower(scorer.params, tokens)
+
+        useful = row_flops(scorer.model.config, *tokens.inputs.shape, head=False)
+        compiler(f"score{number or ''}", lower, known=scorer.params, batch=tokens, useful=useful)
+
+
+class Experience(NamedTuple):
+    """The program that turns answers and scores into a rollout.
+
+    Attributes:
+      lowered: the program.
+      known: its arguments that are in memory all the time.
+      batch: the others.
+    """
+
+    lowered: Any
+    known: Any
+    batch: Any
+
+
+def lower_experience(
+    config: Any, state: TrainState, parts: RolloutParts, tokens: TokenBatch, mesh: Mesh
+) -> Experience:
+    """Lowers the half of PPO's `prepare` that follows scoring."""
+    assert parts.reference is not None
+    rows, length = tokens.inputs.shape
+    scores, recorded, finished = on_rows(
+        (array(rows), array(rows, length), array(rows, dtype=jnp.bool_)), mesh
+    )
+    reference = parts.reference.params(state)
+    scale = (array(), array()) if parts.options.normalize_scores else None
+    lowered = parts.rollout.lower(
+        state, reference, tokens, scores, finished, recorded, array(), array(), scale
+    )
+    known = (state.params, state.frozen, reference)
+    return Experience(lowered, known, (tokens, scores, finished, recorded))
+
+
+def rollout_shapes(config: Any, experience: Experience) -> RolloutBatch:
+    """The rollout that the program gives, with the scores of each reward."""
+    rollout = as_shapes(experience.lowered.out_info)
+    rows = rollout.advantages.shape[0]
+    part = Scores(array(rows), array(rows, dtype=jnp.bool_))
+    return rollout._replace(reward_parts={name_of(spec): part for spec in config.reward_specs()})
+
+
+def update_shapes(config: Any, parts: RolloutParts, rollout: RolloutBatch) -> RolloutBatch:
+    """What an update learns from: a mini-batch of the rollout, and a batch of text if any."""
+    rows = rollout.advantages.shape[0] // config.minibatches
+    part = jax.tree.map(lambda x: array(rows, *x.shape[1:], dtype=x.dtype), rollout)
+    return part._replace(ptx=parts.text)
+
+
+def _compile_experience(
+    compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, tokens: TokenBatch
+) -> RolloutBatch:
+    """Log-probabilities of policy and reference, values and advantages; gives the rollout."""
+    rows, length = tokens.inputs.shape
+    experience = lower_experience(config, state, parts, tokens, compiler.mesh)
+    useful = 2 * row_flops(parts.policy.config, rows, length - 1, head=True)
+    useful += _critic_flops(parts, rows, length - 1)
+    compiler(
+        "experience",
+        lambda: experience.lowered,
+        known=experience.known,
+        batch=experience.batch,
+        made="batch",
+        useful=useful,
+        trips=chunks(parts.policy, rows, length - 1, compiler.mesh)[1],
+    )
+    return rollout_shapes(config, experience)
+
+
+def _compile_update(
+    compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, rollout: RolloutBatch
+) -> None:
+    """An update learns from a mini-batch, while the rollout lies in memory."""
+    mesh, model = compiler.mesh, parts.policy
+    batch = on_rows(update_shapes(config, parts, rollout), mesh)
+    rows, length = batch.advantages.shape
+    useful = row_flops(model.config, rows, length, head=True) + _critic_flops(parts, rows, length)
+    compiler(
+        "update",
+        lambda: parts.step.lower(state, batch),
+        known=state,
+        batch=(batch, on_rows(rollout, mesh)),
+        times=config.ppo_epochs * config.minibatches,
+        trips=chunks(model, rows // config.run.micro_batches, length, mesh)[1],
+        useful=(2 if parts.adapted else 3) * useful,
+    )
+
+
+def _critic_flops(parts: RolloutParts, rows: int, length: int) -> float:
+    if parts.critic is None or parts.options.shared_critic:
+        return 0.0
+    return row_flops(parts.critic.config, rows, length, head=False)

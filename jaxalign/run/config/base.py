@@ -1,0 +1,187 @@
+"""The sections that every run has, and what holds of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jaxalign.algorithms.optim import OptimizerConfig
+from jaxalign.models.attention.dispatch import KINDS
+from jaxalign.models.decoder import REMAT
+from jaxalign.models.lora import LoraConfig
+from jaxalign.run.config.data import DataConfig, want
+from jaxalign.run.config.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is held.
+
+    Attributes:
+      source: folder in Hugging Face form, `.gguf` file, or hub id.
+      tokenizer: where the tokenizer is; None: with the model.
+      chat_template: None (the tokenizer's own), the name of a built-in template ("chatml"), "none"
+        (plain text), or a jinja file.
+      dtype: of the master weights.
+      compute_dtype: of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
+      remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
+        `jaxalign.models.decoder.REMAT`.
+      lora: adapters; None trains all weights.
+      attention: "auto" (by backend), "xla", "splash" (TPU) or "cudnn" (NVIDIA); a kernel gives way
+        to "xla" where it does not cover the case.
+    """
+
+    source: str
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    compute_dtype: str | None = None
+    remat: str = "none"
+    lora: LoraConfig | None = None
+    attention: str = "auto"
+
+    def __post_init__(self):
+        floats, names = ("float32", "bfloat16", "float16"), ", ".join
+        want(self.dtype in floats, "model.dtype", self.dtype, f"one of {names(floats)}")
+        want(
+            self.compute_dtype is None or self.compute_dtype in floats,
+            "model.compute_dtype",
+            self.compute_dtype,
+            f"one of {names(floats)}, or null",
+        )
+        want(self.remat in REMAT, "model.remat", self.remat, f"one of {names(REMAT)}")
+        kinds = f"one of {names(KINDS)}"
+        want(self.attention in KINDS, "model.attention", self.attention, kinds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, and when.
+
+    Attributes:
+      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `checkpoints/`,
+        and the final weights in `model/`.
+      seed: of every random choice.
+      steps: batches to train on (iterations, in PPO); None: until the data ends.
+      micro_batches: parts a batch is computed in, one after the other.
+      log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
+      eval_every: batches between evaluations; 0: at the start and end only.
+      save_every: batches between checkpoints; 0: at the end only.
+      keep: checkpoints kept.
+      resume: continue from the newest checkpoint in `folder`.
+      export: write the final weights in Hugging Face form to `folder/model`.
+      checkpoint: write checkpoints at all.
+    """
+
+    folder: str
+    seed: int = 0
+    steps: int | None = None
+    micro_batches: int = 1
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep: int = 2
+    resume: bool = False
+    export: bool = True
+    checkpoint: bool = True
+
+    def __post_init__(self):
+        want(self.steps is None or self.steps > 0, "run.steps", self.steps, "positive or null")
+        want(self.micro_batches > 0, "run.micro_batches", self.micro_batches, "positive")
+        want(self.log_every > 0, "run.log_every", self.log_every, "positive")
+        want(self.eval_every >= 0, "run.eval_every", self.eval_every, "0 or more")
+        want(self.save_every >= 0, "run.save_every", self.save_every, "0 or more")
+        want(self.keep > 0, "run.keep", self.keep, "positive")
+        for name in ("resume", "save_every"):
+            value = getattr(self, name)
+            want(self.checkpoint or not value, f"run.{name}", value, "run.checkpoint=true with it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the configurations of all algorithms have in common; each adds its own section.
+
+    Attributes:
+      model: the model to train.
+      data: what is read, and the shape of a batch.
+      run: where a run writes, and when.
+      optimizer: of the trained weights.
+      mesh: where arrays lie.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    algorithm: ClassVar[str]
+    """Its name: the command, and the section of its own options."""
+
+    data_options: ClassVar[tuple[str, ...]] = ()
+    """Which of `_SOME_READ` it reads."""
+
+    # Models besides the one that is trained, which these options of `mesh` may name.
+    models_with_rules: ClassVar[tuple[str, ...]] = ()
+    models_apart: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        for option, known in (("rules_of", self.models_with_rules), ("apart", self.models_apart)):
+            for name, value in getattr(self.mesh, option).items():
+                wanted = f"one of {', '.join(known)}" if known else "none of it in this algorithm"
+                want(name in known, f"mesh.{option}.{name}", value, wanted)
+        self._check_data()
+        held_out = bool(self.data.eval) or self.data.validation is not None
+        want(
+            held_out or not self.run.eval_every,
+            "run.eval_every",
+            self.run.eval_every,
+            "0 without data.eval or data.validation",
+        )
+
+    def _check_data(self) -> None:
+        want(
+            self.data.epochs is not None or self.run.steps is not None,
+            "run.steps",
+            None,
+            "a number of steps when data.epochs is null",
+        )
+        want(
+            not self.data.streaming or self.run.steps is not None,
+            "run.steps",
+            None,
+            "a number of steps with data.streaming, where the number of rows is unknown",
+        )
+        for name, default in _SOME_READ.items():
+            value = getattr(self.data, name)
+            want(
+                value == default or name in self.data_options,
+                f"data.{name}",
+                value,
+                f"{default!r}: this algorithm has no use for it",
+            )
+        want(
+            self.data.packing != "wrapped" or "packing=wrapped" in self.data_options,
+            "data.packing",
+            self.data.packing,
+            "true or false: only SFT's plain texts may be cut where a row ends",
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Rows that a step's batch is cut from: pairs, answers or documents."""
+        return self.data.rows
+
+    @property
+    def row_parts(self) -> dict[str, int]:
+        """Into how many parts the rows are cut, by the option that says so."""
+        return {"run.micro_batches": self.run.micro_batches}
+
+    @property
+    def text_sections(self) -> dict[str, tuple[DataConfig, int]]:
+        """Name → (section of data, parts that its rows are cut into)."""
+        return {"data": (self.data, 1)}
+
+
+_SOME_READ: dict[str, Any] = {"train_on": "all", "shared_prefix": False}
+"""Options of `data` that only some algorithms read, with their defaults."""

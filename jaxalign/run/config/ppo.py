@@ -1,0 +1,225 @@
+"""The configuration of `jaxalign ppo`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from jaxalign.algorithms import ppo
+from jaxalign.algorithms.optim import OptimizerConfig
+from jaxalign.rewards.model_spec import ModelReward
+from jaxalign.rewards.specs import RewardSpec
+from jaxalign.run.config.base import Run
+from jaxalign.run.config.data import DataConfig, want
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPORun(Run):
+    """`jaxalign ppo`.
+
+    Attributes:
+      ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
+        are left at their defaults.
+      reward_model: folder of a reward model with the policy's tokenizer: short for `rewards` with
+        this one alone.
+      rewards: what scores answers, of any kind, added up with their weights; docs/rewards.md has
+        the kinds and their options.
+      reward_weights: attribute → weight, for a reward model with several attributes: the reward is
+        the weighted sum. Those not named weigh 0.
+      reference: the frozen reference; None: the starting policy.
+      critic: where the critic starts; None: from the (first) reward model with the policy's
+        tokenizer; "policy": from the policy, with a fresh head. One with several attributes is
+        weighed by `reward_weights` too.
+      critic_head: "pretrained" keeps the head that the critic came with (a policy has none, and its
+        critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to read
+        whole answers only, so that its scores in the middle of one may be worse than none.
+      critic_optimizer: its optimizer; None: the policy's.
+      critic_warmup: iterations in which only the critic learns.
+      ppo_epochs: passes over each rollout.
+      minibatches: updates a pass.
+      pack_updates: 0: an answer a row. n: the answers of an update are packed into fewer, longer
+        rows, of the smallest of n sizes that takes them; each size is compiled when it first comes.
+      target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
+        iteration's updates are left out; None: never.
+      prompt_draws: batches of prompts that an iteration has answered, at most, until the places of
+        prompts whose answers all score alike are filled (DAPO's dynamic sampling); wants
+        `ppo.skip_equal_groups`, and data that does not end (`data.epochs` null).
+      calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
+        scaled) so that the reference's answers to the first batch of prompts score 0 on average
+        (with standard deviation 1); "none": as it is.
+      offload_frozen: keep reward models and the reference in the host's memory but while they are
+        asked. A reference that is the base under adapters stays, since the policy reads it too.
+      ptx: text whose likelihood joins the loss with weight `ppo.ptx_coef`: data as SFT has them,
+        one batch an update.
+      dump_every: iterations between samples in `rollouts.jsonl` and histograms in
+        `histograms.jsonl`; 0: none.
+      dump_samples: answers in each such sample.
+    """
+
+    reward_model: str | None = dataclasses.field(default=None, metadata={"unless": "rewards"})
+    rewards: tuple[RewardSpec, ...] = ()
+    ppo: ppo.Config = ppo.Config()
+    reward_weights: dict[str, float] | None = None
+    reference: str | None = None
+    critic: str | None = None
+    critic_head: str = "pretrained"
+    critic_optimizer: OptimizerConfig | None = None
+    critic_warmup: int = 0
+    ppo_epochs: int = 4
+    minibatches: int = 1
+    pack_updates: int = 0
+    target_kl: float | None = None
+    prompt_draws: int = 1
+    calibrate_reward: str = "none"
+    offload_frozen: bool = False
+    ptx: DataConfig | None = None
+    dump_every: int = 0
+    dump_samples: int = 4
+
+    algorithm: ClassVar[str] = "ppo"
+    models_with_rules: ClassVar[tuple[str, ...]] = ("reference", "reward", "critic", "rollout")
+    models_apart: ClassVar[tuple[str, ...]] = ("reference", "reward")
+
+    def __post_init__(self):
+        super().__post_init__()
+        want(
+            not self.data.packing,
+            "data.packing",
+            self.data.packing,
+            "false: prompts for rollouts are not packed",
+        )
+        self._check_rewards()
+        self._check_updates()
+        self._check_critic()
+        want(self.dump_every >= 0, "dump_every", self.dump_every, "0 or more")
+        want(self.dump_samples > 0, "dump_samples", self.dump_samples, "positive")
+        want(
+            (self.ptx is not None) == (self.ppo.ptx_coef > 0),
+            "ptx",
+            self.ptx,
+            f"data where ppo.ptx_coef is above 0, and nowhere else; it is {self.ppo.ptx_coef}",
+        )
+
+    def _check_rewards(self) -> None:
+        weights = self.reward_weights
+        want(
+            weights is None or any(weights.values()),
+            "reward_weights",
+            weights,
+            "a weight other than 0 for at least one attribute, or null",
+        )
+        want(
+            (self.reward_model is None) == bool(self.rewards),
+            "reward_model",
+            self.reward_model,
+            "it, or a list of rewards, and not both",
+        )
+        want(
+            weights is None or self.reward_model is not None,
+            "reward_weights",
+            weights,
+            "null with rewards; a model among them has its own: attributes",
+        )
+        known = ppo.CALIBRATIONS
+        want(
+            self.calibrate_reward in known,
+            "calibrate_reward",
+            self.calibrate_reward,
+            f"one of {', '.join(known)}",
+        )
+
+    def _check_updates(self) -> None:
+        want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
+        want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
+        want(self.pack_updates >= 0, "pack_updates", self.pack_updates, "0 or more")
+        answers = self.data.rows * self.ppo.samples
+        want(
+            answers % self.minibatches == 0,
+            "minibatches",
+            self.minibatches,
+            f"a divisor of the {answers} answers of an iteration (data.rows × ppo.samples)",
+        )
+        want(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
+        want(
+            self.target_kl is None or self.target_kl > 0,
+            "target_kl",
+            self.target_kl,
+            "positive or null",
+        )
+        want(self.prompt_draws > 0, "prompt_draws", self.prompt_draws, "positive")
+        if self.prompt_draws > 1:
+            skips, epochs = self.ppo.skip_equal_groups, self.data.epochs
+            want(
+                skips and epochs is None,
+                "prompt_draws",
+                self.prompt_draws,
+                "1, or ppo.skip_equal_groups=true with data.epochs=null; they are "
+                f"{skips} and {epochs}",
+            )
+
+    def _check_critic(self) -> None:
+        heads = ("pretrained", "zero")
+        want(self.critic_head in heads, "critic_head", self.critic_head, " or ".join(heads))
+        for name, default in (
+            ("critic", None),
+            ("critic_head", "pretrained"),
+            ("critic_optimizer", None),
+            ("critic_warmup", 0),
+        ):
+            value, estimator = getattr(self, name), self.ppo.advantage_estimator
+            want(
+                self.ppo.has_critic or value == default,
+                name,
+                value,
+                f"{default!r}: ppo.advantage_estimator={estimator} has no critic",
+            )
+        want(
+            not self.ppo.shared_critic or self.critic is None,
+            "critic",
+            self.critic,
+            "null with ppo.shared_critic: it is a head on the policy",
+        )
+
+    def reward_specs(self) -> tuple[RewardSpec, ...]:
+        """All that scores answers, the short form among it."""
+        if self.reward_model is None:
+            return self.rewards
+        return (ModelReward(source=self.reward_model, attributes=self.reward_weights),)
+
+    def critic_start(self) -> tuple[str, dict[str, float] | None]:
+        """The model that the critic starts from, and the weights of its attributes.
+
+        Raises:
+          ValueError: none is named, and no reward model has the policy's tokenizer.
+        """
+        models = [
+            spec
+            for spec in self.reward_specs()
+            if isinstance(spec, ModelReward) and spec.tokenizer == "policy"
+        ]
+        if self.critic is not None:
+            return self.critic, models[0].attributes if models else None
+        if not models:
+            raise ValueError(
+                "critic=None: there is no reward model with the policy's tokenizer that it could "
+                "start from; name a model with a score, as `jaxalign reward` makes"
+            )
+        return models[0].source, models[0].attributes
+
+    @property
+    def sequences(self) -> int:
+        """Answers of an iteration."""
+        return self.data.rows * self.ppo.samples
+
+    @property
+    def row_parts(self) -> dict[str, int]:
+        """Also the mini-batches."""
+        return super().row_parts | {"minibatches": self.minibatches}
+
+    @property
+    def text_sections(self) -> dict[str, tuple[DataConfig, int]]:
+        """Also the text beside the rollouts."""
+        sections = super().text_sections
+        if self.ptx is not None:
+            sections["ptx"] = (self.ptx, self.run.micro_batches)
+        return sections

@@ -1,0 +1,128 @@
+"""Where the arrays of a run come from: files here; shapes in `plan`, random numbers in `bench`."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.algorithms import moving_reference
+from jaxalign.algorithms.state import init_state
+from jaxalign.hf import load_pretrained
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.lm_head import Scorer
+from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.run.config.base import ModelConfig
+from jaxalign.types import Params, TrainState
+
+
+class Loader(abc.ABC):
+    """All that a builder does with arrays. `run.tasks.models` is written in these terms.
+
+    Attributes:
+      notes: what was assumed while loading, a sentence each.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    @abc.abstractmethod
+    def load(
+        self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
+    ) -> tuple[Decoder | Scorer, Params]:
+        """A model and its parameters on a mesh, whatever kind of model it is.
+
+        Args:
+          source: folder, `.gguf` file or hub id.
+          config: dtypes and attention.
+          mesh: where the parameters go.
+          remat: what the backward pass keeps; "none" for models that are not trained.
+        """
+
+    @abc.abstractmethod
+    def load_scorer(
+        self, source: str, config: ModelConfig, mesh: Mesh, attributes: tuple[str, ...] = ()
+    ) -> tuple[Decoder | Scorer, Params]:
+        """As `load`, where a reward model or a critic is expected.
+
+        Args:
+          source: as in `load`, and so what follows.
+          config: also the remat policy: a critic is trained.
+          mesh: where the parameters go.
+          attributes: those that the run weighs, for loaders that read nothing.
+        """
+
+    @abc.abstractmethod
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The arrays that a function gives; `place` lays them out."""
+
+    @abc.abstractmethod
+    def place(self, params: Params, shardings: Any) -> Params:
+        """Parameters laid out by a tree of shardings."""
+
+    @abc.abstractmethod
+    def to_host(self, params: Params) -> Params:
+        """Copies in the host's memory."""
+
+    @abc.abstractmethod
+    def init_state(
+        self, params: Params, tx: optax.GradientTransformation, frozen: Params
+    ) -> TrainState:
+        """The train state at the start, with copies of `params`."""
+
+    @abc.abstractmethod
+    def start_reference(self, state: TrainState, params: Params) -> TrainState:
+        """The state whose moving reference starts as `params`."""
+
+
+class ArrayLoader(Loader):
+    """Of arrays; a subclass says where they come from."""
+
+    def load_scorer(
+        self, source: str, config: ModelConfig, mesh: Mesh, attributes: tuple[str, ...] = ()
+    ) -> tuple[Decoder | Scorer, Params]:
+        """As `load`: files say what kind of model they hold."""
+        return self.load(source, config, mesh, remat=config.remat)
+
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls the function."""
+        return function(*args)
+
+    def place(self, params: Params, shardings: Any) -> Params:
+        """Moves arrays to where they are not yet."""
+        return jax.device_put(params, shardings)
+
+    def to_host(self, params: Params) -> Params:
+        """See `to_host_memory`."""
+        return to_host_memory(params)
+
+    def init_state(
+        self, params: Params, tx: optax.GradientTransformation, frozen: Params
+    ) -> TrainState:
+        """See `algorithms.step.init_state`."""
+        return init_state(params, tx, frozen)
+
+    def start_reference(self, state: TrainState, params: Params) -> TrainState:
+        """See `algorithms.moving_reference.start_reference`."""
+        return moving_reference.start_reference(state, params)
+
+
+class FileLoader(ArrayLoader):
+    """Of arrays, from model files: what a run uses."""
+
+    def load(
+        self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
+    ) -> tuple[Decoder | Scorer, Params]:
+        """See `load_pretrained`."""
+        return load_pretrained(
+            source,
+            mesh=mesh,
+            dtype=config.dtype,
+            compute_dtype=config.compute_dtype,
+            remat=remat,
+            attention=config.attention,
+        )

@@ -1,0 +1,160 @@
+"""What a run computes with, made once from its configuration: of arrays, or of shapes.
+
+    configuration, loader, data → builder → (train state, parts)
+
+The loader decides what arrays are: those of files (a run), shapes with shardings (`plan`), random
+numbers (`bench`). All else is one code, so what is planned and measured is what runs.
+
+The trained arrays are in the train state alone, which steps donate. Parts live as long as the run
+and hold models, programs and frozen parameters, never what the state was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxalign.algorithms.compile import CompiledStep
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
+from jaxalign.algorithms.step import Loss
+from jaxalign.data import Batches
+from jaxalign.models.flops import Work, forward_flops, work_of
+from jaxalign.models.lm_head import Scorer
+from jaxalign.run.config.base import Run
+from jaxalign.run.tasks.data import make_data, names_of, total_of
+from jaxalign.run.tasks.reference import Reference
+from jaxalign.types import Params, TrainState
+
+
+class RunData(NamedTuple):
+    """The data of a run, or what is known of it where none is read.
+
+    Attributes:
+      total: batches to train on (iterations, in PPO).
+      tok: the policy's tokenizer; None: nothing is read.
+      batches: training data, or None.
+      held_out: held-out data, or None.
+      stop_tokens: what answers end with where there is no tokenizer to say so.
+    """
+
+    total: int
+    tok: Any = None
+    batches: Batches[Any] | None = None
+    held_out: Batches[Any] | None = None
+    stop_tokens: tuple[int, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the training data's sources, by which figures are also logged."""
+        return names_of(self.batches)
+
+    @property
+    def held_out_sources(self) -> tuple[str, ...]:
+        """Names of the held-out data's sources."""
+        return names_of(self.held_out)
+
+
+def read_data(config: Run, make: Callable[..., Batches[Any]], tok: Any, mesh: Any) -> RunData:
+    """Reads the data that a configuration names.
+
+    Args:
+      config: of the run.
+      make: what makes batches, such as `jaxalign.data.sft_batches`.
+      tok: the tokenizer.
+      mesh: which says what rows this host holds.
+    """
+    batches, held_out = make_data(make, config, tok, mesh)
+    return RunData(total_of(config, batches), tok, batches, held_out)
+
+
+def unread_data(config: Run) -> RunData:
+    """For programs alone: as many batches as the run says or its schedule needs, one stop token."""
+    steps = config.run.steps
+    total = config.optimizer.warmup_steps + 1 if steps is None else steps
+    return RunData(total, stop_tokens=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPrepare:
+    """What frozen models add to a batch of data before the step.
+
+    Attributes:
+      run: (state, batch) → batch.
+      shapes: batch as shapes → what `run` makes of it, as shapes.
+      lower: (state, batch), as arrays or shapes → the program that `run` compiles, lowered; None:
+        it compiles none.
+    """
+
+    run: Callable[[TrainState, Any], Any]
+    shapes: Callable[[Any], Any]
+    lower: Callable[[TrainState, Any], jax.stages.Lowered] | None
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """Runs it."""
+        return self.run(state, batch)
+
+
+def no_work(batch: Any) -> Work:
+    """Of a part that reads nothing."""
+    return Work()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a run in which every batch of data is one update.
+
+    Attributes:
+      policy: the model that is trained.
+      adapted: whether adapters are trained over a frozen base.
+      step: compiled, for the train state that was made with it.
+      loss: of held-out data.
+      prepare: adds what frozen models compute to a batch; None: nothing.
+      reference: the reference, where one is in use.
+      update_work: batch → what the update reads of it, for FLOPs.
+      prepare_work: batch → what `prepare` reads of it, of models shaped like the policy.
+      notes: what was assumed, a sentence each.
+    """
+
+    policy: Any
+    adapted: bool
+    step: CompiledStep
+    loss: Loss | None = None
+    prepare: BatchPrepare | None = None
+    reference: Reference | None = None
+    update_work: Callable[[Any], Work] = work_of
+    prepare_work: Callable[[Any], Work] = no_work
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the vocabulary head takes part."""
+        return not isinstance(self.policy, Scorer)
+
+    @property
+    def frozen_params(self) -> tuple[Params, ...]:
+        """Parameters in memory besides the train state's; some may be the state's own."""
+        held = None if self.reference is None else self.reference.held
+        return () if held is None else (held,)
+
+    def update_flops(self, batch: Any) -> float:
+        """Model FLOPs of one update: the forward pass, and the gradients."""
+        # Frozen weights need no gradient.
+        return (2 if self.adapted else 3) * self._forward(self.update_work(batch))
+
+    def prepare_flops(self, batch: Any) -> float:
+        """Model FLOPs of `prepare`."""
+        return self._forward(self.prepare_work(batch))
+
+    def _forward(self, work: Work) -> float:
+        return forward_flops(self.policy.config, work, head=self.has_head)
+
+
+def scheduled_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    """The optimizer whose schedule ends with the run, unless the configuration says otherwise."""
+    if config.total_steps is None:
+        config = dataclasses.replace(config, total_steps=updates)
+    return make_optimizer(config)
