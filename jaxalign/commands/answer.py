@@ -89,7 +89,7 @@ def _generate(parsed: argparse.Namespace) -> None:
 
 
 def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
-    from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.hf import load_language_model, load_tokenizer
     from jaxalign.rewards.best_of import best_of, model_judge
     from jaxalign.rewards.scoring import load_scorer
 
@@ -99,8 +99,7 @@ def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
     template = parsed.reward_chat_template
     judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
     tok = load_tokenizer(parsed.model)
-    model, params = load_pretrained(parsed.model)
-    model = _language_model(model, parsed.model)
+    model, params = load_language_model(parsed.model, option="model")
     results = best_of(model, params, tok, prompts, judge, count=parsed.best_of, **_sampling(parsed))
     for prompt, best in zip(prompts, results, strict=True):
         scores = ", ".join(f"{score:.3g}" for score in best.scores)
@@ -127,22 +126,13 @@ def _chat(parsed: argparse.Namespace) -> None:
 
 def _answerer(parsed: argparse.Namespace) -> Callable[[Sequence[Any]], list[str]]:
     """Loads the model once; gives prompts or conversations → answers."""
-    from jaxalign.hf import load_pretrained, load_tokenizer
+    from jaxalign.hf import load_language_model, load_tokenizer
     from jaxalign.sampling.generate import generate
 
     tok = load_tokenizer(parsed.model)
-    model, params = load_pretrained(parsed.model)
-    model = _language_model(model, parsed.model)
+    model, params = load_language_model(parsed.model, option="model")
     options = _sampling(parsed)
     return lambda prompts: generate(model, params, tok, prompts, **options)
-
-
-def _language_model(model: Any, source: str) -> Any:
-    from jaxalign.models.decoder import Decoder
-
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{source!r} is a reward model; wanted a language model")
-    return model
 
 
 # --- score ----------------------------------------------------------------------------------------
