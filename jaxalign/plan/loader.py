@@ -20,8 +20,9 @@ from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.hf import families
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.source import locate, read_json
+from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, param_shardings, replicated
 from jaxalign.run.config.base import ModelConfig
@@ -135,7 +136,7 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
         raise ValueError(f"{path}: {error}") from error
     compute = config.compute_dtype
     if compute is None:
-        compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        compute = backend(mesh.devices.flat[0]).default_dtype
     model = Decoder(shape, compute_dtype=compute, remat=remat, attention=config.attention)
     return Scorer(model, attributes) if scorer else model
 
