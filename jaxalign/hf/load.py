@@ -24,6 +24,7 @@ from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
 from jaxalign.hf.save import GENERATION_FILE, abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
+from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lm_head import Scorer, weigh_attributes
@@ -75,7 +76,7 @@ def load_pretrained(
     with contextlib.closing(_open(path)) as file:
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         if compute_dtype is None:
-            compute_dtype = "float32" if device.platform == "cpu" else "bfloat16"
+            compute_dtype = backend(device).default_dtype
         options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
         model = _model(path, file, **options)
         config, scorer = model.config, isinstance(model, Scorer)
