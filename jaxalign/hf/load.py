@@ -27,7 +27,7 @@ from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, weigh_attributes
+from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 
@@ -127,7 +127,7 @@ def load_reward_model(
     Args:
       source: as for `load_pretrained`.
       weights: attribute → weight, for one score out of several; see
-        `jaxalign.models.lm_head.weigh_attributes`. None: the scores as they are.
+        `jaxalign.models.scorer.weigh_attributes`. None: the scores as they are.
       option: the user's name for `source`, for the message.
       **options: those of `load_pretrained`.
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.models.lm_head import head_chunks
-from jaxalign.parallel.sharding import axis_shards, row_shards, rows_sharding
+from jaxalign.parallel.sharding import axis_shards, row_shards, rows_sharding, use_mesh
 from jaxalign.plan.costs import Costs, count_costs
 from jaxalign.plan.loader import HostArray
 from jaxalign.plan.topology import first_line, nodes_of
@@ -171,7 +171,8 @@ def chunks(model: Any, rows: int, length: int, mesh: Mesh) -> tuple[int, int]:
     cuts = axis_shards("length", mesh)
     parts = row_shards(mesh) * cuts
     lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
-    chunk, count = head_chunks(*lines, model.config.vocab_size, parts)
+    with use_mesh(mesh):  # the mesh's device and the shards of the vocabulary decide
+        chunk, count = head_chunks(*lines, model.config.vocab_size, parts)
     return chunk * lines[0], count
 
 

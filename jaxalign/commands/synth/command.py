@@ -28,7 +28,7 @@ from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
 from jaxalign.hf import load_language_model, load_reward_model, load_tokenizer
-from jaxalign.models.lm_head import pooled_scores
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.sharding import row_shards, shard_batch, use_mesh
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.run.config.yaml import build, override, read_yaml
