@@ -127,7 +127,7 @@ def load_reward_model(
     Args:
       source: as for `load_pretrained`.
       weights: attribute → weight, for one score out of several; see
-        `jaxalign.models.lm_head.weigh_attributes`. None: the scores as they are.
+        `jaxalign.models.scorer.weigh_attributes`. None: the scores as they are.
       option: the user's name for `source`, for the message.
       **options: those of `load_pretrained`.
 

@@ -1,4 +1,4 @@
-"""What a model is: its shape as a frozen config, and the two methods algorithms ask for."""
+"""A model's shape as a frozen config, and the methods that algorithms need of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RopeConfig:
 
     Attributes:
       theta: base of the geometric frequencies, `theta^(-2i/head_dim)`.
-      kind: one of `ROPE_KINDS`; what each does is told in `jaxalign.models.rope`.
+      kind: one of `ROPE_KINDS`; see `jaxalign.models.rope`.
       fraction: part of each head that is rotated, its first dimensions; the rest has no position.
       factor: how many times longer the scaled context is.
       low_freq_factor: llama3: wavelengths above `original_max_positions / low_freq_factor` are
@@ -247,7 +247,7 @@ class LoraConfig:
 
 
 class LanguageModel(Protocol):
-    """All that the algorithms ask of a policy; bring your own class if it offers this."""
+    """What the algorithms need of a policy; any class that offers this will do."""
 
     def apply(
         self,
@@ -265,7 +265,7 @@ class LanguageModel(Protocol):
 
 
 class ScalarModel(Protocol):
-    """All that the algorithms ask of a reward model or critic."""
+    """What the algorithms need of a reward model or critic."""
 
     def apply(
         self,

@@ -1,9 +1,12 @@
-"""Model FLOPs: what the mathematics of a step asks for, not what a program happens to do.
+"""Model FLOPs: those of a step's mathematics, not of the program that runs it.
 
-A forward pass takes 2 FLOPs a weight of a matrix and token (of experts, those that a token takes),
-and 2·2 a head, head dimension and pair of a token with one that it sees. A step takes 3 times its
-forward pass, with frozen weights under adapters 2 times. Recomputed activations, padding and masked
-pairs do not count, so that the same data gives the same number however it is laid out.
+A forward pass takes, with N matrix weights (of experts, those that a token takes),
+
+    2 · N · tokens + 4 · heads · head_dim · pairs,
+
+pairs of a query and a key that it attends to. A step takes 3 forward passes; with frozen weights
+under adapters 2. Recomputed activations, padding and masked pairs do not count, so that the same
+data gives the same number in any layout.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from jaxalign.types import PromptBatch, TokenBatch
 
 
 class Work(NamedTuple):
-    """What a model has to read. Works add up entry by entry (`add`).
+    """The amount of data that a model reads. Entries add up (`add`).
 
     Attributes:
-      tokens: real ones.
-      pairs: of a token and one that it sees, itself included.
-      trained: tokens that the vocabulary head is asked for.
+      tokens: without padding.
+      pairs: of a query and a key that it attends to, itself included.
+      trained: tokens that the vocabulary head computes.
     """
 
     tokens: float = 0.0
@@ -100,7 +103,7 @@ class PPOFlops(NamedTuple):
 
     Attributes:
       rollout: prompts read, answers written.
-      scoring: reward models, and what policy, reference and critic say of the answers.
+      scoring: reward models; log-probs of policy and reference, values of the critic.
       update: all epochs.
     """
 

@@ -115,7 +115,7 @@ class Attention(nnx.Module):
         hidden, head_dim = config.hidden_size, config.head_dim
         q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
         linear = functools.partial(Linear, rngs, lora=lora)
-        whole = f"heads/{head_dim}"  # a head is not to be torn apart
+        whole = f"heads/{head_dim}"  # shards hold whole heads
         self.query = linear("query", (hidden, q), f"embed {whole}", bias=config.qkv_bias)
         self.key = linear("key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
         self.value = linear("value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)

@@ -28,7 +28,7 @@ def add_lora(
     if model.lora is not None:
         raise ValueError("the model already has adapters; merge them first (merge_lora)")
     adapted = dataclasses.replace(model, lora=config)
-    # Under jit, and asked for adapters only, the rest of `init` is never computed.
+    # jit drops what its result does not need: the rest of `init` is never computed.
     adapters = jax.jit(lambda key: _adapters(adapted.init(key)))(key)
     mesh = mesh_of(params)
     if mesh is not None:

@@ -1,4 +1,4 @@
-"""A mixture of experts: each token takes a few of many feed-forward networks, none is dropped.
+"""A mixture of experts: each token takes a few of many feed-forward networks; none is dropped.
 
 Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that every
 token gets exactly its experts whatever the others chose. What the router chose is returned, for
@@ -20,7 +20,7 @@ from jaxalign.types import Params
 
 
 class Routing(NamedTuple):
-    """What a router did with each token.
+    """A router's choices for each token.
 
     Attributes:
       probs: float32 `[B, T, E]`, its softmax over all experts.
@@ -43,7 +43,7 @@ class Router(nnx.Module):
         self.normalize = config.normalize_routing
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, Routing]:
-        """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, what it did)."""
+        """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, routing)."""
         kernel = self.kernel[...].astype(x.dtype)
         logits = jnp.einsum("btd,de->bte", x, kernel, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
@@ -77,7 +77,7 @@ class ExpertLinear(nnx.Module):
         self.lora_scale = lora.alpha / lora.rank
 
     def weights(self, dtype: jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, str]]:
-        """The matrices as `multiply` takes them, and the axes they are to be laid out by there.
+        """The matrices as `_multiply` takes them, and the logical axes that they have there.
 
         The residual stream is whole on every device while experts compute.
         """
@@ -92,7 +92,7 @@ class ExpertLinear(nnx.Module):
 
 
 def _multiply(
-    x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array, taken: jax.Array | None
+    x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array, in_group: jax.Array | None
 ) -> jax.Array:
     """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`.
 
@@ -100,15 +100,15 @@ def _multiply(
       x: the rows.
       weights: matrices `[E, in, out]`, and adapters if there are any.
       sizes: int32 `[E]`, rows of each expert.
-      taken: bool `[N, 1]`, which rows belong to an expert; the others give 0. None: all do.
+      in_group: bool `[N, 1]`, which rows belong to an expert; the others give 0. None: all do.
     """
 
     def product(x: jax.Array, matrices: jax.Array) -> jax.Array:
-        # What a product leaves in rows of no expert, forward or backward, is not for sure a number.
-        if taken is None:
+        # ragged_dot may leave NaN in rows of no group, forward or backward.
+        if in_group is None:
             return jax.lax.ragged_dot(x, matrices, sizes)
-        out = jax.lax.ragged_dot(jnp.where(taken, x, 0), matrices, sizes)
-        return jnp.where(taken, out, 0)
+        out = jax.lax.ragged_dot(jnp.where(in_group, x, 0), matrices, sizes)
+        return jnp.where(in_group, out, 0)
 
     y = product(x, weights["kernel"])
     if "a" in weights:
@@ -129,40 +129,46 @@ class Experts(nnx.Module):
         self.count = count
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """`[B, T, D]` → (`[B, T, D]`, what the router did)."""
+        """`[B, T, D]` → (`[B, T, D]`, routing)."""
         experts, shares, routing = self.router(x)
         weights, axes = {}, {}
         for name, linear in (("gate", self.gate), ("up", self.up), ("down", self.down)):
             weights[name], axes[name] = linear.weights(x.dtype)
-        # Sorting mixes the tokens of all rows: on a mesh each device sorts its own rows only, or
-        # those of the devices that hold the other experts too.
-        given = (x, experts, shares.astype(x.dtype))
-        out = map_row_shards(
-            self._compute, given, weights, axes, contracted="mlp", sharded="expert"
-        )
+        # Sorting mixes the tokens of all rows. On a mesh each device sorts its own rows only; with
+        # experts spread over devices, the rows of all devices that share the experts.
+        rows = (x, experts, shares.astype(x.dtype))
+        out = map_row_shards(self._compute, rows, weights, axes, contracted="mlp", sharded="expert")
         return out, routing
 
     def _compute(
         self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params, first: Any
     ) -> jax.Array:
-        """What the experts that are here, from number `first` on, add to each token."""
+        """The sum over this device's experts, from number `first` on: `[B, T, D]` → the same.
+
+        Args:
+          x: `[B, T, D]`.
+          experts: int32 `[B, T, k]`.
+          shares: `[B, T, k]`, the weight of each.
+          weights: matrices of this device's experts.
+          first: number of the first of them.
+        """
         rows, length, width = x.shape
-        each = experts.shape[-1]
-        here = weights["gate"]["kernel"].shape[0]
-        flat = experts.reshape(-1) - first
-        if here < self.count:
-            # Choices of experts elsewhere are sorted last, belong to no group and count 0.
-            mine = (flat >= 0) & (flat < here)
-            flat = jnp.where(mine, flat, here)
-            shares = jnp.where(mine.reshape(shares.shape), shares, 0)
-        order = jnp.argsort(flat)
-        sizes = jnp.sum(jax.nn.one_hot(flat, here, dtype=jnp.int32), axis=0)
-        given = jnp.take(x.reshape(-1, width), order // each, axis=0)
-        taken = None
-        if here < self.count:
-            taken = jnp.arange(flat.size)[:, None] < jnp.sum(sizes)
-        gate = ACTIVATIONS[self.activation](_multiply(given, weights["gate"], sizes, taken))
-        inner = gate * _multiply(given, weights["up"], sizes, taken)
-        out = _multiply(inner, weights["down"], sizes, taken)
-        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(rows, length, each, width)
+        per_token, local = experts.shape[-1], weights["gate"]["kernel"].shape[0]
+        flat = experts.reshape(-1) - first  # [B·T·k], number among the local experts
+        if local < self.count:
+            # Choices of other devices' experts are sorted last, belong to no group and count 0.
+            is_local = (flat >= 0) & (flat < local)
+            flat = jnp.where(is_local, flat, local)
+            shares = jnp.where(is_local.reshape(shares.shape), shares, 0)
+        order = jnp.argsort(flat)  # [N], N = B·T·k choices by expert
+        sizes = jnp.sum(jax.nn.one_hot(flat, local, dtype=jnp.int32), axis=0)  # [E]
+        tokens = jnp.take(x.reshape(-1, width), order // per_token, axis=0)  # [N, D]
+        in_group = None
+        if local < self.count:
+            in_group = jnp.arange(flat.size)[:, None] < jnp.sum(sizes)
+        gate = ACTIVATIONS[self.activation](_multiply(tokens, weights["gate"], sizes, in_group))
+        inner = gate * _multiply(tokens, weights["up"], sizes, in_group)  # [N, F]
+        out = _multiply(inner, weights["down"], sizes, in_group)  # [N, D]
+        # Back into the order of tokens: [B, T, k, D].
+        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(rows, length, per_token, width)
         return jnp.sum(out * shares[..., None], axis=2)

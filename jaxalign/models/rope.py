@@ -47,7 +47,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(config: RopeConfig, width: int) -> tuple[float, float]:
-    """Between which dimensions frequencies go from kept to scaled."""
+    """The dimensions between which frequencies go from unscaled to scaled."""
 
     def dimension(turns: float) -> float:
         context = config.original_max_positions / (turns * 2 * math.pi)
@@ -90,8 +90,9 @@ def rope_tables(
     - "longrope" (Ding et al. 2024, https://arxiv.org/abs/2402.13753): frequencies are divided by
       `long_factors` instead of `short_factors` where n > m.
 
-    Decoding with a cache knows a document up to the tokens given. Where n exceeds m, what was
-    cached keeps the rotation of its time, as in transformers, and so differs from one whole pass.
+    Decoding with a cache knows a document only up to its newest token. When n grows beyond m,
+    cached keys keep the rotation they had, as in transformers: the result differs from one pass
+    over the whole document.
 
     Args:
       config: the rotary embedding.
@@ -146,7 +147,7 @@ def _tables_in_branch(
 
 
 def _lengths(positions: jax.Array, segment_ids: Array | None) -> jax.Array:
-    """How many positions the document of each token has, `[B, T]`."""
+    """The number of positions in each token's document, `[B, T]`."""
     if segment_ids is None:
         return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
     segment_ids = jnp.asarray(segment_ids)

@@ -171,7 +171,7 @@ def chunks(model: Any, rows: int, length: int, mesh: Mesh) -> tuple[int, int]:
     cuts = axis_shards("length", mesh)
     parts = row_shards(mesh) * cuts
     lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
-    with use_mesh(mesh):
+    with use_mesh(mesh):  # the mesh's device and the shards of the vocabulary decide
         chunk, count = head_chunks(*lines, model.config.vocab_size, parts)
     return chunk * lines[0], count
 

@@ -128,11 +128,8 @@ WORDS = ("cpu", "gpu", "tpu", "current_device", "platform_dependent", "default_b
 
 ALLOWED = ("models/backend.py", "models/attention/dispatch.py", "parallel/", "plan/")
 
-# Before JAX is loaded, or what users write: they cannot ask a backend.
-COMMANDS = ("commands/cli.py", "commands/startup/")
-
 # To ask `backend` too.
-REMAINING = ("commands/bench/case.py", "hf/blocks.py", "hf/load.py")
+REMAINING = ("commands/bench/case.py",)
 
 
 def words_of(path):
@@ -153,7 +150,7 @@ def test_platforms_are_named_in_few_files():
         for path in sorted(PACKAGE.rglob("*.py"))
         for line, word in words_of(path)
         if word in WORDS
-        and not path.relative_to(PACKAGE).as_posix().startswith((*ALLOWED, *COMMANDS, *REMAINING))
+        and not path.relative_to(PACKAGE).as_posix().startswith((*ALLOWED, *REMAINING))
     }
     assert not named
 
