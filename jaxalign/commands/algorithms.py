@@ -8,13 +8,9 @@ from typing import Any
 
 def algorithms() -> dict[str, str]:
     """The name of each algorithm, which is its command, and one line of help."""
-    return {
-        "sft": "supervised fine-tuning",
-        "reward": "train a reward model from pairs, rankings, grades or labelled steps",
-        "dpo": "direct preference optimisation and its relatives",
-        "kto": "preference optimisation from single answers marked good or bad",
-        "ppo": "reinforcement learning against a reward model",
-    }
+    from jaxalign.run.tasks import ALGORITHMS
+
+    return {name: algorithm.help for name, algorithm in ALGORITHMS.items()}
 
 
 def load_any_config(parsed: argparse.Namespace) -> tuple[str, Any]:

@@ -88,9 +88,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         print(f"> {prompt}\n{text}\n")
 
 
-def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
-    import jax
-
+def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
     from jaxalign.hf import load_language_model, load_tokenizer
     from jaxalign.rewards.best_of import best_of, model_judge
     from jaxalign.rewards.scoring import load_scorer
@@ -102,19 +100,52 @@ def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> int:
     judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
     tok = load_tokenizer(parsed.model)
     model, params = load_language_model(parsed.model, option="model")
-    picked = best_of(
-        model,
-        params,
-        tok,
-        prompts,
-        judge,
-        count=parsed.best_of,
-        max_new_tokens=parsed.max_new_tokens,
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        key=jax.random.key(parsed.seed),
-        chat_template=parsed.chat_template,
+    results = best_of(model, params, tok, prompts, judge, count=parsed.best_of, **_sampling(parsed))
+    for prompt, best in zip(prompts, results, strict=True):
+        scores = ", ".join(f"{score:.3g}" for score in best.scores)
+        print(f"> {prompt}\n{best.answer}\n[score {best.score:.3g} of {scores}]\n")
+
+
+def _chat(parsed: argparse.Namespace) -> None:
+    """A conversation, line by line."""
+    answer = _answerer(parsed)
+    messages: list[dict[str, str]] = []
+    print("Empty line to end.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        text = answer([messages])[0]
+        messages.append({"role": "assistant", "content": text})
+        print(text)
+
+
+def _answerer(parsed: argparse.Namespace) -> Callable[[Sequence[Any]], list[str]]:
+    """Loads the model once; gives prompts or conversations → answers."""
+    from jaxalign.hf import load_language_model, load_tokenizer
+    from jaxalign.sampling.generate import generate
+
+    tok = load_tokenizer(parsed.model)
+    model, params = load_language_model(parsed.model, option="model")
+    options = _sampling(parsed)
+    return lambda prompts: generate(model, params, tok, prompts, **options)
+
+
+# --- score ----------------------------------------------------------------------------------------
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id of a reward model")
+    parser.add_argument("files", nargs="+", help="rows with answers: files, folders, hub ids")
+    parser.add_argument("--out", help="file to write; standard output if none")
+    parser.add_argument("--column", default="reward", help="name of the column that is added")
+    parser.add_argument("--batch", type=int, default=16, help="answers scored at a time")
+    parser.add_argument(
+        "--length", type=int, help="longest prompt with answer, tokens; no limit if none"
     )
     parser.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
     _weights_argument(parser)
@@ -160,46 +191,14 @@ def _weights(text: str | None) -> dict[str, float] | None:
     return weights
 
 
-def chat(parsed: argparse.Namespace) -> int:
-    """Talks to a model, line by line."""
-    answer = _answerer(parsed)
-    said: list[dict[str, str]] = []
-    print("Empty line to end.")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return 0
-        said.append({"role": "user", "content": line})
-        text = answer([said])[0]
-        said.append({"role": "assistant", "content": text})
-        print(text)
-
-
-def _answerer(parsed: argparse.Namespace):
-    import jax
-
-    from jaxalign.hf import load_language_model, load_tokenizer
-    from jaxalign.sampling.generate import generate as write_answers
-
-    tok = load_tokenizer(parsed.model)
-    model, params = load_language_model(parsed.model, option="model")
-    key = jax.random.key(parsed.seed)
-
-    def answer(prompts):
-        return write_answers(
-            model,
-            params,
-            tok,
-            prompts,
-            max_new_tokens=parsed.max_new_tokens,
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            top_p=parsed.top_p,
-            key=key,
-            chat_template=parsed.chat_template,
-        )
-
-    return answer
+COMMANDS = (
+    Command("generate", "answer prompts", _generate_arguments, _generate, compiles=True),
+    Command(
+        "score",
+        "a reward model's scores of answers, as JSON lines",
+        _score_arguments,
+        _score,
+        compiles=True,
+    ),
+    Command("chat", "talk to a model", _model_arguments, _chat, compiles=True),
+)

@@ -23,7 +23,9 @@ _TEXTS = {
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="measure this run's own model and data instead")
     overrides_argument(parser)
-    parser.add_argument("--what", nargs="+", metavar="WHAT", help="sft reward dpo ppo generate")
+    parser.add_argument(
+        "--what", nargs="+", metavar="WHAT", help="algorithms, or generate; all if none"
+    )
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="XS S M 0.5B 1B 3B; S M if none")
     parser.add_argument(
         "--layouts", nargs="+", metavar="LAYOUT", help="full padded packed; full packed if none"
@@ -42,10 +44,9 @@ def _run(parsed: argparse.Namespace) -> int:
 def _measure_sizes(parsed: argparse.Namespace) -> int:
     from jaxalign.commands.bench.command import bench
 
-    what = parsed.what or ["sft", "reward", "dpo", "ppo", "generate"]
     layouts = parsed.layouts or ["full", "packed"]
     options = {name: getattr(parsed, name) for name in (*_NUMBERS, *_TEXTS)}
-    records = bench(what, parsed.sizes or ["S", "M"], layouts, options, parsed.out)
+    records = bench(parsed.what, parsed.sizes or ["S", "M"], layouts, options, parsed.out)
     return 1 if any("error" in record for record in records) else 0
 
 

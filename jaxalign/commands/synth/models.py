@@ -14,9 +14,8 @@ from jaxalign.commands.synth.writer import FunctionWriter, Request
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
-from jaxalign.hf import load_pretrained, load_tokenizer
-from jaxalign.models.decoder import Decoder
-from jaxalign.models.scorer import Scorer, pooled_scores
+from jaxalign.hf import load_language_model, load_reward_model, load_tokenizer
+from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.sharding import row_shards, shard_batch, use_mesh
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.sampling.generate import sample
@@ -41,11 +40,7 @@ def local_writer(config: WriterConfig, mesh_config: MeshConfig | None = None) ->
     template = None if config.local is None else config.local.chat_template
     mesh = _mesh(mesh_config)
     tok = load_tokenizer(config.model)
-    model, params = load_pretrained(config.model, mesh=mesh)
-    if not isinstance(model, Decoder):
-        raise ValueError(
-            f"writer.model={config.model!r} is a reward model; wanted a language model"
-        )
+    model, params = load_language_model(config.model, option="writer.model", mesh=mesh)
     stops = stop_token_ids(tok, template)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
     rows = _rows(config.concurrency, mesh)
@@ -86,12 +81,7 @@ def score_writer(
     """A writer whose replies are a reward model's scores of the conversations in the requests."""
     mesh = _mesh(mesh_config)
     tok = load_tokenizer(config.source)
-    model, params = load_pretrained(config.source, mesh=mesh)
-    if not isinstance(model, Scorer):
-        raise ValueError(
-            f"reward_model.source={config.source!r} is a language model without a score; wanted a "
-            "reward model, as `jaxalign reward` makes"
-        )
+    model, params = load_reward_model(config.source, option="reward_model.source", mesh=mesh)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
     rows = _rows(config.rows, mesh)
     scores = jax.jit(lambda params, batch: pooled_scores(model, params, batch))
