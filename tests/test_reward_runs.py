@@ -9,7 +9,7 @@ import pytest
 
 import jaxalign
 from jaxalign.commands.report.runs import make_page
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.plan import run_shapes, step_shapes
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.loop import train

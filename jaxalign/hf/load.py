@@ -26,7 +26,7 @@ from jaxalign.hf.save import GENERATION_FILE, abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, weigh_attributes
+from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
 

@@ -34,7 +34,7 @@ from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.hf import load_reward_model, load_tokenizer
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.rewards.evaluation import wilson
 from jaxalign.types import Params, TokenBatch
 

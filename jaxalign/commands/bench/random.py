@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer, with_scalar_head
+from jaxalign.models.scorer import Scorer, with_scalar_head
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.run.tasks.loader import ArrayLoader

@@ -14,7 +14,7 @@ from jaxalign.algorithms import moving_reference
 from jaxalign.algorithms.state import init_state
 from jaxalign.hf import load_pretrained
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.types import Params, TrainState

@@ -14,6 +14,7 @@ from jaxalign.hf.load import expect_language_model, expect_reward_model
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import add_lora
+from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.rewards.model_spec import ModelReward

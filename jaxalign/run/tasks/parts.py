@@ -23,7 +23,7 @@ from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
 from jaxalign.algorithms.step import Loss
 from jaxalign.data import Batches
 from jaxalign.models.flops import Work, forward_flops, work_of
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.run.config.base import Run
 from jaxalign.run.tasks.data import make_data, names_of, total_of
 from jaxalign.run.tasks.reference import Reference

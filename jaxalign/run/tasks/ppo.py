@@ -16,7 +16,7 @@ from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.data import Batches, sft_batches, stop_token_ids
 from jaxalign.models.flops import ppo_flops
-from jaxalign.models.lm_head import Scorer
+from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import all_gather_rows, local_rows
 from jaxalign.rewards import build_reward, combine_rewards, model_reward
