@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from jaxalign.data.faults import ON_ERROR
-from jaxalign.data.filters import check_scripts
+from jaxalign.data.scripts import check_scripts
 
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
@@ -43,7 +43,7 @@ class BatchOptions:
       dedup: "exact" drops a row that says the same as an earlier one, "near" also one whose
         character 5-grams have a Jaccard similarity of `dedup_threshold` with an earlier one.
       dedup_threshold: in (0, 1].
-      scripts: writing systems (see `jaxalign.data.filters.SCRIPTS`) of which at least
+      scripts: writing systems (see `jaxalign.data.scripts.SCRIPTS`) of which at least
         `script_share` of a row's letters must be. A script is no language: Latin is the script of
         English and French alike. None or empty: any.
       script_share: in (0, 1].

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from jaxalign.data import preference_batches, sft_batches
-from jaxalign.data.filters import held_out, script_share
+from jaxalign.data.filters import held_out
 from jaxalign.data.minhash import NearCopies, jaccard, shingles
+from jaxalign.data.scripts import script_share
 
 
 def _stats(tok, rows, **options):

@@ -26,12 +26,15 @@ def config_classes():
         todo += typing.get_args(cls)
         if dataclasses.is_dataclass(cls) and cls not in found:
             found[cls] = [field.name for field in dataclasses.fields(cls)]
+            todo += cls.kinds().values() if hasattr(cls, "kinds") else ()
             for hint in typing.get_type_hints(cls).values():
                 todo += [hint, *typing.get_args(hint)]
     return found
 
 
-@pytest.mark.parametrize("cls", config_classes(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", config_classes(), ids=lambda cls: f"{cls.__module__}.{cls.__name__}"
+)
 def test_every_option_is_shown(cls):
     names = set(re.findall(r"\b([a-z_0-9]+):", TEXT))
     assert not set(config_classes()[cls]) - names

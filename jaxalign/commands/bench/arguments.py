@@ -24,7 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="measure this run's own model and data instead")
     overrides_argument(parser)
     parser.add_argument(
-        "--what", nargs="+", metavar="WHAT", help="an algorithm, or generate; all if none"
+        "--what", nargs="+", metavar="WHAT", help="algorithms, or generate; all if none"
     )
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="XS S M 0.5B 1B 3B; S M if none")
     parser.add_argument(
