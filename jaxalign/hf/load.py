@@ -227,9 +227,9 @@ def _check_tensors(
         "unexpected": sorted(unexpected),
         "wrong shape": wrong,
     }
-    told = [f"{title}: {abbreviate(names)}" for title, names in lists.items() if names]
-    if told:
+    problems = [f"{title}: {abbreviate(names)}" for title, names in lists.items() if names]
+    if problems:
         raise ValueError(
-            f"{path}: the weights do not fit config.json. {'. '.join(told)}. Check that config and "
+            f"{path}: the weights do not fit config.json. {'. '.join(problems)}. Check that config and "
             f"weights belong together"
         )

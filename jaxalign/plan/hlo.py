@@ -133,7 +133,9 @@ def parse(text: str) -> Module:
                 lines.append(instruction)
                 root = instruction.name if line.startswith("ROOT ") else root
     if entry not in computations:
-        raise ValueError("the compiled program has no text that we can read; no costs can be told")
+        raise ValueError(
+            "the compiled program has no text that we can read; its costs cannot be counted"
+        )
     return Module(entry, computations)
 
 

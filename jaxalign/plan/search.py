@@ -163,11 +163,11 @@ def _named(sizes: tuple[int, int, int]) -> dict[str, int]:
 def _overrides(
     sizes: tuple[int, int, int], remat: str, micro: int, moments: str, config: Any
 ) -> tuple[str, ...]:
-    told = [f"mesh.{name}={size}" for name, size in _named(sizes).items()]
-    told += [f"model.remat={remat}", f"run.micro_batches={micro}"]
+    overrides = [f"mesh.{name}={size}" for name, size in _named(sizes).items()]
+    overrides += [f"model.remat={remat}", f"run.micro_batches={micro}"]
     if moments != config.optimizer.moments:
-        told.append(f"optimizer.moments={moments}")
-    return tuple(told)
+        overrides.append(f"optimizer.moments={moments}")
+    return tuple(overrides)
 
 
 def _estimate(

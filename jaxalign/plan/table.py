@@ -42,8 +42,10 @@ def _capacity(plan: Any) -> str:
     if plan.capacity is None:
         return f"{'unknown':>12}"
     spare = plan.capacity - plan.total
-    told = f"fits, {human(spare)} to spare" if plan.fits else f"DOES NOT FIT, {human(-spare)} over"
-    return f"{human(plan.capacity):>12}   {told}"
+    verdict = (
+        f"fits, {human(spare)} to spare" if plan.fits else f"DOES NOT FIT, {human(-spare)} over"
+    )
+    return f"{human(plan.capacity):>12}   {verdict}"
 
 
 def _programs(plan: Any) -> list[str]:

@@ -167,9 +167,9 @@ def run_cases(
     env = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ | huge_pages.environment()
     records = []
     for case in cases:
-        asked = json.dumps(dataclasses.asdict(case))
+        arguments = json.dumps(dataclasses.asdict(case))
         done = subprocess.run(
-            [sys.executable, "-m", "jaxalign.commands.bench", asked],
+            [sys.executable, "-m", "jaxalign.commands.bench", arguments],
             capture_output=True,
             text=True,
             env=env,

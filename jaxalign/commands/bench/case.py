@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.attention.dispatch import check_kind
+from jaxalign.models.backend import backend
 from jaxalign.models.decoder import REMAT
+from jaxalign.parallel.host_memory import is_cpu
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import row_shards
 from jaxalign.run.config.base import ModelConfig, Run
@@ -98,19 +100,17 @@ class Case:
 
     def mesh(self) -> Mesh:
         """All devices: on a CPU each for its own rows, elsewhere along `fsdp`."""
-        cpu = jax.default_backend() == "cpu"
-        return make_mesh(data=-1, fsdp=1) if cpu else make_mesh()
+        return make_mesh(data=-1, fsdp=1) if is_cpu(jax.devices()[0]) else make_mesh()
 
     def resolved(self) -> Case:
-        """The same with its dtype said."""
+        """The same with its dtype resolved."""
         if self.dtype != "auto":
             return self
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return dataclasses.replace(self, dtype=dtype)
+        return dataclasses.replace(self, dtype=backend().default_dtype)
 
     def parts(self, mesh: Mesh) -> int:
         """Micro-batches of a step."""
-        if self.micro_batches or jax.default_backend() != "cpu":
+        if self.micro_batches or not is_cpu(jax.devices()[0]):
             return max(1, self.micro_batches)
         length = self.shape[1] * (2 if self.what in _PAIRED else 1)  # both sides
         length += self.new_tokens if self.what == "ppo" else 0
@@ -182,7 +182,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": {"rows": 16, "length": 64, "new_tokens": 64},
     "generate": {"rows": 16, "length": 64, "new_tokens": 128},
 }
-"""What a case is like when it is not said."""
+"""Defaults of a case."""
 
 
 def make_case(what: str, size: str, layout: str, options: dict[str, Any]) -> Case:

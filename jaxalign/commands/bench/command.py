@@ -1,4 +1,4 @@
-"""What `jaxalign bench` measures when it is told little."""
+"""The cases that `jaxalign bench` measures by default."""
 
 from __future__ import annotations
 

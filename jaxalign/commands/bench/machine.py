@@ -85,7 +85,7 @@ class Compiled:
         self.programs, self.seconds = 0, 0.0
 
     def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        """Is told of everything that JAX times."""
+        """Collects the durations that JAX records."""
         if event == "/jax/core/compile/backend_compile_duration":
             self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 

@@ -15,14 +15,14 @@ def show(records: Sequence[dict[str, Any]]) -> str:
     """One line a record; one that failed says why."""
     lines = [_HEAD, *(_line(record) for record in records if "error" not in record)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    told = [
+    lines = [
         "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines
     ]
     for record in records:
         if "error" in record:
             case = record["case"]
-            told.append(f"{case['what']} {case['size']} {case['layout']}: {record['error']}")
-    return "\n".join(told)
+            lines.append(f"{case['what']} {case['size']} {case['layout']}: {record['error']}")
+    return "\n".join(lines)
 
 
 def _line(record: dict[str, Any]) -> tuple[str, ...]:
