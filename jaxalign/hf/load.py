@@ -230,6 +230,6 @@ def _check_tensors(
     problems = [f"{title}: {abbreviate(names)}" for title, names in lists.items() if names]
     if problems:
         raise ValueError(
-            f"{path}: the weights do not fit config.json. {'. '.join(problems)}. Check that config and "
-            f"weights belong together"
+            f"{path}: the weights do not fit config.json. {'. '.join(problems)}. Check that config "
+            "and weights belong together"
         )

@@ -37,7 +37,7 @@ _EXAMPLES = "v5e-16, v5p-128, v6e-256, h100:8, h100:8x16, a100-80g:4, cpu:8"
 
 
 class _Gpu(NamedTuple):
-    """The description of a GPU that the compiler gets, from the CUDA programming guide and the data sheets."""
+    """A GPU as the compiler wants it, from the CUDA programming guide and data sheets."""
 
     name: str
     capability: tuple[int, int]
