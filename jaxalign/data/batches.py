@@ -245,7 +245,11 @@ def load(
 def answered(example: Any, answer: Any) -> Conversation:
     """A prompt with one of its answers, of which the answer is trained."""
     tools = getattr(example, "tools", ())
-    return Conversation(example.prompt + answer, example.origin, len(example.prompt), tools)
+    kwargs = getattr(example, "template_kwargs", None)
+    first = len(example.prompt)
+    return Conversation(
+        example.prompt + answer, example.origin, first, tools, template_kwargs=kwargs
+    )
 
 
 def token_builder(entries: Sequence[Entry], pad: int) -> Any:

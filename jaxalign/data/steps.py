@@ -60,9 +60,9 @@ def _templated(
     tok: PreTrainedTokenizerBase, examples: Sequence[Steps], render: Renderer, separator: str
 ) -> Iterator[EncodedSteps]:
     talks = []
-    for prompt, steps, _, origin in examples:
+    for prompt, steps, _, origin, kwargs in examples:
         answer = {"role": "assistant", "content": separator.join(steps)}
-        talks.append(Conversation((*prompt, answer), origin, len(prompt)))
+        talks.append(Conversation((*prompt, answer), origin, len(prompt), template_kwargs=kwargs))
     documents = find_documents(render, talks, one_each=True)
     tokens = tokenize(tok, [document.text for document in documents])
     for example, document, ids, encoding in zip(

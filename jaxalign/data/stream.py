@@ -25,7 +25,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.loader import Batches, count_rows
 from jaxalign.data.mixture import Entry, pools_of
 from jaxalign.data.options import Options, settings_of
-from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, nothing_left, prepare
+from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, nothing_left, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,12 +216,14 @@ class _Lane:
         number, source, first = self._at
         entry = self._entries[self._pool[source]]
         if self._reading is None:
-            self._reading = Reading(self._recipe, entry, self._options)
+            self._reading = SourceReader(self._recipe, entry, self._options)
             if first:
                 self._reading.skip(first)
         limit = entry.options.rows
         size = self._options.window if limit is None else min(self._options.window, limit - first)
         examples = self._reading.take(size, self._window) if size > 0 else None
+        if first == 0 and number == 0 and examples is not None and self._options.host[0] == 0:
+            print(self._reading.usage)
         if examples is None:
             self.close()
             if source + 1 < len(self._pool):
@@ -285,7 +287,7 @@ class _Lane:
 
     def close(self) -> None:
         """Lets go of the source's file."""
-        self._reading: Reading | None = None
+        self._reading: SourceReader | None = None
 
 
 def _checksum(

@@ -121,8 +121,10 @@ def _view(title: str, batches: Batches[Any], tok: Any, examples: int, most: int 
     counts = batches.stats["sources"]
     lines = batches.describe().splitlines()
     batches.close()
-    # What it says of each source is in a table of its own here.
-    summary = [line for line in lines if not line.startswith(tuple(f"  {n}: " for n in counts))]
+    # Its counts of each source are in a table of their own here.
+    counted = tuple(f"  {name}: " for name in counts)
+    usage = [f"  {line}" for line in batches.usage]
+    summary = [line for line in lines if line in usage or not line.startswith(counted)]
     return View(title, "\n".join(summary), counts, lengths, shown)
 
 
