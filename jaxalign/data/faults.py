@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
-from jaxalign.data.columns import Columns, Reading, Recorded, Untrained
+from jaxalign.data.columns import Columns, Reading, Recorded
 from jaxalign.data.examples import RowError
+from jaxalign.data.meaning import Untrained
 from jaxalign.data.sources import Row, Sources, iter_rows
 
 OnError = Literal["stop", "drop"]

@@ -39,8 +39,8 @@ class Batches(Generic[Batch]):
       examples: the kept rows as read (such as `Conversation`); empty when streaming.
       sources: names of the sources, in the order of `source_ids`.
       widths: the widths that batches may have.
-      usage: what became of the columns of each source, a line each; printed once. Empty when
-        streaming, where it is printed after a source's first window.
+      usage: what became of the columns of each source, a line each; printed at the first
+        `iter()`. Empty when streaming, where it is printed after a source's first window.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Batches(Generic[Batch]):
         self._checksum = checksum
         self._counts = counts
         self._announced: Any = None
+        self._shown = False
         self._start: dict[str, Any] | None = None
         self._iterator: Any = None
 
@@ -149,11 +150,14 @@ class Batches(Generic[Batch]):
             self._iterator.close()
 
     def _announce(self) -> None:
-        """Prints what was cut and dropped, once."""
+        """Prints what was cut and dropped, and what became of columns, once."""
         stats = self.stats
         lost = (stats["cut"], stats["dropped"])
-        if (stats["cut"] or stats["dropped"]) and self._announced != lost:
-            print(self._summary())
+        if any(lost) and self._announced != lost:
+            self.describe()
+        elif self.usage and not self._shown and self._options.host[0] == 0:
+            print("\n".join(self.usage))
+        self._shown = True
 
     def describe(self) -> str:
         """Prints, and returns, what was read, cut, dropped and how full the rows are."""
@@ -232,9 +236,8 @@ def in_memory(
         examples += read if read is not None else []
         usage.append(str(reader.usage))
         sources += [number] * (len(examples) - len(sources))
-    if options.host[0] == 0:
-        print("\n".join(usage))
     kept = prepare(recipe, examples, sources, entries, options, tok, counts)
+    usage += recipe.notes()
     pools, groups, sizes, rows = pools_of(entries, options.temperature), [], [], []
     for pool in pools:
         mine = np.flatnonzero(np.isin(kept.sources, pool)).tolist()

@@ -182,7 +182,7 @@ def _message(message: Any, at: str, origin: str) -> Message:
 
 def _names(message: Mapping[str, Any]) -> dict[str, str]:
     """Field → what this message calls it: the first of its names in `FIELDS`."""
-    spelled = {plain(key): key for key in reversed(message) if isinstance(key, str)}
+    spelled = {plain(key): key for key in reversed(list(message)) if isinstance(key, str)}
     found = {}
     for field, names in FIELDS.items():
         there = [spelled[name] for name in names if name in spelled]

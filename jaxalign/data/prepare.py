@@ -58,6 +58,7 @@ class Recipe(NamedTuple):
       build: (kept, groups, options, width, slots) → the rows of this host.
       prompts: documents are prompts, of which nothing is trained.
       shared: both sides of a pair stand in one row, with one copy of their prompt.
+      notes: lines on what was found while encoding.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Recipe(NamedTuple):
     build: Callable[[Kept, Sequence[Group], Options, int, int], Any]
     prompts: bool = False
     shared: bool = False
+    notes: Callable[[], list[str]] = list
 
 
 class Kept(NamedTuple):
@@ -257,15 +259,15 @@ def nothing_left(
 ) -> str:
     """The message of an error: all rows were dropped."""
     stats = counts.stats(())
-    there = sorted(lengths)
-    told = ""
-    if there:
-        middle = there[len(there) // 2]
-        told = f"; the documents have {there[0]} to {there[-1]} tokens, median {middle}"
+    ordered = sorted(lengths)
+    summary = ""
+    if ordered:
+        middle = ordered[len(ordered) // 2]
+        summary = f"; the documents have {ordered[0]} to {ordered[-1]} tokens, median {middle}"
     return (
         f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read, "
-        f"dropped {stats['dropped']}{told}, length is {options.length}; give a larger length, or "
-        "correct what the reasons name"
+        f"dropped {stats['dropped']}{summary}, length is {options.length}; give a larger length, "
+        "or correct what the reasons name"
     )
 
 

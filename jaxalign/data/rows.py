@@ -14,7 +14,6 @@ import functools
 from typing import Any
 
 from jaxalign.data.columns import (
-    ANSWERS,
     Columns,
     Form,
     read_form,
@@ -35,6 +34,7 @@ from jaxalign.data.examples import (
 )
 from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
 from jaxalign.data.files import Row
+from jaxalign.data.meaning import ANSWERS
 from jaxalign.data.messages import is_messages, read_messages, same_turn, untrained
 from jaxalign.data.names import flag, meaning_of
 from jaxalign.data.transcripts import is_transcript, read_transcript, split_messages, split_texts

@@ -181,6 +181,7 @@ class _Lane:
         self._at = (0, 0, 0)
         self._next = (0, 0, 0)
         self._kept_in_pass = 0
+        self._shown: set[str] = set()  # sources whose columns were printed
         self._rows: list[_Row] = []
         self._done = 0
         self.given = 0
@@ -222,8 +223,6 @@ class _Lane:
         limit = entry.options.rows
         size = self._options.window if limit is None else min(self._options.window, limit - first)
         examples = self._reading.take(size, self._window) if size > 0 else None
-        if first == 0 and number == 0 and examples is not None and self._options.host[0] == 0:
-            print(self._reading.usage)
         if examples is None:
             self.close()
             if source + 1 < len(self._pool):
@@ -248,6 +247,9 @@ class _Lane:
         )
         if not kept.examples:
             return []
+        if entry.name not in self._shown and self._options.host[0] == 0:
+            print(self._reading.usage)
+            self._shown.add(entry.name)
         self._kept_in_pass += len(kept.examples)
         which = range(len(kept.examples))
         groups, sizes = grouped(self._recipe, kept, which, self._options, self._most)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxalign.data.columns import PROMPTS, is_listed, with_system
+from jaxalign.data.columns import is_listed, with_system
 from jaxalign.data.examples import Message, Messages
 from jaxalign.data.fields import fail, fail_with, items, short, text
 from jaxalign.data.files import Row
+from jaxalign.data.meaning import PROMPTS
 from jaxalign.data.messages import is_messages, read_messages, same_turn
 from jaxalign.data.transcripts import is_transcript, read_transcript, without_open_answer
 
