@@ -19,6 +19,7 @@ from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_graded, to_ranked, to_steps, to_unpaired
 from jaxalign.data.sources import Row
 from jaxalign.data.steps import encode_steps
+from jaxalign.data.writers import Style
 from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TokenBatch, UnpairedBatch
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def unpaired_batches(
     options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
+    style = Style.of(options)
 
     def encode(examples: Sequence[Unpaired]) -> list[Made]:
-        return single(tok, [answered(e, e.answer) for e in examples], options)
+        return single(tok, [answered(e, e.answer) for e in examples], options, style)
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -76,7 +78,8 @@ def unpaired_batches(
             token_rows(mixed, swapped, len(mine), width, pad, sources),
         )
 
-    return load(Recipe("unpaired_batches", to_unpaired, encode, build), entries, options, tok)
+    recipe = Recipe("unpaired_batches", to_unpaired, encode, build, notes=style.notes)
+    return load(recipe, entries, options, tok)
 
 
 def ranked_batches(
@@ -107,6 +110,7 @@ def ranked_batches(
     options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
+    style = Style.of(options)
     if answers is None and options.streaming:
         raise ValueError("answers: got None, wanted the most that a prompt has when streaming")
     if answers is not None and answers < 2:
@@ -125,7 +129,7 @@ def ranked_batches(
 
     def encode(examples: Sequence[Ranked]) -> list[Made]:
         whole = [answered(e, answer) for e in examples for answer in e.answers]
-        found = iter(encode_conversations(tok, whole, options.chat_template))
+        found = iter(encode_conversations(tok, whole, options.chat_template, style=style))
         return [Made(i, [next(found) for _ in e.answers]) for i, e in enumerate(examples)]
 
     def build(
@@ -152,7 +156,8 @@ def ranked_batches(
         shaped = jax.tree.map(lambda x: x.reshape(len(mine), most, width), flat)
         return RankedBatch(shaped, ranks, mask)
 
-    return load(Recipe("ranked_batches", read, encode, build), entries, options, tok)
+    recipe = Recipe("ranked_batches", read, encode, build, notes=style.notes)
+    return load(recipe, entries, options, tok)
 
 
 def graded_batches(
@@ -179,6 +184,7 @@ def graded_batches(
     options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
+    style = Style.of(options)
     if attributes is None and options.streaming:
         raise ValueError("attributes: got None, wanted the names of the scores when streaming")
     seen: dict[str, None] = {}
@@ -196,7 +202,7 @@ def graded_batches(
         return example
 
     def encode(examples: Sequence[Graded]) -> list[Made]:
-        return single(tok, [answered(e, e.answer) for e in examples], options)
+        return single(tok, [answered(e, e.answer) for e in examples], options, style)
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -215,7 +221,8 @@ def graded_batches(
         tokens = token_rows(documents, mine, len(mine), width, pad, sources)
         return GradedBatch(tokens, scores, mask)
 
-    return load(Recipe("graded_batches", read, encode, build), entries, options, tok)
+    recipe = Recipe("graded_batches", read, encode, build, notes=style.notes)
+    return load(recipe, entries, options, tok)
 
 
 def step_batches(
@@ -242,10 +249,11 @@ def step_batches(
     options = no_packing(options_of(options, fields).layout(), "answers")
     entries = entries_of(sources)
     pad = pad_id(tok)
+    style = Style.of(options)
 
     def encode(examples: Sequence[Steps]) -> list[Made]:
         made = []
-        for i, found in enumerate(encode_steps(tok, examples, options.chat_template)):
+        for i, found in enumerate(encode_steps(tok, examples, options.chat_template, style=style)):
             mark = np.full(len(found.ids), np.nan, np.float32)
             if len(set(found.ends.tolist())) < len(found.ends):
                 raise RowError(
@@ -272,14 +280,18 @@ def step_batches(
         mask = ~np.isnan(found)
         return StepBatch(tokens, np.where(mask, found, np.float32(0)), mask)
 
-    return load(Recipe("step_batches", to_steps, encode, build), entries, options, tok)
+    recipe = Recipe("step_batches", to_steps, encode, build, notes=style.notes)
+    return load(recipe, entries, options, tok)
 
 
 def single(
-    tok: PreTrainedTokenizerBase, conversations: Sequence[Conversation], options: Options
+    tok: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    options: Options,
+    style: Style,
 ) -> list[Made]:
     """One document an example."""
-    found = encode_conversations(tok, conversations, options.chat_template)
+    found = encode_conversations(tok, conversations, options.chat_template, style=style)
     return [Made(i, [document]) for i, document in enumerate(found)]
 
 

@@ -29,6 +29,7 @@ from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
 from jaxalign.data.sources import Row
 from jaxalign.data.stream import streamed
+from jaxalign.data.writers import Style
 from jaxalign.types import PairBatch, PromptBatch, SharedPairBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def sft_batches(
     """
     options = options_of(options, fields).layout(default="best_fit")
     entries = entries_of(sources)
+    style = Style.of(options)
 
     def read(row: Row, columns: Any, form: str | None) -> Conversation | Text:
         as_text = _is_text(row, columns, form)
@@ -77,13 +79,14 @@ def sft_batches(
         chats = [i for i, example in enumerate(examples) if not isinstance(example, Text)]
         plain = encode_texts(tok, [examples[i].text for i in texts])
         conversations = [examples[i] for i in chats]
-        encoded = encode_training(tok, conversations, options.chat_template, train_on)
+        encoded = encode_training(tok, conversations, options.chat_template, train_on, style=style)
         made = [Made(i, [document]) for i, document in zip(texts, plain, strict=True)]
         made += [Made(chats[n], [document]) for n, document in encoded]
         return sorted(made, key=lambda document: document.example)
 
     build = token_builder(entries, pad_id(tok))
-    return load(Recipe("sft_batches", read, encode, build), entries, options, tok)
+    recipe = Recipe("sft_batches", read, encode, build, notes=style.notes)
+    return load(recipe, entries, options, tok)
 
 
 def preference_batches(
@@ -136,12 +139,14 @@ def preference_batches(
             )
         return pair
 
-    template = options.chat_template
+    template, style = options.chat_template, Style.of(options)
 
     def encode(examples: Sequence[Preference]) -> list[Made]:
         sides = [
-            encode_conversations(tok, [answered(p, getattr(p, s)) for p in examples], template)
-            for s in ("chosen", "rejected")
+            encode_conversations(
+                tok, [answered(p, getattr(p, side)) for p in examples], template, style=style
+            )
+            for side in ("chosen", "rejected")
         ]
         return [Made(i, pair) for i, pair in enumerate(zip(*sides, strict=True))]
 
@@ -168,7 +173,9 @@ def preference_batches(
         of_pairs = None if not given else margin if packed else margin[:, 0]
         return PairBatch(chosen, rejected, margin=of_pairs, mask=mask if packed else None)
 
-    recipe = Recipe("preference_batches", read, encode, build, shared=shared_prefix)
+    recipe = Recipe(
+        "preference_batches", read, encode, build, shared=shared_prefix, notes=style.notes
+    )
     return load(recipe, entries, options, tok)
 
 
@@ -206,6 +213,7 @@ def prompt_batches(
         if wrong:
             raise ValueError(f"{name}: got {getattr(options, name)!r} for prompts, wanted {wanted}")
     pad = pad_id(tok)
+    style = Style.of(options)
 
     def encode(examples: Sequence[Prompt]) -> list[Made]:
         prompts = encode_prompts(
@@ -214,6 +222,8 @@ def prompt_batches(
             options.chat_template,
             [p.origin for p in examples],
             [p.tools for p in examples],
+            kwargs=[p.template_kwargs for p in examples],
+            style=style,
         )
         return [
             Made(i, [Encoded(ids, np.zeros(len(ids), np.bool_))]) for i, ids in enumerate(prompts)
@@ -227,7 +237,7 @@ def prompt_batches(
         documents: Any = kept.sides[0]
         return prompt_rows({i: documents[i].ids for i in which}, which, len(mine), width, pad)
 
-    recipe = Recipe("prompt_batches", to_prompt, encode, build, prompts=True)
+    recipe = Recipe("prompt_batches", to_prompt, encode, build, prompts=True, notes=style.notes)
     return load(recipe, entries_of(sources), options, tok)
 
 
@@ -245,7 +255,11 @@ def load(
 def answered(example: Any, answer: Any) -> Conversation:
     """A prompt with one of its answers, of which the answer is trained."""
     tools = getattr(example, "tools", ())
-    return Conversation(example.prompt + answer, example.origin, len(example.prompt), tools)
+    kwargs = getattr(example, "template_kwargs", None)
+    first = len(example.prompt)
+    return Conversation(
+        example.prompt + answer, example.origin, first, tools, template_kwargs=kwargs
+    )
 
 
 def token_builder(entries: Sequence[Entry], pad: int) -> Any:

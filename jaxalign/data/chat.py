@@ -8,7 +8,6 @@ a token would straddle it), and every token that holds a character of a turn is 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,16 +15,26 @@ import numpy as np
 
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools, TrainOn
 from jaxalign.data.messages import read_messages
-from jaxalign.data.render import NONE, Renderer, resolve_chat_template
-from jaxalign.data.spans import Document, Span, find_documents
+from jaxalign.data.render import NONE, resolve_chat_template
+from jaxalign.data.spans import Document
+from jaxalign.data.tokens import (
+    blank_first,
+    plain_ids,
+    tokenize,
+    tokens_of,
+    with_begin,
+    with_end,
+)
 from jaxalign.data.train_on import select
+from jaxalign.data.writers import Style, Writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # conversations rendered and tokenised at once: bounds the memory of their texts
-
 OnFault = Callable[[RowError], None] | None
+
+# Documents that are tokenised together: their offsets take many times the memory of their texts.
+_MOST, _CHARACTERS = 256, 1 << 20
 
 
 class Encoded(NamedTuple):
@@ -48,6 +57,8 @@ def encode_conversations(
     conversations: Sequence[Conversation],
     chat_template: str | None = None,
     on_fault: OnFault = None,
+    *,
+    style: Style | None = None,
 ) -> list[Encoded]:
     """Tokens and mask of each conversation, one document each.
 
@@ -59,13 +70,15 @@ def encode_conversations(
         there if the tokenizer has one that is not also its eos.
       on_fault: called with the error of a conversation that cannot be encoded, which then gives a
         document of no tokens; None raises it.
+      style: variables of the template, and what becomes of special tokens in people's words.
 
     Raises:
       ValueError: the template refuses a conversation, cannot mark its assistant turns, or ends
         them without a token to stop at. It names the row.
     """
     made = [_NOTHING] * len(conversations)
-    for row, document in _encode(tok, conversations, chat_template, on_fault, one_each=True):
+    encoded = _encode(tok, conversations, chat_template, on_fault, one_each=True, style=style)
+    for row, document in encoded:
         made[row] = document
     return made
 
@@ -76,6 +89,8 @@ def encode_training(
     chat_template: str | None = None,
     train_on: TrainOn = "all",
     on_fault: OnFault = None,
+    *,
+    style: Style | None = None,
 ) -> list[tuple[int, Encoded]]:
     """Tokens and masks for SFT: one document a conversation, or several.
 
@@ -90,6 +105,7 @@ def encode_training(
       train_on: see `jaxalign.data.train_on`.
       on_fault: called with the error of a conversation that cannot be encoded, which then gives no
         document; None raises it.
+      style: variables of the template, and what becomes of special tokens in people's words.
 
     Returns:
       (index of the conversation, document), in the order of the conversations.
@@ -116,6 +132,7 @@ def encode_training(
             chat_template,
             None if on_fault is None else once,
             one_each=False,
+            style=style,
             failed=faulty,
         )
     )
@@ -124,17 +141,16 @@ def encode_training(
 
 
 def encode_texts(tok: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
-    """Plain texts, [bos] text eos, every token trained.
+    """Plain texts, [bos] text eos, every token trained; bos and eos only where they are missing.
 
     Raises:
       ValueError: the tokenizer has no eos token.
     """
-    made = []
-    for start in range(0, len(texts), _CHUNK):
-        for ids in plain_ids(tok, list(texts[start : start + _CHUNK])):
-            whole = np.asarray([*ids, end_id(tok)], np.int32)
-            made.append(Encoded(whole, np.ones(len(whole), np.bool_)))
-    return made
+    encoded = []
+    for text in texts:
+        ids = np.asarray(with_end(tok, plain_ids(tok, [text])[0], text), np.int32)
+        encoded.append(Encoded(ids, np.ones(len(ids), np.bool_)))
+    return encoded
 
 
 def encode_prompts(
@@ -143,6 +159,9 @@ def encode_prompts(
     chat_template: str | None = None,
     origins: Sequence[str] | None = None,
     tools: Sequence[Tools] | None = None,
+    *,
+    kwargs: Sequence[dict[str, Any] | None] | None = None,
+    style: Style | None = None,
 ) -> list[np.ndarray]:
     """Token ids of prompts, each ending where the assistant's answer begins.
 
@@ -152,23 +171,25 @@ def encode_prompts(
       chat_template: see `resolve_chat_template`.
       origins: where the prompts came from, for errors.
       tools: functions that the model is told of in each prompt.
+      kwargs: variables of the template for each prompt.
+      style: variables of the template, and what becomes of special tokens in people's words.
 
     Returns:
       An int32 array a prompt, of its own length.
     """
-    template = resolve_chat_template(tok, chat_template)
     names = origins if origins is not None else [f"prompt {n + 1}" for n in range(len(prompts))]
     given = tools if tools is not None else [()] * len(prompts)
-    if template == NONE:
-        texts = [plain_prompt(m, name, t) for m, name, t in zip(prompts, names, given, strict=True)]
-        return [np.asarray(ids, np.int32) for ids in plain_ids(tok, texts)]
-    render = Renderer(tok, template)
-    chats = [render.chat(m, t, name) for m, name, t in zip(prompts, names, given, strict=True)]
-    found: list[np.ndarray] = []
-    for start in range(0, len(chats), _CHUNK):
-        texts = render(chats[start : start + _CHUNK], generation_prompt=True)
-        found += [np.asarray(ids, np.int32) for ids in tokenize(tok, texts)["input_ids"]]
-    return found
+    variables = kwargs if kwargs is not None else [None] * len(prompts)
+    writers = Writers(tok, chat_template, style if style is not None else Style())
+    encoded: list[np.ndarray] = []
+    for messages, name, tool, own in zip(prompts, names, given, variables, strict=True):
+        if writers.template == NONE:
+            ids = plain_ids(tok, [plain_prompt(messages, name, tool)])[0]
+        else:
+            text = writers.prompt(messages, tool, name, own)
+            ids = writers.tokenize(text)
+        encoded.append(np.asarray(ids, np.int32))
+    return encoded
 
 
 def encode_prompt(
@@ -180,11 +201,11 @@ def encode_prompt(
 
     Args:
       tok: a transformers tokenizer.
-      messages: what was said so far; a string is one user message.
+      messages: the turns so far; a string is one user message.
       chat_template: see `resolve_chat_template`.
     """
-    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    checked = read_messages(said, "messages", "prompt")
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    checked = read_messages(turns, "messages", "prompt")
     return encode_prompts(tok, [checked], chat_template, ["prompt"])[0].tolist()
 
 
@@ -201,7 +222,7 @@ def stop_token_ids(
     return tuple(sorted(stops))
 
 
-# From texts to tokens
+# Under a template
 
 
 def _encode(
@@ -210,165 +231,61 @@ def _encode(
     chat_template: str | None,
     on_fault: OnFault,
     one_each: bool,
+    style: Style | None,
     failed: set[int] | None = None,
 ) -> Iterator[tuple[int, Encoded]]:
     """(index, document) of all conversations; `failed` collects the indices of faulty ones."""
-    template = resolve_chat_template(tok, chat_template)
-    render = None if template == NONE else Renderer(tok, template)
-    checked = render is None
+    if not conversations:
+        return
+    writers = Writers(tok, chat_template, style if style is not None else Style())
+    ends = {*tok.all_special_ids, *tok.get_added_vocab().values()}
+    waiting: list[tuple[int, Document]] = []
 
-    def encode(part: Sequence[Conversation]) -> list[tuple[int, Encoded]]:
-        if render is None:
-            return list(enumerate(_encode_plain(tok, part)))
-        return _encode_documents(tok, find_documents(render, part, one_each))
+    def encoded() -> Iterator[tuple[int, Encoded]]:
+        found = writers.encode([document for _, document in waiting])
+        for (row, _), (ids, trained) in zip(waiting, found, strict=True):
+            document = Encoded(np.asarray(ids, np.int32), trained)
+            if not conversations[row].everything:
+                _check_end_tokens(tok, document, conversations[row].origin, ends)
+            yield row, document
+        waiting.clear()
 
-    for start in range(0, len(conversations), _CHUNK):
-        part = conversations[start : start + _CHUNK]
+    for row, conversation in enumerate(conversations):
         try:
-            documents, faults = encode(part), {}
-        except RowError:
+            if writers.template == NONE:
+                yield row, _encode_plain(tok, conversation)
+            else:
+                waiting += [(row, text) for text in writers.texts(conversation, one_each)]
+        except RowError as fault:
             if on_fault is None:
                 raise
-            documents, faults = _one_by_one(encode, part)
-            for fault in faults.values():
-                on_fault(fault)
-        if failed is not None:
-            failed |= {start + n for n in faults}
-        for n, document in documents:
-            if not checked and document.trained.any() and not part[n].everything:
-                _check_end_token(tok, document, part[n].origin)
-                checked = True
-            yield start + n, document
+            on_fault(fault)
+            if failed is not None:
+                failed.add(row)
+        if sum(len(document.text) for _, document in waiting[-_MOST:]) > _CHARACTERS or (
+            len(waiting) >= _MOST
+        ):
+            yield from encoded()
+    yield from encoded()
 
 
-def _one_by_one(
-    encode: Callable[[Sequence[Conversation]], list[tuple[int, Encoded]]],
-    conversations: Sequence[Conversation],
-) -> tuple[list[tuple[int, Encoded]], dict[int, RowError]]:
-    """Documents of the conversations that can be encoded, and the errors of the others."""
-    documents: list[tuple[int, Encoded]] = []
-    faults: dict[int, RowError] = {}
-    for n, conversation in enumerate(conversations):
-        try:
-            documents += [(n, document) for _, document in encode([conversation])]
-        except RowError as fault:
-            faults[n] = fault
-    return documents, faults
-
-
-def _encode_documents(
-    tok: PreTrainedTokenizerBase, documents: Sequence[Document]
-) -> list[tuple[int, Encoded]]:
-    """Tokenises and marks."""
-    tokens = tokenize(tok, [document.text for document in documents])
-    made = []
-    for document, ids, encoding in zip(
-        documents, tokens["input_ids"], tokens.encodings, strict=True
-    ):
-        trained = np.zeros(len(ids), np.bool_)
-        for first, last in document.spans:
-            tokens_of = _token_range(encoding, first, last, len(document.text), len(ids))
-            if tokens_of is None:
-                ids, trained = _mark_by_offsets(tok, document, ids, encoding)
-                break
-            trained[tokens_of] = True
-        made.append((document.row, Encoded(np.asarray(ids, np.int32), trained)))
-    return made
-
-
-def _token_range(encoding: Any, first: int, last: int, length: int, count: int) -> slice | None:
-    """The tokens of the characters first to last, if tokens begin at both borders."""
-    begin = encoding.char_to_token(first)
-    end = count if last == length else encoding.char_to_token(last)
-    if begin is None or end is None or encoding.token_to_chars(begin)[0] != first:
-        return None
-    if end < count and encoding.token_to_chars(end)[0] != last:
-        return None
-    return slice(begin, end)
-
-
-def _mark_by_offsets(
-    tok: PreTrainedTokenizerBase, document: Document, ids: list[int], encoding: Any
-) -> tuple[list[int], np.ndarray]:
-    """Marks token by token, where one holds characters of two sides of a border."""
-    ids, begins, ends = tokens_with_places(tok, document, ids, encoding)
-    trained = np.zeros(len(ids), np.bool_)
-    for first, last in document.spans:
-        trained |= (begins < last) & (ends > first)
-    return ids, trained
-
-
-def tokens_with_places(
-    tok: PreTrainedTokenizerBase, document: Document, ids: list[int], encoding: Any
-) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Tokens (ids, begins, ends) of a document, none of which straddles the start of a turn."""
-    begins, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-    if any(((begins < first) & (first < ends)).any() for first, _ in document.spans):
-        return _tokenize_apart(tok, document.text, document.spans)
-    return ids, begins, ends
-
-
-def _tokenize_apart(
-    tok: PreTrainedTokenizerBase, text: str, turns: Sequence[Span]
-) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Tokens (ids, begins, ends) of a text, with a border at the start of each turn.
-
-    For answers whose first blanks would melt into one token with the end of the header: in
-    generation the answer goes on from the header's own tokens, so training separates them too.
-    """
-    cuts = [0, *(first for first, _ in turns), len(text)]
-    pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
-    tokens = tokenize(tok, pieces, return_offsets_mapping=True)
-    ids = [i for piece in tokens["input_ids"] for i in piece]
-    offsets = [
-        (begin + cut, end + cut)
-        for cut, piece in zip(cuts, tokens["offset_mapping"], strict=False)
-        for begin, end in piece
-    ]
-    begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    return ids, begins, ends
-
-
-def _check_end_token(tok: PreTrainedTokenizerBase, encoded: Encoded, origin: str) -> None:
+def _check_end_tokens(
+    tok: PreTrainedTokenizerBase, encoded: Encoded, origin: str, ends: set[int]
+) -> None:
     """Refuses templates under which a model would never learn to stop."""
-    last = int(encoded.ids[encoded.trained][-1])
-    if last not in tok.all_special_ids and last not in tok.get_added_vocab().values():
-        raise ValueError(
-            f"{origin}: under this chat template an answer ends with the ordinary token "
-            f"{tok.decode([last])!r}, so a model could not learn to stop; end assistant turns with "
-            "{{ eos_token }}, or use a tokenizer that has the template's end token (pass "
-            "chat_template='none' for plain text)"
-        )
-
-
-def tokenize(tok: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
-    """Tokenises rendered texts as they are: special tokens are in the text."""
-    if not tok.is_fast:
-        raise ValueError(
-            f"tokenizer {tok.name_or_path!r} has no fast version, wanted one (tokenizer.json): "
-            "masks need to know where in the text a token lies"
-        )
-    return tok(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **options,
-    )
+    trained = encoded.trained
+    last = np.flatnonzero(trained & ~np.append(trained[1:], False))
+    for token in encoded.ids[last].tolist():
+        if token not in ends:
+            raise ValueError(
+                f"{origin}: under this chat template an answer ends with the ordinary token "
+                f"{tok.decode([token])!r}, so a model could not learn to stop; end assistant turns "
+                "with {{ eos_token }}, or use a tokenizer that has the template's end token (pass "
+                "chat_template='none' for plain text)"
+            )
 
 
 # Without a template
-
-
-def end_id(tok: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's eos token, or an error."""
-    if tok.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {tok.name_or_path!r} has no eos token, wanted one to end texts with "
-            "(chat_template='none', plain text); set tok.eos_token"
-        )
-    return int(tok.eos_token_id)
 
 
 def plain_prompt(messages: Messages, origin: str, tools: Tools = ()) -> str:
@@ -385,41 +302,35 @@ def plain_prompt(messages: Messages, origin: str, tools: Tools = ()) -> str:
     return messages[0]["content"]
 
 
-def plain_ids(tok: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Plain texts, after the bos token of tokenizers that have one of its own."""
-    bos = tok.bos_token_id if tok.bos_token_id != tok.eos_token_id else None
-    begin = [] if bos is None else [bos]
-    return [begin + ids for ids in tokenize(tok, texts)["input_ids"]]
-
-
-def _encode_plain(
-    tok: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
-) -> Iterator[Encoded]:
-    """[bos] prompt completion eos."""
-    eos = end_id(tok)
-    prompts, answers = [], []
-    for conversation in conversations:
-        messages, origin = conversation.messages, conversation.origin
-        prompts.append(plain_prompt(messages[:-1], origin, conversation.tools))
-        if messages[-1]["role"] != "assistant":
-            raise RowError(
-                origin, "no completion at the end", "the last message is no completion; remove it"
-            )
-        if "tool_calls" in messages[-1] or "reasoning_content" in messages[-1]:
-            raise RowError(
-                origin,
-                "tools or reasoning without a template",
-                "the answer calls tools or has reasoning apart, which chat_template='none' would "
-                "leave out; pass a template",
-            )
-        answers.append(messages[-1]["content"])
-    heads = plain_ids(tok, prompts)
-    wholes = plain_ids(tok, [p + a for p, a in zip(prompts, answers, strict=True)])
-    alone = tokenize(tok, answers)["input_ids"]
-    for conversation, head, whole, answer in zip(conversations, heads, wholes, alone, strict=True):
+def _encode_plain(tok: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
+    """[bos] prompt completion eos; bos and eos only where they are missing."""
+    messages, origin = conversation.messages, conversation.origin
+    prompt = plain_prompt(messages[:-1], origin, conversation.tools)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(
+            origin, "no completion at the end", "the last message is no completion; remove it"
+        )
+    if "tool_calls" in messages[-1] or "reasoning_content" in messages[-1]:
+        raise RowError(
+            origin,
+            "tools or reasoning without a template",
+            "the answer calls tools or has reasoning apart, which chat_template='none' would "
+            "leave out; pass a template",
+        )
+    answer = messages[-1]["content"]
+    if blank_first(tok):
+        # Answers tokenised apart would get a blank: the ids are those of the whole text.
+        ids, trained = tokens_of(tok, prompt + answer, [(len(prompt), len(prompt + answer))], None)
+        before = len(with_begin(tok, ids)) - len(ids)
+        ids, trained = with_begin(tok, ids), np.append(np.zeros(before, np.bool_), trained)
+    else:
+        head, whole = plain_ids(tok, [prompt, prompt + answer])
         # Where a token would straddle the border, the two parts are tokenised apart: generation
         # will go on from exactly the prompt's tokens.
-        ids = whole if whole[: len(head)] == head else head + answer
-        ids = np.asarray([*ids, eos], np.int32)
+        ids = (
+            whole if whole[: len(head)] == head else head + tokenize(tok, [answer])["input_ids"][0]
+        )
         trained = np.arange(len(ids)) >= len(head)
-        yield Encoded(ids, trained | conversation.everything)
+    ended = with_end(tok, ids, answer)
+    trained = np.append(trained, np.ones(len(ended) - len(ids), np.bool_))
+    return Encoded(np.asarray(ended, np.int32), trained | conversation.everything)

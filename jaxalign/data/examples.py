@@ -29,6 +29,7 @@ class Conversation(NamedTuple):
       tools: descriptions of functions that the template shows to the model.
       untrained: indices of further assistant turns that are context only (`weight: 0`).
       everything: all tokens are trained, those of prompts and headers too.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     messages: Messages
@@ -37,6 +38,7 @@ class Conversation(NamedTuple):
     tools: Tools = ()
     untrained: tuple[int, ...] = ()
     everything: bool = False
+    template_kwargs: dict[str, Any] | None = None
 
     def trained_turns(self) -> tuple[int, ...]:
         """The indices of the messages that are trained."""
@@ -57,6 +59,7 @@ class Preference(NamedTuple):
       margin: how much better chosen is, or None where the row does not say.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     prompt: Messages
@@ -65,6 +68,7 @@ class Preference(NamedTuple):
     margin: float | None
     origin: str
     tools: Tools = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Prompt(NamedTuple):
@@ -75,12 +79,14 @@ class Prompt(NamedTuple):
       origin: `file:line`.
       row: the whole row, for reward functions that need its other columns.
       tools: descriptions of functions that the template shows to the model.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     messages: Messages
     origin: str
     row: dict[str, Any]
     tools: Tools = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Text(NamedTuple):
@@ -104,6 +110,7 @@ class Unpaired(NamedTuple):
       desirable: whether it is a good answer.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     prompt: Messages
@@ -111,6 +118,7 @@ class Unpaired(NamedTuple):
     desirable: bool
     origin: str
     tools: Tools = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Ranked(NamedTuple):
@@ -122,6 +130,7 @@ class Ranked(NamedTuple):
       ranks: one number an answer, larger is better; equal ones say nothing about each other.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     prompt: Messages
@@ -129,6 +138,7 @@ class Ranked(NamedTuple):
     ranks: tuple[float, ...]
     origin: str
     tools: Tools = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Graded(NamedTuple):
@@ -140,6 +150,7 @@ class Graded(NamedTuple):
       scores: attribute → score, those that the row gives.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     prompt: Messages
@@ -147,6 +158,7 @@ class Graded(NamedTuple):
     scores: dict[str, float]
     origin: str
     tools: Tools = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Steps(NamedTuple):
@@ -157,12 +169,14 @@ class Steps(NamedTuple):
       steps: the texts of the steps, in order; together they are the answer.
       labels: one number in [0, 1] a step; 1 is right.
       origin: `file:line`.
+      template_kwargs: variables that the chat template gets for this row, or None.
     """
 
     prompt: Messages
     steps: tuple[str, ...]
     labels: tuple[float, ...]
     origin: str
+    template_kwargs: dict[str, Any] | None = None
 
 
 Example = Conversation | Preference | Prompt | Text | Unpaired | Ranked | Graded | Steps

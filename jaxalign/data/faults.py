@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
-from jaxalign.data.columns import Columns
+from jaxalign.data.columns import Columns, Reading, Recorded
 from jaxalign.data.examples import RowError
+from jaxalign.data.meaning import Untrained
 from jaxalign.data.sources import Row, Sources, iter_rows
 
 OnError = Literal["stop", "drop"]
@@ -37,8 +38,11 @@ class Faults:
         self.first: dict[str, RowError] = {}
 
     def __call__(self, fault: RowError) -> None:
-        """Raises the fault, or counts its row as dropped."""
-        if self.on_error == "stop":
+        """Raises the fault, or counts its row as dropped.
+
+        Rows that say of themselves that they are not to be trained are always dropped.
+        """
+        if self.on_error == "stop" and not isinstance(fault, Untrained):
             raise fault
         self.dropped[fault.reason] = self.dropped.get(fault.reason, 0) + 1
         self.first.setdefault(fault.reason, fault)
@@ -63,6 +67,7 @@ def read_examples(
     columns: Columns = None,
     form: str | None = None,
     faults: Faults | None = None,
+    on_read: Callable[[Reading], None] | None = None,
 ) -> Iterator[Example]:
     """Examples of all rows of all sources, one at a time.
 
@@ -72,6 +77,7 @@ def read_examples(
       columns: our column → theirs.
       form: the form of the rows, where several would fit.
       faults: what to do with a bad row, and where rows are counted; None stops at the first.
+      on_read: called with what was read of each row that gave an example.
 
     Raises:
       ValueError: as `read_rows`; a bad row, unless `faults` drops it.
@@ -86,9 +92,12 @@ def read_examples(
     for row in iter_rows(sources, count):
         options: dict[str, Any] = {"columns": columns, "form": form}
         faults.read += 1
+        data = Recorded(row.data, row.data, Reading())
         try:
-            example = reader(row, **options)
+            example = reader(row._replace(data=data), **options)
         except RowError as fault:
             faults(fault)
         else:
+            if on_read is not None:
+                on_read(data.reading)
             yield example

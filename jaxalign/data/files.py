@@ -45,8 +45,12 @@ class Row(NamedTuple):
     origin: str
 
 
-def read_file(path: pathlib.Path) -> Iterator[Row | RowError]:
+def read_file(path: pathlib.Path, *, may_be_empty: bool = False) -> Iterator[Row | RowError]:
     """Rows of one file, by its suffix.
+
+    Args:
+      path: of the file.
+      may_be_empty: it is one of several, such as the shards of a data set.
 
     Raises:
       ValueError: an unknown suffix, an empty file, or one that cannot be read (any further).
@@ -61,8 +65,10 @@ def read_file(path: pathlib.Path) -> Iterator[Row | RowError]:
     for row in read(path):
         empty = False
         yield row
-    if empty:
-        raise ValueError(f"{path}: the file is empty; write rows into it or leave it out")
+    if empty and not may_be_empty:
+        listed = path.name.endswith(_JSON) and any(line.strip() for _, line in _lines(path))
+        what = "list" if listed else "file"
+        raise ValueError(f"{path}: the {what} is empty; write rows into it or leave the file out")
 
 
 def checked(value: Any, origin: str) -> Row | RowError:
@@ -155,8 +161,6 @@ def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
     if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n"):
         where = at if text[at : at + 1] != "]" else at + 1
         _stop(path, line, json.JSONDecodeError("expected ',' or the end of the list", text, where))
-    if number == 0:
-        raise ValueError(f"{path}: the list is empty; write rows into it or leave the file out")
 
 
 class _Twice(ValueError):
@@ -256,6 +260,10 @@ def _decoded(path: pathlib.Path) -> Iterator[str]:
 # Parquet
 
 
+class _ColumnTwice(Exception):
+    """A table has two columns of one name."""
+
+
 def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
     """A row group at a time, in parts."""
     import pyarrow.parquet
@@ -264,10 +272,19 @@ def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
     try:
         # A file that lies about its lengths must not take the memory that it names.
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise _ColumnTwice(twice[0])
             for batch in file.iter_batches(batch_size=1024):
                 for data in _batch_rows(batch):
                     number += 1
                     yield checked(data, f"{path}: row {number}")
+    except _ColumnTwice as error:
+        raise ValueError(
+            f"{path}: two columns are called {error.args[0]!r}, of which one would be lost; rename "
+            "one"
+        ) from None
     except Exception as error:  # pyarrow raises what its readers find: Arrow, OS, Unicode errors
         raise ValueError(
             f"{path}: cannot be read after row {number} ({_first_line(error)}); check or re-create "

@@ -20,7 +20,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
-from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, prepare
+from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, prepare
 from jaxalign.types import PromptBatch, TokenBatch
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Batches(Generic[Batch]):
       examples: the kept rows as read (such as `Conversation`); empty when streaming.
       sources: names of the sources, in the order of `source_ids`.
       widths: the widths that batches may have.
+      usage: what became of the columns of each source, a line each; printed at the first
+        `iter()`. Empty when streaming, where it is printed after a source's first window.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Batches(Generic[Batch]):
         checksum: int,
         counts: Counts | None,
         examples: list[Any],
+        usage: Sequence[str] = (),
     ):
         self.examples = examples
         self.sources = tuple(sources)
         self.widths = options.widths
+        self.usage = tuple(usage)
         self._name = name
         self._options = options
         self._data = data
@@ -63,6 +67,7 @@ class Batches(Generic[Batch]):
         self._checksum = checksum
         self._counts = counts
         self._announced: Any = None
+        self._shown = False
         self._start: dict[str, Any] | None = None
         self._iterator: Any = None
 
@@ -145,14 +150,22 @@ class Batches(Generic[Batch]):
             self._iterator.close()
 
     def _announce(self) -> None:
-        """Prints what was cut and dropped, once."""
+        """Prints what was cut and dropped, and what became of columns, once."""
         stats = self.stats
         lost = (stats["cut"], stats["dropped"])
-        if (stats["cut"] or stats["dropped"]) and self._announced != lost:
+        if any(lost) and self._announced != lost:
             self.describe()
+        elif self.usage and not self._shown and self._options.host[0] == 0:
+            print("\n".join(self.usage))
+        self._shown = True
 
     def describe(self) -> str:
         """Prints, and returns, what was read, cut, dropped and how full the rows are."""
+        text = "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
+        print(text)
+        return text
+
+    def _summary(self) -> str:
         s, length = self.stats, self._options.length
         self._announced = (s["cut"], s["dropped"])
         lines = [
@@ -171,9 +184,7 @@ class Batches(Generic[Batch]):
                     f"{sum(own['dropped'].values())} dropped, {own['tokens']:,} tokens"
                     + (f", {own['share']} rows a pass" if own["share"] else "")
                 )
-        text = "\n".join(lines)
-        print(text)
-        return text
+        return "\n".join(lines)
 
 
 class _Running(Iterator[Any]):
@@ -218,11 +229,15 @@ def in_memory(
     counts = Counts()
     examples: list[Any] = []
     sources: list[int] = []
+    usage: list[str] = []
     for number, entry in enumerate(entries):
-        made = Reading(recipe, entry, options).take(None, counts)
-        examples += made if made is not None else []
+        reader = SourceReader(recipe, entry, options)
+        read = reader.take(None, counts)
+        examples += read if read is not None else []
+        usage.append(str(reader.usage))
         sources += [number] * (len(examples) - len(sources))
     kept = prepare(recipe, examples, sources, entries, options, tok, counts)
+    usage += recipe.notes()
     pools, groups, sizes, rows = pools_of(entries, options.temperature), [], [], []
     for pool in pools:
         mine = np.flatnonzero(np.isin(kept.sources, pool)).tolist()
@@ -271,6 +286,7 @@ def in_memory(
         checksum=_checksum(recipe, options, kept, groups, [tuple(s) for s in shares]),
         counts=counts,
         examples=kept.examples,
+        usage=usage,
     )
 
 

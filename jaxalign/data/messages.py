@@ -1,38 +1,29 @@
-"""Turns of a conversation: OpenAI's messages and ShareGPT's, with tools, checked and made alike.
+"""Turns of a conversation, in any of the spellings in use, checked and made alike.
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Calls of tools
-are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object. ShareGPT's
-`{"from": "human", "value": str}` becomes the same; its turns `function_call` hold calls as JSON and
-`observation` what the tools answered. Content may be a list of parts; parts of text are put
-together, reasoning goes before them in `<think>`, anything but text is an error.
+are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning
+apart from the answer is in `reasoning_content`. ShareGPT's `{"from": "human", "value": str}`
+becomes the same; its turns `function_call` hold calls as JSON and `observation` what the tools
+answered. Content may be a list of parts; parts of text are put together, reasoning goes before
+them in `<think>`, anything but text is an error. `jaxalign.data.names` lists what fields and
+speakers may be called.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.data.examples import ROLES, Message, Messages, RowError, Tools
+from jaxalign.data.examples import Message, Messages, RowError, Tools
 from jaxalign.data.fields import Cell, fail, fail_with, items, keys, number, parsed, short, text
+from jaxalign.data.names import CALLING, FIELDS, SPEAKERS, field_of, flag, plain, role_of
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-"""What ShareGPT calls a speaker, and what that is here."""
-
-_OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
-_WEIGHTS = ("weight", "loss_weight")
 _NO_MEDIA = "only text is trained here: remove the rows with media, or their media"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THINKING_PARTS = ("reasoning", "thinking", "thought", "reasoning_text")
+_CALL_PARTS = ("tool_call", "tool_use", "function_call")
+_PART_WEIGHTS = ("train_detail", "training_detail", "token_weights")
 
 
 def read_messages(value: Any, key: str, origin: str) -> Messages:
@@ -51,7 +42,7 @@ def read_messages(value: Any, key: str, origin: str) -> Messages:
     if isinstance(value, Cell):
         found = parsed(value)
         value = str(value) if found is None else found
-    if isinstance(value, dict) and ("role" in value or "from" in value):
+    if _speaks(value):
         value = [value]
     listed = items(value, key, origin, "messages")
     return tuple(_message(message, f"{key}[{n}]", origin) for n, message in enumerate(listed))
@@ -64,9 +55,13 @@ def is_messages(value: Any) -> bool:
             return False
         value = parsed(value)
         first = value[0] if isinstance(value, list) and value else value
-        return isinstance(first, dict) and ("role" in first or "from" in first)
-    speaks = isinstance(value, dict) and ("role" in value or "from" in value)
-    return speaks or isinstance(value, list | tuple)
+        return _speaks(first)
+    return _speaks(value) or isinstance(value, list | tuple)
+
+
+def _speaks(value: Any) -> bool:
+    """Whether a value is a single message: an object that says who speaks."""
+    return isinstance(value, dict) and any(field_of(name) == "role" for name in value)
 
 
 def read_tools(value: Any, key: str, origin: str) -> Tools:
@@ -100,25 +95,35 @@ def untrained(messages: Messages, origin: str) -> tuple[int, ...]:
     Raises:
       ValueError: a weight other than 0 and 1, or one on a turn that is not the assistant's.
     """
-    found = []
+    context = []
     for at, message in enumerate(messages):
-        for name in _WEIGHTS:
-            if name not in message:
-                continue
-            key = f"messages[{at}].{name}"
-            weight = number(message[name], key, origin)
-            if weight not in (0, 1):
-                fail(origin, key, short(weight), "0 or 1", "leave out turns, or rows, of no use")
-            if message["role"] == "assistant" and weight == 0:
-                found.append(at)
-            if message["role"] != "assistant" and weight == 1:
-                fail_with(
-                    origin,
-                    key,
-                    f"a {message['role']} turn is marked to be trained",
-                    "set it to 0, or train everything with train_on: everything",
-                )
-    return tuple(found)
+        if "weight" not in message:
+            continue
+        key = f"messages[{at}].weight"
+        weight = number(message["weight"], key, origin)
+        if weight not in (0, 1):
+            fail(origin, key, short(weight), "0 or 1", "leave out turns, or rows, of no use")
+        if message["role"] == "assistant" and weight == 0:
+            context.append(at)
+        if message["role"] != "assistant" and weight == 1:
+            fail_with(
+                origin,
+                key,
+                f"a {message['role']} turn is marked to be trained",
+                "set it to 0, or train everything with train_on: everything",
+            )
+    return tuple(context)
+
+
+def same_turn(a: Message, b: Message) -> bool:
+    """Whether two messages say the same: role, content, calls and reasoning, not their ids."""
+
+    def calls(message: Message) -> list[Any]:
+        return [call["function"] for call in message.get("tool_calls", ())]
+
+    return calls(a) == calls(b) and all(
+        a.get(name) == b.get(name) for name in ("role", "content", "reasoning_content")
+    )
 
 
 def _message(message: Any, at: str, origin: str) -> Message:
@@ -127,70 +132,161 @@ def _message(message: Any, at: str, origin: str) -> Message:
         fail(origin, at, short(message), "an object with role and content")
     # Tables have every column in every row: what is null is not there.
     message = {key: value for key, value in message.items() if value is not None}
-    share = "from" in message and "role" not in message
-    who, what = ("from", "value") if share else ("role", "content")
-    if who not in message:
-        fail_with(origin, f"{at}.{who}", f"missing (found: {keys(message)})", "add it")
-    names = SHAREGPT_ROLES if share else _OPENAI_ROLES
-    speaker = message[who]
-    if not isinstance(speaker, str) or speaker not in names:
-        fail(origin, f"{at}.{who}", short(speaker), f"one of {', '.join(names)}")
-    role = names[speaker]
-    rest = {key: value for key, value in message.items() if key not in (who, what)}
-    calls: list[Any] = []
-    if share and speaker == "function_call":
-        value = text(message.get(what), f"{at}.{what}", origin)
-        # Some write what the model thought before it called.
-        thought, closing, json_text = value.rpartition("</think>")
-        content = (thought + closing).strip()
-        calls = _calls(json_text.strip(), f"{at}.{what}", origin)
+    names = _names(message)
+    speaker_key = names.get("role", "role")
+    if speaker_key not in message:
+        fail_with(origin, f"{at}.{speaker_key}", f"missing (found: {keys(message)})", "add it")
+    speaker = message[speaker_key]
+    role = role_of(speaker)
+    if role is None:
+        known = ", ".join(name for speakers in SPEAKERS.values() for name in speakers)
+        fail(
+            origin,
+            f"{at}.{speaker_key}",
+            short(speaker),
+            f"one of {known}",
+            "correct it, or say whose turn it is by `columns: {role.assistant: NAME}`",
+        )
+    content_key = names.get("content", "content" if speaker_key == "role" else "value")
+    given = message.get(content_key)
+    # Fields that no template reads, such as times, do not matter.
+    rest = {
+        key: value
+        for key, value in message.items()
+        if key not in (speaker_key, content_key)
+        and field_of(key) in (None, "role", "content")
+        and _is_json(value)
+    }
+    calls = _calls_of(message, names, at, origin)
+    if plain(speaker) in CALLING and isinstance(given, str | list | dict) and given:
+        content, more = _content_of_calls(given, f"{at}.{content_key}", origin)
+        calls = more + calls
     else:
-        content, calls = _content(message.get(what), f"{at}.{what}", origin, role, rest)
-    if "tool_calls" in rest:
-        given = rest.pop("tool_calls")
-        calls += _calls(given, f"{at}.tool_calls", origin) if given not in ([], "") else []
+        content, more = _content(given, f"{at}.{content_key}", origin, role, bool(calls))
+        calls = more + calls
     if calls and role != "assistant":
         fail_with(origin, f"{at}.tool_calls", f"a {role} turn calls tools")
-    for key, value in rest.items():
-        _check_json(value, f"{at}.{key}", origin)
-    if "reasoning_content" in rest:
-        text(rest["reasoning_content"], f"{at}.reasoning_content", origin, may_be_empty=True)
     made: Message = {"role": role, "content": content} | rest
+    if "tool_call_id" in names:
+        made["tool_call_id"] = message[names["tool_call_id"]]
+    thinking = _thinking(message, at, origin)
+    if thinking:
+        made["reasoning_content"] = thinking
+    weight = _weight(message, at, origin, role)
+    if weight is not None:
+        made["weight"] = weight
     if calls:
         made["tool_calls"] = calls
     return made
 
 
+def _names(message: Mapping[str, Any]) -> dict[str, str]:
+    """Field → what this message calls it: the first of its names in `FIELDS`."""
+    spelled = {plain(key): key for key in reversed(list(message)) if isinstance(key, str)}
+    found = {}
+    for field, names in FIELDS.items():
+        there = [spelled[name] for name in names if name in spelled]
+        if there:
+            found[field] = there[0]
+    return found
+
+
+def _thinking(message: Mapping[str, Any], at: str, origin: str) -> str:
+    """The reasoning that stands apart from the answer, whatever it is called."""
+    texts = {}
+    for key, value in message.items():
+        if field_of(key) == "reasoning_content":
+            texts[key] = text(value, f"{at}.{key}", origin, may_be_empty=True)
+    different = dict.fromkeys(value for value in texts.values() if value.strip())
+    if len(different) > 1:
+        fail_with(origin, f"{at}.{next(iter(texts))}", f"differs from {', '.join(list(texts)[1:])}")
+    return next(iter(different), "")
+
+
+def _weight(message: Mapping[str, Any], at: str, origin: str, role: str) -> float | int | None:
+    """1 or 0: whether the message says that it is, or is not, to be trained."""
+    weight: Any = None
+    for key, value in message.items():
+        if isinstance(key, str) and plain(key) in _PART_WEIGHTS and value not in ([], ""):
+            fail_with(
+                origin,
+                f"{at}.{key}",
+                "weights within a message are not supported",
+                "split the message, or remove the field",
+            )
+        field = field_of(key)
+        if field not in ("weight", "no_weight"):
+            continue
+        trained = flag(value)
+        if trained is None and plain(key) in ("weight", "loss_weight"):
+            return value  # refused where it is known what is trained
+        if trained is None:
+            fail(origin, f"{at}.{key}", short(value), "true, false, 1 or 0")
+        trained = trained if field == "weight" else not trained
+        if trained and role != "assistant" and field == "no_weight":
+            continue
+        weight = int(trained) if weight is None else min(weight, int(trained))
+    return weight
+
+
+def _calls_of(
+    message: Mapping[str, Any], names: Mapping[str, str], at: str, origin: str
+) -> list[Any]:
+    """Calls in fields of their own: `tool_calls`, and `function_call` of OpenAI's older form."""
+    calls: list[Any] = []
+    for field in ("tool_calls", "function_call"):
+        given = message.get(names.get(field, field))
+        if given not in (None, [], "", {}, "none", "auto"):
+            calls += _calls(given, f"{at}.{names[field]}", origin)
+    return calls
+
+
+def _content_of_calls(value: Any, key: str, origin: str) -> tuple[str, list[Any]]:
+    """A turn whose content is a call as JSON; some write what the model thought before it."""
+    if not isinstance(value, str):
+        return "", _calls(value, key, origin)
+    thought, closing, json_text = text(value, key, origin).rpartition("</think>")
+    return (thought + closing).strip(), _calls(json_text.strip(), key, origin)
+
+
 def _content(
-    value: Any, key: str, origin: str, role: str, rest: dict[str, Any]
+    value: Any, key: str, origin: str, role: str, calls_apart: bool
 ) -> tuple[str, list[Any]]:
     """What a turn says as one text, and the calls among its parts."""
-    may_be_empty = role in ("system", "tool")
+    may_be_empty = calls_apart or role in ("system", "tool")
     if value is None:
-        if not rest.get("tool_calls"):
+        if not calls_apart:
             fail_with(origin, key, "missing, or null", "add the text or remove the row")
         return "", []
+    if isinstance(value, dict) and role == "tool":
+        value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, list):
-        return text(value, key, origin, may_be_empty or bool(rest.get("tool_calls"))), []
-    said, thought, calls = [], [], []
+        return text(value, key, origin, may_be_empty), []
+    answer, thinking, calls = [], [], []
     for n, part in enumerate(items(value, key, origin, "parts")):
         at = f"{key}[{n}]"
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if isinstance(part, dict) and part.get("type") is None and "text" in part:
+            part = part | {"type": "text"}
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             fail(origin, at, short(part), "an object with a type")
         kind = part["type"]
-        inner = "text" if part.get("text") is not None else "value"
-        if kind == "text":
-            said.append(text(part.get(inner), f"{at}.{inner}", origin, may_be_empty=True))
-        elif kind == "reasoning" and role == "assistant":
-            thought.append(text(part.get(inner), f"{at}.{inner}", origin, may_be_empty=True))
-        elif kind == "tool_call" and role == "assistant":
-            calls += _calls(part.get(inner), f"{at}.{inner}", origin)
+        inner = next((k for k in ("text", "value", "content", kind) if part.get(k) is not None), "")
+        inner = inner if inner else "value"
+        if kind in _TEXT_PARTS:
+            answer.append(text(part.get(inner), f"{at}.{inner}", origin, may_be_empty=True))
+        elif kind in _THINKING_PARTS and role == "assistant":
+            thinking.append(text(part.get(inner), f"{at}.{inner}", origin, may_be_empty=True))
+        elif kind in _CALL_PARTS and role == "assistant":
+            call = part.get(inner)
+            calls += _calls(part if call is None else call, f"{at}.{inner}", origin)
         else:
             fail(origin, f"{at}.type", short(kind), "text", _NO_MEDIA)
-    content = "".join(said)
-    text(content, key, origin, may_be_empty or bool(calls) or bool(rest.get("tool_calls")))
-    if "".join(thought).strip():
-        content = f"<think>\n{''.join(thought).strip()}\n</think>\n\n{content}"
+    content = "".join(answer)
+    text(content, key, origin, may_be_empty or bool(calls))
+    if "".join(thinking).strip():
+        content = f"<think>\n{''.join(thinking).strip()}\n</think>\n\n{content}"
     return content, calls
 
 
@@ -207,11 +303,13 @@ def _calls(value: Any, key: str, origin: str) -> list[dict[str, Any]]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             fail(origin, at, short(call), "a call with name and arguments")
-        arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = parsed(arguments) if arguments.strip() else {}
+        names = ("arguments", "parameters", "input", "args")
+        given = next((inner[name] for name in names if inner.get(name) is not None), {})
+        arguments = given
+        if isinstance(given, str):
+            arguments = parsed(given) if given.strip() not in ("", "null") else {}
         if not isinstance(arguments, dict):
-            fail(origin, f"{at}.arguments", short(inner["arguments"]), "an object, or its JSON")
+            fail(origin, f"{at}.arguments", short(given), "an object, or its JSON")
         _check_json(arguments, f"{at}.arguments", origin)
         # Arguments as an object: templates that write them by `tojson` would quote a text twice.
         made = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
@@ -219,6 +317,15 @@ def _calls(value: Any, key: str, origin: str) -> list[dict[str, Any]]:
     if not found:
         fail(origin, key, "no call", "calls as name and arguments")
     return found
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a template could write a value; dates and bytes of tables it could not."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError, UnicodeEncodeError):
+        return False
+    return True
 
 
 def _check_json(value: Any, key: str, origin: str) -> None:

@@ -14,6 +14,7 @@ KEEP = ("answer_start", "prompt_end", "whole")
 PACKING = ("best_fit", "wrapped")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
+SPECIAL_TOKENS = ("escape", "error", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,12 @@ class BatchOptions:
       max_tokens: rows of more tokens, counted before cutting, are dropped; None: none are.
       on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
         rows out, counted by reason. What makes a whole file unreadable stops either way.
+      special_tokens_in_text: what becomes of the tokenizer's special tokens in people's words.
+        "escape": they are read as the characters that they are written with, so that no text can
+        forge a turn; counted. "error": the row is bad. "keep": they are the tokens. Plain texts
+        keep theirs.
+      chat_template_kwargs: variables that the chat template gets, such as `enable_thinking`; those
+        of a row's column of this name stand above them.
       streaming: reads, renders, tokenises and packs while training goes on, a window at a time,
         for data that does not fit in memory.
       window: rows of the sources that are held, shuffled and packed together when streaming.
@@ -73,6 +80,8 @@ class BatchOptions:
     min_tokens: int = 0
     max_tokens: int | None = None
     on_error: str = "stop"
+    special_tokens_in_text: str = "escape"
+    chat_template_kwargs: dict[str, Any] | None = None
     streaming: bool = False
     window: int = 1024
     prefetch: int = 2
@@ -91,6 +100,7 @@ class BatchOptions:
         if not isinstance(self.packing, bool):
             _check_choice("packing", self.packing, PACKING, "True, False or None")
         _check_choice("on_error", self.on_error, ON_ERROR)
+        _check_choice("special_tokens_in_text", self.special_tokens_in_text, SPECIAL_TOKENS)
         _check_choice("keep", self.keep, KEEP, "None")
         _check_choice("dedup", self.dedup, DEDUP, "None")
         self._check_ranges()

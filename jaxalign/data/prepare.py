@@ -22,6 +22,7 @@ from jaxalign.data.fit import fit, fit_prompt, to_last_answer
 from jaxalign.data.mixture import Entry, choose
 from jaxalign.data.options import Options
 from jaxalign.data.packing import Piece, best_fit, wrapped
+from jaxalign.data.usage import Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ class Recipe(NamedTuple):
       build: (kept, groups, options, width, slots) → the rows of this host.
       prompts: documents are prompts, of which nothing is trained.
       shared: both sides of a pair stand in one row, with one copy of their prompt.
+      notes: lines on what was found while encoding.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Recipe(NamedTuple):
     build: Callable[[Kept, Sequence[Group], Options, int, int], Any]
     prompts: bool = False
     shared: bool = False
+    notes: Callable[[], list[str]] = list
 
 
 class Kept(NamedTuple):
@@ -90,26 +93,31 @@ class Kept(NamedTuple):
         ]
 
 
-class Reading:
+class SourceReader:
     """The examples of a source, row by row, counted.
 
     Args:
       recipe: whose `read` makes examples of a row.
       entry: the source.
       options: of the user: `on_error` says what to do with bad rows.
+
+    Attributes:
+      usage: what became of the source's columns, in the rows read so far.
     """
 
     def __init__(self, recipe: Recipe, entry: Entry, options: Options):
         self._faults = Faults(cast("OnError", options.on_error))
         self._entry = entry
+        self.usage = Usage(entry.name)
         self._rows = read_examples(
             entry.what,
             recipe.read,
             columns=entry.options.columns,
             form=entry.options.form,
             faults=self._faults,
+            on_read=self.usage,
         )
-        self._told: Counter[str] = Counter()
+        self._counted: Counter[str] = Counter()
 
     @property
     def rows(self) -> int:
@@ -120,7 +128,7 @@ class Reading:
         """Passes over rows that were counted before."""
         while self.rows < rows and next(self._rows, None) is not None:
             pass
-        self._told = Counter(self._faults.dropped)
+        self._counted = Counter(self._faults.dropped)
 
     def take(self, rows: int | None, counts: Counts) -> list[Any] | None:
         """The examples of the next rows (None: of all); None at the end.
@@ -137,9 +145,9 @@ class Reading:
         name = self._entry.name
         counts.add(name, "read", self.rows - before)
         dropped = Counter(self._faults.dropped)
-        for reason, number in (dropped - self._told).items():
+        for reason, number in (dropped - self._counted).items():
             counts.drop(name, reason, number)
-        self._told = dropped
+        self._counted = dropped
         return examples if self.rows > before else None
 
 
@@ -251,15 +259,15 @@ def nothing_left(
 ) -> str:
     """The message of an error: all rows were dropped."""
     stats = counts.stats(())
-    there = sorted(lengths)
-    told = ""
-    if there:
-        middle = there[len(there) // 2]
-        told = f"; the documents have {there[0]} to {there[-1]} tokens, median {middle}"
+    ordered = sorted(lengths)
+    summary = ""
+    if ordered:
+        middle = ordered[len(ordered) // 2]
+        summary = f"; the documents have {ordered[0]} to {ordered[-1]} tokens, median {middle}"
     return (
         f"{recipe.name}: no row is left to train on (loss masks all False): {stats['read']} read, "
-        f"dropped {stats['dropped']}{told}, length is {options.length}; give a larger length, or "
-        "correct what the reasons name"
+        f"dropped {stats['dropped']}{summary}, length is {options.length}; give a larger length, "
+        "or correct what the reasons name"
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
+import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxalign.data.examples import Messages, RowError, Tools
@@ -25,6 +27,7 @@ THINK_FIRST = {"enable_thinking": True, "open_thinking": True}
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATES = "templates"
+_CACHED = 20_000  # texts of placeholders that a renderer keeps
 
 
 class Chat(NamedTuple):
@@ -34,15 +37,28 @@ class Chat(NamedTuple):
       messages: the turns.
       tools: functions that the model is told of.
       origin: `file:line`, for errors.
+      kwargs: further variables of the template.
+      keys: of a conversation of placeholders: a text for tools and variables, then one for each
+        message. Renderings of such conversations are kept.
     """
 
     messages: Messages
     tools: Tools
     origin: str
+    kwargs: Mapping[str, Any] | None = None
+    keys: tuple[str, ...] | None = None
+
+    def upto(self, size: int) -> Chat:
+        """The first `size` messages."""
+        keys = None if self.keys is None else self.keys[: size + 1]
+        return self._replace(messages=self.messages[:size], keys=keys)
 
 
 def resolve_chat_template(
-    tok: PreTrainedTokenizerBase, chat_template: str | os.PathLike[str] | None = None
+    tok: PreTrainedTokenizerBase,
+    chat_template: str | os.PathLike[str] | None = None,
+    *,
+    tools: bool = False,
 ) -> str:
     """The text of a chat template.
 
@@ -50,6 +66,7 @@ def resolve_chat_template(
       tok: a transformers tokenizer.
       chat_template: None for the tokenizer's own, the name of a built-in template ("chatml",
         "alpaca"), "none" for plain text without a template, a path of a jinja file, or jinja text.
+      tools: take the tokenizer's own template for tools (`tool_use`), where it has one.
 
     Returns:
       Jinja text, or "none".
@@ -64,7 +81,7 @@ def resolve_chat_template(
     if chat_template is None:
         own = tok.chat_template
         if isinstance(own, dict):
-            own = own.get("default")
+            own = own.get("tool_use", own.get("default")) if tools else own.get("default")
         if not isinstance(own, str) or not own:
             raise ValueError(
                 f"tokenizer {tok.name_or_path!r} has no chat template; pass as chat_template "
@@ -87,15 +104,37 @@ def resolve_chat_template(
 class Renderer:
     """A chat template with a tokenizer's special tokens, which it may write.
 
+    Args:
+      tok: a transformers tokenizer.
+      template: jinja text.
+      kwargs: further variables of the template, for all conversations.
+
     Attributes:
       template: jinja text.
+      added: the tokens that stand outside the tokenizer's model, special ones among them.
+      cache: for whoever renders: what is known of conversations of one shape.
     """
 
-    def __init__(self, tok: PreTrainedTokenizerBase, template: str):
+    def __init__(
+        self,
+        tok: PreTrainedTokenizerBase,
+        template: str,
+        kwargs: Mapping[str, Any] | None = None,
+    ):
         self.template = template
+        self.added = sorted({*tok.get_added_vocab(), *tok.all_special_tokens}, key=len)[::-1]
+        self.cache: dict[Any, Any] = {}
         self._special: dict[str, Any] = dict(tok.special_tokens_map)
+        self._kwargs = dict(kwargs) if kwargs else {}
+        self._texts: dict[Any, str] = {}
 
-    def chat(self, messages: Messages, tools: Tools, origin: str) -> Chat:
+    def chat(
+        self,
+        messages: Messages,
+        tools: Tools,
+        origin: str,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Chat:
         """A conversation as this template can show it.
 
         Reasoning in a field of its own goes into the content, in `<think>`, where the template
@@ -108,7 +147,7 @@ class Renderer:
             raise _no_tools(origin, "a list of tools")
         if any("tool_calls" in m or "reasoning_content" in m for m in messages):
             messages = tuple(self._shown(message, origin) for message in messages)
-        return Chat(messages, tools, origin)
+        return Chat(messages, tools, origin, kwargs)
 
     def _shown(self, message: dict[str, Any], origin: str) -> dict[str, Any]:
         if "tool_calls" in message and "tool_calls" not in self.template:
@@ -121,52 +160,84 @@ class Renderer:
             message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
         return message
 
+    def one(
+        self, chat: Chat, *, generation_prompt: bool = False, thinking: bool | None = False
+    ) -> str:
+        """The text of a chat; an error of the template names the row.
+
+        Args:
+          chat: what is rendered.
+          generation_prompt: whether the header of the next answer follows.
+          thinking: whether that answer, or the answers of the chat, begin with reasoning; None
+            leaves it to the template.
+        """
+        if chat.keys is None:
+            return self._run(chat, generation_prompt, thinking)[0][0]
+        key = (chat.keys, generation_prompt, thinking)
+        if key not in self._texts:
+            if len(self._texts) >= _CACHED:
+                self._texts.clear()
+            self._texts[key] = self._run(chat, generation_prompt, thinking)[0][0]
+        return self._texts[key]
+
     def __call__(
         self,
         chats: Sequence[Chat],
         generation_prompt: bool = False,
-        variables: dict[str, Any] = ANSWER_AT_ONCE,
+        thinking: bool | None = False,
     ) -> list[str]:
         """Texts of chats; an error of the template names the row."""
-        texts = [""] * len(chats)
-        together = [n for n, chat in enumerate(chats) if not chat.tools]
-        groups = [together] if together else []
-        groups += [[n] for n, chat in enumerate(chats) if chat.tools]
-        for group in groups:
-            found, _ = self._run([chats[n] for n in group], generation_prompt, variables)
-            for n, text in zip(group, found, strict=True):
-                texts[n] = text
-        return texts
+        return [
+            self.one(chat, generation_prompt=generation_prompt, thinking=thinking) for chat in chats
+        ]
 
-    def marked(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
+    def marked(self, chat: Chat, thinking: bool) -> tuple[str, list[tuple[int, int]]]:
         """A text, and the passages in it that the template marks by `{% generation %}`."""
-        texts, marks = self._run([chat], False, ANSWER_AT_ONCE, return_assistant_tokens_mask=True)
+        texts, marks = self._run(chat, False, thinking, return_assistant_tokens_mask=True)
         return texts[0], marks[0]
 
-    def _run(
-        self, chats: Sequence[Chat], generation_prompt: bool, variables: dict[str, Any], **more: Any
-    ) -> Any:
+    @functools.cached_property
+    def end_of_turn(self) -> str | None:
+        """The token that ends an answer under this template; None where it writes none.
+
+        The first of the tokenizer's added tokens after the content of an answer. What a template
+        writes after it (a newline, the end of the text, the next header) belongs to no answer.
+        """
+        content = "An answer of some words."
+        turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": content})
+        try:
+            text = self.one(Chat(turns, (), "chat template"))
+        except RowError:
+            return None
+        tail = text[text.rfind(content) + len(content) :] if content in text else ""
+        places = [(tail.find(token), -len(token), token) for token in self.added if token in tail]
+        return min(places)[2] if places else None
+
+    def _run(self, chat: Chat, generation_prompt: bool, thinking: bool | None, **more: Any) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        mode = {} if thinking is None else THINK_FIRST if thinking else ANSWER_AT_ONCE
+        variables = self._special | mode | self._kwargs | dict(chat.kwargs or {}) | more
         try:
             return render_jinja_template(
-                [list(chat.messages) for chat in chats],
-                tools=list(chats[0].tools) if chats[0].tools else None,
+                [list(chat.messages)],
+                tools=list(chat.tools) if chat.tools else None,
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt,
-                **(self._special | variables | more),
+                **variables,
             )
         except Exception as error:  # templates raise what they like
-            if len(chats) == 1:
-                raise RowError(
-                    chats[0].origin,
-                    "the chat template refuses it",
-                    f"the chat template refuses these messages: {error}; change the row, or pass "
-                    "another chat_template",
-                ) from error
-            for chat in chats:
-                self._run([chat], generation_prompt, variables, **more)
-            raise
+            raise RowError(
+                chat.origin,
+                "the chat template refuses it",
+                f"the chat template refuses these messages: {error}; change the row, or pass "
+                "another chat_template",
+            ) from error
+
+
+def key_of(message: Mapping[str, Any]) -> str:
+    """A text that tells a message from others."""
+    return json.dumps(message, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _no_tools(origin: str, what: str) -> RowError:

@@ -11,8 +11,16 @@ Arguments of all `to_*`: `row`; `columns`, a map from our names of columns to th
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from jaxalign.data.columns import Columns, Form, read_form, tools_of, with_system
+from jaxalign.data.columns import (
+    Columns,
+    Form,
+    read_form,
+    template_kwargs_of,
+    tools_of,
+    with_system,
+)
 from jaxalign.data.examples import (
     Conversation,
     Graded,
@@ -26,10 +34,13 @@ from jaxalign.data.examples import (
 )
 from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
 from jaxalign.data.files import Row
-from jaxalign.data.messages import is_messages, read_messages, untrained
+from jaxalign.data.meaning import ANSWERS
+from jaxalign.data.messages import is_messages, read_messages, same_turn, untrained
+from jaxalign.data.names import flag, meaning_of
 from jaxalign.data.transcripts import is_transcript, read_transcript, split_messages, split_texts
 from jaxalign.data.turns import answer_of, check_last, has_prompt, pick, prompt_of
 
+SIDES = ("chosen", "rejected")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 """Attributes that are recognised as scores by their names (HelpSteer, arXiv:2311.09528)."""
 
@@ -47,7 +58,7 @@ def to_conversation(row: Row, columns: Columns = None, form: str | None = None) 
         hint += "answers by `columns: {completion: chosen}`)"
     elif "text" in row.data:
         hint = " (plain text is read by to_text)"
-    return read_form(row, _CONVERSATIONS, columns, form, hint)
+    return read_form(row, _CONVERSATIONS, columns, form, hint, trained=True)
 
 
 def to_preference(row: Row, columns: Columns = None, form: str | None = None) -> Preference:
@@ -80,7 +91,7 @@ def to_prompt(row: Row, columns: Columns = None, form: str | None = None) -> Pro
             "the last message is the assistant's, wanted messages that await an answer",
             "remove the answer",
         )
-    return prompt._replace(row=row.data)
+    return prompt._replace(row=dict(getattr(row.data, "source", row.data)))
 
 
 def to_text(row: Row, columns: Columns = None, form: str | None = None) -> Text:
@@ -125,40 +136,66 @@ _PROMPT = "prompt|instruction|question"
 
 def _messages(row: Row) -> Conversation:
     key = pick(row.data, "messages", "conversations")
-    messages = with_system(row, read_messages(row.data[key], key, row.origin))
-    return _conversation(row, messages, 0)
+    messages = _flagged(row, read_messages(row.data[key], key, row.origin))
+    return _conversation(row, with_system(row, messages), 0)
+
+
+def _flagged(row: Row, messages: Messages) -> Messages:
+    """Messages with the weights that a column lists for them, one for each."""
+    for name in list(row.data):
+        given = untyped(dict.get(row.data, name))
+        meaning = meaning_of(name)
+        if meaning not in ("weight", "no_weight") or not isinstance(given, list):
+            continue
+        flags = [flag(value) for value in items(row.data[name], name, row.origin, "0 or 1")]
+        if len(flags) != len(messages) or None in flags:
+            fail(row.origin, name, short(given), f"0 or 1 for each of {len(messages)} messages")
+        messages = tuple(
+            message | {"weight": 0}
+            if message["role"] == "assistant" and on != (meaning == "weight")
+            else message
+            for message, on in zip(messages, flags, strict=True)
+        )
+    return messages
+
+
+def _answered(row: Row, key: str, prompt: Messages) -> Messages:
+    """The answer in a column, with the reasoning of a column of its own."""
+    thinking = text(row.data.get("thinking") or "", "thinking", row.origin, may_be_empty=True)
+    return answer_of(row.data[key], key, row.origin, prompt, thinking)
 
 
 def _completion(row: Row) -> Conversation:
-    key = pick(row.data, "completion", "response")
+    key = pick(row.data, *ANSWERS)
     prompt = prompt_of(row)
-    return _conversation(row, prompt + answer_of(row.data[key], key, row.origin), len(prompt))
+    return _conversation(row, prompt + _answered(row, key, prompt), len(prompt))
 
 
 def _alpaca(row: Row) -> Conversation:
-    return _conversation(
-        row, prompt_of(row) + answer_of(row.data["output"], "output", row.origin), 0
-    )
+    prompt = prompt_of(row, "instruction")
+    return _conversation(row, prompt + _answered(row, "output", prompt), 0)
 
 
 def _gsm8k(row: Row) -> Conversation:
-    prompt = prompt_of(row)
-    answer = answer_of(row.data["answer"], "answer", row.origin)
-    return _conversation(row, prompt + answer, len(prompt))
+    prompt = prompt_of(row, "question")
+    return _conversation(row, prompt + _answered(row, "answer", prompt), len(prompt))
 
 
 def _seed_task(row: Row) -> Conversation:
-    found = items(row.data["instances"], "instances", row.origin, "objects with input and output")
-    if len(found) != 1 or not isinstance(found[0], dict) or "output" not in found[0]:
+    instances = items(
+        row.data["instances"], "instances", row.origin, "objects with input and output"
+    )
+    if len(instances) != 1 or not isinstance(instances[0], dict) or "output" not in instances[0]:
         fail(
             row.origin,
             "instances",
-            f"{len(found)} instances",
+            f"{len(instances)} instances",
             "one, with input and output",
             "write a row for each",
         )
-    inner = {key: found[0].get(key) for key in ("input", "output")}
-    return _alpaca(Row(row.data | inner, row.origin))
+    data: Any = row.data
+    inner = {key: instances[0].get(key) for key in ("input", "output")}
+    return _alpaca(Row(data.changed(inner), row.origin))
 
 
 def _transcript(row: Row) -> Conversation:
@@ -168,7 +205,8 @@ def _transcript(row: Row) -> Conversation:
 def _conversation(row: Row, messages: Messages, first: int) -> Conversation:
     """The conversation, if it has something to train and something to answer."""
     context = untrained(messages, row.origin)
-    made = Conversation(messages, row.origin, first, tools_of(row), context)
+    kwargs = template_kwargs_of(row)
+    made = Conversation(messages, row.origin, first, tools_of(row), context, template_kwargs=kwargs)
     if not made.trained_turns():
         fail_with(
             row.origin,
@@ -194,6 +232,7 @@ _CONVERSATIONS = (
     Form("completion", ("instruction|question", "response"), _completion),
     Form("gsm8k", ("question", "answer"), _gsm8k),
     Form("seed_task", ("instruction", "instances"), _seed_task),
+    Form("completion", (f"{_PROMPT}|conversations|messages", "|".join(ANSWERS)), _completion),
 )
 # A transcript is text too: only a name tells that its turns are meant.
 _CONVERSATIONS += (Form("hh", ("text",), _transcript, by_name=True),)
@@ -204,23 +243,44 @@ _CONVERSATIONS += (Form("hh", ("text",), _transcript, by_name=True),)
 
 def _v1(row: Row) -> Preference:
     """LLaMA-Factory's `chosen_messages` and `rejected_messages`."""
-    data = dict(row.data)
-    for key in ("chosen", "rejected"):
-        data[key] = data.pop(f"{key}_messages")
-    return _preference(Row(data, row.origin))
+    data: Any = row.data
+    return _preference(
+        Row(data.changed({side: data[f"{side}_messages"] for side in SIDES}), row.origin)
+    )
 
 
 def _preference(row: Row) -> Preference:
     data, origin = row
     if has_prompt(row):
-        prompt = prompt_of(row)
+        prompt = _shared_prompt(row, prompt_of(row))
         chosen = answer_of(data["chosen"], "chosen", origin, prompt)
         rejected = answer_of(data["rejected"], "rejected", origin, prompt)
     else:
         prompt, chosen, rejected = _apart(row)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         check_last(answer, key, origin)
-    return Preference(prompt, chosen, rejected, _margin(row), origin, tools_of(row))
+    kwargs = template_kwargs_of(row)
+    return Preference(prompt, chosen, rejected, _margin(row), origin, tools_of(row), kwargs)
+
+
+def _shared_prompt(row: Row, prompt: Messages) -> Messages:
+    """The prompt, or what both sides begin with where that says the prompt and more before it.
+
+    A text as prompt beside whole conversations may lack their system turn.
+    """
+    sides = [dict.get(row.data, side) for side in SIDES]
+    if len(prompt) != 1 or not all(is_messages(side) for side in sides):
+        return prompt
+    chosen, rejected = (read_messages(x, k, row.origin) for x, k in zip(sides, SIDES, strict=True))
+    start = 0
+    for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
+        if not same_turn(a, b):
+            break
+        start += 1
+    common = chosen[:start]
+    if common and same_turn(common[-1], prompt[0]) and common[-1]["role"] == "user":
+        return common
+    return prompt
 
 
 def _apart(row: Row) -> tuple[Messages, Messages, Messages]:
@@ -271,16 +331,22 @@ _PREFERENCES = (
 
 
 def _prompt(row: Row) -> Prompt:
-    return Prompt(prompt_of(row), row.origin, row.data, tools_of(row))
+    return Prompt(prompt_of(row), row.origin, row.data, tools_of(row), template_kwargs_of(row))
+
+
+def _alpaca_task(row: Row) -> Prompt:
+    prompt = prompt_of(row, "instruction")
+    return Prompt(prompt, row.origin, row.data, tools_of(row), template_kwargs_of(row))
 
 
 def _prompt_of_pair(row: Row) -> Prompt:
-    return Prompt(to_preference(row).prompt, row.origin, row.data, tools_of(row))
+    prompt, kwargs = to_preference(row).prompt, template_kwargs_of(row)
+    return Prompt(prompt, row.origin, row.data, tools_of(row), kwargs)
 
 
 _PROMPTS = (
     Form("prompt", ("prompt",), _prompt),
-    Form("alpaca", ("instruction",), _prompt),
+    Form("alpaca", ("instruction",), _alpaca_task),
     Form("gsm8k", ("question", "answer"), _prompt),
     Form("sharegpt", ("conversations",), _prompt),
     Form("messages", ("messages",), _prompt),
@@ -311,7 +377,9 @@ def _unpaired(row: Row, form: Form) -> Unpaired:
         fail_with(origin, "messages", "the last turn is not the assistant's answer")
     first = last if found.trained_from == 0 else found.trained_from
     turns = found.messages
-    return Unpaired(turns[:first], turns[first:], desirable, origin, found.tools)
+    return Unpaired(
+        turns[:first], turns[first:], desirable, origin, found.tools, found.template_kwargs
+    )
 
 
 _UNPAIRED = tuple(
@@ -339,12 +407,14 @@ def _ranked(row: Row) -> Ranked:
     if len(answers) != len(ranks):
         fail(origin, order, f"{len(ranks)} numbers", f"one for each of {len(answers)} answers")
     better = tuple(rank if order == "scores" else -rank for rank in ranks)
-    return Ranked(prompt, tuple(answers), better, origin, tools_of(row))
+    kwargs = template_kwargs_of(row)
+    return Ranked(prompt, tuple(answers), better, origin, tools_of(row), kwargs)
 
 
 def _ranked_pair(row: Row) -> Ranked:
     pair = to_preference(row)
-    return Ranked(pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), pair.origin, pair.tools)
+    answers = (pair.chosen, pair.rejected)
+    return Ranked(pair.prompt, answers, (1.0, 0.0), pair.origin, pair.tools, pair.template_kwargs)
 
 
 _RANKED = (
@@ -363,7 +433,7 @@ def _graded(row: Row) -> Graded:
     answer = answer_of(data[key], key, origin, prompt)
     given = data.get("scores")
     if given is None:
-        given = {name: data[name] for name in HELPSTEER if name in data}
+        given = {name: data.get(name) for name in HELPSTEER if name in data}
     given = untyped(given)
     if not isinstance(given, dict):
         fail(origin, "scores", short(given), "an object of attribute: number")
@@ -374,7 +444,7 @@ def _graded(row: Row) -> Graded:
     }
     if not scores:
         fail(origin, "scores", "none", "at least one number", "give a score or remove the row")
-    return Graded(prompt, answer, scores, origin, tools_of(row))
+    return Graded(prompt, answer, scores, origin, tools_of(row), template_kwargs_of(row))
 
 
 _GRADED = (
@@ -395,7 +465,7 @@ def _steps(row: Row) -> Steps:
     if len(labels) != len(steps):
         fail(origin, "labels", f"{len(labels)} labels", f"one for each of {len(steps)} steps")
     read = tuple(_label(value, f"labels[{n}]", origin) for n, value in enumerate(labels))
-    return Steps(prompt_of(row), steps, read, origin)
+    return Steps(prompt_of(row), steps, read, origin, template_kwargs_of(row))
 
 
 def _label(value: object, key: str, origin: str) -> float:

@@ -6,6 +6,7 @@ Every row remembers where it came from, so that whatever is wrong with it can be
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import pathlib
@@ -18,7 +19,22 @@ from jaxalign.data.files import ROW_SUFFIXES, SUFFIXES, Row, checked, read_file
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(?=:))?(:[\w.\[\]%+:-]+)?")
 # Indices of data sets (LLaMA-Factory's, the hub's) lie beside them and hold no rows.
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json")
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# What `save_to_disk` writes beside its tables.
+_SAVED = ("dataset_dict.json", "state.json")
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Words in the names of files and folders → the split that they hold."""
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A path, glob, folder or hub id (`owner/name[:config][:split]`), or a row itself."""
@@ -35,7 +51,9 @@ def read_rows(sources: Sources, on_fault: OnFault = None) -> list[Row]:
     Args:
       sources: one source or several: a file (`SUFFIXES`; JSON is a list of objects, or one object
         a line, whatever its suffix), a folder of such files (searched recursively, in the order of
-        their names; `.txt` and `dataset_info.json` are passed over), a glob, a hub id
+        their names; `.txt`, `dataset_info.json` and names that begin with `.` or `__` are passed
+        over; where names tell splits, train is read unless `folder:split` names one), a folder
+        that `save_to_disk` of `datasets` wrote, a glob, a hub id
         `owner/name`, `owner/name:split` or `owner/name:config:split` (split: train unless named,
         slices as `train[:1000]`), or a row as a dict. Columns of tables and hub data sets that
         are null, or empty cells of CSV, count as absent.
@@ -99,33 +117,144 @@ def _as_list(sources: Any) -> list[Any]:
 
 def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
     """Rows of one path, folder, glob or hub id."""
-    path = pathlib.Path(name).expanduser()
+    path, split = _path_and_split(name)
+    if path.is_dir() and any((path / marker).is_file() for marker in _SAVED):
+        yield from _read_saved(path, name, split)
+        return
     if path.is_dir():
-        files = sorted(
-            f
-            for f in path.rglob("*")
-            if f.is_file() and f.name.endswith(ROW_SUFFIXES) and f.name not in _NO_ROWS
-        )
-        if not files:
-            raise ValueError(
-                f"{name}: the folder holds no {', '.join(ROW_SUFFIXES)} file; name one"
-            )
+        files = _files_of(path, name, split)
     elif path.exists():
+        if split is not None:
+            raise ValueError(f"{name}: a file has no splits; leave out split {split!r}")
         files = [path]
     elif _HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
         yield from _read_hub(name, streaming)
         return
     elif glob.has_magic(name):
         files = [pathlib.Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file()]
+        asked = set(path.parts)
+        files = [f for f in files if f.is_file() and not any(_hidden(set(f.parts) - asked))]
         if not files:
             raise ValueError(f"{name}: no file matches; correct the pattern (** goes into folders)")
     else:
         raise ValueError(
             f"{name}: no such file or folder; correct the path (hub data sets are 'owner/name')"
         )
+    empty = []
     for file in files:
-        yield from read_file(file)
+        rows = 0
+        for rows, row in enumerate(read_file(file, may_be_empty=len(files) > 1), start=1):  # noqa: B007
+            yield row
+        empty += [] if rows else [str(file)]
+    if len(empty) == len(files):
+        raise ValueError(f"{name}: all {len(files)} files are empty; write rows into them")
+    if empty:
+        _note(f"{name}: passed over {len(empty)} empty files, such as {empty[0]}")
+
+
+def _path_and_split(name: str) -> tuple[pathlib.Path, str | None]:
+    """`folder:split` apart; a hub id keeps its split."""
+    path = pathlib.Path(name).expanduser()
+    before, colon, split = name.rpartition(":")
+    if not path.exists() and colon and before:
+        inner = pathlib.Path(before).expanduser()
+        if inner.exists():
+            return inner, split
+    return path, None
+
+
+def _hidden(parts: Iterable[str]) -> Iterator[bool]:
+    """Of parts of a path, whether they are hidden or a tool's own, as `.git` and `__MACOSX`."""
+    return (part.startswith((".", "__")) for part in parts)
+
+
+def _files_of(folder: pathlib.Path, name: str, split: str | None) -> list[pathlib.Path]:
+    """The files of a folder that are read: those of one split where their names tell."""
+    inside = sorted(
+        file.relative_to(folder)
+        for file in folder.rglob("*")
+        if file.is_file() and file.name.endswith(ROW_SUFFIXES) and file.name not in _NO_ROWS
+    )
+    inside = [file for file in inside if not any(_hidden(file.parts))]
+    if not inside:
+        raise ValueError(f"{name}: the folder holds no {', '.join(ROW_SUFFIXES)} file; name one")
+    by_split: dict[str | None, list[pathlib.Path]] = {}
+    for file in inside:
+        by_split.setdefault(split_of(file.as_posix()), []).append(file)
+    named = [label for label in by_split if label is not None]
+    wanted = _SPLIT_NAMES.get(split, split) if split is not None else None
+    if wanted is None:
+        if len(named) < 2 and not (named and None in by_split and named != ["train"]):
+            return [folder / file for file in inside]
+        wanted = "train"
+        if "train" not in by_split and None not in by_split:
+            raise ValueError(
+                f"{name}: the folder holds the splits {', '.join(sorted(named))} and no train; "
+                "name one by `split:`"
+            )
+    chosen = by_split.get(wanted, [])
+    if wanted == "train":  # files whose names tell no split are trained
+        chosen = sorted([*chosen, *by_split.get(None, [])])
+    if not chosen:
+        got = ", ".join(sorted(named)) if named else "files that name no split"
+        raise ValueError(f"{name}: the folder holds no split {split!r}, but {got}; correct split")
+    others = {label: len(files) for label, files in by_split.items() if label not in (wanted, None)}
+    if others:
+        left = ", ".join(f"{label} ({count})" for label, count in sorted(others.items()))  # type: ignore[misc]
+        _note(f"{folder}: reads split {wanted} ({len(chosen)} files), not {left}")
+    return [folder / file for file in chosen]
+
+
+def split_of(path: str) -> str | None:
+    """Which split a file holds, by the usual words in its path; None where none is there.
+
+    >>> split_of("data/test-00000-of-00001.parquet"), split_of("latest.jsonl")
+    ('test', None)
+    """
+    words = re.split(r"[-._ /0-9]+", path.lower())
+    return next((_SPLIT_NAMES[word] for word in reversed(words) if word in _SPLIT_NAMES), None)
+
+
+@functools.cache
+def _note(line: str) -> None:
+    """Prints a line, once."""
+    print(line)
+
+
+def _read_saved(path: pathlib.Path, name: str, split: str | None) -> Iterator[Row | RowError]:
+    """Rows of a folder that `save_to_disk` of `datasets` wrote."""
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever the library finds
+        raise ValueError(
+            f"{name}: `save_to_disk` wrote this folder, but `datasets` cannot read it "
+            f"({type(error).__name__}: {error}); write it again"
+        ) from error
+    if isinstance(found, Mapping):
+        labels = {label: _SPLIT_NAMES.get(label, label) for label in found}
+        wanted = "train" if split is None else _SPLIT_NAMES.get(split, split)
+        match = [label for label, canonical in labels.items() if canonical == wanted]
+        if not match and len(labels) == 1 and split is None:
+            match = list(labels)
+        if not match:
+            raise ValueError(
+                f"{name}: holds the splits {', '.join(labels)}, wanted {wanted!r}; name one by "
+                "`split:`"
+            )
+        others = [label for label in labels if label != match[0]]
+        if others:
+            _note(f"{path}: reads split {match[0]}, not {', '.join(others)}")
+        found = found[match[0]]
+    elif split is not None:
+        raise ValueError(f"{name}: the saved data set has no splits; leave out split {split!r}")
+    names = list(getattr(found, "column_names", ()) or ())
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name}: two columns have the same name; rename one")
+    for number, data in enumerate(found, start=1):
+        columns = {key: value for key, value in dict(data).items() if value is not None}
+        yield checked(columns, f"{path}: row {number}")
 
 
 def _read_hub(name: str, streaming: bool) -> Iterator[Row | RowError]:

@@ -4,27 +4,35 @@
     done = render(messages[:i + 1])
     whole = render(messages)            must start with done, and done with head
 
-The turn is what lies between, so training sees an answer after exactly the header that generation
-gives it. Templates that write earlier turns anew fail this check (Qwen3 drops their reasoning, or
-the empty block in its place). What is done then, first that applies:
+The turn is what lies between, up to the token that ends a turn, so training sees an answer after
+exactly the header that generation gives it. Templates that write earlier turns anew fail this check
+(Qwen3 drops their reasoning, or the empty block in its place). What is done then, first that
+applies:
 
 1. The template marks turns by `{% generation %}`: the marks count.
-2. The turn becomes a document of its own, `messages[: i + 1]`: what the model sees when it answers.
-   A template that drops reasoning even there (DeepSeek-R1) is helped: the document is
-   head + reasoning and answer + what the template writes after the answer.
+2. The turn becomes a document of its own: what the model sees when it answers. Where `done` does
+   not begin with `head` (DeepSeek-R1 drops reasoning; others write the system text into the last
+   user turn), the document is head + reasoning and answer + the template's end of turn.
 3. One document is wanted for several turns (a preference's): the turn is taken as it stands there,
    if all that it says, but for reasoning, is found at its place, character for character.
 
-Failing that, there is an error: no mask is ever guessed.
+Failing that, there is an error: no mask is ever guessed. Every turn up to the last trained one must
+be found in the text, in order (`jaxalign.data.presence`).
+
+The prefixes of a conversation of n answers hold n / 2 times its text. They are rendered with
+placeholders for what is said (`jaxalign.data.placeholders`), once for all conversations of one
+shape; a conversation whose text is that of its placeholders, filled in, takes their spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxalign.data.examples import Conversation, RowError
-from jaxalign.data.render import GENERATION, THINK_FIRST, Chat, Renderer
+from jaxalign.data.examples import Conversation, Message, Messages, RowError
+from jaxalign.data.placeholders import filled, placeholders_of
+from jaxalign.data.presence import LEFT_OUT, check_said, find_said, split_reasoning
+from jaxalign.data.render import GENERATION, Chat, Renderer
 
 Span = tuple[int, int]
 
@@ -47,7 +55,7 @@ class Document(NamedTuple):
 
 def find_documents(
     render: Renderer, conversations: Sequence[Conversation], one_each: bool
-) -> list[Document]:
+) -> Iterator[Document]:
     """The documents of conversations, with the spans of their trained turns.
 
     Args:
@@ -56,82 +64,109 @@ def find_documents(
       one_each: one document a conversation, whatever the template does to earlier turns.
 
     Raises:
-      RowError: a turn's tokens cannot be told exactly.
+      RowError: a turn's tokens cannot be told exactly, or a turn is not in the text.
     """
-    chats = [render.chat(c.messages, c.tools, c.origin) for c in conversations]
-    wholes = render(chats)
-    turns = [
-        _Turn(row, at)
-        for row, c in enumerate(conversations)
-        if not c.everything
-        for at in c.trained_turns()
-    ]
-    heads, dones = _prefixes(render, chats, turns, wholes)
-    found: list[Document] = []
-    apart: list[Document] = []
-    spans: list[dict[int, Span]] = [{} for _ in chats]  # by the index of the message
-    moved: dict[int, list[_Turn]] = {}
-    for turn in turns:
-        span = _stable(chats[turn.row], turn, wholes[turn.row], heads[turn], dones[turn])
-        if span is None:
-            moved.setdefault(turn.row, []).append(turn)
-        else:
-            spans[turn.row][turn.at] = span
-    for row, rewritten in moved.items():
-        conversation, chat, whole = conversations[row], chats[row], wholes[row]
-        if GENERATION.search(render.template):
-            spans[row] = _marked(render, conversation, chat, whole)
-            continue
-        for turn in rewritten:
-            last = turn.at == len(chat.messages) - 1
-            if not one_each or (last and len(conversation.trained_turns()) == 1):
-                apart.append(_own(chat, turn, heads[turn], dones[turn]))
-            else:
-                before = max((at for at in spans[row] if at < turn.at), default=None)
-                start = _after_any(whole, heads[turn])
-                if start is None and before is not None:
-                    earlier = dones[_Turn(row, before)].rstrip()
-                    start = _after_turn(whole, spans[row][before][1], heads[turn], earlier)
-                spans[row][turn.at] = _in_place(chat, turn, whole, start, heads[turn], dones[turn])
-    for row, conversation in enumerate(conversations):
-        if conversation.everything:
-            found.append(Document(row, wholes[row], [(0, len(wholes[row]))]))
-        elif spans[row] or row not in moved:
-            found.append(Document(row, wholes[row], [spans[row][at] for at in sorted(spans[row])]))
-    return sorted(found + apart, key=lambda document: document.row)
+    for row, c in enumerate(conversations):
+        chat = render.chat(c.messages, c.tools, c.origin, c.template_kwargs)
+        for document in _documents(render, chat, c, one_each):
+            yield document._replace(row=row)
 
 
-class _Turn(NamedTuple):
-    """The assistant's message `at` of the conversation `row`."""
+def _documents(
+    render: Renderer, chat: Chat, conversation: Conversation, one_each: bool
+) -> list[Document]:
+    """The documents of one conversation."""
+    trained = conversation.trained_turns()
+    everything = conversation.everything
+    shape = placeholders_of(chat)
+    key = (shape.chat.keys, trained, one_each, everything)
+    if key not in render.cache:
+        if len(render.cache) > 10_000:
+            render.cache.clear()
+        try:
+            found = _exact(render, shape.chat, trained, one_each, everything)
+        except RowError as error:
+            found = error  # the row's own text decides, and is what an error should speak of
+        render.cache[key] = found
+    documents = render.cache[key]
+    if not isinstance(documents, RowError) and len(documents) == 1:
+        text = render.one(chat, thinking=_thinks(chat.messages, trained))
+        mapped = filled(documents[0].text, documents[0].spans, shape, text)
+        if mapped is not None:
+            return [Document(0, text, mapped)]
+    exact = _exact(render, chat, trained, one_each, everything)
+    if isinstance(documents, RowError) and documents.reason == LEFT_OUT and shape.short:
+        # A turn of a few letters is found in any text; its placeholder is not.
+        raise RowError(chat.origin, LEFT_OUT, str(documents).removeprefix(f"{documents.origin}: "))
+    return exact
 
-    row: int
-    at: int
+
+def _exact(
+    render: Renderer, chat: Chat, trained: Sequence[int], one_each: bool, everything: bool
+) -> list[Document]:
+    """The documents, by rendering every prefix that ends where a trained turn begins or ends."""
+    thinking = _thinks(chat.messages, trained)
+    whole = render.one(chat, thinking=thinking)
+    if everything:
+        check_said(chat, len(chat.messages), whole)
+        return [Document(0, whole, [(0, len(whole))])]
+    spans: dict[int, Span] = {}
+    own: list[Document] = []
+    for at in trained:
+        heads, done = _heads(render, chat, at, whole), _done(render, chat, at, thinking)
+        span = _stable(render, chat, at, whole, heads[0], done)
+        if span is None and GENERATION.search(render.template):
+            spans = _marked(render, chat, trained, whole, thinking, one_each)
+            # Answers whose reasoning the whole leaves out are read where it stands.
+            for lacking in [at for at in trained if at not in spans]:
+                head = _heads(render, chat, lacking, whole)[0]
+                done = _done(render, chat, lacking, thinking)
+                own.append(_own(render, chat, lacking, head, done, thinking))
+            break
+        if span is None and (not one_each or (len(trained) == 1 and at == len(chat.messages) - 1)):
+            own.append(_own(render, chat, at, heads[0], done, thinking))
+        elif span is None:
+            before = max((earlier for earlier in spans if earlier < at), default=None)
+            start = _after_any(whole, heads)
+            if start is None and before is not None:
+                earlier = _done(render, chat, before, thinking).rstrip()
+                start = _after_turn(whole, spans[before][1], heads, earlier)
+            span = _in_place(render, chat, at, whole, start, heads, done)
+        if span is not None:
+            spans[at] = span
+    documents = []
+    if spans or not own:
+        text_spans = [spans[at] for at in sorted(spans)]
+        end = len(whole) if not spans else text_spans[-1][1]
+        check_said(chat, (max(spans) if spans else len(chat.messages) - 1) + 1, whole[:end])
+        documents.append(Document(0, whole, text_spans))
+    return documents + own
 
 
-def _prefixes(
-    render: Renderer, chats: Sequence[Chat], turns: Sequence[_Turn], wholes: Sequence[str]
-) -> tuple[dict[_Turn, list[str]], dict[_Turn, str]]:
-    """Texts up to each turn (one or two ways to begin an answer), and through it."""
+def _thinks(messages: Messages, trained: Sequence[int]) -> bool:
+    """Whether some of the answers that are trained begin with reasoning."""
+    return any(_reasons(messages[at]) for at in trained)
 
-    def cut(turn: _Turn, extra: int) -> Chat:
-        chat = chats[turn.row]
-        return chat._replace(messages=chat.messages[: turn.at + extra])
 
-    inner = [t for t in turns if t.at + 1 < len(chats[t.row].messages)]
-    dones = {t: wholes[t.row] for t in turns}
-    dones |= zip(inner, render([cut(t, 1) for t in inner]), strict=True)
-    first = render([cut(t, 0) for t in turns], generation_prompt=True)
-    heads = {t: [head] for t, head in zip(turns, first, strict=True)}
-    other = [
-        t
-        for t in turns
-        if not (wholes[t.row].startswith(heads[t][0]) and dones[t].startswith(heads[t][0]))
-    ]
-    texts = render([cut(t, 0) for t in other], generation_prompt=True, variables=THINK_FIRST)
-    for turn, head in zip(other, texts, strict=True):
-        # Reasoning that the row has goes after the header that opens it.
-        heads[turn] = [heads[turn][0], head]
-    return heads, dones
+def _reasons(message: Message) -> bool:
+    if message["role"] != "assistant":
+        return False
+    return bool(split_reasoning(message)[0])
+
+
+def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
+    """The text through a turn."""
+    return render.one(chat.upto(at + 1), thinking=thinking)
+
+
+def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
+    """Texts up to a turn: as generation begins an answer of its kind, then of the other kind."""
+    mine = _reasons(chat.messages[at])
+    before = chat.upto(at)
+    heads = [render.one(before, generation_prompt=True, thinking=mine)]
+    if not whole.startswith(heads[0]):
+        heads.append(render.one(before, generation_prompt=True, thinking=not mine))
+    return heads
 
 
 def _after_any(text: str, heads: Sequence[str]) -> int | None:
@@ -143,53 +178,84 @@ def _after_any(text: str, heads: Sequence[str]) -> int | None:
     return None
 
 
-def _stable(chat: Chat, turn: _Turn, whole: str, heads: list[str], done: str) -> Span | None:
+def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> int:
+    """Where a turn that begins at `start` ends: after the token that ends turns.
+
+    It is sought after all that the turn says. Blanks, the end of the text, and the next turn's
+    header may follow it.
+    """
+    end = render.end_of_turn
+    said = find_said(chat.messages[at], done, start)
+    place = -1 if end is None or said is None else done.find(end, said)
+    return place + len(end) if end is not None and place >= 0 else len(done.rstrip())
+
+
+def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: str) -> Span | None:
     """The turn, where the whole starts with what was there when it was said."""
-    start, end = _after_any(whole, heads), len(done.rstrip())
-    if start is None or end <= start or not whole.startswith(done[:end]):
+    start = _after_any(whole, [head])
+    if start is None or not done.startswith(whole[:start]):
         return None
-    return (start, end) if _shows(chat, turn, whole[start:end], heads) else None
+    end = _turn_end(render, chat, at, done, start)
+    if end <= start or not whole.startswith(done[:end]):
+        return None
+    return (start, end) if _shows(chat, at, whole[start:end]) else None
 
 
-def _shows(chat: Chat, turn: _Turn, text: str, heads: list[str]) -> bool:
+def _shows(chat: Chat, at: int, text: str) -> bool:
     """Whether a text holds all that the turn says: reasoning (but for its tags), and answer."""
-    thought, answer = _split(chat.messages[turn.at]["content"])
-    reasoning = chat.messages[turn.at].get("reasoning_content", "")
-    return answer in text and thought in text and reasoning.strip() in text
+    message = chat.messages[at]
+    thought, answer = split_reasoning(message)
+    inside = split_reasoning({"content": message["content"]})[0]
+    return answer in text and inside in text and thought in text
 
 
-def _split(content: str) -> tuple[str, str]:
-    """Reasoning and answer of a text, without blanks around them."""
-    before, closing, after = content.rpartition(_CLOSE)
-    if not closing:
-        return "", content.strip()
-    return before.strip().removeprefix(_OPEN).strip(), after.strip()
-
-
-def _own(chat: Chat, turn: _Turn, heads: list[str], done: str) -> Document:
+def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: bool) -> Document:
     """The turn as the end of a document of its own."""
-    start, end = _after_any(done, heads), len(done.rstrip())
-    if start is not None and end > start and _shows(chat, turn, done[start:end], heads):
-        return Document(turn.row, done, [(start, end)])
-    thought, answer = _split(chat.messages[turn.at]["content"])
-    head = heads[-1]
+    message = chat.messages[at]
+    if thinking != _reasons(message):
+        done = _done(render, chat, at, not thinking)
+    start = _after_any(done, [head])
+    if start is not None:
+        end = _turn_end(render, chat, at, done, start)
+        if end > start and _shows(chat, at, done[start:end]):
+            check_said(chat, at + 1, done[:end])
+            return Document(0, done, [(start, end)])
+    thought, answer = split_reasoning(message)
     opened = head.rstrip().endswith(_OPEN)
-    at = done.rfind(answer) if answer else -1
-    tail = done[at + len(answer) :].rstrip() if at >= 0 else ""
+    # A short answer may also be found in the end token.
+    limit = done.rfind(render.end_of_turn) if render.end_of_turn is not None else -1
+    place = done.rfind(answer, 0, limit if limit >= 0 else len(done)) if answer else -1
     if _CLOSE in thought or (start is not None and not thought):
         raise RowError(
             chat.origin,
             "the chat template leaves something out",
-            f"the chat template leaves out a part of what messages[{turn.at}] (assistant) says, "
+            f"the chat template leaves out a part of what messages[{at}] (assistant) says, "
             "such as text before a second </think>; correct the row, or pass another chat_template",
         )
-    if not tail or not (thought or opened) or "tool_calls" in chat.messages[turn.at]:
-        raise _unmarkable(chat, turn)
-    if not opened:
-        head += f"{_OPEN}\n"
-    begin = len(heads[-1])
-    text = f"{head}{thought}\n{_CLOSE}\n\n{answer}{tail}"
-    return Document(turn.row, text, [(begin, len(text))])
+    if place < 0 or "tool_calls" in message:
+        raise _unmarkable(chat, at)
+    end = _turn_end(render, chat, at, done, place)
+    tail = done[place + len(answer) : end]
+    if not tail:
+        raise _unmarkable(chat, at)
+    if thought or opened:
+        before = "" if opened else f"{_OPEN}\n"
+        text = f"{head}{before}{thought}\n{_CLOSE}\n\n{answer}{tail}"
+    else:
+        text = f"{head}{_blanks_before(done[:place], head)}{answer}{tail}"
+    check_said(chat, at + 1, text)
+    return Document(0, text, [(len(head), len(text))])
+
+
+def _blanks_before(written: str, head: str) -> str:
+    """Blanks that a template writes between the header and the answer.
+
+    They are told apart from the header's own where both texts end alike before their blanks.
+    """
+    text, header = written.rstrip(), head.rstrip()
+    if not header or not text.endswith(header[-4:]):
+        return ""
+    return written[len(text) :].removeprefix(head[len(header) :])
 
 
 def _after_turn(whole: str, end: int, heads: list[str], earlier: str) -> int | None:
@@ -204,26 +270,32 @@ def _after_turn(whole: str, end: int, heads: list[str], earlier: str) -> int | N
 
 
 def _in_place(
-    chat: Chat, turn: _Turn, whole: str, start: int | None, heads: list[str], done: str
+    render: Renderer,
+    chat: Chat,
+    at: int,
+    whole: str,
+    start: int | None,
+    heads: list[str],
+    done: str,
 ) -> Span:
     """The turn as later turns leave it: the same text, or the same but for its reasoning."""
     said = _after_any(done, heads)
-    later = turn.at + 1 < len(chat.messages)  # what the last turn says must be there whole
+    later = at + 1 < len(chat.messages)  # what the last turn says must be there whole
     if later and start is not None and said is not None:
-        produced = done[said:].rstrip()
+        produced = done[said : _turn_end(render, chat, at, done, said)]
         # An empty block that the template puts before an answer goes with the reasoning.
         for text in (produced, produced.rpartition(_CLOSE)[2].lstrip("\n")):
-            _, answer = _split(chat.messages[turn.at]["content"])
+            _, answer = split_reasoning(chat.messages[at])
             if text and answer in text and whole.startswith(text, start):
                 return start, start + len(text)
-    raise _unmarkable(chat, turn)
+    raise _unmarkable(chat, at)
 
 
-def _unmarkable(chat: Chat, turn: _Turn) -> RowError:
+def _unmarkable(chat: Chat, at: int) -> RowError:
     return RowError(
         chat.origin,
         "the chat template rewrites its turns",
-        f"the chat template renders messages[{turn.at}] (assistant) differently alone and within "
+        f"the chat template renders messages[{at}] (assistant) differently alone and within "
         "the conversation, so its tokens cannot be marked exactly; pass chat_template='chatml', or "
         "a jinja file that wraps what the assistant says, with its end token, in "
         "{% generation %} … {% endgeneration %}",
@@ -231,18 +303,39 @@ def _unmarkable(chat: Chat, turn: _Turn) -> RowError:
 
 
 def _marked(
-    render: Renderer, conversation: Conversation, chat: Chat, whole: str
+    render: Renderer,
+    chat: Chat,
+    trained: Sequence[int],
+    whole: str,
+    thinking: bool,
+    one_each: bool,
 ) -> dict[int, Span]:
-    """Spans that the template marks, without the blanks after them."""
-    text, marks = render.marked(chat)
-    said = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if text != whole or len(marks) != len(said):
+    """Spans that the template marks, without the blanks after them.
+
+    Turns of which the reasoning is not there are left out, unless one document is wanted.
+    """
+    text, marks = render.marked(chat, thinking)
+    answers = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if text != whole or len(marks) != len(answers):
         raise RowError(
             chat.origin,
             "the chat template marks other turns",
             f"the chat template marks {len(marks)} passages by {{% generation %}}, wanted one for "
-            f"each of the {len(said)} assistant turns; correct it",
+            f"each of the {len(answers)} assistant turns; correct it",
         )
-    trained = conversation.trained_turns()
-    pairs = zip(said, marks, strict=True)
-    return {at: (a, a + len(whole[a:b].rstrip())) for at, (a, b) in pairs if at in trained}
+    spans = {}
+    for at, (first, last) in zip(answers, marks, strict=True):
+        if at not in trained:
+            continue
+        thought, answer = split_reasoning(chat.messages[at])
+        if thought not in whole[first:last] and not one_each:
+            continue
+        if answer not in whole[first:last]:
+            raise RowError(
+                chat.origin,
+                LEFT_OUT,
+                f"the passage that the chat template marks by {{% generation %}} lacks what "
+                f"messages[{at}] (assistant) says; correct it, or pass another chat_template",
+            )
+        spans[at] = (first, first + len(whole[first:last].rstrip()))
+    return spans

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxalign.data.chat import end_id, plain_ids, plain_prompt, tokenize, tokens_with_places
+from jaxalign.data.chat import plain_prompt
 from jaxalign.data.examples import Conversation, RowError, Steps
-from jaxalign.data.render import NONE, Renderer, resolve_chat_template
-from jaxalign.data.spans import find_documents
+from jaxalign.data.render import NONE
+from jaxalign.data.tokens import end_id, plain_ids, tokenize
+from jaxalign.data.writers import Style, Writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ def encode_steps(
     examples: Sequence[Steps],
     chat_template: str | None = None,
     separator: str = "\n",
+    *,
+    style: Style | None = None,
 ) -> list[EncodedSteps]:
     """Tokens of answers in steps, and where each step ends.
 
@@ -46,33 +49,36 @@ def encode_steps(
       chat_template: see `jaxalign.data.chat.encode_conversations`. Under "none" the prompt and each
         step are tokenised apart: [bos] prompt step separator step … eos.
       separator: what is written between two steps.
+      style: see `encode_conversations`.
 
     Raises:
       ValueError: as `encode_conversations`; or the template changes the steps.
     """
-    template = resolve_chat_template(tok, chat_template)
-    if template == NONE:
+    writers = Writers(tok, chat_template, style if style is not None else Style())
+    if writers.template == NONE:
         return [_plain(tok, example, separator) for example in examples]
-    return list(_templated(tok, examples, Renderer(tok, template), separator))
+    return list(_templated(examples, writers, separator))
 
 
 def _templated(
-    tok: PreTrainedTokenizerBase, examples: Sequence[Steps], render: Renderer, separator: str
+    examples: Sequence[Steps], writers: Writers, separator: str
 ) -> Iterator[EncodedSteps]:
-    talks = []
-    for prompt, steps, _, origin in examples:
-        answer = {"role": "assistant", "content": separator.join(steps)}
-        talks.append(Conversation((*prompt, answer), origin, len(prompt)))
-    documents = find_documents(render, talks, one_each=True)
-    tokens = tokenize(tok, [document.text for document in documents])
-    for example, document, ids, encoding in zip(
-        examples, documents, tokens["input_ids"], tokens.encodings, strict=True
-    ):
-        ids, begins, tails = tokens_with_places(tok, document, ids, encoding)
+    for example in examples:
+        answer = {"role": "assistant", "content": separator.join(example.steps)}
+        first = len(example.prompt)
+        conversation = Conversation(
+            (*example.prompt, answer),
+            example.origin,
+            first,
+            template_kwargs=example.template_kwargs,
+        )
+        document = writers.texts(conversation, one_each=True)[0]
+        ids, begins, tails = writers.places(document)
         ((first, last),) = document.spans
         trained = (begins < last) & (tails > first)
         ends, at = [], first
         for number, step in enumerate(example.steps):
+            step = writers.special.hide(step) if step not in document.text else step
             at = document.text.find(step.strip(), at, last)
             if at < 0:
                 raise RowError(

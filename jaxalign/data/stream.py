@@ -25,7 +25,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.loader import Batches, count_rows
 from jaxalign.data.mixture import Entry, pools_of
 from jaxalign.data.options import Options, settings_of
-from jaxalign.data.prepare import Group, Kept, Reading, Recipe, grouped, nothing_left, prepare
+from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, nothing_left, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,6 +181,7 @@ class _Lane:
         self._at = (0, 0, 0)
         self._next = (0, 0, 0)
         self._kept_in_pass = 0
+        self._shown: set[str] = set()  # sources whose columns were printed
         self._rows: list[_Row] = []
         self._done = 0
         self.given = 0
@@ -216,7 +217,7 @@ class _Lane:
         number, source, first = self._at
         entry = self._entries[self._pool[source]]
         if self._reading is None:
-            self._reading = Reading(self._recipe, entry, self._options)
+            self._reading = SourceReader(self._recipe, entry, self._options)
             if first:
                 self._reading.skip(first)
         limit = entry.options.rows
@@ -246,6 +247,9 @@ class _Lane:
         )
         if not kept.examples:
             return []
+        if entry.name not in self._shown and self._options.host[0] == 0:
+            print(self._reading.usage)
+            self._shown.add(entry.name)
         self._kept_in_pass += len(kept.examples)
         which = range(len(kept.examples))
         groups, sizes = grouped(self._recipe, kept, which, self._options, self._most)
@@ -285,7 +289,7 @@ class _Lane:
 
     def close(self) -> None:
         """Lets go of the source's file."""
-        self._reading: Reading | None = None
+        self._reading: SourceReader | None = None
 
 
 def _checksum(

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxalign.data.examples import Message, Messages
 from jaxalign.data.fields import fail, fail_with, text
+from jaxalign.data.messages import same_turn
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
@@ -46,8 +47,8 @@ def split_messages(chosen: Messages, rejected: Messages, origin: str) -> int:
 
     Each keeps its last turn: that is the answer, even where both are the same.
     """
-    common = 0
-    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+    common, least = 0, min(len(chosen), len(rejected)) - 1
+    while common < least and same_turn(chosen[common], rejected[common]):
         common += 1
     if common == 0:
         fail_with(

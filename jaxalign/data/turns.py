@@ -8,33 +8,31 @@ from jaxalign.data.columns import is_listed, with_system
 from jaxalign.data.examples import Message, Messages
 from jaxalign.data.fields import fail, fail_with, items, short, text
 from jaxalign.data.files import Row
-from jaxalign.data.messages import is_messages, read_messages
+from jaxalign.data.meaning import PROMPTS
+from jaxalign.data.messages import is_messages, read_messages, same_turn
 from jaxalign.data.transcripts import is_transcript, read_transcript, without_open_answer
-
-PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")
-"""The columns that may hold a prompt; the first that a row has is taken."""
 
 
 def has_prompt(row: Row) -> bool:
     """Whether a row has a prompt in a column of its own."""
-    return any(row.data.get(column) is not None for column in PROMPTS)
+    return any(dict.get(row.data, column) is not None for column in PROMPTS)
 
 
 def pick(data: dict[str, Any], *names: str) -> str:
     """Which of several columns a row uses: the first that is not null, else the first there."""
-    there = [name for name in names if data.get(name) is not None]
-    return next(iter(there or [name for name in names if name in data]))
+    filled = [name for name in names if dict.get(data, name) is not None]
+    return next(iter(filled or [name for name in names if name in data]))
 
 
-def prompt_of(row: Row) -> Messages:
-    """The messages of a row's prompt."""
+def prompt_of(row: Row, *first: str) -> Messages:
+    """The messages of a row's prompt; of several columns, `first` stand before the others."""
     data, origin = row
-    key = pick(data, *PROMPTS)
+    key = pick(data, *first, *PROMPTS)
     if key == "instruction":
         return alpaca_prompt(row)
     if key in ("conversations", "messages"):
         return with_system(row, read_messages(data[key], key, origin))
-    return with_system(row, _text_or_messages(data[key], key, origin))
+    return with_system(row, _with_context(row, _text_or_messages(data[key], key, origin)))
 
 
 def alpaca_prompt(row: Row) -> Messages:
@@ -50,22 +48,57 @@ def alpaca_prompt(row: Row) -> Messages:
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
             fail(origin, f"history[{number}]", short(pair), "[question, answer]")
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": text(said, f"history[{number}]", origin)})
-    parts = [text(data["instruction"], "instruction", origin)]
-    if data.get("input") is not None:
-        extra = text(data["input"], "input", origin, may_be_empty=True)
-        parts += [extra] if extra.strip() else []
+        for role, turn in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": text(turn, f"history[{number}]", origin)})
+    parts = _contexts(row)
+    # Some write the whole task into `input`, and leave the instruction empty.
+    instruction = text(data["instruction"], "instruction", origin, may_be_empty=bool(parts))
+    parts = [instruction, *parts] if instruction.strip() else parts
     messages.append({"role": "user", "content": "\n".join(parts)})
     return with_system(row, tuple(messages))
 
 
-def answer_of(value: Any, key: str, origin: str, prompt: Messages = ()) -> Messages:
-    """An answer as a string or messages; a prompt repeated before it is taken off."""
+def _contexts(row: Row) -> list[str]:
+    """What stands in `input` and `context` beside a prompt; both the same count once."""
+    parts: list[str] = []
+    for key in ("input", "context"):
+        if dict.get(row.data, key) is None:
+            continue
+        extra = text(row.data[key], key, row.origin, may_be_empty=True)
+        if extra.strip() and extra not in parts:
+            parts.append(extra)
+    return parts
+
+
+def _with_context(row: Row, messages: Messages) -> Messages:
+    """A prompt of one user turn, followed by its context unless it already holds it."""
+    if len(messages) != 1 or not any(_filled(row.data, key) for key in ("input", "context")):
+        return messages
+    prompt = messages[0]["content"]
+    parts = [part for part in _contexts(row) if part.strip() not in prompt]
+    return ({"role": "user", "content": "\n".join([prompt, *parts])},)
+
+
+def _filled(data: dict[str, Any], key: str) -> bool:
+    value = dict.get(data, key)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def answer_of(
+    value: Any, key: str, origin: str, prompt: Messages = (), thinking: str = ""
+) -> Messages:
+    """An answer as a string or messages; a prompt repeated before it is taken off.
+
+    `thinking` is the reasoning that stands in a column of its own.
+    """
     if not is_messages(value):
-        return ({"role": "assistant", "content": text(value, key, origin)},)
+        message: Message = {"role": "assistant", "content": text(value, key, origin)}
+        if thinking.strip() and thinking.strip() not in message["content"]:
+            message["reasoning_content"] = thinking
+        return (message,)
     messages = read_messages(value, key, origin)
-    if prompt and messages[: len(prompt)] == prompt:
+    start = messages[: len(prompt)]
+    if prompt and len(start) == len(prompt) and all(map(same_turn, start, prompt)):
         messages = messages[len(prompt) :]
     if not messages or messages[0]["role"] != "assistant":
         got = f"a {messages[0]['role']} turn" if messages else "nothing"

@@ -213,8 +213,16 @@ def test_plain_text(bare):
     )[0]
     assert [bare.decode([i]) for i in ids] == [h, e, "<|im_end|>"]
     assert trained.tolist() == [False, True, True]
-    # A bos token of its own comes first.
+    # A bos token comes first where the tokenizer itself puts it there.
     bare.bos_token = "<|im_start|>"
+    ids, trained = encode_conversations(bare, [_conversation(talk)], "none")[0]
+    assert bare.decode(ids) == "Hello there, how are you<|im_end|>"
+    from tokenizers.processors import TemplateProcessing
+
+    begin = ("<|im_start|>", bare.bos_token_id)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[begin]
+    )
     ids, trained = encode_conversations(bare, [_conversation(talk)], "none")[0]
     assert ids[0] == encode_prompt(bare, "x", "none")[0] == bare.bos_token_id
     assert bare.decode(ids[trained]) == " how are you<|im_end|>"

@@ -18,7 +18,7 @@ def _say(*texts):
 def _talk(**columns):
     """Messages, origin and first trained turn; no tools, no turns left out."""
     found = to_conversation(_row(**columns))
-    assert found[3:] == ((), (), False)
+    assert found[3:] == ((), (), False, None)
     return found[:3]
 
 
@@ -44,7 +44,7 @@ def test_extra_keys_of_a_message_are_kept():
 
 def test_preference_forms():
     q, a, b = _say("q")[0], *({"role": "assistant", "content": c} for c in "ab")
-    expected = ((q,), (a,), (b,), None, "f.jsonl:7", ())
+    expected = ((q,), (a,), (b,), None, "f.jsonl:7", (), None)
     for row in (
         _row(prompt="q", chosen="a", rejected="b"),
         _row(prompt=[q], chosen=[a], rejected=[b]),
@@ -63,7 +63,13 @@ def test_preference_forms():
 
 def test_prompt_forms_keep_the_row():
     row = _row(prompt="q", answer="42")
-    assert to_prompt(row) == (tuple(_say("q")), "f.jsonl:7", {"prompt": "q", "answer": "42"}, ())
+    assert to_prompt(row) == (
+        tuple(_say("q")),
+        "f.jsonl:7",
+        {"prompt": "q", "answer": "42"},
+        (),
+        None,
+    )
     assert to_prompt(_row(prompt=_say("q", "a", "r"))).messages == tuple(_say("q", "a", "r"))
     assert to_prompt(_row(instruction="q", input="x")).messages == tuple(_say("q\nx"))
     assert to_prompt(_row(messages=_say("q"))).messages == tuple(_say("q"))
@@ -79,7 +85,7 @@ _BAD_CONVERSATIONS = [
     ({"messages": ["hi"]}, r"messages\[0\]: got 'hi', wanted an object"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\].role: missing"),
     ({"messages": [{"role": "user"}]}, r"messages\[0\].content: missing"),
-    ({"messages": [{"role": "gpt", "content": "x"}]}, r"\[0\].role: got 'gpt', wanted one of"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, r"\[0\].role: got 'robot', wanted one of"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, r"\[0\].role: got a list"),
     ({"messages": [*_say("q"), {"role": "assistant", "content": 3}]}, r"\[1\].content: got 3"),
     ({"messages": _say("q", " \n")}, r"messages\[1\].content: got empty text"),

@@ -55,7 +55,7 @@ class Shown(NamedTuple):
 
 
 class View(NamedTuple):
-    """What is told of one set of data.
+    """A summary of one set of data.
 
     Attributes:
       title: which data, of which algorithm.
@@ -89,7 +89,7 @@ def inspect_data(
       most: batches to look at of each; None: all of one pass.
 
     Raises:
-      ValueError: a wrong configuration or wrong data, or an algorithm that cannot be told.
+      ValueError: a wrong configuration or wrong data, or no known algorithm.
     """
     if examples < 0:
         raise ValueError(f"examples={examples}: wanted 0 or more")
@@ -102,7 +102,7 @@ def inspect_data(
     # One pass, whatever the run would make of it.
     data = dataclasses.replace(config.data, epochs=1)
     config = dataclasses.replace(config, data=data)
-    with contextlib.redirect_stdout(io.StringIO()):  # what is told here is in the summary
+    with contextlib.redirect_stdout(io.StringIO()):  # it is in the summary
         tok, train, held_out = load_data(config)
         views = [_view(f"training data of {algorithm}", train, tok, examples, most)]
         if held_out is not None:
@@ -121,17 +121,19 @@ def _view(title: str, batches: Batches[Any], tok: Any, examples: int, most: int 
     counts = batches.stats["sources"]
     lines = batches.describe().splitlines()
     batches.close()
-    # What it says of each source is in a table of its own here.
-    summary = [line for line in lines if not line.startswith(tuple(f"  {n}: " for n in counts))]
+    # Its counts of each source are in a table of their own here.
+    counted = tuple(f"  {name}: " for name in counts)
+    usage = [f"  {line}" for line in batches.usage]
+    summary = [line for line in lines if line in usage or not line.startswith(counted)]
     return View(title, "\n".join(summary), counts, lengths, shown)
 
 
 def groups_of(batch: Any) -> Iterator[list[Document]]:
     """The documents of a batch of any kind; those that belong together (a pair) in one list."""
     if isinstance(batch, PromptBatch):
-        for ids, there in zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True):
-            if there.any():
-                yield [Document("", ids[there], np.zeros(int(there.sum()), np.bool_))]
+        for ids, mask in zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True):
+            if mask.any():
+                yield [Document("", ids[mask], np.zeros(int(mask.sum()), np.bool_))]
     elif isinstance(batch, PairBatch):
         pairs = zip(_documents(batch.chosen), _documents(batch.rejected), strict=True)
         for (_, *chosen), (_, *rejected) in pairs:
@@ -203,7 +205,7 @@ def histogram(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]
     return [((first + n) * width, (first + n + 1) * width - 1) for n in range(len(counts))], counts
 
 
-def _told(lengths: Sequence[int]) -> str:
+def _length_summary(lengths: Sequence[int]) -> str:
     middle = float(np.median(lengths))
     return f"{len(lengths)} documents, {min(lengths)} to {max(lengths)} tokens, median {middle:g}"
 
@@ -230,7 +232,7 @@ def show(view: View, colour: bool) -> str:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         lines.append("  ".join([printable(first).ljust(widths[0]), *cells]))
     if view.lengths:
-        lines += ["", f"Lengths: {_told(view.lengths)}"]
+        lines += ["", f"Lengths: {_length_summary(view.lengths)}"]
         bins, counts = histogram(view.lengths)
         size = len(str(bins[-1][1]))
         for (low, high), count in zip(bins, counts, strict=True):
@@ -250,13 +252,13 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     """Pieces of text with the trained ones marked."""
     parts = []
     for piece, trained in pieces:
-        said = printable(piece)
+        shown = printable(piece)
         if trained and colour:
             # Line by line: pagers forget colours at the end of a line.
-            said = "\n".join(f"{_COLOUR}{line}{_PLAIN}" for line in said.split("\n"))
+            shown = "\n".join(f"{_COLOUR}{line}{_PLAIN}" for line in shown.split("\n"))
         elif trained:
-            said = f"{OPEN}{said}{CLOSE}"
-        parts.append(said)
+            shown = f"{OPEN}{shown}{CLOSE}"
+        parts.append(shown)
     return "".join(parts)
 
 
@@ -278,8 +280,8 @@ def write_page(views: Sequence[View], out: str | os.PathLike[str]) -> pathlib.Pa
             bins, counts = histogram(view.lengths)
             edges = [float(low) for low, _ in bins] + [bins[-1][1] + 1.0]
             svg = bar_chart(edges, [counts], "lengths of documents", "tokens", "documents")
-            told = f"Lengths <span>{text(_told(view.lengths))}</span>"
-            figure = f"<figure><figcaption>{told}</figcaption>{svg}</figure>"
+            lengths = f"Lengths <span>{text(_length_summary(view.lengths))}</span>"
+            figure = f"<figure><figcaption>{lengths}</figcaption>{svg}</figure>"
             body.append(f'<div class="charts">{figure}</div>')
         if view.examples:
             body.append("<h3>Examples <mark>what is trained</mark></h3>")

@@ -169,6 +169,8 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     """One value of the annotated type, or a problem."""
+    if hint is Any:
+        return value
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = [h for h in typing.get_args(hint) if h is not type(None)]

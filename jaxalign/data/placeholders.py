@@ -1,0 +1,100 @@
+"""Conversations in which placeholders stand for what is said.
+
+What a template does to a conversation depends on its shape (roles, calls, blanks around texts) and
+hardly ever on the words. So the shape is rendered once, with short placeholders, and the words are
+filled in. Where the text of the words is not that of the filled placeholders, this tells nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxalign.data.examples import Message
+from jaxalign.data.render import Chat, key_of
+
+_TAGS = re.compile(r"(\s*</?think>\s*)")
+_PLACEHOLDER = re.compile(r"Zq\d+x")
+
+
+class Placeholders(NamedTuple):
+    """A conversation in placeholders.
+
+    Attributes:
+      chat: the conversation; its `keys` tell its shape.
+      values: placeholder → what it stands for.
+    """
+
+    chat: Chat
+    values: dict[str, str]
+
+    @property
+    def short(self) -> bool:
+        """Whether some of what is said is too short to be told from other text."""
+        return any(len(value) < 12 for value in self.values.values())
+
+
+def placeholders_of(chat: Chat) -> Placeholders:
+    """The shape of a conversation: contents and reasoning as placeholders, all else as it is."""
+    values: dict[str, str] = {}
+
+    def hide(text: str) -> str:
+        pieces = []
+        for piece in _TAGS.split(text):
+            core = piece.strip()
+            if not core or _TAGS.fullmatch(piece):
+                pieces.append(piece)
+                continue
+            name = f"Zq{len(values):04d}x"
+            values[name] = core
+            first = piece.index(core)
+            pieces.append(piece[:first] + name + piece[first + len(core) :])
+        return "".join(pieces)
+
+    messages: list[Message] = []
+    for message in chat.messages:
+        changed = dict(message)
+        # Templates may read what tools answer as JSON.
+        if not message["content"].lstrip().startswith(("{", "[")):
+            changed["content"] = hide(message["content"])
+        if isinstance(message.get("reasoning_content"), str):
+            changed["reasoning_content"] = hide(message["reasoning_content"])
+        messages.append(changed)
+    around = key_of({"tools": chat.tools, "kwargs": chat.kwargs})
+    keys = (around, *(key_of(message) for message in messages))
+    return Placeholders(chat._replace(messages=tuple(messages), keys=keys), values)
+
+
+def filled(
+    text: str, spans: Sequence[tuple[int, int]], shape: Placeholders, words: str
+) -> list[tuple[int, int]] | None:
+    """The spans of a text of words, by those of the text of its placeholders.
+
+    Returns:
+      The spans, or None where the words are not those of the filled placeholders.
+    """
+    borders = sorted({border for span in spans for border in span})
+    places: dict[int, int] = {}
+    at = written = 0  # in `text` and in `words`
+    waiting = iter(borders)
+    border = next(waiting, None)
+    for match in [*_PLACEHOLDER.finditer(text), None]:
+        literal = text[at : match.start() if match else len(text)]
+        if not words.startswith(literal, written):
+            return None
+        while border is not None and border <= at + len(literal):
+            places[border] = written + border - at
+            border = next(waiting, None)
+        at, written = at + len(literal), written + len(literal)
+        if match is None:
+            break
+        value = shape.values.get(match[0], match[0])
+        if not words.startswith(value, written):
+            return None
+        if border is not None and border < match.end():
+            return None  # within what is said
+        at, written = match.end(), written + len(value)
+    if written != len(words):
+        return None
+    return [(places[first], places[last]) for first, last in spans]
