@@ -13,8 +13,33 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.masked import keep
+from jaxalign.losses.masked import keep, masked_mean
 from jaxalign.types import Array
+
+
+def load_balancing(logits: Array, top_k: int, mask: Array | None = None) -> jax.Array:
+    """The loss over a whole batch, as transformers' `load_balancing_loss_func` computes it.
+
+    A product of two means over the batch: how the batch is cut changes it, which is why training
+    here uses `document_balance`.
+
+    Args:
+      logits: the router's, `[L, N, E]`: layers, tokens, experts.
+      top_k: experts a token takes.
+      mask: bool `[N]`, which tokens count; None: all.
+
+    Returns:
+      A float32 scalar, from k to E · k.
+
+    >>> load_balancing(jnp.zeros((1, 4, 2)).at[0, :2, 0].set(1.0).at[0, 2:, 1].set(1.0), 1)
+    Array(1., dtype=float32)
+    """
+    probs = jax.nn.softmax(jnp.asarray(logits, jnp.float32), axis=-1)
+    chosen = jnp.sum(jax.nn.one_hot(jax.lax.top_k(probs, top_k)[1], probs.shape[-1]), axis=2)
+    counts = jnp.ones(probs.shape[1:2], bool) if mask is None else jnp.asarray(mask, bool)
+    counts = jnp.broadcast_to(counts[None, :, None], probs.shape)
+    share = masked_mean(chosen, counts, (0, 1))
+    return probs.shape[-1] * jnp.sum(share * masked_mean(probs, counts, (0, 1)))
 
 
 def document_balance(probs: Array, chosen: Array, segment_ids: Array) -> jax.Array:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxalign.losses.router import document_balance
+from jaxalign.losses.router import document_balance, load_balancing
 
 L, N, E, K = 3, 14, 5, 2
 LOGITS = np.random.default_rng(3).normal(size=(L, N, E)).astype(np.float32)
@@ -41,6 +41,25 @@ def test_the_loop_equals_transformers():
     np.testing.assert_allclose(by_hand(LOGITS, range(N)), want, 1e-5)
     want = load_balancing_loss_func(logits, E, K, torch.tensor(MASK[None]).long())
     np.testing.assert_allclose(by_hand(LOGITS, np.flatnonzero(MASK)), want, 1e-5)
+
+
+def test_batch_wide():
+    np.testing.assert_allclose(load_balancing(LOGITS, K), by_hand(LOGITS, range(N)), 1e-5)
+    kept = np.flatnonzero(MASK)
+    np.testing.assert_allclose(load_balancing(LOGITS, K, MASK), by_hand(LOGITS, kept), 1e-5)
+    # All alike: every expert has the same share, and the loss its least value.
+    np.testing.assert_allclose(load_balancing(np.zeros((1, 4, E)), E), E, 1e-6)
+
+
+def test_batch_wide_equals_transformers():
+    torch = pytest.importorskip("torch", reason="the reference is written in torch")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = tuple(torch.tensor(layer) for layer in LOGITS)
+    want = load_balancing_loss_func(logits, E, K)
+    np.testing.assert_allclose(load_balancing(LOGITS, K), want, 1e-5)
+    want = load_balancing_loss_func(logits, E, K, torch.tensor(MASK[None]).long())
+    np.testing.assert_allclose(load_balancing(LOGITS, K, MASK), want, 1e-5)
 
 
 def test_one_document_is_the_whole_batch():
