@@ -159,3 +159,28 @@ def test_mesh_axis_names_live_in_one_file():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node.value not in axes, f"{path}:{node.lineno} names a mesh axis"
+
+
+# Platforms are told apart in `parallel`, `plan`, and the two tables of `models`.
+PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
+ASKING = {"current_device", "platform_dependent", "default_backend"}
+
+
+def platform_words(path):
+    """Platforms, and ways to find out about them, that a file names: (line, word)."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Constant) and node.value in PLATFORMS:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Name) and node.id in ASKING:
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and node.attr in ASKING:
+            yield node.lineno, node.attr
+
+
+def test_platforms_are_named_in_few_files():
+    tables = ("models.backend", "models.attention.dispatch")
+    assert list(platform_words(PACKAGE / "models/backend.py"))
+    for path in FILES:
+        module = name_of(path)
+        if room(module) not in ("parallel", "plan") and module not in tables:
+            assert not list(platform_words(path)), f"{path}: ask `models.backend.backend()` instead"
