@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # the names of `_NAMES` and `_MODULES` again, for editors and
     from jaxalign import losses
     from jaxalign.algorithms import dpo, kto, ppo, reward, sft
     from jaxalign.algorithms.compile import compile_step
+    from jaxalign.algorithms.loss import Loss
     from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
     from jaxalign.algorithms.state import init_state
-    from jaxalign.algorithms.step import make_eval
+    from jaxalign.algorithms.step import make_eval, make_step
     from jaxalign.data import (
         Source,
         graded_batches,
@@ -63,9 +64,10 @@ _MODULES = {"losses": "losses"} | {
 
 _NAMES = {
     "algorithms.compile": "compile_step",
+    "algorithms.loss": "Loss",
     "algorithms.optim": "OptimizerConfig make_optimizer make_schedule",
     "algorithms.state": "init_state",
-    "algorithms.step": "make_eval",
+    "algorithms.step": "make_eval make_step",
     "data": "Source graded_batches preference_batches prompt_batches ranked_batches sft_batches "
     "step_batches unpaired_batches",
     "hf": "load_pretrained load_tokenizer save_pretrained",
