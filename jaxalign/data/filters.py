@@ -96,12 +96,12 @@ def prompt_key(example: Any) -> str:
     if hasattr(example, "text"):
         return example.text
     messages = example.prompt if hasattr(example, "prompt") else example.messages
-    said = []
+    turns = []
     for message in messages:
         if message["role"] == "assistant":
             break
-        said.append((message["role"], message["content"]))
-    return json.dumps(said, ensure_ascii=False, default=str)
+        turns.append((message["role"], message["content"]))
+    return json.dumps(turns, ensure_ascii=False, default=str)
 
 
 def _content(example: Any) -> str:

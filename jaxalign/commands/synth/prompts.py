@@ -168,8 +168,8 @@ def show_conversation(language: str, messages: Sequence[dict[str, Any]]) -> str:
     names = _ROLES[language]
     colon = ": " if language == "en" else "："
     # A turn that only calls a tool has no content.
-    said = [(m["role"], m.get("content")) for m in messages]
-    return "\n".join(f"{names[r]}{colon}{'' if text is None else text}" for r, text in said)
+    turns = [(m["role"], m.get("content")) for m in messages]
+    return "\n".join(f"{names[r]}{colon}{'' if text is None else text}" for r, text in turns)
 
 
 def _line(language: str, field: str, text: str) -> str:
@@ -204,10 +204,10 @@ def read_yes_no(text: str) -> bool | None:
     >>> [read_yes_no(text) for text in ("Yes.", "**No**, it is not", "是的", "不是", "Maybe")]
     [True, False, True, False, None]
     """
-    said = text.strip().lstrip("*\"“'(# ").lower()
+    reply = text.strip().lstrip("*\"“'(# ").lower()
     for start, value in (("yes", True), ("no", False), ("是", True), ("否", False), ("不", False)):
-        if said.startswith(start) and not said[len(start) : len(start) + 1].isascii() * (
-            said[len(start) : len(start) + 1].isalpha()
+        if reply.startswith(start) and not reply[len(start) : len(start) + 1].isascii() * (
+            reply[len(start) : len(start) + 1].isalpha()
         ):
             return value
     return None
