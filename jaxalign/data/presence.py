@@ -26,7 +26,7 @@ def split_reasoning(message: Message) -> tuple[str, str]:
     return (apart if apart else inside), after.strip()
 
 
-def check_said(chat: Chat, size: int, text: str) -> None:
+def check_turns(chat: Chat, size: int, text: str) -> None:
     """Refuses a text in which a turn is missing.
 
     Args:
@@ -41,7 +41,7 @@ def check_said(chat: Chat, size: int, text: str) -> None:
     at = 0
     for number, message in enumerate(chat.messages[:size]):
         # Some templates write the system text into another turn.
-        end = find_said(message, text, 0 if message["role"] == "system" else at)
+        end = find_content(message, text, 0 if message["role"] == "system" else at)
         if end is None:
             raise RowError(
                 chat.origin,
@@ -52,7 +52,7 @@ def check_said(chat: Chat, size: int, text: str) -> None:
         at = at if message["role"] == "system" else end
 
 
-def find_said(message: Message, text: str, start: int) -> int | None:
+def find_content(message: Message, text: str, start: int) -> int | None:
     """Where a message ends that is found in a text from `start` on; None where it is not.
 
     The content, or the answer after its reasoning, and the names and arguments of calls, each

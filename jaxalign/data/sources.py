@@ -132,8 +132,8 @@ def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
         return
     elif glob.has_magic(name):
         files = [pathlib.Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
-        asked = set(path.parts)
-        files = [f for f in files if f.is_file() and not any(_hidden(set(f.parts) - asked))]
+        given = set(path.parts)
+        files = [f for f in files if f.is_file() and not any(_hidden(set(f.parts) - given))]
         if not files:
             raise ValueError(f"{name}: no file matches; correct the pattern (** goes into folders)")
     else:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from jaxalign.data.examples import Conversation, Message, Messages, RowError
 from jaxalign.data.placeholders import filled, placeholders_of
-from jaxalign.data.presence import LEFT_OUT, check_said, find_said, split_reasoning
+from jaxalign.data.presence import LEFT_OUT, check_turns, find_content, split_reasoning
 from jaxalign.data.render import GENERATION, Chat, Renderer
 
 Span = tuple[int, int]
@@ -108,7 +108,7 @@ def _exact(
     thinking = _thinks(chat.messages, trained)
     whole = render.one(chat, thinking=thinking)
     if everything:
-        check_said(chat, len(chat.messages), whole)
+        check_turns(chat, len(chat.messages), whole)
         return [Document(0, whole, [(0, len(whole))])]
     spans: dict[int, Span] = {}
     own: list[Document] = []
@@ -138,7 +138,7 @@ def _exact(
     if spans or not own:
         text_spans = [spans[at] for at in sorted(spans)]
         end = len(whole) if not spans else text_spans[-1][1]
-        check_said(chat, (max(spans) if spans else len(chat.messages) - 1) + 1, whole[:end])
+        check_turns(chat, (max(spans) if spans else len(chat.messages) - 1) + 1, whole[:end])
         documents.append(Document(0, whole, text_spans))
     return documents + own
 
@@ -185,8 +185,8 @@ def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> i
     header may follow it.
     """
     end = render.end_of_turn
-    said = find_said(chat.messages[at], done, start)
-    place = -1 if end is None or said is None else done.find(end, said)
+    content = find_content(chat.messages[at], done, start)
+    place = -1 if end is None or content is None else done.find(end, content)
     return place + len(end) if end is not None and place >= 0 else len(done.rstrip())
 
 
@@ -218,7 +218,7 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
     if start is not None:
         end = _turn_end(render, chat, at, done, start)
         if end > start and _shows(chat, at, done[start:end]):
-            check_said(chat, at + 1, done[:end])
+            check_turns(chat, at + 1, done[:end])
             return Document(0, done, [(start, end)])
     thought, answer = split_reasoning(message)
     opened = head.rstrip().endswith(_OPEN)
@@ -243,7 +243,7 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
         text = f"{head}{before}{thought}\n{_CLOSE}\n\n{answer}{tail}"
     else:
         text = f"{head}{_blanks_before(done[:place], head)}{answer}{tail}"
-    check_said(chat, at + 1, text)
+    check_turns(chat, at + 1, text)
     return Document(0, text, [(len(head), len(text))])
 
 
@@ -279,10 +279,10 @@ def _in_place(
     done: str,
 ) -> Span:
     """The turn as later turns leave it: the same text, or the same but for its reasoning."""
-    said = _after_any(done, heads)
+    content = _after_any(done, heads)
     later = at + 1 < len(chat.messages)  # what the last turn says must be there whole
-    if later and start is not None and said is not None:
-        produced = done[said : _turn_end(render, chat, at, done, said)]
+    if later and start is not None and content is not None:
+        produced = done[content : _turn_end(render, chat, at, done, content)]
         # An empty block that the template puts before an answer goes with the reasoning.
         for text in (produced, produced.rpartition(_CLOSE)[2].lstrip("\n")):
             _, answer = split_reasoning(chat.messages[at])

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools
 from jaxalign.data.placeholders import placeholders_of
-from jaxalign.data.presence import LEFT_OUT, check_said
+from jaxalign.data.presence import LEFT_OUT, check_turns
 from jaxalign.data.render import Chat, Renderer, resolve_chat_template
 from jaxalign.data.spans import Document, find_documents
 from jaxalign.data.tokens import SpecialTokens, places_of, tokenize, tokens_of
@@ -165,12 +165,12 @@ class Writers:
     def _check_prompt(self, render: Renderer, chat: Chat, text: str) -> None:
         """Refuses a prompt in which a turn is missing."""
         size = len(chat.messages)
-        check_said(chat, size, text)
+        check_turns(chat, size, text)
         shape = placeholders_of(chat)
         if not shape.short:
             return
         try:
-            check_said(shape.chat, size, render.one(shape.chat, generation_prompt=True))
+            check_turns(shape.chat, size, render.one(shape.chat, generation_prompt=True))
         except RowError as error:
             if error.reason == LEFT_OUT:
                 raise
