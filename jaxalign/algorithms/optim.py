@@ -88,7 +88,9 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
             )
         if config.total_steps <= warmup:
             raise ValueError(
-                f"optimizer total_steps={config.total_steps} is not more than warmup_steps={warmup}"
+                f"optimizer warmup_steps={warmup}: wanted fewer than the {config.total_steps} "
+                f"updates in all (total_steps, which a run counts from run.steps and its data); "
+                f"lower warmup_steps, or train for longer"
             )
         length = config.total_steps - warmup
         if config.schedule == "linear":
@@ -122,6 +124,12 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
     """Clipping, then AdamW with the configured schedule; bfloat16 weights round stochastically."""
     config = OptimizerConfig() if config is None else config
+    if not isinstance(config, OptimizerConfig):
+        rate = f"(learning_rate={config!r})" if isinstance(config, (int, float)) else "(…)"
+        raise ValueError(
+            f"make_optimizer: got {config!r}, wanted an OptimizerConfig; write "
+            f"ja.make_optimizer(ja.OptimizerConfig{rate})"
+        )
     schedule = make_schedule(config)
     if config.moments == "float32":
         adamw = _in_float32(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxalign.commands.arguments import Parser, unrecognized, version
 from jaxalign.commands.command import Command
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL: the same command with run.resume=true continues the run
@@ -24,6 +25,7 @@ def commands() -> tuple[Command, ...]:
     """
     from jaxalign.commands import answer, export, plan, train
     from jaxalign.commands.bench import arguments as bench
+    from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
     from jaxalign.commands.report import command as report
     from jaxalign.commands.synth import command as synth
@@ -31,6 +33,7 @@ def commands() -> tuple[Command, ...]:
     return (
         *train.commands(),
         quickstart.COMMAND,
+        *options.COMMANDS,
         *answer.COMMANDS,
         *export.COMMANDS,
         plan.COMMAND,
@@ -42,9 +45,13 @@ def commands() -> tuple[Command, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        print(version())
+        return 0
     # Only the tokenizers of transformers are used, so its advice to install torch is no use here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    parsed = parse(arguments)
+    parsed = parse(given)
     command: Command = parsed.subcommand
 
     from jaxalign.commands.startup.program_cache import cache_programs
@@ -70,20 +77,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a command; `subcommand` is the `Command`. A wrong command line exits."""
-    parser = argparse.ArgumentParser(
-        prog="jaxalign", description="Align language models with people, in JAX."
-    )
+    parser = Parser(prog="jaxalign", description="Align language models with people, in JAX.")
+    parser.add_argument("--version", action="store_true", help="print versions and end")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands():
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser.more_help = command.more_help
         command.add_arguments(subparser)
         subparser.set_defaults(subcommand=command)
     parsed, rest = parser.parse_known_args(arguments)
+    takes_overrides = hasattr(parsed, "overrides")
     # argparse ends the list of overrides at the first option; those after it belong to it too.
-    if rest and hasattr(parsed, "overrides") and not any(text.startswith("-") for text in rest):
+    if rest and takes_overrides and not any(text.startswith("-") for text in rest):
         parsed.overrides, rest = parsed.overrides + rest, []
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        given = sys.argv[1:] if arguments is None else arguments
+        chosen = subparsers.choices[parsed.command]
+        chosen.error(unrecognized(parsed.command, rest, given, takes_overrides))
     return parsed
 
 

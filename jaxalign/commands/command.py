@@ -16,6 +16,7 @@ class Command(NamedTuple):
       add_arguments: adds its arguments to its parser.
       run: does the work, given the parsed arguments; its result is the exit status, None is 0.
       compiles: whether it compiles programs that are worth a cache on disk.
+      more_help: what `--help` shows behind the arguments; made only when it is asked for.
     """
 
     name: str
@@ -23,14 +24,21 @@ class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
     compiles: bool = False
+    more_help: Callable[[], str] | None = None
 
 
 def config_arguments(parser: argparse.ArgumentParser, help: str, key: str = "key") -> None:
     """Adds a YAML file and overrides of its values."""
-    parser.add_argument("config", help=help)
+    parser.add_argument("config", metavar="CONFIG", help=help)
     overrides_argument(parser, key)
 
 
 def overrides_argument(parser: argparse.ArgumentParser, key: str = "key") -> None:
     """Adds `key=value …`."""
-    parser.add_argument("overrides", nargs="*", metavar=f"{key}=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar=f"{key}=value",
+        help="options that take the place of those in the file, such as data.rows=8",
+    )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    config_arguments(parser, "YAML file (see configs/)")
+    config_arguments(parser, "YAML file, or recipe:NAME; see `jaxalign init`")
+
+
+def _options(algorithm: str) -> str:
+    from jaxalign.commands.options.table import sections_of_command, show_briefly
+
+    return show_briefly(sections_of_command(algorithm))
 
 
 def _train(parsed: argparse.Namespace) -> None:
@@ -28,7 +35,11 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    config_arguments(parser, "YAML file (see configs/pipeline.yaml)", key="stage.key")
+    config_arguments(
+        parser,
+        "YAML file, or recipe:pipeline; see `jaxalign init`",
+        key="stage.key",
+    )
 
 
 def _pipeline(parsed: argparse.Namespace) -> None:
@@ -44,7 +55,14 @@ def _pipeline(parsed: argparse.Namespace) -> None:
 def commands() -> list[Command]:
     """A command for each algorithm, those registered from outside too, and `pipeline`."""
     training = [
-        Command(name, help, _train_arguments, _train, compiles=True)
+        Command(
+            name,
+            help,
+            _train_arguments,
+            _train,
+            compiles=True,
+            more_help=functools.partial(_options, name),
+        )
         for name, help in algorithms().items()
     ]
     help = "several stages from one YAML"

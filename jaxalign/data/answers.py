@@ -13,7 +13,7 @@ from jaxalign.data.chat import Encoded, encode_conversations
 from jaxalign.data.examples import Conversation, Graded, Ranked, RowError, Steps, Unpaired
 from jaxalign.data.loader import Batches
 from jaxalign.data.mixture import entries_of
-from jaxalign.data.options import Options, options_of
+from jaxalign.data.options import Options, options_of, spelled_out
 from jaxalign.data.packing import token_rows
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_graded, to_ranked, to_steps, to_unpaired
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@spelled_out
 def unpaired_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
@@ -82,6 +83,7 @@ def unpaired_batches(
     return load(recipe, entries, options, tok)
 
 
+@spelled_out
 def ranked_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
@@ -160,6 +162,7 @@ def ranked_batches(
     return load(recipe, entries, options, tok)
 
 
+@spelled_out
 def graded_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
@@ -225,6 +228,7 @@ def graded_batches(
     return load(recipe, entries, options, tok)
 
 
+@spelled_out
 def step_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,

@@ -23,7 +23,7 @@ from jaxalign.data.chat import (
 from jaxalign.data.examples import Conversation, Preference, Prompt, Text, TrainOn
 from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
-from jaxalign.data.options import Options, options_of
+from jaxalign.data.options import Options, options_of, spelled_out
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@spelled_out
 def sft_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
@@ -89,6 +90,7 @@ def sft_batches(
     return load(recipe, entries, options, tok)
 
 
+@spelled_out
 def preference_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,
@@ -179,6 +181,7 @@ def preference_batches(
     return load(recipe, entries, options, tok)
 
 
+@spelled_out
 def prompt_batches(
     sources: Any,
     tok: PreTrainedTokenizerBase,

@@ -280,8 +280,8 @@ def _check_end_tokens(
             raise ValueError(
                 f"{origin}: under this chat template an answer ends with the ordinary token "
                 f"{tok.decode([token])!r}, so a model could not learn to stop; end assistant turns "
-                "with {{ eos_token }}, or use a tokenizer that has the template's end token (pass "
-                "chat_template='none' for plain text)"
+                "with {{ eos_token }}, use a tokenizer that has the template's end token, or pass "
+                "chat_template='alpaca', which ends answers with eos_token ('none' for plain text)"
             )
 
 

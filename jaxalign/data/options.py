@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from jaxalign.data.faults import ON_ERROR
 from jaxalign.data.scripts import check_scripts
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
@@ -98,7 +101,12 @@ class BatchOptions:
         ):
             _check_integer(name, getattr(self, name), least, optional)
         if not isinstance(self.packing, bool):
-            _check_choice("packing", self.packing, PACKING, "True, False or None")
+            if str(self.packing).lower() in ("true", "false"):
+                raise ValueError(
+                    f"packing: got the text {self.packing!r}, wanted {self.packing.lower()} "
+                    "without quotes"
+                )
+            _check_choice("packing", self.packing, PACKING, "true, false or null")
         _check_choice("on_error", self.on_error, ON_ERROR)
         _check_choice("special_tokens_in_text", self.special_tokens_in_text, SPECIAL_TOKENS)
         _check_choice("keep", self.keep, KEEP, "None")
@@ -227,6 +235,24 @@ def options_of(options: Options | None, fields: Mapping[str, Any]) -> Options:
       ValueError: a value that an option does not take.
     """
     return Options(**fields) if options is None else dataclasses.replace(options, **fields)
+
+
+def spelled_out(function: F) -> F:
+    """Decorator: `help` and editors show each option of `**fields` with its default.
+
+    Python reads the names that a function takes from its own signature, where `**fields` hides
+    them; this one lists the fields of `Options` in its place.
+    """
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    kept += [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+        )
+        for field in dataclasses.fields(Options)
+    ]
+    function.__signature__ = own.replace(parameters=kept)  # type: ignore
+    return function
 
 
 # These change how batches are made or shared, not what is in them.

@@ -25,6 +25,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
     """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
+        _check_no_run(path)
         return path
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -39,6 +40,23 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
             f"{text!r}: no such folder or .gguf file, and not a hub id like 'org/name'"
         )
     return _download(text, patterns)
+
+
+def _check_no_run(folder: pathlib.Path) -> None:
+    """Refuses the folder of a run, whose model is one folder further down.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").is_file():
+        return
+    model = folder / "model"
+    if (model / "config.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run; its model is {model}")
+    raise ValueError(
+        f"{folder} is the folder of a run that holds no model yet; let it finish, or write one of "
+        f"its checkpoints with `jaxalign export {folder} --out DIR` and give that folder"
+    )
 
 
 def _download(repo: str, patterns: Sequence[str]) -> pathlib.Path:

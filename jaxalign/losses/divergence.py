@@ -20,6 +20,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -58,6 +59,10 @@ def divergence_score(
     if f_divergence == "js_divergence":
         return math.log(2) + jax.nn.log_sigmoid(ratio)
     power = {"forward_kl": -1.0, "alpha_divergence": f_alpha - 1.0}.get(f_divergence, 0.0)
+    if isinstance(power, jax.core.Tracer):
+        small = jnp.abs(power) < 1e-6
+        power = jnp.where(small, 1.0, power)
+        return jnp.where(small, ratio, _expm1(power * ratio) / power)
     if abs(power) < 1e-6:
         return ratio
     return _expm1(power * ratio) / power
@@ -72,10 +77,10 @@ def check_divergence(f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> 
     """Raises ValueError for an unknown divergence, or an α without effect."""
     if f_divergence not in F_DIVERGENCES:
         raise ValueError(f"f_divergence={f_divergence!r}: wanted one of {', '.join(F_DIVERGENCES)}")
-    if f_alpha != 0.5 and f_divergence != "alpha_divergence":
+    if outside(f_alpha, lambda x: x == 0.5) and f_divergence != "alpha_divergence":
         raise ValueError(
             f"f_alpha={f_alpha} has no effect on f_divergence={f_divergence!r}; leave it 0.5, or "
             "use f_divergence='alpha_divergence'"
         )
-    if not math.isfinite(f_alpha):
+    if outside(f_alpha, math.isfinite):
         raise ValueError(f"f_alpha={f_alpha}: wanted a finite number; 0.5 is usual")

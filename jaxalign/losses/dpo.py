@@ -16,6 +16,7 @@ from jaxalign.losses import preference
 from jaxalign.losses.divergence import check_divergence, divergence_score
 from jaxalign.losses.masked import as_bool, as_float32
 from jaxalign.losses.preference import Pairs
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 LOSS_TYPES = tuple(preference.TABLE)
@@ -42,6 +43,11 @@ def preference_loss(
     rejected_lengths: Array | None = None,
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
+    ipo_normalize: bool = True,
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    reward_shift: float | Array = 0.0,
+    chosen_sft_logps: Array | None = None,
     pair_weights: Array | None = None,
     mask: Array | None = None,
     **options: Any,
@@ -72,21 +78,18 @@ def preference_loss(
         a difference: `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`, `exo_pair`, `robust`, `discopop`
         (and `sft` beside them).
       f_alpha: α of `f_divergence="alpha_divergence"`.
+      ipo_normalize: `ipo`: True takes log-ratios per token, False summed as published.
+      discopop_tau: `discopop`: τ > 0, temperature of the switch between its halves.
+      simpo_gamma: `simpo`: the margin γ ≥ 0.
+      reward_shift: `bco_pair`: δ, what counts as no reward, a number or an array of the pairs'
+        shape. 0 is TRL's; the paper's is a running mean of both answers' rewards β · s.
+      chosen_sft_logps: `sft`: log π of the chosen answers, where `chosen_logps` is not the plain
+        sum (`ld_alpha`).
       pair_weights: factor of each pair's loss (WPO: `losses.tokens.wpo_weight` of the chosen times
         that of the rejected); None for 1. Not for `aot` types, which mix pairs.
       mask: which pairs exist, for `aot`, `aot_unpaired` and `sft`, which look at all of them
         together; None: all. A fact about the batch: it may be passed always.
-      **options: further options, each of the loss types whose row in `losses.preference.TABLE`
-        lists it:
-        `ipo_normalize` (`ipo`): True, the default, takes log-ratios per token, False summed as
-          published.
-        `discopop_tau` (`discopop`): τ > 0, temperature of the switch between its halves; 0.05.
-        `simpo_gamma` (`simpo`): the margin γ ≥ 0; 0.5.
-        `reward_shift` (`bco_pair`): δ, what counts as no reward, a number or an array of the pairs'
-          shape. 0 is TRL's; the paper's is a running mean of both answers' rewards β · s.
-        `chosen_sft_logps` (`sft`): log π of the chosen answers, where `chosen_logps` is not the
-          plain sum (`ld_alpha`).
-        and those of a loss that was registered.
+      **options: options of a loss that `losses.preference.register` added.
 
     Returns:
       `(losses, chosen_rewards, rejected_rewards)`, float32, the shape of the inputs, not reduced.
@@ -97,7 +100,8 @@ def preference_loss(
 
     Raises:
       ValueError: an unknown `loss_type` or option, an option out of range or one that this
-        `loss_type` does not have, lengths or reference missing, or shapes that differ.
+        `loss_type` does not have, lengths or reference missing, or shapes that differ. The range of
+        an option that `jit` or `vmap` traces is not checked.
 
     >>> chosen, rejected = jnp.array([-10.0]), jnp.array([-12.0])
     >>> preference_loss(chosen, rejected, chosen, rejected)[0]  # policy = reference: log 2
@@ -107,7 +111,15 @@ def preference_loss(
     >>> preference_loss(chosen, rejected, chosen, rejected, loss_type=two, chosen_lengths=n)[0]
     Array([2.6931472], dtype=float32)
     """
-    options = {"label_smoothing": label_smoothing, **options}
+    options = {
+        "label_smoothing": label_smoothing,
+        "ipo_normalize": ipo_normalize,
+        "discopop_tau": discopop_tau,
+        "simpo_gamma": simpo_gamma,
+        "reward_shift": reward_shift,
+        "chosen_sft_logps": chosen_sft_logps,
+        **options,
+    }
     check_options(
         beta=beta,
         loss_type=loss_type,
@@ -187,7 +199,7 @@ def check_options(
             known = ", ".join(preference.TABLE)
             raise ValueError(f"loss_type={name!r}: wanted one of {known}")
     _check_combination(types, loss_weights)
-    if not beta > 0:
+    if outside(beta, lambda x: x > 0):
         raise ValueError(f"beta={beta}: wanted a number > 0; 0.1 is usual")
     shown = repr(types[0] if len(types) == 1 else types)
     for name, value in options.items():
@@ -221,7 +233,7 @@ def _check_option(name: str, value: Any, types: tuple[str, ...], shown: str) -> 
     takers = [user for user in users if user in types]
     for user in takers or users[:1]:
         option = preference.TABLE[user].options[name]
-        if option.valid is not None and not option.valid(value):
+        if option.valid is not None and outside(value, option.valid):
             raise ValueError(f"{name}={value}: wanted {option.wanted}")
     default = preference.TABLE[users[0]].options[name].default
     if not takers and _is_set(value, default):
@@ -250,7 +262,7 @@ def _check_combination(types: tuple[str, ...], loss_weights: Sequence[float] | N
         raise ValueError(
             f"loss_weights={tuple(loss_weights)}: wanted one number for each loss_type {types}"
         )
-    if not all(weight > 0 for weight in loss_weights):
+    if any(outside(weight, lambda x: x > 0) for weight in loss_weights):
         raise ValueError(f"loss_weights={tuple(loss_weights)}: wanted numbers > 0")
 
 

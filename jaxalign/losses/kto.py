@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import as_bool, as_float32, masked_mean
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 
@@ -87,5 +88,5 @@ def check_options(*, beta: float, desirable_weight: float, undesirable_weight: f
         ("desirable_weight", desirable_weight),
         ("undesirable_weight", undesirable_weight),
     ):
-        if not value > 0:
+        if outside(value, lambda x: x > 0):
             raise ValueError(f"{name}={value}: wanted a number > 0")

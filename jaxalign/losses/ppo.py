@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import as_bool, as_float32, keep
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 MAX_LOG_RATIO = 20.0
@@ -128,7 +129,7 @@ def gae(
     (Array([[0. , 0.5]], dtype=float32), Array([[0.5, 1. ]], dtype=float32))
     """
     for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
+        if outside(number, lambda x: 0 <= x <= 1):
             raise ValueError(f"{name}={number}: wanted 0 ≤ {name} ≤ 1")
     as_float32(rewards=rewards, values=values, mask=mask)
     mask = as_bool(mask)
@@ -251,7 +252,7 @@ def missing_eos_penalty(scores: Array, finished: Array, penalty: float) -> jax.A
     >>> missing_eos_penalty(jnp.array([2.0, 2.0]), jnp.array([True, False]), 1.5)
     Array([2. , 0.5], dtype=float32)
     """
-    if not penalty >= 0:
+    if outside(penalty, lambda x: x >= 0):
         raise ValueError(f"penalty={penalty}: wanted a number ≥ 0, which is subtracted")
     scores, _ = as_float32(scores=scores, finished=finished)
     return jnp.where(as_bool(finished), scores, scores - penalty)
@@ -287,7 +288,7 @@ def adaptive_kl_coef(
     Array(1.125, dtype=float32)
     """
     for name, number in (("target", target), ("horizon", horizon)):
-        if not number > 0:
+        if outside(number, lambda x: x > 0):
             raise ValueError(f"{name}={number}: wanted a number > 0")
     error = jnp.clip(jnp.asarray(measured_kl, jnp.float32) / target - 1, -0.2, 0.2)
     return jnp.asarray(kl_coef, jnp.float32) * (1 + error * batch_size / horizon)
@@ -309,19 +310,19 @@ def check_clip(
     clip_range: float, clip_range_high: float | None = None, dual_clip: float | None = None
 ) -> None:
     """Raises ValueError for options of `policy_loss` that are out of range."""
-    if not 0 < clip_range < 1:
+    if outside(clip_range, lambda x: 0 < x < 1):
         raise ValueError(f"clip_range={clip_range}: wanted 0 < clip_range < 1; 0.2 is usual")
-    if clip_range_high is not None and not clip_range_high > 0:
+    if clip_range_high is not None and outside(clip_range_high, lambda x: x > 0):
         raise ValueError(
             f"clip_range_high={clip_range_high}: wanted a number > 0, or None for clip_range"
         )
-    if dual_clip is not None and not dual_clip > 1:
+    if dual_clip is not None and outside(dual_clip, lambda x: x > 1):
         raise ValueError(f"dual_clip={dual_clip}: wanted a number > 1, or None for no such bound")
 
 
 def check_clip_value(clip_range_value: float | None) -> None:
     """Raises ValueError for a value clip range that is not positive."""
-    if clip_range_value is not None and not clip_range_value > 0:
+    if clip_range_value is not None and outside(clip_range_value, lambda x: x > 0):
         raise ValueError(
             f"clip_range_value={clip_range_value}: wanted a number > 0, or None for no clipping"
         )

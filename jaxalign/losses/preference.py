@@ -40,6 +40,7 @@ import jax.numpy as jnp
 
 from jaxalign.losses import forms, reference_free
 from jaxalign.losses.masked import as_float32, keep
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array, Weighted
 
 Losses = jax.Array
@@ -246,7 +247,7 @@ def _cpo(pairs: Pairs, **options: Any) -> reference_free.Result:
 
 
 def _check_exo_pair(*, label_smoothing: float) -> None:
-    if label_smoothing == 0:
+    if outside(label_smoothing, lambda x: x != 0):
         raise ValueError(
             "label_smoothing=0 with loss_type='exo_pair': the loss contains log(label_smoothing); "
             "set it above 0, e.g. 1e-3"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import as_float32
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 
@@ -46,9 +47,9 @@ def bradley_terry(
     >>> bradley_terry(jnp.log(jnp.array([3.0])), jnp.array([0.0]), label_smoothing=0.25)
     Array([0.56233513], dtype=float32)
     """
-    if not center_coef >= 0:
+    if outside(center_coef, lambda x: x >= 0):
         raise ValueError(f"center_coef={center_coef}: wanted a number ≥ 0; 0 switches it off")
-    if not 0 <= label_smoothing < 0.5:
+    if outside(label_smoothing, lambda x: 0 <= x < 0.5):
         raise ValueError(
             f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 a "
             "label says nothing"
@@ -62,6 +63,6 @@ def bradley_terry(
         )
         gap = chosen - rejected - margin
     wins = -jax.nn.log_sigmoid(gap)
-    if label_smoothing:
+    if isinstance(label_smoothing, jax.core.Tracer) or label_smoothing:
         wins = (1 - label_smoothing) * wins - label_smoothing * jax.nn.log_sigmoid(-gap)
     return wins + center_coef * jnp.square(chosen + rejected)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import as_float32
+from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 
@@ -39,7 +40,7 @@ def length_desensitised(
 
 def check_ld_alpha(ld_alpha: float) -> None:
     """Raises ValueError for an `ld_alpha` out of range."""
-    if not 0 <= ld_alpha <= 1:
+    if outside(ld_alpha, lambda x: 0 <= x <= 1):
         raise ValueError(
             f"ld_alpha={ld_alpha}: wanted 0 ≤ ld_alpha ≤ 1, or None for all tokens alike"
         )

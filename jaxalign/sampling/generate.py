@@ -7,7 +7,7 @@ row has a stop token. Temperature, top-k and top-p are traced: to change them co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -230,6 +230,21 @@ def _limits(lengths: Array | None, answers: int, max_new_tokens: int) -> np.ndar
     return limits.astype(np.int32)
 
 
+def expect_decoder(model: Any, what: str) -> None:
+    """Refuses a model of the user's own, which has no cache to sample with.
+
+    Raises:
+      ValueError: it is no `Decoder`.
+    """
+    if isinstance(model, Decoder):
+        return
+    raise ValueError(
+        f"{what}: got a model of type {type(model).__name__}, wanted a Decoder, as "
+        "ja.load_pretrained gives one: sampling reads its key-value cache. With a model of your "
+        "own, sample by its own means; ppo.make_experience takes such answers"
+    )
+
+
 def generate(
     model: Decoder,
     params: Params,
@@ -265,14 +280,25 @@ def generate(
       One answer a prompt, special tokens removed.
 
     Raises:
-      ValueError: the parameters are on several processes. Use `sample` there, with the rows of each
-        process.
+      ValueError: one prompt instead of a list, a model that is no `Decoder`, or parameters on
+        several processes. Use `sample` there, with the rows of each process.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
     from jaxalign.data.packing import prompt_rows
 
-    if not prompts:
+    if isinstance(prompts, str):
+        raise ValueError(
+            f"prompts: got one text, {prompts[:40]!r}, wanted a list of prompts; write "
+            "generate(model, params, tok, [text])"
+        )
+    expect_decoder(model, "generate")
+    if not len(prompts):
         return []
+    if isinstance(prompts[0], Mapping):
+        raise ValueError(
+            "prompts: got one conversation, wanted a list of prompts; write "
+            "generate(model, params, tok, [messages])"
+        )
     encoded = [
         np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts
     ]

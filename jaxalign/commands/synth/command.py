@@ -8,7 +8,7 @@ from jaxalign.commands.command import Command, config_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    config_arguments(parser, "YAML file (see configs/synth_instruct.yaml)")
+    config_arguments(parser, "YAML file, or recipe:NAME; `jaxalign init synth_instruct` writes one")
 
 
 def _run(parsed: argparse.Namespace) -> None:

@@ -201,8 +201,10 @@ class PPORun(Run):
             return self.critic, models[0].attributes if models else None
         if not models:
             raise ValueError(
-                "critic=None: there is no reward model with the policy's tokenizer that it could "
-                "start from; name a model with a score, as `jaxalign reward` makes"
+                "critic=null: there is no reward model with the policy's tokenizer that it could "
+                "start from; set critic: policy (the policy's trunk with a fresh head), name a "
+                "model with a score, as `jaxalign reward` makes, or take an estimator without a "
+                "critic (ppo.advantage_estimator: rloo, grpo, reinforce++)"
             )
         return models[0].source, models[0].attributes
 

@@ -17,24 +17,36 @@ from typing import Any, TypeVar
 
 import yaml
 
+from jaxalign.run.config.recipes import find_config
+
 T = TypeVar("T")
 
 
 def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 
+    Args:
+      path: a file, or `recipe:NAME`, see `jaxalign.run.config.recipes`.
+
     Raises:
-      ValueError: no such file, broken YAML (with the line), or no mapping.
+      ValueError: no such file or recipe, not UTF-8, broken YAML (with the line), or no mapping.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {str(path)!r}: no such file")
+    path = find_config(path)
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"config {path}:{line}: invalid UTF-8 (byte 0x{error.object[error.start]:02x}); save "
+            "the file as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"config {path}: {error}") from error
+    if loaded is None:
+        raise ValueError(f"config {path}: the file is empty; wanted 'key: value' lines")
     if not isinstance(loaded, dict):
-        raise ValueError(f"config {path}: wanted 'key: value' lines, got {type(loaded).__name__}")
+        got = {"list": "a list", "str": "text"}.get(type(loaded).__name__, repr(loaded))
+        raise ValueError(f"config {path}: wanted 'key: value' lines, got {got}")
     return loaded
 
 

@@ -1,0 +1,1 @@
+"""The options of a configuration, for people: `jaxalign options`, `init`, and `--help`."""
