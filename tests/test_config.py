@@ -457,7 +457,7 @@ RLOO = ("ppo.advantage_estimator=rloo", "ppo.samples=2")
         ("ppo", (*RLOO, "ppo.lam=0.9"), "lam=0.9: wanted 0.95 with rloo"),
         ("ppo", (*RLOO, "ppo.gamma=0.9"), "gamma=0.9: wanted 1.0 with rloo"),
         ("ppo", (*RLOO, "ppo.scale_rewards=none"), "scale_rewards='none': wanted 'group' with"),
-        ("ppo", (*RLOO, "critic=x"), "critic='x': wanted None"),
+        ("ppo", (*RLOO, "critic=x"), "critic='x': wanted null, or leave it out"),
         ("ppo", (*RLOO, "critic_warmup=2"), "critic_warmup=2: wanted 0"),
         ("ppo", ("ppo.shared_critic=true", "critic=x"), "critic='x': wanted null with ppo.shared"),
         ("ppo", ("ppo.ptx_coef=1",), "ptx=None: wanted data where ppo.ptx_coef is above 0"),
@@ -486,8 +486,8 @@ def test_a_broken_override_is_shown(assignment, told):
     [
         ("model:\n  source: [a\nrun: 3\n", r"run\.yaml.*line 3"),
         ("data:\n  rows: 8\n  length: 9\n  rows: 4\n", r"'rows' is given twice.*line 4"),
-        ("- a\n- b\n", r"wanted 'key: value' lines, got list"),
-        ("", r"wanted 'key: value' lines, got NoneType"),
+        ("- a\n- b\n", r"wanted 'key: value' lines, got a list"),
+        ("", r"the file is empty; wanted 'key: value' lines"),
         ("a: !!python/object/apply:os.getcwd []\n", r"could not determine a constructor.*line 1"),
     ],
 )

@@ -113,7 +113,7 @@ def test_options_out_of_range_are_refused(options):
 def test_decay_needs_an_end():
     with pytest.raises(ValueError, match="wants total_steps"):
         make_schedule(OptimizerConfig(schedule="linear"))
-    with pytest.raises(ValueError, match=r"total_steps=3 .*warmup_steps=3"):
+    with pytest.raises(ValueError, match=r"warmup_steps=3: wanted fewer than the 3 updates"):
         make_schedule(OptimizerConfig(schedule="cosine", warmup_steps=3, total_steps=3))
 
 

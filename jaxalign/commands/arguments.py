@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -33,6 +34,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **{"formatter_class": _Formatter} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with the message, and what to do where a configuration is missing."""
+        if message.endswith("required: CONFIG"):
+            message += "; give a YAML file (`jaxalign init` writes one) or recipe:NAME"
+        super().error(message)
 
     def format_help(self) -> str:
         """The help, with `more_help` where there is some."""

@@ -18,7 +18,7 @@ def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run's folder")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument(
         "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
@@ -35,7 +35,7 @@ def _export(parsed: argparse.Namespace) -> None:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder, .gguf file or hub id")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="folder to write")
     _dtype_argument(parser, "that of the source, or float32 where it is quantised")
 
 

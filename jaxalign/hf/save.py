@@ -19,6 +19,7 @@ from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.orbax_folder import PARAMS
 from jaxalign.hf.safetensors_write import File, Planned, Writer, plan_files, write_index
 from jaxalign.hf.source import SOURCE_DTYPES, read_json
+from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
@@ -80,6 +81,12 @@ def save_pretrained(
         a model that was not loaded.
       RuntimeError: another process failed.
     """
+    if not isinstance(model, (Decoder, Scorer)):
+        raise ValueError(
+            f"save_pretrained: got a model of type {type(model).__name__}, wanted a Decoder or "
+            "Scorer, whose configuration Hugging Face's folders can hold; save a model of your own "
+            "with Orbax or numpy.savez"
+        )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: wanted a positive number of bytes")
     flat = families.flatten(params)

@@ -62,12 +62,18 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
-            ),
+        wanted = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
         )
+        try:
+            restored = self._manager.restore(step, args=wanted)
+        except (ValueError, KeyError, TypeError) as error:
+            # Of the same shapes and another structure, as Adam's moments have it by their type.
+            raise ValueError(
+                f"checkpoint {self._folder}/{step} does not fit this run's model or optimizer, "
+                "though their shapes are the same; resume with the config it was made with "
+                "(optimizer.moments, optimizer.offload, model.lora), or start in another folder"
+            ) from error
         loaded = restored["state"]
         state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
         return state, restored["loop"]

@@ -120,6 +120,7 @@ def sample(
     Raises:
       ValueError: a value out of its range.
     """
+    expect_decoder(model, "sample")
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: wanted a positive integer")

@@ -18,8 +18,8 @@ from jaxalign.commands import cli
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
-    *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "generate", "score", "chat"),
-    *("export", "import", "plan", "bench", "report", "data", "synth"),
+    *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "init", "options"),
+    *("generate", "score", "chat", "export", "import", "plan", "bench", "report", "data", "synth"),
 ]
 
 
@@ -62,9 +62,10 @@ def test_as_a_module_wrong_input_is_one_line_and_status_2(tmp_path):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines() == [
-        f"jaxalign sft: error: config '{tmp_path / 'absent.yaml'}': no such file"
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"jaxalign sft: error: config '{tmp_path / 'absent.yaml'}': no such file; "
+    )
 
 
 @pytest.mark.parametrize(

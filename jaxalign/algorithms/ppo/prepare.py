@@ -11,6 +11,7 @@ rollout is off-policy.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,12 @@ def make_prepare(
     """
     config = Config() if config is None else config
     config.check_stop_tokens()
+    if not config.stop_tokens:
+        print(
+            f"ppo: no stop_tokens, so every answer has max_new_tokens={config.max_new_tokens} "
+            "tokens; jaxalign.data.stop_token_ids(tok) gives a tokenizer's",
+            file=sys.stderr,
+        )
     experience = make_experience(model, critic, config, reference=reference)
 
     def prepare(

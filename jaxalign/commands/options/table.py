@@ -37,14 +37,14 @@ def all_sections() -> dict[str, Section]:
 
 
 def sections_of_command(name: str) -> list[Section]:
-    """The sections of one command's file, its own before those that every run has."""
+    """The sections of one command's file: its own options, what every run has, what it may add."""
     from jaxalign.run.config.runs import RUNS
 
     inner = sections_of(RUNS[name])[1:]
     known = all_sections()
     own = [s for s in inner if s.name.split(".")[0] not in _COMMON and s.name != name]
     common = [s for s in inner if s.name.split(".")[0] in _COMMON]
-    return [known[name], *own, *common]
+    return [known[name], *common, *own]
 
 
 def find(name: str) -> Section:

@@ -9,7 +9,9 @@ from jaxalign.commands.command import Command, overrides_argument
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder, .gguf file or hub id to start from")
-    parser.add_argument("--language", default="en", choices=("en", "zh"))
+    parser.add_argument(
+        "--language", default="en", choices=("en", "zh"), help="of the example data"
+    )
     parser.add_argument("--out", default="runs/quickstart", help="folder to write to")
     overrides_argument(parser, key="stage.key")
 

@@ -13,7 +13,9 @@ from jaxalign.data.options import BatchOptions
 def want(ok: bool, name: str, got: Any, wanted: str) -> None:
     """Refuses a value that is not what an option wants."""
     if not ok:
-        raise ValueError(f"{name}={got!r}: wanted {wanted}")
+        # A section has many values, and the message is about none of them.
+        shown = "{…}" if dataclasses.is_dataclass(got) else repr(got)
+        raise ValueError(f"{name}={shown}: wanted {wanted}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

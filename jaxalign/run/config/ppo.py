@@ -167,11 +167,12 @@ class PPORun(Run):
             ("critic_warmup", 0),
         ):
             value, estimator = getattr(self, name), self.ppo.advantage_estimator
+            wanted = "null" if default is None else repr(default)
             want(
                 self.ppo.has_critic or value == default,
                 name,
                 value,
-                f"{default!r}: ppo.advantage_estimator={estimator} has no critic",
+                f"{wanted}, or leave it out: ppo.advantage_estimator={estimator} has no critic",
             )
         want(
             not self.ppo.shared_critic or self.critic is None,

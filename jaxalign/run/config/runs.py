@@ -59,7 +59,19 @@ def load_config(
     if algorithm not in RUNS:
         raise ValueError(f"algorithm={algorithm!r}: wanted one of {', '.join(RUNS)}")
     values = source if isinstance(source, Mapping) else read_yaml(source)
-    return build(RUNS[algorithm], override(values, assignments))
+    values = override(values, assignments)
+    try:
+        return build(RUNS[algorithm], values)
+    except ValueError as error:
+        others = [name for name in RUNS if name in values and name != algorithm]
+        if "stages" in values:
+            others = ["pipeline"]
+        if len(others) != 1 or algorithm in values:
+            raise
+        raise ValueError(
+            f"{error}\n  this looks like a configuration of `jaxalign {others[0]}`; wanted one of "
+            f"`jaxalign {algorithm}`"
+        ) from None
 
 
 def algorithm_of(values: Mapping[str, Any], remedy: str) -> str:

@@ -189,7 +189,11 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
         fitting = [h for h in options if _fits(h, value)]
-        return _convert((fitting or options)[0], value, name, problems)
+        count = len(problems)
+        converted = _convert((fitting or options)[0], value, name, problems)
+        if len(problems) == count + 1 and value in ("None", "none", "NULL"):
+            problems[-1] += "; write null for none"
+        return converted
     if hasattr(hint, "kinds") and isinstance(value, Mapping):  # a table of classes by `kind`
         kind, known = value.get("kind"), hint.kinds()
         if not isinstance(kind, str) or kind not in known:
@@ -215,8 +219,20 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if hint is str and isinstance(value, pathlib.Path):
         return str(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        problems.append(f"{name}: wanted {hint.__name__}, got {value!r}")
+        problems.append(f"{name}: wanted {hint.__name__}, got {value!r}{_unquoted(hint, value)}")
     return value
+
+
+def _unquoted(hint: Any, value: Any) -> str:
+    """A remedy for a number or truth value that was written as text."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        plain = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return ""
+    fits = isinstance(plain, hint) or (hint is float and isinstance(plain, int))
+    return "; write it without quotes" if fits and not isinstance(plain, str) else ""
 
 
 def _fits(hint: Any, value: Any) -> bool:
