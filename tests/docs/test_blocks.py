@@ -18,6 +18,7 @@ from jaxalign.commands.synth.config import load_synth
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, read_yaml
 from jaxalign.run.pipeline import load_stages
+from jaxalign.run.tasks.rows import check_rows
 
 ROOT = blocks.ROOT
 TESTED = ("python", "bash", "yaml")
@@ -120,7 +121,7 @@ def test_python_runs(block, chat_models, tmp_path, monkeypatch, kept_programs):
 # --- YAML ----------------------------------------------------------------------------------------
 
 # Page → the configuration into which its sections fit.
-BASE = {"docs/ppo.md": "ppo", "docs/rewards.md": "ppo", "docs/parallel.md": "ppo"}
+BASE = {"docs/ppo.md": "ppo_grpo", "docs/rewards.md": "ppo", "docs/parallel.md": "ppo"}
 
 
 @pytest.mark.parametrize("block", cases("yaml"))
@@ -133,13 +134,13 @@ def test_yaml_is_accepted(block):
         base.pop("writer")
         load_synth(base | values)
         return
-    algorithm = BASE.get(page, "sft")
-    base = read_yaml(ROOT / f"configs/{algorithm}.yaml")
-    if page == "docs/ppo.md":  # recipes without a critic
-        base |= {"critic_optimizer": None, "ppo": {"max_new_tokens": 53}}
+    name = BASE.get(page, "sft")
+    algorithm, base = name.partition("_")[0], read_yaml(ROOT / f"configs/{name}.yaml")
     if "rewards" in values:
         base.pop("reward_model", None)
     config = load_config(algorithm, merge(base, values))
+    if page == "docs/ppo.md":
+        check_rows(config, config.mesh.make())  # of 8 devices
     for section, options in values.items():
         if isinstance(options, dict):
             assert all(hasattr(getattr(config, section), name) for name in options)
