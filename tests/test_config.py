@@ -142,6 +142,7 @@ def test_merge_goes_into_sections():
 FULL = {
     "sft": [
         "sft.log_entropy=true",
+        "sft.loss_type=dft",
         "model.lora={rank: 2, targets: [query, out]}",
         "data.train=[{path: a.jsonl, weight: 0.5, columns: {prompt: q}}, {path: b, weight: 2}]",
         "data.packing=wrapped",
@@ -264,6 +265,7 @@ def test_all_problems_are_in_one_error():
 
 OUT_OF_RANGE = {
     "sft": (
+        "sft.loss_type=dtf",
         "model.dtype=int8",
         "model.compute_dtype=float8",
         "model.remat=some",

@@ -3,7 +3,8 @@
     L = − Σ_{b,t} m_{b,t} · log π(y_{b,t} | x_{b,≤t}) / Σ_{b,t} m_{b,t}
 
 (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token
-of every answer weighs the same, over all micro-batches and devices.
+of every answer weighs the same, over all micro-batches and devices. `loss_type="dft"` weighs each
+token's term by its own probability (Wu et al. 2025, https://arxiv.org/abs/2508.05629).
 
 Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 """
@@ -21,11 +22,13 @@ from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
 from jaxalign.algorithms.step import Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.losses.masked import weighted
-from jaxalign.losses.sft import nll
+from jaxalign.losses.masked import keep, weighted
+from jaxalign.losses.sft import dft, nll
 from jaxalign.models.base import LanguageModel
-from jaxalign.models.lm_head import target_sum
+from jaxalign.models.lm_head import target_logprobs, target_sum
 from jaxalign.types import Params, TokenBatch
+
+LOSS_TYPES = ("nll", "dft")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,26 +36,50 @@ class Config:
     """Options of SFT.
 
     Attributes:
+      loss_type: "nll", or "dft" (dynamic fine-tuning): a token's term weighs as much as the model
+        finds it likely, so that few unlikely tokens do not rule the gradient; see `losses.sft.dft`.
       log_entropy: also log the mean entropy of the predictions (`entropy`, nats); costs another
         pass over each chunk of logits.
     """
 
+    loss_type: str = "nll"
     log_entropy: bool = False
+
+    def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"sft loss_type={self.loss_type!r}: wanted one of {', '.join(LOSS_TYPES)}"
+            )
 
 
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The SFT loss: `nll`, averaged over trained tokens.
+    """The SFT loss: `nll` or `dft`, averaged over trained tokens.
 
-    With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each.
+    With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each. With `dft`
+    the likelihood is a metric beside it, `nll`.
     """
     config = Config() if config is None else config
 
     def count(batch: TokenBatch) -> Sums:
-        return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
+        return {config.loss_type: jnp.sum(batch.loss_mask, dtype=jnp.float32)}
 
-    def terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
+    def dft_terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
+        mask = batch.loss_mask
+        arguments, metrics = (model, params, hidden, batch.targets), {}
+        if config.log_entropy:
+            logprobs, entropy = target_logprobs(
+                *arguments, entropy=True, entropy_gradient=False, mask=mask
+            )
+            metrics["entropy"] = weighted(entropy, mask)
+        else:
+            logprobs = target_logprobs(*arguments, mask=mask)
+        metrics["nll"] = weighted(nll(logprobs), mask)
+        entries = Entries("nll", nll(logprobs), mask, batch.source_ids)
+        return Terms({"dft": jnp.sum(keep(dft(logprobs), mask))}, metrics, entries)
+
+    def nll_terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
         mask = batch.loss_mask
         target = target_sum(
             model, params, hidden, batch.targets, mask, entropy=config.log_entropy
@@ -64,6 +91,7 @@ def make_loss(
             Entries("nll", nll(target.logprobs), mask, batch.source_ids),
         )
 
+    terms = nll_terms if config.loss_type == "nll" else dft_terms
     loss = HiddenLoss(lambda batch: batch, count, terms)
     return with_model_terms(by_source(loss, sources), model)
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximum likelihood of the answer's tokens."""
+"""Supervised fine-tuning: maximum likelihood of the answer's tokens, and DFT's form of it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,24 @@ def nll(target_logprobs: Array) -> jax.Array:
     Array([[ 0.6931472, -0.       ]], dtype=float32)
     """
     return -jnp.asarray(target_logprobs, jnp.float32)
+
+
+def dft(target_logprobs: Array) -> jax.Array:
+    """Dynamic fine-tuning: the negative log-likelihood, weighted by the token's own probability.
+
+        ℓ_t = −sg(π(y_t | y_<t)) · log π(y_t | y_<t)
+
+    Wu et al. 2025 (arXiv 2508.05629), eq. 9, with sg the stop-gradient. A gradient of `nll` has
+    the factor 1/π, which lets unlikely tokens dominate; the weight takes it away.
+
+    Args:
+      target_logprobs: log-probability of each target in nats, ≤ 0, `[B, T]` (any shape).
+
+    Returns:
+      float32, the same shape, from 0 to 1/e; not reduced and not masked.
+
+    >>> dft(jnp.log(jnp.array([[0.5, 1.0]])))
+    Array([[ 0.3465736, -0.       ]], dtype=float32)
+    """
+    logprobs = jnp.asarray(target_logprobs, jnp.float32)
+    return -jax.lax.stop_gradient(jnp.exp(logprobs)) * logprobs

@@ -40,6 +40,7 @@ LENGTHS = {"chosen_lengths": np.arange(1, B + 1), "rejected_lengths": np.arange(
 
 CASES = {
     "nll": (sft.nll, per_token(1)),
+    "dft": (sft.dft, per_token(1)),
     "bradley_terry": (
         partial(reward.bradley_terry, center_coef=0.1, label_smoothing=0.1),
         per_row(3),

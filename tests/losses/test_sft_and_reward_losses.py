@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.reward import bradley_terry
-from jaxalign.losses.sft import nll
+from jaxalign.losses.sft import dft, nll
 
 # TRL 1.16: scores of six pairs and the mean loss in four configurations (oracle/reward_losses).
 CHOSEN = [0.70376045, -1.1366181, -0.77713394, -0.5711907, -0.90253544, 1.8313916]
@@ -18,6 +18,13 @@ MARGIN = [0.3029462, 1.2765667, 1.734541, 1.7504525, 0.5056298, 1.7123618]
 def test_nll_by_hand():
     got = nll(jnp.log(jnp.array([[0.5, 0.25, 1.0]])))
     np.testing.assert_allclose(got, [[np.log(2), np.log(4), 0]], rtol=1e-6)
+
+
+def test_dft_by_hand():
+    """−p log p, whose gradient is −p: the weight is a constant."""
+    logprobs = jnp.log(jnp.array([0.5, 0.25, 1.0]))
+    np.testing.assert_allclose(dft(logprobs), [0.5 * np.log(2), 0.25 * np.log(4), 0], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: dft(x).sum())(logprobs), [-0.5, -0.25, -1])
 
 
 def test_nll_padding_is_invisible():
