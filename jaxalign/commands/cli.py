@@ -23,7 +23,7 @@ def commands() -> tuple[Command, ...]:
     They are imported here because some need JAX, which this file must not load before the process
     has been settled (`jaxalign.commands.startup`).
     """
-    from jaxalign.commands import answer, export, plan, train
+    from jaxalign.commands import answer, export, fetch, plan, train
     from jaxalign.commands.bench import arguments as bench
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
@@ -36,6 +36,7 @@ def commands() -> tuple[Command, ...]:
         *options.COMMANDS,
         *answer.COMMANDS,
         *export.COMMANDS,
+        fetch.COMMAND,
         plan.COMMAND,
         bench.COMMAND,
         *report.COMMANDS,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jaxalign.data.loader import Batches, filled
     from jaxalign.data.mixture import Source
     from jaxalign.data.options import Options
-    from jaxalign.data.packing import best_fit, wrapped
+    from jaxalign.data.packing import best_fit, best_fit_split, wrapped
     from jaxalign.data.rows import (
         to_conversation,
         to_graded,
@@ -79,7 +79,7 @@ _ROOMS = {
     "loader": ("Batches", "filled"),
     "mixture": ("Source",),
     "options": ("Options",),
-    "packing": ("best_fit", "wrapped"),
+    "packing": ("best_fit", "best_fit_split", "wrapped"),
     "rows": (
         "to_conversation",
         "to_graded",
@@ -113,6 +113,7 @@ __all__ = [
     "Text",
     "Unpaired",
     "best_fit",
+    "best_fit_split",
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",

@@ -305,8 +305,8 @@ def no_packing(options: Options, what: str) -> Options:
 
 
 def _no_wrapping(options: Options, what: str) -> Options:
-    if options.packing == "wrapped":
+    if options.packing in ("wrapped", "best_fit_split"):
         raise ValueError(
-            f"packing: got 'wrapped' for {what}, which must not be cut; use True or False"
+            f"packing: got {options.packing!r} for {what}, which must not be cut; use True or False"
         )
     return options

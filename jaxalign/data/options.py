@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 KEEP = ("answer_start", "prompt_end", "whole")
 """What stays of a row that is too long."""
-PACKING = ("best_fit", "wrapped")
+PACKING = ("best_fit", "best_fit_split", "wrapped")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
 SPECIAL_TOKENS = ("escape", "error", "keep")
@@ -27,9 +27,10 @@ class BatchOptions:
     Attributes:
       rows: B, rows of every batch, over all hosts.
       length: T, positions of a row (of a prompt, in PPO).
-      packing: True or "best_fit": several documents (or pairs) a row, decided once. "wrapped":
-        plain texts laid end to end and cut where a row ends (SFT). False: one a row. None: SFT
-        packs, unless it has `buckets`; everything else holds one a row.
+      packing: True or "best_fit": several documents (or pairs) a row, decided once.
+        "best_fit_split": documents that are too long go on in a further piece instead of losing
+        their end (SFT). "wrapped": plain texts laid end to end and cut where a row ends (SFT).
+        False: one a row. None: SFT packs, unless it has `buckets`; everything else holds one a row.
       epochs: passes over the data; None: forever.
       shuffle: a fresh order in every pass; False keeps the order of the rows.
       keep: what stays of a row that is too long. "answer_start": its first `length` tokens, so that
@@ -149,6 +150,11 @@ class BatchOptions:
         by_count = self.validation is not None and self.validation >= 1
         return (
             (self.buckets is not None and bool(self.packing), "buckets", "without packing"),
+            (
+                self.packing == "best_fit_split" and self.keep is not None,
+                "keep",
+                "None with packing='best_fit_split', which cuts nothing off",
+            ),
             (streaming and self.dedup is not None, "dedup", "without streaming"),
             (
                 streaming and by_count,

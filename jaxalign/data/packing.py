@@ -106,6 +106,28 @@ def wrapped(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
     return rows
 
 
+def best_fit_split(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
+    """Packs by best fit after cutting what is longer than a row into pieces of a full row.
+
+    Only documents that are too long are cut. A piece is a segment of its own that does not see
+    what came before; its last token is trained on the one that the next piece begins with.
+
+    Args:
+      lengths: tokens of each document, at least 1.
+      capacity: tokens that fit into a row.
+
+    Returns:
+      The pieces of each row.
+    """
+    pieces = [
+        Piece(document, start, min(start + capacity, size))
+        for document, size in enumerate(lengths)
+        for start in range(0, size, capacity)
+    ]
+    rows = best_fit([piece.end - piece.start for piece in pieces], capacity)
+    return [[pieces[i] for i in row] for row in rows]
+
+
 def token_rows(
     documents: Sequence[Encoded] | Mapping[int, Encoded],
     groups: Sequence[Sequence[int | Piece]],

@@ -21,7 +21,7 @@ from jaxalign.data.filters import sift
 from jaxalign.data.fit import fit, fit_prompt, to_last_answer
 from jaxalign.data.mixture import Entry, choose
 from jaxalign.data.options import Options
-from jaxalign.data.packing import Piece, best_fit, wrapped
+from jaxalign.data.packing import Piece, best_fit, best_fit_split, wrapped
 from jaxalign.data.usage import Usage
 
 if TYPE_CHECKING:
@@ -244,14 +244,22 @@ def grouped(
                     f"packing: got 'wrapped' with {kept.examples[i].origin}, which is no plain "
                     "text: an answer would be cut from its prompt; use 'best_fit'"
                 )
-        pieces = wrapped(sizes, options.length)
-        rows = [[p._replace(document=which[p.document]) for p in row] for row in pieces]
-        return list(rows), [sum(p.end - p.start for p in row) for row in rows]
+        return _of_pieces(wrapped(sizes, options.length), which)
+    if options.packing == "best_fit_split":
+        return _of_pieces(best_fit_split(sizes, options.length), which)
     rows = best_fit(sizes, options.length, most)
     return (
         [[which[member] for member in row] for row in rows],
         [sum(sizes[member] for member in row) for row in rows],
     )
+
+
+def _of_pieces(
+    rows: Sequence[Sequence[Piece]], which: Sequence[int]
+) -> tuple[list[Group], list[int]]:
+    """Rows of pieces with the examples' own numbers, and the tokens of each row."""
+    named = [[p._replace(document=which[p.document]) for p in row] for row in rows]
+    return list(named), [sum(p.end - p.start for p in row) for row in named]
 
 
 def nothing_left(
@@ -364,6 +372,9 @@ def _fitted(recipe: Recipe, made: Made, options: Options, bos: int | None) -> _F
         return _Fitted(longest, None, [document], cut=len(ids) < longest)
     if options.packing == "wrapped":  # nothing is too long for rows at whose ends it is cut
         return _Fitted(longest, None, documents)
+    if options.packing == "best_fit_split":  # nor for rows that go on in others
+        trains = all(document.trained[1:].any() for document in documents)
+        return _Fitted(longest, None if trains else "no token to train", documents)
     marks = () if made.marks is None else [made.marks]
     result = fit(documents, options.length, keep, bos=bos, shared=recipe.shared, marks=marks)
     if isinstance(result, str):

@@ -40,6 +40,15 @@ _PATTERNS = (
 )
 
 
+def fetch_model(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Downloads what `load_pretrained` would read of a hub id, and says where it is.
+
+    Raises:
+      ValueError: as `jaxalign.hf.source.locate`.
+    """
+    return locate(source, _PATTERNS)
+
+
 def load_pretrained(
     source: str | os.PathLike[str],
     *,

@@ -10,14 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# A name with or without its owner, and `@` a branch, tag or commit.
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?"
+)
 
 
 def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
     """Finds a model's folder or GGUF file; a hub id is downloaded (or taken from the cache).
 
     Args:
-      source: an existing folder, an existing `.gguf` file, or a hub id such as "org/name".
+      source: an existing folder, an existing `.gguf` file, or a hub id such as "org/name", which
+        may name a revision: "org/name@COMMIT", a branch or a tag.
       patterns: glob patterns of the files to download from a hub repository.
 
     Raises:
@@ -35,11 +39,13 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
             )
         return path
     text = os.fspath(source)
-    if not _HUB_ID.fullmatch(text) or text.lower().endswith(".gguf"):
+    hub_id = _HUB_ID.fullmatch(text)
+    if hub_id is None or text.lower().endswith(".gguf"):
         raise ValueError(
-            f"{text!r}: no such folder or .gguf file, and not a hub id like 'org/name'"
+            f"{text!r}: no such folder or .gguf file, and not a hub id like 'org/name' or "
+            "'org/name@revision'"
         )
-    return _download(text, patterns)
+    return _download(hub_id["repo"], hub_id["revision"], patterns)
 
 
 def _check_no_run(folder: pathlib.Path) -> None:
@@ -59,16 +65,27 @@ def _check_no_run(folder: pathlib.Path) -> None:
     )
 
 
-def _download(repo: str, patterns: Sequence[str]) -> pathlib.Path:
+def without_revision(source: str) -> str:
+    """A hub id without what stands behind its `@`; any other text as it is."""
+    hub_id = _HUB_ID.fullmatch(source)
+    return source if hub_id is None else hub_id["repo"]
+
+
+def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns)))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=list(patterns)
+            )
+        )
     except Exception as error:  # the HTTP client, and so the type of its errors, varies by version
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ValueError(
-            f"{repo!r}: no such folder, and it could not be had from the hub ({reason}); check the "
-            f"name and the network, or give a local folder or .gguf file"
+            f"{repo!r}{f' at {revision!r}' if revision else ''}: no such folder, and it could not "
+            f"be had from the hub ({reason}); check the name and the network, or give a local "
+            f"folder or .gguf file"
         ) from error
 
 

@@ -19,7 +19,7 @@ from jaxalign.algorithms.moving_reference import reference_of
 from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.hf import families
 from jaxalign.hf.gguf_file import GGUFFile
-from jaxalign.hf.source import locate, read_json
+from jaxalign.hf.source import locate, read_json, without_revision
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
@@ -143,7 +143,9 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
 
 def known_shape(source: str) -> dict[str, Any] | None:
     """`config.json` of a hub id that the package knows, so that planning needs no hub."""
-    return None if pathlib.Path(source).exists() else _known_shapes().get(source)
+    if pathlib.Path(source).exists():
+        return None
+    return _known_shapes().get(without_revision(source))
 
 
 @functools.lru_cache

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
     *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "init", "options"),
-    *("generate", "score", "chat", "export", "import", "plan", "bench", "report", "data", "synth"),
+    *("generate", "score", "chat", "export", "import", "fetch", "plan", "bench", "report"),
+    *("data", "synth"),
 ]
 
 

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign.data import Encoded, best_fit, wrapped
+from jaxalign.data import (
+    Encoded,
+    best_fit,
+    best_fit_split,
+    preference_batches,
+    sft_batches,
+    wrapped,
+)
 from jaxalign.data.packing import prompt_rows, token_rows
 
 
@@ -38,6 +45,18 @@ def test_golden_packs():
     rows = wrapped(_LENGTHS, 16)
     found = [[t for p in row for t in documents[p.document][p.start : p.end]] for row in rows]
     assert found == _WRAPPED
+
+
+def test_what_is_too_long_is_split_by_hand():
+    # 9 and 3 fill rows of 4 as 4 + 4 + 1 and 3, and the 1 goes beside the 3; 4 is not cut.
+    rows = best_fit_split([9, 3, 4], 4)
+    assert rows == [[(0, 0, 4)], [(0, 4, 8)], [(2, 0, 4)], [(1, 0, 3), (0, 8, 9)]]
+    encoded = [Encoded(np.arange(n), np.ones(n, bool)) for n in (9, 3, 4)]
+    batch = token_rows(encoded, rows, rows=4, length=4, pad_id=99)
+    # Every token but the first of each document is trained once.
+    assert sorted(batch.targets[batch.loss_mask]) == sorted([*range(1, 9), 1, 2, 1, 2, 3])
+    assert batch.positions[3].tolist() == [0, 1, 2, 0]
+    assert batch.segment_ids[3].tolist() == [1, 1, 1, 2]
 
 
 def test_the_golden_packs_are_the_reference(shared):
@@ -109,3 +128,27 @@ def test_prompt_layout_by_hand():
     assert batch.tokens.tolist() == [[7, 7, 7, 4], [7, 1, 2, 3], [7] * 4]
     assert batch.mask.astype(int).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0] * 4]
     assert batch.index.tolist() == [1, 0, -1]
+
+
+def test_rows_of_a_file_are_split_too(tiny, tmp_path):
+    """A conversation longer than a row: all of its answer is trained, the one at hand is whole."""
+    rows = [
+        {"prompt": "Say it.", "completion": "a long answer " * 30},
+        {"prompt": "Hi", "completion": "short"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"rows": 2, "length": 64, "shuffle": False}
+    whole = sft_batches([str(path)], tiny, rows=2, length=4096, packing=False)
+    wanted = sorted(np.concatenate([b.targets[b.loss_mask] for b in whole]).tolist())
+    for streaming in (False, True):
+        split = sft_batches(
+            [str(path)], tiny, packing="best_fit_split", streaming=streaming, **options
+        )
+        found = np.concatenate([batch.targets[batch.loss_mask] for batch in split])
+        assert sorted(found.tolist()) == wanted
+    with pytest.raises(ValueError, match="keep: got 'whole', wanted it None with packing"):
+        sft_batches([str(path)], tiny, packing="best_fit_split", keep="whole", **options)
+    pair = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(ValueError, match="packing: got 'best_fit_split' for pairs"):
+        preference_batches(pair, tiny, packing="best_fit_split", **options)

@@ -404,6 +404,24 @@ def test_hub_id_without_network(monkeypatch):
     assert not any("bin" in pattern for pattern in calls["allow_patterns"])
 
 
+def test_a_hub_id_may_name_a_revision(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for source in ("org/name@3fa2c1d", "org/name@refs/pr/7", "org/name@v1.0", "org/name"):
+        load_pretrained(source)
+    revisions = ("3fa2c1d", "refs/pr/7", "v1.0", None)
+    assert asked == [("org/name", revision) for revision in revisions]
+    with pytest.raises(ValueError, match="not a hub id"):
+        load_pretrained("org/name@")
+
+
 def test_hub_id_uses_the_download_cache(folder, monkeypatch):
     import huggingface_hub
 

@@ -74,7 +74,7 @@ def test_hub_id_downloads_tokenizer_files_only(tmp_path, monkeypatch):
     calls = []
     save(tmp_path, ["<s>", "</s>", "<p>"], eos_token="</s>", pad_token="<p>")
 
-    def snapshot_download(repo, *, allow_patterns):
+    def snapshot_download(repo, *, revision, allow_patterns):
         calls.extend(allow_patterns)
         return str(tmp_path)
 

@@ -18,7 +18,8 @@ class ModelConfig:
     """Which model, and how it is held.
 
     Attributes:
-      source: folder in Hugging Face form, `.gguf` file, or hub id.
+      source: folder in Hugging Face form, `.gguf` file, or hub id; "owner/name@revision" takes a
+        branch, tag or commit of it.
       tokenizer: where the tokenizer is; None: with the model.
       chat_template: None (the tokenizer's own), the name of a built-in template ("chatml"), "none"
         (plain text), or a jinja file.
@@ -161,10 +162,11 @@ class Run:
                 f"{default!r}: this algorithm has no use for it",
             )
         want(
-            self.data.packing != "wrapped" or "packing=wrapped" in self.data_options,
+            self.data.packing not in ("wrapped", "best_fit_split")
+            or "packing=pieces" in self.data_options,
             "data.packing",
             self.data.packing,
-            "true or false: only SFT's plain texts may be cut where a row ends",
+            "true or false: only SFT's rows may be cut where a row ends",
         )
 
     @property

@@ -20,4 +20,4 @@ class SFTRun(Run):
     sft: sft.Config = sft.Config()
 
     algorithm: ClassVar[str] = "sft"
-    data_options: ClassVar[tuple[str, ...]] = ("train_on", "packing=wrapped")
+    data_options: ClassVar[tuple[str, ...]] = ("train_on", "packing=pieces")
