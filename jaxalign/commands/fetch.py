@@ -22,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _fetch(parsed: argparse.Namespace) -> None:
     leave_accelerators_alone()
 
-    from jaxalign.data.sources import read_rows
+    from jaxalign.data.sources import fetch_rows
     from jaxalign.hf.load import fetch_model
     from jaxalign.hf.tokenizer import load_tokenizer
 
@@ -37,7 +37,7 @@ def _fetch(parsed: argparse.Namespace) -> None:
         if not _may_be_on_the_hub(source):
             print(f"{option}: {source} is no hub id; left alone")
             continue
-        next(iter(read_rows(source)))
+        fetch_rows(source)
         print(f"{option}: {source} → the cache of datasets")
 
 

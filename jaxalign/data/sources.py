@@ -82,6 +82,18 @@ def iter_rows(sources: Sources, on_fault: OnFault = None) -> Iterator[Row]:
     return _rows(sources, on_fault, streaming=True)
 
 
+def fetch_rows(source: str) -> None:
+    """Downloads a hub data set into the cache of `datasets`, by reading its first row.
+
+    Raises:
+      ValueError: as `read_rows`.
+    """
+    for row in _read_named(source, streaming=False):
+        if not isinstance(row, Row):
+            raise row
+        return
+
+
 def _rows(sources: Sources, on_fault: OnFault, streaming: bool) -> Iterator[Row]:
     found = 0
     for source in _as_list(sources):

@@ -34,10 +34,8 @@ def test_models_and_data_are_fetched_once(hub, chat_models, tmp_path, capsys):
     values = chatmodel.settings("ppo", chat_models, tmp_path / "run")
     values["model"]["source"] = "org/policy@v2"
     values |= {"reference": "org/policy@v2", "critic": "policy", "reward_model": "org/judge"}
-    values["data"] |= {
-        "train": ["org/prompts:train[:10]", "org/more:train"],
-        "eval": ["here.jsonl"],
-    }
+    values["data"]["train"] = ["org/prompts:train[:10]", "org/more:train"]
+    values["data"]["eval"] = ["here.jsonl"]
     path = tmp_path / "ppo.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     assert cli.main(["fetch", "ppo", str(path)]) == 0
@@ -54,11 +52,8 @@ def test_a_pipeline_is_fetched_whole(hub, chat_models, tmp_path, capsys):
     stage = chatmodel.settings("sft", chat_models, tmp_path / "x")
     stage["model"]["source"] = "org/base"
     later = stage | {"model": {"source": "${one}"}, "name": "two", "algorithm": "sft"}
-    stages = {
-        "folder": str(tmp_path / "out"),
-        "stages": [stage | {"name": "one", "algorithm": "sft"}],
-    }
-    stages["stages"].append(json.loads(json.dumps(later)))
+    stages = {"folder": str(tmp_path / "out")}
+    stages["stages"] = [stage | {"name": "one", "algorithm": "sft"}, json.loads(json.dumps(later))]
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(stages), encoding="utf-8")
     assert cli.main(["fetch", "pipeline", str(path)]) == 0
