@@ -7,6 +7,8 @@
 #   wants OPTION VALUE     ends with a message where an option was not given
 #   quoted WORD …          the words as a shell would read them back
 #   resume_of COMMAND      the override that makes a command of jaxalign go on where it stopped
+#   variable NAME[=VALUE]  checks a variable; without a value it must be set in this shell
+#   offline                the variables under which nothing is asked of the hub
 
 dry_run=false
 
@@ -39,6 +41,14 @@ quoted() {
   done
   printf '%s' "${line# }"
 }
+
+variable() {
+  [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_]*(=.*)?$ ]] || die "--env $1: wanted NAME or NAME=VALUE"
+  [[ "$1" == *=* || -n "${!1+set}" ]] || die "--env $1: it is not set in this shell; give $1=VALUE"
+}
+
+# shellcheck disable=SC2034  # the launchers read it
+offline=(HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
 
 resume_of() {
   [[ "$1" == pipeline ]] && echo defaults.run.resume=true || echo run.resume=true

@@ -6,7 +6,8 @@
     python scripts/launch/gke_jobset.py --name mine --image … \
         --gpu nvidia-h100-80gb --nodes 2 --gpus 8 --claim runs -- sft configs/sft.yaml …
 
-`--dry-run` prints the YAML and runs nothing. What follows `--` goes to `jaxalign` as it stands.
+`--dry-run` prints the YAML and runs nothing. `--fetch` makes a Job that downloads what the run
+reads into the shared cache, once. What follows `--` goes to `jaxalign` as it stands.
 docs/launching.md has the steps.
 """
 
@@ -23,6 +24,7 @@ import yaml
 
 PORT = 8476  # where process 0 of a GPU job is met
 SHARED = "/mnt/shared"
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,36}[a-z0-9])?")
 
 
@@ -87,6 +89,45 @@ def jobset(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def fetch_job(options: argparse.Namespace) -> dict[str, Any]:
+    """A Job of one pod without accelerators that downloads what the run reads."""
+    container: dict[str, Any] = {
+        "name": "jaxalign",
+        "image": options.image,
+        "command": ["python3", "-u", "-m", "jaxalign", "fetch", *options.command],
+        "env": [*_given(options), {"name": "JAX_PLATFORMS", "value": "cpu"}],
+        "volumeMounts": [],
+    }
+    pod: dict[str, Any] = {"restartPolicy": "Never", "containers": [container], "volumes": []}
+    _mount(pod, "shared", SHARED, {"persistentVolumeClaim": {"claimName": options.claim}})
+    if options.service_account:
+        pod["serviceAccountName"] = options.service_account
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": f"{options.name}-fetch"},
+        "spec": {"backoffLimit": 2, "template": {"spec": pod}},
+    }
+
+
+def _given(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The variables of `--env`, `--secret`, `--hf-home` and `--offline`."""
+    found: list[dict[str, Any]] = []
+    if options.hf_home:
+        found.append({"name": "HF_HOME", "value": options.hf_home})
+    if options.offline:
+        found += [{"name": name, "value": "1"} for name in OFFLINE]
+    for text in options.env:
+        name, _, value = text.partition("=")
+        found.append({"name": name, "value": value})
+    for text in options.secret:
+        name, _, reference = text.partition("=")
+        secret, _, key = reference.partition(":")
+        source = {"secretKeyRef": {"name": secret, "key": key}}
+        found.append({"name": name, "valueFrom": source})
+    return found
+
+
 def _command(options: argparse.Namespace) -> list[str]:
     """With restarts, a run goes on from its newest checkpoint, or begins where there is none."""
     if not options.restarts:
@@ -108,8 +149,9 @@ def _hosts(options: argparse.Namespace) -> int:
 
 
 def _environment(options: argparse.Namespace, hosts: int) -> list[dict[str, Any]]:
+    given = _given(options)
     if options.tpu:
-        return []  # GKE sets what JAX reads: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_*
+        return given  # GKE sets what JAX reads: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_*
     # Of the first pod of the first job, within the domain that the JobSet makes.
     first = f"{options.name}-hosts-0-0.{options.name}:{PORT}"
     return [
@@ -117,6 +159,7 @@ def _environment(options: argparse.Namespace, hosts: int) -> list[dict[str, Any]
         {"name": "JAX_NUM_PROCESSES", "value": str(hosts)},
         # JAX_PROCESS_ID is JOB_COMPLETION_INDEX, which Kubernetes sets in Indexed Jobs.
         {"name": "XLA_PYTHON_CLIENT_MEM_FRACTION", "value": "0.92"},
+        *given,
     ]
 
 
@@ -132,7 +175,11 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
     limits: dict[str, Any] = {name: count}
     if options.memory:
         limits["memory"] = options.memory
-    return {"limits": limits}
+    resources: dict[str, Any] = {"limits": limits}
+    if options.cpu:
+        # Asked for and not limited: what the node has to spare may be used to read data.
+        resources["requests"] = {"cpu": options.cpu}
+    return resources
 
 
 def _nodes(options: argparse.Namespace) -> dict[str, str]:
@@ -172,6 +219,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default 8)")
     parser.add_argument("--claim", help=f"PersistentVolumeClaim that all hosts mount at {SHARED}")
     parser.add_argument("--memory", help="limit of a host, such as 300Gi")
+    parser.add_argument("--cpu", help="cores of a host that are asked for, such as 100")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="variable; repeatable"
+    )
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME=SECRET:KEY",
+        help="variable from a Kubernetes secret, such as HF_TOKEN=hf:token; repeatable",
+    )
+    parser.add_argument("--hf-home", metavar="FOLDER", help=f"HF_HOME, such as {SHARED}/hf")
+    parser.add_argument("--offline", action="store_true", help="ask nothing of the hub")
+    parser.add_argument(
+        "--fetch", action="store_true", help="a Job that fills the cache, in place of the run"
+    )
     parser.add_argument("--service-account", help="Kubernetes service account, for buckets")
     parser.add_argument("--spot", action="store_true", help="nodes that may be taken away")
     parser.add_argument(
@@ -193,6 +256,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--topology {options.topology}: wanted one such as 4x4 with --tpu")
     if options.gpu and not options.nodes:
         parser.error("--nodes: wanted a number of nodes with --gpu")
+    for text in options.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", text, re.DOTALL):
+            parser.error(f"--env {text}: wanted NAME=VALUE")
+    for text in options.secret:
+        if not re.fullmatch(r"[A-Za-z_]\w*=[a-z0-9.-]+:[\w.-]+", text):
+            parser.error(f"--secret {text}: wanted NAME=SECRET:KEY")
+    if options.fetch and not (options.claim and options.hf_home):
+        parser.error(f"--fetch: wanted --claim and --hf-home below {SHARED} with it")
     for name, kind, default in (
         ("topology", "tpu", None),
         ("slices", "tpu", 1),
@@ -210,7 +281,8 @@ def main(arguments: list[str]) -> int:
     """Prints or applies the JobSet."""
     options = parse(arguments)
     try:
-        text = yaml.safe_dump(jobset(options), sort_keys=False)
+        made = fetch_job(options) if options.fetch else jobset(options)
+        text = yaml.safe_dump(made, sort_keys=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,8 @@
 #   scripts/launch/gpu_node.sh [options] -- sft configs/sft.yaml run.folder=runs/mine
 #
 #   --gpus 0,1,2,3      which GPUs; all by default
-#   --python PATH       the Python that jaxalign is installed in; python3 by default
+#   --python PATH       the Python that jaxalign is installed in; by default that of .venv of this
+#                       checkout, or python3 where there is none
 #   --dry-run           show the command, run nothing
 #
 # What follows `--` goes to `jaxalign` as it stands. docs/launching.md has the steps.
@@ -14,7 +15,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 
 gpus=""
-python="python3"
+python="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin/python"
+[[ -x "$python" ]] || python="python3"
 while (($#)); do
   case "$1" in
     --gpus) gpus="${2:-}" && shift 2 ;;

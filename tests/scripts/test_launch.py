@@ -59,7 +59,9 @@ def test_one_node_is_one_process_over_all_gpus():
     assert words[:1] == ["env"]
     assert "JAX_NUM_PROCESSES=1" in words
     assert not any(word.startswith("CUDA_VISIBLE_DEVICES") for word in words)
-    assert words[-len(WORDS) - 3 :] == ["python3", "-m", "jaxalign", *WORDS]
+    own = ROOT / ".venv/bin/python"  # as slurm.sh has it, where there is one
+    python = str(own) if own.exists() else "python3"
+    assert words[-len(WORDS) - 3 :] == [python, "-m", "jaxalign", *WORDS]
     (some,) = commands(launch("gpu_node.sh", "--gpus", "0,3", "--dry-run", *RUN))
     assert "CUDA_VISIBLE_DEVICES=0,3" in some
 
@@ -124,11 +126,60 @@ def test_the_batch_script_runs_the_command(tmp_path):
         assert words[2:] == ["/shared/v e/bin/python", "-m", "jaxalign", *WORDS, *more]
 
 
+def sruns(script):
+    """The words of each `srun`."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("srun ")]
+
+
 def test_slurm_in_a_container():
-    line = next(x for x in batch_script("--container", "i:1").splitlines() if x.startswith("srun"))
-    words = shlex.split(line.removesuffix("\\"))
+    """It sees the current folder, what is mounted, and the variables by name."""
+    script = batch_script(
+        *("--container", "i:1", "--mount", "/shared", "--mount", "/big/data:/data"),
+        *("--env", "NCCL_SOCKET_IFNAME=ib0", "--hf-home", "/big/hf"),
+    )
+    (words,) = sruns(script)
     assert "--container-image=i:1" in words
-    assert words[words.index("python3") :] == ["python3", "-m", "jaxalign", *WORDS]
+    here = pathlib.Path.cwd()
+    mounts = f"{here}:{here},/shared:/shared,/big/data:/data,/big/hf:/big/hf"
+    assert f"--container-mounts={mounts}" in words
+    assert "--container-env=NCCL_SOCKET_IFNAME,HF_HOME" in words
+    at = words.index("python3")
+    assert words[at : at + 3 + len(WORDS)] == ["python3", "-m", "jaxalign", *WORDS]
+
+
+def test_a_folder_that_the_container_lacks_is_refused():
+    told = launch(*SLURM, "--container", "i:1", "--dry-run", *RUN, check=False)
+    assert "run.folder=/shared/my runs: the container does not have this folder" in told
+    assert "--mount FOLDER" in told
+    told = launch(*SLURM, "--mount", "/shared", *RUN, check=False)
+    assert "--mount: has no meaning without --container" in told
+
+
+def test_variables_and_memory_of_a_job(tmp_path):
+    script = batch_script("--mem", "512G", "--env", "NCCL_DEBUG=warn all", "--env", "HOME")
+    assert "#SBATCH --mem=512G\n" in script
+    assert "#SBATCH --mem=0\n" in batch_script()  # all of a node's
+    assert "export NCCL_DEBUG='warn all'\n" in script
+    assert str(pathlib.Path.home()) not in script.replace(str(ROOT), "")  # passed on, not written
+    lines = batch_script("--before", "module load cuda/12.6").splitlines()
+    assert lines.index("module load cuda/12.6") < next(
+        i for i, line in enumerate(lines) if line.startswith("srun")
+    )
+
+
+def test_one_download_for_all_nodes():
+    """First one process fetches, then all run, and none asks the hub."""
+    script = batch_script("--fetch", "--hf-home", "/shared/hf")
+    fetch, run = sruns(script)
+    assert fetch[1:3] == ["--nodes=1", "--ntasks=1"]
+    assert fetch[-len(WORDS) - 1 :] == ["fetch", *WORDS]
+    assert "--nodes=1" not in run
+    before, _, after = script.partition("export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1")
+    assert "jaxalign fetch" in before
+    assert "export HF_HOME=/shared/hf\n" in before
+    assert "--kill-on-bad-exit=1" in after
+    assert sruns(batch_script("--offline")) == [run]
 
 
 # Cloud TPU
@@ -142,10 +193,17 @@ def pod(what, *arguments):
 
 def test_a_pod_is_made_and_given_back():
     common = ["gcloud", "compute", "tpus", "tpu-vm"]
-    kind = ["--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"]
+    kind = ["--accelerator-type=v5litepod-16", "--spot", "--version=v2-alpha-tpuv5-lite"]
     assert pod("create", "--type", "v5litepod-16", "--spot", "--project", "p") == [
-        [*common, "create", "pod", "--zone=us-west4-a", "--project=p", *kind, "--spot"]
+        [*common, "create", "pod", "--zone=us-west4-a", "--project=p", *kind]
     ]
+    queued = ["gcloud", "compute", "tpus", "queued-resources"]
+    (made,) = pod("create", "--type", "v5litepod-256", "--queued", "--reserved")
+    assert made[:6] == [*queued, "create", "pod"]
+    assert {"--node-id=pod", "--reserved", "--accelerator-type=v5litepod-256"} <= set(made)
+    assert "--runtime-version=v2-alpha-tpuv5-lite" in made
+    assert pod("status")[0][:6] == [*queued, "describe", "pod"]
+    assert pod("delete", "--queued")[0][:6] == [*queued, "delete", "pod"]
     assert pod("delete") == [[*common, "delete", "pod", "--zone=us-west4-a", "--quiet"]]
 
 
@@ -167,6 +225,21 @@ def test_all_vms_install_the_same(tmp_path):
     assert remove[:2] == ["rm", "-f"]
     assert "'.[tpu]'" in remote(install)
     assert "gcsfuse --implicit-dirs b /mnt/shared" in remote(mount)
+
+
+def test_one_vm_fetches_and_all_run_offline():
+    (words,) = pod("fetch", "--hf-home", "/mnt/shared/hf", *RUN)
+    assert "--worker=0" in words
+    (command,) = (word.removeprefix("--command=") for word in words if "--command=" in word)
+    inner = shlex.split(command.partition(" && ")[2])
+    home = ["env", "HF_HOME=/mnt/shared/hf", "HF_TOKEN_PATH=../.cache/huggingface/token"]
+    assert inner == [*home, ".venv/bin/python", "-m", "jaxalign", "fetch", *WORDS]
+    (words,) = pod("run", "--hf-home", "/mnt/shared/hf", "--offline", "--env", "A=b c", *RUN)
+    variables = "HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 'A=b c'"
+    assert f"nohup {' '.join(home)} {variables} .venv/bin/python" in remote(words)
+    *_, make, token = pod("setup", "--hf-token", "secret.txt")
+    assert ".cache/huggingface" in remote(make)
+    assert token[4:7] == ["scp", "secret.txt", "pod:.cache/huggingface/token"]
 
 
 def test_all_vms_run_the_same_command(tmp_path):
@@ -229,9 +302,12 @@ POD_KEYS = {
         "serviceAccountName",
     },
     "containers": {"name", "image", "command", "env", "ports", "resources", "volumeMounts"},
-    "containers.env": {"name", "value"},
+    "containers.env": {"name", "value", "valueFrom"},
+    "containers.env.valueFrom": {"secretKeyRef"},
+    "containers.env.valueFrom.secretKeyRef": {"name", "key"},
     "containers.ports": {"containerPort"},
-    "containers.resources": {"limits"},
+    "containers.resources": {"limits", "requests"},
+    "containers.resources.requests": {"cpu"},
     "containers.volumeMounts": {"name", "mountPath"},
     "volumes": {"name", "emptyDir", "persistentVolumeClaim"},
     "volumes.emptyDir": {"medium"},
@@ -316,6 +392,37 @@ def test_a_jobset_of_gpu_nodes():
     assert inside["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
 
 
+def test_variables_secrets_and_cores_of_a_jobset():
+    given = ("--env", "A=b=c", "--secret", "HF_TOKEN=hf:token", "--hf-home", "/mnt/shared/hf")
+    for kind in (TPU, GPU):
+        inside = jobset(*kind, *given, "--offline", "--cpu", "100", *RUN)[3]
+        (container,) = inside["containers"]
+        by_name = {entry["name"]: entry for entry in container["env"]}
+        assert by_name["A"]["value"] == "b=c"
+        assert by_name["HF_HOME"]["value"] == "/mnt/shared/hf"
+        assert by_name["HF_HUB_OFFLINE"]["value"] == by_name["HF_DATASETS_OFFLINE"]["value"] == "1"
+        secret = {"secretKeyRef": {"name": "hf", "key": "token"}}
+        assert by_name["HF_TOKEN"] == {"name": "HF_TOKEN", "valueFrom": secret}
+        assert container["resources"]["requests"] == {"cpu": "100"}
+
+
+def test_a_job_that_fetches():
+    text = launch(
+        *("gke_jobset.py", "--name", "mine", "--image", "i:1", *TPU, "--claim", "runs", "--fetch"),
+        *("--hf-home", "/mnt/shared/hf", "--secret", "HF_TOKEN=hf:token", "--dry-run", *RUN),
+    )
+    made = yaml.safe_load(text)
+    assert (made["apiVersion"], made["kind"]) == ("batch/v1", "Job")
+    assert made["metadata"]["name"] == "mine-fetch"
+    inside = made["spec"]["template"]["spec"]
+    (container,) = inside["containers"]
+    assert container["command"][-len(WORDS) - 1 :] == ["fetch", *WORDS]
+    assert "resources" not in container  # a node without accelerators will do
+    assert [entry["name"] for entry in container["env"]] == ["HF_HOME", "HF_TOKEN", "JAX_PLATFORMS"]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/mnt/shared"}]
+    assert inside["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
+
+
 # Mistakes
 
 
@@ -329,7 +436,11 @@ def test_a_jobset_of_gpu_nodes():
         (["slurm.sh", "--nodes", "two", "--gpus", "8", *RUN], "--nodes two: wanted a positive"),
         (["tpu_pod.sh", "run", "--name", "p", *RUN], "--zone is missing"),
         (["tpu_pod.sh", "create", *POD, "--type", "x-1"], "no image is known"),
-        (["tpu_pod.sh", "begin", *POD], "begin: wanted create, setup"),
+        (["tpu_pod.sh", "begin", *POD], "begin: wanted create, status, setup"),
+        (["tpu_pod.sh", "fetch", *POD, *RUN], "--hf-home is missing"),
+        (["slurm.sh", "--nodes", "1", "--gpus", "8", "--mem", "much", *RUN], "--mem much: wanted"),
+        (["slurm.sh", "--env", "NOWHERE_SET", *RUN], "--env NOWHERE_SET: it is not set"),
+        (["slurm.sh", "--env", "1=2", *RUN], "--env 1=2: wanted NAME or NAME=VALUE"),
     ],
 )
 def test_mistakes_in_shell_launchers_are_named(command, said):
@@ -344,6 +455,9 @@ def test_mistakes_in_shell_launchers_are_named(command, said):
         ([*TPU, "--chips", "3", *RUN], "16 chips, which do not divide"),
         ([*GPU, "--slices", "2", *RUN], "--slices: has no meaning without --tpu"),
         ([*TPU], "nothing to run"),
+        ([*TPU, "--env", "A", *RUN], "--env A: wanted NAME=VALUE"),
+        ([*TPU, "--secret", "A=b", *RUN], "--secret A=b: wanted NAME=SECRET:KEY"),
+        ([*TPU, "--fetch", *RUN], "--fetch: wanted --claim and --hf-home"),
         ([*TPU, "--name", "A_b", *RUN], "--name A_b: wanted"),
     ],
 )
