@@ -102,10 +102,10 @@ class BatchOptions:
         ):
             _check_integer(name, getattr(self, name), least, optional)
         if not isinstance(self.packing, bool):
-            if str(self.packing).lower() in ("true", "false"):
+            plain = str(self.packing).lower()
+            if plain in ("true", "false"):
                 raise ValueError(
-                    f"packing: got the text {self.packing!r}, wanted {self.packing.lower()} "
-                    "without quotes"
+                    f"packing: got the text {self.packing!r}, wanted {plain} without quotes"
                 )
             _check_choice("packing", self.packing, PACKING, "true, false or null")
         _check_choice("on_error", self.on_error, ON_ERROR)

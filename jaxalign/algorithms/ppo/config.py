@@ -43,7 +43,7 @@ class Config:
       score_at: "eos" (last token of the answer) or "after_eos" (the position after, as TRL).
       whiten_rewards: divide rewards by their standard deviation, keeping the mean.
 
-      kl_coef: β ≥ 0.
+      kl_coef: β ≥ 0, what a nat of KL to the reference costs, in units of the score.
       kl_estimator: "k1", "k2" or "k3".
       kl_in: "reward" (shaped into the rewards) or "loss" (a term of its own).
       kl_target: if set, β is adapted to keep this KL (nats an answer), see `losses.ppo`.
@@ -51,7 +51,7 @@ class Config:
 
       advantage_estimator: "gae" has a critic; "rloo", "grpo", "reinforce++" (Hu et al. 2025) and
         "reinforce++_baseline" have none.
-      gamma, lam: γ and λ of the advantage estimate; λ of "gae" only.
+      gamma, lam: in [0, 1]: γ and λ of the advantage estimate; λ of "gae" only.
       scale_rewards: for "grpo": what divides an advantage, the standard deviation of its "group",
         of the "batch", or nothing ("none": Dr. GRPO).
       whiten_advantages: normalise advantages over the answers' tokens of the whole rollout. None:
