@@ -18,8 +18,8 @@ from jaxalign.losses.preference import option_names
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config import runs as configs
-from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.early_stopping import EarlyStopping
+from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml, write_yaml
 
 PACKAGE = pathlib.Path(jaxalign.__file__).parent

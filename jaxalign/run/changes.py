@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.run.config.base import Run
-from jaxalign.run.config.runs import RUNS, load_config
+from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import to_values
 
 FREE = (
     *("run.folder", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
-    *("run.keep", "run.time_limit", "run.early_stopping", "run.resume", "run.allow_changes"),
-    *("run.overwrite", "run.export", "run.checkpoint", "run.micro_batches", "mesh", "model.remat"),
-    *("model.attention", "optimizer.offload", "critic_optimizer.offload", "offload_frozen"),
-    *("reference_cache", "data.prefetch", "ptx.prefetch", "dump_every", "dump_samples"),
+    *("run.keep", "run.time_limit", "run.early_stopping", "run.export", "run.checkpoint"),
+    *("run.micro_batches", "mesh", "model.remat", "model.attention", "offload_frozen"),
+    *("optimizer.offload", "critic_optimizer.offload", "reference_cache", "data.prefetch"),
+    *("ptx.prefetch", "dump_every", "dump_samples"),
 )
 """Options, and sections of them, that change nothing that is learned (beyond rounding)."""
 
 _BY_TEXT = {"model.tokenizer": "tokenizer", "model.chat_template": "chat_template"}
 """Options that are compared by what they stand for, once that is read."""
 
+ONCE = ("resume", "allow_changes", "overwrite")
+"""Options of `run` that are said for one start only."""
+
 _LENGTH = ("run.steps", "run.epochs", "data.epochs")
 """Options that say how long a run is: compared by the number of batches in all."""
 
-_DIGEST_SHOWN = 12
+_SKIPPED = tuple(f"run.{name}" for name in ONCE)
+_DIGEST, _DIGEST_SHOWN = re.compile("[0-9a-f]{64}"), 12
+_CONTENTS = " (contents)"
 
 
 class Change(NamedTuple):
@@ -72,7 +78,7 @@ def config_changes(
     found = Changes([], [])
     shown = set()
     for name in dict.fromkeys((*new, *old)):
-        if new.get(name) == old.get(name) or name in _LENGTH:
+        if new.get(name) == old.get(name) or name in _LENGTH or name in _SKIPPED:
             continue
         change = Change(name, old.get(name), new.get(name))
         same = name in inputs and inputs[name] == old_inputs.get(name)
@@ -80,7 +86,9 @@ def config_changes(
         (found.free if same or by_text or _is_free(name) else found.binding).append(change)
         shown.add(name)
     found.binding.extend(
-        change for change in input_changes(inputs, old_inputs) if change.name not in shown
+        change
+        for change in input_changes(inputs, old_inputs)
+        if change.name.removesuffix(_CONTENTS) not in shown
     )
     return found
 
@@ -88,7 +96,7 @@ def config_changes(
 def input_changes(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
     """Inputs that are known of both runs and differ."""
     return [
-        Change(name if name.startswith("day") else f"{name} (contents)", old[name], digest)
+        Change(name + (_CONTENTS if _DIGEST.fullmatch(digest) else ""), old[name], digest)
         for name, digest in new.items()
         if name in old and old[name] != digest
     ]
@@ -139,16 +147,11 @@ def _with_defaults(config: Run, old: Mapping[str, Any]) -> Mapping[str, Any]:
         return old
 
 
-def algorithm_of_values(values: Mapping[str, Any]) -> str | None:
-    """Which algorithm a configuration is of."""
-    return next((name for name in RUNS if name in values), None)
-
-
 def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64:
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
         return f"{value[:_DIGEST_SHOWN]}…"
     return "null" if value is None else str(value)

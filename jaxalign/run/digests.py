@@ -47,14 +47,13 @@ def data_digest(source: str, *, whole: bool) -> str | None:
       whole: every byte; False: size, beginning and end of each file.
     """
     path, _ = split_path(source)
+    if path.is_file():
+        return _digest({"": path}, whole)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
-    elif path.is_file():
-        files = [path]
+        named = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
     else:
-        files = [pathlib.Path(file) for file in glob.glob(str(path), recursive=True)]
-    named = {str(file.relative_to(path.parent)) if path.exists() else str(file): file
-             for file in files}  # fmt: skip
+        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+        named = {str(file): file for file in found if file.is_file()}
     return _digest(named, whole) if named else None
 
 

@@ -17,6 +17,7 @@ import jax
 
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
+from jaxalign.run.changes import ONCE
 from jaxalign.run.config.yaml import read_yaml, to_values, yaml_text
 from jaxalign.run.digests import file_digest
 
@@ -99,8 +100,7 @@ def write_record(
     if not distributed.is_main():
         return
     before = read_record(folder) if done else None
-    # That a run was resumed, or may replace another one, is said for one start only.
-    once = {"resume": False, "allow_changes": False, "overwrite": False}
+    once = dict.fromkeys(ONCE, False)
     values = to_values(dataclasses.replace(config, run=dataclasses.replace(config.run, **once)))
     path, text = folder / CONFIG, yaml_text(values)
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
