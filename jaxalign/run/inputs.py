@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,20 +34,18 @@ def file_inputs(config: Run) -> dict[str, str]:
 
     What is not there, or comes from the hub, has none: loading says what is wrong with it.
     """
+    once = functools.cache(weights_digest)  # several options may name one model
     jobs: dict[str, Callable[[], str | None]] = {
-        name: lambda source=source: weights_digest(source)
-        for name, source in config.frozen_models.items()
+        name: functools.partial(once, source) for name, source in config.frozen_models.items()
     }
     # Of a model whose weights are in the checkpoint the shape remains.
     jobs.setdefault("model.source", lambda: shape_digest(config.model.source))
     for name, path, section in _data_paths(config):
-        jobs[name] = lambda path=path, section=section: data_digest(
-            path, whole=not section.streaming
-        )
+        jobs[name] = functools.partial(data_digest, path, whole=not section.streaming)
     for number, spec in enumerate(getattr(config, "rewards", ())):
         file = str(getattr(spec, "path", "")).rpartition(":")[0]
         if file.endswith(".py"):
-            jobs[f"rewards[{number}].path"] = lambda file=file: file_digest(file)
+            jobs[f"rewards[{number}].path"] = functools.partial(file_digest, file)
     found = {}
     for name, digest in jobs.items():
         with contextlib.suppress(ValueError, OSError):

@@ -34,7 +34,7 @@ class FolderLock:
       folder: of the run.
 
     Raises:
-      ValueError: on entering, if another process has the folder.
+      ValueError: on entering, if another process has the folder, or it is a file.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -49,7 +49,13 @@ class FolderLock:
             if parent.exists():
                 break
             self._made.append(parent)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            where = "it" if self._folder.exists() else f"{self._made[-1].parent}"
+            raise ValueError(
+                f"run.folder={str(self._folder)!r}: {where} is a file; wanted a folder"
+            ) from error
         try:
             self._acquire()
         except BaseException:

@@ -87,7 +87,9 @@ def test_whose_lock_is_left_behind(tmp_path, owner, age, taken):
     now = time.time()
     os.utime(path, (now - age, now - age))
     if not taken:
-        with pytest.raises(ValueError, match=f"in use by process {owner['pid']} on {owner['host']}"):
+        with pytest.raises(
+            ValueError, match=f"in use by process {owner['pid']} on {owner['host']}"
+        ):
             FolderLock(tmp_path).__enter__()
         assert json.loads(path.read_text()) == owner
         return
