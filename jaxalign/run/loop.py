@@ -35,6 +35,7 @@ class Result(NamedTuple):
       after: held-out figures after the last.
       history: the metrics of every step of this process, oldest first.
       seconds: wall time, set-up and compilation included.
+      signal: what asked the run to stop when it was through all the same, or None.
     """
 
     folder: pathlib.Path
@@ -43,6 +44,7 @@ class Result(NamedTuple):
     after: dict[str, float]
     history: list[dict[str, float]]
     seconds: float
+    signal: str | None = None
 
 
 def train(config: Any, title: str | None = None, began: float | None = None) -> Result:
@@ -156,7 +158,7 @@ def _train(
     if exported is not None:
         task.export(state, exported)
     seconds = time.perf_counter() - began
-    return Result(folder, exported, before, after, reporter.history, seconds)
+    return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
 
 
 def _step(

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from jaxalign.data.paths import local_path
+from jaxalign.parallel import distributed
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml
 from jaxalign.run.folder import has_checkpoints
@@ -116,6 +117,12 @@ def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
             run = dataclasses.replace(config.run, resume="auto")
             config = dataclasses.replace(config, run=run)
         results[name] = train(config, f"[{number}/{len(stages)}] {name}", began)
+        late = results[name].signal
+        if late is not None and number < len(stages) and jax.process_count() == 1:
+            raise distributed.Preempted(
+                f"stopped after the stage {name}, as {late} came; run.resume=true goes on with the "
+                "next"
+            )
         # A stage's arrays and programs are of no use to the next one.
         gc.collect()
         jax.clear_caches()
