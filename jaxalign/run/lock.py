@@ -16,10 +16,13 @@ from typing import Any, Self
 LOCK = ".lock"
 """The lock's name in the run's folder."""
 
-STALE_SECONDS = 600.0
-"""Silence after which the lock of a process on another host counts as left behind."""
+STALE_SECONDS = 180.0
+"""Silence after which the lock of a process on another host counts as left behind. File systems
+over the network may show a renewal a minute late."""
 
-_BEAT_SECONDS = 30.0
+_BEAT_SECONDS = 10.0
+_POLL_SECONDS = 1.0
+_NAMESPACE = "/proc/self/ns/pid"
 _BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -27,8 +30,8 @@ class FolderLock:
     """Holds a folder while it is open; makes the folder if need be.
 
     The lock is a file that names host, process and its start. A process of this host that is gone,
-    or whose number another process has by now, holds nothing any more. Of another host the file's
-    time decides: the holder renews it every half minute.
+    or whose number another process has by now, holds nothing any more. Of another host, or another
+    container, the file's time decides: its holder renews it.
 
     Args:
       folder: of the run.
@@ -81,6 +84,8 @@ class FolderLock:
             if owner is None:
                 continue  # it went away just now
             if not self._left_behind(owner):
+                if not self._path.exists():
+                    continue  # given back while we waited
                 break
             print(f"{self._path}: {_named(owner)} is gone; its lock is taken over", flush=True)
             self._take_away(owner)
@@ -91,19 +96,35 @@ class FolderLock:
         )
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
-        """Whether the process that made a lock is gone."""
+        """Whether the process that made a lock is gone; may wait for a sign of life."""
         here = _identity()
-        if owner.get("host") == here["host"]:
-            pid = owner.get("pid")
-            same_boot = owner.get("boot") == here["boot"]
-            return not (same_boot and isinstance(pid, int) and _is_process(pid, owner.get("began")))
-        # Both times are the file system's: the hosts' clocks may differ.
-        now = self._folder / f"{LOCK}.{self._token}"
+        if owner.get("host") == here["host"] and owner.get("boot") != here["boot"]:
+            return True  # the machine was started anew, or its name went to another one
+        if owner.get("host") != here["host"] or owner.get("namespace") != here["namespace"]:
+            return self._falls_silent(owner)
+        pid = owner.get("pid")
+        return not (isinstance(pid, int) and _is_process(pid, owner.get("began")))
+
+    def _falls_silent(self, owner: dict[str, Any]) -> bool:
+        """Waits until the lock is renewed or given back (False), or was not for too long (True)."""
+        now, renewed, waits = self._folder / f"{LOCK}.{self._token}", None, False
         try:
-            now.touch()
-            return now.stat().st_mtime - self._path.stat().st_mtime > STALE_SECONDS
+            while True:
+                # Both times are the file system's: the hosts' clocks may differ.
+                now.touch()
+                last = self._path.stat().st_mtime
+                renewed = last if renewed is None else renewed
+                if last != renewed:
+                    return False
+                if now.stat().st_mtime - last > STALE_SECONDS:
+                    return True
+                if not waits:
+                    waits = True
+                    limit = f"{STALE_SECONDS:g} s"
+                    print(f"{self._path}: waiting for a sign of {_named(owner)}, up to {limit}")
+                time.sleep(_POLL_SECONDS)
         except FileNotFoundError:
-            return True
+            return False
         finally:
             now.unlink(missing_ok=True)
 
@@ -135,6 +156,7 @@ def _identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "began": _began(os.getpid()),
+        "namespace": os.readlink(_NAMESPACE) if os.path.islink(_NAMESPACE) else None,
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip() if _BOOT_ID.is_file() else None,
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }

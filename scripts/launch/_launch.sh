@@ -41,7 +41,7 @@ quoted() {
 }
 
 resume_of() {
-  [[ "$1" == pipeline ]] && echo defaults.run.resume=true || echo run.resume=true
+  [[ "$1" == pipeline ]] && echo defaults.run.resume=auto || echo run.resume=auto
 }
 
 run() {

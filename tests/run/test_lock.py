@@ -64,7 +64,12 @@ def test_a_killed_process_holds_nothing(tmp_path, capsys):
         holder.stdout.close()
 
 
-HERE = {"host": socket.gethostname(), "since": "2026-01-02"}
+HERE = lock._identity()
+
+
+def write_lock(path, owner, age=0.0):
+    path.write_text(json.dumps(HERE | {"token": "theirs"} | owner))
+    os.utime(path, (time.time() - age, time.time() - age))
 
 
 @pytest.mark.parametrize(
@@ -73,41 +78,64 @@ HERE = {"host": socket.gethostname(), "since": "2026-01-02"}
         ({"pid": os.getppid(), "began": lock._began(os.getppid())}, 0, False),
         ({"pid": os.getppid(), "began": lock._began(os.getppid())}, 2 * STALE_SECONDS, False),
         ({"pid": os.getppid(), "began": "1"}, 0, True),
-        ({"pid": os.getpid(), "began": lock._began(os.getpid()), "boot": "another"}, 0, True),
-        ({"host": "elsewhere", "pid": 1, "began": "1"}, 0, False),
-        ({"host": "elsewhere", "pid": 1, "began": "1"}, STALE_SECONDS / 2, False),
-        ({"host": "elsewhere", "pid": 1, "began": "1"}, 2 * STALE_SECONDS, True),
+        ({"boot": "another"}, 0, True),
+        ({"host": "elsewhere"}, 2 * STALE_SECONDS, True),
+        ({"namespace": "pid:[1]"}, 2 * STALE_SECONDS, True),
     ],
-    ids=["runs", "runs silently", "number reused", "rebooted", "other", "slow", "silent"],
+    ids=["runs", "runs silently", "number reused", "rebooted", "elsewhere", "another container"],
 )
 def test_whose_lock_is_left_behind(tmp_path, owner, age, taken):
-    owner = HERE | {"boot": lock._identity()["boot"], "token": "theirs"} | owner
     path = tmp_path / LOCK
-    path.write_text(json.dumps(owner))
-    now = time.time()
-    os.utime(path, (now - age, now - age))
-    if not taken:
-        with pytest.raises(
-            ValueError, match=f"in use by process {owner['pid']} on {owner['host']}"
-        ):
-            FolderLock(tmp_path).__enter__()
-        assert json.loads(path.read_text()) == owner
+    write_lock(path, owner, age)
+    if taken:
+        with FolderLock(tmp_path):
+            assert json.loads(path.read_text())["token"] != "theirs"
+        assert not path.exists()
         return
-    with FolderLock(tmp_path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert not path.exists()
+    with pytest.raises(ValueError, match=f"in use by process {owner['pid']} on {HERE['host']}"):
+        FolderLock(tmp_path).__enter__()
+    assert json.loads(path.read_text())["token"] == "theirs"
 
 
-def test_a_lock_that_cannot_be_read_is_no_free_folder(tmp_path):
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_holder_elsewhere_is_given_time_for_a_sign(tmp_path, monkeypatch, lives):
+    monkeypatch.setattr(lock, "STALE_SECONDS", 600.0 if lives else 0.3)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if lives and len(slept) == 3:
+            os.utime(tmp_path / LOCK)
+        if not lives:
+            os.utime(tmp_path / LOCK, (stamp, stamp))
+            pause(0.1)
+
+    pause, stamp = time.sleep, time.time()
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    write_lock(tmp_path / LOCK, {"host": "elsewhere"}, age=0.0 if not lives else 5.0)
+    if not lives:
+        os.utime(tmp_path / LOCK, (stamp, stamp))
+        with FolderLock(tmp_path):
+            pass
+        assert slept
+        return
+    with pytest.raises(ValueError, match=r"in use by process .* on elsewhere"):
+        FolderLock(tmp_path).__enter__()
+    assert len(slept) == 3
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_lock_that_cannot_be_read_is_no_free_folder(tmp_path, monkeypatch):
     (tmp_path / LOCK).write_text("{")
+    monkeypatch.setattr(FolderLock, "_falls_silent", lambda self, owner: False)
     with pytest.raises(ValueError, match=r"in use by process \? on \?"):
         FolderLock(tmp_path).__enter__()
 
 
 def test_who_was_quicker_keeps_a_lock_that_was_left_behind(tmp_path, monkeypatch):
     """Two processes see the same stale lock; the second one finds the first one's in its place."""
-    stale = HERE | {"pid": os.getppid(), "began": "1", "boot": lock._identity()["boot"]}
-    quicker = HERE | lock._identity() | {"token": "quicker"}
+    stale = HERE | {"pid": os.getppid(), "began": "1"}
+    quicker = HERE | {"token": "quicker"}
     (tmp_path / LOCK).write_text(json.dumps(stale))
     take_away = FolderLock._take_away
 
