@@ -517,7 +517,7 @@ READERS = {
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("run/tasks/*.py", "run/loop.py", "run/folder.py"), {"run"}),
-    EarlyStopping: (("run/early_stopping.py",), {"config"}),
+    EarlyStopping: (("run/early_stopping.py",), {"config", "_config"}),
     configs.SFTRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.DPORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),

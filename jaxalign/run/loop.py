@@ -139,6 +139,7 @@ def _train(
             _save(store, task, state, _position(task, loop, done, progress, reporter, early))
             saved_at = done
             clock.saved()
+            reporter.wishes = reporter.wishes._replace(save=False)
         if stops:
             raise distributed.Preempted(_how_to_go_on(done, task.total, stop, run, store))
         if evaluates or saves:
