@@ -14,12 +14,21 @@ from jaxalign.run.changes import Changes, config_changes, input_changes, length_
 from jaxalign.run.config.base import Run
 from jaxalign.run.inputs import file_inputs, source_paths
 from jaxalign.run.lock import FolderLock
-from jaxalign.run.record import CONFIG, RECORD, is_ours, read_record, set_aside, write_record
+from jaxalign.run.record import (
+    CONFIG,
+    RECORD,
+    VERSIONS,
+    environment_changes,
+    is_ours,
+    read_record,
+    set_aside,
+    write_record,
+)
 from jaxalign.run.tasks.task import Task
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _OUTPUTS = (
-    *(CHECKPOINTS, MODEL, RECORD, "metrics.jsonl", "versions.json"),
+    *(CHECKPOINTS, MODEL, RECORD, VERSIONS, "metrics.jsonl"),
     *("evaluation.json", "rollouts.jsonl", "histograms.jsonl"),
 )
 """What a run writes besides `config.yaml`."""
@@ -77,6 +86,7 @@ class RunFolder:
             return
         every = [*self._changes.binding, *self._changes.free]
         if done:
+            every += environment_changes(self._folder)
             place = self._folder / CHECKPOINTS / str(done)
             print(f"resuming after step {done} of {task.total}, from {place}", flush=True)
         elif self._config.run.resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,11 +18,11 @@ import jax
 
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
-from jaxalign.run.changes import ONCE
+from jaxalign.run.changes import ONCE, Change
 from jaxalign.run.config.yaml import read_yaml, to_values, yaml_text
 from jaxalign.run.digests import file_digest
 
-CONFIG, RECORD = "config.yaml", "run.json"
+CONFIG, RECORD, VERSIONS = "config.yaml", "run.json", "versions.json"
 
 _PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -42,6 +43,28 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
     packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | packages
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and processes: what a run's last bits depend on."""
+    devices = jax.devices()
+    facts = versions() | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
+    if jax.process_count() > 1:
+        facts["processes"] = str(jax.process_count())
+    return facts
+
+
+def environment_changes(folder: pathlib.Path) -> list[Change]:
+    """What of the environment is another one than at the last start."""
+    path = folder / VERSIONS
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        old = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Change(name, old[name], value)
+            for name, value in environment().items()
+            if old.get(name, value) != value
+        ]
+    return []
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -107,11 +130,7 @@ def write_record(
         kept = set_aside(path, f"until-step-{done}")
         print(f"{path}: the one up to step {done} is kept as {kept.name}")
     replace_text(path, text)
-    devices = jax.devices()
-    facts = versions() | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
-    if jax.process_count() > 1:
-        facts["processes"] = str(jax.process_count())
-    replace_text(folder / "versions.json", json.dumps(facts, indent=2) + "\n")
+    replace_text(folder / VERSIONS, json.dumps(environment(), indent=2) + "\n")
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     start = {"step": done, "time": now, "host": socket.gethostname(), "changes": changes}
     record = {

@@ -8,6 +8,7 @@ import types
 import typing
 
 import chatmodel
+import jax
 import pytest
 
 from jaxalign.commands import cli
@@ -228,6 +229,19 @@ def test_the_day_that_a_template_writes_is_part_of_a_run(place):
     resumed = load_config("sft", settings("sft", place), ["run.resume=true"])
     with open_folder(resumed) as opened, pytest.raises(ValueError, match=told):
         opened.check_task(task(**later))
+
+
+def test_other_versions_and_devices_are_said(place, capsys):
+    values = settings("sft", place)
+    begin(load_config("sft", values), task())
+    path = place / "run/versions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"jax": "0.1", "devices": "3 × x"}))
+    with open_folder(load_config("sft", values, ["run.resume=true"])) as opened:
+        opened.begin(task(), 2)
+    said = capsys.readouterr().out
+    assert f"changed: jax: 0.1 → {jax.__version__}\n" in said
+    assert "changed: devices: 3 × x → 8 × " in said
+    assert said.count("changed: ") == 2
 
 
 def test_an_option_of_a_later_version_is_no_change(place):
