@@ -18,6 +18,7 @@ from jaxalign.losses.preference import option_names
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config import runs as configs
+from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml, write_yaml
 
@@ -517,7 +518,8 @@ READERS = {
     ),
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
-    configs.RunConfig: (("run/tasks/*.py", "run/loop.py"), {"run"}),
+    configs.RunConfig: (("run/tasks/*.py", "run/loop.py", "run/folder.py"), {"run"}),
+    EarlyStopping: (("run/early_stopping.py",), {"config", "_config"}),
     configs.SFTRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.DPORun: (("run/tasks/*.py", "run/loop.py", "run/tasks/reference.py"), {"config"}),

@@ -74,3 +74,39 @@ def test_resuming_without_a_file_starts_one(tmp_path):
     writer.write(6, {})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 6}\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2, "loss": 0.\xff}',
+        b'{"stop": 2}',
+        b'{"step": Infinity}',
+        b"[" * 100_000,
+        b"\0" * 9,
+    ],
+    ids=["utf-8", "no step", "infinite", "nested", "zeros"],
+)
+def test_a_damaged_line_is_dropped_counted_and_named(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "loss": 1.0}', b'{"step": 3, "eval/text": "a\xe2\x80\xa8b"}']
+    path.write_bytes(b"\n".join([good[0], damage, good[1], b'{"step": 4, "lo']))
+    writer = JsonlWriter(path, 3)
+    writer.close()
+    assert path.read_bytes() == b"\n".join([*good, b""])
+    # The last one was cut off by a kill, and its step is done again: nothing is lost with it.
+    assert capsys.readouterr().out == f"{path}: dropped 1 damaged lines (2)\n"
+    assert writer.evaluated == 3
+
+
+def test_the_last_evaluation_is_known(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    assert writer.evaluated is None
+    writer.write(2, {"loss": 1.0})
+    assert writer.evaluated is None
+    writer.write(2, {"eval/loss": 1.0})
+    assert writer.evaluated == 2
+    writer.close()
+    again = JsonlWriter(tmp_path / "metrics.jsonl", 1)
+    assert again.evaluated is None
+    again.close()

@@ -19,9 +19,10 @@ from jaxalign.run import loop as loop
 from jaxalign.run import tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge, read_yaml
+from jaxalign.run.digests import weights_digest
 from jaxalign.run.export import export_run
 from jaxalign.run.tasks import reference
-from jaxalign.run.tasks.reference_cache import ReferenceCache, pair_keys, weights_digest
+from jaxalign.run.tasks.reference_cache import ReferenceCache, pair_keys
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

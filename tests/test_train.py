@@ -240,13 +240,17 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
             assert sorted(set(steps)) == [1, 2, 3, 4]
 
 
-def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, chat_models, monkeypatch):
+def test_killed_before_the_first_checkpoint_it_starts_anew_if_it_may(
+    tmp_path, chat_models, monkeypatch
+):
     changes = held_out(tmp_path, "sft")
     with monkeypatch.context() as patch:
         patch.setattr(reporter, "JsonlWriter", killing_writer(at=2))
         with pytest.raises(Killed):
             run("sft", chat_models, tmp_path / "run", changes, steps=2)
-    run("sft", chat_models, tmp_path / "run", changes, steps=2, resume=True, export=False)
+    with pytest.raises(ValueError, match=r"holds no checkpoint; run\.resume=auto starts"):
+        run("sft", chat_models, tmp_path / "run", changes, steps=2, resume=True)
+    run("sft", chat_models, tmp_path / "run", changes, steps=2, resume="auto", export=False)
     steps = [row["step"] for row in chatmodel.lines(tmp_path / "run")]
     assert steps == [0, 1, 2, 2]  # held out, two updates, held out
 
@@ -255,7 +259,7 @@ def test_a_finished_run_resumes_to_nothing_and_is_refused_without_resume(runs, c
     result = runs("sft")
     before = chatmodel.lines(result.folder), chatmodel.weights(result.model)
     config = load_config("sft", result.folder / "config.yaml")
-    with pytest.raises(ValueError, match=r"run\.folder=.*up to step 4.*run\.resume=true"):
+    with pytest.raises(ValueError, match=r"run\.folder=.*checkpoints.*run\.resume=true"):
         loop.train(config)
     assert (chatmodel.lines(result.folder), chatmodel.weights(result.model)) == before
     again = loop.train(load_config("sft", result.folder / "config.yaml", ["run.resume=true"]))
@@ -266,9 +270,9 @@ def test_a_finished_run_resumes_to_nothing_and_is_refused_without_resume(runs, c
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data": {"length": 30}}, "other data or settings"),
-        ({"run": {"seed": 1}}, "other data or settings"),
-        ({"optimizer": {"max_grad_norm": None}}, "does not fit this run's model or optimizer"),
+        ({"data": {"length": 30}}, r"data\.length: 32 → 30\n"),
+        ({"run": {"seed": 1}}, r"run\.seed: 0 → 1\n"),
+        ({"optimizer": {"max_grad_norm": None}}, r"optimizer\.max_grad_norm: 1\.0 → null\n"),
     ],
     ids=["length", "seed", "optimizer"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ class OptimizerConfig:
       schedule: "constant", or "linear" / "cosine" decay to `end_fraction` of the peak.
       warmup_steps: updates of linear rise from 0; the first update's rate is 0, as in
         Hugging Face's schedules.
+      warmup_ratio: in place of `warmup_steps`: their part of all updates, in [0, 1), rounded up.
       total_steps: updates in all, warm-up included; the training loop fills it in.
       end_fraction: last rate as a fraction of the peak.
       b1, b2, eps: Adam's.
@@ -43,6 +45,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-5
     schedule: str = "constant"
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
     total_steps: int | None = None
     end_fraction: float = 0.0
     b1: float = 0.9
@@ -61,6 +64,8 @@ class OptimizerConfig:
         want(self.learning_rate >= 0, "learning_rate", "0 or more")
         want(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
         want(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        want(0 <= self.warmup_ratio < 1, "warmup_ratio", "a value in [0, 1)")
+        want(not (self.warmup_ratio and self.warmup_steps), "warmup_ratio", "0 beside warmup_steps")
         want(self.total_steps is None or self.total_steps > 0, "total_steps", "a positive integer")
         want(0 <= self.end_fraction <= 1, "end_fraction", "a value in [0, 1]")
         want(0 <= self.b1 < 1, "b1", "a value in [0, 1)")
@@ -71,13 +76,25 @@ class OptimizerConfig:
         want(self.moments in MOMENTS, "moments", f"one of {', '.join(MOMENTS)}")
 
 
+def _warmup(config: OptimizerConfig) -> int:
+    """Updates of warm-up."""
+    if not config.warmup_ratio:
+        return config.warmup_steps
+    if config.total_steps is None:
+        raise ValueError(
+            f"optimizer warmup_ratio={config.warmup_ratio} wants total_steps (updates in all); set "
+            "it, or give warmup_steps"
+        )
+    return math.ceil(round(config.warmup_ratio * config.total_steps, 6))
+
+
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Update number (from 0) → learning rate.
 
     Raises:
       ValueError: a decaying schedule without `total_steps`, or warm-up longer than it.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, _warmup(config)
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxalign.commands.command import Command
+from jaxalign.commands.going_on import overwrite_argument
 
 _NOT_FLAGS = ("key", "rows")  # --seed makes the key; prompts are decoded as many at a time as fit
 _DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
@@ -142,6 +143,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub id of a reward model")
     parser.add_argument("files", nargs="+", help="rows with answers: files, folders, hub ids")
     parser.add_argument("--out", help="file to write; standard output if none")
+    overwrite_argument(parser, "the file OUT")
     parser.add_argument("--column", default="reward", help="name of the column that is added")
     parser.add_argument("--batch", type=int, default=16, help="answers scored at a time")
     parser.add_argument(
@@ -152,8 +154,12 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(parsed: argparse.Namespace) -> None:
+    from jaxalign.data.paths import check_free
     from jaxalign.rewards.scoring import score_files
 
+    if parsed.out is not None:
+        sources = [parsed.model, *parsed.files]
+        check_free(parsed.out, "--out", overwrite=parsed.overwrite, sources=sources)
     summary = score_files(
         parsed.model,
         parsed.files,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jaxalign.commands.command import Command
+from jaxalign.commands.going_on import overwrite_argument
 
 
 def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
@@ -19,6 +20,7 @@ def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run's folder")
     parser.add_argument("--out", required=True, help="folder to write")
+    overwrite_argument(parser, "the model in OUT")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument(
         "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
@@ -27,8 +29,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> None:
+    from jaxalign.data.paths import check_free
     from jaxalign.run.export import export_run
 
+    check_free(parsed.out, "--out", overwrite=parsed.overwrite)
     done = export_run(parsed.folder, parsed.out, parsed.step, part=parsed.part, dtype=parsed.dtype)
     print(f"{done.table}\ncheckpoint {done.step} of {parsed.folder} → {parsed.out}")
 
@@ -36,12 +40,15 @@ def _export(parsed: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder, .gguf file or hub id")
     parser.add_argument("--out", required=True, help="folder to write")
+    overwrite_argument(parser, "the model in OUT")
     _dtype_argument(parser, "that of the source, or float32 where it is quantised")
 
 
 def _import(parsed: argparse.Namespace) -> None:
+    from jaxalign.data.paths import check_free
     from jaxalign.run.export import import_model
 
+    check_free(parsed.out, "--out", overwrite=parsed.overwrite, sources=[parsed.source])
     done = import_model(parsed.source, parsed.out, dtype=parsed.dtype)
     print(f"{done.table}\n{parsed.source} → {parsed.out}")
 

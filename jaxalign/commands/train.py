@@ -7,10 +7,14 @@ import functools
 
 from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
+from jaxalign.commands.going_on import run_flags, say_how_to_go_on, with_flags
+
+_EVERY_STAGE = "defaults.run"
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser, "YAML file, or recipe:NAME; see `jaxalign init`")
+    run_flags(parser)
 
 
 def _options(algorithm: str) -> str:
@@ -24,8 +28,9 @@ def _train(parsed: argparse.Namespace) -> None:
     from jaxalign.run.config.runs import load_config
     from jaxalign.run.loop import train
 
-    with distributed.session():
-        result = train(load_config(parsed.command, parsed.config, parsed.overrides))
+    with distributed.session(), say_how_to_go_on(parsed):
+        config = load_config(parsed.command, parsed.config, with_flags(parsed))
+        result = train(config)
         for name, value in result.after.items():
             start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
             print(f"held out: {name} {value:.4g}{start}")
@@ -40,14 +45,16 @@ def _pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         "YAML file, or recipe:pipeline; see `jaxalign init`",
         key="stage.key",
     )
+    run_flags(parser)
 
 
 def _pipeline(parsed: argparse.Namespace) -> None:
     from jaxalign.parallel import distributed
     from jaxalign.run.pipeline import load_stages, run_stages
 
-    with distributed.session():
-        results = run_stages(load_stages(parsed.config, parsed.overrides))
+    with distributed.session(), say_how_to_go_on(parsed, _EVERY_STAGE):
+        stages = load_stages(parsed.config, with_flags(parsed, _EVERY_STAGE))
+        results = run_stages(stages)
         for name, result in results.items():
             print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
 

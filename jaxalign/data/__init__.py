@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         Unpaired,
     )
     from jaxalign.data.faults import Faults, read_examples
-    from jaxalign.data.loader import Batches, filled
+    from jaxalign.data.loader import Batches, count_samples, filled
     from jaxalign.data.mixture import Source
     from jaxalign.data.options import Options
     from jaxalign.data.packing import best_fit, best_fit_split, wrapped
@@ -76,7 +76,7 @@ _ROOMS = {
         "Unpaired",
     ),
     "faults": ("Faults", "read_examples"),
-    "loader": ("Batches", "filled"),
+    "loader": ("Batches", "count_samples", "filled"),
     "mixture": ("Source",),
     "options": ("Options",),
     "packing": ("best_fit", "best_fit_split", "wrapped"),
@@ -114,6 +114,7 @@ __all__ = [
     "Unpaired",
     "best_fit",
     "best_fit_split",
+    "count_samples",
     "encode_conversations",
     "encode_prompt",
     "encode_prompts",

@@ -8,6 +8,7 @@ how many hosts share them.
 from __future__ import annotations
 
 import json
+import math
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ class Batches(Generic[Batch]):
       examples: the kept rows as read (such as `Conversation`); empty when streaming.
       sources: names of the sources, in the order of `source_ids`.
       widths: the widths that batches may have.
+      per_epoch: batches that one pass over the data fills, a fraction where a batch runs on into
+        the next pass; None when streaming, where it is not known.
       usage: what became of the columns of each source, a line each; printed at the first
         `iter()`. Empty when streaming, where it is printed after a source's first window.
     """
@@ -55,11 +58,13 @@ class Batches(Generic[Batch]):
         counts: Counts | None,
         examples: list[Any],
         usage: Sequence[str] = (),
+        per_epoch: float | None = None,
     ):
         self.examples = examples
         self.sources = tuple(sources)
         self.widths = options.widths
         self.usage = tuple(usage)
+        self.per_epoch = per_epoch
         self._name = name
         self._options = options
         self._data = data
@@ -287,7 +292,33 @@ def in_memory(
         counts=counts,
         examples=kept.examples,
         usage=usage,
+        per_epoch=_per_epoch([share.share for share in shares], options),
     )
+
+
+def _per_epoch(shares: Sequence[int], options: Options) -> float:
+    """Batches of one pass, see `order.batches_of`."""
+    batches = sum(shares) / options.rows
+    return batches if len(options.widths) == 1 else math.ceil(batches)
+
+
+def count_samples(batch: Any) -> int:
+    """How many samples a batch on this host holds: documents, pairs, rankings or prompts.
+
+    Rows that fill up the last batch hold none. Of a document that `packing="wrapped"` cuts, each
+    piece counts.
+    """
+    for part in batch if isinstance(batch, tuple) else ():
+        if isinstance(part, TokenBatch | PromptBatch):
+            return count_samples(part)
+    if isinstance(batch, PromptBatch):
+        return int(np.count_nonzero(np.any(batch.mask, axis=1)))
+    if not isinstance(batch, TokenBatch):
+        return 0
+    segments = np.asarray(batch.segment_ids)
+    if segments.ndim == 3:  # a ranking's answers
+        return int(np.count_nonzero(np.any(segments, axis=(1, 2))))
+    return int(segments.max(axis=1).sum())
 
 
 def filled(batch: Any) -> tuple[int, int]:

@@ -6,12 +6,12 @@ import functools
 import importlib.resources
 import json
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxalign.data.examples import Messages, RowError, Tools
+from jaxalign.data.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def resolve_chat_template(
         return (folder / f"{chat_template}.jinja").read_text(encoding="utf-8")
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
-    path = pathlib.Path(chat_template).expanduser()
+    path = local_path(chat_template, "chat_template")
     if not path.is_file():
         raise ValueError(f"chat_template: no file {chat_template!r}; wanted {choices}")
     return path.read_text(encoding="utf-8")

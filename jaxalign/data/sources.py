@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxalign.data.examples import RowError
 from jaxalign.data.files import ROW_SUFFIXES, SUFFIXES, Row, checked, read_file
+from jaxalign.data.paths import local_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(?=:))?(:[\w.\[\]%+:-]+)?")
 # Indices of data sets (LLaMA-Factory's, the hub's) lie beside them and hold no rows.
@@ -129,7 +130,7 @@ def _as_list(sources: Any) -> list[Any]:
 
 def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
     """Rows of one path, folder, glob or hub id."""
-    path, split = _path_and_split(name)
+    path, split = split_path(name)
     if path.is_dir() and any((path / marker).is_file() for marker in _SAVED):
         yield from _read_saved(path, name, split)
         return
@@ -164,9 +165,9 @@ def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
         _note(f"{name}: passed over {len(empty)} empty files, such as {empty[0]}")
 
 
-def _path_and_split(name: str) -> tuple[pathlib.Path, str | None]:
-    """`folder:split` apart; a hub id keeps its split."""
-    path = pathlib.Path(name).expanduser()
+def split_path(name: str) -> tuple[pathlib.Path, str | None]:
+    """`folder:split` apart, with `~` expanded; a hub id keeps its split."""
+    path = local_path(name, "data")
     before, colon, split = name.rpartition(":")
     if not path.exists() and colon and before:
         inner = pathlib.Path(before).expanduser()

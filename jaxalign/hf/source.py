@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxalign.data.paths import local_path
+
 # A name with or without its owner, and `@` a branch, tag or commit.
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?"
@@ -27,7 +29,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
     Raises:
       ValueError: no such path, a file that is not `.gguf`, or a failed download.
     """
-    path = pathlib.Path(source).expanduser()
+    path = local_path(source, "model")
     if path.is_dir():
         _check_no_run(path)
         return path

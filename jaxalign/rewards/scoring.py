@@ -17,7 +17,6 @@ import contextlib
 import functools
 import itertools
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +30,7 @@ from jaxalign.data.examples import Conversation, Message, Steps
 from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import bucket, token_rows
+from jaxalign.data.paths import local_path
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.hf import load_reward_model, load_tokenizer
@@ -200,6 +200,7 @@ def score_files(
     Raises:
       ValueError: see `score_rows`; or a row that already has the column.
     """
+    path = None if out is None else local_path(out, "out")
     rows = read_rows(list(files))
     taken = next((row.origin for row in rows if column in row.data), None)
     if taken is not None:
@@ -209,10 +210,8 @@ def score_files(
         scorer, params, tok, rows, batch=batch, length=length, chat_template=chat_template
     )
     with contextlib.ExitStack() as stack:
-        if out is None:
-            file = sys.stdout
-        else:
-            path = pathlib.Path(out)
+        file = sys.stdout
+        if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("w", encoding="utf-8"))
         for row, result in zip(rows, scored.results, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import shutil
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
+from jaxalign.data.paths import check_free, local_path
 from jaxalign.hf import load_model, load_pretrained, load_tokenizer, orbax_folder, save_pretrained
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
 from jaxalign.hf.tensor_table import tensor_table
@@ -25,6 +25,7 @@ from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml
+from jaxalign.run.inputs import source_paths
 from jaxalign.types import Params
 
 _PARTS = ("policy", "critic")
@@ -66,13 +67,15 @@ def export_run(
     Raises:
       ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
     """
-    path = pathlib.Path(folder) / "config.yaml"
+    place, out = local_path(folder, "folder"), str(local_path(out, "out"))
+    path = place / "config.yaml"
     values = read_yaml(path)
     algorithm = next((name for name in RUNS if name in values), None)
     if algorithm is None:
         raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
     config = load_config(algorithm, values)
-    store = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=None)
+    check_free(out, "out", overwrite=True, sources=source_paths(config))
+    store = Checkpoints(place / "checkpoints", keep=None)
     try:
         found, shapes = store.param_shapes(step)
         parts = [name for name in _PARTS if name in shapes]
@@ -115,7 +118,7 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
     Raises:
       ValueError: as `load_pretrained`, `load_tokenizer` and `save_pretrained`.
     """
-    target = pathlib.Path(out).expanduser().resolve()
+    target = local_path(out, "out").resolve()
     fresh = target.parent / f".{target.name}.{distributed.broadcast_random():08x}.tmp"
     doing, main = "importing a model", distributed.is_main()
     check_replaceable(target)

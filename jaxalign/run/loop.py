@@ -6,7 +6,6 @@ import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +14,12 @@ from jaxalign.data import filled
 from jaxalign.parallel import distributed
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
-from jaxalign.run.record import check_hosts, write_record
-from jaxalign.run.reporter import Reporter, StepRecord, pop_work
-from jaxalign.run.stopping import StopRequest, stop_on_signals
+from jaxalign.run.early_stopping import EarlyStopper
+from jaxalign.run.folder import CHECKPOINTS, MODEL, has_checkpoints, open_folder
+from jaxalign.run.progress import Progress
+from jaxalign.run.record import check_hosts
+from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
+from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.tasks import Task, make_task
 from jaxalign.run.tasks.task import Loop
 from jaxalign.types import TrainState
@@ -33,6 +35,7 @@ class Result(NamedTuple):
       after: held-out figures after the last.
       history: the metrics of every step of this process, oldest first.
       seconds: wall time, set-up and compilation included.
+      signal: what asked the run to stop when it was through all the same, or None.
     """
 
     folder: pathlib.Path
@@ -41,9 +44,10 @@ class Result(NamedTuple):
     after: dict[str, float]
     history: list[dict[str, float]]
     seconds: float
+    signal: str | None = None
 
 
-def train(config: Any, title: str | None = None) -> Result:
+def train(config: Any, title: str | None = None, began: float | None = None) -> Result:
     """Runs one configuration to its end; on several hosts, within `distributed.session()`.
 
     Killed anywhere and started again with `run.resume=true`, it goes on from the newest
@@ -53,88 +57,109 @@ def train(config: Any, title: str | None = None) -> Result:
     Args:
       config: from `load_config`.
       title: shown beside the progress bar.
+      began: `time.monotonic()` when the command began, from which `run.time_limit` counts; None:
+        now.
 
     Raises:
-      ValueError: a wrong configuration or input.
+      ValueError: a wrong configuration or input, a folder in use, one that holds another run, or a
+        resume under other settings.
       FloatingPointError: the loss is no longer a number.
-      jaxalign.parallel.distributed.Preempted: SIGTERM or Ctrl-C; a checkpoint was saved.
+      jaxalign.parallel.distributed.Preempted: a signal or the time limit; a checkpoint was saved.
     """
+    clock = Clock(config.run.save_minutes, config.run.time_limit, began)
     # However the run ends, saves under way are finished and files closed.
     with contextlib.ExitStack() as stack, config.mesh.use_rules():
         stop = stack.enter_context(stop_on_signals())
-        return _train(config, title, stack, stop)
+        return _train(config, title, stack, stop, clock)
 
 
 def _train(
-    config: Any, title: str | None, stack: contextlib.ExitStack, stop: StopRequest
+    config: Any, title: str | None, stack: contextlib.ExitStack, stop: StopRequest, clock: Clock
 ) -> Result:
     began = time.perf_counter()
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
     check_hosts(folder, config)
+    opened = stack.enter_context(open_folder(config))
 
     # ---------------------------------------------------------------- models, data, step
     task = make_task(config)
-    state, loop, done = task.state, task.loop, 0
+    opened.check_task(task)
+    opened.make_room()
 
     # ---------------------------------------------------------------- resume
+    state, position = task.state, {}
     store = _open_checkpoints(run, folder)
     if store is not None:
         stack.push(functools.partial(_close, store))
-        if run.resume and store.latest is not None:
-            state, position = store.restore(state)
-            loop, done = position["loop"], position["done"]
-            task.batches.set_state(position["batches"])
+        if store.latest is not None:
+            state, position = _restore(store, task, run)
+    loop, done = position.get("loop", task.loop), position.get("done", 0)
     # The first step donates the state that the task began with: `state` is the one to use.
     task = task._replace(state=state)
 
     # ---------------------------------------------------------------- before the first step
-    write_record(folder, config)
+    opened.begin(task, done)
     name = title or type(config).__name__.removesuffix("Run").lower()
-    reporter = Reporter(folder, name, task.total, done, run.log_every)
+    seen = Seen(**position.get("seen", {}))
+    reporter = Reporter(folder, name, task.total, done, run.log_every, seen)
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
+    early = EarlyStopper(run.early_stopping, position.get("early"))
     if task.on_train_start is not None and done == 0:
         task.on_train_start(state, loop)
-    before = _evaluate(task, state, loop, 0, reporter) if done == 0 else {}
+    before = _evaluate(task, state, loop, 0, reporter, early) if done == 0 else {}
     after, saved_at = before, done
-    batches = iter(task.batches)
+    progress = Progress(config, task, state, position.get("taken", done))
     root = jax.random.key(run.seed)
+    _stop_before_start(stop, done)
     reporter.start_clock()
+    clock.start_step()
 
     # ---------------------------------------------------------------- the loop
-    while done < task.total:
+    while done < task.total and not early.ends:
         key = jax.random.fold_in(root, done)
-        state, record = _step(task, key, state, loop, batches, done + 1)
+        stepped = _step(task, key, state, loop, progress, done + 1, stop, clock)
+        if stepped is None:
+            break
+        state, record, own = stepped
         done += 1
-        preempted = distributed.preempted(done) or stop.signal is not None
-        evaluates = bool(run.eval_every) and done % run.eval_every == 0 and done < task.total
-        saves = preempted or bool(run.save_every and done % run.save_every == 0)
+        # What another host wishes is known a step later, with the sums of this one.
+        wishes = own if jax.process_count() == 1 else reporter.wishes
+        stops = distributed.preempted(done) or wishes.stop
+        evaluates = progress.falls_due(run.eval_every, done) and done < task.total
+        saves = stops or wishes.save or progress.falls_due(run.save_every, done)
         # A step's metrics are read once the next step is under way, so that no device waits for
         # this loop; but no state is saved or evaluated before its own metrics were found finite.
         settle = evaluates or saves or done == task.total or not task.async_metrics
         reporter.add(record, keep=0 if settle else 1)
         if evaluates:
-            after = _evaluate(task, state, loop, done, reporter)
+            after = _evaluate(task, state, loop, done, reporter, early)
         if saves:
-            _save(store, task, state, loop, done)
+            _save(store, task, state, _position(task, loop, done, progress, reporter, early))
             saved_at = done
-        if preempted:
-            raise distributed.Preempted(_how_to_go_on(done, task.total, stop, store))
+            clock.saved()
+            reporter.wishes = reporter.wishes._replace(save=False)
+        if stops:
+            raise distributed.Preempted(_how_to_go_on(done, task.total, stop, run, store))
         if evaluates or saves:
             reporter.start_clock()
+            clock.start_step()
 
     # ---------------------------------------------------------------- after the last step
+    reporter.settle()
     reporter.close_bar()
-    if reporter.history:
+    if early.ends and done < task.total:
+        print(f"step {done} of {task.total}: {early.message()}")
+    if _lacks_evaluation(reporter, done):
         after = _evaluate(task, state, loop, done, reporter)
     if saved_at != done:
-        _save(store, task, state, loop, done)
-    exported = folder / "model" if run.export else None
+        _save(store, task, state, _position(task, loop, done, progress, reporter, early))
+    exported = folder / MODEL if run.export else None
     if exported is not None:
         task.export(state, exported)
     seconds = time.perf_counter() - began
-    return Result(folder, exported, before, after, reporter.history, seconds)
+    return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
 
 
 def _step(
@@ -142,19 +167,29 @@ def _step(
     key: jax.Array,
     state: TrainState,
     loop: Loop,
-    batches: Iterator[Any],
+    progress: Progress,
     number: int,
-) -> tuple[TrainState, StepRecord]:
+    stop: StopRequest,
+    clock: Clock,
+) -> tuple[TrainState, StepRecord, Wishes] | None:
     """One batch: what the algorithm makes of it, and an update for each part.
 
-    Returns before the devices are done.
+    Returns before the devices are done: the state, the record, and what this host wishes after it.
+    None if there is no batch left.
     """
     asked_at = time.perf_counter()
-    batch = next(batches)
+    batch = next(progress.batches, None)
+    if batch is None:
+        print(f"the data ended after step {number - 1} of {task.total}, and the run with it")
+        return None
     waited = time.perf_counter() - asked_at
-    parts, metrics = task.prepare_updates(key, state, batch, loop, batches)
+    parts, metrics = task.prepare_updates(key, state, batch, loop, progress.batches)
     timing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("time/")}
-    counts = distributed.all_reduce_sum([*filled(batch), *pop_work(timing)])
+    wishes = clock.after_step()
+    wishes = wishes._replace(stop=wishes.stop or stop.signal is not None)
+    counts = distributed.all_reduce_sum(
+        [*filled(batch), progress.batches.pop_samples(), *map(int, wishes), *pop_work(timing)]
+    )
     updates: list[dict[str, Any]] = []
     for part in parts:
         state, logged = task.step(state, part)
@@ -164,23 +199,51 @@ def _step(
     if task.early_stop is not None:
         metrics = metrics | {"updates": len(updates)}
     timing |= {"time/data": waited}
+    metrics = metrics | progress.after_updates(len(updates))
     record = StepRecord(number, updates, metrics, timing, counts, task.step.compiles)
-    return state, record
+    return state, record, wishes
 
 
 def _evaluate(
-    task: Task, state: TrainState, loop: Loop, step: int, reporter: Reporter
+    task: Task,
+    state: TrainState,
+    loop: Loop,
+    step: int,
+    reporter: Reporter,
+    early: EarlyStopper | None = None,
 ) -> dict[str, float]:
     """Held-out figures, written down; none without held-out data."""
     if task.evaluate is None:
         return {}
     figures = task.evaluate(state, loop)
     reporter.evaluation(step, figures, None if task.details is None else task.details())
+    if early is not None:
+        early.add(step, figures)
     return figures
 
 
-def _how_to_go_on(done: int, total: int, stop: StopRequest, store: Checkpoints | None) -> str:
-    cause = "a host is to be taken away" if stop.signal is None else f"{stop.signal} came"
+def _lacks_evaluation(reporter: Reporter, done: int) -> bool:
+    """Whether the figures after the last step are to be measured: all hosts take part, or none."""
+    own = "" if reporter.has_evaluation(done) else "lacking"
+    return distributed.all_gather_text("the last evaluation", own)[0] == "lacking"
+
+
+def _stop_before_start(stop: StopRequest, done: int) -> None:
+    """Ends a run that was asked to while it was set up."""
+    if stop.signal is not None and jax.process_count() == 1:
+        raise distributed.Preempted(
+            f"stopped before step {done + 1}, as {stop.signal} came: nothing is lost"
+        )
+
+
+def _how_to_go_on(
+    done: int, total: int, stop: StopRequest, run: RunConfig, store: Checkpoints | None
+) -> str:
+    cause = "a host is to be taken away, or another one was asked to stop"
+    if stop.signal is not None:
+        cause = f"{stop.signal} came"
+    elif run.time_limit is not None and jax.process_count() == 1:
+        cause = f"run.time_limit={run.time_limit:g} minutes leave no time for another step"
     saved = (
         "run.resume=true goes on from there"
         if store is not None
@@ -189,28 +252,66 @@ def _how_to_go_on(done: int, total: int, stop: StopRequest, store: Checkpoints |
     return f"stopped after step {done} of {total}, as {cause}; {saved}"
 
 
-def _save(store: Checkpoints | None, task: Task, state: TrainState, loop: Loop, done: int) -> None:
+def _position(
+    task: Task,
+    loop: Loop,
+    done: int,
+    progress: Progress,
+    reporter: Reporter,
+    early: EarlyStopper,
+) -> dict[str, Any]:
+    """Where a run is, besides its train state, as JSON-able data."""
+    return {
+        "loop": loop,
+        "done": done,
+        "batches": task.batches.get_state(),
+        "taken": progress.batches.taken,
+        "seen": reporter.seen._asdict(),
+        "early": early.state(),
+    }
+
+
+def _save(
+    store: Checkpoints | None, task: Task, state: TrainState, position: dict[str, Any]
+) -> None:
     if store is not None:
-        position = {"loop": loop, "done": done, "batches": task.batches.get_state()}
-        store.save(done, state, position)
+        store.save(position["done"], state, position)
+
+
+def _restore(store: Checkpoints, task: Task, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state and position; sets the data to it.
+
+    Raises:
+      ValueError: it does not fit the run, or is further on than the run's end.
+    """
+    state, position = store.restore(task.state)
+    done, batches = position["done"], position["batches"]
+    if done > task.total:
+        raise ValueError(
+            f"run.steps={task.total}: the newest checkpoint in {run.folder} is of step {done}; "
+            f"wanted {done} or more, or another folder"
+        )
+    if run.allow_changes:
+        batches = batches | {"checksum": task.batches.checksum}
+    task.batches.set_state(batches)
+    return state, position
 
 
 def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
-    """The run's checkpoints; refuses to mix two runs in one folder.
+    """The run's checkpoints.
 
     Raises:
-      ValueError: `folder` holds checkpoints of an earlier run that is not to be resumed.
+      ValueError: there are some, but none is complete.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if not run.checkpoint:
         return None
-    store = Checkpoints(folder / "checkpoints", run.keep)
-    if store.latest is not None and not run.resume:
-        latest = store.latest
+    some = has_checkpoints(folder)
+    store = Checkpoints(folder / CHECKPOINTS, run.keep)
+    if some and store.latest is None:
         store.close()
         raise ValueError(
-            f"run.folder={str(folder)!r} holds checkpoints of an earlier run, up to step "
-            f"{latest}; set run.resume=true to go on with it, or choose another folder"
+            f"{folder / CHECKPOINTS} holds no complete checkpoint; choose another folder, or "
+            "replace what is there with --overwrite (run.overwrite=true) in place of run.resume"
         )
     return store
 

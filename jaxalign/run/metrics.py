@@ -106,30 +106,46 @@ class JsonlWriter:
     Args:
       path: the file; its folder must exist.
       resume_at: keep what an earlier run wrote up to this step and drop the rest, so that a resumed
-        run's file reads like an uninterrupted one's. None starts a new file.
+        run's file reads like an uninterrupted one's. None starts a new file. A damaged line is
+        dropped, counted and named; one that was cut off at the end is dropped like what follows.
       silent: write nothing: another process does.
+
+    Attributes:
+      evaluated: the last step of which the file has held-out figures, or None.
     """
 
     def __init__(
         self, path: str | pathlib.Path, resume_at: int | None = None, *, silent: bool = False
     ):
         self._file = None
-        if silent:
-            return
+        self.evaluated: int | None = None
         path = pathlib.Path(path)
-        kept = []
+        kept: list[bytes] = []
+        damaged: list[int] = []
         if resume_at is not None and path.exists():
             # Split at "\n" alone: a text may hold other ends of lines, such as U+2028.
-            lines = path.read_text(encoding="utf-8").split("\n")
-            kept = [line for line in lines if line and _step_of(line) <= resume_at]
+            lines = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines, start=1):
+                row = _row_of(line)
+                if row is None:
+                    damaged += [number] if line and number < len(lines) else []
+                elif row["step"] <= resume_at:
+                    kept.append(line)
+                    self._note(row["step"], row)
+        if silent:
+            return
+        if damaged:
+            places = ", ".join(map(str, damaged[:8])) + (" …" if len(damaged) > 8 else "")
+            print(f"{path}: dropped {len(damaged)} damaged lines ({places})")
         # Replaced whole: a run killed here keeps the old file.
         fresh = path.with_name(f".{path.name}.tmp")
-        fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        fresh.write_bytes(b"".join(line + b"\n" for line in kept))
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; a value that is not finite is written as a string, to stay JSON."""
+        self._note(step, metrics)
         if self._file is None:
             return
         row = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
@@ -141,9 +157,15 @@ class JsonlWriter:
         if self._file is not None:
             self._file.close()
 
+    def _note(self, step: int, row: Mapping[str, Any]) -> None:
+        if any(name.startswith("eval/") for name in row):
+            self.evaluated = step
 
-def _step_of(line: str) -> int:
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics; None if it is damaged."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62  # a line cut off when the run was killed
+        row = json.loads(line.decode("utf-8"))
+        return row if type(row["step"]) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -12,16 +12,21 @@ the package ships. Everything else in a stage is the run's own configuration.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pathlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from jaxalign.data.paths import local_path
+from jaxalign.parallel import distributed
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml
+from jaxalign.run.folder import has_checkpoints
 from jaxalign.run.loop import Result, train
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
@@ -81,7 +86,7 @@ def load_stages(
     target = plain["folder"]
     if not isinstance(target, str):
         raise ValueError(f"pipeline: folder={target!r}: wanted the folder to write to")
-    folder = pathlib.Path(target)
+    folder = local_path(target, "folder")
     known = {"examples": str(EXAMPLES / language)}
     loaded: list[tuple[str, Any]] = []
     for name in map(str, names):
@@ -103,9 +108,21 @@ def load_stages(
 
 def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
     """Runs the stages in order; gives each one's result by name."""
-    results = {}
+    results: dict[str, Result] = {}
+    began = time.monotonic()
+    # A stage that was not reached has no checkpoint to go on from.
+    reached = any(has_checkpoints(pathlib.Path(config.run.folder)) for _, config in stages)
     for number, (name, config) in enumerate(stages, start=1):
-        results[name] = train(config, f"[{number}/{len(stages)}] {name}")
+        if config.run.resume and reached:
+            run = dataclasses.replace(config.run, resume="auto")
+            config = dataclasses.replace(config, run=run)
+        results[name] = train(config, f"[{number}/{len(stages)}] {name}", began)
+        late = results[name].signal
+        if late is not None and number < len(stages) and jax.process_count() == 1:
+            raise distributed.Preempted(
+                f"stopped after the stage {name}, as {late} came; run.resume=true goes on with the "
+                "next"
+            )
         # A stage's arrays and programs are of no use to the next one.
         gc.collect()
         jax.clear_caches()

@@ -1,17 +1,28 @@
-"""What a run's folder says of the run: its configuration, versions and devices."""
+"""What a run's folder says of the run: configuration, versions, devices, what it depends on."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
+import socket
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
-from jaxalign.run.config.yaml import to_values, write_yaml
+from jaxalign.run.changes import ONCE, Change
+from jaxalign.run.config.yaml import read_yaml, to_values, yaml_text
+from jaxalign.run.digests import file_digest
+
+CONFIG, RECORD, VERSIONS = "config.yaml", "run.json", "versions.json"
 
 _PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -34,13 +45,108 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
-def write_record(folder: pathlib.Path, config: Any) -> None:
-    """Writes `config.yaml` and `versions.json`: all it takes to do the run again."""
-    if not distributed.is_main():
-        return
-    write_yaml(folder / "config.yaml", config)
+def environment() -> dict[str, str]:
+    """Versions, devices and processes: what a run's last bits depend on."""
     devices = jax.devices()
     facts = versions() | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
     if jax.process_count() > 1:
         facts["processes"] = str(jax.process_count())
-    (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def environment_changes(folder: pathlib.Path) -> list[Change]:
+    """What of the environment is another one than at the last start."""
+    path = folder / VERSIONS
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        old = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Change(name, old[name], value)
+            for name, value in environment().items()
+            if old.get(name, value) != value
+        ]
+    return []
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What an earlier start left in `run.json`: `config`, `inputs`, `total`, `starts`; or None.
+
+    Of a run without that file, the configuration in `config.yaml`.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        yaml = folder / CONFIG
+        return {"config": read_yaml(yaml)} if yaml.is_file() else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["config"], dict) and isinstance(record["starts"], list):
+            return record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{path} is damaged, so that nobody can tell what the run was begun with; remove it, and "
+        f"{CONFIG} beside it serves instead"
+    )
+
+
+def is_ours(folder: pathlib.Path) -> bool:
+    """Whether `config.yaml` in the folder is as a run wrote it; True where there is none."""
+    path = folder / CONFIG
+    if not path.exists():
+        return True
+    record = read_record(folder) or {}
+    return record.get("config_sha256") == file_digest(path)
+
+
+def write_record(
+    folder: pathlib.Path,
+    config: Any,
+    inputs: Mapping[str, str],
+    total: int,
+    done: int,
+    changes: Mapping[str, Any],
+) -> None:
+    """Writes `config.yaml`, `versions.json` and `run.json`: all it takes to do the run again.
+
+    A `config.yaml` that says something else is kept as `config.until-step-N.yaml`.
+
+    Args:
+      folder: of the run.
+      config: of this start.
+      inputs: digests of what it depends on, see `run.inputs`.
+      total: batches in all.
+      done: batches done before.
+      changes: option → [earlier value, value], of a run that goes on under other ones.
+    """
+    if not distributed.is_main():
+        return
+    before = read_record(folder) if done else None
+    once = dict.fromkeys(ONCE, False)
+    values = to_values(dataclasses.replace(config, run=dataclasses.replace(config.run, **once)))
+    path, text = folder / CONFIG, yaml_text(values)
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+        kept = set_aside(path, f"until-step-{done}")
+        print(f"{path}: the one up to step {done} is kept as {kept.name}")
+    replace_text(path, text)
+    replace_text(folder / VERSIONS, json.dumps(environment(), indent=2) + "\n")
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    start = {"step": done, "time": now, "host": socket.gethostname(), "changes": changes}
+    record = {
+        "config": values,
+        "config_sha256": file_digest(path),
+        "inputs": inputs,
+        "total": total,
+        "starts": [*(before or {}).get("starts", []), start],
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+    replace_text(folder / RECORD, text + "\n")
+
+
+def set_aside(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Renames `x.yaml` to `x.NAME.yaml`, or to the first of `x.NAME-2.yaml`, … that is free."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = (path.with_name(f"{path.stem}.{each}{path.suffix}") for each in names)
+    target = next(place for place in free if not place.exists())
+    return path.rename(target)

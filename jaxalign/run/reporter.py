@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
 from jaxalign.parallel.chips import peak_flops
 from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
+from jaxalign.run.stopping import Wishes
 
 SHOWN = (
     "loss",
@@ -35,7 +37,8 @@ class StepRecord(NamedTuple):
       updates: metrics of each update on the devices (one; several in PPO).
       metrics: what was known before the update.
       timing: seconds of its parts, `time/…`.
-      counts: waits for all hosts' (real tokens, token slots, tokens, 10⁹ FLOPs, FLOPs).
+      counts: waits for all hosts' (real tokens, token slots, samples, wishes to save, wishes to
+        stop, tokens, 10⁹ FLOPs, FLOPs).
       compiles: how many times the step has been compiled.
     """
 
@@ -47,6 +50,18 @@ class StepRecord(NamedTuple):
     compiles: int
 
 
+class Seen(NamedTuple):
+    """What a run has been trained on so far, over all hosts and starts.
+
+    Attributes:
+      tokens: real tokens; in PPO those of prompts and answers.
+      samples: documents, pairs or prompts.
+    """
+
+    tokens: int = 0
+    samples: int = 0
+
+
 class Reporter:
     """Writes down one step after the other.
 
@@ -56,11 +71,26 @@ class Reporter:
       total: steps of the run.
       done: steps of an earlier start that this run goes on from.
       log_every: print a line every so many steps.
+      seen: by earlier starts; None: there was none.
+
+    Attributes:
+      history: the metrics of all steps reported here.
+      seen: by all steps that were reported.
+      wishes: of any host, as of the last step that was reported.
     """
 
-    def __init__(self, folder: pathlib.Path, title: str, total: int, done: int, log_every: int):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        title: str,
+        total: int,
+        done: int,
+        log_every: int,
+        seen: Seen | None = None,
+    ):
         silent = not distributed.is_main()
         self.history: list[dict[str, float]] = []
+        self.seen, self.wishes = seen or Seen(), Wishes(False, False)
         self._folder, self._total, self._log_every = folder, total, log_every
         self._writer = JsonlWriter(folder / "metrics.jsonl", done or None, silent=silent)
         self._bar = tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
@@ -78,6 +108,15 @@ class Reporter:
         while len(self._pending) > keep:
             self._report(self._pending.popleft())
 
+    def settle(self) -> None:
+        """Reports all steps that are left."""
+        while self._pending:
+            self._report(self._pending.popleft())
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether held-out figures of this step are written down."""
+        return self._writer.evaluated == step
+
     def evaluation(
         self, step: int, figures: dict[str, float], details: dict[str, Any] | None
     ) -> None:
@@ -85,7 +124,7 @@ class Reporter:
         self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)
-            (self._folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+            replace_text(self._folder / "evaluation.json", text + "\n")
 
     def close(self) -> None:
         """Ends the progress bar and closes the file."""
@@ -97,11 +136,14 @@ class Reporter:
         self._bar.close()
 
     def _report(self, record: StepRecord) -> None:
-        real_tokens, slots, tokens, giga_flops, flops = record.counts()
+        real_tokens, slots, samples, saves, stops, tokens, giga_flops, flops = record.counts()
+        self.wishes = Wishes(bool(saves), bool(stops))
         metrics = record.metrics | _average([to_floats(logged) for logged in record.updates])
         check_finite(metrics, record.step)
         metrics["compiles"] = record.compiles
         metrics["data/fill"] = real_tokens / slots
+        self.seen = Seen(self.seen.tokens + tokens, self.seen.samples + samples)
+        metrics |= {"tokens_seen": self.seen.tokens, "samples_seen": self.seen.samples}
         now = time.perf_counter()
         seconds, self._reported_at = now - self._reported_at, now
         speed = rates(tokens, giga_flops * _GIGA + flops, seconds, self._peak)

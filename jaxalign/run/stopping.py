@@ -1,26 +1,33 @@
-"""Stopping a run that is alone: SIGTERM and Ctrl-C end it after the step under way.
+"""What may stop a run between two steps, or ask for a checkpoint: signals and the clock.
 
-With several processes SIGTERM is JAX's business, see `parallel.distributed.preempted`.
+Alone, a run notes the signals itself. With several processes SIGTERM is JAX's business (see
+`parallel.distributed.preempted`), and what one host wishes reaches all with the next step's sums.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NamedTuple
 
 import jax
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+_NOTED = (
+    b"\njaxalign: %s: the run saves a checkpoint after this step and ends; once more ends it now\n"
+)
 
 
 class StopRequest:
     """Which signal asked the run to stop, if any did.
 
     Attributes:
-      signal: its name ("SIGTERM", "SIGINT"), or None.
+      signal: its name ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"), or None.
     """
 
     signal: str | None = None
@@ -28,16 +35,23 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or Ctrl-C instead of dying of it; a second one acts as usual.
+    """Notes the first signal to stop instead of dying of it; a second one acts as usual.
 
-    Does nothing with several processes, or outside the main thread, where Python allows no signal
-    handlers.
+    These are SIGTERM (schedulers), Ctrl-C, SIGUSR1 (batch systems, before a time limit) and SIGHUP
+    (the terminal is closed; not under `nohup`). With several processes SIGTERM is left to JAX.
+    Outside the main thread, where Python allows no handlers, nothing is noted.
     """
     request = StopRequest()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    before = {
+        number: signal.getsignal(number)
+        for number in numbers
+        if signal.getsignal(number) is not signal.SIG_IGN
+        if number != signal.SIGTERM or jax.process_count() == 1
+    }
 
     def restore() -> None:
         for number, handler in before.items():
@@ -46,10 +60,65 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
         restore()
+        # No print: the signal may have come in the middle of one.
+        os.write(2, _NOTED % request.signal.encode())
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
         restore()
+
+
+class Wishes(NamedTuple):
+    """What is wanted after a step.
+
+    Attributes:
+      save: a checkpoint.
+      stop: a checkpoint, and the end.
+    """
+
+    save: bool
+    stop: bool
+
+
+class Clock:
+    """The times at which a run saves, and by which it must have ended.
+
+    Args:
+      save_minutes: between two checkpoints; None: no clock asks for one.
+      time_limit: minutes for all; None: no limit.
+      began: when the command began, on the same clock.
+      now: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        save_minutes: float | None,
+        time_limit: float | None,
+        began: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._now = now
+        self._saved = self._step = now()
+        self._save_after = None if save_minutes is None else 60 * save_minutes
+        began = self._saved if began is None else began
+        self._end = None if time_limit is None else began + 60 * time_limit
+        self._longest = 0.0
+
+    def start_step(self) -> None:
+        """A step begins now: what came before it was another thing."""
+        self._step = self._now()
+
+    def after_step(self) -> Wishes:
+        """What the clock wishes after a step: an end, if another such step could be too long."""
+        now = self._now()
+        self._longest, self._step = max(self._longest, now - self._step), now
+        saves = self._save_after is not None and now - self._saved >= self._save_after
+        stops = self._end is not None and now + self._longest >= self._end
+        return Wishes(saves, stops)
+
+    def saved(self) -> None:
+        """There is a checkpoint now."""
+        self._saved = self._now()

@@ -51,7 +51,7 @@ variable() {
 offline=(HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
 
 resume_of() {
-  [[ "$1" == pipeline ]] && echo defaults.run.resume=true || echo run.resume=true
+  [[ "$1" == pipeline ]] && echo defaults.run.resume=auto || echo run.resume=auto
 }
 
 run() {

@@ -133,7 +133,7 @@ def _command(options: argparse.Namespace) -> list[str]:
     if not options.restarts:
         return options.command
     pipeline = options.command[0] == "pipeline"
-    return [*options.command, f"{'defaults.' if pipeline else ''}run.resume=true"]
+    return [*options.command, f"{'defaults.' if pipeline else ''}run.resume=auto"]
 
 
 def _hosts(options: argparse.Namespace) -> int:

@@ -320,7 +320,8 @@ def test_hosts_with_different_data_are_refused(chat_models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_preempted_run_saves_and_resumes(chat_models, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_preempted_run_saves_and_resumes(chat_models, tmp_path, number):
     folder, log = tmp_path / "run", tmp_path / "log"
     config = configured("sft", chat_models, folder, steps=1_000_000, export=False)
     running = multihost.start(["sft", config], 2, log)
@@ -328,7 +329,7 @@ def test_preempted_run_saves_and_resumes(chat_models, tmp_path):
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 2:
         assert all(process.poll() is None for process in running), multihost.finish(running, log)
         time.sleep(0.2)
-    running[1].send_signal(signal.SIGTERM)  # one host gets the signal; all stop after the same step
+    running[1].send_signal(number)  # one host gets the signal; all stop after the same step
     statuses, logs = multihost.finish(running, log)
     assert statuses == [75, 75], logs
     done = len(chatmodel.lines(folder))

@@ -102,7 +102,7 @@ def test_slurm_gets_one_task_a_node():
         "--requeue",
     ):
         assert option in options
-    assert "run.resume=true" in script
+    assert "run.resume=auto" in script
     assert "--no-requeue" in batch_script("--no-requeue")
     assert "run.resume" not in batch_script("--no-requeue")
 
@@ -116,7 +116,7 @@ def test_the_batch_script_runs_the_command(tmp_path):
     script.write_text(batch_script("--venv", "/shared/v e"), encoding="utf-8")
     if shellcheck():
         subprocess.run([shellcheck(), str(script)], check=True)
-    for count, more in (("0", []), ("1", ["run.resume=true"])):
+    for count, more in (("0", []), ("1", ["run.resume=auto"])):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_RESTART_COUNT": count}
         done = subprocess.run(
             ["bash", str(script)], env=environment, capture_output=True, text=True, check=True
@@ -370,12 +370,12 @@ def test_a_jobset_of_tpu_slices():
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/mnt/shared"}]
     assert inside["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
     command = ["python3", "-u", "-m", "jaxalign", *WORDS]
-    assert container["command"] == [*command, "run.resume=true"]
+    assert container["command"] == [*command, "run.resume=auto"]
     once = jobset(*TPU, "--restarts", "0", *RUN)
     assert once[0]["spec"]["failurePolicy"] == {"maxRestarts": 0}
     assert once[3]["containers"][0]["command"] == command
     pipeline = jobset(*TPU, "--", "pipeline", "p.yaml")[3]["containers"][0]["command"]
-    assert pipeline[-1] == "defaults.run.resume=true"
+    assert pipeline[-1] == "defaults.run.resume=auto"
 
 
 def test_a_jobset_of_gpu_nodes():

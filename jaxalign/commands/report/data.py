@@ -101,7 +101,8 @@ def inspect_data(
     config = load_config(algorithm, values)
     # One pass, whatever the run would make of it.
     data = dataclasses.replace(config.data, epochs=1)
-    config = dataclasses.replace(config, data=data)
+    once = dataclasses.replace(config.run, epochs=None)
+    config = dataclasses.replace(config, data=data, run=once)
     with contextlib.redirect_stdout(io.StringIO()):  # it is in the summary
         tok, train, held_out = load_data(config)
         views = [_view(f"training data of {algorithm}", train, tok, examples, most)]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxalign.commands.synth.writer import REFUSED, Reply, Request, Writer, prompt_hash
+from jaxalign.data.paths import local_path
 
 _LOCKS = True
 try:
@@ -100,7 +101,7 @@ class Journal:
     """
 
     def __init__(self, out: str | os.PathLike[str]):
-        path = pathlib.Path(out)
+        path = local_path(out, "out")
         journal = path.with_name(path.name + ".journal")
         if path.is_file() and path.stat().st_size and not journal.is_file():
             raise ValueError(

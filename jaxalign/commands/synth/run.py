@@ -15,6 +15,7 @@ from jaxalign.commands.synth.models import local_writer, score_writer
 from jaxalign.commands.synth.preferences import Preferences, read_prompts
 from jaxalign.commands.synth.server import ServerWriter
 from jaxalign.commands.synth.writer import RequestFactory, Sampling, Writer
+from jaxalign.data.paths import local_path
 from jaxalign.run.pipeline import EXAMPLES
 
 
@@ -55,6 +56,7 @@ def run_synth(
 
 
 def _run_synth(config: SynthRun, writer: Writer | None, judge: Writer | None) -> SynthResult:
+    local_path(config.out, "out")  # before a model is loaded
     method = _instruct if config.instruct is not None else _preferences
     prepared = method(config, writer, judge)
     journal = Journal(config.out)

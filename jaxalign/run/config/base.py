@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any, ClassVar
 
 from jaxalign.algorithms.optim import OptimizerConfig
+from jaxalign.data.paths import local_path
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.run.config.data import DataConfig, want
+from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.mesh import MeshConfig
 
 
@@ -63,13 +65,27 @@ class RunConfig:
       folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `checkpoints/`,
         and the final weights in `model/`.
       seed: of every random choice.
-      steps: batches to train on (iterations, in PPO); None: until the data ends.
+      steps: batches to train on (iterations, in PPO); None: until the data ends. The data goes
+        round where `data.epochs` is null; else a run that wants more batches ends with it, and
+        says so before it starts.
+      epochs: passes over the training data, in place of `steps` and `data.epochs`; fractions such
+        as 1.5 end within a pass.
       micro_batches: parts a batch is computed in, one after the other.
       log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
-      eval_every: batches between evaluations; 0: at the start and end only.
-      save_every: batches between checkpoints; 0: at the end only.
+      eval_every: batches between evaluations, or "epoch": after each pass over the data; 0: at the
+        start and end only.
+      save_every: batches between checkpoints, or "epoch"; 0: by `save_minutes` and at the end only.
+      save_minutes: minutes after which there is a new checkpoint, whatever `save_every` says; None:
+        no clock makes one.
       keep: checkpoints kept.
-      resume: continue from the newest checkpoint in `folder`.
+      time_limit: minutes from the start of the command; the run saves a checkpoint and ends, with
+        status 75, before a step that would go beyond them. None: no limit.
+      early_stopping: ends the run once a held-out figure no longer gets better; None: never.
+      resume: true: goes on from the newest checkpoint in `folder`, and is an error without one.
+        "auto": the same, but starts where there is none.
+      allow_changes: resumes although settings, models or data are others than before (the flag
+        `--allow-changes`).
+      overwrite: replaces what an earlier run left in `folder` (the flag `--overwrite`).
       export: write the final weights in Hugging Face form to `folder/model`.
       checkpoint: write checkpoints at all.
     """
@@ -77,22 +93,48 @@ class RunConfig:
     folder: str
     seed: int = 0
     steps: int | None = None
+    epochs: float | None = None
     micro_batches: int = 1
     log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
+    eval_every: int | str = 0
+    save_every: int | str = 0
+    save_minutes: float | None = 10.0
     keep: int = 2
-    resume: bool = False
+    time_limit: float | None = None
+    early_stopping: EarlyStopping | None = None
+    resume: bool | str = False
+    allow_changes: bool = False
+    overwrite: bool = False
     export: bool = True
     checkpoint: bool = True
 
     def __post_init__(self):
-        want(self.steps is None or self.steps > 0, "run.steps", self.steps, "positive or null")
+        object.__setattr__(self, "folder", str(local_path(self.folder, "run.folder")))
+        for name in ("steps", "epochs", "save_minutes", "time_limit"):
+            value = getattr(self, name)
+            want(value is None or value > 0, f"run.{name}", value, "positive or null")
+        want(
+            self.steps is None or self.epochs is None,
+            "run.epochs",
+            self.epochs,
+            "null beside steps",
+        )
         want(self.micro_batches > 0, "run.micro_batches", self.micro_batches, "positive")
         want(self.log_every > 0, "run.log_every", self.log_every, "positive")
-        want(self.eval_every >= 0, "run.eval_every", self.eval_every, "0 or more")
-        want(self.save_every >= 0, "run.save_every", self.save_every, "0 or more")
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            ok = value == "epoch" if isinstance(value, str) else value >= 0
+            want(ok, f"run.{name}", value, "a number of batches, 0, or epoch")
         want(self.keep > 0, "run.keep", self.keep, "positive")
+        resumes = ("auto", True, False)
+        want(self.resume in resumes, "run.resume", self.resume, "true, false or auto")
+        want(not self.resume or not self.overwrite, "run.overwrite", True, "false with run.resume")
+        want(
+            self.early_stopping is None or bool(self.eval_every),
+            "run.early_stopping",
+            self.early_stopping,
+            "run.eval_every with it, which says when the figure is measured",
+        )
         for name in ("resume", "save_every"):
             value = getattr(self, name)
             want(self.checkpoint or not value, f"run.{name}", value, "run.checkpoint=true with it")
@@ -141,12 +183,26 @@ class Run:
         )
 
     def _check_data(self) -> None:
+        run = self.run
         want(
-            self.data.epochs is not None or self.run.steps is not None,
+            self.data.epochs is not None or run.steps is not None or run.epochs is not None,
             "run.steps",
             None,
             "a number of steps when data.epochs is null",
         )
+        want(
+            run.epochs is None or self.data.epochs in (1, None),
+            "data.epochs",
+            self.data.epochs,
+            "1 or null with run.epochs, which stands for it",
+        )
+        for name, uses in (
+            ("epochs", run.epochs is not None),
+            ("eval_every", run.eval_every == "epoch"),
+            ("save_every", run.save_every == "epoch"),
+        ):
+            wanted = "numbers of steps with data.streaming, where no epoch is known"
+            want(not (uses and self.data.streaming), f"run.{name}", getattr(run, name), wanted)
         want(
             not self.data.streaming or self.run.steps is not None,
             "run.steps",
@@ -168,6 +224,11 @@ class Run:
             self.data.packing,
             "true or false: only SFT's rows may be cut where a row ends",
         )
+
+    @property
+    def frozen_models(self) -> dict[str, str]:
+        """Option → model whose files decide every step, for its weights are in no checkpoint."""
+        return {} if self.model.lora is None else {"model.source": self.model.source}
 
     @property
     def sequences(self) -> int:

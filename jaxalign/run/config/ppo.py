@@ -210,6 +210,18 @@ class PPORun(Run):
         return models[0].source, models[0].attributes
 
     @property
+    def frozen_models(self) -> dict[str, str]:
+        """Also the reference and the reward models."""
+        start = {"model.source": self.model.source}
+        models = start if self.reference is None else {"reference": self.reference}
+        if self.reward_model is not None:
+            models["reward_model"] = self.reward_model
+        for number, spec in enumerate(self.rewards):
+            if isinstance(spec, ModelReward):
+                models[f"rewards[{number}].source"] = spec.source
+        return super().frozen_models | models
+
+    @property
     def sequences(self) -> int:
         """Answers of an iteration."""
         return self.data.rows * self.ppo.samples

@@ -36,6 +36,15 @@ class ReferenceRun(Run):
         """Whether the reference reads every batch: it is neither cached nor absent."""
         return True
 
+    @property
+    def frozen_models(self) -> dict[str, str]:
+        """Also the reference, unless it moves, and is part of the checkpoint."""
+        if not self.reads_reference or self.reference_sync is not None:
+            return super().frozen_models
+        start = {"model.source": self.model.source}
+        named = start if self.reference is None else {"reference": self.reference}
+        return super().frozen_models | named
+
     def _check_sync(self) -> None:
         """A moving reference has the policy's layout, and is whole where the policy is whole."""
         want(

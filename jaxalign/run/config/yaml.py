@@ -139,10 +139,14 @@ def to_values(config: Any) -> Any:
     return [to_values(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
+def yaml_text(config: Any) -> str:
+    """A resolved configuration as YAML."""
+    return yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def write_yaml(path: str | pathlib.Path, config: Any) -> None:
     """Writes a resolved configuration."""
-    text = yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    pathlib.Path(path).write_text(yaml_text(config), encoding="utf-8")
 
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:

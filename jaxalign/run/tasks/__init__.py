@@ -32,6 +32,7 @@ from jaxalign.run.config.runs import (
     SFTRun,
 )
 from jaxalign.run.export import run_tokenizer
+from jaxalign.run.inputs import text_inputs
 from jaxalign.run.tasks.data import make_data
 from jaxalign.run.tasks.dpo import build_dpo
 from jaxalign.run.tasks.kto import build_kto, unpaired_shapes
@@ -117,7 +118,8 @@ def make_task(config: Run) -> Task:
     tok = run_tokenizer(config.model)
     data = read_data(config, algorithm.batches(config), tok, mesh)
     state, parts = algorithm.build(config, mesh, FileLoader(), data)
-    return algorithm.task(config, mesh, state, parts, data)
+    task = algorithm.task(config, mesh, state, parts, data)
+    return task._replace(inputs=text_inputs(config, tok))
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,10 @@ def make_data(
 ) -> tuple[Batches[Any], Batches[Any] | None]:
     """Training data of a run, and its held-out data or None; arguments as `section_data`."""
     template, seed = config.model.chat_template, config.run.seed
-    return section_data(make, config.data, tok, chat_template=template, seed=seed, mesh=mesh)
+    data = config.data
+    if config.run.epochs is not None:
+        data = dataclasses.replace(data, epochs=None)  # the run ends it
+    return section_data(make, data, tok, chat_template=template, seed=seed, mesh=mesh)
 
 
 def section_data(
@@ -99,7 +103,17 @@ def names_of(batches: Batches[Any] | None) -> tuple[str, ...]:
 
 
 def total_of(config: Any, batches: Batches[Any]) -> int:
-    """Batches that the run trains on in all: as many as there are, or `run.steps`."""
+    """Batches that the run trains on in all: by `run.epochs` or `run.steps`, or all there are."""
+    run = config.run
+    if run.epochs is not None:
+        assert batches.per_epoch is not None
+        return max(1, math.ceil(round(run.epochs * batches.per_epoch, 6)))
     if config.data.epochs is None or config.data.streaming:
-        return config.run.steps
-    return min(len(batches), config.run.steps or len(batches))
+        return run.steps
+    have = len(batches)
+    if run.steps is not None and run.steps > have and distributed.is_main():
+        print(
+            f"run.steps={run.steps}: the data ends after {have} steps, and the run with it "
+            f"(data.epochs={config.data.epochs}); data.epochs=null goes round the data"
+        )
+    return have if run.steps is None else min(run.steps, have)

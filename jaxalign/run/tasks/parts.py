@@ -16,10 +16,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxalign.algorithms.compile import CompiledStep
-from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
+from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.algorithms.step import Loss
 from jaxalign.data import Batches
 from jaxalign.models.flops import Work, forward_flops, work_of
@@ -155,6 +157,24 @@ class Parts:
 
 def scheduled_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
     """The optimizer whose schedule ends with the run, unless the configuration says otherwise."""
-    if config.total_steps is None:
-        config = dataclasses.replace(config, total_steps=updates)
-    return make_optimizer(config)
+    return make_optimizer(_with_end(config, updates))
+
+
+def learning_rates(config: OptimizerConfig, updates: int) -> np.ndarray:
+    """The rate of each update of `scheduled_optimizer`, float32 `[updates]`.
+
+    All at once and beforehand, so that no step waits for its rate.
+    """
+    schedule = make_schedule(_with_end(config, updates))
+
+    def rate(number: jax.Array) -> jax.Array:
+        return jnp.asarray(schedule(number), jnp.float32)
+
+    return np.asarray(jax.vmap(rate)(jnp.arange(updates)))
+
+
+def _with_end(config: OptimizerConfig, updates: int) -> OptimizerConfig:
+    """The options with `total_steps` where they name none."""
+    if config.total_steps is not None:
+        return config
+    return dataclasses.replace(config, total_steps=updates)

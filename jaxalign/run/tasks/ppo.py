@@ -28,7 +28,7 @@ from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
 from jaxalign.run.tasks.data import section_data
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Scorers, check_same_shape, load_critic, load_policy, pad_id
-from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.parts import Parts, RunData, learning_rates, scheduled_optimizer
 from jaxalign.run.tasks.reference import reference_in_memory
 from jaxalign.run.tasks.rollout_log import RolloutDump
 from jaxalign.run.tasks.shapes import token_shapes
@@ -200,7 +200,21 @@ def ppo_task(
         on_train_start=iteration.calibrate if config.calibrate_reward != "none" else None,
         early_stop=None if limit is None else lambda logged: _kl_of(logged) > limit,
         async_metrics=False,
+        learning_rates=_learning_rates(config, parts, data),
     )
+
+
+def _learning_rates(config: PPORun, parts: RolloutParts, data: RunData) -> dict[str, np.ndarray]:
+    """Of policy and critic, update by update; the policy's is 0 while only the critic learns."""
+    updates = config.ppo_epochs * config.minibatches
+    total, waits = data.total * updates, config.critic_warmup * updates
+    learns = max(1, data.total - config.critic_warmup) * updates
+    policy = np.append(np.zeros(waits, np.float32), learning_rates(config.optimizer, learns))
+    rates = {"learning_rate": policy[:total]}
+    if parts.options.has_critic:
+        optimizer = config.critic_optimizer or config.optimizer
+        rates["critic/learning_rate"] = learning_rates(optimizer, total)
+    return rates
 
 
 def _kl_of(metrics: dict[str, Any]) -> float:

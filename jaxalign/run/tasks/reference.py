@@ -23,15 +23,10 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.run.config.dpo import DPORun
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.config.reference import ReferenceRun
+from jaxalign.run.digests import text_digest, tokenizer_digest, weights_digest
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Policy, check_vocabulary, load_frozen, reshard_by_rules
-from jaxalign.run.tasks.reference_cache import (
-    REMEDY,
-    ReferenceCache,
-    text_digest,
-    tokenizer_digest,
-    weights_digest,
-)
+from jaxalign.run.tasks.reference_cache import REMEDY, ReferenceCache
 from jaxalign.types import Params, TrainState
 
 AnyRun = ReferenceRun | PPORun

@@ -20,12 +20,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxalign.hf.source import locate
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
 
-_WEIGHTS = ("*.safetensors", "*.gguf", "params/**/*")
 REMEDY = "give another folder in reference_cache, or delete this one to have it made anew"
 """What to do about a cache that does not fit."""
 
@@ -174,32 +172,3 @@ def _document(side: TokenBatch, row: int, segment: int | None, branch: int) -> b
         + tokens.astype("<i4").tobytes()
         + (trained[:end].astype(np.uint8).tobytes())
     )
-
-
-def weights_digest(source: str) -> str:
-    """SHA-256 of a model's files: weights and shape, byte for byte, without loading them."""
-    path = locate(source, (*_WEIGHTS, "config.json"))
-    if path.is_file():
-        named = {"": path}
-    else:
-        files = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
-        if not files:
-            raise ValueError(f"{path}: no weights; wanted one of {', '.join(_WEIGHTS)}")
-        named = {file.relative_to(path).as_posix(): file for file in files}
-        named["config.json"] = path / "config.json"
-    digest = hashlib.sha256()
-    for name in sorted(named):
-        digest.update(name.encode())
-        with named[name].open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def tokenizer_digest(tok: Any) -> str:
-    """SHA-256 of a fast tokenizer's whole definition."""
-    return hashlib.sha256(tok.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def text_digest(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()

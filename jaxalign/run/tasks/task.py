@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.compile import CompiledStep
@@ -17,7 +19,7 @@ from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
 from jaxalign.run.export import whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
-from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData
+from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
 from jaxalign.types import TrainState
 
 Floats = dict[str, float]
@@ -45,6 +47,9 @@ class Task(NamedTuple):
         `loop`.
       early_stop: metrics of an update → whether to skip the other updates of this batch; None:
         never.
+      learning_rates: names of rates → those of each update of the run, float32 `[updates]`, as
+        metrics.
+      inputs: what decides the batches besides options and files → a digest, see `run.inputs`.
       async_metrics: whether a step may be dispatched before the last one's metrics are read. False
         where `prepare_updates` waits for the devices in any case.
     """
@@ -63,6 +68,8 @@ class Task(NamedTuple):
     on_train_start: Callable[[TrainState, Loop], None] | None = None
     early_stop: Callable[[dict[str, Any]], bool] | None = None
     async_metrics: bool = True
+    learning_rates: Mapping[str, np.ndarray] = MappingProxyType({})
+    inputs: Mapping[str, str] = MappingProxyType({})
 
 
 def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data: RunData) -> Task:
@@ -87,6 +94,7 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
         prepare_updates=prepare_updates,
         evaluate=evaluate,
         export=exporter(parts.policy, data.tok),
+        learning_rates={"learning_rate": learning_rates(config.optimizer, data.total)},
     )
 
 

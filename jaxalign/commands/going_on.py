@@ -1,0 +1,60 @@
+"""Going on with a stopped run: the flags that allow it, and the very command that does it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+from collections.abc import Iterator
+
+_FLAGS = {
+    "allow_changes": "resume although settings, models or data are others than before",
+    "overwrite": "replace what an earlier run left in the folder",
+}
+"""Options of `run` that are said for one start, as flags."""
+
+
+def overwrite_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what} if it is there")
+
+
+def run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a run."""
+    for name, help in _FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
+
+
+def with_flags(parsed: argparse.Namespace, section: str = "run") -> list[str]:
+    """The overrides on the command line, with the flags among them.
+
+    Args:
+      parsed: from a parser with `run_flags`.
+      section: where the options of a run are.
+    """
+    given = [f"{section}.{name}=true" for name in _FLAGS if getattr(parsed, name)]
+    return [*parsed.overrides, *given]
+
+
+@contextlib.contextmanager
+def say_how_to_go_on(parsed: argparse.Namespace, section: str = "run") -> Iterator[None]:
+    """Adds to the message of a stopped run the command that goes on with it."""
+    from jaxalign.parallel import distributed
+
+    try:
+        yield
+    except distributed.Preempted as stopped:
+        raise distributed.Preempted(
+            f"{stopped}\ngo on with: {command_to_go_on(parsed, section)}"
+        ) from stopped
+
+
+def command_to_go_on(parsed: argparse.Namespace, section: str = "run") -> str:
+    """The command line that resumes the run of this one.
+
+    It goes on where there is a checkpoint, and starts where the run was stopped before its first.
+    """
+    resume = f"{section}.resume"
+    one_off = tuple(f"{section}.{name}=" for name in ("resume", *_FLAGS))
+    kept = [text for text in parsed.overrides if not text.startswith(one_off)]
+    return shlex.join(["jaxalign", parsed.command, parsed.config, *kept, f"{resume}=auto"])

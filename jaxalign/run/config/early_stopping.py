@@ -1,0 +1,31 @@
+"""The section `run.early_stopping`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxalign.run.config.data import want
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Ends a run once a held-out figure no longer gets better (Prechelt 1998).
+
+    Attributes:
+      metric: of the held-out figures, as in `metrics.jsonl`, with or without its `eval/`.
+      mode: "min": less is better; "max": more is.
+      patience: evaluations in a row without a better value after which the run ends.
+      min_delta: how much better a value must be than the best one to count, in its unit.
+    """
+
+    metric: str
+    mode: str = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self):
+        where = "run.early_stopping"
+        want(bool(self.metric), f"{where}.metric", self.metric, "the name of a held-out figure")
+        want(self.mode in ("min", "max"), f"{where}.mode", self.mode, "min or max")
+        want(self.patience > 0, f"{where}.patience", self.patience, "positive")
+        want(self.min_delta >= 0, f"{where}.min_delta", self.min_delta, "0 or more")

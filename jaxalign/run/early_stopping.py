@@ -1,0 +1,65 @@
+"""Early stopping: whether a held-out figure still gets better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.run.config.early_stopping import EarlyStopping
+
+
+class EarlyStopper:
+    """Follows one held-out figure from evaluation to evaluation.
+
+    Args:
+      config: which figure, and how long to wait; None: the run never ends early.
+      state: of an earlier start, to go on from.
+    """
+
+    def __init__(self, config: EarlyStopping | None, state: Mapping[str, Any] | None = None):
+        self._config = config
+        state = {} if state is None else state
+        self._best: float | None = state.get("best")
+        self._best_step: int = state.get("step", 0)
+        self._waited: int = state.get("waited", 0)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run is to end."""
+        return self._config is not None and self._waited >= self._config.patience
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Takes the figures of an evaluation; one that is no number is no better.
+
+        Raises:
+          ValueError: the figure is not among them.
+        """
+        config = self._config
+        if config is None:
+            return
+        name = config.metric.removeprefix("eval/")
+        if name not in figures:
+            raise ValueError(
+                f"run.early_stopping.metric={config.metric!r}: wanted one of the held-out figures "
+                f"{', '.join(sorted(figures))}"
+            )
+        gain = 0.0 if self._best is None else self._best - figures[name]
+        gain = -gain if config.mode == "max" else gain
+        first = self._best is None and figures[name] == figures[name]
+        if first or gain > config.min_delta:
+            self._best, self._best_step, self._waited = figures[name], step, 0
+        else:
+            self._waited += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"best": self._best, "step": self._best_step, "waited": self._waited}
+
+    def message(self) -> str:
+        """Why the run ends."""
+        config = self._config
+        assert config is not None
+        return (
+            f"{config.metric} has not been better than {self._best} (step {self._best_step}) in "
+            f"{self._waited} evaluations: the run ends here (run.early_stopping)"
+        )

@@ -1,0 +1,182 @@
+"""The folder of a run: whose it is, what is in it, and whether the run goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from jaxalign.data.paths import check_free, is_empty
+from jaxalign.parallel import distributed
+from jaxalign.run.changes import Changes, config_changes, input_changes, length_change
+from jaxalign.run.config.base import Run
+from jaxalign.run.inputs import file_inputs, source_paths
+from jaxalign.run.lock import FolderLock
+from jaxalign.run.record import (
+    CONFIG,
+    RECORD,
+    VERSIONS,
+    environment_changes,
+    is_ours,
+    read_record,
+    set_aside,
+    write_record,
+)
+from jaxalign.run.tasks.task import Task
+
+CHECKPOINTS, MODEL = "checkpoints", "model"
+_OUTPUTS = (
+    *(CHECKPOINTS, MODEL, RECORD, VERSIONS, "metrics.jsonl"),
+    *("evaluation.json", "rollouts.jsonl", "histograms.jsonl"),
+)
+"""What a run writes besides `config.yaml`."""
+
+
+class RunFolder:
+    """A run's folder, held by this run.
+
+    Process 0 reads and writes; the others wait for it and fail with it.
+
+    Args:
+      config: of the run.
+      folder: the run's.
+      inputs: digests of the files that the run names.
+      record: what an earlier start left, if the run goes on from that.
+    """
+
+    def __init__(
+        self, config: Run, folder: pathlib.Path, inputs: dict[str, str], record: Any
+    ) -> None:
+        self._config, self._folder = config, folder
+        self._inputs, self._record = inputs, record
+        self._changes = Changes([], [])
+
+    def check_files(self) -> None:
+        """Compares configuration and files with what the run was begun with.
+
+        Raises:
+          ValueError: naming each difference, unless `run.allow_changes`.
+        """
+        if self._record is not None:
+            old = self._record.get("inputs", {})
+            values = self._record["config"]
+            self._settle(config_changes(self._config, values, self._inputs, old))
+
+    def check_task(self, task: Task) -> None:
+        """Compares what is known once data and tokenizer are read; as `check_files`."""
+        self._inputs = self._inputs | dict(task.inputs)
+        if self._record is None:
+            return
+        old = self._record.get("inputs", {})
+        length = length_change(self._config, self._record.get("total"), task.total)
+        known = input_changes(task.inputs, old)
+        self._settle(Changes([*known, *length.binding], length.free))
+
+    def make_room(self) -> None:
+        """Removes what an earlier run left, where it is to be replaced."""
+        with distributed.fail_together("replacing what is in the run's folder"):
+            if distributed.is_main() and self._config.run.overwrite:
+                _remove_outputs(self._folder)
+
+    def begin(self, task: Task, done: int) -> None:
+        """Says where the run starts, and writes down what with."""
+        if not distributed.is_main():
+            return
+        every = [*self._changes.binding, *self._changes.free]
+        if done:
+            every += environment_changes(self._folder)
+            place = self._folder / CHECKPOINTS / str(done)
+            print(f"resuming after step {done} of {task.total}, from {place}", flush=True)
+        elif self._config.run.resume:
+            print(
+                f"{self._folder / CHECKPOINTS}: no checkpoint yet; starting at step 0", flush=True
+            )
+        for change in every:
+            print(f"  changed: {change}", flush=True)
+        changes = {change.name: [change.old, change.new] for change in every}
+        write_record(self._folder, self._config, self._inputs, task.total, done, changes)
+
+    def _settle(self, changes: Changes) -> None:
+        self._changes.binding.extend(changes.binding)
+        self._changes.free.extend(changes.free)
+        if changes.binding and not self._config.run.allow_changes:
+            raise ValueError(
+                f"run.folder={str(self._folder)!r} was begun with something else:\n"
+                + "".join(f"  {change}\n" for change in changes.binding)
+                + "restore it, go on in spite of it with --allow-changes (run.allow_changes=true), "
+                "or choose another folder"
+            )
+
+
+@contextlib.contextmanager
+def open_folder(config: Run) -> Iterator[RunFolder]:
+    """Takes a run's folder, if it is free and what is in it may be gone on from.
+
+    Raises:
+      ValueError: another process has the folder; it holds what the run would replace; or, at a
+        resume, no checkpoint or one of a run with other settings.
+    """
+    folder = pathlib.Path(config.run.folder)
+    with contextlib.ExitStack() as stack:
+        opened = RunFolder(config, folder, {}, None)
+        with distributed.fail_together("opening the run's folder"):
+            if distributed.is_main():
+                stack.enter_context(FolderLock(folder))
+                _check_contents(config, folder)
+                record = read_record(folder) if config.run.resume else None
+                opened = RunFolder(config, folder, file_inputs(config), record)
+                opened.check_files()
+        yield opened
+
+
+def has_checkpoints(folder: pathlib.Path) -> bool:
+    """Whether there is any finished checkpoint in a run's folder, sound or not."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+def _check_contents(config: Run, folder: pathlib.Path) -> None:
+    """Refuses to replace what a person, or another run, has in the folder."""
+    run = config.run
+    check_free(
+        folder,
+        "run.folder",
+        overwrite=run.overwrite or bool(run.resume),
+        sources=source_paths(config),
+        names=_OUTPUTS,
+        remedy="these are of an earlier run; go on with it (run.resume=true, or auto if it may "
+        "have no checkpoint yet), choose another folder, or replace them with --overwrite "
+        "(run.overwrite=true)",
+    )
+    if not run.resume and not run.overwrite and not is_empty(folder / CONFIG):
+        raise ValueError(
+            f"run.folder={str(folder)!r} holds a {CONFIG} that no run wrote, and a run writes its "
+            "own there; give yours another name, or choose another folder"
+        )
+    if not run.resume or has_checkpoints(folder):
+        return
+    if run.resume is True:
+        raise ValueError(
+            f"run.resume=true: {folder / CHECKPOINTS} holds no checkpoint; run.resume=auto starts "
+            "where there is none"
+        )
+    check_free(
+        folder,
+        "run.folder",
+        names=(MODEL,),
+        remedy="it is of a run whose checkpoints are gone; choose another folder, or replace it "
+        "with --overwrite (run.overwrite=true) in place of run.resume",
+    )
+
+
+def _remove_outputs(folder: pathlib.Path) -> None:
+    """Makes room for another run; a configuration that no run wrote is kept under another name."""
+    if not is_ours(folder):
+        print(f"{folder / CONFIG}: kept as {set_aside(folder / CONFIG, 'before').name}")
+    for name in (*_OUTPUTS, CONFIG):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""What a run depends on besides its options: the contents of models, data, tokenizer, template.
+
+The digests are kept in the run's folder, so that a resumed run can tell what has changed since.
+Weights that are in every checkpoint are not among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxalign.data.chat import resolve_chat_template
+from jaxalign.run.config.base import Run
+from jaxalign.run.config.data import DataConfig
+from jaxalign.run.digests import (
+    data_digest,
+    file_digest,
+    shape_digest,
+    text_digest,
+    tokenizer_digest,
+    weights_digest,
+)
+
+_DAY = "strftime_now"
+"""A template that calls this writes the day into every conversation."""
+
+
+def file_inputs(config: Run) -> dict[str, str]:
+    """Option → digest of the files that it names, before anything is loaded.
+
+    What is not there, or comes from the hub, has none: loading says what is wrong with it.
+    """
+    once = functools.cache(weights_digest)  # several options may name one model
+    jobs: dict[str, Callable[[], str | None]] = {
+        name: functools.partial(once, source) for name, source in config.frozen_models.items()
+    }
+    # Of a model whose weights are in the checkpoint the shape remains.
+    jobs.setdefault("model.source", lambda: shape_digest(config.model.source))
+    for name, path, section in _data_paths(config):
+        jobs[name] = functools.partial(data_digest, path, whole=not section.streaming)
+    for number, spec in enumerate(getattr(config, "rewards", ())):
+        file = str(getattr(spec, "path", "")).rpartition(":")[0]
+        if file.endswith(".py"):
+            jobs[f"rewards[{number}].path"] = functools.partial(file_digest, file)
+    found = {}
+    for name, digest in jobs.items():
+        with contextlib.suppress(ValueError, OSError):
+            found[name] = digest()
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def text_inputs(config: Run, tok: Any) -> dict[str, str]:
+    """Tokenizer and chat template, and the day where the template writes it."""
+    found = {}
+    if hasattr(tok, "backend_tokenizer"):
+        found["tokenizer"] = tokenizer_digest(tok)
+    with contextlib.suppress(ValueError):  # plain texts need no template
+        template = resolve_chat_template(tok, config.model.chat_template)
+        found["chat_template"] = text_digest(template)
+        if _DAY in template:
+            found["day that the template writes"] = datetime.date.today().isoformat()
+    return found
+
+
+def source_paths(config: Run) -> list[str]:
+    """All that a run reads and that could be a path of this machine."""
+    models = [config.model.source, config.model.tokenizer, config.model.chat_template]
+    models += [getattr(config, name, None) for name in ("reference", "critic", "reward_model")]
+    named = [name for name in models if isinstance(name, str)]
+    named += config.frozen_models.values()
+    return named + [path for _, path, _ in _data_paths(config)]
+
+
+def _data_paths(config: Run) -> Iterator[tuple[str, str, DataConfig]]:
+    """(option, path, its section) of every source of data."""
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if isinstance(section, DataConfig):
+            for part in ("train", "eval"):
+                for number, source in enumerate(getattr(section, part)):
+                    path = source if isinstance(source, str) else source.path
+                    yield f"{field.name}.{part}[{number}].path", str(path), section
