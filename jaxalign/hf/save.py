@@ -81,7 +81,7 @@ def save_pretrained(
         a model that was not loaded.
       RuntimeError: another process failed.
     """
-    if not isinstance(model, (Decoder, Scorer)):
+    if not (isinstance(model, (Decoder, Scorer)) or hasattr(model, "config")):
         raise ValueError(
             f"save_pretrained: got a model of type {type(model).__name__}, wanted a Decoder or "
             "Scorer, whose configuration Hugging Face's folders can hold; save a model of your own "
