@@ -21,8 +21,8 @@ from jaxalign.models.lm_head_kernel import (
     fused_logprobs,
     fused_total,
     identity,
-    vocabulary_shards,
 )
+from jaxalign.models.lm_head_split import vocabulary_shards
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import axis_shards, constrain, row_shards
 from jaxalign.types import Array, Params
