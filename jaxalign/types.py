@@ -258,6 +258,8 @@ class RolloutBatch(NamedTuple):
         configured one.
       ptx: rows of text whose likelihood is part of the loss. None: no such part.
       reward_parts: name → the scores of each of several rewards, before weights and penalties.
+      non_score_rewards: float32 `[B]`, −β Σ_t kl_t, what an answer's rewards hold besides the score.
+        None: the rewards less the scores.
     """
 
     tokens: TokenBatch
@@ -278,3 +280,4 @@ class RolloutBatch(NamedTuple):
     kl_coef: Array | None = None
     ptx: TokenBatch | None = None
     reward_parts: dict[str, Scores] | None = None
+    non_score_rewards: Array | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.summation import exact_sum
 from jaxalign.types import Array, Weighted
 
 Axis = int | tuple[int, ...] | None
@@ -109,8 +110,14 @@ def whiten(
     Returns:
       float32, the shape of `x`; 0 outside the mask.
     """
-    mean = masked_mean(x, mask)
-    scaled = (keep(x, mask) - mean) * jax.lax.rsqrt(masked_var(x, mask, ddof) + eps)
+    kept = keep(x, mask)
+    count = jnp.maximum(jnp.sum(as_bool(mask), dtype=jnp.float32), 1.0)
+    mean = exact_sum(kept) / count
+    # Centred twice: the mean is rounded, by a part of the spread where it is large beside it, and
+    # what is left would be the same in every entry.
+    centred = keep(kept - mean, mask)
+    centred = keep(centred - exact_sum(centred) / count, mask)
+    scaled = centred * jax.lax.rsqrt(masked_var(centred, mask, ddof) + eps)
     return keep(scaled if shift_mean else scaled + mean, mask)
 
 

@@ -48,15 +48,12 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
 
     # Outside of answers rewards are 0.
     shaped = weighted(jnp.sum(rewards, axis=1), valid)
-    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
     figures = {
         "objective/scores": weighted(scores, valid),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
         "objective/entropy": per_answer(-rollout.old_logprobs),
         "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": Weighted(
-            shaped.total - weighted(entered, valid).total, shaped.weight
-        ),
+        "objective/non_score_reward": _non_score(rollout, shaped, scores, valid),
         "response/length": weighted(jnp.sum(mask, axis=1, dtype=jnp.float32), valid),
         "response/finished": weighted(finished, valid),
         "logprobs/mean_difference": weighted(jnp.abs(rollout.old_logprobs - sampled), mask),
@@ -71,6 +68,13 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
     if samples > 1:
         figures["groups/equal"] = weighted(equal_groups(scores, valid, samples), valid)
     return figures
+
+
+def _non_score(rollout: RolloutBatch, shaped: Weighted, scores: Array, valid: Array) -> Weighted:
+    if rollout.non_score_rewards is not None:
+        return weighted(rollout.non_score_rewards, valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
+    return Weighted(shaped.total - weighted(entered, valid).total, shaped.weight)
 
 
 @functools.partial(jax.jit, static_argnames="samples")
