@@ -3,7 +3,8 @@
     L = − Σ_{b,t} m_{b,t} · log π(y_{b,t} | x_{b,≤t}) / Σ_{b,t} m_{b,t}
 
 (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token
-of every answer weighs the same, over all micro-batches and devices.
+of every answer weighs the same, over all micro-batches and devices. With `TokenBatch.weights` w,
+m·w stands in the place of m.
 
 Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 """
@@ -14,7 +15,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.by_source import by_source
@@ -40,6 +40,11 @@ class Config:
     log_entropy: bool = False
 
 
+def token_weight(tokens: TokenBatch) -> jax.Array:
+    """Σ m · w, how much the trained tokens of a batch weigh together: a float32 scalar."""
+    return weighted(tokens.loss_mask, tokens.loss_mask, tokens.weights).weight
+
+
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
@@ -50,21 +55,27 @@ def make_loss(
     config = Config() if config is None else config
 
     def count(batch: TokenBatch) -> Sums:
-        return {"nll": jnp.sum(batch.loss_mask, dtype=jnp.float32)}
+        return {"nll": token_weight(batch)}
 
     def terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
         mask = batch.loss_mask
         target = target_sum(
-            model, params, hidden, batch.targets, mask, entropy=config.log_entropy
-        )  # log π of the targets, [B, T], and Σ m · log π
+            model,
+            params,
+            hidden,
+            batch.targets,
+            mask,
+            weights=batch.weights,
+            entropy=config.log_entropy,
+        )  # log π of the targets, [B, T], and Σ m · w · log π
         entropy = target.entropy
         return Terms(
             {"nll": -target.total},
             {} if entropy is None else {"entropy": weighted(entropy, mask)},
-            Entries("nll", nll(target.logprobs), mask, batch.source_ids),
+            Entries("nll", nll(target.logprobs), mask, batch.source_ids, batch.weights),
         )
 
-    loss = HiddenLoss(lambda batch: batch, count, terms)
+    loss = HiddenLoss(lambda batch: batch, count, terms, token_weights=True)
     return with_model_terms(by_source(loss, sources), model)
 
 

@@ -20,6 +20,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.exponential import linear_expm1
 from jaxalign.types import Array
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -60,12 +61,7 @@ def divergence_score(
     power = {"forward_kl": -1.0, "alpha_divergence": f_alpha - 1.0}.get(f_divergence, 0.0)
     if abs(power) < 1e-6:
         return ratio
-    return _expm1(power * ratio) / power
-
-
-def _expm1(x: jax.Array) -> jax.Array:
-    below = jnp.minimum(x, LINEAR_FROM)
-    return jnp.expm1(below) + jnp.exp(below) * jax.nn.relu(x - LINEAR_FROM)
+    return linear_expm1(power * ratio, LINEAR_FROM) / power
 
 
 def check_divergence(f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> None:

@@ -50,12 +50,13 @@ def keep(x: Array, mask: Array) -> jax.Array:
     return jnp.where(as_bool(mask), x, 0.0)
 
 
-def weighted(values: Array, mask: Array) -> Weighted:
+def weighted(values: Array, mask: Array, weights: Array | None = None) -> Weighted:
     """The sum of the kept values and how many they are, to be added up and divided once.
 
     Args:
       values: any shape.
       mask: the same shape.
+      weights: w ≥ 0, the same shape: Σ w·x and Σ w instead; None: 1 each.
 
     Returns:
       `Weighted(total, weight)`, two float32 scalars.
@@ -63,7 +64,10 @@ def weighted(values: Array, mask: Array) -> Weighted:
     >>> weighted(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])).mean()
     Array(1.5, dtype=float32)
     """
-    return _weighted(values, mask, None)
+    if weights is None:
+        return _weighted(values, mask, None)
+    weights = keep(weights, mask)
+    return Weighted(jnp.sum(weights * keep(values, mask)), jnp.sum(weights))
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxalign.algorithms.ppo.rows import answer_mask_of, value_mask_of
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var, weighted
+from jaxalign.losses.ppo import kl
 from jaxalign.types import Array, RolloutBatch, Weighted
 
 
@@ -22,8 +23,10 @@ def logprob_difference(
     return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
 
 
-@functools.partial(jax.jit, static_argnames="samples")
-def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weighted]:
+@functools.partial(jax.jit, static_argnames=("samples", "kl_estimator"))
+def rollout_figures(
+    rollout: RolloutBatch, samples: int = 1, kl_estimator: str = "k1"
+) -> dict[str, Weighted]:
     """The means of `rollout_metrics` as sums with their weights.
 
     Figures add up leaf by leaf over rollouts and are divided once, so that those of held-out data
@@ -32,6 +35,7 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
     Args:
       rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, those of all hosts.
       samples: answers a prompt; above 1, also `groups/equal`.
+      kl_estimator: of the run; other than "k1", its KL is `objective/kl_<estimator>`.
 
     Returns:
       Name → float32 scalars. The weight is the number of answers; of `logprobs/mean_difference`
@@ -65,6 +69,9 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
     if rollout.answer_mask is not None:
         trained = jnp.any(rollout.tokens.loss_mask, axis=1)
         figures["response/trained"] = weighted(trained, valid)
+    if kl_estimator != "k1":
+        estimate = kl(rollout.old_logprobs, rollout.ref_logprobs, kl_estimator)
+        figures[f"objective/kl_{kl_estimator}"] = per_answer(estimate)
     if samples > 1:
         figures["groups/equal"] = weighted(equal_groups(scores, valid, samples), valid)
     return figures
@@ -77,15 +84,18 @@ def _non_score(rollout: RolloutBatch, shaped: Weighted, scores: Array, valid: Ar
     return Weighted(shaped.total - weighted(entered, valid).total, shaped.weight)
 
 
-@functools.partial(jax.jit, static_argnames="samples")
-def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("samples", "kl_estimator"))
+def rollout_metrics(
+    rollout: RolloutBatch, samples: int = 1, kl_estimator: str = "k1"
+) -> dict[str, jax.Array]:
     """Describes a rollout before the update: float32 scalars under TRL's names.
 
-    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
-    answers a prompt, also the part of the prompts whose answers all score alike. Of several
-    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
-    `applies/<name>` the part of all answers that these are.
+    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref), whatever estimator the run
+    uses; that of another `kl_estimator` stands beside it. `objective/rlhf_reward` is the mean of
+    the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples` answers a
+    prompt, also the part of the prompts whose answers all score alike. Of several rewards,
+    `rewards/<name>` is the mean over the answers that the reward applies to, and `applies/<name>`
+    the part of all answers that these are.
 
     Most are means (`rollout_figures`). Extremes, a standard deviation, a count and the critic's
     explained variance are not, and belong to this rollout alone.
@@ -93,7 +103,10 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
     scores, _, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    metrics = {name: figure.mean() for name, figure in rollout_figures(rollout, samples).items()}
+    metrics = {
+        name: figure.mean()
+        for name, figure in rollout_figures(rollout, samples, kl_estimator).items()
+    }
     metrics |= {
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
