@@ -203,7 +203,7 @@ def make_prepare(
         with use_mesh(mesh_of(ref_params)):
             return logps.lower(ref_params, batch)
 
-    return Prepare(prepare, lower)
+    return Prepare(prepare, lower, ("ref_params", "batch"))
 
 
 def make_loss(

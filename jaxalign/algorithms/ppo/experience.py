@@ -53,10 +53,11 @@ def make_experience(
         devices than the policy's.
 
     Returns:
-      `experience(state, ref_params, tokens, scores, finished, sampler_logprobs, kl_coef=None,
+      `experience(state, ref_params, tokens, scores, finished, sampler_logprobs=None, kl_coef=None,
       temperature=None, score_scale=None) -> RolloutBatch`: `tokens` are prompts with their answers
       `[B, T + 1]` as `join_tokens` makes them, `scores` and `finished` `[B]`, `sampler_logprobs`
-      `[B, T + 1]` aligned with targets. `kl_coef` and `temperature` take the place of the
+      `[B, T + 1]` aligned with targets, None where the answers' sampler gave none: nothing is
+      compared with the trainer's then. `kl_coef` and `temperature` take the place of the
       configured ones; with `score_scale = (shift, scale)` the rewards are made of
       (score − shift) / scale. The rollout has T columns.
     """
@@ -76,7 +77,7 @@ def make_experience(
         tokens: TokenBatch,
         scores: Array,
         finished: Array,
-        sampler_logprobs: Array,
+        sampler_logprobs: Array | None = None,
         kl_coef: Array | None = None,
         temperature: Array | None = None,
         score_scale: ScoreScale | None = None,
@@ -108,7 +109,7 @@ def _experience(
     tokens: TokenBatch,
     scores: Array,
     finished: Array,
-    sampler_logprobs: Array,
+    sampler_logprobs: Array | None = None,
     kl_coef: Array | None = None,
     temperature: Array | None = None,
     score_scale: ScoreScale | None = None,

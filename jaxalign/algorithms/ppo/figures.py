@@ -42,7 +42,7 @@ def rollout_figures(
       the number of their tokens, of `rewards/<name>` the answers that the reward applies to.
 
     Raises:
-      ValueError: the rollout has no scores, rewards or sampler log-probabilities.
+      ValueError: the rollout has no scores or rewards.
     """
     scores, rewards, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)
@@ -60,8 +60,10 @@ def rollout_figures(
         "objective/non_score_reward": _non_score(rollout, shaped, scores, valid),
         "response/length": weighted(jnp.sum(mask, axis=1, dtype=jnp.float32), valid),
         "response/finished": weighted(finished, valid),
-        "logprobs/mean_difference": weighted(jnp.abs(rollout.old_logprobs - sampled), mask),
     }
+    if sampled is not None:
+        difference = jnp.abs(rollout.old_logprobs - sampled)
+        figures["logprobs/mean_difference"] = weighted(difference, mask)
     for name, part in (rollout.reward_parts or {}).items():
         judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
         figures[f"rewards/{name}"] = weighted(part.values, judged)
@@ -112,8 +114,10 @@ def rollout_metrics(
         "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
         "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
         "val/num_eos_tokens": masked_sum(finished, valid),
-        "logprobs/max_difference": logprob_difference(rollout.old_logprobs, sampled, mask)[1],
     }
+    if sampled is not None:
+        largest = logprob_difference(rollout.old_logprobs, sampled, mask)[1]
+        metrics["logprobs/max_difference"] = largest
     if rollout.returns is not None and rollout.old_values is not None:
         critic_mask = value_mask_of(rollout)
         spread = masked_var(rollout.returns, critic_mask)
@@ -123,10 +127,10 @@ def rollout_metrics(
     return metrics
 
 
-def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array]:
-    """(scores, rewards, valid, finished, sampler log-probabilities) of a complete rollout."""
+def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array | None]:
+    """(scores, rewards, valid, finished, sampler log-probabilities or None) of a whole rollout."""
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
     finished, sampled = rollout.finished, rollout.sampler_logprobs
-    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
+    if scores is None or rewards is None or valid is None or finished is None:
         raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
     return scores, rewards, valid, finished, sampled
