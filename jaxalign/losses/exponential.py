@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 
 def linear_expm1(x: jax.Array, start: float) -> jax.Array:
     """e^x − 1, and from `start` on its tangent there, so that value and gradient stay finite."""
-    below = jnp.minimum(x, start)
-    return jnp.expm1(below) + jnp.exp(below) * jax.nn.relu(x - start)
+    inside = x < start
+    curve = jnp.expm1(jnp.where(inside, x, start))
+    tangent = math.expm1(start) + math.exp(start) * (x - start)
+    return jnp.where(inside, curve, tangent)
