@@ -25,7 +25,7 @@ from jaxalign.losses.masked import weighted
 from jaxalign.losses.sft import nll
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.lm_head import target_sum
-from jaxalign.types import Params, TokenBatch
+from jaxalign.types import Array, Params, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Config:
     log_entropy: bool = False
 
 
-def token_weight(tokens: TokenBatch) -> jax.Array:
+def token_weight(tokens: TokenBatch) -> Array:
     """Σ m · w, how much the trained tokens of a batch weigh together: a float32 scalar."""
     return weighted(tokens.loss_mask, tokens.loss_mask, tokens.weights).weight
 

@@ -21,6 +21,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
+from jaxalign.data.packing import Piece
 from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, prepare
 from jaxalign.types import PromptBatch, TokenBatch
 
@@ -284,8 +285,9 @@ def in_memory(
         return recipe.build(kept, members, options, chosen.width, slots)
 
     def rows_of(batch: int) -> list[int]:
-        members = [member for i in order[batch].rows for member in groups[i]]
-        return [member.document if isinstance(member, tuple) else member for member in members]
+        chosen: Chosen = order[batch]  # pyrefly: ignore[bad-assignment]
+        members = [member for i in chosen.rows for member in groups[i]]
+        return [member.document if isinstance(member, Piece) else member for member in members]
 
     # One thread: rows are assembled in microseconds, but not while a step waits for them.
     ahead = grain.ReadOptions(

@@ -158,14 +158,16 @@ def pack_pairs(
     slots = max(len(group) for group in groups)
     batches = []
     for part, size in _batched(groups, rows):
-        laid = [_token_batch(side, part, size, length, pad_id, False) for side in ready]
+        left, right = (_token_batch(side, part, size, length, pad_id, False) for side in ready)
         per_pair = {
             name: None if values is None else _per_pair(values, part, size, slots, packing)
             for name, values in numbers.items()
         }
         mask = _per_pair(np.ones(total, bool), part, size, slots, packing) if packing else None
         batches.append(
-            PairBatch(*laid, margin=per_pair["margins"], mask=mask, weights=per_pair["weights"])
+            PairBatch(
+                left, right, margin=per_pair["margins"], mask=mask, weights=per_pair["weights"]
+            )
         )
     return batches, counts
 

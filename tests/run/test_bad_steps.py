@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Makes the batches of some steps poisonous: weights of NaN on their tokens, as data may have."""
+    """Makes the batches of some steps poisonous: their tokens get weights of NaN."""
 
     def poison(steps):
         make = loop.make_task

@@ -78,8 +78,8 @@ def _orders(
         orders = np.asarray(permutations)
         if orders.shape != (epochs, rows) or (np.sort(orders, axis=1) != np.arange(rows)).any():
             raise ValueError(
-                f"permutations {orders.shape}: wanted [epochs, B] = ({epochs}, {rows}), numbers from "
-                "0 to B − 1 in each"
+                f"permutations {orders.shape}: wanted [epochs, B] = ({epochs}, {rows}), numbers "
+                "from 0 to B − 1 in each"
             )
         return list(orders)
     if key is None:
