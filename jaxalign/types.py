@@ -37,7 +37,8 @@ class Weighted(NamedTuple):
     def mean(self) -> jax.Array:
         """`total / weight`; 0 where nothing was weighed, so that an empty batch moves nothing."""
         weight = jax.numpy.asarray(self.weight, jax.numpy.float32)
-        return jax.numpy.where(weight > 0, self.total / jax.numpy.where(weight > 0, weight, 1), 0)
+        empty = weight <= 0  # false of NaN, which then shows
+        return jax.numpy.where(empty, 0, self.total / jax.numpy.where(empty, 1, weight))
 
 
 class TrainState(NamedTuple):

@@ -1,5 +1,7 @@
 """Runs with steps that are not finite: left out, told with their rows, ended after too many."""
 
+import itertools
+
 import chatmodel
 import jax
 import numpy as np
@@ -54,9 +56,8 @@ def test_a_poisoned_step_is_left_out_and_told_with_its_rows(
     assert [row["loss"] == "nan" for row in rows] == [False, True, False]
     text = capsys.readouterr().out
     assert "step 2: loss=nan, grad_norm=nan; 1 of 1 updates left out, 1 in a row" in text
-    # The second batch of 8 of 12 rows: each row's file and line.
     told = text.split("rows: ")[1].split("\n")[0].split(", ")
-    assert len(set(told)) == 8
+    assert len(told) == 8
     assert all(origin.partition(".jsonl:")[2].isdigit() for origin in told)
     assert result.model is not None
 
@@ -76,7 +77,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(
 
 
 def test_a_rate_beyond_all_numbers_exports_nothing(chat_models, tmp_path):
-    changes = {"optimizer": {"learning_rate": 1e39}}
+    changes = {"optimizer": {"learning_rate": 3e38, "weight_decay": 10.0}}
     with pytest.raises(FloatingPointError, match="no update was made"):
         run(chat_models, tmp_path / "run", changes, steps=1, checkpoint=False)
     assert not (tmp_path / "run" / "model").exists()
@@ -143,4 +144,15 @@ def test_spikes_are_an_option_of_the_run(chat_models, tmp_path):
     store.close()
     np.testing.assert_allclose(np.asarray(state.opt_state.norms)[:2], norms, rtol=1e-6)
     assert np.isnan(np.asarray(state.opt_state.norms)[2:]).all()
-    assert len(origins_of(task, None, 1)) == 8
+
+
+def test_the_rows_that_are_named_are_those_of_the_batch(chat_models, tmp_path):
+    config = load_config("sft", chatmodel.settings("sft", chat_models, tmp_path / "run", steps=3))
+    task, tok = loop.make_task(config), chatmodel.make_tokenizer()
+    for number, batch in enumerate(itertools.islice(task.batches, 3), start=1):
+        origins = origins_of(task, batch, number)
+        assert len(origins) == len(batch.inputs)
+        for row, origin in zip(batch.inputs, origins, strict=True):
+            question = chatmodel.QUESTIONS[int(origin.rpartition(":")[2]) - 1]
+            assert f"user\n{question}<|im_end|>" in tok.decode(row)
+    task.batches.close()
