@@ -12,6 +12,7 @@ import pytest
 import jaxalign as ja
 from jaxalign.algorithms.guard import SpikeConfig, skip_spikes
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer
+from jaxalign.algorithms.step import make_step
 
 
 class Points(NamedTuple):
@@ -109,3 +110,17 @@ def test_options_out_of_range(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"skip_spikes {name}="):
         SpikeConfig(**options)
+
+
+def test_norms_of_policy_and_critic_apart():
+    def terms(params, batch):
+        value = params["policy"] * batch.x[0] + params["critic"] * batch.x[1]
+        return {"fit": value}, {}
+
+    loss = ja.Loss(lambda batch: {"fit": jnp.float32(1)}, terms)
+    tx = optax.sgd(0.1)
+    step = jax.jit(make_step(loss, tx, parts=("policy", "critic")))
+    state = ja.init_state({"policy": np.float32(1), "critic": np.float32(1)}, tx)
+    _, metrics = step(state, points(3.0, -4.0))
+    norms = [metrics[f"grad_norm{part}"] for part in ("", "/policy", "/critic")]
+    np.testing.assert_allclose(norms, [5.0, 3.0, 4.0], rtol=1e-6)
