@@ -103,9 +103,7 @@ def _train(
     opened.begin(task, done)
     name = title or type(config).__name__.removesuffix("Run").lower()
     seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
-    reporter = Reporter(
-        folder, name, task.total, done, run.log_every, seen, bad_steps=bad_steps
-    )
+    reporter = Reporter(folder, name, task.total, done, run.log_every, seen, bad_steps=bad_steps)
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
     early = EarlyStopper(run.early_stopping, position.get("early"))
