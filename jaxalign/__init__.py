@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # the names of `_NAMES` and `_MODULES` again, for editors and
     from jaxalign.data import (
         Source,
         graded_batches,
+        pack_pairs,
+        pack_tokens,
         preference_batches,
         prompt_batches,
         ranked_batches,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:  # the names of `_NAMES` and `_MODULES` again, for editors and
     from jaxalign.rewards.best_of import model_judge
     from jaxalign.rewards.scoring import score_conversations, score_rows
     from jaxalign.run.config.runs import load_config
-    from jaxalign.sampling.generate import generate, sample
+    from jaxalign.sampling.generate import Generation, generate, sample
     from jaxalign.types import (
         GradedBatch,
         PairBatch,
@@ -68,8 +70,8 @@ _NAMES = {
     "algorithms.optim": "OptimizerConfig make_optimizer make_schedule",
     "algorithms.state": "init_state",
     "algorithms.step": "make_eval make_step",
-    "data": "Source graded_batches preference_batches prompt_batches ranked_batches sft_batches "
-    "step_batches unpaired_batches",
+    "data": "Source graded_batches pack_pairs pack_tokens preference_batches prompt_batches "
+    "ranked_batches sft_batches step_batches unpaired_batches",
     "hf": "load_pretrained load_tokenizer save_pretrained",
     "models.base": "combine",
     "models.decoder": "Decoder",
@@ -83,7 +85,7 @@ _NAMES = {
     "rewards.best_of": "model_judge",
     "rewards.scoring": "score_conversations score_rows",
     "run.config.runs": "load_config",
-    "sampling.generate": "generate sample",
+    "sampling.generate": "Generation generate sample",
     "types": "GradedBatch PairBatch PromptBatch RankedBatch RolloutBatch SharedPairBatch StepBatch "
     "TokenBatch TrainState UnpairedBatch Weighted",
 }

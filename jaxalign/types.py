@@ -37,7 +37,8 @@ class Weighted(NamedTuple):
     def mean(self) -> jax.Array:
         """`total / weight`; 0 where nothing was weighed, so that an empty batch moves nothing."""
         weight = jax.numpy.asarray(self.weight, jax.numpy.float32)
-        return jax.numpy.where(weight > 0, self.total / jax.numpy.where(weight > 0, weight, 1), 0)
+        empty = weight <= 0  # false of NaN, which then shows
+        return jax.numpy.where(empty, 0, self.total / jax.numpy.where(empty, 1, weight))
 
 
 class TrainState(NamedTuple):
@@ -70,11 +71,13 @@ class TokenBatch(NamedTuple):
       positions: int32, from 0 in each document (rotary positions).
       segment_ids: int32, 0 on padding, 1, 2, … for the documents of a row. A token attends to
         earlier tokens of its own segment only.
-      loss_mask: bool, True where `targets` is trained.
+      loss_mask: bool, True where `targets` is trained. Floats are refused: see `weights`.
       branch_ids: int32, which continuation of its segment a token belongs to: 0 for the part that
         all share, 1, 2, … for continuations of it. A token sees branch 0 and its own. None: rows
         without branches.
       source_ids: int32, which source of a mixture a token came from, from 0. None: not recorded.
+      weights: float32 ≥ 0, how much a trained token counts in a likelihood (SFT, and PPO's text):
+        Σ w·ℓ / Σ w. None: 1 each. Losses of whole answers refuse it.
     """
 
     inputs: Array
@@ -84,6 +87,7 @@ class TokenBatch(NamedTuple):
     loss_mask: Array
     branch_ids: Array | None = None
     source_ids: Array | None = None
+    weights: Array | None = None
 
 
 class PairBatch(NamedTuple):
@@ -102,6 +106,7 @@ class PairBatch(NamedTuple):
       margin: float32, how much better chosen is (reward loss with margin), or None.
       mask: bool `[B, S]`, which pairs exist in a packed row; its shape also tells S. None when
         every row is one pair.
+      weights: float32 ≥ 0, how much a pair counts in the loss (DPO, reward): Σ w·ℓ / Σ w. None: 1.
     """
 
     chosen: TokenBatch
@@ -110,6 +115,7 @@ class PairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
+    weights: Array | None = None
 
 
 class SharedPairBatch(NamedTuple):
@@ -126,6 +132,7 @@ class SharedPairBatch(NamedTuple):
       ref_rejected_logps: the same for the rejected answers.
       margin: float32 `[B, S]`, or None.
       mask: bool `[B, S]`, which pairs exist.
+      weights: float32 `[B, S]`, or None, as in `PairBatch`.
     """
 
     tokens: TokenBatch
@@ -133,6 +140,7 @@ class SharedPairBatch(NamedTuple):
     ref_rejected_logps: Array | None = None
     margin: Array | None = None
     mask: Array | None = None
+    weights: Array | None = None
 
 
 class UnpairedBatch(NamedTuple):
@@ -258,6 +266,8 @@ class RolloutBatch(NamedTuple):
         configured one.
       ptx: rows of text whose likelihood is part of the loss. None: no such part.
       reward_parts: name → the scores of each of several rewards, before weights and penalties.
+      non_score_rewards: float32 `[B]`, −β Σ_t kl_t: an answer's rewards but for its score.
+        None: the rewards less the scores.
     """
 
     tokens: TokenBatch
@@ -278,3 +288,4 @@ class RolloutBatch(NamedTuple):
     kl_coef: Array | None = None
     ptx: TokenBatch | None = None
     reward_parts: dict[str, Scores] | None = None
+    non_score_rewards: Array | None = None

@@ -43,10 +43,10 @@ def figures_by_source(entries: Entries | None, names: Sequence[str]) -> Figures:
     if entries is None or entries.source_ids is None:
         return {}
     mask, source_ids = as_bool(entries.mask), jnp.asarray(entries.source_ids)
-    everything = jnp.sum(mask, dtype=jnp.float32)
+    everything = weighted(mask, mask, entries.weights).weight
     figures: Figures = {}
     for number, source in enumerate(names):
-        figure = weighted(entries.losses, mask & (source_ids == number))
+        figure = weighted(entries.losses, mask & (source_ids == number), entries.weights)
         figures[f"{entries.name}/{source}"] = figure
         figures[f"share/{source}"] = Weighted(figure.weight, everything)
     return figures

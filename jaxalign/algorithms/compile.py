@@ -44,6 +44,21 @@ class CompiledStep:
             trained, metrics = self._jitted(trained, frozen, shard_batch(batch, self.mesh))
         return trained._replace(frozen=frozen), metrics
 
+    @property
+    def placement(self) -> str:
+        """On which devices the state lies and how much of it is split: a sentence."""
+        shardings = jax.tree.leaves(self._shardings)
+        split = sum(not x.is_fully_replicated for x in shardings)
+        devices = self.mesh.devices.ravel()
+        kinds = ", ".join(sorted({device.device_kind for device in devices}))
+        return (
+            f"{devices.size} × {kinds} as a mesh of {describe(self.mesh.shape)}: {split} of the "
+            f"state's {len(shardings)} arrays are split over them, the others lie whole on each"
+        )
+
+    def __repr__(self) -> str:
+        return f"CompiledStep({self.placement})"
+
     def lower(self, state: Any, batch: Any) -> Any:
         """Lowers for abstract or concrete arguments, without running."""
         with jax.set_mesh(self.mesh), self._rules():
@@ -88,7 +103,9 @@ def compile_step(
 
     The state keeps the layout it has in `state` (see `load_pretrained(mesh=…)` and `init_state`);
     leaves that are not on the mesh are replicated. Batches may be host arrays: their rows are
-    split over `data × fsdp × expert`. Metrics come back replicated.
+    split over `data × fsdp × expert`. Metrics come back replicated. `step.placement` says on which
+    devices the state lies; where several were chosen for a state that lay on no mesh, that is
+    printed.
 
     Args:
       step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.
@@ -99,4 +116,7 @@ def compile_step(
       ValueError: the state is on another mesh.
     """
     mesh = mesh_of(state) if mesh is None else mesh
-    return CompiledStep(step, state, make_mesh() if mesh is None else mesh)
+    compiled = CompiledStep(step, state, make_mesh() if mesh is None else mesh)
+    if mesh is None and compiled.mesh.size > 1:
+        print(f"compile_step: the state lies on no mesh, and goes to {compiled.placement}")
+    return compiled

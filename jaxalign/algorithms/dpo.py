@@ -203,7 +203,7 @@ def make_prepare(
         with use_mesh(mesh_of(ref_params)):
             return logps.lower(ref_params, batch)
 
-    return Prepare(prepare, lower)
+    return Prepare(prepare, lower, ("ref_params", "batch"))
 
 
 def make_loss(
@@ -218,9 +218,9 @@ def make_loss(
 
     def count(batch: Pairs) -> Sums:
         mask = pair_mask(batch)
-        counts: Sums = {"preference": jnp.sum(mask, dtype=jnp.float32)}
+        counts: Sums = {"preference": weighted(mask, mask, batch.weights).weight}
         if sft_weight:
-            counts["sft"] = weighted(layout(batch).lengths()[0], mask).total
+            counts["sft"] = weighted(layout(batch).lengths()[0], mask, batch.weights).total
         return counts
 
     def terms(params: Params, hidden: jax.Array, batch: Pairs) -> Terms:
@@ -246,11 +246,12 @@ def make_loss(
         if answers.weights is not None:
             values["weights"] = answers.weights
         metrics = {name: weighted(value, mask) for name, value in values.items()}
-        sums: Sums = {"preference": weighted(losses, mask).total}
+        sums: Sums = {"preference": weighted(losses, mask, batch.weights).total}
         if sft_weight:
             metrics["nll"] = chosen_nll(answers.plain_chosen, answers.chosen_lengths, mask)
-            sums["sft"] = sft_weight * metrics["nll"].total
-        return Terms(sums, metrics, Entries("preference", losses, mask, pair_sources(batch)))
+            sums["sft"] = -sft_weight * weighted(answers.plain_chosen, mask, batch.weights).total
+        entries = Entries("preference", losses, mask, pair_sources(batch), batch.weights)
+        return Terms(sums, metrics, entries)
 
     loss = HiddenLoss(lambda batch: layout(batch).tokens, count, terms)
     return with_model_terms(by_source(loss, sources), model)

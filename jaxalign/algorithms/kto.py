@@ -109,7 +109,7 @@ def make_prepare(
         with use_mesh(mesh_of(ref_params)):
             return compare.lower(combine(state.params, state.frozen), ref_params, batch)
 
-    return Prepare(prepare, lower)
+    return Prepare(prepare, lower, ("state", "ref_params", "batch"))
 
 
 def make_loss(

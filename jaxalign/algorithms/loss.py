@@ -51,12 +51,14 @@ class Entries(NamedTuple):
       losses: a loss for each token, answer or pair; any shape.
       mask: the same shape, which of them count.
       source_ids: int, the same shape, from 0: the data source. None: not recorded.
+      weights: float32, the same shape, how much each counts. None: 1 each.
     """
 
     name: str
     losses: Array
     mask: Array
     source_ids: Array | None
+    weights: Array | None = None
 
 
 class Terms(NamedTuple):
@@ -82,11 +84,13 @@ class HiddenLoss(NamedTuple):
       tokens: batch → the rows that the model reads, `[R, T]`.
       count: as in `Loss`.
       terms: (parameters, hidden states `[R, T, D]`, batch) → `Terms`.
+      token_weights: whether it reads `TokenBatch.weights`; else rows with such are refused.
     """
 
     tokens: Callable[[Any], TokenBatch]
     count: Callable[[Any], Sums]
     terms: Callable[[Params, jax.Array, Any], Terms]
+    token_weights: bool = False
 
 
 def run_model(
@@ -103,7 +107,13 @@ def run_model(
 
     def run(params: Params, batch: Any) -> Terms:
         own = params if part is None else params[part]
-        hidden, extra = read(model, own, loss.tokens(batch))
+        tokens = loss.tokens(batch)
+        if tokens.weights is not None and not loss.token_weights:
+            raise ValueError(
+                "TokenBatch.weights: this loss has no weights of tokens, wanted None; SFT has, and "
+                "pairs have PairBatch.weights"
+            )
+        hidden, extra = read(model, own, tokens)
         terms = loss.terms(params, hidden, batch)
         added = {f"{prefix}{name}": term for name, term in extra.items()}
         sums = {name: term.total for name, term in added.items()}

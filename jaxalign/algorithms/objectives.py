@@ -47,7 +47,8 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
     """
 
     def count(batch: Pairs) -> Sums:
-        return {"preference": jnp.sum(pair_mask(batch), dtype=jnp.float32)}
+        mask = pair_mask(batch)
+        return {"preference": weighted(mask, mask, batch.weights).weight}
 
     def sides(scores: jax.Array, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Masked before the arithmetic: NaN in an empty slot must not reach a gradient.
@@ -67,7 +68,7 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
             "scores/chosen": weighted(chosen, mask),
             "scores/rejected": weighted(rejected, mask),
         }
-        entries = Entries("preference", losses, mask, pair_sources(batch))
+        entries = Entries("preference", losses, mask, pair_sources(batch), batch.weights)
         return _terms(entries, metrics, scores)
 
     def examples(scores: jax.Array, batch: Pairs) -> Examples:
@@ -191,7 +192,7 @@ def steps(scorer: ScalarModel) -> Objective:
 
 
 def _terms(entries: Entries, metrics: Figures, scores: jax.Array) -> Terms:
-    total = weighted(entries.losses, entries.mask).total
+    total = weighted(entries.losses, entries.mask, entries.weights).total
     return Terms({entries.name: total}, metrics, entries, scores)
 
 

@@ -11,23 +11,38 @@ import jax
 Arguments = ParamSpec("Arguments")
 Batch = TypeVar("Batch")
 
+ARGUMENTS = ("key", "state", "ref_params", "batch")
+"""What a `prepare` may take, in order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(Generic[Arguments, Batch]):
     """What every `make_prepare` returns. Call it like a function.
 
-    Arguments come in one order, without those that an algorithm has no use for: PRNG key, train
-    state, reference parameters, batch.
+    Arguments come in one order: PRNG key, train state, reference parameters, batch. An algorithm
+    may be called without those that it has no use for; given all four, it leaves them aside, so
+    that one loop serves all algorithms.
+
+        batch = prepare(key, state, ref_params, batch)
 
     Attributes:
       run: the arguments → the batch with what the frozen models add.
       lower: lowers the program that `run` compiles, without running it. Takes the same arguments,
         but abstract: `ShapeDtypeStruct`s with the shardings of the arrays.
+      reads: which of `ARGUMENTS` `run` takes; None: it has arguments of its own.
     """
 
     run: Callable[Arguments, Batch]
     lower: Callable[..., jax.stages.Lowered]
+    reads: tuple[str, ...] | None = None
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Batch:
         """Runs it."""
-        return self.run(*args, **kwargs)
+        if self.reads is None:
+            return self.run(*args, **kwargs)
+        unread = set(ARGUMENTS) - set(self.reads)
+        if len(args) == len(ARGUMENTS) and unread:
+            named = zip(ARGUMENTS, args, strict=True)
+            args = tuple(x for name, x in named if name in self.reads)  # pyrefly: ignore
+        named = {name: x for name, x in kwargs.items() if name not in unread}
+        return self.run(*args, **named)  # pyrefly: ignore

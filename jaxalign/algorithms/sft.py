@@ -5,6 +5,7 @@
 (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token
 of every answer weighs the same, over all micro-batches and devices. `loss_type="dft"` weighs each
 token's term by its own probability (Wu et al. 2025, https://arxiv.org/abs/2508.05629).
+With `TokenBatch.weights` w, m·w stands in the place of m.
 
 Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 """
@@ -15,18 +16,17 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
 from jaxalign.algorithms.step import Step
 from jaxalign.algorithms.step import make_step as _make_step
-from jaxalign.losses.masked import keep, weighted
+from jaxalign.losses.masked import weighted
 from jaxalign.losses.sft import dft, nll
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.lm_head import target_logprobs, target_sum
-from jaxalign.types import Params, TokenBatch
+from jaxalign.types import Array, Params, TokenBatch
 
 LOSS_TYPES = ("nll", "dft")
 
@@ -52,6 +52,11 @@ class Config:
             )
 
 
+def token_weight(tokens: TokenBatch) -> Array:
+    """Σ m · w, how much the trained tokens of a batch weigh together: a float32 scalar."""
+    return weighted(tokens.loss_mask, tokens.loss_mask, tokens.weights).weight
+
+
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
@@ -63,7 +68,7 @@ def make_loss(
     config = Config() if config is None else config
 
     def count(batch: TokenBatch) -> Sums:
-        return {config.loss_type: jnp.sum(batch.loss_mask, dtype=jnp.float32)}
+        return {config.loss_type: token_weight(batch)}
 
     def dft_terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
         mask = batch.loss_mask
@@ -76,23 +81,29 @@ def make_loss(
         else:
             logprobs = target_logprobs(*arguments, mask=mask)
         metrics["nll"] = weighted(nll(logprobs), mask)
-        entries = Entries("nll", nll(logprobs), mask, batch.source_ids)
-        return Terms({"dft": jnp.sum(keep(dft(logprobs), mask))}, metrics, entries)
+        entries = Entries("nll", nll(logprobs), mask, batch.source_ids, batch.weights)
+        return Terms({"dft": weighted(dft(logprobs), mask, batch.weights).total}, metrics, entries)
 
     def nll_terms(params: Params, hidden: jax.Array, batch: TokenBatch) -> Terms:
         mask = batch.loss_mask
         target = target_sum(
-            model, params, hidden, batch.targets, mask, entropy=config.log_entropy
-        )  # log π of the targets, [B, T], and Σ m · log π
+            model,
+            params,
+            hidden,
+            batch.targets,
+            mask,
+            weights=batch.weights,
+            entropy=config.log_entropy,
+        )  # log π of the targets, [B, T], and Σ m · w · log π
         entropy = target.entropy
         return Terms(
             {"nll": -target.total},
             {} if entropy is None else {"entropy": weighted(entropy, mask)},
-            Entries("nll", nll(target.logprobs), mask, batch.source_ids),
+            Entries("nll", nll(target.logprobs), mask, batch.source_ids, batch.weights),
         )
 
     terms = nll_terms if config.loss_type == "nll" else dft_terms
-    loss = HiddenLoss(lambda batch: batch, count, terms)
+    loss = HiddenLoss(lambda batch: batch, count, terms, token_weights=True)
     return with_model_terms(by_source(loss, sources), model)
 
 

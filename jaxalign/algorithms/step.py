@@ -10,13 +10,14 @@ micro-batches or spread over devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.algorithms.guard import guarded_update
 from jaxalign.algorithms.loss import Figures, Loss, Sums
 from jaxalign.models.base import combine
 from jaxalign.parallel.sharding import row_axes, row_shards
@@ -51,19 +52,30 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int = 1) -> Step:
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+    *,
+    parts: Sequence[str] = (),
+) -> Step:
     """Builds a pure train step from a loss and an optimizer.
+
+    A loss, gradient or new weight that is not finite leaves the state as it was, and so does a
+    spike of the gradient's norm, with an optimizer of `guard.skip_spikes`; see `algorithms.guard`.
 
     Args:
       loss: terms and their weights.
       tx: any optax transformation, for the parameters the state holds.
       micro_batches: how many parts of the batch are computed one after the other, with one
         accumulated gradient; changes memory, not results.
+      parts: keys of the parameters whose gradients' norms are logged by themselves.
 
     Returns:
       `step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated (see
       `compile_step`). Metrics are float32 scalars: those of the loss; `loss`; `grad_norm` (global
-      2-norm before any clipping in `tx`); and `weight/<term>`, the tokens or pairs that counted.
+      2-norm before any clipping in `tx`) and `grad_norm/<part>`; `bad_steps`, 1 where the state was
+      left as it was, else 0; and `weight/<term>`, the tokens or pairs that counted.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches}: wanted a positive integer")
@@ -84,12 +96,13 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, micro_batches: int =
             value, metrics, grads = _accumulate(
                 gradient, state.params, split_rows(batch, micro_batches)
             )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        state, bad = guarded_update(tx, state, grads, value, norm)
         logged = {name: metric.mean() for name, metric in metrics.items()}
         logged |= {f"weight/{name}": count for name, count in counts.items()}
-        logged |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, state.frozen, opt_state), logged
+        logged |= {"loss": value, "grad_norm": norm, "bad_steps": bad}
+        logged |= {f"grad_norm/{part}": optax.tree.norm(grads[part]) for part in parts}
+        return state, logged
 
     return step
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxalign.data.loader import Batches, count_samples, filled
     from jaxalign.data.mixture import Source
     from jaxalign.data.options import Options
+    from jaxalign.data.pack_ids import PackCounts, pack_pairs, pack_tokens
     from jaxalign.data.packing import best_fit, best_fit_split, wrapped
     from jaxalign.data.rows import (
         to_conversation,
@@ -79,6 +80,7 @@ _ROOMS = {
     "loader": ("Batches", "count_samples", "filled"),
     "mixture": ("Source",),
     "options": ("Options",),
+    "pack_ids": ("PackCounts", "pack_pairs", "pack_tokens"),
     "packing": ("best_fit", "best_fit_split", "wrapped"),
     "rows": (
         "to_conversation",
@@ -103,6 +105,7 @@ __all__ = [
     "Faults",
     "Graded",
     "Options",
+    "PackCounts",
     "Preference",
     "Prompt",
     "Ranked",
@@ -124,6 +127,8 @@ __all__ = [
     "filled",
     "graded_batches",
     "iter_rows",
+    "pack_pairs",
+    "pack_tokens",
     "preference_batches",
     "prompt_batches",
     "ranked_batches",

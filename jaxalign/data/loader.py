@@ -21,6 +21,7 @@ from jaxalign.data.counts import Counts
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
+from jaxalign.data.packing import Piece
 from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, prepare
 from jaxalign.types import PromptBatch, TokenBatch
 
@@ -59,13 +60,14 @@ class Batches(Generic[Batch]):
         examples: list[Any],
         usage: Sequence[str] = (),
         per_epoch: float | None = None,
+        rows_of: Callable[[int], list[int]] | None = None,
     ):
         self.examples = examples
         self.sources = tuple(sources)
         self.widths = options.widths
         self.usage = tuple(usage)
         self.per_epoch = per_epoch
-        self._name = name
+        self._name, self._rows_of = name, rows_of
         self._options = options
         self._data = data
         self._length = length
@@ -97,6 +99,10 @@ class Batches(Generic[Batch]):
         if counts is None:
             counts = Counts(self.get_state()["position"]["counts"])
         return counts.stats(self.sources)
+
+    def rows_of(self, batch: int) -> list[int]:
+        """Which of `examples` are in a batch, counted from 0 over all passes; [] when streaming."""
+        return [] if self._rows_of is None else self._rows_of(batch)
 
     def __len__(self) -> int:
         """Batches in all epochs together."""
@@ -278,6 +284,11 @@ def in_memory(
         members += [()] * (options.rows - len(members))
         return recipe.build(kept, members, options, chosen.width, slots)
 
+    def rows_of(batch: int) -> list[int]:
+        chosen: Chosen = order[batch]  # pyrefly: ignore[bad-assignment]
+        members = [member for i in chosen.rows for member in groups[i]]
+        return [member.document if isinstance(member, Piece) else member for member in members]
+
     # One thread: rows are assembled in microseconds, but not while a step waits for them.
     ahead = grain.ReadOptions(
         num_threads=min(options.prefetch, 1), prefetch_buffer_size=options.prefetch
@@ -293,6 +304,7 @@ def in_memory(
         examples=kept.examples,
         usage=usage,
         per_epoch=_per_epoch([share.share for share in shares], options),
+        rows_of=rows_of,
     )
 
 

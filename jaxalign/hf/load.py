@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.hf import families, orbax_folder, safetensors_file
+from jaxalign.hf import checksums, families, orbax_folder, safetensors_file
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
@@ -78,7 +78,8 @@ def load_pretrained(
 
     Raises:
       ValueError: nothing to load there; a config the decoder does not cover; weights that are
-        missing, unexpected, duplicate or of the wrong shape (all of them listed); a damaged file.
+        missing, unexpected, duplicate or of the wrong shape (all of them listed); a damaged file,
+        as its checksums tell where it has them.
     """
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
     path = locate(source, _PATTERNS)
@@ -93,9 +94,13 @@ def load_pretrained(
         if mesh is not None:
             shardings = families.flatten(param_shardings(model.axes, mesh, model.shapes))
         if isinstance(file, orbax_folder.OrbaxFolder):
+            _check_folder_sums(path)
             return model, file.load(model.shapes, shardings, kind)
         leaves = families.leaves(config, model.shapes, file.shapes)
         _check_tensors(path, file, leaves, config, tied=config.tie_embeddings and not scorer)
+        if isinstance(file, safetensors_file.SafetensorsFolder):
+            with workers() as pool:  # read once more: processes share the files
+                file.check_sums(pool, (jax.process_index(), jax.process_count()))
         flat = {}
         try:
             with workers() as pool:
@@ -195,6 +200,16 @@ def _model(path: pathlib.Path, file: Any, **options: Any) -> Decoder | Scorer:
         return Scorer(base, families.attributes_of(hf)) if families.is_scorer(hf) else base
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_folder_sums(path: pathlib.Path) -> None:
+    share = (jax.process_index(), jax.process_count())
+    damages = checksums.check(path, share) or []
+    params = [str(d) for d in damages if d.file.startswith(f"{orbax_folder.PARAMS}/")]
+    if params:
+        raise ValueError(f"{path} is damaged: {abbreviate(params)}; import the model again")
+    for damage in damages:
+        print(f"{path / damage.file} is not as it was written: {damage.what}; edited, or damaged")
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxalign.hf.blocks import Scratch
+from jaxalign.hf import weight_sums
+from jaxalign.hf.blocks import Pool, Scratch
 from jaxalign.hf.source import dtypes_to_remember, read_json
 
 SINGLE = "model.safetensors"
@@ -72,6 +73,7 @@ class SafetensorsFolder:
         self._scratch = Scratch()
         self._locations: dict[str, _Location] = {}
         self._files: dict[int, pathlib.Path] = {}
+        self._headers: dict[int, _Header] = {}
         try:
             self._open()
         except BaseException:
@@ -110,6 +112,44 @@ class SafetensorsFolder:
         """The dtypes to remember, see `jaxalign.hf.source.SOURCE_DTYPES`."""
         return dtypes_to_remember(self.dtypes)
 
+    def check_sums(self, pool: Pool, share: tuple[int, int] = (0, 1)) -> None:
+        """Compares the tensors with the checksums that the files' headers carry.
+
+        Args:
+          pool: threads that read.
+          share: (i, n): of n processes that share the reading, what the i-th reads.
+
+        Raises:
+          ValueError: a file is damaged.
+        """
+        for file, header in list(self._headers.items())[share[0] :: share[1]]:
+            path = self._files[file]
+            try:
+                known = weight_sums.expected(header.checksums)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}; get the file again") from error
+            if known is not None and self._total(file, header, known[0], pool) != known[1]:
+                raise ValueError(
+                    f"{path} is damaged: its tensors have other bytes than were written; get the "
+                    "file again"
+                )
+
+    def _total(self, file: int, header: _Header, piece: int, pool: Pool) -> str:
+        sums = weight_sums.PieceSums()
+        spans = []
+        for code, shape, offset in header.tensors.values():
+            itemsize = DTYPES[code].itemsize
+            row = math.prod(shape[1:]) * itemsize
+            for rows in weight_sums.piece_rows(shape, itemsize, piece):
+                spans.append((offset + rows.start * row, (rows.stop - rows.start) * row))
+
+        def add(span: tuple[int, int]) -> None:
+            place, size = span
+            sums.add(place, self._bytes(file, header.start + place, self._scratch.take(size)))
+
+        list(pool.map(add, spans))
+        return sums.total(header.entries)
+
     def close(self) -> None:
         """Closes the files."""
         self._locations.clear()
@@ -131,10 +171,10 @@ class SafetensorsFolder:
             path = self.folder / name
             file = os.open(path, os.O_RDONLY)
             self._files[file] = path
-            header, start = _header(path, file)
-            for tensor in sorted(indexed - header.keys()):
+            header = self._headers[file] = _header(path, file)
+            for tensor in sorted(indexed - header.tensors.keys()):
                 self.problems[tensor] = f"promised by {INDEX} in {name}, but not there"
-            for tensor, (code, shape, offset) in header.items():
+            for tensor, (code, shape, offset) in header.tensors.items():
                 if tensor in owner:
                     self.problems[tensor] = f"duplicate, in {owner[tensor]} and {name}"
                     continue
@@ -144,7 +184,7 @@ class SafetensorsFolder:
                     self.problems[tensor] = f"dtype {code}, wanted {', '.join(sorted(DTYPES))}"
                     continue
                 self.dtypes[tensor] = DTYPES[code]
-                self._locations[tensor] = _Location(file, start + offset, DTYPES[code])
+                self._locations[tensor] = _Location(file, header.start + offset, DTYPES[code])
 
 
 def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
@@ -183,10 +223,23 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
 # --- headers -------------------------------------------------------------------------------------
 
 
-def _header(
-    path: pathlib.Path, file: int
-) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], int]:
-    """Name → (dtype code, shape, offset), and the byte at which the tensors start."""
+class _Header(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+      tensors: name → (dtype code, shape, offset).
+      start: the byte at which the tensors begin.
+      entries: name → what the header has for it, as read.
+      checksums: the text under `weight_sums.KEY`, or None.
+    """
+
+    tensors: dict[str, tuple[str, tuple[int, ...], int]]
+    start: int
+    entries: dict[str, Any]
+    checksums: str | None
+
+
+def _header(path: pathlib.Path, file: int) -> _Header:
     size = os.fstat(file).st_size
     try:
         if size < 8:
@@ -194,7 +247,7 @@ def _header(
         length = int.from_bytes(os.pread(file, 8, 0), "little")
         if length > min(size - 8, _MAX_HEADER):
             raise ValueError(f"its header would be {length} bytes long, the file has {size}")
-        header = _parse(os.pread(file, length, 8))
+        header, about = _parse(os.pread(file, length, 8))
         entries = {name: _entry(name, entry) for name, entry in header.items()}
         _check_extents(entries, size - 8 - length)
     except ValueError as error:
@@ -203,10 +256,13 @@ def _header(
             f"{_looks_like(os.pread(file, 64, 0))}; get the file again"
         ) from error
     tensors = {name: (code, shape, first) for name, (code, shape, first, _) in entries.items()}
-    return tensors, 8 + length
+    text = about.get(weight_sums.KEY) if isinstance(about, dict) else None
+    return _Header(tensors, 8 + length, header, text if isinstance(text, str) else None)
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> tuple[dict[str, Any], Any]:
+    """(name → entry, metadata)."""
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in items]
         if len(set(keys)) < len(keys):
@@ -223,8 +279,8 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    return header
+    about = header.pop("__metadata__", None)
+    return header, about
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -11,11 +11,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.hf import weight_sums
 from jaxalign.hf.blocks import PIECE, Block, Pool, Scratch, gather_tensor_piece
 from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.safetensors_file import DTYPES, INDEX, SINGLE
@@ -95,9 +96,10 @@ class Writer:
     """Writes one file; the order of `write` calls is free."""
 
     def __init__(self, folder: pathlib.Path, file: File, pool: Pool):
-        self._pool, self._scratch = pool, Scratch()
+        self._pool, self._scratch, self._sums = pool, Scratch(), weight_sums.PieceSums()
         # transformers refuses files whose metadata names no framework.
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        about = {"format": "pt", weight_sums.KEY: weight_sums.metadata(PIECE)}
+        header: dict[str, Any] = {}
         self._starts: dict[str, int] = {}
         offset = 0
         for planned in file.tensors:
@@ -109,10 +111,11 @@ class Writer:
             }
             self._starts[name] = offset
             offset += planned.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
+        self._entries = header
+        text = json.dumps({"__metadata__": about} | header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
         head = len(text).to_bytes(8, "little") + text
-        self._start = len(head)
+        self._head = head
         self._file = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _write(self._file, memoryview(head), 0)
 
@@ -126,7 +129,7 @@ class Writer:
         Raises:
           ValueError: values too large for the dtype.
         """
-        tensor, start = planned.tensor, self._start + self._starts[planned.tensor.name]
+        tensor, start = planned.tensor, self._starts[planned.tensor.name]
         row = math.prod(tensor.shape[1:]) * planned.dtype.itemsize
 
         def write_rows(rows: slice) -> None:
@@ -139,20 +142,18 @@ class Writer:
                     f"or float32"
                 )
             data = np.atleast_1d(out).reshape(-1).view(np.uint8).data
-            _write(self._file, data, start + rows.start * row)
+            place = start + rows.start * row
+            self._sums.add(place, data)
+            _write(self._file, data, len(self._head) + place)
 
-        list(self._pool.map(write_rows, _rows(tensor.shape, row)))
+        rows = weight_sums.piece_rows(tensor.shape, planned.dtype.itemsize, PIECE)
+        list(self._pool.map(write_rows, rows))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Completes the header with the checksum of what was written, and closes the file."""
+        head = weight_sums.fill_in(self._head, self._sums.total(self._entries))
+        _write(self._file, memoryview(head), 0)
         os.close(self._file)
-
-
-def _rows(shape: tuple[int, ...], row: int) -> Iterator[slice]:
-    count = shape[0] if shape else 1
-    step = max(1, PIECE // max(1, row))
-    for first in range(0, count, step):
-        yield slice(first, min(first + step, count))
 
 
 def _write(file: int, data: memoryview, start: int) -> None:

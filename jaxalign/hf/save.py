@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.hf import families, safetensors_file
+from jaxalign.hf import checksums, families, safetensors_file
 from jaxalign.hf.blocks import item_blocks, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.families.table import Tensor
@@ -41,6 +41,7 @@ _MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     PARAMS,
+    checksums.NAME,  # beside PARAMS
 )
 
 

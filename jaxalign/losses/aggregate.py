@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import as_bool, run_counts, run_sum
+from jaxalign.losses.summation import exact_sum
 from jaxalign.types import Array, TokenBatch, Weighted
 
 AGGREGATIONS = ("token", "sequence", "constant")
@@ -39,7 +40,7 @@ def aggregate(values: Array, tokens: TokenBatch, how: str, max_new_tokens: int) 
     if how == "sequence":
         counts = run_sum(mask, tokens.segment_ids, tokens.branch_ids)
         values = values / jnp.maximum(counts, 1.0)
-    return Weighted(jnp.sum(values), aggregate_weight(tokens, how, max_new_tokens))
+    return Weighted(exact_sum(values), aggregate_weight(tokens, how, max_new_tokens))
 
 
 def aggregate_weight(tokens: TokenBatch, how: str, max_new_tokens: int) -> jax.Array:

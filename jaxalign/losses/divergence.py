@@ -20,6 +20,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.exponential import linear_expm1
 from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
@@ -62,15 +63,10 @@ def divergence_score(
     if isinstance(power, jax.core.Tracer):
         small = jnp.abs(power) < 1e-6
         power = jnp.where(small, 1.0, power)
-        return jnp.where(small, ratio, _expm1(power * ratio) / power)
+        return jnp.where(small, ratio, linear_expm1(power * ratio, LINEAR_FROM) / power)
     if abs(power) < 1e-6:
         return ratio
-    return _expm1(power * ratio) / power
-
-
-def _expm1(x: jax.Array) -> jax.Array:
-    below = jnp.minimum(x, LINEAR_FROM)
-    return jnp.expm1(below) + jnp.exp(below) * jax.nn.relu(x - LINEAR_FROM)
+    return linear_expm1(power * ratio, LINEAR_FROM) / power
 
 
 def check_divergence(f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.summation import exact_sum
 from jaxalign.types import Array, Weighted
 
 Axis = int | tuple[int, ...] | None
@@ -49,12 +50,13 @@ def keep(x: Array, mask: Array) -> jax.Array:
     return jnp.where(as_bool(mask), x, 0.0)
 
 
-def weighted(values: Array, mask: Array) -> Weighted:
+def weighted(values: Array, mask: Array, weights: Array | None = None) -> Weighted:
     """The sum of the kept values and how many they are, to be added up and divided once.
 
     Args:
       values: any shape.
       mask: the same shape.
+      weights: w ≥ 0, the same shape: Σ w·x and Σ w instead; None: 1 each.
 
     Returns:
       `Weighted(total, weight)`, two float32 scalars.
@@ -62,7 +64,10 @@ def weighted(values: Array, mask: Array) -> Weighted:
     >>> weighted(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([True, True, False])).mean()
     Array(1.5, dtype=float32)
     """
-    return _weighted(values, mask, None)
+    if weights is None:
+        return _weighted(values, mask, None)
+    weights = keep(weights, mask)
+    return Weighted(jnp.sum(weights * keep(values, mask)), jnp.sum(weights))
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
@@ -109,8 +114,14 @@ def whiten(
     Returns:
       float32, the shape of `x`; 0 outside the mask.
     """
-    mean = masked_mean(x, mask)
-    scaled = (keep(x, mask) - mean) * jax.lax.rsqrt(masked_var(x, mask, ddof) + eps)
+    kept = keep(x, mask)
+    count = jnp.maximum(jnp.sum(as_bool(mask), dtype=jnp.float32), 1.0)
+    mean = exact_sum(kept) / count
+    # Centred twice: the mean is rounded, by a part of the spread where it is large beside it, and
+    # what is left would be the same in every entry.
+    centred = keep(kept - mean, mask)
+    centred = keep(centred - exact_sum(centred) / count, mask)
+    scaled = centred * jax.lax.rsqrt(masked_var(centred, mask, ddof) + eps)
     return keep(scaled if shift_mean else scaled + mean, mask)
 
 

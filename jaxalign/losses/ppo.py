@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.exponential import linear_expm1
 from jaxalign.losses.masked import as_bool, as_float32, keep
 from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
@@ -24,7 +25,8 @@ def kl(logprobs: Array, ref_logprobs: Array, estimator: str = "k1") -> jax.Array
     """Per-token estimate of KL(π‖π_ref) from one sample of π.
 
     With d = log π − log π_ref: k1 = d (unbiased, either sign), k2 = d²/2 (biased, ≥ 0),
-    k3 = e^(−d) − 1 + d (unbiased, ≥ 0). Schulman 2020, "Approximating KL divergence".
+    k3 = e^(−d) − 1 + d (unbiased, ≥ 0). Schulman 2020, "Approximating KL divergence". Where
+    d < −20, k3 continues along its tangent: e²⁰ stays the slope that pulls the policy back.
 
     Args:
       logprobs: log π of the sampled tokens, `[B, T]` (any shape).
@@ -48,7 +50,7 @@ def kl(logprobs: Array, ref_logprobs: Array, estimator: str = "k1") -> jax.Array
     if estimator == "k2":
         return jnp.square(gap) / 2
     # expm1 keeps the digits that 1 − e^(−d) − d would cancel for small d.
-    return jnp.expm1(-jnp.clip(gap, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + gap
+    return linear_expm1(-gap, MAX_LOG_RATIO) + gap
 
 
 def token_rewards(

@@ -295,7 +295,15 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
     Returns:
       (hidden states `[B, T, D]`, the model's own loss terms by name, scaled and ready to be added:
       for a mixture of experts `router`, else none). Their weights are those of `read_counts`.
+
+    Raises:
+      ValueError: a `loss_mask` of floats.
     """
+    if jnp.issubdtype(jnp.result_type(tokens.loss_mask), jnp.floating):
+        raise ValueError(
+            f"loss_mask: got {jnp.result_type(tokens.loss_mask)}, wanted bool, True where a token "
+            "is trained; weights of tokens go into TokenBatch.weights"
+        )
     branches = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **branches)

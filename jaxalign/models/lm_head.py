@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.masked import keep
 from jaxalign.models.backend import backend
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.lm_head_kernel import (
@@ -21,8 +22,8 @@ from jaxalign.models.lm_head_kernel import (
     fused_logprobs,
     fused_total,
     identity,
-    vocabulary_shards,
 )
+from jaxalign.models.lm_head_split import vocabulary_shards
 from jaxalign.parallel.shard_map import fold_length, unfold_length
 from jaxalign.parallel.sharding import axis_shards, constrain, row_shards
 from jaxalign.types import Array, Params
@@ -101,8 +102,8 @@ class TargetSum(NamedTuple):
     """The result of `target_sum`.
 
     Attributes:
-      total: float32 scalar, Σ log π over the mask, in nats.
-      logprobs: float32 `[B, T]`, the terms of the sum; 0 outside the mask. No gradient flows
+      total: float32 scalar, Σ w · log π over the mask, in nats.
+      logprobs: float32 `[B, T]`, log π; 0 outside the mask. No gradient flows
         through it.
       entropy: float32 `[B, T]`, in nats, or None. No gradient flows through it.
     """
@@ -114,21 +115,24 @@ class TargetSum(NamedTuple):
 
 def target_sum(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array,
-    *, entropy: bool = False, chunk: int | None = None,
+    *, weights: Array | None = None, entropy: bool = False, chunk: int | None = None,
 ) -> TargetSum:  # fmt: skip
-    """Σ_t m_t · log π(y_t), for losses that are this sum up to a factor.
+    """Σ_t m_t · w_t · log π(y_t), for losses that are this sum up to a factor.
 
-    Equals the sum of `target_logprobs`, but multiplies hidden states and head three times instead
-    of four. The gradient of the sum is known up to a factor while a chunk's logits are at hand, so
-    that the backward pass forms no logits again (unless the vocabulary is split over devices).
+    Equals the (weighted) sum of `target_logprobs`, but multiplies hidden states and head three
+    times instead of four. The gradient of the sum is known up to a factor while a chunk's logits
+    are at hand, so that the backward pass forms no logits again (unless the vocabulary is split
+    over devices).
 
     Args:
       model, params, hidden, targets, chunk: as for `target_logprobs`.
       mask: bool `[B, T]`, m.
+      weights: float32 `[B, T]`, w; None: 1 each. No gradient flows to them.
       entropy: also return the entropies.
     """
     inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
-    weights = inputs.put(jnp.asarray(mask, jnp.float32))
+    mask = jnp.asarray(mask, bool)
+    factors = inputs.put(mask.astype(jnp.float32) if weights is None else keep(weights, mask))
     total, logprobs, entropies = fused_total(
         inputs.chunk,
         entropy,
@@ -138,7 +142,7 @@ def target_sum(
         inputs.targets,
         jnp.float32(1),
         inputs.num_valid,
-        weights,
+        factors,
     )
     logprobs, entropies = jax.lax.stop_gradient((logprobs, entropies))
     return TargetSum(total, inputs.back(logprobs), inputs.back(entropies) if entropy else None)

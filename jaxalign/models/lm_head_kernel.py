@@ -1,11 +1,14 @@
 """Head and log-softmax in one, chunk by chunk, with a backward pass of its own.
 
-For hidden states h `[R, N, D]`, head W `[D, V]` and targets y: with z = finish(h·W)/τ,
+For hidden states h `[R, N, D]`, head W `[D, V]` and targets y: with logits x = finish(h·W),
 
-    log p(y) = z_y − logsumexp(z),      H = logsumexp(z) − Σ_v p_v z_v.
+    z = (x − max_v x_v)/τ,      log p(y) = z_y − log Σ exp(z),      H = log Σ exp(z) − Σ_v p_v z_v.
 
-Neither pass keeps logits: the forward pass keeps logsumexp and Σ p·z of each position, from which
-the backward pass forms the gradient of a recomputed chunk,
+The maximum leaves before the division by τ: of logits around 1,000, at τ = 0.1, float32 would keep
+two decimals otherwise, and the entropy, a difference of such numbers, none.
+
+Neither pass keeps logits: the forward pass keeps the maximum, log Σ exp(z) and Σ p·z of each
+position, from which the backward pass forms the gradient of a recomputed chunk,
 
     ∂/∂z = g·(onehot(y) − p) − e·p·(z − Σ p·z),
 
@@ -21,29 +24,29 @@ inside the loop over chunks:
 
 - Before it, the head is all-gathered over the mesh axes that shard its rows D (FSDP), once for both
   passes: D·V values, divided by the shards of the vocabulary.
-- After the forward loop, z_y, logsumexp and Σ p·z of each position are all-reduced over the shards
-  of the vocabulary, if there are several.
+- After the forward loop, maximum, z_y, Σ exp(z) and Σ p·z of each position are all-reduced over the
+  shards of the vocabulary, if there are several.
 - After the backward loop, the float32 gradient of the head is reduce-scattered over the axes of the
   all-gather, and all-reduced over the other axes that shard rows (data). The gradient of hidden
   states is all-reduced over the shards of the vocabulary.
 
-Parts s of the vocabulary, each with its own logsumexp Z_s and mean M_s, are joined by
+Parts s of the vocabulary, with maxima m_s, sums S_s = Σ exp(z) and means M_s, are joined
+with d_s = (m_s − max m)/τ by
 
-    Z = log Σ_s exp(Z_s),      Σ_v p_v z_v = Σ_s exp(Z_s − Z) M_s.
+    S = Σ_s exp(d_s) S_s,      Σ_v p_v z_v = Σ_s exp(d_s) S_s/S · (M_s + d_s).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jaxalign.parallel.sharding import mesh_axes
+from jaxalign.models.exp_sum import ExpSum, exp_sum
+from jaxalign.models.lm_head_split import HeadSplit, Operands, head_split
 
 Entropy = Literal["none", "value", "gradient"]
 """Whether entropies are computed, and whether a gradient flows through them: that is a second pass
@@ -118,122 +121,47 @@ def fused_total(
     return jnp.sum(weights * logprobs), logprobs, entropies
 
 
-class HeadSplit(NamedTuple):
-    """How the mesh in context splits the head's work: names of mesh axes, () where it does not.
-
-    Attributes:
-      rows: mesh axes that shard the rows R of hidden states, targets and results.
-      vocabulary: mesh axes that shard the head's columns V.
-      embed: those of `rows` that shard the head's rows D between steps (FSDP).
-    """
-
-    rows: tuple[str, ...] = ()
-    vocabulary: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()
-
-    @property
-    def by_row(self) -> PartitionSpec:
-        """Of arrays `[R, N, …]`."""
-        return PartitionSpec(self.rows or None)
-
-    @property
-    def sharded_head(self) -> PartitionSpec:
-        """Of the head `[D, V]` as parameters lie between steps, and of its gradient."""
-        return PartitionSpec(self.embed or None, self.vocabulary or None)
-
-    @property
-    def gathered_head(self) -> PartitionSpec:
-        """Of the head `[D, V]` with all its rows on every device."""
-        return PartitionSpec(None, self.vocabulary or None)
-
-    def operands(self, head: PartitionSpec) -> Operands:
-        """The specs of `Operands`, with the head as given."""
-        whole = PartitionSpec()
-        return Operands(self.by_row, head, self.by_row, whole, whole)
-
-    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, *args: Any) -> Any:
-        """Runs a function on each device with its part of every argument.
-
-        Args:
-          function: gives parts of its results.
-          in_specs: a `PartitionSpec` for each argument, or a pytree of them.
-          out_specs: the same for its results.
-          *args: whole arrays.
-        """
-        if not self.rows and not self.vocabulary:
-            return function(*args)
-        # Devices that hold the same part of an argument compute the same; nothing checks that.
-        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(*args)
-
-
-class Operands(NamedTuple):
-    """What both passes read; or the `PartitionSpec` of each.
-
-    Attributes:
-      hidden: `[R, N, D]`.
-      head: `[D, V]`.
-      targets: int32 `[R, N]`.
-      temperature: float32 scalar.
-      num_valid: int32 scalar or None, see `fused_logprobs`.
-    """
-
-    hidden: Any
-    head: Any
-    targets: Any
-    temperature: Any
-    num_valid: Any
-
-
 class Normalizers(NamedTuple):
     """What the forward pass keeps of each position for the backward pass, float32 `[R, N]`.
 
     Attributes:
-      logz: logsumexp(z) over the whole vocabulary.
+      top: the largest logit x before the division by the temperature, over the whole vocabulary.
+      logz: log Σ exp(z) over the whole vocabulary.
       mean: Σ_v p_v z_v, or 0 without entropy.
+      logprobs: log p(y).
     """
 
+    top: Any
     logz: Any
     mean: Any
+    logprobs: Any
 
 
-def head_split(rows: int, width: int, vocabulary: int) -> HeadSplit:
-    """How the mesh in context splits a head `[D, V]` and R rows; axes that do not divide are left.
+class Logits(NamedTuple):
+    """Logits of a chunk of P positions.
 
-    Args:
-      rows: R.
-      width: D.
-      vocabulary: V.
+    Attributes:
+      shifted: z `[P, V]`, at most 0.
+      top: what was taken out of x, `[P]`.
+      pullback: a gradient of z `[P, V]` → that of `hidden·head`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return HeadSplit()
 
-    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
-        names = tuple(name for name in names if mesh.shape[name] > 1)
-        return () if size % math.prod(mesh.shape[name] for name in names) else names
-
-    axes = functools.partial(mesh_axes, mesh=mesh)
-    row_axes = dividing((*axes("length"), *axes("rows")), rows)
-    embed_axes = dividing(tuple(name for name in axes("embed") if name in row_axes), width)
-    # Parts of the vocabulary are joined between devices that hold the same rows.
-    vocabulary_axes = tuple(name for name in axes("vocab") if name not in row_axes)
-    return HeadSplit(row_axes, dividing(vocabulary_axes, vocabulary), embed_axes)
-
-
-def vocabulary_shards(rows: int, vocabulary: int) -> int:
-    """Over how many devices of the mesh in context the head's V columns are split."""
-    mesh, split = jax.sharding.get_abstract_mesh(), head_split(rows, 1, vocabulary)
-    return math.prod(mesh.shape[name] for name in split.vocabulary)
+    shifted: jax.Array
+    top: jax.Array
+    pullback: Callable[[jax.Array], jax.Array]
 
 
 def _logits(
-    finish: Finish, hidden: jax.Array, head: jax.Array, temperature: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Logits `[P, V]` of hidden states `[P, D]`, and how a gradient goes back to `hidden·head`."""
+    finish: Finish, hidden: jax.Array, head: jax.Array, temperature: jax.Array,
+    top: jax.Array | None = None,
+) -> Logits:  # fmt: skip
+    """Logits of hidden states `[P, D]`, less `top` `[P]` or else the largest of each position."""
     raw = jnp.matmul(hidden, head, preferred_element_type=jnp.float32).astype(jnp.float32)
     finished, pullback = jax.vjp(finish, raw)
-    return finished / temperature, lambda g: pullback(g / temperature)[0]
+    if top is None:
+        top = jnp.max(finished, axis=-1)
+    shifted = (finished - top[..., None]) / temperature
+    return Logits(shifted, top, lambda g: pullback(g / temperature)[0])
 
 
 Saved = tuple[Operands, Normalizers]
@@ -245,60 +173,86 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Saved]:  # fmt: skip
     split = head_split(hidden.shape[0], *head.shape)
     operands = Operands(hidden, head, targets, temperature, num_valid)
-    target_logits, normalizers, gathered = split.run(
+    normalizers, gathered = split.run(
         functools.partial(_forward_shard, chunk, entropy, finish, split),
         (split.operands(split.sharded_head),),
-        (split.by_row, Normalizers(split.by_row, split.by_row), split.gathered_head),
+        (Normalizers(*(split.by_row,) * 4), split.gathered_head),
         operands,
     )
-    logz, mean = normalizers
-    results = target_logits - logz, mean if entropy == "none" else logz - mean
+    mean = normalizers.mean
+    results = normalizers.logprobs, mean if entropy == "none" else normalizers.logz - mean
     return results, (operands._replace(head=gathered), normalizers)
 
 
 def _forward_shard(
     chunk: int, entropy: Entropy, finish: Finish, split: HeadSplit, operands: Operands
-) -> tuple[jax.Array, Normalizers, jax.Array]:
+) -> tuple[Normalizers, jax.Array]:
     """One device's forward pass.
 
     Returns:
-      (z_y `[R, N]`, normalizers, the gathered head `[D, V]` for the backward pass), with logits of
-      its part of the vocabulary joined with those of the other parts.
+      (normalizers `[R, N]`, the gathered head `[D, V]` for the backward pass), with logits of its
+      part of the vocabulary joined with those of the other parts.
     """
     hidden, head, targets, temperature, num_valid = operands
-    zeros = jnp.zeros(targets.shape, jnp.float32)  # [R, N]
     if split.embed:
         head = jax.lax.all_gather(head, split.embed, axis=0, tiled=True)  # [D / n, V] → [D, V]
     columns, first = head.shape[1], _first_column(head, split)
 
     def chunk_step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         take = functools.partial(_take_chunk, i, chunk)
-        logits, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, D] → [R·c, V]
-        logz = jax.nn.logsumexp(logits, axis=-1)  # [R·c]
+        z, top, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, D] → [R·c, V]
+        sums = exp_sum(z)
         column = take(targets) - first  # [R·c]
-        chosen = jnp.take_along_axis(logits, column[..., None], axis=-1, mode="clip")[..., 0]
-        if split.vocabulary:  # targets in other parts of the vocabulary
-            chosen = jnp.where((column >= 0) & (column < columns), chosen, 0.0)
-        new = [chosen, logz]
+        chosen = jnp.take_along_axis(z, column[..., None], axis=-1, mode="clip")[..., 0]
+        new = [top, chosen, *sums]
         if entropy != "none":
-            new.append(jnp.sum(jnp.exp(logits - logz[..., None]) * logits, axis=-1))
+            logz = sums.log()[..., None]
+            new.append(jnp.sum(jnp.exp(z - logz) * z, axis=-1))
         put = functools.partial(_put_chunk, i, chunk)
         return tuple(map(put, results, new))
 
-    start = (zeros,) * (2 if entropy == "none" else 3)
+    # Of a chunk that is skipped, everything is 0: log-probability, entropy and log Σ exp(z).
+    zeros, ones = (fill(targets.shape, jnp.float32) for fill in (jnp.zeros, jnp.ones))  # [R, N]
+    start = (zeros, zeros, ones, zeros) + ((zeros,) if entropy != "none" else ())
     count = _num_chunks(num_valid, targets.shape[1], chunk)
-    chosen, logz, *mean = jax.lax.fori_loop(0, count, chunk_step, start)
-    mean = zeros if entropy == "none" else mean[0]
-    if not split.vocabulary:
-        return chosen, Normalizers(logz, mean), head
-    # Z = log Σ_s exp(Z_s), with the largest Z_s taken out; then Σ p·z = Σ_s exp(Z_s − Z) M_s.
-    top = jax.lax.pmax(logz, split.vocabulary)
-    joined = top + jnp.log(jax.lax.psum(jnp.exp(logz - top), split.vocabulary))
-    if entropy != "none":
-        mean = jax.lax.psum(jnp.exp(logz - joined) * mean, split.vocabulary)
-    if num_valid is not None:
-        joined = jnp.where(jnp.arange(targets.shape[1])[None] < count * chunk, joined, 0.0)
-    return jax.lax.psum(chosen, split.vocabulary), Normalizers(joined, mean), head
+    top, chosen, ties, rest, *means = jax.lax.fori_loop(0, count, chunk_step, start)
+    sums, mean = ExpSum(ties, rest), means[0] if means else zeros
+    if split.vocabulary:
+        own = (targets >= first) & (targets < first + columns)
+        top, chosen, sums, mean = _join_vocabulary(
+            split.vocabulary, temperature, own, top, chosen, sums, mean
+        )
+        if num_valid is not None:
+            done = jnp.arange(targets.shape[1])[None] < count * chunk
+            chosen, mean = (jnp.where(done, x, 0.0) for x in (chosen, mean))
+            sums = ExpSum(jnp.where(done, sums.ties, 1.0), jnp.where(done, sums.rest, 0.0))
+    logz = sums.log()
+    return Normalizers(top, logz, mean, chosen - logz), head
+
+
+def _join_vocabulary(
+    axes: tuple[str, ...], temperature: jax.Array, own: jax.Array, top: jax.Array,
+    chosen: jax.Array, sums: ExpSum, mean: jax.Array,
+) -> tuple[jax.Array, jax.Array, ExpSum, jax.Array]:  # fmt: skip
+    """The results of one part of the vocabulary, joined with those of the other parts.
+
+    Args:
+      axes: mesh axes that shard the vocabulary.
+      temperature: float32 scalar.
+      own: `[R, N]`, whether the target is in this part.
+      top, chosen, sums, mean: of this part, `[R, N]`.
+    """
+    largest = jax.lax.pmax(top, axes)
+    shift = (top - largest) / temperature  # d_s
+    logz = sums.log() + shift
+    # What was this part's largest logit is one of the rest where another part has a larger one.
+    at_top = shift >= 0
+    rest = jnp.exp(shift) * (sums.rest + jnp.where(at_top, 0.0, sums.ties))
+    joined = ExpSum(*jax.lax.psum((jnp.where(at_top, sums.ties, 0.0), rest), axes))
+    mean = jnp.exp(logz - joined.log()) * (mean + shift)
+    chosen = jnp.where(own, chosen + shift, 0.0)
+    chosen, mean = jax.lax.psum((chosen, mean), axes)
+    return largest, chosen, joined, mean
 
 
 def _backward(
@@ -311,7 +265,7 @@ def _backward(
     by_row = split.by_row
     to_hidden, to_head = split.run(
         functools.partial(_backward_shard, chunk, entropy, finish, split),
-        (split.operands(split.gathered_head), Normalizers(by_row, by_row), by_row, by_row),
+        (split.operands(split.gathered_head), Normalizers(*(by_row,) * 4), by_row, by_row),
         (by_row, split.sharded_head),
         operands, normalizers, *gradients,
     )  # fmt: skip
@@ -323,22 +277,20 @@ def _backward_shard(
     normalizers: Normalizers, to_logprobs: jax.Array, to_entropy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """One device's gradients of its hidden states `[R, N, D]` and of its part of the head."""
-    (hidden, head, targets, temperature, num_valid), (logz, mean) = operands, normalizers
+    hidden, head, targets, temperature, num_valid = operands
+    top, logz, mean, logprobs = normalizers
     vocabulary = jnp.arange(head.shape[1], dtype=targets.dtype)[None]  # [1, V]
     vocabulary += _first_column(head, split)
 
     def chunk_step(i: jax.Array, sums: HeadGradients) -> HeadGradients:
         take = functools.partial(_take_chunk, i, chunk)
         states = take(hidden)  # [R·c, D]
-        logits, pullback = _logits(finish, states, head, temperature)  # [R·c, V]
-        probs = jnp.exp(logits - take(logz)[..., None])
-        gradient = take(to_logprobs)[..., None]  # [R·c, 1]
-        # ∂/∂z = g·(onehot(y) − p) − e·p·(z − Σ p·z). The one-hot is a comparison: a scatter would
-        # be a second pass over all logits.
-        to_logits = jnp.where(vocabulary == take(targets)[..., None], gradient, 0.0)
-        to_logits -= probs * gradient
+        z, _, pullback = _logits(finish, states, head, temperature, take(top))  # [R·c, V]
+        probs = jnp.exp(z - take(logz)[..., None])
+        chosen = vocabulary == take(targets)[..., None]
+        to_logits = _to_logits(probs, chosen, take(logprobs), take(to_logprobs))
         if entropy == "gradient":
-            to_logits -= take(to_entropy)[..., None] * probs * (logits - take(mean)[..., None])
+            to_logits -= take(to_entropy)[..., None] * probs * (z - take(mean)[..., None])
         to_logits = pullback(to_logits).astype(hidden.dtype)
         return _add_gradients(i, chunk, states, head, to_logits, sums)
 
@@ -348,6 +300,23 @@ def _backward_shard(
     if split.vocabulary:
         to_hidden = jax.lax.psum(to_hidden, split.vocabulary)
     return to_hidden, _reduce_head_gradient(to_head, split)
+
+
+def _to_logits(
+    probs: jax.Array, chosen: jax.Array, logprobs: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    """g·(onehot(y) − p), the gradient of log p(y) to the logits: `[P, V]`.
+
+    1 − p(y) is formed from log p(y): where p(y) is close to 1, the difference would have no digits.
+
+    Args:
+      probs: p, `[P, V]`.
+      chosen: where v is the target, `[P, V]`: a comparison, since a scatter would be another pass.
+      logprobs: log p(y), `[P]`.
+      gradient: g, `[P]`.
+    """
+    to_chosen = -jnp.expm1(logprobs) * gradient
+    return jnp.where(chosen, to_chosen[..., None], -probs * gradient[..., None])
 
 
 class HeadGradients(NamedTuple):
@@ -438,15 +407,15 @@ def _total_shard(
     def chunk_step(i: jax.Array, carry: tuple[Any, HeadGradients]) -> tuple[Any, HeadGradients]:
         results, gradients = carry
         take = functools.partial(_take_chunk, i, chunk)
-        states, column, weight = take(hidden), take(targets)[..., None], take(weights)[..., None]
-        logits, pullback = _logits(finish, states, head, temperature)  # [R·c, D] → [R·c, V]
-        logz = jax.nn.logsumexp(logits, axis=-1)  # [R·c]
-        chosen = jnp.take_along_axis(logits, column, axis=-1, mode="clip")[..., 0]
-        probs = jnp.exp(logits - logz[..., None])
-        new = [chosen - logz]
+        states, column = take(hidden), take(targets)[..., None]
+        z, _, pullback = _logits(finish, states, head, temperature)  # [R·c, D] → [R·c, V]
+        logz = exp_sum(z).log()  # [R·c]
+        probs = jnp.exp(z - logz[..., None])
+        logprobs = jnp.take_along_axis(z, column, axis=-1, mode="clip")[..., 0] - logz
+        new = [logprobs]
         if entropy:
-            new.append(logz - jnp.sum(probs * logits, axis=-1))
-        to_logits = jnp.where(vocabulary == column, weight, 0.0) - probs * weight  # w·(onehot − p)
+            new.append(logz - jnp.sum(probs * z, axis=-1))
+        to_logits = _to_logits(probs, vocabulary == column, logprobs, take(weights))
         to_logits = pullback(to_logits).astype(hidden.dtype)
         gradients = _add_gradients(i, chunk, states, head, to_logits, gradients)
         return tuple(map(functools.partial(_put_chunk, i, chunk), results, new)), gradients

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxalign.hf import checksums
+from jaxalign.parallel import distributed
 from jaxalign.types import Params, TrainState
+
+# What Orbax may write again after the checksums, and what holds nothing that a run reads.
+_NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
     """The checkpoints of one run.
+
+    Each holds `checksums.json`, with size and checksum of all its files. Orbax gives a checkpoint
+    its name only after that file is written, so one without its checksums is not complete, or is
+    from a version that wrote none.
 
     Args:
       folder: where they live, one sub-folder a step.
@@ -20,14 +30,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int | None = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._folder = pathlib.Path(folder).absolute()
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """The step of the newest checkpoint that has its name, damaged or not; or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
@@ -38,6 +53,8 @@ class Checkpoints:
           state: parameters and optimizer; `frozen` is not saved, it never changes.
           loop: JSON-able position of the loop: data state, KL coefficient, seed.
         """
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -52,28 +69,27 @@ class Checkpoints:
 
         Args:
           state: of the same structure; its `frozen` is kept as it is.
-          step: which checkpoint; the newest by default.
+          step: which checkpoint; the newest sound one by default. Damaged ones that are newer are
+            named on the screen and moved out of the way, to `<step>.damaged`.
 
         Raises:
-          ValueError: there is none, or it does not fit the state.
+          ValueError: there is none, it is damaged, or it does not fit the state.
         """
         step = self._find(step, "start without resume=true")
+        self._set_aside_above(step)
         self._check_fits(step, _shapes(_saved(state)))
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
         )
-        wanted = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
-        )
         try:
-            restored = self._manager.restore(step, args=wanted)
-        except (ValueError, KeyError, TypeError) as error:
-            # Of the same shapes and another structure, as Adam's moments have it by their type.
-            raise ValueError(
-                f"checkpoint {self._folder}/{step} does not fit this run's model or optimizer, "
-                "though their shapes are the same; resume with the config it was made with "
-                "(optimizer.moments, optimizer.offload, model.lora), or start in another folder"
-            ) from error
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # whatever Orbax and TensorStore raise, pages long at times
+            raise ValueError(self._cannot_read(step, error)) from error
         loaded = restored["state"]
         state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
         return state, restored["loop"]
@@ -82,16 +98,16 @@ class Checkpoints:
         """What a checkpoint's parameters are, without reading them.
 
         Args:
-          step: which checkpoint; the newest by default.
+          step: which checkpoint; the newest sound one by default.
 
         Returns:
           (its step, nested dict of `jax.ShapeDtypeStruct`).
 
         Raises:
-          ValueError: there is none.
+          ValueError: there is none, or it is damaged.
         """
         step = self._find(step, "train with run.checkpoint=true first")
-        tree = self._manager.item_metadata(step)["state"]["params"]
+        tree = self._metadata(step)["params"]
         return step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
 
     def restore_params(self, step: int, wanted: Params) -> tuple[Params, dict[str, Any]]:
@@ -119,19 +135,90 @@ class Checkpoints:
         return state["params"], loop["loop"]
 
     def _find(self, step: int | None, remedy: str) -> int:
-        step = self.latest if step is None else step
-        if step is None:
-            raise ValueError(f"no checkpoint in {self._folder}; {remedy}")
+        """The step asked for, or the newest sound one; those passed over are printed."""
         there = sorted(self._manager.all_steps())
-        if step not in there:
+        if step is not None and step not in there:
             raise ValueError(
                 f"no checkpoint {step} in {self._folder}; there are: "
                 f"{', '.join(map(str, there)) if there else 'none'}"
             )
-        return step
+        if step is not None:
+            if damage := self._damage(step):
+                sound = next((s for s in reversed(there) if not self._damage(s)), None)
+                instead = (
+                    "there is no sound one" if sound is None else f"checkpoint {sound} is sound"
+                )
+                raise ValueError(
+                    f"checkpoint {self._folder}/{step} is damaged: {damage}; {instead}"
+                )
+            return step
+        if not there:
+            raise ValueError(f"no checkpoint in {self._folder}; {remedy}")
+        for found in reversed(there):
+            damage = self._damage(found)
+            if not damage:
+                return found
+            if distributed.is_main():
+                print(f"checkpoint {self._folder}/{found} is passed over: {damage}", flush=True)
+        raise ValueError(
+            f"none of the {len(there)} checkpoints in {self._folder} is sound; what is wrong with "
+            f"each is printed above. {remedy[0].upper()}{remedy[1:]}"
+        )
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019  a command opens one folder
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint, read by process 0 for all; "" where nothing is."""
+        text = ""
+        if distributed.is_main():
+            place = self._folder / str(step)
+            missing = [name for name in ("state", "loop") if not (place / name).is_dir()]
+            found = checksums.check(place)
+            if missing:
+                text = f"{' and '.join(missing)} missing"
+            elif found is None:
+                print(f"checkpoint {place} has no {checksums.NAME}: taken unchecked", flush=True)
+            elif found:
+                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+                text = f"{found[0]}{more}"
+        return distributed.all_gather_text("checking a checkpoint", text)[0]
+
+    def _set_aside_above(self, step: int) -> None:
+        """Renames damaged checkpoints newer than `step`: the run comes to their numbers again."""
+        newer = [other for other in self._manager.all_steps() if other > step]
+        damaged = [other for other in newer if self._damage(other)]
+        with distributed.fail_together("setting damaged checkpoints aside"):
+            for other in damaged if distributed.is_main() else ():
+                aside = self._folder / f"{other}.damaged"
+                count = 1
+                while aside.exists():
+                    count += 1
+                    aside = self._folder / f"{other}.damaged-{count}"
+                (self._folder / str(other)).rename(aside)
+        if damaged:
+            self._manager.reload()
+
+    def _write_checksums(self) -> None:
+        """Called by Orbax in its own thread when all is written but the checkpoint's name."""
+        if distributed.is_main() and self._saving is not None:
+            for place in self._folder.glob(f"{self._saving}.*tmp*"):
+                checksums.write(place, _NOT_SUMMED)
+
+    def _metadata(self, step: int) -> Any:
+        try:
+            return self._manager.item_metadata(step)["state"]
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            raise ValueError(self._cannot_read(step, error)) from error
+
+    def _cannot_read(self, step: int, error: Exception) -> str:
+        first = str(error).strip().splitlines()
+        reason = first[0][:200] if first else "no reason given"
+        return (
+            f"checkpoint {self._folder}/{step} cannot be read: {type(error).__name__}: {reason}; "
+            "remove or rename its folder to go on from the one before"
+        )
 
     def _check_fits(self, step: int, wanted: dict[str, tuple[int, ...]]) -> None:
-        saved = _shapes(self._manager.item_metadata(step)["state"])
+        saved = _shapes(self._metadata(step))
         wrong = [k for k in sorted(saved | wanted) if saved.get(k) != wanted.get(k)]
         if wrong:
             name = wrong[0]

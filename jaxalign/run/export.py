@@ -12,7 +12,14 @@ from jax.sharding import Mesh
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.data.paths import check_free, local_path
-from jaxalign.hf import load_model, load_pretrained, load_tokenizer, orbax_folder, save_pretrained
+from jaxalign.hf import (
+    checksums,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    orbax_folder,
+    save_pretrained,
+)
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
@@ -136,6 +143,7 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
         with distributed.fail_together(doing):
             if main:
                 write_configs(fresh, jsons, tok)
+                checksums.write(fresh)
                 swap(fresh, target)
     except BaseException:
         if main:

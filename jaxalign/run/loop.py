@@ -12,6 +12,7 @@ import jax
 
 from jaxalign.data import filled
 from jaxalign.parallel import distributed
+from jaxalign.run.bad_steps import BadSteps, check_weights, origins_of
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
 from jaxalign.run.early_stopping import EarlyStopper
@@ -101,8 +102,8 @@ def _train(
     # ---------------------------------------------------------------- before the first step
     opened.begin(task, done)
     name = title or type(config).__name__.removesuffix("Run").lower()
-    seen = Seen(**position.get("seen", {}))
-    reporter = Reporter(folder, name, task.total, done, run.log_every, seen)
+    seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
+    reporter = Reporter(folder, name, task.total, done, run.log_every, seen, bad_steps=bad_steps)
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
     early = EarlyStopper(run.early_stopping, position.get("early"))
@@ -135,7 +136,7 @@ def _train(
         reporter.add(record, keep=0 if settle else 1)
         if evaluates:
             after = _evaluate(task, state, loop, done, reporter, early)
-        if saves:
+        if saves and bad_steps.holds_news(done, saved_at):
             _save(store, task, state, _position(task, loop, done, progress, reporter, early))
             saved_at = done
             clock.saved()
@@ -153,10 +154,12 @@ def _train(
         print(f"step {done} of {task.total}: {early.message()}")
     if _lacks_evaluation(reporter, done):
         after = _evaluate(task, state, loop, done, reporter)
-    if saved_at != done:
+    bad_steps.check_end(state, after)
+    if bad_steps.holds_news(done, saved_at):
         _save(store, task, state, _position(task, loop, done, progress, reporter, early))
     exported = folder / MODEL if run.export else None
     if exported is not None:
+        check_weights(state.params, f"step {done}")
         task.export(state, exported)
     seconds = time.perf_counter() - began
     return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
@@ -200,7 +203,8 @@ def _step(
         metrics = metrics | {"updates": len(updates)}
     timing |= {"time/data": waited}
     metrics = metrics | progress.after_updates(len(updates))
-    record = StepRecord(number, updates, metrics, timing, counts, task.step.compiles)
+    origins = functools.partial(origins_of, task, batch, number)
+    record = StepRecord(number, updates, metrics, timing, counts, task.step.compiles, origins)
     return state, record, wishes
 
 
@@ -275,6 +279,7 @@ def _save(
     store: Checkpoints | None, task: Task, state: TrainState, position: dict[str, Any]
 ) -> None:
     if store is not None:
+        check_weights(state.params, f"step {position['done']}")
         store.save(position["done"], state, position)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
 from jaxalign.parallel.chips import peak_flops
+from jaxalign.run.bad_steps import BadSteps, combine_updates
 from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
 from jaxalign.run.stopping import Wishes
 
@@ -40,6 +41,7 @@ class StepRecord(NamedTuple):
       counts: waits for all hosts' (real tokens, token slots, samples, wishes to save, wishes to
         stop, tokens, 10⁹ FLOPs, FLOPs).
       compiles: how many times the step has been compiled.
+      origins: gives `file:line` of the batch's rows.
     """
 
     step: int
@@ -48,6 +50,7 @@ class StepRecord(NamedTuple):
     timing: dict[str, float]
     counts: Callable[[], list[int]]
     compiles: int
+    origins: Callable[[], list[str]] = list
 
 
 class Seen(NamedTuple):
@@ -72,6 +75,7 @@ class Reporter:
       done: steps of an earlier start that this run goes on from.
       log_every: print a line every so many steps.
       seen: by earlier starts; None: there was none.
+      bad_steps: counts the updates that were left out; None: the first one ends the run.
 
     Attributes:
       history: the metrics of all steps reported here.
@@ -87,7 +91,10 @@ class Reporter:
         done: int,
         log_every: int,
         seen: Seen | None = None,
+        *,
+        bad_steps: BadSteps | None = None,
     ):
+        self._bad_steps = BadSteps(1, {}) if bad_steps is None else bad_steps
         silent = not distributed.is_main()
         self.history: list[dict[str, float]] = []
         self.seen, self.wishes = seen or Seen(), Wishes(False, False)
@@ -138,8 +145,11 @@ class Reporter:
     def _report(self, record: StepRecord) -> None:
         real_tokens, slots, samples, saves, stops, tokens, giga_flops, flops = record.counts()
         self.wishes = Wishes(bool(saves), bool(stops))
-        metrics = record.metrics | _average([to_floats(logged) for logged in record.updates])
-        check_finite(metrics, record.step)
+        updates = [to_floats(logged) for logged in record.updates]
+        metrics = record.metrics | combine_updates(updates)
+        # A step without the guard has no such metric: its weights would be spoilt.
+        guarded = "bad_steps" in metrics
+        check_finite({} if guarded else metrics, record.step)
         metrics["compiles"] = record.compiles
         metrics["data/fill"] = real_tokens / slots
         self.seen = Seen(self.seen.tokens + tokens, self.seen.samples + samples)
@@ -149,6 +159,7 @@ class Reporter:
         speed = rates(tokens, giga_flops * _GIGA + flops, seconds, self._peak)
         self._writer.write(record.step, metrics | record.timing | {"time/step": seconds} | speed)
         self.history.append(metrics)
+        self._bad_steps.add(record.step, updates, record.origins)
         self._bar.set_postfix_str(_short(metrics), refresh=False)
         self._bar.update()
         if record.step % self._log_every == 0 and not self._bar.disable:
@@ -162,11 +173,6 @@ _GIGA = 10**9
 def pop_work(timing: dict[str, float]) -> list[int]:
     """Takes tokens and FLOPs out of what was timed: whole numbers below 2³¹, to be summed."""
     return [int(timing.pop(TOKENS)), *divmod(int(timing.pop(FLOPS)), _GIGA)]
-
-
-def _average(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates that one batch gave: one, but in PPO."""
-    return {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
 
 
 def _short(metrics: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.exp_sum import exp_sum
 from jaxalign.parallel.sharding import constrain
 
 
@@ -50,13 +51,15 @@ def sample_tokens(
       distribution over the whole vocabulary, with or without filters.
     """
     greedy = sampling.temperature <= 0
-    scaled = constrain(logits / jnp.where(greedy, 1.0, sampling.temperature), "rows vocab_logits")
+    # The largest becomes 0 before the division: of large numbers float32 keeps few decimals.
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = constrain(shifted / jnp.where(greedy, 1.0, sampling.temperature), "rows vocab_logits")
     filtered = jax.lax.cond(
         (sampling.top_k > 0) | (sampling.top_p < 1), _filter, lambda x, _: x, scaled, sampling
     )
     token = jax.lax.cond(greedy, lambda: _most_likely(scaled), lambda: _sample(keys, filtered))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return token, chosen - exp_sum(scaled).log()
 
 
 def _most_likely(logits: jax.Array) -> jax.Array:
@@ -71,11 +74,14 @@ def _most_likely(logits: jax.Array) -> jax.Array:
 
 
 def _sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """A token of each row with probability softmax(logits): `[B, V]` → int32 `[B]`."""
+    """A token of each row with probability softmax(logits): `[B, V]` → int32 `[B]`.
+
+    The largest logit of a row is 0; no filter takes it out.
+    """
     rows, size = logits.shape
     width = 2 ** math.ceil(math.log2(size) / 2)  # tokens of a block, √V to 2√V
     blocks = -(-size // width)
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # [B, V]
+    mass = jnp.exp(logits)  # [B, V]
     mass = jnp.pad(mass, ((0, 0), (0, blocks * width - size))).reshape(rows, blocks, width)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)  # [B, 2]
     block = _invert(jnp.sum(mass, axis=-1), uniform[:, 0])  # [B]

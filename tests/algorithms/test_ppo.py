@@ -251,6 +251,41 @@ def test_several_devices_make_the_same_rollout(rollout, state, reference):
     assert all(x.sharding.device_set == set(mesh.devices.flat) for x in jax.tree.leaves(parts))
 
 
+def test_minibatches_in_an_order_from_outside(rollout):
+    numbered = rollout._replace(scores=jnp.arange(8.0))
+    orders = np.array([[3, 1, 0, 2, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
+    parts = ppo.minibatches(None, numbered, epochs=2, count=2, permutations=orders)
+    rows = [np.asarray(part.scores).tolist() for part in parts]
+    assert rows == orders.reshape(4, 4).tolist()
+    for wrong, message in ((orders[:1], r"permutations \(1, 8\)"), (orders * 0, "numbers from 0")):
+        with pytest.raises(ValueError, match=message):
+            next(ppo.minibatches(None, numbered, epochs=2, count=2, permutations=wrong))
+    with pytest.raises(ValueError, match="key=None without permutations"):
+        next(ppo.minibatches(None, numbered))
+
+
+def test_answers_from_elsewhere_need_no_log_probabilities(state, reference, rollout):
+    tokens, width = rollout.tokens, rollout.tokens.inputs.shape[1]
+    wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), tokens)
+    assert wide.inputs.shape[1] == width + 1
+    experience = ppo.make_experience(tiny.DECODER, tiny.SCORER, CONFIG)
+    own = experience(state, reference, wide, rollout.scores, rollout.finished)
+    assert own.sampler_logprobs is None
+    np.testing.assert_allclose(own.advantages, rollout.advantages, atol=1e-4)
+    got, want = ppo.rollout_metrics(own), ppo.rollout_metrics(rollout)
+    assert want.keys() - got.keys() == {"logprobs/mean_difference", "logprobs/max_difference"}
+    np.testing.assert_allclose(got["objective/kl"], want["objective/kl"], rtol=1e-4)
+
+
+def test_the_configured_estimator_is_logged_beside_the_kl(rollout):
+    metrics = ppo.rollout_metrics(rollout, 1, "k2")
+    gap = np.asarray(rollout.old_logprobs, np.float64) - np.asarray(rollout.ref_logprobs)
+    mask, valid = np.asarray(rollout.tokens.loss_mask), np.asarray(rollout.valid)
+    want = (gap**2 / 2 * mask).sum() / valid.sum()
+    np.testing.assert_allclose(metrics["objective/kl_k2"], want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/kl"], (gap * mask).sum() / valid.sum(), rtol=1e-5)
+
+
 def test_minibatches_use_every_row_once_an_epoch_in_fresh_order(rollout):
     numbered = rollout._replace(scores=jnp.arange(8.0))
     parts = [part.scores for part in ppo.minibatches(KEY, numbered, epochs=3, count=4)]

@@ -76,6 +76,14 @@ SMALLER = {
 }
 SETUP = {
     "docs/data.md": "from jaxalign.data import Faults, read_examples, to_conversation",
+    "docs/research.md": """
+import jax, numpy as np
+import jax.numpy as jnp
+import jaxalign as ja
+from jaxalign import dpo, ppo, sft
+model, params = ja.load_pretrained(MODEL)
+ref_params, key, tx = params, jax.random.key(0), ja.make_optimizer()
+""",
     "docs/ppo.md": """
 import jax
 import jaxalign as ja
@@ -91,6 +99,7 @@ AFTER = {
     "README.md": "assert ja.load_pretrained('out/') and int(ppo_state.step) > 0 < int(state.step)",
     "docs/data.md": "assert faults.read == faults.kept == len(examples) > 0",
     "docs/ppo.md": "assert int(state.step) == 1 and 'loss' in metrics",
+    "docs/research.md": "assert int(state.step) == 1 and 'loss' in metrics",
     "docs/rewards.md": (
         "assert polite('hi', 'please', {'task': 'chat'}) == 1.0\n"
         "assert polite('hi', 'please', {'task': 'maths'}) is None"

@@ -6,11 +6,41 @@ import numpy as np
 import pytest
 
 from jaxalign.losses import masked
+from jaxalign.losses.masked import whiten
+from jaxalign.losses.summation import exact_sum
 from jaxalign.types import Weighted
 
 KEPT = [2.0, -1.0, 4.0, 0.5]
 X = np.array([[2.0, -1.0, np.nan], [np.inf, 4.0, 0.5]], np.float32)
 MASK = np.array([[True, True, False], [False, True, True]])
+
+
+def test_a_weight_that_is_no_number_is_not_hidden():
+    assert np.isnan(Weighted(jnp.float32(1.0), jnp.float32(np.nan)).mean())
+    assert Weighted(jnp.float32(1.0), jnp.float32(0.0)).mean() == 0.0
+
+
+def test_the_order_of_an_exact_sum_does_not_show():
+    """Its value is that of float64, and the gradient that of a sum."""
+    x = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
+    x[0, 0] -= x.astype(np.float64).sum()  # what is left of numbers around 1 is about 1e-6
+    orders = [x, x[::-1], x.T, x.reshape(-1)[np.argsort(x, axis=None)]]
+    sums = {float(exact_sum(jnp.asarray(order))) for order in orders}
+    (one,) = sums
+    assert one == pytest.approx(x.astype(np.float64).sum(), rel=1e-6)
+    assert len({float(jnp.sum(jnp.asarray(order))) for order in orders}) > 1
+    np.testing.assert_array_equal(jax.grad(exact_sum)(x), np.ones(x.shape, np.float32))
+    assert exact_sum(jnp.zeros((0, 3))) == 0.0
+    assert np.isnan(exact_sum(jnp.array([1.0, np.nan])))
+
+
+def test_whitening_leaves_no_mean():
+    rng = np.random.default_rng(0)
+    x = rng.normal(30.0, 0.5, (50, 40)).astype(np.float32)
+    mask = rng.random((50, 40)) < 0.6
+    white = np.asarray(whiten(x, mask), np.float64)[mask]
+    assert abs(white.mean()) < 1e-8
+    np.testing.assert_allclose(white.std(), 1.0, rtol=1e-5)
 
 
 def test_weighted_is_a_sum_and_a_count():

@@ -188,6 +188,19 @@ def test_kl_at_extremes(estimator, gap):
     assert np.isfinite(grad)
 
 
+def test_k3_points_home_however_far_the_policy_has_gone():
+    """d/dx (e^(−d) − 1 + d) = 1 − e^(−d), held at d = −20 beyond it; value on that tangent."""
+    value = jax.value_and_grad(lambda x: ppo.kl(x, jnp.zeros(()), "k3"))
+    slope = 1 - np.exp(20.0)
+    for gap in (-19.0, -20.0, -25.0, -1000.0):
+        near = max(gap, -20.0)
+        want = np.exp(-near) - 1 + near + slope * min(gap + 20.0, 0.0)
+        got, gradient = value(gap)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        np.testing.assert_allclose(gradient, 1 - np.exp(-near), rtol=1e-5)
+    np.testing.assert_allclose(value(50.0), (49.0, 1.0), rtol=1e-6)
+
+
 def test_kl_errors():
     with pytest.raises(ValueError, match="estimator='k4': wanted one of k1, k2, k3"):
         ppo.kl(np.zeros(1), np.zeros(1), "k4")

@@ -85,5 +85,9 @@ def make_step(
     *,
     micro_batches: int = 1,
 ) -> Step:
-    """`step(state, batch: RolloutBatch) -> (state, metrics)`; see `algorithms.step.make_step`."""
-    return _make_step(make_loss(model, critic, config), tx, micro_batches)
+    """`step(state, batch: RolloutBatch) -> (state, metrics)`; see `algorithms.step.make_step`.
+
+    Also logs `grad_norm/policy` and `grad_norm/critic`, where there is a critic.
+    """
+    parts = () if critic is None else ("policy", "critic")
+    return _make_step(make_loss(model, critic, config), tx, micro_batches, parts=parts)

@@ -25,7 +25,7 @@ from jaxalign.algorithms.ppo.config import Config
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
-from jaxalign.losses.masked import whiten
+from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
@@ -53,10 +53,11 @@ def make_experience(
         devices than the policy's.
 
     Returns:
-      `experience(state, ref_params, tokens, scores, finished, sampler_logprobs, kl_coef=None,
+      `experience(state, ref_params, tokens, scores, finished, sampler_logprobs=None, kl_coef=None,
       temperature=None, score_scale=None) -> RolloutBatch`: `tokens` are prompts with their answers
       `[B, T + 1]` as `join_tokens` makes them, `scores` and `finished` `[B]`, `sampler_logprobs`
-      `[B, T + 1]` aligned with targets. `kl_coef` and `temperature` take the place of the
+      `[B, T + 1]` aligned with targets, None where the answers' sampler gave none: nothing is
+      compared with the trainer's then. `kl_coef` and `temperature` take the place of the
       configured ones; with `score_scale = (shift, scale)` the rewards are made of
       (score − shift) / scale. The rollout has T columns.
     """
@@ -76,7 +77,7 @@ def make_experience(
         tokens: TokenBatch,
         scores: Array,
         finished: Array,
-        sampler_logprobs: Array,
+        sampler_logprobs: Array | None = None,
         kl_coef: Array | None = None,
         temperature: Array | None = None,
         score_scale: ScoreScale | None = None,
@@ -108,7 +109,7 @@ def _experience(
     tokens: TokenBatch,
     scores: Array,
     finished: Array,
-    sampler_logprobs: Array,
+    sampler_logprobs: Array | None = None,
     kl_coef: Array | None = None,
     temperature: Array | None = None,
     score_scale: ScoreScale | None = None,
@@ -143,6 +144,8 @@ def _experience(
         return losses.token_rewards(token_kl, scores, mask, kl_coef=beta, score_at=config.score_at)
 
     rewards, value_mask = shape(scaled)
+    # Not the difference of rewards and scores: that of numbers around 1 has few digits of 0.001.
+    non_score = (coef if config.kl_in == "reward" else 0.0) * -masked_sum(token_kl, mask, axis=1)
     trained = _trained_tokens(mask, valid, scores, finished, config)
 
     # 6. Advantages, [B, T], and with a critic returns.
@@ -179,6 +182,7 @@ def _experience(
         scaled_scores=None if scaled is scores else scaled,
         temperature=rows(temperature),
         kl_coef=rows(kl_coef) if config.kl_in == "loss" else None,
+        non_score_rewards=non_score,
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxalign.algorithms.ppo.rows import answer_mask_of, value_mask_of
 from jaxalign.losses.advantages import equal_groups
 from jaxalign.losses.masked import masked_mean, masked_sum, masked_var, weighted
+from jaxalign.losses.ppo import kl
 from jaxalign.types import Array, RolloutBatch, Weighted
 
 
@@ -22,8 +23,10 @@ def logprob_difference(
     return masked_mean(gap, mask), jnp.max(jnp.where(mask, gap, 0.0))
 
 
-@functools.partial(jax.jit, static_argnames="samples")
-def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weighted]:
+@functools.partial(jax.jit, static_argnames=("samples", "kl_estimator"))
+def rollout_figures(
+    rollout: RolloutBatch, samples: int = 1, kl_estimator: str = "k1"
+) -> dict[str, Weighted]:
     """The means of `rollout_metrics` as sums with their weights.
 
     Figures add up leaf by leaf over rollouts and are divided once, so that those of held-out data
@@ -32,13 +35,14 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
     Args:
       rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, those of all hosts.
       samples: answers a prompt; above 1, also `groups/equal`.
+      kl_estimator: of the run; other than "k1", its KL is `objective/kl_<estimator>`.
 
     Returns:
       Name → float32 scalars. The weight is the number of answers; of `logprobs/mean_difference`
       the number of their tokens, of `rewards/<name>` the answers that the reward applies to.
 
     Raises:
-      ValueError: the rollout has no scores, rewards or sampler log-probabilities.
+      ValueError: the rollout has no scores or rewards.
     """
     scores, rewards, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)
@@ -48,19 +52,18 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
 
     # Outside of answers rewards are 0.
     shaped = weighted(jnp.sum(rewards, axis=1), valid)
-    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
     figures = {
         "objective/scores": weighted(scores, valid),
         "objective/kl": per_answer(rollout.old_logprobs - rollout.ref_logprobs),
         "objective/entropy": per_answer(-rollout.old_logprobs),
         "objective/rlhf_reward": shaped,
-        "objective/non_score_reward": Weighted(
-            shaped.total - weighted(entered, valid).total, shaped.weight
-        ),
+        "objective/non_score_reward": _non_score(rollout, shaped, scores, valid),
         "response/length": weighted(jnp.sum(mask, axis=1, dtype=jnp.float32), valid),
         "response/finished": weighted(finished, valid),
-        "logprobs/mean_difference": weighted(jnp.abs(rollout.old_logprobs - sampled), mask),
     }
+    if sampled is not None:
+        difference = jnp.abs(rollout.old_logprobs - sampled)
+        figures["logprobs/mean_difference"] = weighted(difference, mask)
     for name, part in (rollout.reward_parts or {}).items():
         judged = valid if part.applies is None else jnp.logical_and(valid, part.applies)
         figures[f"rewards/{name}"] = weighted(part.values, judged)
@@ -68,20 +71,33 @@ def rollout_figures(rollout: RolloutBatch, samples: int = 1) -> dict[str, Weight
     if rollout.answer_mask is not None:
         trained = jnp.any(rollout.tokens.loss_mask, axis=1)
         figures["response/trained"] = weighted(trained, valid)
+    if kl_estimator != "k1":
+        estimate = kl(rollout.old_logprobs, rollout.ref_logprobs, kl_estimator)
+        figures[f"objective/kl_{kl_estimator}"] = per_answer(estimate)
     if samples > 1:
         figures["groups/equal"] = weighted(equal_groups(scores, valid, samples), valid)
     return figures
 
 
-@functools.partial(jax.jit, static_argnames="samples")
-def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Array]:
+def _non_score(rollout: RolloutBatch, shaped: Weighted, scores: Array, valid: Array) -> Weighted:
+    if rollout.non_score_rewards is not None:
+        return weighted(rollout.non_score_rewards, valid)
+    entered = scores if rollout.scaled_scores is None else rollout.scaled_scores
+    return Weighted(shaped.total - weighted(entered, valid).total, shaped.weight)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "kl_estimator"))
+def rollout_metrics(
+    rollout: RolloutBatch, samples: int = 1, kl_estimator: str = "k1"
+) -> dict[str, jax.Array]:
     """Describes a rollout before the update: float32 scalars under TRL's names.
 
-    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref); `objective/rlhf_reward` the
-    mean of the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples`
-    answers a prompt, also the part of the prompts whose answers all score alike. Of several
-    rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
-    `applies/<name>` the part of all answers that these are.
+    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref), whatever estimator the run
+    uses; that of another `kl_estimator` stands beside it. `objective/rlhf_reward` is the mean of
+    the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples` answers a
+    prompt, also the part of the prompts whose answers all score alike. Of several rewards,
+    `rewards/<name>` is the mean over the answers that the reward applies to, and `applies/<name>`
+    the part of all answers that these are.
 
     Most are means (`rollout_figures`). Extremes, a standard deviation, a count and the critic's
     explained variance are not, and belong to this rollout alone.
@@ -89,14 +105,19 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
     scores, _, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    metrics = {name: figure.mean() for name, figure in rollout_figures(rollout, samples).items()}
+    metrics = {
+        name: figure.mean()
+        for name, figure in rollout_figures(rollout, samples, kl_estimator).items()
+    }
     metrics |= {
         "objective/scores_std": jnp.sqrt(masked_var(scores, valid)),
         "response/length_min": jnp.min(jnp.where(valid, lengths, jnp.inf), initial=jnp.inf),
         "response/length_max": jnp.max(jnp.where(valid, lengths, 0.0), initial=0.0),
         "val/num_eos_tokens": masked_sum(finished, valid),
-        "logprobs/max_difference": logprob_difference(rollout.old_logprobs, sampled, mask)[1],
     }
+    if sampled is not None:
+        largest = logprob_difference(rollout.old_logprobs, sampled, mask)[1]
+        metrics["logprobs/max_difference"] = largest
     if rollout.returns is not None and rollout.old_values is not None:
         critic_mask = value_mask_of(rollout)
         spread = masked_var(rollout.returns, critic_mask)
@@ -106,10 +127,10 @@ def rollout_metrics(rollout: RolloutBatch, samples: int = 1) -> dict[str, jax.Ar
     return metrics
 
 
-def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array]:
-    """(scores, rewards, valid, finished, sampler log-probabilities) of a complete rollout."""
+def _needed(rollout: RolloutBatch) -> tuple[Array, Array, Array, Array, Array | None]:
+    """(scores, rewards, valid, finished, sampler log-probabilities or None) of a whole rollout."""
     scores, rewards, valid = rollout.scores, rollout.rewards, rollout.valid
     finished, sampled = rollout.finished, rollout.sampler_logprobs
-    if scores is None or rewards is None or valid is None or finished is None or sampled is None:
+    if scores is None or rewards is None or valid is None or finished is None:
         raise ValueError("the rollout lacks scores or rewards; wanted one that make_prepare made")
     return scores, rewards, valid, finished, sampled

@@ -109,11 +109,13 @@ def _policy_terms(
     if config.importance_sampling_level == "sequence":
         log_ratio = averages.answer_mean(log_ratio, tokens)
     clipped = _clipped_objective(log_ratio, advantages, config)
-    loss = clipped
+    loss, kl_metric = clipped, {}
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy
     if config.kl_in == "loss":
-        loss = loss + kl_coef * losses.kl(new, ref, config.kl_estimator)
+        kl = losses.kl(new, ref, config.kl_estimator)
+        loss = loss + kl_coef * kl
+        kl_metric = {"loss/kl_avg": averaged(kl)}
     total = averaged(loss).total
     ratio = jnp.exp(jnp.clip(log_ratio, -losses.MAX_LOG_RATIO, losses.MAX_LOG_RATIO))
     metrics = {
@@ -124,7 +126,7 @@ def _policy_terms(
         "val/ratio": weighted(ratio, mask),
         "val/ratio_var": weighted(jnp.square(ratio - 1), mask),
     }
-    return Terms({"policy": total}, metrics)
+    return Terms({"policy": total}, metrics | kl_metric)
 
 
 def _clipped_objective(log_ratio: jax.Array, advantages: jax.Array, config: Config) -> jax.Array:
@@ -179,15 +181,19 @@ def ptx_loss(model: LanguageModel, config: Config) -> HiddenLoss:
     """`ptx`: c_ptx · −log π of text as in pre-training, without the rollout's temperature."""
 
     def count(batch: RolloutBatch) -> Sums:
-        return {"ptx": jnp.sum(_text(batch).loss_mask, dtype=jnp.float32)}
+        text = _text(batch)
+        return {"ptx": weighted(text.loss_mask, text.loss_mask, text.weights).weight}
 
     def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
         text = _text(batch)
-        target = target_sum(model, params["policy"], hidden, text.targets, text.loss_mask)
-        metrics = {"loss/ptx_avg": weighted(nll(target.logprobs), text.loss_mask)}
+        target = target_sum(
+            model, params["policy"], hidden, text.targets, text.loss_mask, weights=text.weights
+        )
+        average = weighted(nll(target.logprobs), text.loss_mask, text.weights)
+        metrics = {"loss/ptx_avg": average}
         return Terms({"ptx": -config.ptx_coef * target.total}, metrics)
 
-    return HiddenLoss(_text, count, terms)
+    return HiddenLoss(_text, count, terms, token_weights=True)
 
 
 def _text(batch: RolloutBatch) -> TokenBatch:

@@ -14,20 +14,21 @@ from jaxalign.types import Array, RolloutBatch
 
 
 def minibatches(
-    key: jax.Array,
+    key: jax.Array | None,
     rollout: RolloutBatch,
     epochs: int = 4,
     count: int = 4,
     *,
     pack: int = 0,
     multiple: int = 1,
+    permutations: Array | None = None,
 ) -> Iterator[RolloutBatch]:
     """Cuts a rollout into `epochs × count` mini-batches of whole rows.
 
     Every epoch uses every row once, in a new order from `fold_in(key, epoch)`.
 
     Args:
-      key: PRNG key.
+      key: PRNG key; None with `permutations`.
       rollout: B rows.
       epochs: passes over the rollout.
       count: mini-batches an epoch; B must be a multiple.
@@ -37,6 +38,8 @@ def minibatches(
         to answers and not to rows, are None then.
       multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
         steps with as many `micro_batches`.
+      permutations: int `[epochs, B]`, the order of rows in each epoch, in place of those that `key`
+        gives: to replay another implementation's.
 
     Raises:
       ValueError: B is not a multiple of `count`, or a number is out of range.
@@ -55,9 +58,7 @@ def minibatches(
     if pack:
         rollout = without_answers(rollout)
         tokens = all_gather_rows(rollout.tokens.segment_ids) > 0
-    # All orders at once, before the first step runs: reading one waits for the device.
-    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
-    for order in jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys]):
+    for order in _orders(key, epochs, rows, permutations):
         for part_rows in np.split(order, count):
             plan = None
             if tokens is not None:
@@ -67,6 +68,25 @@ def minibatches(
             else:
                 part = pack_rows(rollout, plan)
             yield part if mesh is None else shard_batch(part, mesh)
+
+
+def _orders(
+    key: jax.Array | None, epochs: int, rows: int, permutations: Array | None
+) -> list[np.ndarray]:
+    """The order of rows in each epoch."""
+    if permutations is not None:
+        orders = np.asarray(permutations)
+        if orders.shape != (epochs, rows) or (np.sort(orders, axis=1) != np.arange(rows)).any():
+            raise ValueError(
+                f"permutations {orders.shape}: wanted [epochs, B] = ({epochs}, {rows}), numbers "
+                "from 0 to B − 1 in each"
+            )
+        return list(orders)
+    if key is None:
+        raise ValueError("key=None without permutations; wanted one of them")
+    # All orders at once, before the first step runs: reading one waits for the device.
+    keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
+    return jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys])
 
 
 @jax.jit

@@ -101,7 +101,12 @@ def without_answers(rollout: RolloutBatch) -> RolloutBatch:
             "a rollout with ptx rows cannot be packed; add them to the mini-batches afterwards"
         )
     return rollout._replace(
-        scores=None, scaled_scores=None, reward_parts=None, finished=None, valid=None
+        scores=None,
+        scaled_scores=None,
+        reward_parts=None,
+        finished=None,
+        valid=None,
+        non_score_rewards=None,
     )
 
 

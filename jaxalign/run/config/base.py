@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from jaxalign.algorithms.guard import SpikeConfig
 from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.data.paths import local_path
 from jaxalign.models.attention.dispatch import KINDS
@@ -86,6 +87,10 @@ class RunConfig:
       allow_changes: resumes although settings, models or data are others than before (the flag
         `--allow-changes`).
       overwrite: replaces what an earlier run left in `folder` (the flag `--overwrite`).
+      bad_steps: updates in a row that may be left out, because a loss, gradient or weight was not
+        finite or the gradient's norm a spike, before the run stops.
+      skip_spikes: leave out updates whose gradient norm is above `factor` times the median of the
+        last `window`; None: none.
       export: write the final weights in Hugging Face form to `folder/model`.
       checkpoint: write checkpoints at all.
     """
@@ -105,6 +110,8 @@ class RunConfig:
     resume: bool | str = False
     allow_changes: bool = False
     overwrite: bool = False
+    bad_steps: int = 3
+    skip_spikes: SpikeConfig | None = None
     export: bool = True
     checkpoint: bool = True
 
@@ -135,6 +142,7 @@ class RunConfig:
             self.early_stopping,
             "run.eval_every with it, which says when the figure is measured",
         )
+        want(self.bad_steps > 0, "run.bad_steps", self.bad_steps, "positive")
         for name in ("resume", "save_every"):
             value = getattr(self, name)
             want(self.checkpoint or not value, f"run.{name}", value, "run.checkpoint=true with it")

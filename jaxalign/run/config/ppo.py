@@ -41,6 +41,9 @@ class PPORun(Run):
         rows, of the smallest of n sizes that takes them; each size is compiled when it first comes.
       target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
         iteration's updates are left out; None: never.
+      stop_kl: nats an answer; an iteration whose `objective/kl` is further from 0 ends the run
+        before its updates; None: never.
+      stop_score: the same of `objective/scores`, the mean score of the answers.
       prompt_draws: batches of prompts that an iteration has answered, at most, until the places of
         prompts whose answers all score alike are filled (DAPO's dynamic sampling); wants
         `ppo.skip_equal_groups`, and data that does not end (`data.epochs` null).
@@ -69,6 +72,8 @@ class PPORun(Run):
     minibatches: int = 1
     pack_updates: int = 0
     target_kl: float | None = None
+    stop_kl: float | None = None
+    stop_score: float | None = None
     prompt_draws: int = 1
     calibrate_reward: str = "none"
     offload_frozen: bool = False
@@ -140,12 +145,9 @@ class PPORun(Run):
             f"a divisor of the {answers} answers of an iteration (data.rows × ppo.samples)",
         )
         want(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
-        want(
-            self.target_kl is None or self.target_kl > 0,
-            "target_kl",
-            self.target_kl,
-            "positive or null",
-        )
+        for name in ("target_kl", "stop_kl", "stop_score"):
+            value = getattr(self, name)
+            want(value is None or value > 0, name, value, "positive or null")
         want(self.prompt_draws > 0, "prompt_draws", self.prompt_draws, "positive")
         if self.prompt_draws > 1:
             skips, epochs = self.ppo.skip_equal_groups, self.data.epochs

@@ -16,7 +16,14 @@ from jaxalign.models.flops import work_of
 from jaxalign.run.config.dpo import DPORun
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Policy, load_policy
-from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, no_work, scheduled_optimizer
+from jaxalign.run.tasks.parts import (
+    BatchPrepare,
+    Parts,
+    RunData,
+    no_work,
+    scheduled_optimizer,
+    with_guard,
+)
 from jaxalign.run.tasks.reference import (
     Reference,
     cached_reference,
@@ -37,7 +44,7 @@ def build_dpo(
     if config.reference_cache is not None:
         # Before the train state: both need not fit side by side.
         prepare = _from_cache(_cache(config, policy, mesh, loader, data))
-    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = with_guard(scheduled_optimizer(config.optimizer, data.total), config.run)
     tx = reference_optimizer(tx, config.reference_sync)
     step = dpo.make_step(
         policy.model,

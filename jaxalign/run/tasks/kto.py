@@ -14,7 +14,7 @@ from jaxalign.run.config.base import Run
 from jaxalign.run.config.kto import KTORun
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_policy
-from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, scheduled_optimizer, with_guard
 from jaxalign.run.tasks.reference import Reference, make_reference, reference_optimizer
 from jaxalign.run.tasks.shapes import array, token_shapes
 from jaxalign.types import TrainState, UnpairedBatch
@@ -31,7 +31,7 @@ def build_kto(
 ) -> tuple[TrainState, Parts]:
     """The parts of a KTO run; its reference is in memory or moving."""
     policy = load_policy(config, mesh, loader, data.tok)
-    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = with_guard(scheduled_optimizer(config.optimizer, data.total), config.run)
     tx = reference_optimizer(tx, config.reference_sync)
     step = kto.make_step(
         policy.model,

@@ -21,12 +21,13 @@ import numpy as np
 import optax
 
 from jaxalign.algorithms.compile import CompiledStep
+from jaxalign.algorithms.guard import skip_spikes
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.algorithms.step import Loss
 from jaxalign.data import Batches
 from jaxalign.models.flops import Work, forward_flops, work_of
 from jaxalign.models.scorer import Scorer
-from jaxalign.run.config.base import Run
+from jaxalign.run.config.base import Run, RunConfig
 from jaxalign.run.tasks.data import make_data, names_of, total_of
 from jaxalign.run.tasks.reference import Reference
 from jaxalign.types import Params, TrainState
@@ -178,3 +179,8 @@ def _with_end(config: OptimizerConfig, updates: int) -> OptimizerConfig:
     if config.total_steps is not None:
         return config
     return dataclasses.replace(config, total_steps=updates)
+
+
+def with_guard(tx: optax.GradientTransformation, run: RunConfig) -> optax.GradientTransformation:
+    """The optimizer, with the last gradient norms where the run leaves out spikes."""
+    return tx if run.skip_spikes is None else skip_spikes(tx, run.skip_spikes)

@@ -28,7 +28,13 @@ from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
 from jaxalign.run.tasks.data import section_data
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import Scorers, check_same_shape, load_critic, load_policy, pad_id
-from jaxalign.run.tasks.parts import Parts, RunData, learning_rates, scheduled_optimizer
+from jaxalign.run.tasks.parts import (
+    Parts,
+    RunData,
+    learning_rates,
+    scheduled_optimizer,
+    with_guard,
+)
 from jaxalign.run.tasks.reference import reference_in_memory
 from jaxalign.run.tasks.rollout_log import RolloutDump
 from jaxalign.run.tasks.shapes import token_shapes
@@ -102,6 +108,7 @@ def build_ppo(
         scheduled_optimizer(critic_optimizer, data.total * updates) if options.has_critic else None,
         critic_warmup=config.critic_warmup * updates,
     )
+    tx = with_guard(tx, config.run)
     step = ppo.make_step(policy.model, critic, tx, options, micro_batches=config.run.micro_batches)
     state = loader.init_state(
         ppo.init_params(policy.params, critic_params),
@@ -217,6 +224,23 @@ def _learning_rates(config: PPORun, parts: RolloutParts, data: RunData) -> dict[
     return rates
 
 
+def check_blow_up(config: PPORun, metrics: dict[str, float]) -> None:
+    """Before an iteration's updates: stops a run that has left its reference, or hacks its reward.
+
+    Raises:
+      FloatingPointError: `objective/kl` is above `stop_kl`, or |`objective/scores`| above
+        `stop_score`.
+    """
+    for name, metric in (("stop_kl", "objective/kl"), ("stop_score", "objective/scores")):
+        limit, value = getattr(config, name), metrics[metric]
+        if limit is not None and not abs(value) <= limit:
+            raise FloatingPointError(
+                f"{metric}={value:.6g} is beyond {name}={limit}; this iteration's updates were not "
+                "made. Resume from the last checkpoint with a larger ppo.kl_coef or a lower "
+                "learning rate, or look at the answers (dump_every)"
+            )
+
+
 def _kl_of(metrics: dict[str, Any]) -> float:
     return float(metrics["policy/approxkl_avg"])
 
@@ -253,8 +277,9 @@ class Iteration:
         config, options = self._config, self._parts.options
         sample_key, shuffle_key = jax.random.split(key)
         rollout, costs = self._roll_out(sample_key, state, prompts, loop)
-        metrics = to_floats(ppo.rollout_metrics(rollout, options.samples))
+        metrics = to_floats(ppo.rollout_metrics(rollout, options.samples, options.kl_estimator))
         metrics["kl_coef"] = loop["kl_coef"]
+        check_blow_up(config, metrics)
         # Further rollouts of this iteration are scaled and penalised as its first one.
         before = dict(loop)
         self._update_loop(rollout, metrics["objective/kl"], loop)
@@ -360,7 +385,8 @@ class Iteration:
         """Figures of answers to the held-out prompts: sums over all of them, divided once."""
         # The same key every time: differences come from the policy, not from sampling.
         key = stream_key(self._config.run.seed, Stream.HELD_OUT)
-        training, samples = self._data.batches, self._parts.options.samples
+        training, options = self._data.batches, self._parts.options
+        samples, estimator = options.samples, options.kl_estimator
         first = 0 if training is None else len(training.examples)
         sums, scores = [], []
         for number, prompts in enumerate(self._data.held_out or ()):
@@ -371,7 +397,7 @@ class Iteration:
                 shifted(prompts, first),  # held-out rows follow the training rows
                 **_scaling(loop),
             )
-            sums.append(ppo.rollout_figures(rollout, samples))
+            sums.append(ppo.rollout_figures(rollout, samples, estimator))
             valid, values = all_gather_rows((rollout.valid, rollout.scores))
             scores.append(values[valid])
         return add_up(sums) | {"objective/scores_std": float(np.std(np.concatenate(scores)))}

@@ -23,7 +23,7 @@ from jaxalign.run.config.reward import RewardRun
 from jaxalign.run.tasks.evaluate import RewardEvaluator
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_trained_scorer
-from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer, with_guard
 from jaxalign.run.tasks.shapes import array, pair_shapes, token_shapes
 from jaxalign.run.tasks.task import Task, updates_task
 from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TrainState
@@ -61,7 +61,7 @@ def build_reward_model(
 ) -> tuple[TrainState, Parts]:
     """The parts of a reward model's run."""
     policy = load_trained_scorer(config, mesh, loader, data.tok)
-    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = with_guard(scheduled_optimizer(config.optimizer, data.total), config.run)
     step = reward.make_step(
         policy.model,
         tx,

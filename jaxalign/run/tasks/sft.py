@@ -9,7 +9,7 @@ from jaxalign.algorithms.compile import compile_step
 from jaxalign.run.config.sft import SFTRun
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_policy
-from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer
+from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer, with_guard
 from jaxalign.types import TrainState
 
 
@@ -18,7 +18,7 @@ def build_sft(
 ) -> tuple[TrainState, Parts]:
     """The parts of an SFT run."""
     policy = load_policy(config, mesh, loader, data.tok)
-    tx = scheduled_optimizer(config.optimizer, data.total)
+    tx = with_guard(scheduled_optimizer(config.optimizer, data.total), config.run)
     step = sft.make_step(
         policy.model,
         tx,

@@ -1,0 +1,176 @@
+"""The numeric guard of a train step: what is not finite, or jumps, leaves the state as it was.
+
+    ok = finite(loss) and finite(‖g‖) and finite(θ + u) and ‖g‖ ≤ k · median of the last ‖g‖
+    state ← ok ? new state : old state
+
+All of it runs on the devices, in the step's own program: nothing is read back. The metric
+`bad_steps` is 1 where the state was left alone, and 0 otherwise.
+
+A select needs no memory of its own, since it goes into the loop that updates an array. The weights
+are another matter: whether all of them are finite is known only after the last one. So the update
+is formed once more beforehand, in a branch that gives one bit and keeps no array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.types import Array, Params, TrainState
+
+WARM_UP = 10
+"""So many norms must be known before one can be a spike."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """When the norm of a gradient is a spike.
+
+    Attributes:
+      factor: k > 1; above k times the running median the update is left out.
+      window: norms that the median is taken of, the last ones, those of spikes among them: a run
+        whose gradients have grown for good goes on after half a window.
+    """
+
+    factor: float = 10.0
+    window: int = 64
+
+    def __post_init__(self):
+        if not self.factor > 1:
+            raise ValueError(f"skip_spikes factor={self.factor}: wanted a number above 1")
+        if self.window < WARM_UP:
+            raise ValueError(f"skip_spikes window={self.window}: wanted {WARM_UP} or more")
+
+
+class SpikeState(NamedTuple):
+    """State of an optimizer that `skip_spikes` wraps.
+
+    Attributes:
+      inner: the optimizer's own.
+      norms: float32 `[window]`, the last gradient norms, in any order; NaN where there is none yet.
+      count: int32, norms so far.
+      limit: float32 scalar, the largest norm that is no spike.
+    """
+
+    inner: Any
+    norms: Array
+    count: Array
+    limit: Array
+
+
+def skip_spikes(
+    tx: optax.GradientTransformation, config: SpikeConfig
+) -> optax.GradientTransformation:
+    """An optimizer with the last gradient norms in its state, for steps of `make_step`.
+
+    It changes no update: the step compares its gradient's norm with `SpikeState.limit`. Wrap it
+    around all that clips or scales.
+    """
+
+    def init(params: Params) -> SpikeState:
+        norms = jnp.full(config.window, jnp.nan, jnp.float32)
+        return SpikeState(
+            tx.init(params), norms, jnp.zeros((), jnp.int32), jnp.array(jnp.inf, jnp.float32)
+        )
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, SpikeState]:
+        norm = optax.tree.norm(updates)
+        norms = state.norms.at[state.count % config.window].set(norm)
+        count = state.count + 1
+        median = jnp.nanmedian(norms)
+        limit = jnp.where(count >= WARM_UP, config.factor * median, jnp.inf)
+        updates, inner = tx.update(updates, state.inner, params)
+        return updates, SpikeState(inner, norms, count, limit.astype(jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+class Guarded(NamedTuple):
+    """The result of `guarded_update`.
+
+    Attributes:
+      state: the new train state, or the old one.
+      bad: float32 scalar, 1 where it is the old one.
+    """
+
+    state: TrainState
+    bad: jax.Array
+
+
+def guarded_update(
+    tx: optax.GradientTransformation, state: TrainState, grads: Params, loss: Array, norm: Array
+) -> Guarded:
+    """One optimizer step, if loss, gradient and new weights are finite and the norm is no spike.
+
+    Optimizer state in host memory goes to the device one array at a time; there the new weights are
+    not looked at beforehand.
+
+    Args:
+      tx: the optimizer.
+      state: to be updated.
+      grads: like its parameters.
+      loss: scalar.
+      norm: global 2-norm of `grads`. One that overflows float32 counts as not finite.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if not _on_host(state.opt_state):
+        finite = jax.lax.cond(finite, _stays_finite(tx), _never, grads, state)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new = state._replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        frozen={},
+    )
+    old, limits = state._replace(frozen={}), _limits(state.opt_state)
+    ok = functools.reduce(jnp.logical_and, [norm <= limit for limit in limits], finite)
+
+    def choose(ours: Any, theirs: Any) -> Any:
+        if not isinstance(ours, SpikeState):
+            return jnp.where(ok, ours, theirs)
+        seen = jax.tree.map(functools.partial(jnp.where, finite), ours, theirs)
+        # A spike is remembered too.
+        return seen._replace(inner=jax.tree.map(choose, ours.inner, theirs.inner))
+
+    kept = jax.tree.map(choose, new, old, is_leaf=_is_spike_state)
+    return Guarded(kept._replace(frozen=state.frozen), 1.0 - ok.astype(jnp.float32))
+
+
+def _is_spike_state(x: Any) -> bool:
+    return isinstance(x, SpikeState)
+
+
+def _limits(opt_state: Any) -> list[jax.Array]:
+    """The largest norm that is no spike, where an optimizer of `skip_spikes` is in use."""
+    found = jax.tree.leaves(opt_state, is_leaf=_is_spike_state)
+    return [jnp.asarray(x.limit) for x in found if isinstance(x, SpikeState)]
+
+
+def _stays_finite(tx: optax.GradientTransformation) -> Any:
+    def check(grads: Params, state: TrainState) -> jax.Array:
+        updates, _ = tx.update(grads, state.opt_state, state.params)
+        return all_finite(optax.apply_updates(state.params, updates))
+
+    return check
+
+
+def _never(grads: Params, state: TrainState) -> jax.Array:
+    return jnp.zeros((), bool)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating number of a tree is finite; a bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return (
+        jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all() if floats else jnp.array(True)
+    )
+
+
+def _on_host(tree: Any) -> bool:
+    host = jax.memory.Space.Host
+    return any(jax.typeof(x).memory_space == host for x in jax.tree.leaves(tree))

@@ -1,0 +1,16 @@
+"""e^x − 1 that goes on as a straight line, so that what is far off still points home."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_expm1(x: jax.Array, start: float) -> jax.Array:
+    """e^x − 1, and from `start` on its tangent there, so that value and gradient stay finite."""
+    inside = x < start
+    curve = jnp.expm1(jnp.where(inside, x, start))
+    tangent = math.expm1(start) + math.exp(start) * (x - start)
+    return jnp.where(inside, curve, tangent)
