@@ -180,7 +180,7 @@ COMMANDS = [
     ("sft sft.yaml run.folder=RUN run.checkpoint=true", "RUN", "run.resume=true"),
     (
         "sft sft.yaml run={folder: 'RUN', steps: 4, resume: true} optimizer.moments=bfloat16",
-        "RUN/checkpoints/1 does not fit",
+        "run.folder='RUN' was begun with something else",
         "optimizer.moments",
     ),
     ("export folder --out new", "config.yaml': no such file"),
