@@ -8,11 +8,12 @@ a token would straddle it), and every token that holds a character of a turn is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.data.ends import united_ends
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools, TrainOn
 from jaxalign.data.messages import read_messages
 from jaxalign.data.render import NONE, resolve_chat_template
@@ -210,16 +211,33 @@ def encode_prompt(
 
 
 def stop_token_ids(
-    tok: PreTrainedTokenizerBase, chat_template: str | None = None
+    tok: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    model: Any = None,
+    *,
+    listed: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """The tokens at which an answer ends: the template's end of turn, and the tokenizer's eos."""
-    stops = set() if tok.eos_token_id is None else {int(tok.eos_token_id)}
+    """The tokens at which an answer ends, ascending: for training, sampling, scoring and exports.
+
+    They are the template's end of turn, the tokenizer's eos, what the source's generation config
+    lists, and what publishers list beside these (`jaxalign.data.ends.BESIDE`).
+
+    Args:
+      tok: a transformers tokenizer; `load_tokenizer` reads what its source lists.
+      chat_template: see `resolve_chat_template`.
+      model: a model whose source's generation config counts too; None: none does.
+      listed: further ids.
+
+    Raises:
+      ValueError: no such template, or one under which an answer ends without a token to stop at.
+    """
     template = resolve_chat_template(tok, chat_template)
+    ends = {*listed, *getattr(getattr(model, "config", None), "listed_stops", ())}
     if template != NONE:
         turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
         probe = encode_conversations(tok, [Conversation(turns, "chat template")], template)[0]
-        stops.add(int(probe.ids[probe.trained][-1]))
-    return tuple(sorted(stops))
+        ends.add(int(probe.ids[probe.trained][-1]))
+    return united_ends(tok, ends)
 
 
 # Under a template

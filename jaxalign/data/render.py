@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxalign.data.ends import end_tokens
 from jaxalign.data.examples import Messages, RowError, Tools
 from jaxalign.data.paths import local_path
 
@@ -122,6 +123,7 @@ class Renderer:
         kwargs: Mapping[str, Any] | None = None,
     ):
         self.template = template
+        self._tok = tok
         self.added = sorted({*tok.get_added_vocab(), *tok.all_special_tokens}, key=len)[::-1]
         self.cache: dict[Any, Any] = {}
         self._special: dict[str, Any] = dict(tok.special_tokens_map)
@@ -212,6 +214,17 @@ class Renderer:
         tail = text[text.rfind(content) + len(content) :] if content in text else ""
         places = [(tail.find(token), -len(token), token) for token in self.added if token in tail]
         return min(places)[2] if places else None
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens at which an answer may end: this template's, and those of its tokenizer."""
+        return end_tokens(self._tok, self.end_of_turn)
+
+    def find_end(self, text: str, start: int) -> int | None:
+        """Where the first of `ends` from `start` on is over; None where there is none."""
+        places = [(text.find(end, start), end) for end in self.ends]
+        found = [(place, len(end)) for place, end in places if place >= 0]
+        return sum(min(found)) if found else None
 
     def _run(self, chat: Chat, generation_prompt: bool, thinking: bool | None, **more: Any) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -184,10 +184,9 @@ def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> i
     It is sought after all that the turn says. Blanks, the end of the text, and the next turn's
     header may follow it.
     """
-    end = render.end_of_turn
     content = find_content(chat.messages[at], done, start)
-    place = -1 if end is None or content is None else done.find(end, content)
-    return place + len(end) if end is not None and place >= 0 else len(done.rstrip())
+    end = None if content is None else render.find_end(done, content)
+    return len(done.rstrip()) if end is None else end
 
 
 def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: str) -> Span | None:
