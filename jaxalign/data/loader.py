@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from jaxalign.data.counts import Counts
+from jaxalign.data.extent import Extent, Limits, extent_of, extent_of_batch
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
@@ -61,6 +62,7 @@ class Batches(Generic[Batch]):
         usage: Sequence[str] = (),
         per_epoch: float | None = None,
         rows_of: Callable[[int], list[int]] | None = None,
+        extent: Extent | None = None,
     ):
         self.examples = examples
         self.sources = tuple(sources)
@@ -68,6 +70,8 @@ class Batches(Generic[Batch]):
         self.usage = tuple(usage)
         self.per_epoch = per_epoch
         self._name, self._rows_of = name, rows_of
+        self._extent = extent
+        self._limits: Limits | None = None
         self._options = options
         self._data = data
         self._length = length
@@ -104,6 +108,19 @@ class Batches(Generic[Batch]):
         """Which of `examples` are in a batch, counted from 0 over all passes; [] when streaming."""
         return [] if self._rows_of is None else self._rows_of(batch)
 
+    def check_model(self, limits: Limits) -> None:
+        """Refuses documents that a model cannot read: at once, or batch by batch when streaming.
+
+        Args:
+          limits: what the model has rows and positions for.
+
+        Raises:
+          ValueError: a token without a row, or a document beyond the learned positions.
+        """
+        self._limits = limits
+        if self._extent is not None:
+            limits.check(self._extent, self._name)
+
     def __len__(self) -> int:
         """Batches in all epochs together."""
         if self._options.streaming:
@@ -118,11 +135,17 @@ class Batches(Generic[Batch]):
         else:
             self._announce()
         iterator: Any = iter(self._data)
-        self._iterator = _Running(iterator, self._announce) if self._options.streaming else iterator
+        if self._options.streaming:
+            iterator = _Running(iterator, self._announce, self._check)
+        self._iterator = iterator
         if self._start is not None:
             self._iterator.set_state(self._start)
             self._start = None
         return self._iterator
+
+    def _check(self, batch: Any) -> None:
+        if self._limits is not None:
+            self._limits.check(extent_of_batch(batch), self._name)
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch given out, as JSON-able data."""
@@ -201,8 +224,8 @@ class Batches(Generic[Batch]):
 class _Running(Iterator[Any]):
     """A grain iterator with a thread: something is said at its end, and it ends before Python."""
 
-    def __init__(self, iterator: Any, say: Callable[[], None]):
-        self._say = say
+    def __init__(self, iterator: Any, say: Callable[[], None], check: Callable[[Any], None]):
+        self._say, self._check = say, check
         self._last: Any = None
         self._box = [iterator]
         # grain's iterators close themselves, but fail at it once Python takes modules apart.
@@ -212,10 +235,12 @@ class _Running(Iterator[Any]):
         if not self._box:
             raise ValueError("these batches were closed; call iter() again")
         try:
-            return next(self._box[0])
+            batch = next(self._box[0])
         except StopIteration:
             self._say()
             raise
+        self._check(batch)
+        return batch
 
     def get_state(self) -> Any:
         return self._box[0].get_state() if self._box else self._last
@@ -305,6 +330,7 @@ def in_memory(
         usage=usage,
         per_epoch=_per_epoch([share.share for share in shares], options),
         rows_of=rows_of,
+        extent=extent_of(d.ids for side in kept.sides for d in side if d is not None),
     )
 
 

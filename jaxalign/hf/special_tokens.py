@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 GENERATION_FILE = "generation_config.json"
@@ -108,19 +107,4 @@ def check_rows_for(tokenizer: Any, rows: int, model: str) -> None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has {size} tokens, {model} only {rows}"
             f"{f' (not {lost[0]})' if lost else ''}; they do not belong together"
-        )
-
-
-def check_ids(ids: Iterable[int], rows: int, tokenizer: Any, where: str) -> None:
-    """Refuses ids without a row in the embedding, which JAX would clip without a word.
-
-    Raises:
-      ValueError: names the first such token.
-    """
-    largest = max(ids, default=0)
-    if largest >= rows:
-        token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(largest))!r})"
-        raise ValueError(
-            f"{where}: holds the token {largest}{token}, and the model has {rows} rows of "
-            "embeddings; tokenizer and model do not belong together, or the token has to go"
         )

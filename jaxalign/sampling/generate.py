@@ -265,10 +265,11 @@ def generate(
       One answer a prompt, special tokens removed.
 
     Raises:
-      ValueError: the parameters are on several processes. Use `sample` there, with the rows of each
-        process.
+      ValueError: prompts beyond the model's learned positions, or with tokens that it has no rows
+        for. The parameters are on several processes: use `sample` there, with the rows of each.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
+    from jaxalign.data.extent import Limits, extent_of
     from jaxalign.data.packing import prompt_rows
 
     if not prompts:
@@ -276,7 +277,8 @@ def generate(
     encoded = [
         np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts
     ]
-    stops = stop_token_ids(tok, chat_template)
+    Limits.of(model, max_new_tokens, tok).check(extent_of(encoded), "prompts")
+    stops = stop_token_ids(tok, chat_template, model)
     key = jax.random.key(0) if key is None else key
     # One shape for all groups: the longest prompt, up to a multiple of 16.
     length = -(-max(map(len, encoded)) // 16) * 16

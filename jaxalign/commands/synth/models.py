@@ -12,6 +12,7 @@ from jaxalign.commands.synth.config import RewardModelConfig, WriterConfig
 from jaxalign.commands.synth.preferences import TOO_LONG
 from jaxalign.commands.synth.writer import FunctionWriter, Request
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
+from jaxalign.data.extent import Limits, extent_of
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
 from jaxalign.hf import load_language_model, load_reward_model, load_tokenizer
@@ -41,7 +42,7 @@ def local_writer(config: WriterConfig, mesh_config: MeshConfig | None = None) ->
     mesh = _mesh(mesh_config)
     tok = load_tokenizer(config.model)
     model, params = load_language_model(config.model, option="writer.model", mesh=mesh)
-    stops = stop_token_ids(tok, template)
+    stops = stop_token_ids(tok, template, model)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
     rows = _rows(config.concurrency, mesh)
 
@@ -51,6 +52,7 @@ def local_writer(config: WriterConfig, mesh_config: MeshConfig | None = None) ->
         encoded = encode_prompts(
             tok, conversations, template, [request.name for request in requests]
         )
+        Limits.of(model, first.sampling.max_tokens, tok).check(extent_of(encoded), "prompts")
         length = -(-max(map(len, encoded)) // _STEP) * _STEP
         out = sample(
             model,

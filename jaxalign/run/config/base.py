@@ -242,6 +242,11 @@ class Run:
         return self.data.rows
 
     @property
+    def sampled(self) -> int:
+        """Tokens that are sampled after a row of data, at most."""
+        return 0
+
+    @property
     def row_parts(self) -> dict[str, int]:
         """Into how many parts the rows are cut, by the option that says so."""
         return {"run.micro_batches": self.run.micro_batches}

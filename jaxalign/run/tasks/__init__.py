@@ -45,7 +45,7 @@ from jaxalign.run.tasks.reward import (
     judged_shapes,
     reward_task,
 )
-from jaxalign.run.tasks.rows import check_rows
+from jaxalign.run.tasks.rows import check_fits, check_rows
 from jaxalign.run.tasks.sft import build_sft
 from jaxalign.run.tasks.shapes import pair_shapes, prompt_shapes, text_shapes
 from jaxalign.run.tasks.task import Task, updates_task
@@ -117,6 +117,7 @@ def make_task(config: Run) -> Task:
     check_rows(config, mesh)
     tok = run_tokenizer(config.model)
     data = read_data(config, algorithm.batches(config), tok, mesh)
+    check_fits(config, data)
     state, parts = algorithm.build(config, mesh, FileLoader(), data)
     task = algorithm.task(config, mesh, state, parts, data)
     return task._replace(inputs=text_inputs(config, tok))

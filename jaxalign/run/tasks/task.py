@@ -17,7 +17,7 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
-from jaxalign.run.export import whole_model
+from jaxalign.run.export import exported_tokenizer, whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
 from jaxalign.types import TrainState
@@ -127,6 +127,6 @@ def exporter(model: Any, tok: Any, part: str | None = None) -> Callable[[TrainSt
     def export(state: TrainState, folder: Any) -> None:
         params = combine(state.params, state.frozen)
         plain, params = whole_model(model, params if part is None else params[part])
-        save_pretrained(plain, params, folder, tokenizer=tok)
+        save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
 
     return export
