@@ -25,6 +25,7 @@ from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
 from jaxalign.data.options import Options, options_of
 from jaxalign.data.packing import prompt_rows, token_rows
+from jaxalign.data.presence import reasons
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
 from jaxalign.data.sources import Row
@@ -144,7 +145,10 @@ def preference_batches(
     def encode(examples: Sequence[Preference]) -> list[Made]:
         sides = [
             encode_conversations(
-                tok, [answered(p, getattr(p, side)) for p in examples], template, style=style
+                tok,
+                [answered(p, getattr(p, side), (p.chosen, p.rejected)) for p in examples],
+                template,
+                style=style,
             )
             for side in ("chosen", "rejected")
         ]
@@ -252,13 +256,23 @@ def load(
     return make(recipe, entries, options, tok)
 
 
-def answered(example: Any, answer: Any) -> Conversation:
-    """A prompt with one of its answers, of which the answer is trained."""
+def answered(example: Any, answer: Any, answers: Sequence[Any] = ()) -> Conversation:
+    """A prompt with one of its answers, of which the answer is trained.
+
+    Of several `answers` all follow the same prompt: if one begins with reasoning, that of reasoning.
+    """
     tools = getattr(example, "tools", ())
     kwargs = getattr(example, "template_kwargs", None)
     first = len(example.prompt)
+    turns = [turn for other in answers for turn in other if turn["role"] == "assistant"]
+    thinking = True if any(map(reasons, turns)) else None
     return Conversation(
-        example.prompt + answer, example.origin, first, tools, template_kwargs=kwargs
+        example.prompt + answer,
+        example.origin,
+        first,
+        tools,
+        template_kwargs=kwargs,
+        thinking=thinking,
     )
 
 

@@ -197,6 +197,9 @@ def encode_prompt(
     tok: PreTrainedTokenizerBase,
     messages: str | Sequence[Message],
     chat_template: str | None = None,
+    *,
+    thinking: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of one prompt, ending where the assistant's answer begins.
 
@@ -204,10 +207,14 @@ def encode_prompt(
       tok: a transformers tokenizer.
       messages: the turns so far; a string is one user message.
       chat_template: see `resolve_chat_template`.
+      thinking: "on" for the prompt of answers that begin with reasoning; "auto" and "off" for the
+        other.
+      chat_template_kwargs: further variables of the template.
     """
+    style = Style(chat_template_kwargs, thinking=thinking)
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     checked = read_messages(turns, "messages", "prompt")
-    return encode_prompts(tok, [checked], chat_template, ["prompt"])[0].tolist()
+    return encode_prompts(tok, [checked], chat_template, ["prompt"], style=style)[0].tolist()
 
 
 def stop_token_ids(

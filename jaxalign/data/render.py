@@ -23,8 +23,8 @@ NONE = "none"
 # Templates of reasoning models close an empty reasoning block in the generation prompt when told
 # that no reasoning is wanted. Answers without reasoning are trained, and generated, after that;
 # answers with reasoning after the open header. Other templates ignore these variables.
-ANSWER_AT_ONCE = {"enable_thinking": False}
-THINK_FIRST = {"enable_thinking": True, "open_thinking": True}
+ANSWER_AT_ONCE = {"enable_thinking": False, "thinking": False}
+THINK_FIRST = {"enable_thinking": True, "thinking": True, "open_thinking": True}
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATES = "templates"
@@ -41,6 +41,8 @@ class Chat(NamedTuple):
       kwargs: further variables of the template.
       keys: of a conversation of placeholders: a text for tools and variables, then one for each
         message. Renderings of such conversations are kept.
+      thinking: whether its answers follow the prompt of answers that begin with reasoning; None:
+        each as it begins itself.
     """
 
     messages: Messages
@@ -48,6 +50,7 @@ class Chat(NamedTuple):
     origin: str
     kwargs: Mapping[str, Any] | None = None
     keys: tuple[str, ...] | None = None
+    thinking: bool | None = None
 
     def upto(self, size: int) -> Chat:
         """The first `size` messages."""

@@ -29,9 +29,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxalign.data.examples import Conversation, Message, Messages, RowError
+from jaxalign.data.examples import Conversation, RowError
 from jaxalign.data.placeholders import filled, placeholders_of
-from jaxalign.data.presence import LEFT_OUT, check_turns, find_content, split_reasoning
+from jaxalign.data.presence import (
+    LEFT_OUT,
+    check_turns,
+    find_content,
+    reasons,
+    split_reasoning,
+)
 from jaxalign.data.render import GENERATION, Chat, Renderer
 
 Span = tuple[int, int]
@@ -68,6 +74,7 @@ def find_documents(
     """
     for row, c in enumerate(conversations):
         chat = render.chat(c.messages, c.tools, c.origin, c.template_kwargs)
+        chat = chat._replace(thinking=c.thinking)
         for document in _documents(render, chat, c, one_each):
             yield document._replace(row=row)
 
@@ -90,7 +97,7 @@ def _documents(
         render.cache[key] = found
     documents = render.cache[key]
     if not isinstance(documents, RowError) and len(documents) == 1:
-        text = render.one(chat, thinking=_thinks(chat.messages, trained))
+        text = render.one(chat, thinking=_thinks(chat, trained))
         mapped = filled(documents[0].text, documents[0].spans, shape, text)
         if mapped is not None:
             return [Document(0, text, mapped)]
@@ -105,7 +112,7 @@ def _exact(
     render: Renderer, chat: Chat, trained: Sequence[int], one_each: bool, everything: bool
 ) -> list[Document]:
     """The documents, by rendering every prefix that ends where a trained turn begins or ends."""
-    thinking = _thinks(chat.messages, trained)
+    thinking = _thinks(chat, trained)
     whole = render.one(chat, thinking=thinking)
     if everything:
         check_turns(chat, len(chat.messages), whole)
@@ -143,15 +150,17 @@ def _exact(
     return documents + own
 
 
-def _thinks(messages: Messages, trained: Sequence[int]) -> bool:
-    """Whether some of the answers that are trained begin with reasoning."""
-    return any(_reasons(messages[at]) for at in trained)
+def _thinks(chat: Chat, trained: Sequence[int]) -> bool:
+    """Whether some of the answers that are trained follow the prompt of reasoning."""
+    return any(_reasons(chat, at) for at in trained)
 
 
-def _reasons(message: Message) -> bool:
-    if message["role"] != "assistant":
-        return False
-    return bool(split_reasoning(message)[0])
+def _reasons(chat: Chat, at: int) -> bool:
+    """Whether an answer follows the prompt of answers that begin with reasoning."""
+    message = chat.messages[at]
+    if chat.thinking is not None:
+        return chat.thinking
+    return message["role"] == "assistant" and reasons(message)
 
 
 def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
@@ -161,7 +170,7 @@ def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
 
 def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
     """Texts up to a turn: as generation begins an answer of its kind, then of the other kind."""
-    mine = _reasons(chat.messages[at])
+    mine = _reasons(chat, at)
     before = chat.upto(at)
     heads = [render.one(before, generation_prompt=True, thinking=mine)]
     if not whole.startswith(heads[0]):
@@ -211,7 +220,7 @@ def _shows(chat: Chat, at: int, text: str) -> bool:
 def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: bool) -> Document:
     """The turn as the end of a document of its own."""
     message = chat.messages[at]
-    if thinking != _reasons(message):
+    if thinking != _reasons(chat, at):
         done = _done(render, chat, at, not thinking)
     start = _after_any(done, [head])
     if start is not None:

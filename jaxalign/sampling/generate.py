@@ -242,6 +242,8 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     chat_template: str | None = None,
+    thinking: str = "auto",
+    chat_template_kwargs: dict[str, Any] | None = None,
     rows: int = 16,
 ) -> list[str]:
     """Answers prompts in text.
@@ -259,6 +261,9 @@ def generate(
       key: PRNG key; `jax.random.key(0)` by default.
       chat_template: a built-in name ("chatml"), a jinja file, or "none", which continues the text
         of the prompt as it stands; None is the tokenizer's own.
+      thinking: under templates that have two prompts, "on" leaves reasoning to the model; "off" and
+        "auto" close it, as training did for answers without it.
+      chat_template_kwargs: further variables of the template, as an object of JSON.
       rows: prompts decoded at a time.
 
     Returns:
@@ -274,8 +279,10 @@ def generate(
 
     if not prompts:
         return []
+    variables: Any = {"thinking": thinking, "chat_template_kwargs": chat_template_kwargs}
     encoded = [
-        np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts
+        np.asarray(encode_prompt(tok, prompt, chat_template, **variables), np.int32)
+        for prompt in prompts
     ]
     Limits.of(model, max_new_tokens, tok).check(extent_of(encoded), "prompts")
     stops = stop_token_ids(tok, chat_template, model)
