@@ -166,7 +166,10 @@ def make_reward(
         # One table of rows for all prompts: training data, then held-out data.
         rows = [*data.batches.examples]
         rows += data.held_out.examples if data.held_out is not None else ()
-        return build_reward(config.reward_specs(), data.tok, rows=rows, load=scorers.reward)
+        template = config.model.chat_template
+        return build_reward(
+            config.reward_specs(), data.tok, rows=rows, load=scorers.reward, chat_template=template
+        )
     if not models:
         return _no_reward
     return combine_rewards(
