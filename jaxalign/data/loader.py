@@ -44,8 +44,6 @@ class Batches(Generic[Batch]):
       widths: the widths that batches may have.
       per_epoch: batches that one pass over the data fills, a fraction where a batch runs on into
         the next pass; None when streaming, where it is not known.
-      usage: what became of the columns of each source, a line each; printed at the first
-        `iter()`. Empty when streaming, where it is printed after a source's first window.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class Batches(Generic[Batch]):
         checksum: int,
         counts: Counts | None,
         examples: list[Any],
-        usage: Sequence[str] = (),
+        usage: Callable[[], Sequence[str]] = tuple,
         per_epoch: float | None = None,
         rows_of: Callable[[int], list[int]] | None = None,
         extent: Extent | None = None,
@@ -67,7 +65,7 @@ class Batches(Generic[Batch]):
         self.examples = examples
         self.sources = tuple(sources)
         self.widths = options.widths
-        self.usage = tuple(usage)
+        self._usage = usage
         self.per_epoch = per_epoch
         self._name, self._rows_of = name, rows_of
         self._extent = extent
@@ -81,6 +79,15 @@ class Batches(Generic[Batch]):
         self._shown = False
         self._start: dict[str, Any] | None = None
         self._iterator: Any = None
+
+    @property
+    def usage(self) -> tuple[str, ...]:
+        """What became of the columns of each source, a line each.
+
+        Printed at the first `iter()`; when streaming, after a source's first window, and here of the
+        windows that were read.
+        """
+        return tuple(self._usage())
 
     @property
     def checksum(self) -> int:
@@ -189,19 +196,30 @@ class Batches(Generic[Batch]):
         lost = (stats["cut"], stats["dropped"])
         if any(lost) and self._announced != lost:
             self.describe()
-        elif self.usage and not self._shown and self._options.host[0] == 0:
+        elif self._is_to_be_shown():
             print("\n".join(self.usage))
         self._shown = True
 
+    def _is_to_be_shown(self) -> bool:
+        streaming, main = self._options.streaming, self._options.host[0] == 0
+        return bool(self.usage) and not self._shown and main and not streaming
+
+    @property
+    def report(self) -> str:
+        """What was read, cut, dropped, what became of columns, and how full the rows are."""
+        if self._options.streaming and self._iterator is None:
+            return f"{self._name}: a stream; nothing was read yet"
+        return "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
+
     def describe(self) -> str:
-        """Prints, and returns, what was read, cut, dropped and how full the rows are."""
-        text = "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
+        """Prints, and returns, the `report`."""
+        text = self.report
+        self._announced = (self.stats["cut"], self.stats["dropped"])
         print(text)
         return text
 
     def _summary(self) -> str:
         s, length = self.stats, self._options.length
-        self._announced = (s["cut"], s["dropped"])
         lines = [
             f"{self._name}: {s['read']} rows read, {s['kept']} kept, {s['cut']} cut to {length} "
             f"tokens, {sum(s['dropped'].values())} dropped; {s['tokens']:,} tokens"
@@ -327,7 +345,7 @@ def in_memory(
         checksum=_checksum(recipe, options, kept, groups, [tuple(s) for s in shares]),
         counts=counts,
         examples=kept.examples,
-        usage=usage,
+        usage=lambda: usage,
         per_epoch=_per_epoch([share.share for share in shares], options),
         rows_of=rows_of,
         extent=extent_of(d.ids for side in kept.sides for d in side if d is not None),

@@ -62,8 +62,8 @@ class RunConfig:
     """Where a run writes, and when.
 
     Attributes:
-      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `checkpoints/`,
-        and the final weights in `model/`.
+      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (what
+        became of rows and columns), `checkpoints/`, and the final weights in `model/`.
       seed: of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. The data goes
         round where `data.epochs` is null; else a run that wants more batches ends with it, and

@@ -37,7 +37,7 @@ from jaxalign.run.tasks.data import make_data
 from jaxalign.run.tasks.dpo import build_dpo
 from jaxalign.run.tasks.kto import build_kto, unpaired_shapes
 from jaxalign.run.tasks.loader import FileLoader, Loader
-from jaxalign.run.tasks.parts import Parts, RunData, read_data
+from jaxalign.run.tasks.parts import Parts, RunData, read_data, report_of
 from jaxalign.run.tasks.ppo import build_ppo, ppo_task
 from jaxalign.run.tasks.reward import (
     build_reward_model,
@@ -120,7 +120,9 @@ def make_task(config: Run) -> Task:
     check_fits(config, data)
     state, parts = algorithm.build(config, mesh, FileLoader(), data)
     task = algorithm.task(config, mesh, state, parts, data)
-    return task._replace(inputs=text_inputs(config, tok))
+    return task._replace(
+        inputs=text_inputs(config, tok), data_report=lambda: report_of(data)
+    )
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:

@@ -50,6 +50,7 @@ class Task(NamedTuple):
       learning_rates: names of rates → those of each update of the run, float32 `[updates]`, as
         metrics.
       inputs: what decides the batches besides options and files → a digest, see `run.inputs`.
+      data_report: () → what became of the rows and columns of the data, for people.
       async_metrics: whether a step may be dispatched before the last one's metrics are read. False
         where `prepare_updates` waits for the devices in any case.
     """
@@ -70,6 +71,7 @@ class Task(NamedTuple):
     async_metrics: bool = True
     learning_rates: Mapping[str, np.ndarray] = MappingProxyType({})
     inputs: Mapping[str, str] = MappingProxyType({})
+    data_report: Callable[[], str] = str
 
 
 def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data: RunData) -> Task:
