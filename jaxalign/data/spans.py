@@ -320,7 +320,8 @@ def _marked(
 ) -> dict[int, Span]:
     """Spans that the template marks, without the blanks after them.
 
-    Turns of which the reasoning is not there are left out, unless one document is wanted.
+    Turns of which the reasoning is not there, and those whose header is marked too, are left out,
+    unless one document is wanted.
     """
     text, marks = render.marked(chat, thinking)
     answers = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -345,5 +346,18 @@ def _marked(
                 f"the passage that the chat template marks by {{% generation %}} lacks what "
                 f"messages[{at}] (assistant) says; correct it, or pass another chat_template",
             )
-        spans[at] = (first, first + len(whole[first:last].rstrip()))
+        last = first + len(whole[first:last].rstrip())
+        header = _marked_header(render, chat, at, whole, first)
+        if header and not one_each:
+            continue
+        spans[at] = (first + len(header) if whole.startswith(header, first) else first, last)
     return spans
+
+
+def _marked_header(render: Renderer, chat: Chat, at: int, whole: str, first: int) -> str:
+    """The header of an answer, where a template marks it too; generation is given it."""
+    head = _heads(render, chat, at, whole)[0]
+    if not head.startswith(whole[:first]):
+        return ""
+    opened = head[first:].rstrip().removesuffix(_CLOSE).rstrip()
+    return opened.removesuffix(_OPEN).strip()
