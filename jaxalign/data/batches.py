@@ -25,8 +25,8 @@ from jaxalign.data.loader import Batches, in_memory
 from jaxalign.data.mixture import Entry, entries_of
 from jaxalign.data.options import Options, options_of
 from jaxalign.data.packing import prompt_rows, token_rows
-from jaxalign.data.presence import reasons
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
+from jaxalign.data.presence import reasons
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
 from jaxalign.data.sources import Row
 from jaxalign.data.stream import streamed
@@ -259,7 +259,7 @@ def load(
 def answered(example: Any, answer: Any, answers: Sequence[Any] = ()) -> Conversation:
     """A prompt with one of its answers, of which the answer is trained.
 
-    Of several `answers` all follow the same prompt: if one begins with reasoning, that of reasoning.
+    All of several `answers` follow the same prompt: that of reasoning, if one begins with it.
     """
     tools = getattr(example, "tools", ())
     kwargs = getattr(example, "template_kwargs", None)

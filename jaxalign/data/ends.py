@@ -1,4 +1,4 @@
-"""Which tokens end an answer: eos, the template's end of turn, and what publishers list beside them.
+"""Which tokens end an answer: eos, the template's end of turn, and what publishers list beside.
 
 `jaxalign.data.stop_token_ids` unites them with what a source's generation config lists. Training,
 sampling, scoring and exports all ask here.
@@ -7,7 +7,7 @@ sampling, scoring and exports all ask here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ def united_ends(tok: PreTrainedTokenizerBase, ends: Iterable[int]) -> tuple[int,
 
 def end_tokens(tok: PreTrainedTokenizerBase, end_of_turn: str | None) -> tuple[str, ...]:
     """The same as text, of a template that ends turns with `end_of_turn`; added tokens only."""
-    ends = () if end_of_turn is None else (int(tok.convert_tokens_to_ids(end_of_turn)),)
+    end: Any = None if end_of_turn is None else tok.convert_tokens_to_ids(end_of_turn)
+    ends = () if end is None else (int(end),)
     added = {*tok.added_tokens_decoder, *tok.all_special_ids}
     return tuple(str(tok.convert_ids_to_tokens(i)) for i in united_ends(tok, ends) if i in added)

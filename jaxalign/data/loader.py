@@ -84,8 +84,8 @@ class Batches(Generic[Batch]):
     def usage(self) -> tuple[str, ...]:
         """What became of the columns of each source, a line each.
 
-        Printed at the first `iter()`; when streaming, after a source's first window, and here of the
-        windows that were read.
+        Printed at the first `iter()`; when streaming, after a source's first window, and here of
+        the windows that were read.
         """
         return tuple(self._usage())
 

@@ -57,10 +57,10 @@ class BatchOptions:
         "escape": they are read as the characters that they are written with, so that no text can
         forge a turn; counted. "error": the row is bad. "keep": they are the tokens. Plain texts
         keep theirs.
-      thinking: which prompt answers follow under templates that have two. "auto": answers that begin
-        with reasoning follow the prompt that leaves it to them, others (and prompts of rollouts)
-        the one that closes it; both sides of a pair follow the same. "on": all follow the first.
-        "off": all follow the second, and reasoning is left out of what is trained (counted).
+      thinking: which prompt answers follow under templates that have two. "auto": answers that
+        begin with reasoning follow the prompt that leaves it to them, others (and prompts of
+        rollouts) the one that closes it; both sides of a pair follow the same. "on": all follow the
+        first. "off": all follow the second, and reasoning is left out of what is trained (counted).
       chat_template_kwargs: variables that the chat template gets, such as `enable_thinking`; those
         of a row's column of this name stand above them.
       streaming: reads, renders, tokenises and packs while training goes on, a window at a time,

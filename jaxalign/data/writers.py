@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools
-from jaxalign.data.placeholders import placeholders_of
 from jaxalign.data.options import THINKING, Options
+from jaxalign.data.placeholders import placeholders_of
 from jaxalign.data.presence import LEFT_OUT, check_turns, reasons, without_reasoning
 from jaxalign.data.render import Chat, Renderer, resolve_chat_template
 from jaxalign.data.spans import Document, find_documents
@@ -55,7 +55,7 @@ class Style:
         return cls(kwargs, special, rendered=True, thinking=options.thinking)
 
     def notes(self) -> list[str]:
-        """Lines on special tokens in people's words and on reasoning left out, if there were any."""
+        """Lines on special tokens in people's words, and on reasoning that was left out."""
         lost = self.left_out["reasoning"]
         lines = [f"reasoning left out of {lost} answers (thinking: off)"] if lost else []
         if not self.found:

@@ -27,8 +27,8 @@ def what_lies_there(folder: pathlib.Path) -> str | None:
     pickles = sorted(p.name for kind in ("*.bin", "*.pt*", "*.ckpt") for p in folder.glob(kind))
     if pickles:
         return (
-            f"it holds pickle weights only ({', '.join(pickles[:3])}), which are never read because "
-            "loading them runs code; convert them to safetensors (transformers: "
+            f"it holds pickle weights only ({', '.join(pickles[:3])}), which are never read "
+            "because loading them runs code; convert them to safetensors (transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(out))"
         )
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))

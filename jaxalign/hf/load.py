@@ -256,8 +256,8 @@ def _check_tensors(
     """Compares what a source holds with what the model needs."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     ignored = families.find_family(config.family).ignored
-    # What says nothing new: buffers of the family, the second name of a tied matrix, and the head of
-    # the language model that a reward model was made from.
+    # What says nothing new: buffers of the family, the second name of a tied matrix, and the head
+    # of the language model that a reward model was made from.
     extra = {name for name in file.shapes if any(fnmatch.fnmatchcase(name, p) for p in ignored)}
     extra |= {_HEAD} if spare_head else set()
     unexpected = [name for name in file.shapes if name not in wanted and name not in extra]

@@ -1,4 +1,4 @@
-"""Special tokens of a loaded tokenizer: padding, where its source stops, and tokens without rows."""
+"""Special tokens of a tokenizer: padding, where its source stops, and tokens without rows."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def set_padding(tokenizer: Any, template: str = "", rows: int | None = None) -> 
     own = tokenizer.pad_token_id
     known = rows if rows is not None else len(tokenizer)
     written = template + str(tokenizer.chat_template or "")
-    if own not in (None, tokenizer.eos_token_id) and own < known:
-        if str(tokenizer.pad_token) not in template:
-            return tokenizer
+    free_of_roles = own not in (None, tokenizer.eos_token_id) and own < known
+    if free_of_roles and str(tokenizer.pad_token) not in template:
+        return tokenizer
     reserved = (tokenizer.eos_token_id, tokenizer.bos_token_id)
     special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     unknown = tokenizer.unk_token_id

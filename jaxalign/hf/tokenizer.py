@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from jaxalign.hf.gguf_header import Metadata
-from jaxalign.hf.special_tokens import GENERATION_FILE, listed_stops, rows_of, set_padding
 from jaxalign.hf.source import locate
+from jaxalign.hf.special_tokens import GENERATION_FILE, listed_stops, rows_of, set_padding
 
 _PATTERNS = (
     "tokenizer*",
@@ -81,7 +81,7 @@ def _from_folder(folder: pathlib.Path) -> Any:
         )
     cls = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
     try:
-        tokenizer = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
             f"{folder} holds no tokenizer that transformers can read "

@@ -41,7 +41,8 @@ def build_reward(
 
     Raises:
       ValueError: no specs, two with one name, a function that does not exist, a reward model with
-        another tokenizer or chat template than the policy's, or a row that lacks what a reward needs.
+        another tokenizer or chat template than the policy's, or a row that lacks what a reward
+        needs.
     """
     rewards: dict[str, RewardFunction] = {}
     weights: dict[str, float] = {}

@@ -93,9 +93,7 @@ class Rows:
         row = self._rows[index]
         if isinstance(row, Mapping):
             return case._replace(row=row, origin=f"row {index} of the data")
-        return case._replace(
-            row=row.row, messages=row.messages, origin=row.origin, tools=row.tools
-        )
+        return case._replace(row=row.row, messages=row.messages, origin=row.origin, tools=row.tools)
 
 
 def cases_of(

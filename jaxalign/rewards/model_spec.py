@@ -34,8 +34,8 @@ class ModelReward(RewardSpec):
         and chat template, and reads answers as text (see `retokenised_reward`).
       chat_template: a template other than the policy's: the model reads text under it, as with
         tokenizer "own". "policy": the model reads what the policy reads and writes, whatever its
-        folder says. None: with tokenizer "own" its tokenizer's template; else its folder's template,
-        if there is one, must say the same of a conversation as the policy's.
+        folder says. None: with tokenizer "own" its tokenizer's template; else its folder's
+        template, if there is one, must say the same of a conversation as the policy's.
       length: of models that read text: maximum tokens of a conversation; None: the model's maximum.
       batch: of models that read text: conversations per forward pass.
       attributes: attribute → weight, for a model with several scores: the weighted sum.
@@ -145,7 +145,7 @@ def check_same_template(
 ) -> None:
     """Refuses a reward model whose chat template says something else of the same conversation.
 
-    A reward model without tokenizer files, or whose tokenizer has no template, is accepted unchecked.
+    A reward model without tokenizer files, or without a template, is accepted unchecked.
 
     Args:
       tok: the policy's tokenizer.
@@ -169,9 +169,10 @@ def check_same_template(
             continue
         raise ValueError(
             f"the reward model {source!r} has another chat template than the policy. Of the same "
-            f"conversation it reads {scorer!r}, and the policy reads and writes {policy!r}. Pass text "
-            f"between them by rewards: [{{kind: model, source: {source}, tokenizer: own}}] (or "
-            "chat_template: its template), or let it read the policy's form by chat_template: policy"
+            f"conversation it reads {scorer!r}, and the policy reads and writes {policy!r}. Pass "
+            f"text between them by rewards: [{{kind: model, source: {source}, tokenizer: own}}] "
+            "(or chat_template: its template), or let it read the policy's form by chat_template: "
+            "policy"
         )
 
 

@@ -23,8 +23,8 @@ from jaxalign.hf import (
 )
 from jaxalign.data.ends import united_ends
 from jaxalign.data.render import Renderer
-from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder

@@ -149,7 +149,9 @@ def test_training_stops_where_sampling_does(name):
     said = []
     for _, document in encode_training(tok, [Conversation(talk, "f:1")]):
         edges = np.diff(np.concatenate([[0], document.trained.astype(int), [0]]))
-        for first, last in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
+        for first, last in zip(
+            np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True
+        ):
             answer = document.ids[first:last].tolist()
             # The end is the last token of each trained passage, and no other of them ends it.
             assert [token in stops for token in answer] == [False] * (len(answer) - 1) + [True]

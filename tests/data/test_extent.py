@@ -12,6 +12,11 @@ TOK.chat_template = chatty.CHATML
 ROWS = [{"prompt": "hi", "completion": "you"}, {"prompt": "hi", "completion": "you there"}]
 
 
+def read_with(batches, limits):
+    batches.check_model(limits)
+    list(batches)
+
+
 def test_the_extent_is_that_of_the_longest_and_the_largest():
     assert extent_of([[1, 7, 2], [3], []]) == (3, 7)
     assert extent_of([]) == (0, 0)
@@ -25,8 +30,7 @@ def test_a_token_without_a_row_is_refused_by_name(streaming):
     batches.check_model(Limits(259))
     list(batches)
     with pytest.raises(ValueError, match=r"holds the token 258 \('<rare>'\), and .* 258 rows"):
-        batches.check_model(Limits(258, tok=TOK))
-        list(batches)
+        read_with(batches, Limits(258, tok=TOK))
     plain = sft_batches(ROWS, TOK, **options)  # more tokens than rows, of which none occurs
     plain.check_model(Limits(258))
     list(plain)
@@ -42,8 +46,7 @@ def test_rows_beyond_learned_positions_are_refused_by_name(streaming):
         batches.check_model(Limits(259, longest))
         list(batches)
         with pytest.raises(ValueError, match=f"longest has {longest} tokens.*n_positions=30 learn"):
-            batches.check_model(Limits(259, longest - 1))
-            list(batches)
+            read_with(batches, Limits(259, longest - 1))
 
 
 def test_pairs_and_prompts_are_looked_at_too():
@@ -53,5 +56,5 @@ def test_pairs_and_prompts_are_looked_at_too():
         pairs.check_model(Limits(259, 31))
     prompts = prompt_batches([{"prompt": "hi"}], TOK, rows=1, length=64)
     prompts.check_model(Limits(259, 41, answer=20))  # 21 tokens of prompt
-    with pytest.raises(ValueError, match="21 tokens, with 20 more to be sampled.*n_positions=40"):
+    with pytest.raises(ValueError, match=r"21 tokens, with 20 more to be sampled.*n_positions=40"):
         prompts.check_model(Limits(259, 40, answer=20))

@@ -85,7 +85,9 @@ def test_what_the_source_stops_at_is_known(tmp_path):
 
 
 def test_folders_without_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no tokenizer.*it is empty.*wanted tokenizer\.json"):
+    with pytest.raises(
+        ValueError, match=r"holds no tokenizer.*it is empty.*wanted tokenizer\.json"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="holds no tokenizer that transformers can read"):

@@ -51,12 +51,14 @@ def test_beyond_learned_positions_is_an_error_at_once(gpt2, chat_models, tmp_pat
     rows = [{"prompt": "once upon a time", "completion": " there was a girl"}] * 8
     data = chatmodel.write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"model": {"source": str(gpt2), "chat_template": "none"}, "data": {"train": [data]}}
-    with pytest.raises(ValueError, match="longest has 32 tokens.*n_positions=24 learned positions"):
+    with pytest.raises(
+        ValueError, match=r"longest has 32 tokens.*n_positions=24 learned positions"
+    ):
         run("sft", chat_models, tmp_path / "run", changes)
     assert not (tmp_path / "run").exists()  # nothing was begun
     model, params = jaxalign.load_pretrained(gpt2)
     tok = jaxalign.load_tokenizer(gpt2)
-    with pytest.raises(ValueError, match="4 tokens, with 21 more to be sampled.*n_positions=24"):
+    with pytest.raises(ValueError, match=r"4 tokens, with 21 more to be sampled.*n_positions=24"):
         jaxalign.generate(model, params, tok, ["once"], max_new_tokens=21, chat_template="none")
     with pytest.raises(ValueError, match=r"holds the token 260 \('<extra>'\)"):
         jaxalign.generate(model, params, tok, ["<extra>"], max_new_tokens=2, chat_template="none")

@@ -158,7 +158,15 @@ def config_to_hf(
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
     # torch_dtype is the old name of dtype; labels describe the head, which may have changed.
     # Code of others is not exported, and not needed: transformers has the family's own.
-    for key in (GENERATION, "auto_map", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
+    for key in (
+        GENERATION,
+        "auto_map",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ):
         hf.pop(key, None)
     if len(get(hf, "layer_types", [])) != config.num_layers:
         hf.pop("layer_types", None)
