@@ -26,6 +26,7 @@ shape; a conversation whose text is that of its placeholders, filled in, takes t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ from jaxalign.data.render import GENERATION, Chat, Renderer
 Span = tuple[int, int]
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_BLOCK = re.compile(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?$")
 
 
 class Document(NamedTuple):
@@ -240,6 +242,8 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
             f"the chat template leaves out a part of what messages[{at}] (assistant) says, "
             "such as text before a second </think>; correct the row, or pass another chat_template",
         )
+    if "tool_calls" in message and _BLOCK.search(head):
+        return _own_calls(render, chat, at, head, done)
     if place < 0 or "tool_calls" in message:
         raise _unmarkable(chat, at)
     end = _turn_end(render, chat, at, done, place)
@@ -251,6 +255,20 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
         text = f"{head}{before}{thought}\n{_CLOSE}\n\n{answer}{tail}"
     else:
         text = f"{head}{_blanks_before(done[:place], head)}{answer}{tail}"
+    check_turns(chat, at + 1, text)
+    return Document(0, text, [(len(head), len(text))])
+
+
+def _own_calls(render: Renderer, chat: Chat, at: int, head: str, done: str) -> Document:
+    """A turn that calls tools, after a prompt that ends with a block of reasoning (QwQ)."""
+    thought, answer = split_reasoning(chat.messages[at])
+    header, closed = _BLOCK.sub("", head).rstrip(), head.rstrip().endswith(_CLOSE)
+    if not done.startswith(header) or (closed and thought):
+        raise _unmarkable(chat, at)
+    said = done[len(header) : _turn_end(render, chat, at, done, len(header))]
+    if _OPEN in said or answer not in said:
+        raise _unmarkable(chat, at)
+    text = f"{head}{said}" if closed else f"{head}{thought}\n{_CLOSE}\n\n{said.lstrip()}"
     check_turns(chat, at + 1, text)
     return Document(0, text, [(len(head), len(text))])
 

@@ -149,3 +149,26 @@ def test_an_unknown_mode_is_refused(tok):
         encode_prompt(tok, "2+2?", CLOSES, thinking="maybe")
     with pytest.raises(ValueError, match="thinking: got 'maybe', wanted auto, on, off"):
         sft_batches([_row()], tok, rows=1, thinking="maybe")
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "<think>\n{% if not enable_thinking %}</think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinking", ["auto", "on"])
+def test_a_call_after_a_prompt_with_a_block_of_reasoning(tok, thinking):
+    """As under QwQ, whose history has no such block."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    asked = {"role": "user", "content": "Is it clear?"}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    row = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    prompt, said = _trained(tok, CALLS, row | {"tools": tools}, thinking)
+    style = Style(thinking=thinking)
+    (sampled,) = encode_prompts(tok, [(asked,)], CALLS, None, [tuple(tools)], style=style)
+    assert prompt == sampled.tolist()
+    empty = "\n</think>\n\n" if thinking == "on" else "\n"
+    assert said == f'{empty}<call>{{"name": "look", "arguments": {{"at": "sky"}}}}</call><|im_end|>'
