@@ -175,3 +175,31 @@ def test_what_the_models_source_lists_ends_answers_too():
     assert stop_token_ids(tok, model=Model()) == (7, end)  # the other id is no row of the model
     assert stop_token_ids(tok, listed=[3]) == (3, end)
     assert stop_token_ids(tok, "none") == (end,)
+
+
+def test_exported_tokenizers_say_the_same_in_transformers(tmp_path):
+    """Every form, through an export: the same ids, and generation stops at the same tokens."""
+    import tiny
+    import transformers
+
+    from jaxalign.hf import save_pretrained
+    from jaxalign.models.decoder import Decoder
+
+    config = DecoderConfig(
+        vocab_size=272, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
+        num_kv_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Decoder(config)
+    params = tiny.random_params(model)
+    text = "Hello, 你好 1234 😀\n  x <|im_end|> <end_of_turn>"
+    for number, name in enumerate(PUBLISHED):
+        tok, folder = _tokenizer(name), tmp_path / str(number)
+        save_pretrained(model, params, folder, tokenizer=tok)
+        again = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        assert again(text).input_ids == tok(text).input_ids, name
+        assert again.chat_template == tok.chat_template, name
+        listed = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        listed = listed if isinstance(listed, list) else [listed]
+        assert _names(tok, listed) == PUBLISHED[name][3], name
+        saved = json.loads((folder / "tokenizer_config.json").read_text())
+        assert not isinstance(saved.get("extra_special_tokens"), list), name
