@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
+from jaxalign.data.ends import united_ends
 from jaxalign.data.paths import check_free, local_path
+from jaxalign.data.render import Renderer
 from jaxalign.hf import (
     checksums,
     load_model,
@@ -21,8 +23,6 @@ from jaxalign.hf import (
     orbax_folder,
     save_pretrained,
 )
-from jaxalign.data.ends import united_ends
-from jaxalign.data.render import Renderer
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
 from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table

@@ -120,9 +120,7 @@ def make_task(config: Run) -> Task:
     check_fits(config, data)
     state, parts = algorithm.build(config, mesh, FileLoader(), data)
     task = algorithm.task(config, mesh, state, parts, data)
-    return task._replace(
-        inputs=text_inputs(config, tok), data_report=lambda: report_of(data)
-    )
+    return task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:
