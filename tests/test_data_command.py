@@ -17,6 +17,7 @@ from jaxalign.commands.report.data import (
     marked,
     printable,
     show,
+    write_page,
 )
 from jaxalign.run.pipeline import EXAMPLES
 from jaxalign.types import RankedBatch, SharedPairBatch, StepBatch, TokenBatch
@@ -185,6 +186,10 @@ def test_data_that_streams(tokenizer, tmp_path):
     view = inspect_data(given)[0]
     assert view.lengths == [53] * 9
     assert view.sources["a"]["kept"] == 9
+    line = "a: 9 rows as messages; messages → messages"
+    assert view.summary.count(line) == 1
+    shown = write_page([view], tmp_path / "data.html").read_text(encoding="utf-8")
+    assert line in shown
 
 
 def test_the_first_batches_only(tokenizer, tmp_path):

@@ -513,8 +513,16 @@ def test_a_tokenizer_of_another_model_is_refused(chat_models, tmp_path):
     bigger = chatmodel.make_tokenizer()
     bigger.add_tokens(["<extra>"])
     bigger.save_pretrained(tmp_path / "tok")
-    with pytest.raises(ValueError, match=r"261 tokens.*only 260.*do not belong together"):
-        run("sft", chat_models, tmp_path / "run", {"model": {"tokenizer": str(tmp_path / "tok")}})
+    changes = {"model": {"tokenizer": str(tmp_path / "tok")}}
+    # One token more than rows is taken, unless it occurs.
+    row = {"prompt": "an <extra>", "completion": "one"}
+    data = chatmodel.write_rows(tmp_path / "extra.jsonl", [row] * 8)
+    with pytest.raises(ValueError, match=r"the token 260 \('<extra>'\).*do not belong together"):
+        run("sft", chat_models, tmp_path / "run", merge(changes, {"data": {"train": [data]}}))
+    bigger.add_tokens([f"<extra{n}>" for n in range(20)])
+    bigger.save_pretrained(tmp_path / "tok")
+    with pytest.raises(ValueError, match=r"281 tokens.*only 260.*do not belong together"):
+        run("sft", chat_models, tmp_path / "run", changes)
 
 
 def test_models_of_the_wrong_kind_are_refused(chat_models, tmp_path):

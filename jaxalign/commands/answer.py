@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,17 @@ from jaxalign.commands.going_on import overwrite_argument
 
 _NOT_FLAGS = ("key", "rows")  # --seed makes the key; prompts are decoded as many at a time as fit
 _DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
-_TYPES = {"int": int, "float": float, "str": str}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """An object of JSON, such as '{"enable_thinking": true}'."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_TYPES = {"int": int, "float": float, "str": str, "dict[str, Any]": _object}
 
 
 # --- generate and chat ----------------------------------------------------------------------------

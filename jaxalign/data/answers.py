@@ -130,7 +130,7 @@ def ranked_batches(
         return example
 
     def encode(examples: Sequence[Ranked]) -> list[Made]:
-        whole = [answered(e, answer) for e in examples for answer in e.answers]
+        whole = [answered(e, answer, e.answers) for e in examples for answer in e.answers]
         found = iter(encode_conversations(tok, whole, options.chat_template, style=style))
         return [Made(i, [next(found) for _ in e.answers]) for i, e in enumerate(examples)]
 

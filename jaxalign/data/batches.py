@@ -26,6 +26,7 @@ from jaxalign.data.mixture import Entry, entries_of
 from jaxalign.data.options import Options, options_of, spelled_out
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.prepare import Group, Kept, Made, Recipe
+from jaxalign.data.presence import reasons
 from jaxalign.data.rows import to_conversation, to_preference, to_prompt, to_text
 from jaxalign.data.sources import Row
 from jaxalign.data.stream import streamed
@@ -146,7 +147,10 @@ def preference_batches(
     def encode(examples: Sequence[Preference]) -> list[Made]:
         sides = [
             encode_conversations(
-                tok, [answered(p, getattr(p, side)) for p in examples], template, style=style
+                tok,
+                [answered(p, getattr(p, side), (p.chosen, p.rejected)) for p in examples],
+                template,
+                style=style,
             )
             for side in ("chosen", "rejected")
         ]
@@ -255,13 +259,23 @@ def load(
     return make(recipe, entries, options, tok)
 
 
-def answered(example: Any, answer: Any) -> Conversation:
-    """A prompt with one of its answers, of which the answer is trained."""
+def answered(example: Any, answer: Any, answers: Sequence[Any] = ()) -> Conversation:
+    """A prompt with one of its answers, of which the answer is trained.
+
+    All of several `answers` follow the same prompt: that of reasoning, if one begins with it.
+    """
     tools = getattr(example, "tools", ())
     kwargs = getattr(example, "template_kwargs", None)
     first = len(example.prompt)
+    turns = [turn for other in answers for turn in other if turn["role"] == "assistant"]
+    thinking = True if any(map(reasons, turns)) else None
     return Conversation(
-        example.prompt + answer, example.origin, first, tools, template_kwargs=kwargs
+        example.prompt + answer,
+        example.origin,
+        first,
+        tools,
+        template_kwargs=kwargs,
+        thinking=thinking,
     )
 
 

@@ -8,11 +8,12 @@ a token would straddle it), and every token that holds a character of a turn is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.data.ends import united_ends
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools, TrainOn
 from jaxalign.data.messages import read_messages
 from jaxalign.data.render import NONE, resolve_chat_template
@@ -196,6 +197,9 @@ def encode_prompt(
     tok: PreTrainedTokenizerBase,
     messages: str | Sequence[Message],
     chat_template: str | None = None,
+    *,
+    thinking: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of one prompt, ending where the assistant's answer begins.
 
@@ -203,23 +207,44 @@ def encode_prompt(
       tok: a transformers tokenizer.
       messages: the turns so far; a string is one user message.
       chat_template: see `resolve_chat_template`.
+      thinking: "on" for the prompt of answers that begin with reasoning; "auto" and "off" for the
+        other.
+      chat_template_kwargs: further variables of the template.
     """
+    style = Style(chat_template_kwargs, thinking=thinking)
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     checked = read_messages(turns, "messages", "prompt")
-    return encode_prompts(tok, [checked], chat_template, ["prompt"])[0].tolist()
+    return encode_prompts(tok, [checked], chat_template, ["prompt"], style=style)[0].tolist()
 
 
 def stop_token_ids(
-    tok: PreTrainedTokenizerBase, chat_template: str | None = None
+    tok: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    model: Any = None,
+    *,
+    listed: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """The tokens at which an answer ends: the template's end of turn, and the tokenizer's eos."""
-    stops = set() if tok.eos_token_id is None else {int(tok.eos_token_id)}
+    """The tokens at which an answer ends, ascending: for training, sampling, scoring and exports.
+
+    They are the template's end of turn, the tokenizer's eos, what the source's generation config
+    lists, and what publishers list beside these (`jaxalign.data.ends.BESIDE`).
+
+    Args:
+      tok: a transformers tokenizer; `load_tokenizer` reads what its source lists.
+      chat_template: see `resolve_chat_template`.
+      model: a model whose source's generation config counts too; None: none does.
+      listed: further ids.
+
+    Raises:
+      ValueError: no such template, or one under which an answer ends without a token to stop at.
+    """
     template = resolve_chat_template(tok, chat_template)
+    ends = {*listed, *getattr(getattr(model, "config", None), "listed_stops", ())}
     if template != NONE:
         turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
         probe = encode_conversations(tok, [Conversation(turns, "chat template")], template)[0]
-        stops.add(int(probe.ids[probe.trained][-1]))
-    return tuple(sorted(stops))
+        ends.add(int(probe.ids[probe.trained][-1]))
+    return united_ends(tok, ends)
 
 
 # Under a template

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -147,7 +148,10 @@ def read_form(
     check_weight(row, trained)
     chosen = _form_of(row, forms, form, hint)
     data.reading.form = data.reading.form or chosen.name
-    example = chosen.read(row)
+    try:
+        example = chosen.read(row)
+    except RowError as error:
+        raise _in_their_words(error, data) from None
     read = set(data.reading.columns.values())
     unused = [name for name in data.source if name not in read and name not in data.ignored]
     data.reading.unused = tuple(
@@ -156,6 +160,17 @@ def read_form(
     for name in data.reading.unused:
         check_unused(row, name, example, trained=trained, by_columns=form is None)
     return example
+
+
+def _in_their_words(error: RowError, data: Recorded) -> RowError:
+    """The error of a column under our name, with the name that the data set gives it."""
+    ours = re.match(r"\w+", error.reason)
+    theirs = data.theirs.get(ours[0], ours[0]) if ours else None
+    if ours is None or theirs == ours[0]:
+        return error
+    message = str(error).removeprefix(f"{error.origin}: ")
+    found = RowError(error.origin, error.reason, f"{message} ({ours[0]} is the column {theirs!r})")
+    return found
 
 
 def _form_of(row: Row, forms: tuple[Form, ...], form: str | None, hint: str) -> Form:

@@ -30,6 +30,8 @@ class Conversation(NamedTuple):
       untrained: indices of further assistant turns that are context only (`weight: 0`).
       everything: all tokens are trained, those of prompts and headers too.
       template_kwargs: variables that the chat template gets for this row, or None.
+      thinking: whether the answers follow the prompt of answers that begin with reasoning; None:
+        each as it begins itself.
     """
 
     messages: Messages
@@ -39,6 +41,7 @@ class Conversation(NamedTuple):
     untrained: tuple[int, ...] = ()
     everything: bool = False
     template_kwargs: dict[str, Any] | None = None
+    thinking: bool | None = None
 
     def trained_turns(self) -> tuple[int, ...]:
         """The indices of the messages that are trained."""

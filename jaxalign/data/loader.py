@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from jaxalign.data.counts import Counts
+from jaxalign.data.extent import Extent, Limits, extent_of, extent_of_batch
 from jaxalign.data.mixture import Entry, pools_of, shares_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.order import Chosen, batches_of
@@ -43,8 +44,6 @@ class Batches(Generic[Batch]):
       widths: the widths that batches may have.
       per_epoch: batches that one pass over the data fills, a fraction where a batch runs on into
         the next pass; None when streaming, where it is not known.
-      usage: what became of the columns of each source, a line each; printed at the first
-        `iter()`. Empty when streaming, where it is printed after a source's first window.
     """
 
     def __init__(
@@ -58,16 +57,19 @@ class Batches(Generic[Batch]):
         checksum: int,
         counts: Counts | None,
         examples: list[Any],
-        usage: Sequence[str] = (),
+        usage: Callable[[], Sequence[str]] = tuple,
         per_epoch: float | None = None,
         rows_of: Callable[[int], list[int]] | None = None,
+        extent: Extent | None = None,
     ):
         self.examples = examples
         self.sources = tuple(sources)
         self.widths = options.widths
-        self.usage = tuple(usage)
+        self._usage = usage
         self.per_epoch = per_epoch
         self._name, self._rows_of = name, rows_of
+        self._extent = extent
+        self._limits: Limits | None = None
         self._options = options
         self._data = data
         self._length = length
@@ -77,6 +79,15 @@ class Batches(Generic[Batch]):
         self._shown = False
         self._start: dict[str, Any] | None = None
         self._iterator: Any = None
+
+    @property
+    def usage(self) -> tuple[str, ...]:
+        """What became of the columns of each source, a line each.
+
+        Printed at the first `iter()`; when streaming, after a source's first window, and here of
+        the windows that were read.
+        """
+        return tuple(self._usage())
 
     @property
     def checksum(self) -> int:
@@ -104,6 +115,19 @@ class Batches(Generic[Batch]):
         """Which of `examples` are in a batch, counted from 0 over all passes; [] when streaming."""
         return [] if self._rows_of is None else self._rows_of(batch)
 
+    def check_model(self, limits: Limits) -> None:
+        """Refuses documents that a model cannot read: at once, or batch by batch when streaming.
+
+        Args:
+          limits: what the model has rows and positions for.
+
+        Raises:
+          ValueError: a token without a row, or a document beyond the learned positions.
+        """
+        self._limits = limits
+        if self._extent is not None:
+            limits.check(self._extent, self._name)
+
     def __len__(self) -> int:
         """Batches in all epochs together."""
         if self._options.streaming:
@@ -118,11 +142,17 @@ class Batches(Generic[Batch]):
         else:
             self._announce()
         iterator: Any = iter(self._data)
-        self._iterator = _Running(iterator, self._announce) if self._options.streaming else iterator
+        if self._options.streaming:
+            iterator = _Running(iterator, self._announce, self._check)
+        self._iterator = iterator
         if self._start is not None:
             self._iterator.set_state(self._start)
             self._start = None
         return self._iterator
+
+    def _check(self, batch: Any) -> None:
+        if self._limits is not None:
+            self._limits.check(extent_of_batch(batch), self._name)
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch given out, as JSON-able data."""
@@ -166,19 +196,30 @@ class Batches(Generic[Batch]):
         lost = (stats["cut"], stats["dropped"])
         if any(lost) and self._announced != lost:
             self.describe()
-        elif self.usage and not self._shown and self._options.host[0] == 0:
+        elif self._is_to_be_shown():
             print("\n".join(self.usage))
         self._shown = True
 
+    def _is_to_be_shown(self) -> bool:
+        streaming, main = self._options.streaming, self._options.host[0] == 0
+        return bool(self.usage) and not self._shown and main and not streaming
+
+    @property
+    def report(self) -> str:
+        """What was read, cut, dropped, what became of columns, and how full the rows are."""
+        if self._options.streaming and self._iterator is None:
+            return f"{self._name}: a stream; nothing was read yet"
+        return "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
+
     def describe(self) -> str:
-        """Prints, and returns, what was read, cut, dropped and how full the rows are."""
-        text = "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
+        """Prints, and returns, the `report`."""
+        text = self.report
+        self._announced = (self.stats["cut"], self.stats["dropped"])
         print(text)
         return text
 
     def _summary(self) -> str:
         s, length = self.stats, self._options.length
-        self._announced = (s["cut"], s["dropped"])
         lines = [
             f"{self._name}: {s['read']} rows read, {s['kept']} kept, {s['cut']} cut to {length} "
             f"tokens, {sum(s['dropped'].values())} dropped; {s['tokens']:,} tokens"
@@ -201,8 +242,8 @@ class Batches(Generic[Batch]):
 class _Running(Iterator[Any]):
     """A grain iterator with a thread: something is said at its end, and it ends before Python."""
 
-    def __init__(self, iterator: Any, say: Callable[[], None]):
-        self._say = say
+    def __init__(self, iterator: Any, say: Callable[[], None], check: Callable[[Any], None]):
+        self._say, self._check = say, check
         self._last: Any = None
         self._box = [iterator]
         # grain's iterators close themselves, but fail at it once Python takes modules apart.
@@ -212,10 +253,12 @@ class _Running(Iterator[Any]):
         if not self._box:
             raise ValueError("these batches were closed; call iter() again")
         try:
-            return next(self._box[0])
+            batch = next(self._box[0])
         except StopIteration:
             self._say()
             raise
+        self._check(batch)
+        return batch
 
     def get_state(self) -> Any:
         return self._box[0].get_state() if self._box else self._last
@@ -302,9 +345,10 @@ def in_memory(
         checksum=_checksum(recipe, options, kept, groups, [tuple(s) for s in shares]),
         counts=counts,
         examples=kept.examples,
-        usage=usage,
+        usage=lambda: usage,
         per_epoch=_per_epoch([share.share for share in shares], options),
         rows_of=rows_of,
+        extent=extent_of(d.ids for side in kept.sides for d in side if d is not None),
     )
 
 

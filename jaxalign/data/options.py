@@ -18,6 +18,7 @@ PACKING = ("best_fit", "best_fit_split", "wrapped")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
 SPECIAL_TOKENS = ("escape", "error", "keep")
+THINKING = ("auto", "on", "off")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,10 @@ class BatchOptions:
         "escape": they are read as the characters that they are written with, so that no text can
         forge a turn; counted. "error": the row is bad. "keep": they are the tokens. Plain texts
         keep theirs.
+      thinking: which prompt answers follow under templates that have two. "auto": answers that
+        begin with reasoning follow the prompt that leaves it to them, others (and prompts of
+        rollouts) the one that closes it; both sides of a pair follow the same. "on": all follow the
+        first. "off": all follow the second, and reasoning is left out of what is trained (counted).
       chat_template_kwargs: variables that the chat template gets, such as `enable_thinking`; those
         of a row's column of this name stand above them.
       streaming: reads, renders, tokenises and packs while training goes on, a window at a time,
@@ -85,6 +90,7 @@ class BatchOptions:
     max_tokens: int | None = None
     on_error: str = "stop"
     special_tokens_in_text: str = "escape"
+    thinking: str = "auto"
     chat_template_kwargs: dict[str, Any] | None = None
     streaming: bool = False
     window: int = 1024
@@ -110,6 +116,7 @@ class BatchOptions:
             _check_choice("packing", self.packing, PACKING, "true, false or null")
         _check_choice("on_error", self.on_error, ON_ERROR)
         _check_choice("special_tokens_in_text", self.special_tokens_in_text, SPECIAL_TOKENS)
+        _check_choice("thinking", self.thinking, THINKING)
         _check_choice("keep", self.keep, KEEP, "None")
         _check_choice("dedup", self.dedup, DEDUP, "None")
         self._check_ranges()

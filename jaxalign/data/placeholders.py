@@ -61,7 +61,7 @@ def placeholders_of(chat: Chat) -> Placeholders:
         if isinstance(message.get("reasoning_content"), str):
             changed["reasoning_content"] = hide(message["reasoning_content"])
         messages.append(changed)
-    around = key_of({"tools": chat.tools, "kwargs": chat.kwargs})
+    around = key_of({"tools": chat.tools, "kwargs": chat.kwargs, "thinking": chat.thinking})
     keys = (around, *(key_of(message) for message in messages))
     return Placeholders(chat._replace(messages=tuple(messages), keys=keys), values)
 

@@ -26,6 +26,17 @@ def split_reasoning(message: Message) -> tuple[str, str]:
     return (apart if apart else inside), after.strip()
 
 
+def reasons(message: Message) -> bool:
+    """Whether an answer begins with reasoning."""
+    return bool(split_reasoning(message)[0])
+
+
+def without_reasoning(message: Message) -> Message:
+    """An answer without its reasoning, in a field of its own or in `<think>`."""
+    answer = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return answer | {"content": split_reasoning(message)[1]}
+
+
 def check_turns(chat: Chat, size: int, text: str) -> None:
     """Refuses a text in which a turn is missing.
 

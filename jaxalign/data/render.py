@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxalign.data.ends import end_tokens
 from jaxalign.data.examples import Messages, RowError, Tools
 from jaxalign.data.paths import local_path
 
@@ -22,8 +23,8 @@ NONE = "none"
 # Templates of reasoning models close an empty reasoning block in the generation prompt when told
 # that no reasoning is wanted. Answers without reasoning are trained, and generated, after that;
 # answers with reasoning after the open header. Other templates ignore these variables.
-ANSWER_AT_ONCE = {"enable_thinking": False}
-THINK_FIRST = {"enable_thinking": True, "open_thinking": True}
+ANSWER_AT_ONCE = {"enable_thinking": False, "thinking": False}
+THINK_FIRST = {"enable_thinking": True, "thinking": True, "open_thinking": True}
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATES = "templates"
@@ -40,6 +41,8 @@ class Chat(NamedTuple):
       kwargs: further variables of the template.
       keys: of a conversation of placeholders: a text for tools and variables, then one for each
         message. Renderings of such conversations are kept.
+      thinking: whether its answers follow the prompt of answers that begin with reasoning; None:
+        each as it begins itself.
     """
 
     messages: Messages
@@ -47,6 +50,7 @@ class Chat(NamedTuple):
     origin: str
     kwargs: Mapping[str, Any] | None = None
     keys: tuple[str, ...] | None = None
+    thinking: bool | None = None
 
     def upto(self, size: int) -> Chat:
         """The first `size` messages."""
@@ -122,6 +126,7 @@ class Renderer:
         kwargs: Mapping[str, Any] | None = None,
     ):
         self.template = template
+        self._tok = tok
         self.added = sorted({*tok.get_added_vocab(), *tok.all_special_tokens}, key=len)[::-1]
         self.cache: dict[Any, Any] = {}
         self._special: dict[str, Any] = dict(tok.special_tokens_map)
@@ -212,6 +217,17 @@ class Renderer:
         tail = text[text.rfind(content) + len(content) :] if content in text else ""
         places = [(tail.find(token), -len(token), token) for token in self.added if token in tail]
         return min(places)[2] if places else None
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens at which an answer may end: this template's, and those of its tokenizer."""
+        return end_tokens(self._tok, self.end_of_turn)
+
+    def find_end(self, text: str, start: int) -> int | None:
+        """Where the first of `ends` from `start` on is over; None where there is none."""
+        places = [(text.find(end, start), end) for end in self.ends]
+        found = [(place, len(end)) for place, end in places if place >= 0]
+        return sum(min(found)) if found else None
 
     def _run(self, chat: Chat, generation_prompt: bool, thinking: bool | None, **more: Any) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template

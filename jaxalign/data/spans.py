@@ -26,17 +26,25 @@ shape; a conversation whose text is that of its placeholders, filled in, takes t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxalign.data.examples import Conversation, Message, Messages, RowError
+from jaxalign.data.examples import Conversation, RowError
 from jaxalign.data.placeholders import filled, placeholders_of
-from jaxalign.data.presence import LEFT_OUT, check_turns, find_content, split_reasoning
+from jaxalign.data.presence import (
+    LEFT_OUT,
+    check_turns,
+    find_content,
+    reasons,
+    split_reasoning,
+)
 from jaxalign.data.render import GENERATION, Chat, Renderer
 
 Span = tuple[int, int]
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_BLOCK = re.compile(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?$")
 
 
 class Document(NamedTuple):
@@ -68,6 +76,7 @@ def find_documents(
     """
     for row, c in enumerate(conversations):
         chat = render.chat(c.messages, c.tools, c.origin, c.template_kwargs)
+        chat = chat._replace(thinking=c.thinking)
         for document in _documents(render, chat, c, one_each):
             yield document._replace(row=row)
 
@@ -90,7 +99,7 @@ def _documents(
         render.cache[key] = found
     documents = render.cache[key]
     if not isinstance(documents, RowError) and len(documents) == 1:
-        text = render.one(chat, thinking=_thinks(chat.messages, trained))
+        text = render.one(chat, thinking=_thinks(chat, trained))
         mapped = filled(documents[0].text, documents[0].spans, shape, text)
         if mapped is not None:
             return [Document(0, text, mapped)]
@@ -105,7 +114,7 @@ def _exact(
     render: Renderer, chat: Chat, trained: Sequence[int], one_each: bool, everything: bool
 ) -> list[Document]:
     """The documents, by rendering every prefix that ends where a trained turn begins or ends."""
-    thinking = _thinks(chat.messages, trained)
+    thinking = _thinks(chat, trained)
     whole = render.one(chat, thinking=thinking)
     if everything:
         check_turns(chat, len(chat.messages), whole)
@@ -143,15 +152,17 @@ def _exact(
     return documents + own
 
 
-def _thinks(messages: Messages, trained: Sequence[int]) -> bool:
-    """Whether some of the answers that are trained begin with reasoning."""
-    return any(_reasons(messages[at]) for at in trained)
+def _thinks(chat: Chat, trained: Sequence[int]) -> bool:
+    """Whether some of the answers that are trained follow the prompt of reasoning."""
+    return any(_reasons(chat, at) for at in trained)
 
 
-def _reasons(message: Message) -> bool:
-    if message["role"] != "assistant":
-        return False
-    return bool(split_reasoning(message)[0])
+def _reasons(chat: Chat, at: int) -> bool:
+    """Whether an answer follows the prompt of answers that begin with reasoning."""
+    message = chat.messages[at]
+    if chat.thinking is not None:
+        return chat.thinking
+    return message["role"] == "assistant" and reasons(message)
 
 
 def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
@@ -161,7 +172,7 @@ def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
 
 def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
     """Texts up to a turn: as generation begins an answer of its kind, then of the other kind."""
-    mine = _reasons(chat.messages[at])
+    mine = _reasons(chat, at)
     before = chat.upto(at)
     heads = [render.one(before, generation_prompt=True, thinking=mine)]
     if not whole.startswith(heads[0]):
@@ -184,10 +195,9 @@ def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> i
     It is sought after all that the turn says. Blanks, the end of the text, and the next turn's
     header may follow it.
     """
-    end = render.end_of_turn
     content = find_content(chat.messages[at], done, start)
-    place = -1 if end is None or content is None else done.find(end, content)
-    return place + len(end) if end is not None and place >= 0 else len(done.rstrip())
+    end = None if content is None else render.find_end(done, content)
+    return len(done.rstrip()) if end is None else end
 
 
 def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: str) -> Span | None:
@@ -212,7 +222,7 @@ def _shows(chat: Chat, at: int, text: str) -> bool:
 def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: bool) -> Document:
     """The turn as the end of a document of its own."""
     message = chat.messages[at]
-    if thinking != _reasons(message):
+    if thinking != _reasons(chat, at):
         done = _done(render, chat, at, not thinking)
     start = _after_any(done, [head])
     if start is not None:
@@ -232,6 +242,8 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
             f"the chat template leaves out a part of what messages[{at}] (assistant) says, "
             "such as text before a second </think>; correct the row, or pass another chat_template",
         )
+    if "tool_calls" in message and _BLOCK.search(head):
+        return _own_calls(render, chat, at, head, done)
     if place < 0 or "tool_calls" in message:
         raise _unmarkable(chat, at)
     end = _turn_end(render, chat, at, done, place)
@@ -243,6 +255,20 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
         text = f"{head}{before}{thought}\n{_CLOSE}\n\n{answer}{tail}"
     else:
         text = f"{head}{_blanks_before(done[:place], head)}{answer}{tail}"
+    check_turns(chat, at + 1, text)
+    return Document(0, text, [(len(head), len(text))])
+
+
+def _own_calls(render: Renderer, chat: Chat, at: int, head: str, done: str) -> Document:
+    """A turn that calls tools, after a prompt that ends with a block of reasoning (QwQ)."""
+    thought, answer = split_reasoning(chat.messages[at])
+    header, closed = _BLOCK.sub("", head).rstrip(), head.rstrip().endswith(_CLOSE)
+    if not done.startswith(header) or (closed and thought):
+        raise _unmarkable(chat, at)
+    said = done[len(header) : _turn_end(render, chat, at, done, len(header))]
+    if _OPEN in said or answer not in said:
+        raise _unmarkable(chat, at)
+    text = f"{head}{said}" if closed else f"{head}{thought}\n{_CLOSE}\n\n{said.lstrip()}"
     check_turns(chat, at + 1, text)
     return Document(0, text, [(len(head), len(text))])
 
@@ -312,7 +338,8 @@ def _marked(
 ) -> dict[int, Span]:
     """Spans that the template marks, without the blanks after them.
 
-    Turns of which the reasoning is not there are left out, unless one document is wanted.
+    Turns of which the reasoning is not there, and those whose header is marked too, are left out,
+    unless one document is wanted.
     """
     text, marks = render.marked(chat, thinking)
     answers = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -337,5 +364,18 @@ def _marked(
                 f"the passage that the chat template marks by {{% generation %}} lacks what "
                 f"messages[{at}] (assistant) says; correct it, or pass another chat_template",
             )
-        spans[at] = (first, first + len(whole[first:last].rstrip()))
+        last = first + len(whole[first:last].rstrip())
+        header = _marked_header(render, chat, at, whole, first)
+        if header and not one_each:
+            continue
+        spans[at] = (first + len(header) if whole.startswith(header, first) else first, last)
     return spans
+
+
+def _marked_header(render: Renderer, chat: Chat, at: int, whole: str, first: int) -> str:
+    """The header of an answer, where a template marks it too; generation is given it."""
+    head = _heads(render, chat, at, whole)[0]
+    if not head.startswith(whole[:first]):
+        return ""
+    opened = head[first:].rstrip().removesuffix(_CLOSE).rstrip()
+    return opened.removesuffix(_OPEN).strip()

@@ -26,6 +26,7 @@ from jaxalign.data.loader import Batches, count_rows
 from jaxalign.data.mixture import Entry, pools_of
 from jaxalign.data.options import Options, settings_of
 from jaxalign.data.prepare import Group, Kept, Recipe, SourceReader, grouped, nothing_left, prepare
+from jaxalign.data.usage import Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,9 @@ def streamed(
             "they come round at different times; give a number of steps instead"
         )
     slots = max(1, options.length // _LEAST_PAIR)
-    data = _Stream(recipe, entries, options, tok, slots if options.packing is not None else 1)
+    usages: dict[str, Usage] = {}
+    slots = slots if options.packing is not None else 1
+    data = _Stream(recipe, entries, options, tok, slots, usages)
     ahead = max(options.prefetch, _AHEAD) if options.prefetch else 0
     return Batches(
         recipe.name,
@@ -68,6 +71,7 @@ def streamed(
         checksum=_checksum(recipe, entries, options, tok),
         counts=None,
         examples=[],
+        usage=lambda: [*map(str, list(usages.values())), *recipe.notes()],
     )
 
 
@@ -92,6 +96,7 @@ class _Batcher(grain.DatasetIterator):
         options: Options,
         tok: PreTrainedTokenizerBase,
         slots: int,
+        usages: dict[str, Usage],
     ):
         super().__init__()
         self._recipe, self._options, self._slots = recipe, options, slots
@@ -99,7 +104,7 @@ class _Batcher(grain.DatasetIterator):
         weights = [entries[pool[0]].options.weight for pool in pools]
         self._weights = np.asarray([1.0 if w is None else w for w in weights])
         self._lanes = [
-            _Lane(recipe, entries, pool, number, options, tok, slots)
+            _Lane(recipe, entries, pool, number, options, tok, slots, usages)
             for number, pool in enumerate(pools)
         ]
 
@@ -173,9 +178,11 @@ class _Lane:
         options: Options,
         tok: PreTrainedTokenizerBase,
         most: int,
+        usages: dict[str, Usage],
     ):
         self._recipe, self._entries, self._pool = recipe, entries, pool
         self._number, self._options, self._tok, self._most = number, options, tok, most
+        self._usages = usages  # source → what became of its columns
         self.close()
         # Where the window in hand begins: the pass, the source, its rows read before.
         self._at = (0, 0, 0)
@@ -247,8 +254,9 @@ class _Lane:
         )
         if not kept.examples:
             return []
+        self._usages[entry.name] = self._reading.usage
         if entry.name not in self._shown and self._options.host[0] == 0:
-            print(self._reading.usage)
+            print("\n".join([str(self._reading.usage), *self._recipe.notes()]))
             self._shown.add(entry.name)
         self._kept_in_pass += len(kept.examples)
         which = range(len(kept.examples))

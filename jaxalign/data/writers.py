@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxalign.data.examples import Conversation, Message, Messages, RowError, Tools
+from jaxalign.data.options import THINKING, Options
 from jaxalign.data.placeholders import placeholders_of
-from jaxalign.data.presence import LEFT_OUT, check_turns
+from jaxalign.data.presence import LEFT_OUT, check_turns, reasons, without_reasoning
 from jaxalign.data.render import Chat, Renderer, resolve_chat_template
 from jaxalign.data.spans import Document, find_documents
 from jaxalign.data.tokens import SpecialTokens, places_of, tokenize, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from jaxalign.data.options import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +32,39 @@ class Style:
         "error": such a row is a bad row. "keep": they are the tokens.
       rendered: whether a prompt that is rendered already, in rows of prompt and completion, is
         taken as it is rather than wrapped again.
+      thinking: "auto", "on" or "off"; see `jaxalign.data.options.BatchOptions`.
       found: token → how often it was in people's words; is added to.
     """
 
     kwargs: Mapping[str, Any] | None = None
     special_tokens: str = "escape"
     rendered: bool = False
+    thinking: str = "auto"
     found: Counter[str] = dataclasses.field(default_factory=Counter)
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def __post_init__(self):
+        if self.thinking not in THINKING:
+            wanted = ", ".join(THINKING)
+            raise ValueError(f"thinking: got {self.thinking!r}, wanted {wanted}")
 
     @classmethod
     def of(cls, options: Options) -> Style:
         """As the options of a batch function say; rows may be rendered already."""
-        return cls(options.chat_template_kwargs, options.special_tokens_in_text, rendered=True)
+        kwargs, special = options.chat_template_kwargs, options.special_tokens_in_text
+        return cls(kwargs, special, rendered=True, thinking=options.thinking)
 
     def notes(self) -> list[str]:
-        """A line on special tokens in people's words, if there were any."""
+        """Lines on special tokens in people's words, and on reasoning that was left out."""
+        lost = self.left_out["reasoning"]
+        lines = [f"reasoning left out of {lost} answers (thinking: off)"] if lost else []
         if not self.found:
-            return []
+            return lines
         becomes = {"escape": "read as ordinary characters", "keep": "kept as tokens"}
         tokens = ", ".join(f"{token} ({count})" for token, count in self.found.most_common(10))
         return [
-            f"special tokens in the text, {becomes.get(self.special_tokens, 'refused')}: {tokens}"
+            *lines,
+            f"special tokens in the text, {becomes.get(self.special_tokens, 'refused')}: {tokens}",
         ]
 
 
@@ -99,9 +110,31 @@ class Writers:
         ready = self._rendered(render, conversation)
         if ready is not None:
             return [ready]
+        conversation = self._with_thinking(conversation)
         messages = self.words(conversation.messages, conversation.origin, render)
         shown = conversation._replace(messages=messages)
         return list(find_documents(render, [shown], one_each))
+
+    def _with_thinking(self, conversation: Conversation) -> Conversation:
+        """The conversation after the prompt that `style.thinking` names."""
+        if self.style.thinking == "auto":
+            return conversation
+        if self.style.thinking == "on":
+            return conversation._replace(thinking=True)
+        messages = list(conversation.messages)
+        for at in conversation.trained_turns():
+            if not reasons(messages[at]):
+                continue
+            messages[at] = without_reasoning(messages[at])
+            self.style.left_out["reasoning"] += 1
+            if not messages[at]["content"] and "tool_calls" not in messages[at]:
+                raise RowError(
+                    conversation.origin,
+                    "nothing but reasoning",
+                    f"messages[{at}] (assistant) holds nothing but reasoning, which thinking='off' "
+                    "leaves out; remove the row, or set thinking to 'auto'",
+                )
+        return conversation._replace(messages=tuple(messages), thinking=False)
 
     def places(self, document: Document) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Token ids of a document, and where in its text each begins and ends."""
@@ -115,7 +148,8 @@ class Writers:
         if len(messages) == 1 and self.style.rendered and self._is_rendered(render, messages[0]):
             return messages[0]["content"]
         chat = render.chat(self.words(messages, origin, render), tools, origin, kwargs)
-        text = render.one(chat, generation_prompt=True)
+        thinking = self.style.thinking == "on"
+        text = render.one(chat, generation_prompt=True, thinking=thinking)
         self._check_prompt(render, chat, text)
         return text
 
@@ -130,7 +164,7 @@ class Writers:
         writes itself: they are taken off.
         """
         made: list[Message] = []
-        ends = [end for end in (render.end_of_turn, self.tok.eos_token) if end]
+        ends = render.ends
         for number, message in enumerate(messages):
             changed = dict(message)
             if message["role"] == "assistant":
@@ -186,7 +220,7 @@ class Writers:
             return None
         prompt, answer = messages[0]["content"], messages[1]["content"]
         end = render.end_of_turn
-        if end and not answer.rstrip().endswith((end, str(self.tok.eos_token))):
+        if end and not answer.rstrip().endswith(render.ends):
             answer += end
         start = 0 if conversation.everything else len(prompt)
         return Document(0, prompt + answer, [(start, len(prompt + answer))])

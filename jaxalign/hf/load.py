@@ -22,8 +22,10 @@ from jaxalign.hf import checksums, families, orbax_folder, safetensors_file
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
-from jaxalign.hf.save import GENERATION_FILE, abbreviate, to_dtype
+from jaxalign.hf.hints import prefix_hint
+from jaxalign.hf.save import abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
+from jaxalign.hf.special_tokens import GENERATION_FILE
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
@@ -38,6 +40,9 @@ _PATTERNS = (
     safetensors_file.INDEX,
     "model-*-of-*.safetensors",
 )
+
+_HEAD = "lm_head.weight"
+_COMPARED = 1 << 20  # elements compared at a time
 
 
 def fetch_model(source: str | os.PathLike[str]) -> pathlib.Path:
@@ -97,7 +102,8 @@ def load_pretrained(
             _check_folder_sums(path)
             return model, file.load(model.shapes, shardings, kind)
         leaves = families.leaves(config, model.shapes, file.shapes)
-        _check_tensors(path, file, leaves, config, tied=config.tie_embeddings and not scorer)
+        spare_head = config.tie_embeddings or scorer
+        _check_tensors(path, file, leaves, config, spare_head=spare_head)
         if isinstance(file, safetensors_file.SafetensorsFolder):
             with workers() as pool:  # read once more: processes share the files
                 file.check_sums(pool, (jax.process_index(), jax.process_count()))
@@ -196,6 +202,8 @@ def _model(path: pathlib.Path, file: Any, **options: Any) -> Decoder | Scorer:
         hf[families.GENERATION] = read_json(path / GENERATION_FILE)
     hf[SOURCE_DTYPES] = file.source_dtypes
     try:
+        if _has_own_head(file, hf):
+            hf["tie_word_embeddings"] = False
         base = Decoder(families.config_from_hf(hf), **options)
         return Scorer(base, families.attributes_of(hf)) if families.is_scorer(hf) else base
     except ValueError as error:
@@ -220,6 +228,31 @@ def _open(path: pathlib.Path) -> Any:
     return safetensors_file.SafetensorsFolder(path)
 
 
+def _has_own_head(file: Any, hf: Mapping[str, Any]) -> bool:
+    """Whether a file under a config that ties the head to the embedding holds another head.
+
+    transformers compares the two as well, and keeps both where they differ.
+    """
+    shapes = getattr(file, "shapes", {})  # an Orbax folder has parameters, not tensors
+    if _HEAD not in shapes or _HEAD in file.problems or families.is_scorer(hf):
+        return False
+    if not families.config_from_hf(hf).tie_embeddings:
+        return False
+    entries = families.find_family(hf.get("model_type")).table
+    names = [entry.name for entry in entries if entry.path == "embed/embedding"]
+    embedding = next((name for name in names if name in shapes and name not in file.problems), None)
+    if embedding is None or shapes[embedding] != shapes[_HEAD]:
+        return False
+    rows, width = shapes[_HEAD]
+    step = max(1, _COMPARED // max(1, width))
+    for first in range(0, rows, step):
+        part = (slice(first, min(first + step, rows)), slice(0, width))
+        head = np.array(file.read(_HEAD, part))  # the next read uses the same memory
+        if not np.array_equal(head, file.read(embedding, part)):
+            return True
+    return False
+
+
 def _widest(file: Any, leaf: Leaf) -> np.dtype:
     """The dtype of a leaf's tensors in the file, as far as arrays may have it."""
     widest = max((file.dtypes[name] for name in leaf.names), key=lambda dtype: dtype.itemsize)
@@ -227,14 +260,15 @@ def _widest(file: Any, leaf: Leaf) -> np.dtype:
 
 
 def _check_tensors(
-    path: pathlib.Path, file: Any, leaves: list[Leaf], config: DecoderConfig, *, tied: bool
+    path: pathlib.Path, file: Any, leaves: list[Leaf], config: DecoderConfig, *, spare_head: bool
 ) -> None:
     """Compares what a source holds with what the model needs."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     ignored = families.find_family(config.family).ignored
-    # What says nothing new: buffers of the family, and the second name of a tied matrix.
+    # What says nothing new: buffers of the family, the second name of a tied matrix, and the head
+    # of the language model that a reward model was made from.
     extra = {name for name in file.shapes if any(fnmatch.fnmatchcase(name, p) for p in ignored)}
-    extra |= {"lm_head.weight"} if tied else set()
+    extra |= {_HEAD} if spare_head else set()
     unexpected = [name for name in file.shapes if name not in wanted and name not in extra]
     wrong = [
         f"{name} {file.shapes[name]}, wanted {shape}"
@@ -254,6 +288,6 @@ def _check_tensors(
     problems = [f"{title}: {abbreviate(names)}" for title, names in lists.items() if names]
     if problems:
         raise ValueError(
-            f"{path}: the weights do not fit config.json. {'. '.join(problems)}. Check that config "
-            "and weights belong together"
+            f"{path}: the weights do not fit config.json. {'. '.join(problems)}. "
+            f"{prefix_hint(wanted, file.shapes)}"
         )

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxalign.hf import weight_sums
 from jaxalign.hf.blocks import Pool, Scratch
+from jaxalign.hf.hints import what_lies_there
 from jaxalign.hf.source import dtypes_to_remember, read_json
 
 SINGLE = "model.safetensors"
@@ -66,6 +67,9 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        there = None if (folder / "config.json").is_file() else what_lies_there(folder)
+        if there is not None:
+            raise ValueError(f"{folder / 'config.json'} does not exist; {there}")
         self.config = read_json(folder / "config.json")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -195,16 +199,8 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
     if single:
         return {SINGLE: set()}
     if not index:
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-            p.name for p in folder.glob("*.pt*")
-        )
-        if pickles:
-            raise ValueError(
-                f"{folder} holds pickle weights only ({', '.join(pickles[:3])}), which are never "
-                f"read because loading them runs code; convert them to safetensors"
-            )
-        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
-        hint = f"; to load {ggufs[0]}, give the path of that file" if ggufs else ""
+        there = what_lies_there(folder)
+        hint = f"; {there}" if there is not None else ""
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.data.chat import NONE as NO_TEMPLATE
+from jaxalign.data.chat import stop_token_ids
 from jaxalign.hf import checksums, families, safetensors_file
 from jaxalign.hf.blocks import item_blocks, workers
 from jaxalign.hf.families import Leaf
@@ -19,12 +21,12 @@ from jaxalign.hf.families.table import Tensor
 from jaxalign.hf.orbax_folder import PARAMS
 from jaxalign.hf.safetensors_write import File, Planned, Writer, plan_files, write_index
 from jaxalign.hf.source import SOURCE_DTYPES, read_json
+from jaxalign.hf.special_tokens import GENERATION_FILE, as_list, check_rows_for
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
 
-GENERATION_FILE = "generation_config.json"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # Contents of a model folder; a folder that holds anything else is never replaced.
@@ -40,6 +42,8 @@ _MODEL_FILES = (
     "additional_chat_templates",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "*.model",
     PARAMS,
     checksums.NAME,  # beside PARAMS
 )
@@ -160,11 +164,8 @@ def configs(model: Any, planned: list[Planned], tokenizer: Any) -> dict[str, dic
       ValueError: the tokenizer is larger than the vocabulary.
     """
     config, scorer = model.config, isinstance(model, Scorer)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    if tokenizer is not None:
+        check_rows_for(tokenizer, config.vocab_size, "the model's vocabulary has")
     embedding = next(p for p in planned if p.tensor.pieces[0].leaf.path == "embed/embedding")
     hf = families.config_to_hf(
         config,
@@ -174,8 +175,8 @@ def configs(model: Any, planned: list[Planned], tokenizer: Any) -> dict[str, dic
     )
     hf.pop(SOURCE_DTYPES, None)
     loaded = json.loads(config.source_config or "{}").get(families.GENERATION, {})
-    generation = loaded | _token_ids(hf | loaded, tokenizer)
-    files = {"config.json": hf | _token_ids(hf, tokenizer)}
+    generation = loaded | _token_ids(hf | loaded, tokenizer, config)
+    files = {"config.json": hf | _token_ids(hf, tokenizer, config)}
     return files if scorer else files | {GENERATION_FILE: generation}
 
 
@@ -275,33 +276,56 @@ def check_replaceable(target: pathlib.Path) -> None:
         )
 
 
-def _token_ids(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _token_ids(hf: dict[str, Any], tokenizer: Any, config: Any) -> dict[str, Any]:
     """Token ids for a config: the tokenizer's, else the config's own.
 
-    A config with a list of stop tokens keeps it if the list contains the tokenizer's EOS.
+    `eos_token_id` is all that ends an answer (`stop_token_ids`): a number where there is one.
     """
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
     if tokenizer is None:
         return ids
     for key in ("bos_token_id", "pad_token_id"):
         value = getattr(tokenizer, key)
-        if value is not None:
+        if value is not None and value < config.vocab_size:
             ids[key] = value
-    stops = ids.get("eos_token_id")
-    stop = tokenizer.eos_token_id
-    if stop is not None and not (isinstance(stops, list) and stop in stops):
-        ids["eos_token_id"] = stop
+    listed = [i for i in as_list(ids.get("eos_token_id")) if i < config.vocab_size]
+    try:
+        template = None if tokenizer.chat_template else NO_TEMPLATE
+        stops = stop_token_ids(tokenizer, template, listed=listed)
+    except ValueError:  # a template that takes other conversations than a question and an answer
+        stops = stop_token_ids(tokenizer, NO_TEMPLATE, listed=listed)
+    # In the order of the list that was there, then the others.
+    ordered = [*(i for i in listed if i in stops), *(i for i in stops if i not in listed)]
+    if ordered:
+        ids["eos_token_id"] = ordered[0] if len(ordered) == 1 else ordered
     return ids
 
 
 def _save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
+    """The tokenizer in a form that transformers 4 and 5 read."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = read_json(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         # transformers 4 knows only this name; transformers 5 accepts it as an alias.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(path, config)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):
+        # transformers 4 wants an object under this name, and a list under the older one.
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = extra
+    config.pop("auto_map", None)  # code that is not exported
+    _write_json(path, config)
+    _carry_vocabulary(tokenizer, folder)
+
+
+def _carry_vocabulary(tokenizer: Any, folder: pathlib.Path) -> None:
+    """Copies a SentencePiece model that lies beside the tokenizer's source: others read it."""
+    source = pathlib.Path(str(tokenizer.name_or_path))
+    if source.is_dir() and source.resolve() != folder.resolve():
+        for path in sorted(source.glob("*.model")):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

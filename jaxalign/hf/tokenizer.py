@@ -1,7 +1,7 @@
 """Loads a transformers fast tokenizer from a folder, a hub id or a GGUF file.
 
-The padding token always differs from the end-of-sequence token: masking padding must not mask the
-stop token that a model learns.
+The padding token differs from the end-of-sequence token wherever the tokenizer has another that can
+serve: masking padding must not mask the stop token that a model learns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxalign.hf.gguf_header import Metadata
 from jaxalign.hf.source import locate
+from jaxalign.hf.special_tokens import GENERATION_FILE, listed_stops, rows_of, set_padding
 
 _PATTERNS = (
     "tokenizer*",
@@ -20,8 +21,12 @@ _PATTERNS = (
     "chat_template*",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "*.model",
     "config.json",
+    GENERATION_FILE,
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.model")
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
 """Values of `tokenizer.ggml.token_type` in GGUF; 1 is normal, 5 unused."""
@@ -39,9 +44,9 @@ _PRE = ("gpt-2", "smollm", *_SPLITS)
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """Loads a tokenizer, with a padding token that is not the end-of-sequence token.
 
-    A padding token that is set and differs from EOS is kept. Otherwise it is the first in this
-    order that is neither EOS nor BOS and does not occur in the chat template: a special token with
-    "pad" in its name, the unknown token, other special tokens by id. The vocabulary never grows.
+    See `jaxalign.hf.special_tokens.set_padding` for which that is. What the source's
+    `generation_config.json` (or GGUF metadata) stops at is kept as the tokenizer's attribute
+    `source_stops`, which `jaxalign.data.stop_token_ids` reads.
 
     Args:
       source: a folder with `tokenizer.json`, a `.gguf` file, or a hub id.
@@ -50,12 +55,16 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
       A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
-      ValueError: no tokenizer, a kind that cannot be reproduced exactly, or no special token that
-        can serve as padding.
+      ValueError: no tokenizer, no vocabulary, or a kind that cannot be reproduced exactly.
     """
     path = locate(source, _PATTERNS)
-    tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
-    return _with_pad(tokenizer, path)
+    if path.is_file():
+        tokenizer, stops = _from_gguf(path)
+        rows = None
+    else:
+        tokenizer, stops, rows = _from_folder(path), listed_stops(path), rows_of(path)
+    tokenizer.source_stops = stops
+    return set_padding(tokenizer, rows=rows)
 
 
 def _from_folder(folder: pathlib.Path) -> Any:
@@ -63,45 +72,35 @@ def _from_folder(folder: pathlib.Path) -> Any:
 
     # tokenizer.json is authoritative; the class named in the config may rebuild it differently.
     exact = (folder / "tokenizer.json").is_file()
+    if not any(any(folder.glob(name)) for name in _VOCABULARIES):
+        there = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        what = f"; it holds {', '.join(there[:6])}" if there else "; it is empty"
+        raise ValueError(
+            f"{folder} holds no tokenizer's vocabulary{what}; wanted tokenizer.json (copy it from "
+            "the model that this one was made from, or name that one as the tokenizer)"
+        )
     cls = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
     try:
-        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
             f"{folder} holds no tokenizer that transformers can read "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); wanted tokenizer.json"
         ) from error
-
-
-def _with_pad(tokenizer: Any, where: pathlib.Path) -> Any:
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer
-    template = str(tokenizer.chat_template or "")
-    reserved = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    if tokenizer.unk_token_id is not None:
-        special[tokenizer.unk_token_id] = str(tokenizer.unk_token)
-    free = [(i, t) for i, t in sorted(special.items()) if i not in reserved and t not in template]
-    if not free:
-        raise ValueError(
-            f"{where}: the tokenizer has no padding token that differs from EOS "
-            f"{tokenizer.eos_token!r}, and no other special token that could serve; add one "
-            f"(pad_token in tokenizer_config.json)"
-        )
-
-    def rank(item: tuple[int, str]) -> tuple[bool, bool]:
-        index, token = item
-        return "pad" not in token.lower(), index != tokenizer.unk_token_id
-
-    tokenizer.pad_token = min(free, key=rank)[1]
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise ValueError(f"{folder}: its tokenizer has no vocabulary; wanted tokenizer.json")
     return tokenizer
 
 
 # --- GGUF ----------------------------------------------------------------------------------------
 
 
-def _from_gguf(path: pathlib.Path) -> Any:
-    """Builds the tokenizer from GGUF metadata with the `tokenizers` library alone."""
+def _from_gguf(path: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
+    """Builds the tokenizer from GGUF metadata with the `tokenizers` library alone.
+
+    Returns:
+      It, and the ids that the metadata ends texts, turns and messages with.
+    """
     import tokenizers
     import transformers
 
@@ -137,13 +136,16 @@ def _from_gguf(path: pathlib.Path) -> Any:
             [names["bos_token"]] if start else [], [names["eos_token"]] if stop else [], tokens
         )
     arch = metadata.need("general.architecture")
-    return transformers.PreTrainedTokenizerFast(
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    stops = tuple(i for i in ends if isinstance(i, int) and 0 <= i < len(tokens))
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         clean_up_tokenization_spaces=False,
         model_max_length=metadata.get(f"{arch}.context_length", int(1e30)),
         chat_template=metadata.get("tokenizer.chat_template"),
         **names,
     )
+    return tokenizer, stops
 
 
 def _special_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str]:

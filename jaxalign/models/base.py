@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +20,9 @@ NORMS = ("rms", "rms_offset", "layer")
 NORM_PLACES = ("before", "after", "both")
 
 QK_NORMS = ("none", "head", "width")
+
+GENERATION = "_generation_config"
+"""Key of `source_config` for the source's `generation_config.json`, if it had one."""
 
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 
@@ -187,6 +191,14 @@ class DecoderConfig:
             )
         if self.num_experts and (self.mlp_bias or not self.gated_mlp):
             raise ValueError("experts are gated and have no biases; got mlp_bias or not gated_mlp")
+
+    @property
+    def listed_stops(self) -> tuple[int, ...]:
+        """Ids at which the generation config that the model came with stops; () if it had none."""
+        source = json.loads(self.source_config) if self.source_config else {}
+        listed = source.get(GENERATION, source).get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        return tuple(i for i in listed if isinstance(i, int) and 0 <= i < self.vocab_size)
 
     def _check_choices(self) -> None:
         for name, choices in (

@@ -358,7 +358,9 @@ class Decoder:
             # A position beyond the table gives NaN, which is noticed; a wrong embedding is not.
             # Padding may hold any position.
             known = jnp.where(jnp.asarray(segment_ids) > 0, jnp.asarray(positions), 0)
-            x = x + jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
+            place = jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
+            # Two rows of bfloat16 are added in float32 and rounded once.
+            x = x.astype(jnp.float32) + place.astype(jnp.float32)
         x = x.astype(self.compute_dtype)
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)

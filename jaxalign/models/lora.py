@@ -45,7 +45,7 @@ def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
       params: base and adapters together (`combine(params, frozen)`).
 
     Returns:
-      (plain model, plain parameters).
+      (plain model, plain parameters in the base's dtypes; the sum is computed in the wider dtype).
     """
     if model.lora is None:
         raise ValueError("the model has no adapters to merge")
@@ -56,7 +56,9 @@ def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
             return node
         plain = {k: fold(v) for k, v in node.items() if k not in ("lora_a", "lora_b")}
         if "lora_a" in node:
-            plain["kernel"] = node["kernel"] + scale * (node["lora_a"] @ node["lora_b"])
+            kernel = node["kernel"]
+            merged = kernel + scale * (node["lora_a"] @ node["lora_b"])
+            plain["kernel"] = merged.astype(kernel.dtype)
         return plain
 
     return dataclasses.replace(model, lora=None), fold(params)

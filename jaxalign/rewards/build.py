@@ -25,6 +25,7 @@ def build_reward(
     *,
     rows: Any = None,
     load: LoadModel | None = None,
+    chat_template: str | None = None,
 ) -> Callable[[TokenBatch, PromptBatch], Scores]:
     """The reward function that a configuration describes: the weighted sum of all of `specs`.
 
@@ -36,10 +37,12 @@ def build_reward(
       tok: the policy's tokenizer.
       rows: see `jaxalign.rewards.text_reward`.
       load: loads reward models; None: onto the default device.
+      chat_template: of the policy; None: its tokenizer's.
 
     Raises:
       ValueError: no specs, two with one name, a function that does not exist, a reward model with
-        another tokenizer than the policy's, or a row that lacks what a reward needs.
+        another tokenizer or chat template than the policy's, or a row that lacks what a reward
+        needs.
     """
     rewards: dict[str, RewardFunction] = {}
     weights: dict[str, float] = {}
@@ -48,7 +51,10 @@ def build_reward(
         if name in rewards:
             raise ValueError(f"two rewards are called {name!r}; give them names: name: …")
         weights[name] = spec.weight
-        reward = spec.build(BuildContext(tok=tok, rows=rows, name=name, load=load))
+        context = BuildContext(
+            tok=tok, rows=rows, name=name, load=load, chat_template=chat_template
+        )
+        reward = spec.build(context)
         rewards[name] = reward if spec.where is None else _restrict(reward, spec, rows, name)
     return combine_rewards(rewards, weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,9 +14,12 @@ from jaxalign.types import PromptBatch, TokenBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jaxalign.data.examples import Messages
+    from jaxalign.data.examples import Messages, Tools
 
 _HEAD = 60  # characters of a prompt shown in an error
+_TAIL = 32  # tokens of a prompt that may hold the start of an answer
+_MARK = r"\|?[\w:]*(?:think|reason|thought)[\w:]*\|?[>\]]"
+_PREFILLED = re.compile(rf"[<\[]{_MARK}\s*(?:[<\[]/?{_MARK}\s*)?$", re.IGNORECASE)
 
 
 class RewardError(ValueError, RuntimeError):
@@ -35,6 +39,8 @@ class Case(NamedTuple):
       row: the data row with all its columns; None if the reward has no rows.
       messages: the messages of the prompt; None if the reward has no rows.
       origin: origin of the row (`file:line`), or its index.
+      tools: functions that the prompt's messages may call.
+      prefilled: what the template wrote of the answer before the policy began, such as `<think>`.
     """
 
     prompt: str
@@ -43,6 +49,8 @@ class Case(NamedTuple):
     row: Mapping[str, Any] | None = None
     messages: Messages | None = None
     origin: str = ""
+    tools: Tools = ()
+    prefilled: str = ""
 
     def __str__(self) -> str:
         head = self.prompt if len(self.prompt) <= _HEAD else self.prompt[:_HEAD] + "…"
@@ -85,7 +93,7 @@ class Rows:
         row = self._rows[index]
         if isinstance(row, Mapping):
             return case._replace(row=row, origin=f"row {index} of the data")
-        return case._replace(row=row.row, messages=row.messages, origin=row.origin)
+        return case._replace(row=row.row, messages=row.messages, origin=row.origin, tools=row.tools)
 
 
 def cases_of(
@@ -107,8 +115,21 @@ def cases_of(
         if answer_mask.any():
             read = str(tok.decode(prompt[prompt_mask], skip_special_tokens=True))
             written = str(tok.decode(targets[answer_mask], skip_special_tokens=True))
-            cases.append(rows.fill(Case(read, written, place), int(index)))
+            case = Case(read, written, place, prefilled=prefilled(tok, prompt[prompt_mask]))
+            cases.append(rows.fill(case, int(index)))
     return cases
+
+
+def prefilled(tok: PreTrainedTokenizerBase, prompt: Any) -> str:
+    """The start of an answer that a prompt ends with: an open, or empty, block of reasoning.
+
+    Args:
+      tok: a transformers tokenizer.
+      prompt: token ids.
+    """
+    end = str(tok.decode(prompt[-_TAIL:], skip_special_tokens=False))
+    found = _PREFILLED.search(end)
+    return found[0] if found else ""
 
 
 def shifted(prompts: PromptBatch, by: int) -> PromptBatch:

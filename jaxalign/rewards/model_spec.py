@@ -32,10 +32,12 @@ class ModelReward(RewardSpec):
       source: folder or hub id.
       tokenizer: "policy": the model reads the policy's token ids; "own": it has its own tokenizer
         and chat template, and reads answers as text (see `retokenised_reward`).
-      chat_template: with its own tokenizer: the template it was trained with; None: the
-        tokenizer's.
-      length: with its own tokenizer: maximum tokens of a conversation; None: the model's maximum.
-      batch: with its own tokenizer: conversations per forward pass.
+      chat_template: a template other than the policy's: the model reads text under it, as with
+        tokenizer "own". "policy": the model reads what the policy reads and writes, whatever its
+        folder says. None: with tokenizer "own" its tokenizer's template; else its folder's
+        template, if there is one, must say the same of a conversation as the policy's.
+      length: of models that read text: maximum tokens of a conversation; None: the model's maximum.
+      batch: of models that read text: conversations per forward pass.
       attributes: attribute → weight, for a model with several scores: the weighted sum.
       shift: subtracted from the score.
       scale: divides the difference; > 0.
@@ -55,11 +57,12 @@ class ModelReward(RewardSpec):
         super().__post_init__()
         known = ("policy", "own")
         check_option(self.tokenizer in known, "tokenizer", self.tokenizer, " or ".join(known))
-        own = self.tokenizer == "own"
-        for name, default in (("chat_template", None), ("length", None), ("batch", 16)):
+        for name, default in (("length", None), ("batch", 16)):
             value = getattr(self, name)
-            allowed = own or value == default
+            allowed = self.reads_text or value == default
             check_option(allowed, name, value, f"{default!r} without tokenizer=own")
+        forced = self.tokenizer == "own" and self.chat_template == "policy"
+        check_option(not forced, "chat_template", "policy", "another with tokenizer=own")
         long_enough = self.length is None or self.length > 1
         check_option(long_enough, "length", self.length, "2 or more, or null")
         check_option(self.batch > 0, "batch", self.batch, "positive")
@@ -72,11 +75,18 @@ class ModelReward(RewardSpec):
         )
         check_scale(self.scale)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model reads conversations as text, under a template of its own."""
+        return self.tokenizer == "own" or self.chat_template not in (None, "policy")
+
     def build(self, context: BuildContext) -> RewardFunction:
         """The model's score of tokens, or of text for a model with its own tokenizer."""
         scorer, params = (context.load or _load)(self)
-        if self.tokenizer == "policy":
+        if not self.reads_text:
             check_same_tokens(context.tok, self.source)
+            if self.chat_template is None:
+                check_same_template(context.tok, context.chat_template, self.source)
             return model_reward(scorer, params, shift=self.shift, scale=self.scale)
         from jaxalign.hf import load_tokenizer
 
@@ -128,3 +138,64 @@ def check_same_tokens(tok: PreTrainedTokenizerBase, source: str) -> None:
                 f"{policy_id} here and {scorer_id} there; let it read texts: rewards: [{{kind: "
                 f"model, source: {source}, tokenizer: own}}]"
             )
+
+
+def check_same_template(
+    tok: PreTrainedTokenizerBase, chat_template: str | None, source: str
+) -> None:
+    """Refuses a reward model whose chat template says something else of the same conversation.
+
+    A reward model without tokenizer files, or without a template, is accepted unchecked.
+
+    Args:
+      tok: the policy's tokenizer.
+      chat_template: the policy's; None: its tokenizer's.
+      source: of the reward model.
+
+    Raises:
+      ValueError: shows what each of them reads.
+    """
+    from jaxalign.hf import load_tokenizer
+
+    try:
+        scorer_tok = load_tokenizer(source)
+    except ValueError:
+        return
+    if not scorer_tok.chat_template:
+        return
+    for turns in _PROBES:
+        policy, scorer = _read(tok, chat_template, turns), _read(scorer_tok, None, turns)
+        if policy is None or scorer is None or policy == scorer:
+            continue
+        raise ValueError(
+            f"the reward model {source!r} has another chat template than the policy. Of the same "
+            f"conversation it reads {scorer!r}, and the policy reads and writes {policy!r}. Pass "
+            f"text between them by rewards: [{{kind: model, source: {source}, tokenizer: own}}] "
+            "(or chat_template: its template), or let it read the policy's form by chat_template: "
+            "policy"
+        )
+
+
+_PROBES = (
+    (("user", "Say it"), ("assistant", "Yes")),
+    (("system", "Be brief"), ("user", "Say it"), ("assistant", "Yes")),
+    (("user", "Say it"), ("assistant", "Yes"), ("user", "Again"), ("assistant", "No")),
+)
+
+
+def _read(
+    tok: PreTrainedTokenizerBase, chat_template: str | None, turns: tuple[tuple[str, str], ...]
+) -> str | None:
+    """The text of a conversation up to the end of its last answer; None where it is refused."""
+    from jaxalign.data.chat import encode_conversations
+    from jaxalign.data.examples import Conversation
+
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    try:
+        (document,) = encode_conversations(
+            tok, [Conversation(messages, "chat template", len(turns) - 1)], chat_template
+        )
+    except ValueError:
+        return None
+    end = int(document.trained.nonzero()[0][-1]) + 1
+    return str(tok.decode(document.ids[:end].tolist()))

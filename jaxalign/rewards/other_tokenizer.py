@@ -148,7 +148,8 @@ def _encode(
                 f"{case}: its row is a plain dict; wanted what prompt_batches gave, with messages"
             )
         messages = (*case.messages, {"role": "assistant", "content": answer})
-        conversations.append(Conversation(messages, case.origin, len(case.messages)))
+        first = len(case.messages)
+        conversations.append(Conversation(messages, case.origin, first, case.tools))
     documents = []
     for document in encode_conversations(tok, conversations, template):
         end = int(np.flatnonzero(document.trained)[-1]) + 1

@@ -68,12 +68,15 @@ class RegexReward(RewardSpec):
       pattern: in Python's syntax.
       how: "search" or "fullmatch".
       column: column of the row that the match must equal; None: a match is enough.
+      with_prefill: whether the pattern sees what the template wrote of the answer at the end of the
+        prompt, such as `<think>`.
     """
 
     kind: str = "regex"
     pattern: str
     how: str = "search"
     column: str | None = None
+    with_prefill: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,4 +85,10 @@ class RegexReward(RewardSpec):
     def build(self, context: BuildContext) -> RewardFunction:
         """`regex_match` as a `TextReward`."""
         score = regex_match(self.pattern, how=self.how, column=self.column)
-        return text_reward(score, context.tok, rows=context.rows, name=context.name)
+        return text_reward(
+            score,
+            context.tok,
+            rows=context.rows,
+            name=context.name,
+            with_prefill=self.with_prefill,
+        )

@@ -27,6 +27,7 @@ import numpy as np
 from jaxalign.data import encode_conversations, encode_steps
 from jaxalign.data.chat import Encoded
 from jaxalign.data.examples import Conversation, Message, Steps
+from jaxalign.data.extent import Limits, extent_of
 from jaxalign.data.fields import fail, short
 from jaxalign.data.messages import read_messages
 from jaxalign.data.packing import bucket, token_rows
@@ -398,6 +399,7 @@ def _outputs_at(
         Encoded(document.ids[:size], document.trained[:size])
         for document, size in zip(documents, sizes, strict=True)
     ]
+    Limits.of(scorer).check(extent_of(document.ids for document in shortened), "answers to score")
     results: list[np.ndarray] = [np.zeros(0)] * len(documents)
     order = sorted(range(len(documents)), key=lambda i: -sizes[i])
     for start in range(0, len(order), batch):

@@ -49,12 +49,14 @@ class BuildContext:
       rows: the data rows behind the prompts, see `jaxalign.rewards.text_reward`; None: no rows.
       name: the reward's name in logs and errors.
       load: loads a reward model with one score; None: onto the default device.
+      chat_template: of the policy; None: its tokenizer's.
     """
 
     tok: PreTrainedTokenizerBase
     rows: Any
     name: str
     load: Callable[[Any], tuple[Scorer, Params]] | None = None
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,7 @@ def text_reward(
     *,
     rows: Any = None,
     name: str | None = None,
+    with_prefill: bool = False,
 ) -> TextReward:
     """A reward computed from text: `function(prompt, completion)` or `(prompt, completion, row)`.
 
@@ -132,6 +133,8 @@ def text_reward(
       rows: the data rows: the result of `prompt_batches` (or its `examples`), or dicts in the order
         of `PromptBatch.index`. A row is a dict of all columns.
       name: the reward's name in errors; None: the function's name.
+      with_prefill: the completion begins with what the template wrote of it at the end of the
+        prompt, such as `<think>`; without, it is what the policy wrote.
 
     Raises:
       ValueError: the function needs the row, and `rows` is None.
@@ -149,7 +152,8 @@ def text_reward(
     def score_cases(cases: Sequence[Case]) -> list[float | None]:
         scores = []
         for case in cases:
-            args, kwargs = (case.prompt, case.completion), {}
+            completion = case.prefilled + case.completion if with_prefill else case.completion
+            args, kwargs = (case.prompt, completion), {}
             if parameter is not None and parameter.kind is parameter.KEYWORD_ONLY:
                 kwargs = {parameter.name: case.row}
             elif parameter is not None:

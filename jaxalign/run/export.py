@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from jax.sharding import Mesh
 
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
+from jaxalign.data.ends import united_ends
 from jaxalign.data.paths import check_free, local_path
+from jaxalign.data.render import Renderer
 from jaxalign.hf import (
     checksums,
     load_model,
@@ -21,6 +24,7 @@ from jaxalign.hf import (
     save_pretrained,
 )
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
@@ -106,7 +110,8 @@ def export_run(
         store.close()
     params = params if chosen is None else params[chosen]
     model, params = whole_model(model, combine(params, frozen))
-    save_pretrained(model, params, out, tokenizer=run_tokenizer(config.model), dtype=dtype)
+    tok = exported_tokenizer(run_tokenizer(config.model))
+    save_pretrained(model, params, out, tokenizer=tok, dtype=dtype)
     return Exported(int(loop["done"]), tensor_table(plan_tensors(model, params, dtype)))
 
 
@@ -161,7 +166,26 @@ def run_tokenizer(config: ModelConfig) -> Any:
     template = resolve_chat_template(tok, config.chat_template)
     if template != NO_TEMPLATE:
         tok.chat_template = template
+        set_padding(tok, template)
     return tok
+
+
+def exported_tokenizer(tok: Any) -> Any:
+    """A run's tokenizer as it is exported: its eos is where the run's template ends a turn.
+
+    It stays as it is where the source lists that end already, or the template writes eos itself.
+    """
+    template = tok.chat_template
+    if not isinstance(template, str) or "eos_token" in template:
+        return tok
+    end = Renderer(tok, template).end_of_turn
+    listed = {str(tok.convert_ids_to_tokens(i)) for i in getattr(tok, "source_stops", ())}
+    if end is None or end == tok.eos_token or end in listed:
+        return tok
+    changed = copy.deepcopy(tok)
+    changed.source_stops = united_ends(tok, ())  # the old eos stays among the ends
+    changed.eos_token = end
+    return changed
 
 
 def whole_model(model: Any, params: Params) -> tuple[Any, Params]:

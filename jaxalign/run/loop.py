@@ -18,7 +18,7 @@ from jaxalign.run.config.runs import RunConfig
 from jaxalign.run.early_stopping import EarlyStopper
 from jaxalign.run.folder import CHECKPOINTS, MODEL, has_checkpoints, open_folder
 from jaxalign.run.progress import Progress
-from jaxalign.run.record import check_hosts
+from jaxalign.run.record import check_hosts, write_data_report
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.tasks import Task, make_task
@@ -101,6 +101,7 @@ def _train(
 
     # ---------------------------------------------------------------- before the first step
     opened.begin(task, done)
+    write_data_report(folder, task.data_report())
     name = title or type(config).__name__.removesuffix("Run").lower()
     seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
     reporter = Reporter(folder, name, task.total, done, run.log_every, seen, bad_steps=bad_steps)
@@ -154,6 +155,7 @@ def _train(
         print(f"step {done} of {task.total}: {early.message()}")
     if _lacks_evaluation(reporter, done):
         after = _evaluate(task, state, loop, done, reporter)
+    write_data_report(folder, task.data_report())  # a stream has been read by now
     bad_steps.check_end(state, after)
     if bad_steps.holds_news(done, saved_at):
         _save(store, task, state, _position(task, loop, done, progress, reporter, early))

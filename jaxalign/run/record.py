@@ -45,6 +45,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
+def write_data_report(folder: pathlib.Path, report: str) -> None:
+    """Writes `data.txt`: rows, forms, which column became what, and which were not used."""
+    if distributed.is_main() and folder.is_dir():
+        (folder / "data.txt").write_text(report + "\n", encoding="utf-8")
+
+
 def environment() -> dict[str, str]:
     """Versions, devices and processes: what a run's last bits depend on."""
     devices = jax.devices()

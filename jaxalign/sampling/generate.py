@@ -258,6 +258,8 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     chat_template: str | None = None,
+    thinking: str = "auto",
+    chat_template_kwargs: dict[str, Any] | None = None,
     rows: int = 16,
 ) -> list[str]:
     """Answers prompts in text.
@@ -275,16 +277,21 @@ def generate(
       key: PRNG key; `jax.random.key(0)` by default.
       chat_template: a built-in name ("chatml"), a jinja file, or "none", which continues the text
         of the prompt as it stands; None is the tokenizer's own.
+      thinking: under templates that have two prompts, "on" leaves reasoning to the model; "off" and
+        "auto" close it, as training did for answers without it.
+      chat_template_kwargs: further variables of the template, as an object of JSON.
       rows: prompts decoded at a time.
 
     Returns:
       One answer a prompt, special tokens removed.
 
     Raises:
-      ValueError: one prompt instead of a list, a model that is no `Decoder`, or parameters on
-        several processes. Use `sample` there, with the rows of each process.
+      ValueError: one prompt instead of a list, a model that is no `Decoder`, prompts beyond the
+        model's learned positions or with tokens that it has no rows for, or parameters on several
+        processes. Use `sample` there, with the rows of each process.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
+    from jaxalign.data.extent import Limits, extent_of
     from jaxalign.data.packing import prompt_rows
 
     if isinstance(prompts, str):
@@ -300,10 +307,13 @@ def generate(
             "prompts: got one conversation, wanted a list of prompts; write "
             "generate(model, params, tok, [messages])"
         )
+    variables: Any = {"thinking": thinking, "chat_template_kwargs": chat_template_kwargs}
     encoded = [
-        np.asarray(encode_prompt(tok, prompt, chat_template), np.int32) for prompt in prompts
+        np.asarray(encode_prompt(tok, prompt, chat_template, **variables), np.int32)
+        for prompt in prompts
     ]
-    stops = stop_token_ids(tok, chat_template)
+    Limits.of(model, max_new_tokens, tok).check(extent_of(encoded), "prompts")
+    stops = stop_token_ids(tok, chat_template, model)
     key = jax.random.key(0) if key is None else key
     # One shape for all groups: the longest prompt, up to a multiple of 16.
     length = -(-max(map(len, encoded)) // 16) * 16

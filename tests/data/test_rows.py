@@ -18,7 +18,7 @@ def _say(*texts):
 def _talk(**columns):
     """Messages, origin and first trained turn; no tools, no turns left out."""
     found = to_conversation(_row(**columns))
-    assert found[3:] == ((), (), False, None)
+    assert found[3:] == ((), (), False, None, None)
     return found[:3]
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.hf import load as hf
-from jaxalign.hf import load_pretrained, save_pretrained
+from jaxalign.hf import load_model, load_pretrained, load_tokenizer, save_pretrained
 from jaxalign.hf import save as hf_save
 from jaxalign.models.scorer import with_scalar_head
 from jaxalign.parallel.mesh import make_mesh
@@ -243,25 +243,128 @@ def test_configs_survive(folder, tmp_path):
     assert generation == {"top_p": 0.9, "eos_token_id": 7, "bos_token_id": 1}
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(5, [5, 6]), (9, 9)])
-def test_stop_token_list_stays_if_it_contains_the_tokenizers_eos(folder, tmp_path, eos, expected):
-    class Tokenizer:
-        bos_token_id, eos_token_id, pad_token_id = None, eos, 3
+def word_tokenizer(words, specials, **names):
+    """One id a word, the special ones last."""
+    import tokenizers
+    import transformers
 
-        def __len__(self):
-            return 16
+    vocab = {word: i for i, word in enumerate([*words, *specials])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=words[0]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in specials])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
-        def save_pretrained(self, folder):
-            (folder / "tokenizer_config.json").write_text("{}")
 
+@pytest.mark.parametrize(("eos", "expected"), [(5, [5, 6]), (9, [5, 6, 9])])
+def test_exports_stop_where_the_source_and_the_tokenizer_do(folder, tmp_path, eos, expected):
+    words = [f"w{i}" for i in range(16)]
+    tok = word_tokenizer(words, [], eos_token=f"w{eos}", pad_token="w3")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": 5}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
     model, params = load_pretrained(folder)
-    save_pretrained(model, params, tmp_path / "out", tokenizer=Tokenizer())
+    save_pretrained(model, params, tmp_path / "out", tokenizer=tok)
     saved = json.loads((tmp_path / "out/config.json").read_text())
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert (saved["eos_token_id"], saved["pad_token_id"]) == (eos, 3)
+    assert saved["pad_token_id"] == 3
     assert generation == {"eos_token_id": expected, "pad_token_id": 3}
+
+
+def test_an_export_stops_where_its_template_ends_a_turn(folder, tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    specials = ["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
+    words = [f"w{i}" for i in range(12)]
+    tok = word_tokenizer(words, specials, eos_token="<|endoftext|>", chat_template=template)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": 2}))
+    save_pretrained(*load_pretrained(folder), tmp_path / "out", tokenizer=tok)
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert sorted(generation["eos_token_id"]) == [2, 14, 15]  # 2: the source's own
+
+
+def test_exports_carry_and_clean_what_lies_beside_the_tokenizer(folder, tmp_path):
+    source = tmp_path / "source"
+    more = {"auto_map": {"AutoTokenizer": "x.py"}, "extra_special_tokens": ["w4"]}
+    words = [f"w{i}" for i in range(16)]
+    word_tokenizer(words, [], eos_token="w1", pad_token="w2").save_pretrained(source)
+    config = json.loads((source / "tokenizer_config.json").read_text()) | more
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    auto = {"AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"auto_map": auto}))
+    out = tmp_path / "out"
+    save_pretrained(*load_pretrained(folder), out, tokenizer=load_tokenizer(source))
+    saved = json.loads((out / "tokenizer_config.json").read_text())
+    assert "auto_map" not in saved
+    # transformers 4 raises AttributeError at a list under extra_special_tokens.
+    assert "extra_special_tokens" not in saved
+    assert saved["additional_special_tokens"] == ["w4"]
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert (out / "tokenizer.model").read_bytes() == b"pieces"
+    again = load_tokenizer(out)
+    assert "w4" in again.all_special_tokens
+    assert again.get_vocab() == load_tokenizer(source).get_vocab()
+    save_pretrained(*load_pretrained(out), out, tokenizer=again)  # replaces the folder
+
+
+def test_a_trained_head_under_a_tied_flag_is_kept(tmp_path):
+    folder = write(tmp_path / "tied", config=CONFIG | {"tie_word_embeddings": True})
+    model, params = load_pretrained(folder)
+    np.testing.assert_array_equal(params["head"]["kernel"], WEIGHTS["lm_head.weight"].T)
+    assert not load_model(folder).config.tie_embeddings
+    save_pretrained(model, params, tmp_path / "out")
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["tie_word_embeddings"] is False
+    again = load_pretrained(tmp_path / "out")[1]
+    np.testing.assert_array_equal(again["head"]["kernel"], WEIGHTS["lm_head.weight"].T)
+
+
+def test_a_spare_head_beside_a_score_is_left_out(folder, tmp_path):
+    scorer, params = with_scalar_head(*load_pretrained(folder), jax.random.key(1))
+    save_pretrained(scorer, params, tmp_path / "scorer")
+    path = tmp_path / "scorer/model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": WEIGHTS["lm_head.weight"]}, path)
+    again, loaded = load_pretrained(tmp_path / "scorer")
+    assert type(again) is type(scorer)
+    assert set(loaded) == set(params)
+
+
+def test_folders_that_are_no_model_say_what_they_are(tmp_path):
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    (peft / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    (peft / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"an adapter of 'org/base' \(PEFT\).*merge it first"):
+        load_pretrained(peft)
+    (peft / "config.json").write_text(json.dumps(CONFIG))  # some keep the base's config beside it
+    with pytest.raises(ValueError, match=r"an adapter of 'org/base'"):
+        load_pretrained(peft)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("sft: {}")
+    with pytest.raises(ValueError, match=r"the folder of a run; write its weights by `jaxalign ex"):
+        load_pretrained(run)
+    write(run / "model")
+    with pytest.raises(ValueError, match=r"the folder of a run; give its model, .*run/model"):
+        load_pretrained(run)
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (lambda name: f"module.{name}", "begin with 'module.': remove that"),
+        (lambda name: f"_orig_mod.{name}", "begin with '_orig_mod.': remove that"),
+        (lambda name: f"language_model.{name}", "begin with 'language_model.': remove that"),
+        (lambda name: name.removeprefix("model."), "lack 'model.' at their start: add it"),
+        (lambda name: f"base_model.model.{name}.lora_A", "adapters .*: merge them"),
+        (lambda name: name.replace("weight", "qweight"), "quantised: give the unquantised model"),
+    ],
+)
+def test_names_with_another_prefix_say_which(tmp_path, rename, told):
+    folder = write(tmp_path / "m", weights={rename(name): x for name, x in WEIGHTS.items()})
+    with pytest.raises(ValueError, match=told):
+        load_pretrained(folder)
 
 
 def test_scorer_round_trip(folder, tmp_path):
@@ -302,7 +405,8 @@ def test_harmless_extra_names_are_tolerated(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     folder = write(tmp_path / "old", weights=WEIGHTS | extra)
     load_pretrained(folder)
-    tied = write(tmp_path / "tied", config=CONFIG | {"tie_word_embeddings": True})
+    same = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"]}
+    tied = write(tmp_path / "tied", config=CONFIG | {"tie_word_embeddings": True}, weights=same)
     _, params = load_pretrained(tied)
     assert "head" not in params
     untied = {name: value for name, value in WEIGHTS.items() if name != "lm_head.weight"}

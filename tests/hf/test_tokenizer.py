@@ -54,18 +54,51 @@ def test_padding_token(tmp_path, specials, template, names, pad):
     assert len(tokenizer) == 2 + len(specials)
 
 
-def test_no_token_to_pad_with(tmp_path):
+def test_any_id_can_pad_where_no_token_is_free(tmp_path):
     save(tmp_path, ["<s>", "</s>"], eos_token="</s>", bos_token="<s>", pad_token="</s>")
-    with pytest.raises(ValueError, match="no padding token that differs from EOS '</s>'"):
-        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "</s>"
+    # As GPT-2's own: one special token, which ends texts.
+    save(tmp_path / "gpt2", ["<|endoftext|>"], eos_token="<|endoftext|>")
+    assert load_tokenizer(tmp_path / "gpt2").pad_token is None
+    # Marks of turns, which a template may write, are no padding.
+    specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"]
+    save(tmp_path / "base", specials, eos_token="<|endoftext|>")
+    assert load_tokenizer(tmp_path / "base").pad_token == "<repo_name>"
+
+
+def test_a_padding_token_without_a_row_is_not_used(tmp_path):
+    folder = save(tmp_path, ["</s>", "<x>", "[PAD]"], eos_token="</s>", pad_token="[PAD]")
+    assert load_tokenizer(folder).pad_token == "[PAD]"
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 4}))  # a, b, </s>, <x>
+    assert load_tokenizer(folder).pad_token == "<x>"
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 3}))
+    assert load_tokenizer(folder).pad_token is None
+
+
+def test_what_the_source_stops_at_is_known(tmp_path):
+    folder = save(tmp_path, ["</s>", "<x>"], eos_token="</s>")
+    assert load_tokenizer(folder).source_stops == ()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert load_tokenizer(folder).source_stops == (2,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    assert load_tokenizer(folder).source_stops == (2, 0)
 
 
 def test_folders_without_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no tokenizer.*wanted tokenizer\.json"):
+    with pytest.raises(
+        ValueError, match=r"holds no tokenizer.*it is empty.*wanted tokenizer\.json"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="holds no tokenizer that transformers can read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_vocabulary_says_what_it_holds(tmp_path):
+    folder = save(tmp_path / "whole", ["</s>"], eos_token="</s>")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"vocabulary; it holds .*tokenizer_config\.json.*wanted"):
+        load_tokenizer(folder)
 
 
 def test_hub_id_downloads_tokenizer_files_only(tmp_path, monkeypatch):

@@ -11,13 +11,15 @@ import tiny
 from answered import TOK, answered
 
 import jaxalign
+from jaxalign.data import Prompt
 from jaxalign.models.scorer import Scorer
 from jaxalign.rewards import FunctionReward, ModelReward, build_reward
+from jaxalign.rewards.cases import prefilled
 from jaxalign.rewards.function import import_function
 from jaxalign.rewards.gsm8k import Gsm8kReward
 from jaxalign.rewards.ifeval import IfevalReward
 from jaxalign.rewards.length import LengthReward
-from jaxalign.rewards.model_spec import check_same_tokens
+from jaxalign.rewards.model_spec import check_same_template, check_same_tokens
 from jaxalign.rewards.regex import RegexReward
 from jaxalign.rewards.remote import HttpReward
 from jaxalign.rewards.specs import RewardSpec
@@ -244,3 +246,69 @@ def test_reward_model_is_loaded_by_default(chat_models):
     np.testing.assert_allclose(scores.values[:2], np.asarray(plain)[:2] - 1.0, atol=1e-5)
     with pytest.raises(ValueError, match="without a score; wanted a reward model"):
         build_reward([ModelReward(source=str(chat_models / "chat"))], TOK)
+
+
+ALPACA = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+
+def test_a_reward_model_under_another_chat_template_is_refused(chat_models, tmp_path):
+    source = str(chat_models / "scorer")
+    check_same_template(TOK, None, source)
+    # The same said in other words is the same.
+    check_same_template(TOK, chatmodel.CHATML.replace("message", "m"), source)
+    with pytest.raises(ValueError, match="another chat template than the policy") as caught:
+        check_same_template(TOK, ALPACA, source)
+    for shown in ("'<|im_start|>user\\nSay it<|im_end|>", "'### user:\\nSay it<|im_end|>",
+                  "tokenizer: own", "chat_template: policy"):  # fmt: skip
+        assert shown in str(caught.value)
+    spec = ModelReward(source=source)
+    with pytest.raises(ValueError, match="another chat template than the policy"):
+        build_reward([spec], TOK, chat_template=ALPACA)
+    # By name it reads the policy's form; under a template it reads text.
+    as_it_is = dataclasses.replace(spec, chat_template="policy")
+    assert not as_it_is.reads_text
+    build_reward([as_it_is], TOK, chat_template=ALPACA)
+    assert dataclasses.replace(spec, chat_template="chatml").reads_text
+    # A reward model whose folder has no template is accepted.
+    plain = chatmodel.make_tokenizer(chat_template=None)
+    plain.save_pretrained(tmp_path)
+    check_same_template(TOK, ALPACA, str(tmp_path))
+
+
+def test_text_is_passed_where_a_reward_has_a_template_of_its_own(chat_models):
+    """Under the policy's own template both ways give the same scores."""
+    source = str(chat_models / "scorer")
+    turns = ({"role": "user", "content": "hi"},)
+    rows = [Prompt(turns, "f:1", {}), Prompt(turns, "f:2", {})]
+    whole = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    batch = answered([(whole, "yes<|im_end|>"), (whole, "no<|im_end|>")])
+    direct = build_reward([ModelReward(source=source)], TOK, rows=rows)(*batch)
+    spec = ModelReward(source=source, chat_template=chatmodel.CHATML)
+    passed = build_reward([spec], TOK, rows=rows, chat_template=ALPACA)(*batch)
+    np.testing.assert_allclose(passed.values, direct.values, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrote"),
+    [
+        ("hi<|im_end|>\n<|im_start|>assistant\n<think>\n", "<think>\n"),
+        ("hi<|im_start|>assistant\n<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("why <think>?<|im_end|>\n<|im_start|>assistant\n", ""),
+        ("hi[THINK]", "[THINK]"),
+        ("hi<|START_THINKING|>", "<|START_THINKING|>"),
+        ("hi", ""),
+    ],
+)
+def test_what_the_template_wrote_of_an_answer(prompt, wrote):
+    assert prefilled(TOK, np.asarray(TOK.encode(prompt))) == wrote
+
+
+def test_a_format_reward_may_see_what_the_template_wrote():
+    batch = answered([("hi<|im_start|><think>\n", "two</think>4"), ("hi<|im_start|>", "4")])
+    spec = RegexReward(pattern="(?s)<think>.*</think>.*", how="fullmatch")
+    assert build_reward([spec], TOK)(*batch).values.tolist() == [0, 0]
+    seeing = dataclasses.replace(spec, with_prefill=True)
+    assert build_reward([seeing], TOK)(*batch).values.tolist() == [1, 0]

@@ -52,9 +52,8 @@ def files(folder):
 
 def largest(folder):
     """The file with the arrays' bytes."""
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
+    files = (path for path in (folder / "state").rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def test_all_files_but_orbaxs_marks_are_summed(folder):

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.commands.synth.prompts import LANGUAGES
+from jaxalign.data.options import THINKING
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.run.config.yaml import build, override, read_yaml
 
@@ -83,11 +84,17 @@ class LocalConfig:
 
     Attributes:
       chat_template: None (the tokenizer's own), a built-in name, or a jinja file. Not "none".
+      thinking: "on" leaves reasoning to the model, where the template has a prompt for that; "off"
+        and "auto" close it.
+      chat_template_kwargs: further variables of the template.
     """
 
     chat_template: str | None = None
+    thinking: str = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
+        want(self.thinking in THINKING, "thinking", self.thinking, " or ".join(THINKING))
         want(self.chat_template != "none", "chat_template", "none", "a template with turns")
 
 

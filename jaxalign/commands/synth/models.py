@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.commands.synth.config import RewardModelConfig, WriterConfig
+from jaxalign.commands.synth.config import LocalConfig, RewardModelConfig, WriterConfig
 from jaxalign.commands.synth.preferences import TOO_LONG
 from jaxalign.commands.synth.writer import FunctionWriter, Request
 from jaxalign.data.chat import encode_conversations, encode_prompts, stop_token_ids
+from jaxalign.data.extent import Limits, extent_of
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.data.rows import Conversation
+from jaxalign.data.writers import Style
 from jaxalign.hf import load_language_model, load_reward_model, load_tokenizer
 from jaxalign.models.scorer import pooled_scores
 from jaxalign.parallel.sharding import row_shards, shard_batch, use_mesh
@@ -37,11 +39,13 @@ def _rows(count: int, mesh: Mesh | None) -> int:
 
 def local_writer(config: WriterConfig, mesh_config: MeshConfig | None = None) -> FunctionWriter:
     """A writer around a model that this process loads and samples from."""
-    template = None if config.local is None else config.local.chat_template
+    local = LocalConfig() if config.local is None else config.local
+    template = local.chat_template
+    style = Style(local.chat_template_kwargs, thinking=local.thinking)
     mesh = _mesh(mesh_config)
     tok = load_tokenizer(config.model)
     model, params = load_language_model(config.model, option="writer.model", mesh=mesh)
-    stops = stop_token_ids(tok, template)
+    stops = stop_token_ids(tok, template, model)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
     rows = _rows(config.concurrency, mesh)
 
@@ -49,8 +53,9 @@ def local_writer(config: WriterConfig, mesh_config: MeshConfig | None = None) ->
         first = requests[0]
         conversations = [tuple(request.messages) for request in requests]
         encoded = encode_prompts(
-            tok, conversations, template, [request.name for request in requests]
+            tok, conversations, template, [request.name for request in requests], style=style
         )
+        Limits.of(model, first.sampling.max_tokens, tok).check(extent_of(encoded), "prompts")
         length = -(-max(map(len, encoded)) // _STEP) * _STEP
         out = sample(
             model,

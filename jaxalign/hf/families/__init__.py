@@ -28,7 +28,7 @@ from jaxalign.hf.families.rope import used_rope
 from jaxalign.hf.families.smollm3 import SMOLLM3
 from jaxalign.hf.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
 from jaxalign.hf.families.values import get, refuse, unsupported
-from jaxalign.models.base import DecoderConfig
+from jaxalign.models.base import GENERATION, DecoderConfig
 from jaxalign.types import Params
 
 __all__ = [
@@ -67,9 +67,6 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """HF `model_type` → family."""
-
-GENERATION = "_generation_config"
-"""Key of `source_config` for the source's `generation_config.json`, if it had one."""
 
 _UNNAMED = "LABEL_0"
 """transformers' name of the single, unnamed output of a head."""
@@ -160,7 +157,16 @@ def config_to_hf(
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
     # torch_dtype is the old name of dtype; labels describe the head, which may have changed.
-    for key in (GENERATION, "torch_dtype", "num_labels", "id2label", "label2id", "problem_type"):
+    # Code of others is not exported, and not needed: transformers has the family's own.
+    for key in (
+        GENERATION,
+        "auto_map",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ):
         hf.pop(key, None)
     if len(get(hf, "layer_types", [])) != config.num_layers:
         hf.pop("layer_types", None)

@@ -63,8 +63,8 @@ class RunConfig:
     """Where a run writes, and when.
 
     Attributes:
-      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `checkpoints/`,
-        and the final weights in `model/`.
+      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (what
+        became of rows and columns), `checkpoints/`, and the final weights in `model/`.
       seed: of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. The data goes
         round where `data.epochs` is null; else a run that wants more batches ends with it, and
@@ -242,6 +242,11 @@ class Run:
     def sequences(self) -> int:
         """Rows that a step's batch is cut from: pairs, answers or documents."""
         return self.data.rows
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that are sampled after a row of data, at most."""
+        return 0
 
     @property
     def row_parts(self) -> dict[str, int]:

@@ -229,6 +229,11 @@ class PPORun(Run):
         return self.data.rows * self.ppo.samples
 
     @property
+    def sampled(self) -> int:
+        """Tokens of the longest answer."""
+        return self.ppo.max_new_tokens
+
+    @property
     def row_parts(self) -> dict[str, int]:
         """Also the mini-batches."""
         return super().row_parts | {"minibatches": self.minibatches}

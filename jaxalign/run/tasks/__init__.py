@@ -37,7 +37,7 @@ from jaxalign.run.tasks.data import make_data
 from jaxalign.run.tasks.dpo import build_dpo
 from jaxalign.run.tasks.kto import build_kto, unpaired_shapes
 from jaxalign.run.tasks.loader import FileLoader, Loader
-from jaxalign.run.tasks.parts import Parts, RunData, read_data
+from jaxalign.run.tasks.parts import Parts, RunData, read_data, report_of
 from jaxalign.run.tasks.ppo import build_ppo, ppo_task
 from jaxalign.run.tasks.reward import (
     build_reward_model,
@@ -45,7 +45,7 @@ from jaxalign.run.tasks.reward import (
     judged_shapes,
     reward_task,
 )
-from jaxalign.run.tasks.rows import check_rows
+from jaxalign.run.tasks.rows import check_fits, check_rows
 from jaxalign.run.tasks.sft import build_sft
 from jaxalign.run.tasks.shapes import pair_shapes, prompt_shapes, text_shapes
 from jaxalign.run.tasks.task import Task, updates_task
@@ -117,9 +117,10 @@ def make_task(config: Run) -> Task:
     check_rows(config, mesh)
     tok = run_tokenizer(config.model)
     data = read_data(config, algorithm.batches(config), tok, mesh)
+    check_fits(config, data)
     state, parts = algorithm.build(config, mesh, FileLoader(), data)
     task = algorithm.task(config, mesh, state, parts, data)
-    return task._replace(inputs=text_inputs(config, tok))
+    return task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:

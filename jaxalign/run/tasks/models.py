@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.hf.load import expect_language_model, expect_reward_model
+from jaxalign.hf.special_tokens import check_rows_for
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import add_lora
@@ -227,12 +228,9 @@ def load_critic(
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:
-    """Refuses ids that the model has no embedding for, which JAX would clip without a word."""
-    if tok is not None and len(tok) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tok.name_or_path!r} has {len(tok)} tokens, the model {source!r} only "
-            f"{model.config.vocab_size}; they do not belong together"
-        )
+    """Refuses a tokenizer of another model; see `jaxalign.hf.special_tokens.check_rows_for`."""
+    if tok is not None:
+        check_rows_for(tok, model.config.vocab_size, f"the model {source!r} has")
 
 
 def check_same_shape(reference: Decoder, policy: Decoder, source: str, start: str) -> None:

@@ -74,6 +74,14 @@ def read_data(config: Run, make: Callable[..., Batches[Any]], tok: Any, mesh: An
     return RunData(total_of(config, batches), tok, batches, held_out)
 
 
+def report_of(data: RunData) -> str:
+    """What became of the rows and columns of a run's data; when streaming, of those read so far."""
+    named = {"training data": data.batches, "held-out data": data.held_out}
+    return "\n\n".join(
+        f"{name}\n{batches.report}" for name, batches in named.items() if batches is not None
+    )
+
+
 def unread_data(config: Run) -> RunData:
     """For programs alone: as many batches as the run says or its schedule needs, one stop token."""
     steps = config.run.steps

@@ -99,7 +99,7 @@ def build_ppo(
     check_same_shape(reference.model, policy.model, config.reference or source, source)
     scorers = Scorers(config, mesh, loader, data.tok)
     critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
-    options = with_tokens(config, data)
+    options = with_tokens(config, data, policy.model)
 
     updates = config.ppo_epochs * config.minibatches
     critic_optimizer = config.critic_optimizer or config.optimizer
@@ -145,13 +145,13 @@ def build_ppo(
     )
 
 
-def with_tokens(config: PPORun, data: RunData) -> ppo.Config:
+def with_tokens(config: PPORun, data: RunData, model: Any) -> ppo.Config:
     """The options, with the tokenizer's stop and padding tokens where the run names none."""
     options, tok = config.ppo, data.tok
     if not options.stop_tokens:
         stops = data.stop_tokens
         if tok is not None:
-            stops = stop_token_ids(tok, config.model.chat_template)
+            stops = stop_token_ids(tok, config.model.chat_template, model)
         options = dataclasses.replace(options, stop_tokens=stops)
     if options.pad_token == 0 and tok is not None:
         options = dataclasses.replace(options, pad_token=pad_id(tok))
@@ -166,7 +166,10 @@ def make_reward(
         # One table of rows for all prompts: training data, then held-out data.
         rows = [*data.batches.examples]
         rows += data.held_out.examples if data.held_out is not None else ()
-        return build_reward(config.reward_specs(), data.tok, rows=rows, load=scorers.reward)
+        template = config.model.chat_template
+        return build_reward(
+            config.reward_specs(), data.tok, rows=rows, load=scorers.reward, chat_template=template
+        )
     if not models:
         return _no_reward
     return combine_rewards(

@@ -1,4 +1,4 @@
-"""Whether batches can be split evenly, before anything is loaded, compiled or sampled."""
+"""Whether batches can be split evenly, and read by the model, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 
 from jax.sharding import Mesh
 
+from jaxalign.data.extent import Limits
+from jaxalign.hf import load_model
 from jaxalign.parallel.sharding import row_axes, row_shards
 from jaxalign.run.config.base import Run
+from jaxalign.run.tasks.parts import RunData
 
 
 def check_rows(config: Run, mesh: Mesh) -> None:
@@ -42,6 +45,18 @@ def check_rows(config: Run, mesh: Mesh) -> None:
                 f"micro-batches; use a multiple of {unit} rows, the nearest is "
                 f"{_nearest(data.rows, unit)}"
             )
+
+
+def check_fits(config: Run, data: RunData) -> None:
+    """Refuses data that the model has no rows or positions for, before any weight is loaded.
+
+    Raises:
+      ValueError: a token without a row, or rows beyond the learned positions.
+    """
+    limits = Limits.of(load_model(config.model.source), config.sampled, data.tok)
+    for batches in (data.batches, data.held_out):
+        if batches is not None:
+            batches.check_model(limits)
 
 
 def _nearest(rows: int, unit: int) -> int:

@@ -17,7 +17,7 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
-from jaxalign.run.export import whole_model
+from jaxalign.run.export import exported_tokenizer, whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
 from jaxalign.types import TrainState
@@ -50,6 +50,7 @@ class Task(NamedTuple):
       learning_rates: names of rates → those of each update of the run, float32 `[updates]`, as
         metrics.
       inputs: what decides the batches besides options and files → a digest, see `run.inputs`.
+      data_report: () → what became of the rows and columns of the data, for people.
       async_metrics: whether a step may be dispatched before the last one's metrics are read. False
         where `prepare_updates` waits for the devices in any case.
     """
@@ -70,6 +71,7 @@ class Task(NamedTuple):
     async_metrics: bool = True
     learning_rates: Mapping[str, np.ndarray] = MappingProxyType({})
     inputs: Mapping[str, str] = MappingProxyType({})
+    data_report: Callable[[], str] = str
 
 
 def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data: RunData) -> Task:
@@ -127,6 +129,6 @@ def exporter(model: Any, tok: Any, part: str | None = None) -> Callable[[TrainSt
     def export(state: TrainState, folder: Any) -> None:
         params = combine(state.params, state.frozen)
         plain, params = whole_model(model, params if part is None else params[part])
-        save_pretrained(plain, params, folder, tokenizer=tok)
+        save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
 
     return export

@@ -1,0 +1,69 @@
+"""Which tokens end an answer: eos, the template's end of turn, and what publishers list beside.
+
+`jaxalign.data.stop_token_ids` unites them with what a source's generation config lists. Training,
+sampling, scoring and exports all ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Beside(NamedTuple):
+    """Tokens that generation configs list beside an end, where the tokenizer has them.
+
+    Attributes:
+      end: the end of turn, or eos.
+      others: what else ends an answer.
+      where: a token by which the tokenizer of that publisher is known; None: any.
+    """
+
+    end: str
+    others: tuple[str, ...]
+    where: str | None = None
+
+
+BESIDE = (
+    # Llama 3: texts, and messages that wait for a tool's answer.
+    Beside("<|eot_id|>", ("<|end_of_text|>", "<|eom_id|>")),
+    # gpt-oss: calls of tools, and texts. `<|end|>` ends a message within an answer there.
+    Beside("<|return|>", ("<|call|>", "<|endoftext|>")),
+    # Phi 3 and 3.5, but not Phi 4.
+    Beside("<|end|>", ("<|assistant|>",), where="<|placeholder1|>"),
+)
+# Qwen pads with the end of the texts that the base model was trained on.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+
+def united_ends(tok: PreTrainedTokenizerBase, ends: Iterable[int]) -> tuple[int, ...]:
+    """Ids that end an answer, ascending: `ends`, eos, and what publishers list beside them.
+
+    What the tokenizer's source lists counts, if `load_tokenizer` read it. Ids that are no token are
+    left out.
+    """
+    size = len(tok)
+    found = {*ends, *getattr(tok, "source_stops", ())}
+    if tok.eos_token_id is not None:
+        found.add(int(tok.eos_token_id))
+    found = {i for i in found if 0 <= i < size}
+    ids = {str(token): i for i, token in tok.added_tokens_decoder.items()}
+    known = {str(tok.convert_ids_to_tokens(i)) for i in found}
+    for row in BESIDE:
+        if row.end in known and (row.where is None or row.where in ids):
+            found |= {ids[other] for other in row.others if other in ids}
+    pad = tok.pad_token
+    if known and pad in _ENDS_OF_TEXT and pad not in (tok.unk_token, tok.bos_token):
+        found.add(int(tok.pad_token_id))
+    return tuple(sorted(found))
+
+
+def end_tokens(tok: PreTrainedTokenizerBase, end_of_turn: str | None) -> tuple[str, ...]:
+    """The same as text, of a template that ends turns with `end_of_turn`; added tokens only."""
+    end: Any = None if end_of_turn is None else tok.convert_tokens_to_ids(end_of_turn)
+    ends = () if end is None else (int(end),)
+    added = {*tok.added_tokens_decoder, *tok.all_special_ids}
+    return tuple(str(tok.convert_ids_to_tokens(i)) for i in united_ends(tok, ends) if i in added)

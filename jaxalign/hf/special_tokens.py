@@ -1,0 +1,110 @@
+"""Special tokens of a tokenizer: padding, where its source stops, and tokens without rows."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+GENERATION_FILE = "generation_config.json"
+
+# Names of tokens that templates in use write around turns, or that end a text: such a token may
+# become part of what is learnt, so it is no padding.
+_MARKUP = re.compile(
+    r"im_start|im_end|eot|eom|end|user|assistant|system|human|bot|start|begin|header|turn|call"
+    r"|message|channel|think|tool|inst|return|sep\b|^</?s>$|eos|bos",
+    re.IGNORECASE,
+)
+_MOST_UNKNOWN = 0.01  # part of a model's rows
+
+
+def set_padding(tokenizer: Any, template: str = "", rows: int | None = None) -> Any:
+    """Gives a tokenizer a padding token that is neither its eos nor written by its template.
+
+    A padding token that is set, and is neither, is kept. Otherwise it is the first in this order: a
+    special token with "pad" in its name, the unknown token, other special tokens by id that look
+    unused. Where there is none, as with GPT-2's tokenizer, it stays as it is: masks tell padding
+    from text, so any id can pad. The vocabulary never grows.
+
+    Args:
+      tokenizer: of transformers; it is changed.
+      template: the text of the chat template in use.
+      rows: of the model's embedding; tokens beyond them do not pad. None: unknown.
+    """
+    own = tokenizer.pad_token_id
+    known = rows if rows is not None else len(tokenizer)
+    written = template + str(tokenizer.chat_template or "")
+    free_of_roles = own not in (None, tokenizer.eos_token_id) and own < known
+    if free_of_roles and str(tokenizer.pad_token) not in template:
+        return tokenizer
+    reserved = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    unknown = tokenizer.unk_token_id
+    if unknown is not None:
+        special[unknown] = str(tokenizer.unk_token)
+    free = [
+        (i, token)
+        for i, token in sorted(special.items())
+        if i not in reserved and i < known and token not in written
+        if "pad" in token.lower() or i == unknown or not _MARKUP.search(token)
+    ]
+    if free:
+        tokenizer.pad_token = min(
+            free, key=lambda item: ("pad" not in item[1].lower(), item[0] != unknown)
+        )[1]
+    elif own is not None and own >= known:
+        tokenizer.pad_token = None
+    return tokenizer
+
+
+def listed_stops(folder: pathlib.Path) -> tuple[int, ...]:
+    """The ids at which a folder's `generation_config.json`, else its `config.json`, stops."""
+    for name in (GENERATION_FILE, "config.json"):
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if value is not None:
+            return tuple(i for i in as_list(value) if isinstance(i, int))
+    return ()
+
+
+def as_list(value: Any) -> list[Any]:
+    """A value of `eos_token_id`: one id, several, or none."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def rows_of(folder: pathlib.Path) -> int | None:
+    """Rows of the embedding of the model in a folder, if it says so."""
+    try:
+        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def check_rows_for(tokenizer: Any, rows: int, model: str) -> None:
+    """Refuses a tokenizer that does not belong to a model with so many rows.
+
+    A few tokens more than rows are taken, as Gemma 3 has them: no text holds their ids, and data in
+    which one occurs is refused.
+
+    Args:
+      tokenizer: of transformers.
+      rows: of the model's embedding.
+      model: what the model is called in the message.
+
+    Raises:
+      ValueError: more than 1 % of the rows too many, or bos or eos among those without a row.
+    """
+    size = len(tokenizer)
+    if size <= rows:
+        return
+    roles = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    lost = [f"its {role} token {i}" for role, i in roles.items() if i is not None and i >= rows]
+    if lost or size - rows > max(16, _MOST_UNKNOWN * rows):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has {size} tokens, {model} only {rows}"
+            f"{f' (not {lost[0]})' if lost else ''}; they do not belong together"
+        )
