@@ -130,8 +130,8 @@ def test_documents_of_a_rollout():
 def ended(look, **options):
     """(params that the run ends with or None, iteration) after looking at (score, kl) in turn."""
     stop = EarlyStop(judge=None, **({"most_kl": 4.0, "patience": 2} | options))
-    for number, (score, kl) in enumerate(look):
-        stop.look({"w": jnp.float32(number)}, score, kl)
+    for number, (score, kl, *error) in enumerate(look):
+        stop.look({"w": jnp.float32(number)}, score, kl, *error)
         state = stop.end_with(TrainState(0, {"w": jnp.float32(-1)}, {}, ()), number + 1)
         if state is not None:
             return float(state.params["w"]), number, stop.reason
@@ -152,6 +152,11 @@ def test_a_run_that_the_judge_finds_worse_ends_with_its_best():
     params, number, reason = ended([(0.0, 0.0), (0.8, 2.0), (0.7, 3.0), (0.6, 3.5), (9.0, 3.5)])
     assert (params, number) == (1.0, 3)
     assert reason == "the held-out judge's mean score fell from 0.80 to 0.60"
+
+
+def test_a_score_within_its_error_is_as_good():
+    noisy = [(0.0, 0.0, 0.1), (0.8, 2.0, 0.1), (0.75, 2.0, 0.1), (0.71, 2.0, 0.1), (0.7, 2.0, 0.2)]
+    assert ended(noisy) == (None, 5, "")
 
 
 def test_rollouts_are_looked_at_before_their_updates():

@@ -7,6 +7,7 @@ too far ends with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ class EarlyStop:
     Args:
       judge: scores answers; the reward model never saw what it learned from.
       most_kl: nats an answer; a policy beyond it is never kept.
-      patience: iterations below the best score, one after the other, before the run ends.
+      patience: iterations clearly below the best score before the run ends.
 
     Attributes:
       reason: why the run ended before its last iteration, as a clause; "" if it did not.
@@ -48,25 +49,27 @@ class EarlyStop:
             updates = list(updates)
             # Every answer is in as many updates as there are epochs: the mean is that of all.
             scores = self._judge.scores([d for part in updates for d in documents_of(part)])
-            self.look(state.params, float(scores.mean()), metrics["objective/kl"])
+            error = float(scores.std()) / math.sqrt(len(scores))
+            self.look(state.params, float(scores.mean()), metrics["objective/kl"], error)
             return updates, metrics | {"judge/score": float(scores.mean())}
 
         return task._replace(prepare_updates=prepare_updates, end_with=self.end_with)
 
-    def look(self, params: Params, score: float, kl: float) -> None:
+    def look(self, params: Params, score: float, kl: float, error: float = 0.0) -> None:
         """Takes what an iteration's answers say of the policy that gave them.
 
         Args:
           params: of that policy, before the iteration's updates; copied if they are kept.
           score: the judge's mean.
           kl: from the reference, nats an answer.
+          error: standard error of `score`: a mean within it of the best is as good.
         """
         self.judged.append(score)
         if kl > self._most_kl:
             self.reason = f"its KL came to {kl:.1f} nats, above {self._most_kl:g}"
         elif self._best is None or score > self._best[0]:
             self._best, self._worse = (score, kl, jax.tree.map(jnp.copy, params)), 0
-        else:
+        elif score < self._best[0] - error:
             self._worse += 1
             if self._worse >= self._patience:
                 self.reason = (
