@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jaxalign.run.record import check_hosts, write_data_report
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.tasks import Task, make_task
+from jaxalign.run.tasks.loader import KeepingLoader
 from jaxalign.run.tasks.task import Loop
 from jaxalign.types import TrainState
 
@@ -48,7 +50,29 @@ class Result(NamedTuple):
     signal: str | None = None
 
 
-def train(config: Any, title: str | None = None, began: float | None = None) -> Result:
+class Hooks(NamedTuple):
+    """What a caller of `train` may put into a run.
+
+    Attributes:
+      loader: hands over models instead of reading them, and keeps the run's own.
+      adapt: (task) → the task that is run, such as with another end.
+      make_bar: (title, steps, steps done) → the progress bar, with the methods of tqdm's that
+        `Reporter` calls; tqdm's own by default.
+      evaluate_first: whether held-out figures are measured before the first step.
+    """
+
+    loader: KeepingLoader | None = None
+    adapt: Callable[[Task], Task] | None = None
+    make_bar: Callable[[str, int, int], Any] | None = None
+    evaluate_first: bool = True
+
+
+def train(
+    config: Any,
+    title: str | None = None,
+    began: float | None = None,
+    hooks: Hooks | None = None,
+) -> Result:
     """Runs one configuration to its end; on several hosts, within `distributed.session()`.
 
     Killed anywhere and started again with `run.resume=true`, it goes on from the newest
@@ -60,6 +84,7 @@ def train(config: Any, title: str | None = None, began: float | None = None) -> 
       title: shown beside the progress bar.
       began: `time.monotonic()` when the command began, from which `run.time_limit` counts; None:
         now.
+      hooks: of a caller that runs several stages.
 
     Raises:
       ValueError: a wrong configuration or input, a folder in use, one that holds another run, or a
@@ -71,11 +96,16 @@ def train(config: Any, title: str | None = None, began: float | None = None) -> 
     # However the run ends, saves under way are finished and files closed.
     with contextlib.ExitStack() as stack, config.mesh.use_rules():
         stop = stack.enter_context(stop_on_signals())
-        return _train(config, title, stack, stop, clock)
+        return _train(config, title, hooks or Hooks(), stack, stop, clock)
 
 
 def _train(
-    config: Any, title: str | None, stack: contextlib.ExitStack, stop: StopRequest, clock: Clock
+    config: Any,
+    title: str | None,
+    hooks: Hooks,
+    stack: contextlib.ExitStack,
+    stop: StopRequest,
+    clock: Clock,
 ) -> Result:
     began = time.perf_counter()
     run: RunConfig = config.run
@@ -84,7 +114,8 @@ def _train(
     opened = stack.enter_context(open_folder(config))
 
     # ---------------------------------------------------------------- models, data, step
-    task = make_task(config)
+    task = make_task(config) if hooks.loader is None else make_task(config, hooks.loader)
+    task = task if hooks.adapt is None else hooks.adapt(task)
     opened.check_task(task)
     opened.make_room()
 
@@ -104,13 +135,17 @@ def _train(
     write_data_report(folder, task.data_report())
     name = title or type(config).__name__.removesuffix("Run").lower()
     seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
-    reporter = Reporter(folder, name, task.total, done, run.log_every, seen, bad_steps=bad_steps)
+    reporter = Reporter(
+        folder, name, task.total, done, run.log_every, seen,
+        bad_steps=bad_steps, make_bar=hooks.make_bar,
+    )  # fmt: skip
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
     early = EarlyStopper(run.early_stopping, position.get("early"))
     if task.on_train_start is not None and done == 0:
         task.on_train_start(state, loop)
-    before = _evaluate(task, state, loop, 0, reporter, early) if done == 0 else {}
+    measured = done == 0 and hooks.evaluate_first
+    before = _evaluate(task, state, loop, 0, reporter, early) if measured else {}
     after, saved_at = before, done
     progress = Progress(config, task, state, position.get("taken", done))
     root = jax.random.key(run.seed)
@@ -129,12 +164,15 @@ def _train(
         # What another host wishes is known a step later, with the sums of this one.
         wishes = own if jax.process_count() == 1 else reporter.wishes
         stops = distributed.preempted(done) or wishes.stop
-        evaluates = progress.falls_due(run.eval_every, done) and done < task.total
+        ended = None if task.end_with is None else task.end_with(state, done)
+        last = done == task.total or ended is not None
+        evaluates = progress.falls_due(run.eval_every, done) and not last
         saves = stops or wishes.save or progress.falls_due(run.save_every, done)
         # A step's metrics are read once the next step is under way, so that no device waits for
         # this loop; but no state is saved or evaluated before its own metrics were found finite.
-        settle = evaluates or saves or done == task.total or not task.async_metrics
+        settle = evaluates or saves or last or not task.async_metrics
         reporter.add(record, keep=0 if settle else 1)
+        state = state if ended is None else ended
         if evaluates:
             after = _evaluate(task, state, loop, done, reporter, early)
         if saves and bad_steps.holds_news(done, saved_at):
@@ -144,6 +182,8 @@ def _train(
             reporter.wishes = reporter.wishes._replace(save=False)
         if stops:
             raise distributed.Preempted(_how_to_go_on(done, task.total, stop, run, store))
+        if ended is not None:
+            break
         if evaluates or saves:
             reporter.start_clock()
             clock.start_step()
@@ -162,7 +202,9 @@ def _train(
     exported = folder / MODEL if run.export else None
     if exported is not None:
         check_weights(state.params, f"step {done}")
-        task.export(state, exported)
+        model, params = task.export(state, exported)
+        if hooks.loader is not None:
+            hooks.loader.keep(str(exported), model, params)
     seconds = time.perf_counter() - began
     return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import pathlib
 import time
@@ -65,6 +66,10 @@ class Seen(NamedTuple):
     samples: int = 0
 
 
+def _bar(title: str, total: int, done: int, *, silent: bool) -> Any:
+    return tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
+
+
 class Reporter:
     """Writes down one step after the other.
 
@@ -76,6 +81,7 @@ class Reporter:
       log_every: print a line every so many steps.
       seen: by earlier starts; None: there was none.
       bad_steps: counts the updates that were left out; None: the first one ends the run.
+      make_bar: (title, total, done) → a progress bar of the caller's; None: tqdm's.
 
     Attributes:
       history: the metrics of all steps reported here.
@@ -93,6 +99,7 @@ class Reporter:
         seen: Seen | None = None,
         *,
         bad_steps: BadSteps | None = None,
+        make_bar: Callable[[str, int, int], Any] | None = None,
     ):
         self._bad_steps = BadSteps(1, {}) if bad_steps is None else bad_steps
         silent = not distributed.is_main()
@@ -100,7 +107,8 @@ class Reporter:
         self.seen, self.wishes = seen or Seen(), Wishes(False, False)
         self._folder, self._total, self._log_every = folder, total, log_every
         self._writer = JsonlWriter(folder / "metrics.jsonl", done or None, silent=silent)
-        self._bar = tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
+        make_bar = functools.partial(_bar, silent=silent) if make_bar is None else make_bar
+        self._bar = make_bar(title, total, done)
         self._pending: collections.deque[StepRecord] = collections.deque()
         self._peak = peak_flops()
         self._reported_at = time.perf_counter()

@@ -8,8 +8,20 @@ import pytest
 from jaxalign.data import read_rows, to_conversation, to_preference, to_prompt
 
 _FOLDER = importlib.resources.files("jaxalign") / "commands/quickstart/example_data"
-_LEAST = {"conversations": 240, "several_turns": 40, "preferences": 240, "prompts": 64, "held": 24}
-_READ = {"conversations": to_conversation, "preferences": to_preference, "prompts": to_prompt}
+_LEAST = {
+    "conversations": 240,
+    "several_turns": 40,
+    "preferences": 240,
+    "judge": 96,
+    "prompts": 64,
+    "held": 24,
+}
+_READ = {
+    "conversations": to_conversation,
+    "preferences": to_preference,
+    "judge": to_preference,
+    "prompts": to_prompt,
+}
 
 
 def _load(language, name):
@@ -18,14 +30,22 @@ def _load(language, name):
 
 
 def _instructions(language):
-    """(origin, instruction) of every example, training and held out."""
-    found = []
+    """(origin, instruction) of every example, training and held out.
+
+    The judge's pairs come in groups: one prompt and chosen answer, several rejected ones.
+    """
+    found: dict[str, str] = {}
     for name, heldout in itertools.product(_READ, ("", "_heldout")):
         for example in _load(language, name + heldout):
-            messages = example.prompt if name == "preferences" else example.messages
+            pairs = name in ("preferences", "judge")
+            messages = example.prompt if pairs else example.messages
             asked = next(m["content"] for m in messages if m["role"] == "user")
-            found.append((example.origin.rpartition("/")[2], asked))
-    return found
+            origin = example.origin.rpartition("/")[2]
+            if name == "judge" and found.get(asked, "").startswith(f"{name}{heldout}.jsonl"):
+                continue
+            assert asked not in found, f"{origin} and {found[asked]}: {asked!r}"
+            found[asked] = origin
+    return [(origin, asked) for asked, origin in found.items()]
 
 
 def _words(language, text):
@@ -63,6 +83,8 @@ def test_enough_of_everything(language):
     pairs = _load(language, "preferences")
     assert len(pairs) >= least["preferences"]
     assert all(p.chosen != p.rejected for p in pairs + _load(language, "preferences_heldout"))
+    assert len(_load(language, "judge")) >= least["judge"]
+    assert len(_load(language, "judge_heldout")) >= least["held"]
     assert len(_load(language, "prompts")) >= least["prompts"]
     assert len(_load(language, "prompts_heldout")) >= least["held"]
     assert _load(language, "conversations_heldout")

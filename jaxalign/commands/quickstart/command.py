@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 
 from jaxalign.commands.command import Command, overrides_argument
+from jaxalign.commands.quickstart.example_model import WHEEL, find_example_model
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder, .gguf file or hub id to start from")
+    parser.add_argument(
+        "--model",
+        help=f"folder, .gguf file or hub id to start from (default: that of {WHEEL}, if installed)",
+    )
     parser.add_argument(
         "--language", default="en", choices=("en", "zh"), help="of the example data"
     )
-    parser.add_argument("--out", default="runs/quickstart", help="folder to write to")
+    parser.add_argument("--out", default="runs/quickstart", help="folder to make")
     overrides_argument(parser, key="stage.key")
 
 
@@ -21,7 +25,8 @@ def _run(parsed: argparse.Namespace) -> None:
     from jaxalign.parallel import distributed
 
     with distributed.session():
-        quickstart(parsed.model, parsed.language, parsed.out, parsed.overrides)
+        model = find_example_model() if parsed.model is None else parsed.model
+        quickstart(model, parsed.language, parsed.out, parsed.overrides)
 
 
 COMMAND = Command(

@@ -1,7 +1,7 @@
 """A run, or the stages of a pipeline, as one HTML page that needs no other file.
 
 It has the curves of `metrics.jsonl`, held-out figures before and after, configuration and versions;
-for a quickstart also its table of figures and its answers.
+for a quickstart also its figures, contests and answers (`quickstart`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from jaxalign.commands.report.charts import bar_chart, line_chart, text, value_ticks
 from jaxalign.commands.report.page import page, table
+from jaxalign.commands.report.quickstart import summary_sections
 from jaxalign.hf.source import read_json
 from jaxalign.run.config.runs import RUNS
 from jaxalign.run.config.yaml import read_yaml
@@ -70,7 +71,7 @@ def make_page(folder: str | os.PathLike[str]) -> str:
     runs = find_runs(path)
     body = []
     if (path / "summary.json").is_file():
-        body.append(_summary(path / "summary.json"))
+        body.append(summary_sections(path / "summary.json"))
     body += [_run(run, title=None if run == path else run.name) for run in runs]
     return page(path.resolve().name, body)
 
@@ -249,20 +250,3 @@ def _evaluation(path: pathlib.Path, across: str) -> str:
 
 def _captioned(title: str, legend: str, svg: str) -> str:
     return f"<figure><figcaption>{text(title)} <span>{legend}</span></figcaption>{svg}</figure>"
-
-
-def _summary(path: pathlib.Path) -> str:
-    summary = read_json(path)
-    try:
-        figures = [
-            (f["figure"], f"{f['before']:.3f}", f"{f['after']:.3f}") for f in summary["figures"]
-        ]
-        names = list(summary["answers"][0]) if summary["answers"] else []
-        answers = [[row[name] for name in names] for row in summary["answers"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a summary as `jaxalign quickstart` writes it") from error
-    measured = table(("figure", "before", "after"), figures, numbers=(1, 2))
-    return (
-        f"<h2>Held-out figures</h2>{measured}<h2>Answers to held-out prompts</h2>"
-        f'<div class="wide">{table(names, answers, kind="a")}</div>'
-    )

@@ -110,15 +110,20 @@ def register(algorithm: Algorithm) -> None:
     RUNS[name] = algorithm.config
 
 
-def make_task(config: Run) -> Task:
-    """The task of a configuration made by `load_config`: reads its data and models."""
+def make_task(config: Run, loader: Loader | None = None) -> Task:
+    """The task of a configuration made by `load_config`: reads its data and models.
+
+    Args:
+      config: of the run.
+      loader: where its models come from; files by default.
+    """
     algorithm = algorithm_of_run(config)
     mesh = config.mesh.make()
     check_rows(config, mesh)
     tok = run_tokenizer(config.model)
     data = read_data(config, algorithm.batches(config), tok, mesh)
     check_fits(config, data)
-    state, parts = algorithm.build(config, mesh, FileLoader(), data)
+    state, parts = algorithm.build(config, mesh, loader or FileLoader(), data)
     task = algorithm.task(config, mesh, state, parts, data)
     return task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
 

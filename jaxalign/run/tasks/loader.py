@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -126,3 +127,42 @@ class FileLoader(ArrayLoader):
             remat=remat,
             attention=config.attention,
         )
+
+
+class KeepingLoader(FileLoader):
+    """Of files, but for models that this process has made: those it hands over as they are.
+
+    The stages of a pipeline use it so that no weights are written and read again between them. What
+    it hands over is shared, never copied; steps donate copies only (`init_state`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, tuple[Decoder | Scorer, Params]] = {}
+
+    def keep(self, source: str, model: Decoder | Scorer, params: Params) -> None:
+        """From now on `source` stands for this model.
+
+        Args:
+          source: the folder that the model was, or will be, written to.
+          model: without adapters.
+          params: its parameters on the mesh of the runs to come, in their `model.dtype`.
+        """
+        self._kept[source] = model, params
+
+    def forget(self, source: str) -> None:
+        """Lets go of a model; from now on `source` is a folder like any other."""
+        self._kept.pop(source, None)
+
+    def load(
+        self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
+    ) -> tuple[Decoder | Scorer, Params]:
+        """The model that was kept under `source`, else as `FileLoader`."""
+        if source not in self._kept:
+            return super().load(source, config, mesh, remat=remat)
+        model, params = self._kept[source]
+        decoder = model.base if isinstance(model, Scorer) else model
+        decoder = dataclasses.replace(decoder, remat=remat, attention=config.attention)
+        if isinstance(model, Scorer):
+            return dataclasses.replace(model, base=decoder), params
+        return decoder, params

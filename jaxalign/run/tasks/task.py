@@ -20,7 +20,7 @@ from jaxalign.parallel.sharding import shard_batch
 from jaxalign.run.export import exported_tokenizer, whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
-from jaxalign.types import TrainState
+from jaxalign.types import Params, TrainState
 
 Floats = dict[str, float]
 Loop = dict[str, Any]
@@ -41,12 +41,15 @@ class Task(NamedTuple):
         Among the metrics are `TOKENS` and `FLOPS`: real tokens and model FLOPs of this process's
         rows, of which the loop makes rates.
       evaluate: (state, loop) → held-out figures, or None without held-out data.
-      export: (state, folder) → None; writes the weights in Hugging Face form.
+      export: (state, folder) → (model, parameters) without adapters; writes the weights in Hugging
+        Face form.
       details: curves and tables of the last evaluation, JSON-able, or None.
       on_train_start: (state, loop) → None; called once, before a run that is not resumed, to fill
         `loop`.
       early_stop: metrics of an update → whether to skip the other updates of this batch; None:
         never.
+      end_with: (state, batches done) → None to go on, or the train state that the run ends with
+        now. It sees every state after its updates; a state that it gives back later must be a copy.
       learning_rates: names of rates → those of each update of the run, float32 `[updates]`, as
         metrics.
       inputs: what decides the batches besides options and files → a digest, see `run.inputs`.
@@ -64,10 +67,11 @@ class Task(NamedTuple):
         [jax.Array, TrainState, Any, Loop, Iterator[Any]], tuple[Iterable[Any], Floats]
     ]
     evaluate: Callable[[TrainState, Loop], Floats] | None
-    export: Callable[[TrainState, Any], None]
+    export: Callable[[TrainState, Any], tuple[Any, Params]]
     details: Callable[[], dict[str, Any]] | None = None
     on_train_start: Callable[[TrainState, Loop], None] | None = None
     early_stop: Callable[[dict[str, Any]], bool] | None = None
+    end_with: Callable[[TrainState, int], TrainState | None] | None = None
     async_metrics: bool = True
     learning_rates: Mapping[str, np.ndarray] = MappingProxyType({})
     inputs: Mapping[str, str] = MappingProxyType({})
@@ -117,7 +121,9 @@ def evaluator(
     return run
 
 
-def exporter(model: Any, tok: Any, part: str | None = None) -> Callable[[TrainState, Any], None]:
+def exporter(
+    model: Any, tok: Any, part: str | None = None
+) -> Callable[[TrainState, Any], tuple[Any, Params]]:
     """Writes the trained weights, adapters folded in, in Hugging Face form.
 
     Args:
@@ -126,9 +132,10 @@ def exporter(model: Any, tok: Any, part: str | None = None) -> Callable[[TrainSt
       part: the model's key in the state's parameters; None: they are all its own.
     """
 
-    def export(state: TrainState, folder: Any) -> None:
+    def export(state: TrainState, folder: Any) -> tuple[Any, Params]:
         params = combine(state.params, state.frozen)
         plain, params = whole_model(model, params if part is None else params[part])
         save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
+        return plain, params
 
     return export
