@@ -61,15 +61,16 @@ class Config:
       beta: β > 0, how closely the policy is held to the reference (τ in IPO, λ in ORPO).
       loss_type: see `losses.preference`; several are added up.
       loss_weights: the weight of each of several types; None: 1 each.
-      label_smoothing: in [0, 0.5): the assumed rate of flipped labels, for the types that use it.
+      label_smoothing: in [0, 0.5): the assumed fraction of flipped labels, for the types that use
+        it.
       ipo_normalize: `ipo` only: divide log-ratios by answer length (as TRL).
-      f_divergence: what holds the policy to the reference, see `losses.divergence`.
+      f_divergence: the divergence between policy and reference, see `losses.divergence`.
       f_alpha: α of `f_divergence="alpha_divergence"`.
       discopop_tau: `discopop` only: temperature of the switch between its halves.
       simpo_gamma: `simpo` only: the margin γ ≥ 0.
       loss_options: options of the loss types that have no field here, by name; for losses added
         with `losses.preference.register`.
-      ld_alpha: in [0, 1]: what tokens beyond the shorter answer's length count in log-ratios
+      ld_alpha: in [0, 1]: weight in log-ratios of the tokens beyond the shorter answer's length
         (LD-DPO, see `losses.tokens`); None: 1.
       wpo_weighting: multiply a pair's loss by how likely its answers are under the policy (WPO,
         see `losses.tokens`).

@@ -32,9 +32,9 @@ class SpikeConfig:
     """When the norm of a gradient is a spike.
 
     Attributes:
-      factor: k > 1; above k times the running median the update is left out.
-      window: norms that the median is taken of, the last ones, those of spikes among them: a run
-        whose gradients have grown for good goes on after half a window.
+      factor: k > 1; above k times the running median the update is skipped.
+      window: number of recent norms in the median, spikes included: a run whose gradients have
+        grown for good continues after half a window.
     """
 
     factor: float = 10.0

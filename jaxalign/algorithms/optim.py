@@ -30,7 +30,8 @@ class OptimizerConfig:
       schedule: "constant", or "linear" / "cosine" decay to `end_fraction` of the peak.
       warmup_steps: updates of linear rise from 0; the first update's rate is 0, as in
         Hugging Face's schedules.
-      warmup_ratio: in place of `warmup_steps`: their part of all updates, in [0, 1), rounded up.
+      warmup_ratio: in place of `warmup_steps`: their fraction of all updates, in [0, 1), rounded
+        up.
       total_steps: updates in all, warm-up included; the training loop fills it in.
       end_fraction: last rate as a fraction of the peak.
       b1, b2, eps: Adam's.

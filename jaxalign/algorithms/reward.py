@@ -49,8 +49,8 @@ class Config:
       objective: what is learned from, one of `OBJECTIVES`.
       center_coef: c ≥ 0, pulls the mean score of a pair to 0 (TRL: center_rewards_coefficient).
         With pairs, and with all pairs of a ranking.
-      label_smoothing: ε, 0 ≤ ε < ½, the share of labels taken to be the wrong way round. With
-        pairs, and with all pairs of a ranking.
+      label_smoothing: ε, 0 ≤ ε < ½, the assumed fraction of flipped labels. With pairs, and with
+        all pairs of a ranking.
       ranking: how a ranking is learned, one of `RANKINGS`.
       attributes: of a regression: the names of the grades, in the order of the head's outputs.
     """

@@ -2,10 +2,10 @@
 
     L = − Σ_{b,t} m_{b,t} · log π(y_{b,t} | x_{b,≤t}) / Σ_{b,t} m_{b,t}
 
-(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token
-of every answer weighs the same, over all micro-batches and devices. `loss_type="dft"` weighs each
-token's term by its own probability (Wu et al. 2025, https://arxiv.org/abs/2508.05629).
-With `TokenBatch.weights` w, m·w stands in the place of m.
+(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, step 1), with m the loss mask: every token of
+every answer weighs the same, over all micro-batches and devices. `loss_type="dft"` weighs each
+token's term by its own probability (Wu et al. 2025, https://arxiv.org/abs/2508.05629). With
+`TokenBatch.weights` w, m·w replaces m.
 
 Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 """
@@ -36,8 +36,9 @@ class Config:
     """Options of SFT.
 
     Attributes:
-      loss_type: "nll", or "dft" (dynamic fine-tuning): a token's term weighs as much as the model
-        finds it likely, so that few unlikely tokens do not rule the gradient; see `losses.sft.dft`.
+      loss_type: "nll", or "dft" (dynamic fine-tuning): each token's term is weighted by the token's
+        probability, so that a few unlikely tokens do not dominate the gradient; see
+        `losses.sft.dft`.
       log_entropy: also log the mean entropy of the predictions (`entropy`, nats); costs another
         pass over each chunk of logits.
     """

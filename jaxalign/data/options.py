@@ -29,7 +29,7 @@ class BatchOptions:
       rows: B, rows of every batch, over all hosts.
       length: T, positions of a row (of a prompt, in PPO).
       packing: True or "best_fit": several documents (or pairs) a row, decided once.
-        "best_fit_split": documents that are too long go on in a further piece instead of losing
+        "best_fit_split": documents that are too long continue in a further piece instead of losing
         their end (SFT). "wrapped": plain texts laid end to end and cut where a row ends (SFT).
         False: one a row. None: SFT packs, unless it has `buckets`; everything else holds one a row.
       epochs: passes over the data; None: forever.
@@ -38,39 +38,40 @@ class BatchOptions:
         the answer loses its end. "prompt_end": the prompt loses its start, both sides of a pair the
         same tokens, and a row whose answer alone is too long is dropped. "whole": the row is
         dropped. None: "answer_start", and "prompt_end" for prompts.
-      buckets: widths, ascending: each batch has the smallest of these that holds its rows, and
-        rows of similar length share a batch. `length` is the last width, given or not. Without
-        packing only. None: every batch is `length` wide.
+      buckets: widths, ascending: each batch has the smallest one that holds its rows, and rows of
+        similar length share a batch. `length` is the last width, given or not. Without packing
+        only. None: every batch is `length` wide.
       temperature: τ > 0, flattens the shares of a mixture: share ∝ weight^(1/τ), a source's weight
         being its number of rows where it gives none. 1 mixes in proportion; ∞ evenly. None: as 1,
         and sources without weights are simply read one after the other.
-      validation: what is held out of the sources: a part in (0, 1) or a number of rows. Which rows
-        these are depends on their prompts alone, so rows with the same prompt stay together.
-      dedup: "exact" drops a row that says the same as an earlier one, "near" also one whose
+      validation: what is held out of the sources: a fraction in (0, 1) or a number of rows. Which
+        rows these are depends on their prompts alone, so rows with the same prompt stay together.
+      dedup: "exact" drops a row with the same text as an earlier one, "near" also one whose
         character 5-grams have a Jaccard similarity of `dedup_threshold` with an earlier one.
       dedup_threshold: in (0, 1].
       scripts: writing systems (see `jaxalign.data.scripts.SCRIPTS`) of which at least
-        `script_share` of a row's letters must be. A script is no language: Latin is the script of
-        English and French alike. None or empty: any.
+        `script_share` of a row's letters must be. A script is not a language: Latin is the script
+        of English and French alike. None or empty: any.
       script_share: in (0, 1].
       min_tokens: rows of fewer tokens, counted before cutting, are dropped.
       max_tokens: rows of more tokens, counted before cutting, are dropped; None: none are.
       on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
         rows out, counted by reason. What makes a whole file unreadable stops either way.
-      special_tokens_in_text: what becomes of the tokenizer's special tokens in people's words.
-        "escape": they are read as the characters that they are written with, so that no text can
-        forge a turn; counted. "error": the row is bad. "keep": they are the tokens. Plain texts
-        keep theirs.
+      special_tokens_in_text: what becomes of text in messages that spells a special token of the
+        tokenizer. "escape": it is tokenised as plain characters, so that no text can forge a turn;
+        counted. "error": the row is bad. "keep": it becomes the special token. Plain texts keep
+        theirs.
       thinking: which prompt answers follow under templates that have two. "auto": answers that
-        begin with reasoning follow the prompt that leaves it to them, others (and prompts of
+        begin with reasoning follow the prompt that leaves reasoning open, others (and prompts of
         rollouts) the one that closes it; both sides of a pair follow the same. "on": all follow the
-        first. "off": all follow the second, and reasoning is left out of what is trained (counted).
-      chat_template_kwargs: variables that the chat template gets, such as `enable_thinking`; those
-        of a row's column of this name stand above them.
-      streaming: reads, renders, tokenises and packs while training goes on, a window at a time,
-        for data that does not fit in memory.
-      window: rows of the sources that are held, shuffled and packed together when streaming.
-      prefetch: batches made ahead in a thread of their own; 0: none.
+        first. "off": all follow the second, and reasoning is removed from what is trained
+        (counted).
+      chat_template_kwargs: variables for the chat template, such as `enable_thinking`; those in a
+        row's column of this name take precedence.
+      streaming: reads, renders, tokenises and packs during training, a window at a time, for data
+        that does not fit in memory.
+      window: rows that are kept in memory, shuffled and packed together when streaming.
+      prefetch: batches prepared ahead in a thread; 0: none.
     """
 
     rows: int = 32
@@ -205,7 +206,7 @@ class Options(BatchOptions):
         `jaxalign.data.resolve_chat_template`.
       split: "train" leaves out what `validation` holds out, "validation" gives only that.
       host: (index, count): this host builds its part of each batch, rows index · rows / count and
-        following. Positions count whole batches, so a run may go on with another number of hosts.
+        following. Positions count whole batches, so a run can resume with another number of hosts.
     """
 
     seed: int = 0

@@ -32,14 +32,14 @@ class Config:
       top_k, top_p: rollout filters, off (0 and 1) by default: they make the sampler differ from
         the distribution whose log-probabilities are trained.
       samples: answers to each prompt; more than one for estimators that compare them.
-      slots: answers written at a time, see `sample`; None: all.
+      slots: answers sampled at a time, see `sample`; None: all.
       cache_dtype: of keys and values while sampling; None: the model's compute dtype.
       logprob_tolerance: largest mean |sampler − trainer| log-probability difference, nats a token,
         before `prepare` stops the run.
 
       missing_eos_penalty: subtracted from the score of an answer without stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
-      reward_clip: cut scores to ± this after that; None: no cut.
+      reward_clip: then clip scores to ± this; None: no clipping.
       score_at: "eos" (last token of the answer) or "after_eos" (the position after, as TRL).
       whiten_rewards: divide rewards by their standard deviation, keeping the mean.
 
@@ -69,12 +69,12 @@ class Config:
       entropy_coef: weight of the entropy bonus; 0 is off.
 
       vf_coef: c_v, weight of the critic's loss.
-      clip_range_value: bound of the critic's move, None for none.
+      clip_range_value: bound on the change of a value, None for none.
       shared_critic: the critic is a head on the policy's hidden states, `params["critic"]` that
         head alone, and its loss trains the policy's trunk too.
 
       ptx_coef: weight of −log π a token of `RolloutBatch.ptx`, text as in pre-training (Ouyang et
-        al. 2022, eq. 2, where the sum over a text is weighed); 0 is off.
+        al. 2022, eq. 2, which weights the sum over a text); 0 is off.
     """
 
     # Sampling.

@@ -18,7 +18,7 @@ from jaxalign.run.config.mesh import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and how it is held.
+    """Which model, and its dtypes and implementation.
 
     Attributes:
       source: folder in Hugging Face form, `.gguf` file, or hub id; "owner/name@revision" takes a
@@ -67,30 +67,30 @@ class RunConfig:
         became of rows and columns), `checkpoints/`, and the final weights in `model/`.
       seed: of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. The data goes
-        round where `data.epochs` is null; else a run that wants more batches ends with it, and
-        says so before it starts.
+        repeats if `data.epochs` is null; otherwise the run ends with the data, and says so before
+        it starts.
       epochs: passes over the training data, in place of `steps` and `data.epochs`; fractions such
         as 1.5 end within a pass.
-      micro_batches: parts a batch is computed in, one after the other.
+      micro_batches: parts of a batch that are computed one after the other.
       log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
       eval_every: batches between evaluations, or "epoch": after each pass over the data; 0: at the
         start and end only.
       save_every: batches between checkpoints, or "epoch"; 0: by `save_minutes` and at the end only.
-      save_minutes: minutes after which there is a new checkpoint, whatever `save_every` says; None:
-        no clock makes one.
+      save_minutes: minutes between checkpoints, whatever `save_every` says; None: none by the
+        clock.
       keep: checkpoints kept.
       time_limit: minutes from the start of the command; the run saves a checkpoint and ends, with
-        status 75, before a step that would go beyond them. None: no limit.
-      early_stopping: ends the run once a held-out figure no longer gets better; None: never.
-      resume: true: goes on from the newest checkpoint in `folder`, and is an error without one.
-        "auto": the same, but starts where there is none.
-      allow_changes: resumes although settings, models or data are others than before (the flag
+        status 75, before a step that could exceed them. None: no limit.
+      early_stopping: ends the run once a held-out figure no longer improves; None: never.
+      resume: true: resumes from the newest checkpoint in `folder`; without one it is an error.
+        "auto": the same, but without a checkpoint a new run starts.
+      allow_changes: resumes although settings, models or data have changed (the flag
         `--allow-changes`).
       overwrite: replaces what an earlier run left in `folder` (the flag `--overwrite`).
-      bad_steps: updates in a row that may be left out, because a loss, gradient or weight was not
-        finite or the gradient's norm a spike, before the run stops.
-      skip_spikes: leave out updates whose gradient norm is above `factor` times the median of the
-        last `window`; None: none.
+      bad_steps: skipped updates in a row that end the run. An update is skipped if a loss, gradient
+        or weight is not finite or the gradient's norm is a spike.
+      skip_spikes: skip updates whose gradient norm is above `factor` times the median of the last
+        `window`; None: none.
       export: write the final weights in Hugging Face form to `folder/model`.
       checkpoint: write checkpoints at all.
     """
@@ -157,7 +157,7 @@ class Run:
       data: what is read, and the shape of a batch.
       run: where a run writes, and when.
       optimizer: of the trained weights.
-      mesh: where arrays lie.
+      mesh: how arrays are placed on devices.
     """
 
     model: ModelConfig

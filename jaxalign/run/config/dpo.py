@@ -17,8 +17,8 @@ class DPORun(ReferenceRun):
     Attributes:
       dpo: the algorithm's options.
       reference_cache: folder for the reference's log-probabilities of all pairs. They are computed
-        before training if they are not there; the reference is then not held beside the policy.
-        None: the reference reads every batch.
+        before training if missing; after that the reference is not kept in memory. None: the
+        reference reads every batch.
     """
 
     dpo: dpo.Config = dpo.Config()

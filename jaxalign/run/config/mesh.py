@@ -15,7 +15,7 @@ from jaxalign.parallel.rules import check_rules, use_rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh, and what lies how on it. See `jaxalign.make_mesh`.
+    """Sizes of the device mesh, and how arrays are placed on it. See `jaxalign.make_mesh`.
 
     Attributes:
       data: replicas; one of the sizes may be -1, "the rest".
@@ -23,14 +23,14 @@ class MeshConfig:
       tensor: shards of heads, MLP columns and vocabulary.
       sequence: parts of every row.
       expert: shards of the experts of a mixture.
-      dcn: axis → how many of its parts lie in different slices or nodes; None: found out.
-      rules: logical axis → mesh axis, several, or null (whole): entries that take the place of
-        those in the table `jaxalign.parallel.rules.RULES`, for parameters and activations.
-      rules_of: the same for one model alone, on top of `rules`: how the parameters of `reference`,
-        `reward` and `critic` lie; and under `rollout` the policy's parameters, its cache and its
-        activations while answers are written.
-      apart: model → devices that hold it and nothing else, the last ones of each host; the sizes
-        above are then those of the rest. Such a model is split along `fsdp`.
+      dcn: axis → how many of its parts are in different slices or nodes; None: detected.
+      rules: logical axis → mesh axis, several, or null (whole): entries that replace those in the
+        table `jaxalign.parallel.rules.RULES`, for parameters and activations.
+      rules_of: the same for one model alone, on top of `rules`: placement of the parameters of
+        `reference`, `reward` and `critic`; and under `rollout` of the policy's parameters, cache
+        and activations while answers are sampled.
+      apart: model → number of devices that hold it and nothing else, the last ones of each host;
+        the sizes above then count the remaining devices. Such a model is split along `fsdp`.
     """
 
     data: int = 1

@@ -18,42 +18,43 @@ class PPORun(Run):
     """`jaxalign ppo`.
 
     Attributes:
-      ppo: the algorithm's options; `stop_tokens` and `pad_token` come from the tokenizer where they
-        are left at their defaults.
+      ppo: the algorithm's options; by default `stop_tokens` and `pad_token` come from the
+        tokenizer.
       reward_model: folder of a reward model with the policy's tokenizer: short for `rewards` with
-        this one alone.
-      rewards: what scores answers, of any kind, added up with their weights; docs/rewards.md has
-        the kinds and their options.
+        this model only.
+      rewards: what scores answers: any number of rewards of any kind, whose weighted sum is used;
+        docs/rewards.md has the kinds and their options.
       reward_weights: attribute → weight, for a reward model with several attributes: the reward is
-        the weighted sum. Those not named weigh 0.
+        the weighted sum. Attributes not named have weight 0.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the (first) reward model with the policy's
-        tokenizer; "policy": from the policy, with a fresh head. One with several attributes is
-        weighed by `reward_weights` too.
-      critic_head: "pretrained" keeps the head that the critic came with (a policy has none, and its
-        critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to read
-        whole answers only, so that its scores in the middle of one may be worse than none.
+        tokenizer; "policy": from the policy, with a fresh head. `reward_weights` also apply to a
+        critic with several attributes.
+      critic_head: "pretrained" keeps the head of the critic's source (a policy has none, so the
+        critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to
+        judge whole answers only, so its scores in the middle of one may be worse than none.
       critic_optimizer: its optimizer; None: the policy's.
       critic_warmup: iterations in which only the critic learns.
       ppo_epochs: passes over each rollout.
       minibatches: updates a pass.
       pack_updates: 0: an answer a row. n: the answers of an update are packed into fewer, longer
-        rows, of the smallest of n sizes that takes them; each size is compiled when it first comes.
-      target_kl: once an update has measured a `policy/approxkl_avg` above this, the rest of the
-        iteration's updates are left out; None: never.
+        rows, in the smallest of n sizes that holds them; each size is compiled at its first use.
+      target_kl: after an update whose `policy/approxkl_avg` is above this, the iteration's
+        remaining updates are skipped; None: never.
       stop_kl: nats an answer; an iteration whose `objective/kl` is further from 0 ends the run
         before its updates; None: never.
       stop_score: the same of `objective/scores`, the mean score of the answers.
-      prompt_draws: batches of prompts that an iteration has answered, at most, until the places of
-        prompts whose answers all score alike are filled (DAPO's dynamic sampling); wants
+      prompt_draws: largest number of batches of prompts that an iteration answers to replace
+        prompts whose answers all score alike (DAPO's dynamic sampling); needs
         `ppo.skip_equal_groups`, and data that does not end (`data.epochs` null).
       calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
         scaled) so that the reference's answers to the first batch of prompts score 0 on average
         (with standard deviation 1); "none": as it is.
-      offload_frozen: keep reward models and the reference in the host's memory but while they are
-        asked. A reference that is the base under adapters stays, since the policy reads it too.
-      ptx: text whose likelihood joins the loss with weight `ppo.ptx_coef`: data as SFT has them,
-        one batch an update.
+      offload_frozen: keep reward models and the reference in the host's memory except while they
+        compute. A reference that is the base under adapters stays on the devices, since the policy
+        reads it too.
+      ptx: text whose likelihood is added to the loss with weight `ppo.ptx_coef`: options as SFT's
+        `data`, one batch an update.
       dump_every: iterations between samples in `rollouts.jsonl` and histograms in
         `histograms.jsonl`; 0: none.
       dump_samples: answers in each such sample.

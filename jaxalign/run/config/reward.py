@@ -18,9 +18,9 @@ class RewardRun(Run):
 
     Attributes:
       reward: the algorithm's options.
-      head: "pretrained" goes on with the head of a reward model (a language model has none and gets
-        a fresh one); "fresh" keeps a reward model's body only, for another objective.
-      answers: of a ranking: the most answers that a prompt may have; None: as many as any has.
+      head: "pretrained" keeps the head of a reward model (a language model has none and gets a
+        fresh one); "fresh" keeps a reward model's body only, for another objective.
+      answers: the most answers in a ranking; None: as many as the largest has.
     """
 
     reward: reward.Config = reward.Config()
