@@ -46,7 +46,7 @@ class CompiledStep:
 
     @property
     def placement(self) -> str:
-        """On which devices the state lies and how much of it is split: a sentence."""
+        """A sentence: which devices hold the state, and how much of it is split."""
         shardings = jax.tree.leaves(self._shardings)
         split = sum(not x.is_fully_replicated for x in shardings)
         devices = self.mesh.devices.ravel()

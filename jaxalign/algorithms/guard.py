@@ -4,11 +4,11 @@
     state ← ok ? new state : old state
 
 All of it runs on the devices, in the step's own program: nothing is read back. The metric
-`bad_steps` is 1 where the state was left alone, and 0 otherwise.
+`bad_steps` is 1 if the state was left unchanged, and 0 otherwise.
 
-A select needs no memory of its own, since it goes into the loop that updates an array. The weights
-are another matter: whether all of them are finite is known only after the last one. So the update
-is formed once more beforehand, in a branch that gives one bit and keeps no array.
+A select needs no extra memory, since the compiler fuses it into the loop that updates an array. The
+check of the weights cannot be fused: its result is known only after the last one. So the update is
+computed once more beforehand, in a branch that returns one bit and keeps no array.
 """
 
 from __future__ import annotations

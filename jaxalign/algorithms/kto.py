@@ -4,7 +4,7 @@
 
 with s = log π(y|x)/π_ref(y|x) and z an estimate of how far the policy is from the reference
 (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 7). z belongs to the whole batch
-and has no gradient: `prepare` computes it with the policy of the moment, beside the frozen
+and has no gradient: `prepare` computes it with the current policy, together with the frozen
 reference's log-probabilities.
 
 Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.

@@ -1,4 +1,4 @@
-"""`prepare`: what frozen models add to a batch before the step, with a door for the compiler."""
+"""`prepare`: what frozen models add to a batch before the step; can be lowered for `plan`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 One function for each kind of example. They share their options (`jaxalign.data.options.Options`),
 and what becomes of rows on the way (`jaxalign.data.prepare`); what was cut and what was dropped is
-counted and printed, never passed over.
+counted and printed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Conversations to tokens under a chat template, with an exact mask of what is trained.
 
-Trained are the tokens of each assistant turn: its content and its end token (such as
+Training uses the tokens of each assistant turn: its content and its end token (such as
 `<|im_end|>`), not the header before it and not the newline after it. `jaxalign.data.spans` finds
-the turns in the rendered text; the text is then tokenised once (with a border before a turn where
-a token would straddle it), and every token that holds a character of a turn is trained.
+the turns in the rendered text; the text is then tokenised once (with a border before a turn where a
+token would straddle it), and every token that holds a character of a turn is trained.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def encode_prompts(
       prompts: messages of each prompt.
       chat_template: see `resolve_chat_template`.
       origins: where the prompts came from, for errors.
-      tools: functions that the model is told of in each prompt.
+      tools: functions that the template describes to the model in each prompt.
       kwargs: variables of the template for each prompt.
       style: variables of the template, and what becomes of special tokens in people's words.
 

@@ -1,9 +1,9 @@
 """Which form a row has: by its columns, by a map of columns, or by a name.
 
 A form is recognised by the first entry of a table whose columns the row has (null counts as
-absent). `columns` says what a data set calls ours, `form` settles what two forms would claim. What
-a reader reads of a row is recorded, so that a column that means something is never lost in silence:
-it is read, or it is an error that says how to map it.
+absent). `columns` maps our names to a data set's; `form` decides where two forms would fit. The
+columns that a reader reads are recorded, so a column with a known meaning is never silently
+ignored: it is read, or it is an error that says how to map it.
 """
 
 from __future__ import annotations

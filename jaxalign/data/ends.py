@@ -1,7 +1,7 @@
 """Which tokens end an answer: eos, the template's end of turn, and what publishers list beside.
 
 `jaxalign.data.stop_token_ids` unites them with what a source's generation config lists. Training,
-sampling, scoring and exports all ask here.
+sampling, scoring and exports all use it.
 """
 
 from __future__ import annotations

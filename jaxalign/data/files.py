@@ -1,8 +1,8 @@
 """Files of rows, read row by row: JSON, JSONL, CSV (plain or gzip), Parquet, text.
 
-A reader yields a `Row` for each row, and a `RowError` in the place of a row that cannot be read
-where those after it still can. Faults of a whole file are raised. JSON and CSV are read here, on
-top of `json` and `csv`, since no library that reads tables tells in which line a row stands.
+A reader yields a `Row` for each row, and a `RowError` for a row that cannot be read if those after
+it still can. Faults of a whole file are raised. JSON and CSV are read here, on top of `json` and
+`csv`, since no library that reads tables reports the line of a row.
 """
 
 from __future__ import annotations

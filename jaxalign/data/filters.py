@@ -1,7 +1,7 @@
 """What is left out before tokenising: held-out rows, other scripts, copies and near-copies.
 
-All of it depends on what rows say, never on where they stand, so that adding a file or running on
-other hosts changes nothing about the other rows.
+All of it depends on the text of rows, never on their position, so adding a file or running on other
+hosts changes nothing for the other rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def held_out(keys: Sequence[str], validation: float) -> list[bool]:
 
     Args:
       keys: equal for rows that must stay together.
-      validation: a part in (0, 1): every key whose hash, as a number in [0, 1), lies below it. A
+      validation: a part in (0, 1): every key whose hash, as a number in [0, 1), is below it. A
         number of rows: keys in the order of their hashes, each with all its rows, as long as no
         more than that many come together.
     """

@@ -1,4 +1,4 @@
-"""Batches in an order that can be left and taken up again.
+"""Batches in an order whose position can be saved and resumed.
 
 `grain` iterates: it makes batches ahead in a thread, and its position can be saved. Which rows
 belong to batch k is known from k alone, so a position counts whole batches and does not depend on

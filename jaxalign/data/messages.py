@@ -1,12 +1,11 @@
-"""Turns of a conversation, in any of the spellings in use, checked and made alike.
+"""Turns of a conversation, in any spelling in use, checked and brought to one form.
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Calls of tools
-are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning
-apart from the answer is in `reasoning_content`. ShareGPT's `{"from": "human", "value": str}`
-becomes the same; its turns `function_call` hold calls as JSON and `observation` what the tools
-answered. Content may be a list of parts; parts of text are put together, reasoning goes before
-them in `<think>`, anything but text is an error. `jaxalign.data.names` lists what fields and
-speakers may be called.
+are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning apart from the answer is in `reasoning_content`. ShareGPT's
+`{"from": "human", "value": str}` becomes the same; its turns `function_call` hold calls as JSON and
+`observation` what the tools answered. Content may be a list of parts; parts of text are joined,
+reasoning goes before them in `<think>`, anything but text is an error. `jaxalign.data.names` lists
+what fields and speakers may be called.
 """
 
 from __future__ import annotations

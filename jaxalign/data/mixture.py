@@ -1,4 +1,4 @@
-"""Several sources in one run: what they are called, and how much each of them gives."""
+"""Several sources in one run: their names, and how many rows each contributes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Which rows make up batch k: mixing, shuffling and bucketing as arithmetic on indices, with grain.
 
 Nothing here knows what a row holds. Rows are numbered, first those of pool 0, then those of pool 1
-and so on. A pool is what is mixed as a whole: the rows of one weighted source, or of all sources
-without weights together. In one pass pool p gives `share` of its rows: the next ones of its own
-endless, reshuffled sequence, so that over the passes each of its rows is seen equally often.
+and so on. A pool is mixed as a whole: the rows of one weighted source, or of all sources without
+weights together. In one pass pool p gives `share` of its rows: the next ones of its own endless,
+reshuffled sequence, so that over the passes each of its rows is seen equally often.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paths that people give: `~` is expanded, addresses are refused, and what is there stays.
+"""Paths from users: `~` is expanded, addresses are refused, existing files are kept.
 
 One function for all paths that are read or written, and one for all that is written.
 """

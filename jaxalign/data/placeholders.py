@@ -1,8 +1,8 @@
-"""Conversations in which placeholders stand for what is said.
+"""Conversations in which placeholders replace the messages' texts.
 
 What a template does to a conversation depends on its shape (roles, calls, blanks around texts) and
 hardly ever on the words. So the shape is rendered once, with short placeholders, and the words are
-filled in. Where the text of the words is not that of the filled placeholders, this tells nothing.
+filled in. If the real text differs from the filled placeholders, the result is not used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From rows to documents that can be laid out: read, sift, tokenise, filter by length, fit.
+"""From rows to documents that can be laid out: read, filter, tokenise, filter by length, fit.
 
 What happens to rows is the same for all algorithms, and the same whether all data is prepared at
 the start or a window at a time; a `Recipe` says what differs.

@@ -1,4 +1,4 @@
-"""Whether all that a conversation says is in its text: no turn may vanish under a template."""
+"""Checks that every turn of a conversation is in its rendered text: no template may omit one."""
 
 from __future__ import annotations
 

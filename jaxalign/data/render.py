@@ -36,7 +36,7 @@ class Chat(NamedTuple):
 
     Attributes:
       messages: the turns.
-      tools: functions that the model is told of.
+      tools: functions that the template describes to the model.
       origin: `file:line`, for errors.
       kwargs: further variables of the template.
       keys: of a conversation of placeholders: a text for tools and variables, then one for each

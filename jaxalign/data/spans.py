@@ -1,13 +1,12 @@
-"""Where the trained turns of a conversation lie in its text, found by rendering what precedes them.
+"""Where the trained turns of a conversation are in its text, by rendering what precedes them.
 
     head = render(messages[:i], add_generation_prompt=True)     what generation starts from
     done = render(messages[:i + 1])
     whole = render(messages)            must start with done, and done with head
 
-The turn is what lies between, up to the token that ends a turn, so training sees an answer after
-exactly the header that generation gives it. Templates that write earlier turns anew fail this check
-(Qwen3 drops their reasoning, or the empty block in its place). What is done then, first that
-applies:
+The turn is the text between, up to the token that ends a turn, so training sees an answer after
+exactly the header that generation gives it. Templates that rewrite earlier turns fail this check
+(Qwen3 drops their reasoning, or the empty block in its place). Then the first of these applies:
 
 1. The template marks turns by `{% generation %}`: the marks count.
 2. The turn becomes a document of its own: what the model sees when it answers. Where `done` does

@@ -1,11 +1,11 @@
-"""Batches of data that is read while training goes on.
+"""Batches of data that is read during training.
 
 Sources are read a window of rows at a time. A window is read, tokenised, packed and shuffled by
 itself, so that it can be made again from where it begins: a position is the window's first row and
 how many of its rows were given out. Memory holds one window and the batches made ahead.
 
-Sources without weights are read one after the other; sources with weights each go round forever,
-and take turns in proportion.
+Sources without weights are read one after the other; sources with weights each repeat forever, and
+take turns in proportion.
 """
 
 from __future__ import annotations

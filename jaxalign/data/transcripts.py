@@ -1,4 +1,4 @@
-"""Prompts that are not written apart: transcripts, and what two texts have in common."""
+"""Prompts without a column of their own: transcripts, and the common start of two texts."""
 
 from __future__ import annotations
 

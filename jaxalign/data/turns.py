@@ -1,4 +1,4 @@
-"""Prompts and answers out of a row's columns, as messages."""
+"""Prompts and answers from a row's columns, as messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat templates at work: conversations to text, special tokens in words hidden."""
+"""Renders and tokenises conversations, with special tokens in messages' texts hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advantages without a critic: an answer against the other answers to its prompt.
+"""Advantages without a critic: an answer compared with the other answers to its prompt.
 
 Scores are `[N]`, one an answer, with the `samples` answers of a prompt in adjacent rows (the order
 in which `sample` writes them). Nothing here is spread over tokens or whitened.

@@ -1,7 +1,7 @@
 """How the losses of tokens become one number: which tokens, and which answers, weigh the same.
 
 Rows may be padded or packed: an answer is the masked part of one document (segment) of a row, or of
-one branch of it. What is returned is to be summed and divided once, over the whole batch.
+one branch of it. Sum what is returned and divide once, over the whole batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""f-divergences for preference losses: what stands in the place of the log-ratio.
+"""f-divergences for preference losses: what replaces the log-ratio.
 
-DPO's leash to the reference is the reverse KL. Wang et al. 2023 (f-DPO, arXiv 2309.16240)
-put any f-divergence D_f(π ‖ π_ref) there: with t = π(y|x) / π_ref(y|x), the log-ratio s = log t of
-each answer becomes f′(t), and a loss of the difference of the two stays as it was. What all answers
-have in common cancels in the difference only, so that losses of a single answer cannot use it.
+DPO penalises the reverse KL to the reference. Wang et al. 2023 (f-DPO, arXiv 2309.16240) put any
+f-divergence D_f(π ‖ π_ref) there: with t = π(y|x) / π_ref(y|x), the log-ratio s = log t of each
+answer becomes f′(t), and a loss of the difference of the two stays as it was. A term common to all
+answers cancels only in the difference, so losses of a single answer cannot use f-divergences.
 
 | `f_divergence` | f′(t) |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""e^x − 1 that goes on as a straight line, so that what is far off still points home."""
+"""e^x − 1 continued as a straight line, so that value and gradient stay finite."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 s_c and s_r are the scores of the chosen and the rejected answer: log-ratios to the reference, or
 what `losses.divergence` makes of them, or either per token. Δ = s_c − s_r. All arguments are
-float32 arrays of one shape and nothing is reduced. `losses.dpo.preference_loss` is the way in: it
-says which form takes which scores, and checks the options.
+float32 arrays of one shape and nothing is reduced. `losses.dpo.preference_loss` calls them: it
+passes each form its scores, and checks the options.
 """
 
 from __future__ import annotations

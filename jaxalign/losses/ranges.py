@@ -1,4 +1,4 @@
-"""Ranges of options: checked where the value is known, passed over where it is traced."""
+"""Ranges of options: checked if the value is known, not if it is traced."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reward modelling from several answers to a prompt, in an order of preference.
 
-Answers of equal rank say nothing about each other, in both losses: neither is pushed above the
-other. Two answers of different rank give Bradley and Terry's loss, in both.
+In both losses, answers of equal rank are not compared: neither is pushed above the other. Two
+answers of different rank give Bradley and Terry's loss, in both.
 """
 
 from __future__ import annotations

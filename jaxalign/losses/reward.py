@@ -1,4 +1,4 @@
-"""Reward modelling from pairs: the chosen answer is to score higher than the rejected one."""
+"""Reward modelling from pairs: the chosen answer should score higher than the rejected one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Load balancing of a mixture of experts (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
 
-With f_i the part of tokens that went to expert i, and P_i the mean probability the router gave it,
+With f_i the fraction of tokens sent to expert i, and P_i the mean probability the router gave it,
 
     L = E · Σ_i f_i · P_i        (their equations 4 to 6)
 

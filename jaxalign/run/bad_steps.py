@@ -1,7 +1,8 @@
-"""Steps whose update was left out: counted, told with their rows, and too many of them end the run.
+"""Skipped updates: counted and printed with their rows; too many in a row end the run.
 
-The step itself leaves the state alone (`algorithms.guard`) and says so in its metric `bad_steps`.
-Here the run reads that metric. Nothing that is not finite is saved, exported or called done.
+The step itself leaves the state unchanged (`algorithms.guard`) and reports it in its metric
+`bad_steps`. Here the run reads that metric. Weights that are not finite are never saved or
+exported, and a run without a finite result is an error.
 """
 
 from __future__ import annotations

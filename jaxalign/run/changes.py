@@ -1,4 +1,4 @@
-"""What differs between a run and the one that it goes on from, option by option."""
+"""What differs between a resumed run and the run that it resumes, option by option."""
 
 from __future__ import annotations
 

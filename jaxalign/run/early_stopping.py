@@ -1,4 +1,4 @@
-"""Early stopping: whether a held-out figure still gets better."""
+"""Early stopping: whether a held-out figure still improves."""
 
 from __future__ import annotations
 

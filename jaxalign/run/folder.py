@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what is in it, and whether the run goes on from there."""
+"""The folder of a run: who owns it, what is in it, and whether the run resumes from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunFolder:
         self._changes = Changes([], [])
 
     def check_files(self) -> None:
-        """Compares configuration and files with what the run was begun with.
+        """Compares configuration and files with those that the run was started with.
 
         Raises:
           ValueError: naming each difference, unless `run.allow_changes`.
@@ -112,7 +112,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_folder(config: Run) -> Iterator[RunFolder]:
-    """Takes a run's folder, if it is free and what is in it may be gone on from.
+    """Takes a run's folder, if it is free and the run may resume from its contents.
 
     Raises:
       ValueError: another process has the folder; it holds what the run would replace; or, at a

@@ -1,4 +1,4 @@
-"""One owner for a run's folder: a lock that says which process has it, and that outlives no run."""
+"""One owner for a run's folder: a lock that names its process, taken over once that has died."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ def train(
 ) -> Result:
     """Runs one configuration to its end; on several hosts, within `distributed.session()`.
 
-    Killed anywhere and started again with `run.resume=true`, it goes on from the newest
-    checkpoint and gives bit for bit the metrics of an uninterrupted run on the same mesh (all but
-    those under `time/`).
+    Killed anywhere and started again with `run.resume=true`, it resumes from the newest checkpoint
+    and gives bit for bit the metrics of an uninterrupted run on the same mesh (all but those under
+    `time/`).
 
     Args:
       config: from `load_config`.

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: configuration, versions, devices, what it depends on."""
+"""What a run's folder records of the run: configuration, versions, devices, inputs."""
 
 from __future__ import annotations
 

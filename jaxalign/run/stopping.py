@@ -1,7 +1,8 @@
 """What may stop a run between two steps, or ask for a checkpoint: signals and the clock.
 
-Alone, a run notes the signals itself. With several processes SIGTERM is JAX's business (see
-`parallel.distributed.preempted`), and what one host wishes reaches all with the next step's sums.
+A run in one process handles the signals itself. With several processes JAX handles SIGTERM (see
+`parallel.distributed.preempted`), and one host's request reaches all hosts with the next step's
+sums.
 """
 
 from __future__ import annotations

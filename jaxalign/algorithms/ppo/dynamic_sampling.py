@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling: zero-variance groups are replaced by groups of further prompts."""
+"""DAPO's dynamic sampling: groups of further prompts replace zero-variance groups."""
 
 from __future__ import annotations
 

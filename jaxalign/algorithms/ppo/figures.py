@@ -1,4 +1,4 @@
-"""Figures of a rollout before the update: scores, KL, lengths, sampler against trainer."""
+"""Metrics of a rollout before the update: scores, KL, lengths, sampler against trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout cut into mini-batches of updates, its answers packed or a row each."""
+"""Splits a rollout into the mini-batches of its updates, one answer a row or packed."""
 
 from __future__ import annotations
 

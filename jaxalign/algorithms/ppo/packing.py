@@ -1,4 +1,4 @@
-"""Several short answers in one row, so that an update computes tokens instead of padding.
+"""Packs short answers into shared rows, so that an update computes tokens instead of padding.
 
 A rollout has a row of P + R columns for every answer, whatever its length. Packed end to end, each
 answer with its prompt is a segment: it keeps its positions, attends to itself only, and trains the

@@ -1,4 +1,4 @@
-"""The sections that every run has, and what holds of all of them."""
+"""The sections that every run has, and the checks that concern several of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a run's configuration to what the training loop turns, and the table of all algorithms.
+"""From a run's configuration to the training loop's task, and the table of all algorithms.
 
     configuration → builder → parts → task → loop
 

@@ -3,7 +3,7 @@
     configuration, loader, data → builder → (train state, parts)
 
 The loader decides what arrays are: those of files (a run), shapes with shardings (`plan`), random
-numbers (`bench`). All else is one code, so what is planned and measured is what runs.
+numbers (`bench`). Everything else is the same code, so what is planned and measured is what runs.
 
 The trained arrays are in the train state alone, which steps donate. Parts live as long as the run
 and hold models, programs and frozen parameters, never what the state was made from.
