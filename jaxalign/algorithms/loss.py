@@ -183,7 +183,7 @@ def add_losses(*losses: Loss) -> Loss:
 
 
 def _added(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One dict out of several; what has the same name in two is added up."""
+    """Merges dicts; entries of the same name are added up."""
     result: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():

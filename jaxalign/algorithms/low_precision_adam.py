@@ -175,7 +175,7 @@ def _decode_v(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest magnitude of each row, and magnitudes as parts of it."""
+    """The largest magnitude of each row, and magnitudes as fractions of it."""
     size = jnp.abs(x)
     scale = jnp.max(size, axis=-1, keepdims=True) if x.ndim else size
     return scale, size / jnp.where(scale > 0, scale, 1.0)
@@ -186,7 +186,7 @@ def _value(code: jax.Array, levels: int, octave: int) -> jax.Array:
 
 
 def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor: int) -> jax.Array:
-    """Part of the scale, 0 to 1 → 0 … levels; nothing but 0 falls below `floor`."""
+    """Fraction of the scale, 0 to 1 → 0 … levels; only 0 falls below `floor`."""
     exact = levels + octave * jnp.log2(jnp.where(part > 0, part, 1.0))
     lower = jnp.clip(jnp.floor(exact), 0, levels - 1)
     low, high = (_value(x, levels, octave) for x in (lower, lower + 1))

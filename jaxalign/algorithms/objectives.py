@@ -28,7 +28,7 @@ Examples = dict[str, jax.Array]
 
 
 class Objective(NamedTuple):
-    """One way to teach a reward model.
+    """One way to train a reward model.
 
     Attributes:
       loss: its mathematics; `Terms.outputs` are the scores.

@@ -43,7 +43,7 @@ def pairs_in_row(batch: Pairs) -> int | None:
 
 
 def pair_mask(batch: Pairs) -> jax.Array:
-    """Which pairs count: `[B]`, or `[B, S]` packed. Rows that only fill up a batch do not."""
+    """Which pairs count: `[B]`, or `[B, S]` packed. Rows that only fill up a batch don't count."""
     if batch.mask is not None:
         return jnp.asarray(batch.mask)
     if isinstance(batch, SharedPairBatch):

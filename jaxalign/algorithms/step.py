@@ -28,7 +28,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """`[B, …]` leaves → `[parts, B / parts, …]`, row r going to part r mod parts.
+    """`[B, …]` leaves → `[parts, B / parts, …]`; row r goes to part r mod parts.
 
     The stride keeps every part spread over all devices that hold rows.
 

@@ -89,7 +89,7 @@ def held_out(keys: Sequence[str], validation: float) -> list[bool]:
 
 
 def prompt_key(example: Any) -> str:
-    """What rows with the same prompt have in common: all that is said before the first answer.
+    """What rows with the same prompt have in common: all messages before the first answer.
 
     Of a plain text, the text.
     """
@@ -105,7 +105,7 @@ def prompt_key(example: Any) -> str:
 
 
 def _content(example: Any) -> str:
-    """All that an example says and asks for, without where it came from."""
+    """All texts and labels of an example, without its origin."""
     fields = example._asdict()
     fields.pop("origin")
     if "row" in fields:  # a prompt's other columns are not part of the prompt

@@ -184,7 +184,7 @@ class Batches(Generic[Batch]):
         self._start = dict(state["position"])
 
     def close(self) -> None:
-        """Ends the thread that makes batches ahead, and closes files; `iter()` starts anew."""
+        """Stops the thread that makes batches ahead, and closes files; `iter()` restarts."""
         if isinstance(self._iterator, _Running):
             self._announce()
         if self._iterator is not None:
@@ -240,7 +240,7 @@ class Batches(Generic[Batch]):
 
 
 class _Running(Iterator[Any]):
-    """A grain iterator with a thread: something is said at its end, and it ends before Python."""
+    """A grain iterator with a thread: prints a report at its end, and stops before Python exits."""
 
     def __init__(self, iterator: Any, say: Callable[[], None], check: Callable[[Any], None]):
         self._say, self._check = say, check
@@ -395,7 +395,7 @@ def filled(batch: Any) -> tuple[int, int]:
 def count_rows(
     counts: Counts, recipe: Recipe, kept: Kept, sizes: Sequence[int], options: Options
 ) -> None:
-    """Counts rows and the room in them. They are of no one source: documents share rows."""
+    """Counts rows and the positions in them, for no single source: documents share rows."""
     widths = np.asarray(options.widths)
     room = int(widths[np.searchsorted(widths, np.asarray(sizes))].sum())
     counts.add("", "rows", len(sizes))

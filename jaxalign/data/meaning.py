@@ -18,7 +18,7 @@ ANSWERS = ("completion", "response", "output", "answer")
 
 
 def check_weight(row: Row, trained: bool) -> None:
-    """Refuses rows that say of themselves that they are not to be trained."""
+    """Refuses rows that are flagged as not to be trained."""
     data: Any = row.data
     for name in list(data):
         meaning = meaning_of(name)
@@ -41,11 +41,11 @@ def check_weight(row: Row, trained: bool) -> None:
 
 
 class Untrained(RowError):
-    """A row that says of itself that it is not to be trained: left out and counted."""
+    """A row that is flagged as not to be trained: left out and counted."""
 
 
 def check_unused(row: Row, name: str, example: Any, *, trained: bool, by_columns: bool) -> None:
-    """Refuses a column that means something and was not read.
+    """Refuses a column with a known meaning that was not read.
 
     Of the columns of our own forms, such as `prompt` beside `instruction`, the form decides which
     are read. A prompt or an answer under another name is no loss where it repeats what was read.
@@ -102,5 +102,5 @@ def _words(example: Any, roles: tuple[str, ...] | None) -> list[str]:
 
 
 def _repeats(value: str, texts: list[str]) -> bool:
-    """Whether a text holds, or is held by, one of others."""
+    """Whether a text contains, or is contained in, one of others."""
     return any(value.strip() in text or (text.strip() and text.strip() in value) for text in texts)

@@ -1,11 +1,12 @@
 """Turns of a conversation, in any spelling in use, checked and brought to one form.
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Calls of tools
-are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning apart from the answer is in `reasoning_content`. ShareGPT's
-`{"from": "human", "value": str}` becomes the same; its turns `function_call` hold calls as JSON and
-`observation` what the tools answered. Content may be a list of parts; parts of text are joined,
-reasoning goes before them in `<think>`, anything but text is an error. `jaxalign.data.names` lists
-what fields and speakers may be called.
+are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning
+apart from the answer is in `reasoning_content`. ShareGPT's `{"from": "human", "value": str}`
+becomes the same; its turns `function_call` hold calls as JSON and `observation` what the tools
+answered. Content may be a list of parts; parts of text are joined, reasoning goes before them in
+`<think>`, anything but text is an error. `jaxalign.data.names` lists what fields and speakers may
+be called.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _message(message: Any, at: str, origin: str) -> Message:
 
 
 def _names(message: Mapping[str, Any]) -> dict[str, str]:
-    """Field → what this message calls it: the first of its names in `FIELDS`."""
+    """Field → its name in this message: the first of the names in `FIELDS`."""
     spelled = {plain(key): key for key in reversed(list(message)) if isinstance(key, str)}
     found = {}
     for field, names in FIELDS.items():
@@ -191,7 +192,7 @@ def _names(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _thinking(message: Mapping[str, Any], at: str, origin: str) -> str:
-    """The reasoning that stands apart from the answer, whatever it is called."""
+    """The reasoning in a field of its own, whatever its name."""
     texts = {}
     for key, value in message.items():
         if field_of(key) == "reasoning_content":
@@ -203,7 +204,7 @@ def _thinking(message: Mapping[str, Any], at: str, origin: str) -> str:
 
 
 def _weight(message: Mapping[str, Any], at: str, origin: str, role: str) -> float | int | None:
-    """1 or 0: whether the message says that it is, or is not, to be trained."""
+    """1 or 0: whether the message is flagged as trained or as not trained."""
     weight: Any = None
     for key, value in message.items():
         if isinstance(key, str) and plain(key) in _PART_WEIGHTS and value not in ([], ""):
@@ -241,7 +242,7 @@ def _calls_of(
 
 
 def _content_of_calls(value: Any, key: str, origin: str) -> tuple[str, list[Any]]:
-    """A turn whose content is a call as JSON; some write what the model thought before it."""
+    """A turn whose content is a call as JSON; some data sets put reasoning before it."""
     if not isinstance(value, str):
         return "", _calls(value, key, origin)
     thought, closing, json_text = text(value, key, origin).rpartition("</think>")

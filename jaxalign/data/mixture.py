@@ -109,7 +109,7 @@ def entries_of(sources: Any) -> list[Entry]:
 
 
 def _numbered(name: str, times: int) -> str:
-    """What a source is called that is there more than once."""
+    """The name of a source that occurs more than once."""
     return name if times == 1 else f"{name} ({times})"
 
 
@@ -205,7 +205,7 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
 
 
 def choose(count: int, wanted: int, key: Sequence[int]) -> list[int]:
-    """`wanted` of `count` rows, drawn by a key, in their order; more than `count` repeats some."""
+    """`wanted` of `count` rows, sampled by a key, in order; more than `count` repeats some."""
     whole, rest = divmod(wanted, count)
     drawn = np.random.default_rng(list(key)).permutation(count)[:rest]
     return sorted([*list(range(count)) * whole, *drawn.tolist()])

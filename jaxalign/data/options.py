@@ -198,7 +198,7 @@ class BatchOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(BatchOptions):
-    """`BatchOptions`, and what a run gives besides its section `data`.
+    """`BatchOptions`, and what a run sets outside its section `data`.
 
     Attributes:
       seed: of the order, in [0, 2³²).

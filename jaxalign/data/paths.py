@@ -86,7 +86,7 @@ def check_free(
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: whoever is killed here leaves the old one."""
+    """Writes a file whole or not at all: if the process is killed, the old one stays."""
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
@@ -100,7 +100,7 @@ def is_empty(path: pathlib.Path) -> bool:
 
 
 def _holds(place: pathlib.Path, source: str | os.PathLike[str]) -> bool:
-    """Whether a source lies at or below a place."""
+    """Whether a source is at or below a path."""
     if _SCHEME.match(os.fspath(source)):
         return False
     with contextlib.suppress(OSError, RuntimeError):  # a loop of links, an unknown home

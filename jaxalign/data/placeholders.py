@@ -31,7 +31,7 @@ class Placeholders(NamedTuple):
 
     @property
     def short(self) -> bool:
-        """Whether some of what is said is too short to be told from other text."""
+        """Whether some text is too short to be distinguished from other text."""
         return any(len(value) < 12 for value in self.values.values())
 
 

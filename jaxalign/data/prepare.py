@@ -125,7 +125,7 @@ class SourceReader:
         return self._faults.read
 
     def skip(self, rows: int) -> None:
-        """Passes over rows that were counted before."""
+        """Skips rows that were counted before."""
         while self.rows < rows and next(self._rows, None) is not None:
             pass
         self._counted = Counter(self._faults.dropped)

@@ -64,7 +64,7 @@ def check_turns(chat: Chat, size: int, text: str) -> None:
 
 
 def find_content(message: Message, text: str, start: int) -> int | None:
-    """Where a message ends that is found in a text from `start` on; None where it is not.
+    """Where a message ends that occurs in a text from `start` on; None if it does not.
 
     The content, or the answer after its reasoning, and the names and arguments of calls, each
     character for character, as JSON writes it, or word for word.

@@ -252,7 +252,7 @@ class Renderer:
 
 
 def key_of(message: Mapping[str, Any]) -> str:
-    """A text that tells a message from others."""
+    """A text that identifies a message."""
     return json.dumps(message, ensure_ascii=False, sort_keys=True, default=str)
 
 

@@ -182,7 +182,7 @@ def _hidden(parts: Iterable[str]) -> Iterator[bool]:
 
 
 def _files_of(folder: pathlib.Path, name: str, split: str | None) -> list[pathlib.Path]:
-    """The files of a folder that are read: those of one split where their names tell."""
+    """The files of a folder that are read: those of one split if their names have it."""
     inside = sorted(
         file.relative_to(folder)
         for file in folder.rglob("*")

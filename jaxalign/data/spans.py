@@ -180,7 +180,7 @@ def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
 
 
 def _after_any(text: str, heads: Sequence[str]) -> int | None:
-    """Where a text goes on after one of its beginnings (up to blanks at their end)."""
+    """Where a text continues after one of its prefixes (up to blanks at their end)."""
     for whole_head in heads:
         for head in (whole_head, whole_head.rstrip()):
             if text.startswith(head):
@@ -200,7 +200,7 @@ def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> i
 
 
 def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: str) -> Span | None:
-    """The turn, where the whole starts with what was there when it was said."""
+    """The turn, if the whole starts with the text as it was at that turn."""
     start = _after_any(whole, [head])
     if start is None or not done.startswith(whole[:start]):
         return None
@@ -211,7 +211,7 @@ def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: 
 
 
 def _shows(chat: Chat, at: int, text: str) -> bool:
-    """Whether a text holds all that the turn says: reasoning (but for its tags), and answer."""
+    """Whether a text contains the whole turn: reasoning (but for its tags), and answer."""
     message = chat.messages[at]
     thought, answer = split_reasoning(message)
     inside = split_reasoning({"content": message["content"]})[0]

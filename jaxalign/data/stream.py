@@ -123,7 +123,7 @@ class _Batcher(grain.DatasetIterator):
         return self._build(rows)
 
     def _build(self, rows: Sequence[_Row]) -> Any:
-        """Rows of one batch may be of several windows: their documents are put together first."""
+        """Rows of one batch may be of several windows: their documents are joined first."""
         examples: list[Any] = []
         sides: list[list[Any]] = [[] for _ in range(max(len(row.kept.sides) for row in rows))]
         sources: list[int] = []
@@ -281,7 +281,7 @@ class _Lane:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Makes the window again and goes to the row."""
+        """Rebuilds the window and skips to the row."""
         self.close()
         self._before, self._window = Counts(state["before"]), Counts()
         self._at = tuple(state["at"])
@@ -296,7 +296,7 @@ class _Lane:
         self._kept_in_pass = state["kept"]
 
     def close(self) -> None:
-        """Lets go of the source's file."""
+        """Closes the source's file."""
         self._reading: SourceReader | None = None
 
 

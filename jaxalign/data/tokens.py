@@ -43,7 +43,7 @@ def tokenize(tok: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> 
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer that may not be in people's words.
+    """The special tokens of a tokenizer that may not be in messages' texts.
 
     Args:
       tok: a fast transformers tokenizer.

@@ -61,7 +61,7 @@ def split_messages(chosen: Messages, rejected: Messages, origin: str) -> int:
 
 
 def split_texts(chosen: str, rejected: str, origin: str) -> int:
-    """Where two texts part, cut back to the border of a word.
+    """Where two texts diverge, cut back to the border of a word.
 
     A border has a character on one of its sides that is neither letter nor digit. A blank before
     an answer belongs to the answer, where tokenizers put it. Chinese, which does not part words,
@@ -86,5 +86,5 @@ def split_texts(chosen: str, rejected: str, origin: str) -> int:
 
 
 def _border(words: str, at: int) -> bool:
-    """Whether no word goes on across this place, and the rest is more than blanks."""
+    """Whether no word crosses this place, and the rest is more than blanks."""
     return not (words[at - 1].isalnum() and words[at].isalnum()) and bool(words[at:].strip())

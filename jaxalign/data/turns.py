@@ -87,7 +87,7 @@ def _filled(data: dict[str, Any], key: str) -> bool:
 def answer_of(
     value: Any, key: str, origin: str, prompt: Messages = (), thinking: str = ""
 ) -> Messages:
-    """An answer as a string or messages; a prompt repeated before it is taken off.
+    """An answer as a string or messages; a prompt repeated before it is removed.
 
     `thinking` is the reasoning that stands in a column of its own.
     """

@@ -55,7 +55,7 @@ class Style:
         return cls(kwargs, special, rendered=True, thinking=options.thinking)
 
     def notes(self) -> list[str]:
-        """Lines on special tokens in people's words, and on reasoning that was left out."""
+        """Lines on special tokens in messages' texts, and on reasoning that was left out."""
         lost = self.left_out["reasoning"]
         lines = [f"reasoning left out of {lost} answers (thinking: off)"] if lost else []
         if not self.found:

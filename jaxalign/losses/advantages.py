@@ -109,7 +109,7 @@ def rewards_to_go(rewards: Array, mask: Array, *, gamma: float = 1.0) -> jax.Arr
 
 
 def equal_groups(scores: Array, valid: Array, samples: int) -> jax.Array:
-    """bool `[N]`: the answer's group has one score only, and so nothing to learn from."""
+    """bool `[N]`: all answers of the group have the same score, so there is nothing to learn."""
     grouped, mask = _grouped(scores, valid, samples)
     return jnp.repeat(_equal(grouped, mask), samples)
 

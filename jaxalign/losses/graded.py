@@ -10,7 +10,7 @@ from jaxalign.types import Array
 
 
 def squared_error(scores: Array, grades: Array) -> jax.Array:
-    """How far a predicted grade is off.
+    """The squared error of a predicted grade.
 
     ℓ = (r − y)²
 

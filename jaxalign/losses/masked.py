@@ -207,7 +207,7 @@ def _starts(segment_ids: Array, branch_ids: Array | None) -> jax.Array:
 
 
 def _running(x: jax.Array, fresh: jax.Array, reverse: bool) -> jax.Array:
-    """Running sums along a row that begin anew where `fresh` is True."""
+    """Running sums along a row that restart where `fresh` is True."""
 
     def add(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])

@@ -82,7 +82,7 @@ class Pairs(NamedTuple):
     mask: jax.Array
 
     def needed_lengths(self, loss_type: str) -> Pair:
-        """The lengths, for a loss that cannot do without.
+        """The lengths, for a loss that needs them.
 
         Raises:
           ValueError: one is missing, or has another shape.
@@ -128,7 +128,7 @@ class PreferenceLoss:
     check: Callable[..., None] | None = None
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Of all options those that this loss takes, with its defaults."""
+        """Those of all options that this loss takes, with its defaults."""
         return {name: options.get(name, option.default) for name, option in self.options.items()}
 
 

@@ -25,7 +25,7 @@ _SHOWN = 12
 
 
 class BadSteps:
-    """How many updates in a row were left out.
+    """How many updates in a row were skipped.
 
     Args:
       limit: `run.bad_steps`, so many in a row end the run.
@@ -39,7 +39,7 @@ class BadSteps:
 
     @property
     def in_a_row(self) -> int:
-        """Updates left out since the last good one."""
+        """Updates skipped since the last good one."""
         return self._loop.get(METRIC, 0)
 
     def holds_news(self, done: int, saved_at: int) -> bool:
@@ -53,7 +53,7 @@ class BadSteps:
     def add(
         self, step: int, updates: Sequence[Mapping[str, float]], origins: Callable[[], list[str]]
     ) -> None:
-        """Counts the updates of a step, and prints those that were left out, with the rows.
+        """Counts the updates of a step, and prints the skipped ones, with the rows.
 
         Raises:
           FloatingPointError: `limit` in a row.
@@ -83,7 +83,7 @@ class BadSteps:
             self._loop.pop(METRIC, None)
 
     def check_end(self, state: TrainState, figures: Mapping[str, float]) -> None:
-        """Before a run is called done.
+        """Checks a run at its end.
 
         Args:
           state: at the end.

@@ -36,7 +36,7 @@ _CONTENTS = " (contents)"
 
 
 class Change(NamedTuple):
-    """An option that has another value, or files with other contents."""
+    """An option whose value has changed, or whose files' contents have."""
 
     name: str
     old: Any
@@ -94,7 +94,7 @@ def config_changes(
 
 
 def input_changes(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
-    """Inputs that are known of both runs and differ."""
+    """Inputs that are known for both runs and differ."""
     return [
         Change(name + (_CONTENTS if _DIGEST.fullmatch(digest) else ""), old[name], digest)
         for name, digest in new.items()

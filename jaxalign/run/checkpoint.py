@@ -42,7 +42,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest checkpoint that has its name, damaged or not; or None."""
+        """The step of the newest complete checkpoint, damaged or not; or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Checkpoints:
         return state, restored["loop"]
 
     def param_shapes(self, step: int | None = None) -> tuple[int, Params]:
-        """What a checkpoint's parameters are, without reading them.
+        """The structure, shapes and dtypes of a checkpoint's parameters, without reading them.
 
         Args:
           step: which checkpoint; the newest sound one by default.
@@ -135,7 +135,7 @@ class Checkpoints:
         return state["params"], loop["loop"]
 
     def _find(self, step: int | None, remedy: str) -> int:
-        """The step asked for, or the newest sound one; those passed over are printed."""
+        """The requested step, or the newest intact one; skipped ones are printed."""
         there = sorted(self._manager.all_steps())
         if step is not None and step not in there:
             raise ValueError(
@@ -167,7 +167,7 @@ class Checkpoints:
 
     @functools.lru_cache(maxsize=32)  # noqa: B019  a command opens one folder
     def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint, read by process 0 for all; "" where nothing is."""
+        """What is wrong with a checkpoint, read by process 0 for all; "" if nothing is."""
         text = ""
         if distributed.is_main():
             place = self._folder / str(step)
@@ -183,7 +183,7 @@ class Checkpoints:
         return distributed.all_gather_text("checking a checkpoint", text)[0]
 
     def _set_aside_above(self, step: int) -> None:
-        """Renames damaged checkpoints newer than `step`: the run comes to their numbers again."""
+        """Renames damaged checkpoints newer than `step`: the run will reach their steps again."""
         newer = [other for other in self._manager.all_steps() if other > step]
         damaged = [other for other in newer if self._damage(other)]
         with distributed.fail_together("setting damaged checkpoints aside"):
@@ -198,7 +198,7 @@ class Checkpoints:
             self._manager.reload()
 
     def _write_checksums(self) -> None:
-        """Called by Orbax in its own thread when all is written but the checkpoint's name."""
+        """Called by Orbax in its own thread before a written checkpoint gets its name."""
         if distributed.is_main() and self._saving is not None:
             for place in self._folder.glob(f"{self._saving}.*tmp*"):
                 checksums.write(place, _NOT_SUMMED)

@@ -13,7 +13,7 @@ class EarlyStopper:
 
     Args:
       config: which figure, and how long to wait; None: the run never ends early.
-      state: of an earlier start, to go on from.
+      state: from an earlier start, to continue from.
     """
 
     def __init__(self, config: EarlyStopping | None, state: Mapping[str, Any] | None = None):
@@ -25,11 +25,11 @@ class EarlyStopper:
 
     @property
     def ends(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run should end."""
         return self._config is not None and self._waited >= self._config.patience
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Takes the figures of an evaluation; one that is no number is no better.
+        """Records the figures of an evaluation; NaN counts as no improvement.
 
         Raises:
           ValueError: the figure is not among them.
@@ -52,7 +52,7 @@ class EarlyStopper:
             self._waited += 1
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Its state, for a checkpoint."""
         return {"best": self._best, "step": self._best_step, "waited": self._waited}
 
     def message(self) -> str:

@@ -160,7 +160,7 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
 def run_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a run, with the template that it trains under.
 
-    So the exported model is talked to as it was trained.
+    So the exported model gets the prompts that it was trained on.
     """
     tok = load_tokenizer(config.source if config.tokenizer is None else config.tokenizer)
     template = resolve_chat_template(tok, config.chat_template)
@@ -204,7 +204,7 @@ def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
 
 
 def _mesh(config: Any) -> Mesh:
-    """The run's mesh where there are as many devices, else one that holds the most of it."""
+    """The run's mesh if there are as many devices, else the largest part of it that fits."""
     if config is not None:
         try:
             return config.make()

@@ -43,7 +43,7 @@ class RunFolder:
       config: of the run.
       folder: the run's.
       inputs: digests of the files that the run names.
-      record: what an earlier start left, if the run goes on from that.
+      record: what an earlier start left, if the run resumes from it.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class RunFolder:
         self._settle(Changes([*known, *length.binding], length.free))
 
     def make_room(self) -> None:
-        """Removes what an earlier run left, where it is to be replaced."""
+        """Removes what an earlier run left, if it is to be replaced."""
         with distributed.fail_together("replacing what is in the run's folder"):
             if distributed.is_main() and self._config.run.overwrite:
                 _remove_outputs(self._folder)
 
     def begin(self, task: Task, done: int) -> None:
-        """Says where the run starts, and writes down what with."""
+        """Prints where the run starts, and records its configuration and inputs."""
         if not distributed.is_main():
             return
         every = [*self._changes.binding, *self._changes.free]
@@ -137,7 +137,7 @@ def has_checkpoints(folder: pathlib.Path) -> bool:
 
 
 def _check_contents(config: Run, folder: pathlib.Path) -> None:
-    """Refuses to replace what a person, or another run, has in the folder."""
+    """Refuses to replace files of a user, or of another run, in the folder."""
     run = config.run
     check_free(
         folder,

@@ -96,7 +96,7 @@ class FolderLock:
         )
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
-        """Whether the process that made a lock is gone; may wait for a sign of life."""
+        """Whether the process that made a lock has died; may wait for a renewal."""
         here = _identity()
         if owner.get("host") == here["host"] and owner.get("boot") != here["boot"]:
             return True  # the machine was started anew, or its name went to another one
@@ -106,7 +106,7 @@ class FolderLock:
         return not (isinstance(pid, int) and _is_process(pid, owner.get("began")))
 
     def _falls_silent(self, owner: dict[str, Any]) -> bool:
-        """Waits until the lock is renewed or given back (False), or was not for too long (True)."""
+        """Waits until the lock is renewed or released (False), or is too old (True)."""
         now, renewed, waits = self._folder / f"{LOCK}.{self._token}", None, False
         try:
             while True:
@@ -144,7 +144,7 @@ class FolderLock:
                 os.utime(self._path)
 
     def _tidy(self) -> None:
-        """Removes the folders that were made here, if nothing came of the run."""
+        """Removes the folders that were made here, if the run left nothing in them."""
         with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
@@ -172,7 +172,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where the system does not say."""
+    """When a process began, in ticks since boot; None if the system does not say."""
     stat = _stat(pid)
     return None if stat is None else stat[19]
 
@@ -190,7 +190,7 @@ def _is_process(pid: int, began: str | None) -> bool:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    """What a lock says; {} if that cannot be read, None if there is none."""
+    """The contents of a lock; {} if they cannot be read, None if there is no lock."""
     for _ in range(2):
         try:
             owner = json.loads(path.read_text(encoding="utf-8"))

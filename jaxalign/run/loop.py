@@ -29,7 +29,7 @@ from jaxalign.types import TrainState
 
 
 class Result(NamedTuple):
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
       folder: the run's folder.
@@ -38,7 +38,7 @@ class Result(NamedTuple):
       after: held-out figures after the last.
       history: the metrics of every step of this process, oldest first.
       seconds: wall time, set-up and compilation included.
-      signal: what asked the run to stop when it was through all the same, or None.
+      signal: which signal asked the run to stop although it was finished, or None.
     """
 
     folder: pathlib.Path
@@ -260,7 +260,7 @@ def _evaluate(
     reporter: Reporter,
     early: EarlyStopper | None = None,
 ) -> dict[str, float]:
-    """Held-out figures, written down; none without held-out data."""
+    """Measures and records held-out figures; none without held-out data."""
     if task.evaluate is None:
         return {}
     figures = task.evaluate(state, loop)
@@ -271,13 +271,13 @@ def _evaluate(
 
 
 def _lacks_evaluation(reporter: Reporter, done: int) -> bool:
-    """Whether the figures after the last step are to be measured: all hosts take part, or none."""
+    """Whether to measure figures after the last step; all hosts agree."""
     own = "" if reporter.has_evaluation(done) else "lacking"
     return distributed.all_gather_text("the last evaluation", own)[0] == "lacking"
 
 
 def _stop_before_start(stop: StopRequest, done: int) -> None:
-    """Ends a run that was asked to while it was set up."""
+    """Ends a run that got a signal to stop during set-up."""
     if stop.signal is not None and jax.process_count() == 1:
         raise distributed.Preempted(
             f"stopped before step {done + 1}, as {stop.signal} came: nothing is lost"
@@ -366,7 +366,7 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
 
 
 def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:
-    """Finishes saves under way, which needs every host: not after a failure on one of several."""
+    """Waits for pending saves. That needs every host, so not after a failure on one of several."""
     failed = error is not None and not issubclass(error, distributed.Preempted)
     if not distributed.job_failed() and not (failed and jax.process_count() > 1):
         store.close()

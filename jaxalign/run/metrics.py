@@ -21,7 +21,7 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_finite(metrics: Mapping[str, float], step: int) -> None:
-    """Stops a run whose loss or gradient is no number.
+    """Stops a run whose loss or gradient is not a number.
 
     Raises:
       FloatingPointError: naming the step and the metrics.
@@ -67,7 +67,7 @@ def rates(tokens: float, flops: float, seconds: float, peak: float | None) -> di
 
 
 class Stopwatch:
-    """Seconds of consecutive parts, `time/<part>`, each waited for."""
+    """Seconds of consecutive parts, `time/<part>`; waits for the end of each."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
@@ -78,7 +78,7 @@ class Stopwatch:
         self._parts, self._last = {}, time.perf_counter()
 
     def lap(self, part: str, done: Any = None) -> None:
-        """Ends a part once the arrays `done` are there."""
+        """Ends a part once the arrays `done` are computed."""
         jax.block_until_ready(done)
         now = time.perf_counter()
         self._parts[f"time/{part}"], self._last = now - self._last, now

@@ -107,7 +107,7 @@ def load_stages(
 
 
 def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
-    """Runs the stages in order; gives each one's result by name."""
+    """Runs the stages in order; returns each one's result by name."""
     results: dict[str, Result] = {}
     began = time.monotonic()
     # A stage that was not reached has no checkpoint to go on from.
@@ -130,7 +130,7 @@ def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
 
 
 def _fill(value: Any, known: Mapping[str, str]) -> Any:
-    """Puts folders in the place of `${name}`."""
+    """Replaces `${name}` by folders."""
     if isinstance(value, Mapping):
         return {k: _fill(v, known) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -79,7 +79,7 @@ class Progress:
         return metrics if self._epoch is None else metrics | {"epoch": self._epoch}
 
     def falls_due(self, every: int | str, done: int) -> bool:
-        """Whether something is to be done after step `done`, every so many steps or each epoch."""
+        """Whether something is due after step `done`: every so many steps, or each epoch."""
         if isinstance(every, int):
             return bool(every) and done % every == 0
         if self._epoch is None or self._before is None:

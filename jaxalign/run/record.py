@@ -61,7 +61,7 @@ def environment() -> dict[str, str]:
 
 
 def environment_changes(folder: pathlib.Path) -> list[Change]:
-    """What of the environment is another one than at the last start."""
+    """What has changed in the environment since the last start."""
     path = folder / VERSIONS
     with contextlib.suppress(OSError, ValueError, AttributeError):
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def write_record(
       inputs: digests of what it depends on, see `run.inputs`.
       total: batches in all.
       done: batches done before.
-      changes: option → [earlier value, value], of a run that goes on under other ones.
+      changes: option → [earlier value, value], of a run that resumes with other options.
     """
     if not distributed.is_main():
         return

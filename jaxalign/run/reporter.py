@@ -71,13 +71,13 @@ def _bar(title: str, total: int, done: int, *, silent: bool) -> Any:
 
 
 class Reporter:
-    """Writes down one step after the other.
+    """Records one step after the other.
 
     Args:
-      folder: of the run; `metrics.jsonl` lies in it.
+      folder: of the run; `metrics.jsonl` is in it.
       title: beside the progress bar.
       total: steps of the run.
-      done: steps of an earlier start that this run goes on from.
+      done: steps of an earlier start that this run continues from.
       log_every: print a line every so many steps.
       seen: by earlier starts; None: there was none.
       bad_steps: counts the updates that were left out; None: the first one ends the run.
@@ -114,7 +114,7 @@ class Reporter:
         self._reported_at = time.perf_counter()
 
     def start_clock(self) -> None:
-        """Starts the next step's time now: evaluation and saving are not a step's."""
+        """Starts the next step's time now: evaluation and saving are not part of a step."""
         self._reported_at = time.perf_counter()
 
     def add(self, record: StepRecord, *, keep: int) -> None:
@@ -135,7 +135,7 @@ class Reporter:
     def evaluation(
         self, step: int, figures: dict[str, float], details: dict[str, Any] | None
     ) -> None:
-        """Writes held-out figures, and their curves and tables into `evaluation.json`."""
+        """Writes held-out figures, and their curves and tables to `evaluation.json`."""
         self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)

@@ -36,7 +36,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Notes the first signal to stop instead of dying of it; a second one acts as usual.
+    """Records the first signal to stop instead of ending the process; a second one acts as usual.
 
     These are SIGTERM (schedulers), Ctrl-C, SIGUSR1 (batch systems, before a time limit) and SIGHUP
     (the terminal is closed; not under `nohup`). With several processes SIGTERM is left to JAX.
@@ -109,11 +109,11 @@ class Clock:
         self._longest = 0.0
 
     def start_step(self) -> None:
-        """A step begins now: what came before it was another thing."""
+        """A step begins now: the time before it does not count as a step's."""
         self._step = self._now()
 
     def after_step(self) -> Wishes:
-        """What the clock wishes after a step: an end, if another such step could be too long."""
+        """What is due by the clock after a step: an end if another step could exceed the limit."""
         now = self._now()
         self._longest, self._step = max(self._longest, now - self._step), now
         saves = self._save_after is not None and now - self._saved >= self._save_after

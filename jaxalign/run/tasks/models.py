@@ -153,7 +153,7 @@ class Scorers:
 
     Args:
       config: of the run.
-      mesh: of the run; a model with devices of its own lies on those.
+      mesh: of the run; a model with devices of its own is placed on those.
       loader: of their arrays.
       tok: the policy's tokenizer, or None.
     """
@@ -269,5 +269,5 @@ def reshard_by_rules(
 
 
 def pad_id(tok: Any) -> int:
-    """What fills rows up; masks keep it out of everything, so that any id will do."""
+    """The id that fills rows up; masks exclude it everywhere, so any id will do."""
     return 0 if tok.pad_token_id is None else int(tok.pad_token_id)

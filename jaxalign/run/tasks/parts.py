@@ -190,5 +190,5 @@ def _with_end(config: OptimizerConfig, updates: int) -> OptimizerConfig:
 
 
 def with_guard(tx: optax.GradientTransformation, run: RunConfig) -> optax.GradientTransformation:
-    """The optimizer, with the last gradient norms where the run leaves out spikes."""
+    """The optimizer, with the last gradient norms if the run skips spikes."""
     return tx if run.skip_spikes is None else skip_spikes(tx, run.skip_spikes)

@@ -179,7 +179,7 @@ def make_reward(
 
 
 def name_of(spec: RewardSpec) -> str:
-    """Under which a reward is logged."""
+    """The names under which rewards are logged."""
     return spec.kind if spec.name is None else spec.name
 
 
@@ -331,7 +331,7 @@ class Iteration:
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
 
     def _update_loop(self, rollout: RolloutBatch, measured_kl: float, loop: Loop) -> None:
-        """Moves what the next iteration starts from: β, and the statistics of all scores."""
+        """Updates what the next iteration starts from: β, and the statistics of all scores."""
         options = self._parts.options
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
         loop["kl_coef"] = ppo.next_kl_coef(loop["kl_coef"], measured_kl, options, answers)

@@ -48,7 +48,7 @@ def check_rows(config: Run, mesh: Mesh) -> None:
 
 
 def check_fits(config: Run, data: RunData) -> None:
-    """Refuses data that the model has no rows or positions for, before any weight is loaded.
+    """Refuses data that the model has no embeddings or positions for, before any weight is loaded.
 
     Raises:
       ValueError: a token without a row, or rows beyond the learned positions.
