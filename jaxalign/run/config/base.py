@@ -67,7 +67,7 @@ class RunConfig:
         became of rows and columns), `checkpoints/`, and the final weights in `model/`.
       seed: of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. The data repeats
-        if `data.epochs` is null; otherwise the run ends with the data, and says so before it starts.
+        if `data.epochs` is null; else the run ends with the data, and says so before it starts.
       epochs: passes over the training data, in place of `steps` and `data.epochs`; fractions such
         as 1.5 end within a pass.
       micro_batches: parts of a batch that are computed one after the other.
