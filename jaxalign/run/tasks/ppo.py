@@ -231,7 +231,7 @@ def check_blow_up(config: PPORun, metrics: dict[str, float]) -> None:
     """Before an iteration's updates: stops a run that has left its reference, or hacks its reward.
 
     Raises:
-      FloatingPointError: `objective/kl` is above `stop_kl`, or |`objective/scores`| above
+      FloatingPointError: |`objective/kl`| is above `stop_kl`, or |`objective/scores`| above
         `stop_score`.
     """
     for name, metric in (("stop_kl", "objective/kl"), ("stop_score", "objective/scores")):
