@@ -8,6 +8,7 @@ it still can. Faults of a whole file are raised. JSON and CSV are read here, on 
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import json
 import pathlib
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from jaxalign.data.bounds import check_depth, check_plain, repeated
 from jaxalign.data.examples import RowError
 from jaxalign.data.fields import Cell
 
@@ -30,6 +32,9 @@ SUFFIXES = (*ROW_SUFFIXES, *_TEXT)
 
 _MARK = b"\xef\xbb\xbf"  # the byte-order mark that some editors write
 _END_OF_TEXT = "<|endoftext|>"
+
+MAX_UNPACKED = 2**30
+"""Bytes of a line, list or document that a gzip file may unpack to."""
 
 
 class Row(NamedTuple):
@@ -53,8 +58,10 @@ def read_file(path: pathlib.Path, *, may_be_empty: bool = False) -> Iterator[Row
       may_be_empty: it is one of several, such as the shards of a data set.
 
     Raises:
-      ValueError: an unknown suffix, an empty file, or one that cannot be read (any further).
+      ValueError: an unknown suffix, no plain file, an empty one, or one that cannot be read (any
+        further).
     """
+    check_plain(path)
     readers = ((_JSON, _json), (_CSV, _csv), (_PARQUET, _parquet), (_TEXT, _text))
     read = next((read for suffixes, read in readers if path.name.endswith(suffixes)), None)
     if read is None:
@@ -88,15 +95,28 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a plain or gzip file, without the byte-order mark."""
     number = 0
     try:
-        opened: Any = gzip.open if path.name.endswith(".gz") else open
+        packed = path.name.endswith(".gz")
+        opened: Any = gzip.open if packed else open
         with opened(path, "rb") as file:
+            # A few MiB of gzip may unpack to a line of many GiB.
+            read = functools.partial(file.readline, MAX_UNPACKED + 1 if packed else -1)
             # In bytes only \n ends a line: JSON strings may hold Unicode's other separators.
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(read, b""), start=1):
+                if packed:
+                    _check_unpacked(path, number, len(line))
                 yield number, line.removeprefix(_MARK) if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be read after line {number} ({error}); check or re-create the file"
         ) from None
+
+
+def _check_unpacked(path: pathlib.Path, line: int, size: int) -> None:
+    if path.name.endswith(".gz") and size > MAX_UNPACKED:
+        raise ValueError(
+            f"{path}:{line}: unpacks to more than {MAX_UNPACKED:,} bytes in one piece; unpack the "
+            "file, or write one object a line"
+        )
 
 
 # JSON
@@ -111,19 +131,38 @@ def _json(path: pathlib.Path) -> Iterator[Row | RowError]:
             continue
         starts, first = first, False
         if starts and line.lstrip().startswith(b"["):
-            yield from _list_rows(
-                path, b"".join([b"\n" * (number - 1), line, *(x for _, x in lines)])
-            )
+            yield from _list_rows(path, _joined(path, number, line, lines))
         else:
             yield _line_row(path, number, line)
+
+
+def _joined(
+    path: pathlib.Path, number: int, line: bytes, lines: Iterator[tuple[int, bytes]]
+) -> bytes:
+    """A file from line `number` on, with blank lines in front for those before."""
+    parts = [b"\n" * (number - 1), line]
+    size = len(line)
+    for number, following in lines:
+        parts.append(following)
+        size += len(following)
+        _check_unpacked(path, number, size)
+    return b"".join(parts)
 
 
 def _line_row(path: pathlib.Path, number: int, line: bytes) -> Row | RowError:
     origin = f"{path}:{number}"
     try:
-        return checked(_DECODER.decode(line.decode("utf-8")), origin)
+        return _row(_DECODER.decode(line.decode("utf-8")), line, origin)
     except (ValueError, RecursionError) as error:
         return RowError(origin, *_json_fault(error))
+
+
+def _row(value: Any, text: str | bytes, origin: str) -> Row | RowError:
+    try:
+        check_depth(value, text)
+    except ValueError as error:
+        return RowError(origin, *_json_fault(error))
+    return checked(value, origin)
 
 
 def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
@@ -141,8 +180,9 @@ def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
             break
         number += 1
         origin = f"{path}:{line} (row {number})"
+        start = at
         try:
-            value, at = _DECODER.raw_decode(text, at)
+            value, at = _DECODER.raw_decode(text, start)
         except _Twice as error:
             # Where the object ends only a decoder tells that does not mind.
             try:
@@ -153,7 +193,7 @@ def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
         except (ValueError, RecursionError) as error:
             _stop(path, line, error)
         else:
-            yield checked(value, origin)
+            yield _row(value, text[start:at], origin)
         at = _BLANK.match(text, at).end()
         if text[at : at + 1] != ",":
             break
@@ -171,8 +211,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys all differ: of a key given twice one value would be lost."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
+        twice = repeated(key for key, _ in pairs)[0]
         raise _Twice(f"the key {twice[:40]!r} is given twice in an object")
     return made
 
@@ -272,10 +311,9 @@ def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
     try:
         # A file that lies about its lengths must not take the memory that it names.
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            twice = sorted({name for name in names if names.count(name) > 1})
+            twice = repeated(file.schema_arrow.names)
             if twice:
-                raise _ColumnTwice(twice[0])
+                raise _ColumnTwice(min(twice))
             for batch in file.iter_batches(batch_size=1024):
                 for data in _batch_rows(batch):
                     number += 1
@@ -306,14 +344,15 @@ def _first_line(error: Exception) -> str:
 
 def _text(path: pathlib.Path) -> Iterator[Row | RowError]:
     """Documents between lines of `<|endoftext|>`; without such lines the file is one document."""
-    first, held = 1, []
-    number = 0
+    first, held, size = 1, [], 0
     for number, line in enumerate(_decoded(path), start=1):
         if line.strip() != _END_OF_TEXT:
             held.append(line)
+            size += len(line)
+            _check_unpacked(path, number, size)
             continue
         if "".join(held).strip():
             yield Row({"text": "".join(held).strip("\n")}, f"{path}:{first}")
-        first, held = number + 1, []
+        first, held, size = number + 1, [], 0
     if "".join(held).strip():
         yield Row({"text": "".join(held).strip("\n")}, f"{path}:{first}")

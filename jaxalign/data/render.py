@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxalign.data.bounds import check_plain
 from jaxalign.data.ends import end_tokens
 from jaxalign.data.examples import Messages, RowError, Tools
 from jaxalign.data.paths import local_path
@@ -100,6 +101,7 @@ def resolve_chat_template(
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
     path = local_path(chat_template, "chat_template")
+    check_plain(path)
     if not path.is_file():
         raise ValueError(f"chat_template: no file {chat_template!r}; wanted {choices}")
     return path.read_text(encoding="utf-8")

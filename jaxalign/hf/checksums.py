@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from jaxalign.data.bounds import parse_json
+
 NAME = "checksums.json"
 OTHER_BYTES = "has other bytes than were written"
 _ALGORITHM = "xxh3_128"  # against damage, not against forgery; as fast as memory
@@ -70,9 +72,9 @@ def check(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> list[Damage]
     except (OSError, UnicodeDecodeError) as error:
         return [Damage(NAME, f"cannot be read ({error})")]
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         entries = {str(k): (int(v["bytes"]), str(v["sum"])) for k, v in record["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return [Damage(NAME, "is damaged: it is no list of checksums")]
     if record.get("algorithm") != _ALGORITHM:
         return [Damage(NAME, f"has algorithm={record.get('algorithm')!r}, wanted {_ALGORITHM!r}")]

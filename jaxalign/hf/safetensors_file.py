@@ -12,7 +12,6 @@ it reuses. Damaged files also get an error that names the tensor and the bytes.
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxalign.data.bounds import check_depth, repeated
 from jaxalign.hf import weight_sums
 from jaxalign.hf.blocks import Pool, Scratch
 from jaxalign.hf.hints import what_lies_there
@@ -42,6 +42,7 @@ _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
     f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (16, 32, 64)
 }
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MAX_AXES = 64  # of numpy
 _MIN_SEGMENT = 1 << 16  # bytes; below that, whole rows are faster to read than parts of rows
 
 
@@ -262,8 +263,9 @@ def _parse(text: bytes) -> tuple[dict[str, Any], Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in items]
         if len(set(keys)) < len(keys):
-            twice = sorted(key for key, count in collections.Counter(keys).items() if count > 1)
-            raise ValueError(f"its header names {', '.join(twice)} twice")
+            twice = sorted(repeated(keys))
+            more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+            raise ValueError(f"its header names {', '.join(twice[:3])}{more} twice")
         return dict(items)
 
     def constant(name: str) -> None:
@@ -271,6 +273,7 @@ def _parse(text: bytes) -> tuple[dict[str, Any], Any]:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        check_depth(header, text)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -285,11 +288,16 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         code, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"its header's entry {name} is {entry!r}, wanted dtype, shape and data_offsets"
+            f"its header's entry {name} is {repr(entry)[:200]}, wanted dtype, shape and "
+            "data_offsets"
         ) from error
+    if isinstance(shape, list) and len(shape) > _MAX_AXES:
+        raise ValueError(f"{name} has {len(shape)} axes, wanted at most {_MAX_AXES}")
     numbers = [*shape, first, last] if isinstance(shape, list) and isinstance(code, str) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"its header's entry {name} holds no sizes and offsets: {entry!r}")
+        raise ValueError(
+            f"its header's entry {name} holds no sizes and offsets: {repr(entry)[:200]}"
+        )
     size = DTYPES[code].itemsize if code in DTYPES else _SIZES.get(code)
     if size is not None and last - first != size * math.prod(shape):
         raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxalign.data.bounds import check_plain, check_plain_folder, read_json_file
 from jaxalign.data.paths import local_path
 
 # A name with or without its owner, and `@` a branch, tag or commit.
@@ -27,12 +27,15 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
       patterns: glob patterns of the files to download from a hub repository.
 
     Raises:
-      ValueError: no such path, a file that is not `.gguf`, or a failed download.
+      ValueError: no such path, a pipe or device there, a file that is not `.gguf`, or a failed
+        download.
     """
     path = local_path(source, "model")
     if path.is_dir():
+        check_plain_folder(path)
         _check_no_run(path)
         return path
+    check_plain(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(
@@ -95,14 +98,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
-      ValueError: the file is absent, not JSON, or not an object.
+      ValueError: the file is absent, beyond the bounds of `jaxalign.data.bounds`, not JSON, or not
+        an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
     return value

@@ -13,6 +13,8 @@ from typing import Any
 
 import xxhash
 
+from jaxalign.data.bounds import parse_json
+
 KEY = "jaxalign_checksums"
 _ALGORITHM = "xxh3_128 of the xxh3_128 of each piece"
 _UNKNOWN = "0" * 32  # in the header until all tensors are written
@@ -64,9 +66,9 @@ def expected(text: str | None) -> tuple[int, str] | None:
     if text is None:
         return None
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         if values["algorithm"] != _ALGORITHM:
             return None  # of another version
         return max(1, int(values["piece"])), str(values["tensors"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError("the checksums in its header are damaged") from error

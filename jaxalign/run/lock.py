@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any, Self
 
+from jaxalign.data.bounds import read_json_file
+
 LOCK = ".lock"
 """The lock's name in the run's folder."""
 
@@ -193,7 +195,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     """The contents of a lock; {} if they cannot be read, None if there is no lock."""
     for _ in range(2):
         try:
-            owner = json.loads(path.read_text(encoding="utf-8"))
+            owner = read_json_file(path)
             return owner if isinstance(owner, dict) else {}
         except FileNotFoundError:
             return None

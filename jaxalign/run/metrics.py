@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.data.bounds import parse_json
 from jaxalign.types import Weighted
 
 
@@ -165,7 +166,7 @@ class JsonlWriter:
 def _row_of(line: bytes) -> dict[str, Any] | None:
     """A line of metrics; None if it is damaged."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = parse_json(line)
         return row if type(row["step"]) is int else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None

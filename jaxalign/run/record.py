@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jaxalign.data.bounds import read_json_file
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
 from jaxalign.run.changes import ONCE, Change
@@ -64,7 +65,7 @@ def environment_changes(folder: pathlib.Path) -> list[Change]:
     """What has changed in the environment since the last start."""
     path = folder / VERSIONS
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json_file(path)
         return [
             Change(name, old[name], value)
             for name, value in environment().items()
@@ -86,10 +87,10 @@ def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
         yaml = folder / CONFIG
         return {"config": read_yaml(yaml)} if yaml.is_file() else None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_file(path)
         if isinstance(record["config"], dict) and isinstance(record["starts"], list):
             return record
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(
         f"{path} is damaged, so that nobody can tell what the run was begun with; remove it, and "

@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
 
 _MARKED = 40
 _MOST = 300
+_LARGEST = 8e307  # beyond it the difference of two values may be no number
 
 # Characters that neither HTML nor XML allows, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -62,7 +63,7 @@ def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
     kept = {0, len(points) - 1}
     for start in range(0, len(points), size):
         stretch = range(start, min(start + size, len(points)))
-        broken = [i for i in stretch if not math.isfinite(points[i][1])]
+        broken = [i for i in stretch if not _drawn(points[i][1])]
         if broken:
             kept.add(broken[0])
             continue
@@ -93,7 +94,7 @@ def line_chart(
     points = [point for line in series for point in line]
     if not points:
         raise ValueError(f"chart {label!r}: no points to draw")
-    finite = [y for _, y in points if math.isfinite(y)]
+    finite = [y for _, y in points if _drawn(y)]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     ticks = value_ticks(min(finite), max(finite)) if finite else [0.0, 1.0]
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -117,7 +118,7 @@ def line_chart(
         for piece in _pieces(shown):
             place = " ".join(f"{_number(across(x))},{_number(up(y))}" for x, y in piece)
             parts.append(f'<polyline class="s{number}" points="{place}"/>')
-        dots = [(x, y) for x, y in shown if math.isfinite(y)]
+        dots = [(x, y) for x, y in shown if _drawn(y)]
         for x, y in dots if len(dots) <= _MARKED else dots[-1:]:
             place = f'cx="{_number(across(x))}" cy="{_number(up(y))}"'
             tip = f"<title>{text(x_label)} {x:g}: {y:.6g}</title>"
@@ -206,11 +207,15 @@ def _pieces(points: Points) -> list[list[tuple[float, float]]]:
     """Stretches of two or more finite values; a lone point appears as its dot."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
-        if math.isfinite(y):
+        if _drawn(y):
             pieces[-1].append((x, y))
         else:
             pieces.append([])
     return [piece for piece in pieces if len(piece) > 1]
+
+
+def _drawn(value: float) -> bool:
+    return math.isfinite(value) and abs(value) <= _LARGEST
 
 
 def _number(value: float) -> str:

@@ -6,7 +6,6 @@ for a quickstart also its figures, contests and answers (`quickstart`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from jaxalign.commands.report.charts import bar_chart, line_chart, text, value_ticks
 from jaxalign.commands.report.page import page, table
 from jaxalign.commands.report.quickstart import summary_sections
+from jaxalign.data.bounds import parse_json
 from jaxalign.hf.source import read_json
 from jaxalign.run.config.runs import RUNS
 from jaxalign.run.config.yaml import read_yaml
@@ -109,9 +109,11 @@ def read_metrics(path: pathlib.Path) -> Metrics:
     cut = False
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             step = float(row.pop("step"))
             values = {name: float(value) for name, value in row.items()}
+            if not math.isfinite(step):
+                raise ValueError(step)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines):
                 cut = True
@@ -243,7 +245,7 @@ def _evaluation(path: pathlib.Path, across: str) -> str:
                 ]
                 tables.append(table(heads, cells, numbers=range(1, len(heads))))
         title = f"Scores of held-out answers, {across} {values['step']:g}"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not what a run of `jaxalign reward` writes") from error
     return f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>{"".join(tables)}'
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxalign.commands.synth.writer import REFUSED, Reply, Request, Writer, prompt_hash
+from jaxalign.data.bounds import parse_json
 from jaxalign.data.paths import local_path
 
 _LOCKS = True
@@ -62,8 +63,8 @@ class Appended:
         end = 0
         for number, line in enumerate(self._file, start=1):
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             if line.endswith(b"\n") and isinstance(row, dict):
                 end += len(line)

@@ -27,7 +27,7 @@ from jaxalign.hf.families.qwen3_moe import QWEN3_MOE
 from jaxalign.hf.families.rope import used_rope
 from jaxalign.hf.families.smollm3 import SMOLLM3
 from jaxalign.hf.families.table import Entry, Family, Leaf, Part, flatten, tensors, unflatten
-from jaxalign.hf.families.values import get, refuse, unsupported
+from jaxalign.hf.families.values import get, integer, refuse, unsupported
 from jaxalign.models.base import GENERATION, DecoderConfig
 from jaxalign.types import Params
 
@@ -68,6 +68,11 @@ FAMILIES: dict[str, Family] = {
 }
 """HF `model_type` → family."""
 
+MAX_LAYERS = 10_000
+"""Layers of a model that is read."""
+MAX_LABELS = 10_000
+"""Outputs of a scorer that is read."""
+
 _UNNAMED = "LABEL_0"
 """transformers' name of the single, unnamed output of a head."""
 
@@ -78,7 +83,7 @@ def find_family(name: Any) -> Family:
     Raises:
       ValueError: not one of `FAMILIES`.
     """
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise unsupported("model_type", name, ", ".join(map(repr, FAMILIES)))
     return FAMILIES[name]
 
@@ -95,8 +100,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     family = find_family(hf.get("model_type"))
     refuse(hf, "quantization_config", "unquantised weights, or GGUF", harmless=())
+    for key in ("num_hidden_layers", "n_layer"):
+        if hf.get(key) is not None and integer(hf, key) > MAX_LAYERS:
+            raise unsupported(key, hf[key], f"at most {MAX_LAYERS}")
     source = json.dumps(dict(hf), sort_keys=True)
-    config = family.read({**family.defaults, **hf})
+    try:
+        config = family.read({**family.defaults, **hf})
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # A list in the place of a text, a text in the place of a number, …
+        raise ValueError(
+            f"config.json: a value is of the wrong kind ({type(error).__name__}: {error}); get the "
+            "file again"
+        ) from error
     return dataclasses.replace(config, family=family.model_type, source_config=source)
 
 
@@ -124,8 +139,13 @@ def attributes_of(hf: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
       ValueError: unnamed labels, or labels of a classification instead of a regression.
     """
-    unnamed = {str(number): f"LABEL_{number}" for number in range(get(hf, "num_labels", 1))}
-    labels = dict(get(hf, "id2label", unnamed))
+    outputs = integer(hf, "num_labels", 1)
+    if outputs > MAX_LABELS:
+        raise unsupported("num_labels", outputs, f"at most {MAX_LABELS}")
+    unnamed = {str(number): f"LABEL_{number}" for number in range(outputs)}
+    labels = get(hf, "id2label", unnamed)
+    if not isinstance(labels, dict):
+        raise unsupported("id2label", labels, "an object of names")
     names = [labels.get(str(number), labels.get(number)) for number in range(len(labels))]
     count = get(hf, "num_labels", len(names))
     if not names or None in names or count != len(names) or len(set(names)) < len(names):

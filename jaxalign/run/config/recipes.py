@@ -6,6 +6,9 @@ import difflib
 import os
 import pathlib
 
+from jaxalign.data.bounds import check_plain
+from jaxalign.data.paths import local_path
+
 PREFIX = "recipe:"
 
 # A link to the checkout's `configs/`; a wheel holds the files themselves.
@@ -41,12 +44,13 @@ def find_config(path: str | os.PathLike[str]) -> pathlib.Path:
     """Where a configuration is: `recipe:NAME`, or a file.
 
     Raises:
-      ValueError: no such recipe or file.
+      ValueError: no such recipe or file, or a pipe or device.
     """
     text = os.fspath(path)
     if text.startswith(PREFIX):
         return recipe_path(text)
-    file = pathlib.Path(text).expanduser()
+    file = local_path(path, "config")
+    check_plain(file)
     if file.is_file():
         return file
     if file.is_dir():

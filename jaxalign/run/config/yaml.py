@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pathlib
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from jaxalign.run.config.recipes import find_config
+from jaxalign.run.config.yaml_loader import EXPONENT, load_yaml, load_yaml_file
 
 T = TypeVar("T")
 
@@ -29,19 +29,11 @@ def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
       path: a file, or `recipe:NAME`, see `jaxalign.run.config.recipes`.
 
     Raises:
-      ValueError: no such file or recipe, not UTF-8, broken YAML (with the line), or no mapping.
+      ValueError: no such file or recipe, not UTF-8, broken YAML (with the line) or YAML beyond the
+        bounds of `jaxalign.run.config.yaml_loader`, or no mapping.
     """
     path = find_config(path)
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"config {path}:{line}: invalid UTF-8 (byte 0x{error.object[error.start]:02x}); save "
-            "the file as UTF-8"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: {error}") from error
+    loaded = load_yaml_file(path)
     if loaded is None:
         raise ValueError(f"config {path}: the file is empty; wanted 'key: value' lines")
     if not isinstance(loaded, dict):
@@ -51,31 +43,10 @@ def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: a text that would be read as a number is put in quotes."""
+    """Writes what `Loader` reads: a text that would be read as a number is put in quotes."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-5 is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 wants a dot in a float, so that a plain 1e-5 would be a string.
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
+_Dumper.add_implicit_resolver(*EXPONENT, list("-+0123456789"))
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -98,10 +69,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise ValueError(f"override {assignment!r}: {parent!r} is no section")
             node = child
-        try:
-            node[leaf] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {assignment!r}: {error}") from error
+        node[leaf] = load_yaml(text, f"override {assignment[:200]!r}")
     return result
 
 
@@ -232,8 +200,8 @@ def _unquoted(hint: Any, value: Any) -> str:
     if not isinstance(value, str):
         return ""
     try:
-        plain = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+        plain = load_yaml(value, "a value")
+    except ValueError:
         return ""
     fits = isinstance(plain, hint) or (hint is float and isinstance(plain, int))
     return "; write it without quotes" if fits and not isinstance(plain, str) else ""

@@ -14,12 +14,14 @@ import hashlib
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from jaxalign.data.bounds import read_json_file
 from jaxalign.types import PairBatch, SharedPairBatch, TokenBatch
 
 AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
@@ -108,10 +110,12 @@ class ReferenceCache:
         if not (path / "fingerprint.json").is_file():
             return None
         try:
-            there = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))
+            there = read_json_file(path / "fingerprint.json")
+            if not isinstance(there, dict):
+                raise ValueError("fingerprint.json holds no object")
             with np.load(path / "logps.npz") as file:
                 keys, chosen, rejected = (file[name] for name in ("keys", "chosen", "rejected"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"reference cache {path}: unreadable ({error}); {REMEDY}") from error
         wrong = [
             f"{name} (cache {there.get(name)!r}, run {fingerprint.get(name)!r})"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.algorithms.ppo.rows import answer_mask_of
+from jaxalign.data.bounds import parse_json
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.types import RolloutBatch
@@ -124,9 +125,9 @@ def _keep_before(path: pathlib.Path, step: int) -> None:
     # Split at "\n" alone: an answer may hold other ends of lines, such as U+2028.
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            if json.loads(line)["step"] < step:
+            if parse_json(line)["step"] < step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     # Replaced whole: a run killed here keeps the old file.
     fresh = path.with_name(f".{path.name}.tmp")
