@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jaxalign.rewards.limits import check_timeout
 from jaxalign.rewards.specs import (
     BuildContext,
     RewardFunction,
@@ -31,11 +32,13 @@ class FunctionReward(RewardSpec):
         too, last.
       calls: "row": called once per answer, see `text_reward`; "batch": once per batch, see
         `batch_reward`.
+      timeout: seconds that a call may take; None: no limit.
     """
 
     kind: str = "function"
     path: str
     calls: str = "row"
+    timeout: float | None = 600.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,19 +46,36 @@ class FunctionReward(RewardSpec):
         valid = bool(module) and function.isidentifier()
         check_option(valid, "path", self.path, "module:function or file.py:function")
         check_option(self.calls in ("row", "batch"), "calls", self.calls, "row or batch")
+        check_timeout("function", self.timeout)
 
     def build(self, context: BuildContext) -> RewardFunction:
         """The function as a `TextReward`."""
         make = text_reward if self.calls == "row" else batch_reward
-        return make(import_function(self.path), context.tok, rows=context.rows, name=context.name)
+        return make(
+            import_function(self.path),
+            context.tok,
+            rows=context.rows,
+            name=context.name,
+            timeout=self.timeout,
+        )
 
 
 def import_function(path: str) -> Callable[..., Any]:
     """Imports a function by `module:name` or `file.py:name`.
 
     Raises:
-      ValueError: no such module, file or function.
+      ValueError: no such module, file or function, or the module calls `sys.exit`.
     """
+    try:
+        return _import_function(path)
+    except SystemExit as error:
+        raise ValueError(
+            f"reward path={path!r}: it calls sys.exit({error.code!r}) when it is imported; "
+            'put that under `if __name__ == "__main__":`'
+        ) from error
+
+
+def _import_function(path: str) -> Callable[..., Any]:
     where, _, name = path.rpartition(":")
     if where.endswith(".py"):
         file = pathlib.Path(where)

@@ -1,25 +1,29 @@
 """HTTP POST for servers that a run depends on: deadlines, limits, retry delays, secrets.
 
-A request ends by its deadline, even if the server keeps sending a slow response. Responses are
-limited in size. Redirects are refused, so that a secret reaches no other host, and secrets are
-redacted from messages.
+A request ends by its deadline, whatever the server does: it may send a header or the body of an
+error a byte at a time. Responses are limited in size. Redirects are refused, so that a secret
+reaches no other host, and secrets are redacted from messages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import random
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _RETRYABLE = (408, 409, 425, 429)
 _MAX_PAUSE = 60.0  # seconds
 _MAX_RETRY_AFTER = 600.0  # seconds
+_SAID = 30.0  # seconds; of a longer pause the terminal hears
 _MAX_BYTES = 64 * 2**20
 
 
@@ -29,7 +33,8 @@ class PostError(Exception):
     Attributes:
       status: HTTP status; None without a response.
       again: whether to retry: the failure may be temporary.
-      wait: seconds to wait before the retry, by the server's Retry-After; None: not given.
+      wait: seconds to wait before the retry, by the server's Retry-After, at most 600; None: not
+        given.
     """
 
     def __init__(self, message: str, status: int | None, again: bool, wait: float | None = None):
@@ -37,6 +42,79 @@ class PostError(Exception):
         self.status = status
         self.again = again
         self.wait = wait
+
+
+class _Exchange:
+    """Sends one request in a thread, and drops the connection at the deadline.
+
+    The timeouts of sockets alone would not do: they hold for a single read, and a server that sends
+    a byte now and then never runs into them.
+    """
+
+    def __init__(self, send: Callable[[Callable[[Any], None]], str]):
+        self._send = send
+        self._lock = threading.Lock()
+        self._over = False
+        self._sockets: list[socket.socket] = []
+        self._text = ""
+        self._error: BaseException | None = None
+        # A daemon: one that hangs in the look-up of a name does not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="jaxalign-post", daemon=True)
+
+    def result(self, timeout: float) -> str:
+        """The response, or what the request raised; TimeoutError after `timeout` seconds."""
+        self._thread.start()
+        self._thread.join(timeout)
+        with self._lock:
+            self._over = self._thread.is_alive()
+            if self._over:
+                for each in self._sockets:
+                    _drop(each)
+        if self._over:
+            raise TimeoutError(f"the answer did not end in time, within {timeout:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._text
+
+    def _run(self) -> None:
+        try:
+            self._text = self._send(self._opened)
+        except BaseException as error:  # raised in the thread that waits
+            self._error = error
+
+    def _opened(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._sockets.append(connected)
+            if self._over:
+                _drop(connected)
+
+
+def _drop(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+def _noting(connection: Any, opened: Callable[[Any], None]) -> Any:
+    """A class of connections that hand their socket to `opened` once they have it."""
+
+    class Noting(connection):
+        def connect(self) -> None:
+            super().connect()
+            opened(self.sock)
+
+    return Noting
+
+
+class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def __init__(self, opened: Callable[[Any], None]):
+        super().__init__()
+        self._opened = opened
+
+    def http_open(self, req: Any) -> Any:
+        return self.do_open(_noting(http.client.HTTPConnection, self._opened), req)
+
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(_noting(http.client.HTTPSConnection, self._opened), req)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -55,7 +133,7 @@ def post(
       url: http or https.
       body: of the request.
       headers: of the request.
-      timeout: seconds for the whole request and response.
+      timeout: seconds for the whole exchange, from the look-up of the name to the last byte.
       secret: redacted from the response and from messages.
 
     Raises:
@@ -66,11 +144,27 @@ def post(
         return text if secret is None else text.replace(secret, "[key]")
 
     request = urllib.request.Request(url, body, dict(headers), method="POST")
-    opener = urllib.request.build_opener(_NoRedirect)
-    deadline = time.monotonic() + timeout
+
+    def send(opened: Callable[[Any], None]) -> str:
+        opener = urllib.request.build_opener(_NoRedirect, _Connections(opened))
+        return _send(opener, request, timeout, redact)
+
+    try:
+        return _Exchange(send).result(timeout)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise PostError(redact(f"{type(reason).__name__}: {reason}"), None, True) from None
+
+
+def _send(
+    opener: urllib.request.OpenerDirector,
+    request: urllib.request.Request,
+    timeout: float,
+    redact: Callable[[str], str],
+) -> str:
     try:
         with opener.open(request, timeout=timeout) as response:
-            return redact(_read(response, deadline).decode("utf-8", "replace"))
+            return redact(_read(response).decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
         with error:
             try:
@@ -82,9 +176,6 @@ def post(
             again = error.code in _RETRYABLE or error.code >= 500
             wait = _retry_after(error.headers.get("Retry-After"))
             raise PostError(message, error.code, again, wait) from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise PostError(redact(f"{type(reason).__name__}: {reason}"), None, True) from None
 
 
 def pauses(first: float, rng: random.Random) -> Iterator[float]:
@@ -116,15 +207,19 @@ def check_url(url: str, name: str, example: str) -> None:
         )
 
 
-def _read(response: Any, deadline: float) -> bytes:
-    """Reads the body by the deadline: socket timeouts alone never end a slow, steady response."""
+def say_pause(url: str, error: Exception, pause: float) -> None:
+    """Prints that a server is waited for, unless that is short."""
+    if pause >= _SAID:
+        print(f"{url}: {error}; the next try is in {pause:.0f} s", flush=True)
+
+
+def _read(response: Any) -> bytes:
+    """Reads the body."""
     parts: list[bytes] = []
     size = 0
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError("the answer did not end in time")
         if size > _MAX_BYTES:
             raise OSError(f"an answer of more than {_MAX_BYTES} bytes")
     if response.length:  # read1 does not report a body shorter than Content-Length

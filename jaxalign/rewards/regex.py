@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxalign.rewards.limits import check_timeout
 from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
 from jaxalign.rewards.text import text_reward
 
@@ -70,6 +71,8 @@ class RegexReward(RewardSpec):
       column: column of the row that the match must equal; None: a match is enough.
       with_prefill: whether the pattern sees what the template wrote of the answer at the end of the
         prompt, such as `<think>`.
+      timeout: seconds that an answer may take: a pattern such as `(a+)+$` needs time exponential in
+        the answer's length. None: no limit.
     """
 
     kind: str = "regex"
@@ -77,10 +80,12 @@ class RegexReward(RewardSpec):
     how: str = "search"
     column: str | None = None
     with_prefill: bool = False
+    timeout: float | None = 30.0
 
     def __post_init__(self):
         super().__post_init__()
         check_regex(self.pattern, self.how)
+        check_timeout("regex", self.timeout)
 
     def build(self, context: BuildContext) -> RewardFunction:
         """`regex_match` as a `TextReward`."""
@@ -91,4 +96,5 @@ class RegexReward(RewardSpec):
             rows=context.rows,
             name=context.name,
             with_prefill=self.with_prefill,
+            timeout=self.timeout,
         )

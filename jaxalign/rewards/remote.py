@@ -24,8 +24,9 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxalign.data.bounds import parse_json
 from jaxalign.rewards.cases import Case, RewardError
-from jaxalign.rewards.http import PostError, check_url, pauses, post
+from jaxalign.rewards.http import PostError, check_url, pauses, post, say_pause
 from jaxalign.rewards.specs import BuildContext, RewardFunction, RewardSpec, register_reward
 from jaxalign.rewards.text import TextReward
 
@@ -54,7 +55,7 @@ def http_reward(
       tok: the policy's tokenizer.
       rows: see `jaxalign.rewards.text_reward`.
       name: the reward's name in errors.
-      timeout: seconds per request.
+      timeout: seconds per request, from the look-up of the server's name to the last byte.
       max_failures: consecutive failures of a request that stop the run; 1: no retry.
       backoff: seconds of the longest first pause; each later one is twice as long, up to 60.
       batch: answers per request.
@@ -90,7 +91,9 @@ def http_reward(
                         f"{url} failed {failures} times in a row, the last with {error}; "
                         f"{len(cases)} answers have no score, the first of them {cases[0]}"
                     ) from None
-                stop.wait(max(next(waits), error.wait or 0.0))
+                pause = max(next(waits), error.wait or 0.0)
+                say_pause(url, error, pause)
+                stop.wait(pause)
         return []
 
     def score_cases(cases: Sequence[Case]) -> list[float | None]:
@@ -147,8 +150,8 @@ def _body(cases: Sequence[Case]) -> bytes:
 def _scores(raw: str, cases: Sequence[Case], url: str) -> list[Any]:
     """The scores in a response. Their values are checked later, one by one."""
     try:
-        scores = json.loads(raw)["scores"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        scores = parse_json(raw)["scores"]
+    except (ValueError, KeyError, TypeError):
         scores = None
     if not isinstance(scores, list) or len(scores) != len(cases):
         raise RewardError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxalign.parallel.sharding import local_rows
 from jaxalign.rewards.cases import Case, RewardError, Rows, cases_of, origin_in
+from jaxalign.rewards.limits import OutOfTime, call_within
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ScoreCases = Callable[[Sequence[Case]], Sequence[float | None]]
 """Cases → one score per case; None: the reward does not apply to it."""
 
+_LARGEST = float(np.finfo(np.float32).max)  # scores are float32
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -88,7 +89,12 @@ class TextReward:
             ) from failure.__cause__
         except RewardError as error:
             raise RewardError(f"reward {name!r}: {error}") from error
-        except Exception as error:
+        except OutOfTime as error:
+            raise RewardError(
+                f"reward {name!r} took longer than its timeout for {len(cases)} answers, the first "
+                f"of them {cases[0]}{origin_in(error)}; raise it, or mend the function"
+            ) from error
+        except (Exception, SystemExit) as error:
             raise RewardError(
                 f"reward {name!r} failed for {len(cases)} answers, the first of them {cases[0]}: "
                 f"{_describe(error)}"
@@ -118,6 +124,7 @@ def text_reward(
     rows: Any = None,
     name: str | None = None,
     with_prefill: bool = False,
+    timeout: float | None = None,
 ) -> TextReward:
     """A reward computed from text: `function(prompt, completion)` or `(prompt, completion, row)`.
 
@@ -135,6 +142,7 @@ def text_reward(
       name: the reward's name in errors; None: the function's name.
       with_prefill: the completion begins with what the template wrote of it at the end of the
         prompt, such as `<think>`; without, it is what the policy wrote.
+      timeout: seconds that an answer may take, see `jaxalign.rewards.limits`; None: no limit.
 
     Raises:
       ValueError: the function needs the row, and `rows` is None.
@@ -159,9 +167,9 @@ def text_reward(
             elif parameter is not None:
                 args += (case.row,)
             try:
-                scores.append(function(*args, **kwargs))
-            except Exception as error:
-                raise _CaseFailed(case, error) from error
+                scores.append(call_within(timeout, function, *args, **kwargs))
+            except (Exception, SystemExit, OutOfTime) as error:
+                raise _CaseFailed(case, error, timeout) from error
         return scores
 
     return TextReward(score_cases, tok, rows, name)
@@ -173,6 +181,7 @@ def batch_reward(
     *,
     rows: Any = None,
     name: str | None = None,
+    timeout: float | None = None,
 ) -> TextReward:
     """Scores all answers of a batch with one call, with the signature of TRL's reward functions.
 
@@ -187,6 +196,7 @@ def batch_reward(
       tok: the policy's tokenizer.
       rows: see `text_reward`; None: no columns.
       name: the reward's name in errors; None: the function's name.
+      timeout: seconds that a call may take; None: no limit.
     """
 
     def score_cases(cases: Sequence[Case]) -> Sequence[float | None]:
@@ -207,7 +217,8 @@ def batch_reward(
             prompts, completions = map(
                 list, zip(*((c.prompt, c.completion) for c in cases), strict=True)
             )
-        return function(prompts=prompts, completions=completions, **values)
+        values |= {"prompts": prompts, "completions": completions}
+        return call_within(timeout, lambda: function(**values))
 
     return TextReward(score_cases, tok, rows, _name_of(function) if name is None else name)
 
@@ -215,12 +226,17 @@ def batch_reward(
 class _CaseFailed(Exception):
     """A reward function raised for one case."""
 
-    def __init__(self, case: Case, error: Exception):
-        super().__init__(_describe(error))
+    def __init__(self, case: Case, error: BaseException, timeout: float | None):
+        what = f"no score within timeout={timeout} s; raise it, or mend the function"
+        out = isinstance(error, OutOfTime)
+        super().__init__(f"{what}{origin_in(error)}" if out else _describe(error))
         self.case = case
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        # As an exit, it would end the run with the status of a run that is done.
+        return f"it called sys.exit({error.code!r}){origin_in(error)}"
     return f"{type(error).__name__}: {error}{origin_in(error)}"
 
 
@@ -244,15 +260,22 @@ def _number(score: Any, case: Case, name: str) -> float | None:
     if score is None:
         return None
     try:
-        number = math.nan if isinstance(score, str) else float(score)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        number = np.nan if isinstance(score, str) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        number = np.nan
+    if not abs(number) <= _LARGEST:  # nor NaN
         raise RewardError(
-            f"reward {name!r} gave {score!r} for {case}; wanted a finite number (or None where it "
-            "does not apply)"
+            f"reward {name!r} gave {_shown(score)} for {case}; wanted a finite number of at most "
+            "3.4e38 (or None where it does not apply)"
         )
     return number
+
+
+def _shown(score: Any) -> str:
+    try:
+        return repr(score)[:80]
+    except ValueError:  # a whole number of more than 4,300 digits
+        return f"a number of {score.bit_length()} bits"
 
 
 def scores_of(
@@ -272,5 +295,5 @@ def scores_of(
         return reward(tokens, prompts)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r} failed: {_describe(error)}") from error

@@ -1,6 +1,8 @@
 """HTTP rewards against a small server: protocol, retries and failures."""
 
+import contextlib
 import json
+import socketserver
 import threading
 import time
 
@@ -10,7 +12,7 @@ import writers
 from answered import TOK, answered
 
 from jaxalign.rewards import RewardError, combine_rewards, http_reward
-from jaxalign.rewards.http import pauses
+from jaxalign.rewards.http import PostError, pauses, post, say_pause
 
 BATCH = answered([("p one", "a"), ("p two", "bb"), ("p three", "ccc"), ("", "")])
 ROWS = [{"answer": 4}, {"answer": "x"}, {"answer": None}]
@@ -111,6 +113,10 @@ def test_refusal_is_not_retried(status):
         (b"<html>", "wanted .*scores"),
         (b'{"scores": [1, NaN, 3]}', r"reward 'http' gave nan for row 1 .*prompt 'p two'"),
         (b'{"scores": [1, 2, 1e999]}', r"gave inf for row 2"),
+        (b'{"scores": [1, 2, 1e39]}', r"gave 1e\+39 for row 2 .*wanted a finite number of at most"),
+        (b'{"scores": [1, 2, ' + b"9" * 300 + b"]}", "gave 9999.* for row 2"),
+        (b'{"scores": [1, 2, ' + b"9" * 4000 + b"]}", "wanted .*scores"),
+        (b"[" * 100_000, "wanted .*scores"),
         (b'{"scores": [1, 2, "3"]}', r"gave '3' for row 2"),
     ],
 )
@@ -143,6 +149,77 @@ def test_slow_response_times_out():
                 reward(server, timeout=0.05, max_failures=2)(*BATCH)
         finally:
             release.set()  # only now does the server answer
+
+
+def dripping(start, end):
+    """A server that sends `start`, then header lines or a body bit by bit, and `end` after 5 s."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):  # the client hangs up
+                self.request.recv(65536)
+                self.request.sendall(start)
+                for number in range(100):
+                    time.sleep(0.05)
+                    self.request.sendall(b"X-%d: y\r\n" % number)
+                self.request.sendall(end)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    return Server(("127.0.0.1", 0), Handler)
+
+
+SCORES = b'Content-Length: 21\r\n\r\n{"scores": [1, 2, 3]}'
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", SCORES),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b""),
+        (b"HTTP/1.1 500 Oops\r\n\r\n", b""),
+        (b"HTTP/1.1 401 No\r\nContent-Length: 9999\r\n\r\n", b""),
+    ],
+    ids=["headers", "body", "body of a 500", "body of a 401"],
+)
+def test_a_server_that_drips_runs_into_the_deadline(monkeypatch, start, end):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with dripping(start, end) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        message = r"failed 2 times in a row, the last with TimeoutError: "
+        with pytest.raises(RewardError, match=message):
+            http_reward(url, TOK, timeout=0.1, max_failures=2, backoff=0.0)(*BATCH)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("1e9", 600.0),
+        ("inf", 600.0),
+        ("-5", 0.0),
+        ("nan", None),
+        ("9" * 5000, 600.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 600.0),
+        ("Fri, 99 Dec 2026 23:59:59 GMT", None),
+        ("soon", None),
+    ],
+)
+def test_retry_after_is_bounded(value, wait):
+    server = writers.serving(failing(99, headers={"Retry-After": value}))
+    with server as running, pytest.raises(PostError) as caught:
+        post(running.address, b"{}", {}, 600.0)
+    assert caught.value.wait == wait
+    assert caught.value.again
+
+
+def test_long_pauses_are_said(capsys):
+    say_pause("http://x/", PostError("HTTP 503 busy", 503, True, 29.0), 29.0)
+    say_pause("http://x/", PostError("HTTP 503 busy", 503, True, 600.0), 600.0)
+    assert capsys.readouterr().out == "http://x/: HTTP 503 busy; the next try is in 600 s\n"
 
 
 def test_connection_refused():

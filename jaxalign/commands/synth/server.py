@@ -16,7 +16,8 @@ from typing import Any
 
 from jaxalign.commands.synth.config import ServerConfig
 from jaxalign.commands.synth.writer import REFUSED, Reply, Request, now
-from jaxalign.rewards.http import PostError, check_url, pauses, post
+from jaxalign.data.bounds import parse_json
+from jaxalign.rewards.http import PostError, check_url, pauses, post, say_pause
 
 _REFUSED = (400, 413, 422)
 
@@ -135,8 +136,9 @@ class ServerWriter:
                         f"last failed with {failure}; what came before is kept: give the same "
                         "command again when the server answers"
                     ) from None
-                pause = next(waits)
-                stop.wait(pause if failure.wait is None else max(pause, failure.wait))
+                pause = max(next(waits), failure.wait or 0.0)
+                say_pause(self._url, failure, pause)
+                stop.wait(pause)
 
     def _body(self, request: Request) -> bytes:
         sampling = request.sampling
@@ -202,13 +204,13 @@ def _key(config: ServerConfig, environment: Mapping[str, str]) -> str | None:
 def _reply(raw: str) -> Reply:
     """A chat completion → the reply; raises `_Retry` for anything else."""
     try:
-        answer = json.loads(raw)
+        answer = parse_json(raw)
         choice = answer["choices"][0]
         text = choice["message"].get("content")
         finish = choice.get("finish_reason")
         usage = answer.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise _Retry(f"no chat completion: {raw[:200]!r}") from None
     text = "" if text is None else text
     if not isinstance(text, str):
