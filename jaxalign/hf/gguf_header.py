@@ -34,6 +34,13 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_AXES = 4
+_MAX_NESTED = 4  # arrays within arrays
+MAX_STRING = 64 * 2**20
+"""Bytes of a string; chat templates have some 10 KiB."""
+MAX_VALUES = 2**24
+"""Elements of all arrays together; a vocabulary of 256,000 tokens takes less than 2 million."""
+MAX_TENSORS = 2**20
+"""Tensors of a file."""
 
 
 class Tensor(NamedTuple):
@@ -93,6 +100,7 @@ class _Parser:
     def __init__(self, data: mmap.mmap):
         self.data = data
         self.position = 0
+        self.values = 0  # elements of arrays so far
 
     def parse(self) -> tuple[dict[str, Any], list[Tensor]]:
         magic, version = self.take(4), self.scalar("I")
@@ -102,6 +110,8 @@ class _Parser:
             hint = " (written for a big-endian machine)" if version & 0xFFFF == 0 else ""
             raise ValueError(f"version {version}{hint}; supported: little-endian 2 and 3")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
+        if tensor_count > MAX_TENSORS:
+            raise ValueError(f"{tensor_count} tensors, wanted at most {MAX_TENSORS}")
         values: dict[str, Any] = {}
         for _ in range(value_count):
             key = self.string()
@@ -139,9 +149,14 @@ class _Parser:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+        size = self.scalar("Q")
+        if size > MAX_STRING:
+            raise ValueError(
+                f"a string of {size} bytes at {self.position}, wanted at most {MAX_STRING}"
+            )
+        return self.take(size).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
@@ -151,10 +166,16 @@ class _Parser:
         inner, count = self.scalar("I"), self.scalar("Q")
         if count > len(self.data):
             raise ValueError(f"an array of {count} values in a file of {len(self.data)} bytes")
+        self.values += count
+        if self.values > MAX_VALUES or depth >= _MAX_NESTED:
+            raise ValueError(
+                f"arrays of {self.values} values, {depth + 1} within each other; wanted at most "
+                f"{MAX_VALUES} and {_MAX_NESTED}"
+            )
         if inner in _SCALARS:
             code = f"<{count}{_SCALARS[inner]}"
             return list(struct.unpack(code, self.take(struct.calcsize(code))))
-        return [self.value(inner) for _ in range(count)]
+        return [self.value(inner, depth + 1) for _ in range(count)]
 
     def tensor(self) -> Tensor:
         name, axes = self.string(), self.scalar("I")

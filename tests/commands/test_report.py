@@ -288,3 +288,61 @@ def test_a_broken_evaluation_is_named(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"step": 1, "histogram": 3}\n')
     with pytest.raises(ValueError, match=r"evaluation\.json: not what a run"):
         make_page(tmp_path)
+
+
+# --- hostile files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"step": ' + "9" * 400 + "}",
+        '{"step": Infinity, "loss": 1}',
+        '{"step": "nan", "loss": 1}',
+        '{"step": 1, "loss": ' + "9" * 400 + "}",
+        '{"step": 1, "loss": {"a": 1}}',
+        "[1]",
+    ],
+)
+def test_metrics_beyond_the_bounds(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + '\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: wanted a JSON object of numbers"):
+        read_metrics(path)
+
+
+def test_values_whose_difference_is_no_number_leave_gaps():
+    values = [0.0, 5.0, 1.7e308, 5.0, 10.0, -1.7e308, 10.0]
+    svg = line_chart([list(enumerate(values, start=1))], "x", "step", "y")
+    assert [len(line.split()) for line in polylines(svg)] == [2, 2]
+    alone = line_chart([[(1, 1.7e308), (2, -1.7e308)]], "x", "step", "y")
+    assert polylines(alone) == []
+    assert "inf" not in alone
+    assert "nan" not in alone
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "summary.json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"step": ' + "9" * 400 + "}",
+        '{"step": 1, "calibration": 3, "objective": "pairs"}',
+        '{"step": 1, "histogram": {"edges": [0, 1e308, -1e308], "counts": {"a": [1, 2]}}}',
+        '{"step": 1, "histogram": {"edges": [0, 0], "counts": {"a": [NaN]}}}',
+        '{"step": 1, "histogram": {"edges": [], "counts": {}}}',
+        '{"step": 1, "sources": [[]], "figures": [], "answers": [[]]}',
+        '{"step": 1, "sources": [{"a": 1}, {"b": 1}], "figures": [[]]}',
+    ],
+)
+def test_evaluations_and_summaries_beyond_the_bounds(tmp_path, name, text):
+    """A page, or a ValueError that names the file."""
+    run = write_run(tmp_path / "run", ROWS)
+    (run / "evaluation.json").write_text(text) if name == "evaluation.json" else None
+    (tmp_path / "summary.json").write_text(text) if name == "summary.json" else None
+    try:
+        made = make_page(tmp_path if name == "summary.json" else run)
+    except ValueError as error:
+        made = str(error)
+    assert name in made or "</html>" in made
