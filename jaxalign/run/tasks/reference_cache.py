@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -113,10 +112,13 @@ class ReferenceCache:
             there = read_json_file(path / "fingerprint.json")
             if not isinstance(there, dict):
                 raise ValueError("fingerprint.json holds no object")
-            with np.load(path / "logps.npz") as file:
-                keys, chosen, rejected = (file[name] for name in ("keys", "chosen", "rejected"))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"reference cache {path}: unreadable ({error}); {REMEDY}") from error
+            # Opened here, so that it is closed whatever numpy finds in it.
+            with (path / "logps.npz").open("rb") as raw, np.load(raw) as file:
+                columns = [file[name] for name in ("keys", "chosen", "rejected")]
+            pairs = {k.tobytes(): (float(c), float(r)) for k, c, r in zip(*columns, strict=True)}
+        except Exception as error:  # numpy and zipfile raise what they find
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"reference cache {path}: unreadable ({what}); {REMEDY}") from error
         wrong = [
             f"{name} (cache {there.get(name)!r}, run {fingerprint.get(name)!r})"
             for name in sorted(there.keys() | fingerprint.keys())
@@ -127,8 +129,7 @@ class ReferenceCache:
                 f"reference cache {path} belongs to something else: other {'; '.join(wrong)}; "
                 f"{REMEDY}"
             )
-        pairs = zip(keys, chosen, rejected, strict=True)
-        return cls({key.tobytes(): (float(c), float(r)) for key, c, r in pairs})
+        return cls(pairs)
 
 
 def pair_keys(batch: PairBatch | SharedPairBatch) -> np.ndarray:
