@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
+from jaxalign.data.bounds import parse_json
 
 _NOT_FLAGS = ("key", "rows")  # --seed makes the key; prompts are decoded as many at a time as fit
 _DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
@@ -23,7 +23,7 @@ _DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the func
 
 def _object(text: str) -> dict[str, Any]:
     """An object of JSON, such as '{"enable_thinking": true}'."""
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value

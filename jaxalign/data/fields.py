@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from jaxalign.data.bounds import parse_json
 from jaxalign.data.examples import RowError
 
 CORRECT = "correct or remove the row"
@@ -97,8 +97,8 @@ def untyped(value: Any) -> Any:
 def parsed(value: str) -> Any:
     """The JSON in a text, or None where it is none."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return parse_json(value)
+    except ValueError:
         return None
 
 

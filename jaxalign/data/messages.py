@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.data.bounds import parse_json
 from jaxalign.data.examples import Message, Messages, RowError, Tools
 from jaxalign.data.fields import Cell, fail, fail_with, items, keys, number, parsed, short, text
 from jaxalign.data.names import CALLING, FIELDS, SPEAKERS, field_of, flag, plain, role_of
@@ -74,8 +75,8 @@ def read_tools(value: Any, key: str, origin: str) -> Tools:
         if not value.strip():
             return ()
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             fail(origin, key, f"malformed JSON ({error})", "a list of functions")
     if value is None or value == []:
         return ()
@@ -294,8 +295,8 @@ def _calls(value: Any, key: str, origin: str) -> list[dict[str, Any]]:
     """Calls of functions, from objects or JSON text, one or several, as OpenAI writes them."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             fail(origin, key, f"malformed JSON ({error})", "calls as name and arguments")
     found = []
     for n, call in enumerate(value if isinstance(value, list) else [value]):

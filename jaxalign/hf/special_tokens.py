@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from typing import Any
+
+from jaxalign.data.bounds import read_json_file
 
 GENERATION_FILE = "generation_config.json"
 
@@ -62,7 +63,7 @@ def listed_stops(folder: pathlib.Path) -> tuple[int, ...]:
     """The ids at which a folder's `generation_config.json`, else its `config.json`, stops."""
     for name in (GENERATION_FILE, "config.json"):
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            value = read_json_file(folder / name).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
         if value is not None:
@@ -78,7 +79,7 @@ def as_list(value: Any) -> list[Any]:
 def rows_of(folder: pathlib.Path) -> int | None:
     """Rows of the embedding of the model in a folder, if it says so."""
     try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        value = read_json_file(folder / "config.json")["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, int) and value > 0 else None

@@ -28,7 +28,7 @@ def summary_sections(path: pathlib.Path) -> str:
         if "win_rates" in summary:
             sections.append(_contests(summary))
         return "".join([*sections, _answers(summary)])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a summary as `jaxalign quickstart` writes it") from error
 
 
