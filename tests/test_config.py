@@ -10,6 +10,7 @@ import pytest
 
 import jaxalign
 from jaxalign.algorithms import dpo, kto, ppo, reward, sft
+from jaxalign.algorithms.guard import SpikeConfig
 from jaxalign.algorithms.moving_reference import ReferenceSync
 from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.commands.synth import config as synth
@@ -519,6 +520,7 @@ READERS = {
     Source: (("data/mixture.py", "data/prepare.py", "data/stream.py"), {"options", "self", "item"}),
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("run/tasks/*.py", "run/loop.py", "run/folder.py"), {"run"}),
+    SpikeConfig: (("algorithms/guard.py",), {"config", "self"}),
     EarlyStopping: (("run/early_stopping.py",), {"config", "_config"}),
     configs.SFTRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),

@@ -197,7 +197,7 @@ def test_a_diverged_run_ends_with_status_2(chat_models, tmp_path, capsys):
     given = ["optimizer.learning_rate=1e30", "run.checkpoint=false"]
     assert cli.main(["sft", config, *given]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"^jaxalign sft: error: step 2: .*loss=", error, re.MULTILINE)
+    assert re.search(r"^jaxalign sft: error: step 4: .*loss=", error, re.MULTILINE)
     assert "Traceback" not in error
 
 

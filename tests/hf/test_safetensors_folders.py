@@ -343,10 +343,10 @@ def test_folders_that_are_no_model_say_what_they_are(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("sft: {}")
-    with pytest.raises(ValueError, match=r"the folder of a run; write its weights by `jaxalign ex"):
+    with pytest.raises(ValueError, match=r"the folder of a run that holds no model yet; let it f"):
         load_pretrained(run)
     write(run / "model")
-    with pytest.raises(ValueError, match=r"the folder of a run; give its model, .*run/model"):
+    with pytest.raises(ValueError, match=r"the folder of a run; its model is .*run/model"):
         load_pretrained(run)
 
 

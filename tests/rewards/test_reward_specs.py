@@ -101,7 +101,7 @@ def test_the_short_form_is_a_list_of_one():
 def test_the_critic_starts_from_the_first_model_that_reads_the_policys_tokens():
     assert load(ALL[::-1]).critic_start() == ("some/scorer", {"help": 1.0})
     assert load(ALL[1:], critic="c").critic_start() == ("c", None)
-    with pytest.raises(ValueError, match=r"critic=None: there is no reward model"):
+    with pytest.raises(ValueError, match=r"critic=null: there is no reward model"):
         load(ALL[1:]).critic_start()
 
 

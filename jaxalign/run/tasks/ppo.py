@@ -234,8 +234,11 @@ def check_blow_up(config: PPORun, metrics: dict[str, float]) -> None:
       FloatingPointError: |`objective/kl`| is above `stop_kl`, or |`objective/scores`| above
         `stop_score`.
     """
-    for name, metric in (("stop_kl", "objective/kl"), ("stop_score", "objective/scores")):
-        limit, value = getattr(config, name), metrics[metric]
+    for name, limit, metric in (
+        ("stop_kl", config.stop_kl, "objective/kl"),
+        ("stop_score", config.stop_score, "objective/scores"),
+    ):
+        value = metrics[metric]
         if limit is not None and not abs(value) <= limit:
             raise FloatingPointError(
                 f"{metric}={value:.6g} is beyond {name}={limit}; this iteration's updates were not "
