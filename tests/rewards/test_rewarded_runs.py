@@ -86,6 +86,6 @@ def test_a_run_stops_before_training_where_rewards_do_not_fit(chat_models, tmp_p
     values = settings(chat_models, tmp_path / "run", [{"kind": "gsm8k"}])
     write_yaml(tmp_path / "ppo.yaml", values)
     assert cli.main(["ppo", str(tmp_path / "ppo.yaml")]) == 2
-    assert "critic=None: there is no reward model" in capsys.readouterr().err
+    assert "critic=null: there is no reward model" in capsys.readouterr().err
     assert cli.main(["ppo", str(tmp_path / "ppo.yaml"), f"critic={chat_models}/scorer"]) == 2
     assert "train.jsonl:1: reward 'gsm8k': the row's 'answer' is None" in capsys.readouterr().err
