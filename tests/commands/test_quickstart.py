@@ -237,12 +237,14 @@ def test_the_recipe_reads_all_example_data_of_a_language(language):
             batches = makers[stage](
                 sources, tok, rows=8, length=1024, chat_template=config.model.chat_template
             )
-            (source,) = sources
-            path = source if isinstance(source, str) else source.path
-            lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
             # As many as it says, some of them twice if there are fewer.
-            assert batches.stats["kept"] == (len(lines) if isinstance(source, str) else source.rows)
+            wanted = sum(lines_of(s) if isinstance(s, str) else s.rows for s in sources)
+            assert batches.stats["kept"] == wanted
             assert all(f"example_data/{language}/" in row.origin for row in batches.examples)
+
+
+def lines_of(path):
+    return len(pathlib.Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def recipe():
