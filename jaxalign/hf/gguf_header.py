@@ -111,7 +111,9 @@ class _Parser:
             raise ValueError(f"version {version}{hint}; supported: little-endian 2 and 3")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
         if tensor_count > MAX_TENSORS:
-            raise ValueError(f"{tensor_count} tensors, wanted at most {MAX_TENSORS}")
+            raise ValueError(
+                f"{tensor_count} tensors, wanted at most {MAX_TENSORS}: it is truncated or damaged"
+            )
         values: dict[str, Any] = {}
         for _ in range(value_count):
             key = self.string()
@@ -152,7 +154,8 @@ class _Parser:
         size = self.scalar("Q")
         if size > MAX_STRING:
             raise ValueError(
-                f"a string of {size} bytes at {self.position}, wanted at most {MAX_STRING}"
+                f"a string of {size} bytes at {self.position}, wanted at most {MAX_STRING}: it is "
+                "truncated or damaged"
             )
         return self.take(size).decode("utf-8", errors="replace")
 

@@ -205,21 +205,21 @@ class _Quickstart:
         self._progress.begin(part)
 
     def _end_part(self) -> None:
-        part, began, cpu = self._part
+        part, began, busy = self._part
         if part:
-            self._spent[part] = (time.perf_counter() - began, _cpu_seconds() - cpu)
+            self._spent[part] = (time.perf_counter() - began, _cpu_seconds() - busy)
 
     def _say(self, text: str) -> None:
         self._progress.say(text)
 
     def _costs(self) -> dict[str, Any]:
         seconds = {part: round(spent[0], 1) for part, spent in self._spent.items()}
-        cpu = {part: round(spent[1], 1) for part, spent in self._spent.items()}
+        busy = {part: round(spent[1], 1) for part, spent in self._spent.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unit = 2**30 if sys.platform == "darwin" else 2**20
         return {
             "seconds": seconds | {"total": round(sum(s for s, _ in self._spent.values()), 1)},
-            "cpu_seconds": cpu | {"total": round(sum(s for _, s in self._spent.values()), 1)},
+            "cpu_seconds": busy | {"total": round(sum(s for _, s in self._spent.values()), 1)},
             "peak_gib": round(peak / unit, 2),
             "machine": {"device": jax.devices()[0].device_kind, "cores": os.cpu_count()},
         }
