@@ -221,10 +221,8 @@ def make_page(summary: Mapping[str, Any]) -> str:
         lines += [f"- {name}: {row[name]}" for name in row if name != "prompt"]
         lines.append("")
     times = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-    busy = summary["cpu_seconds"]["total"]
-    lines.append(
-        f"Seconds: {times}; processor seconds {busy:.0f}; peak memory {summary['peak_gib']:.1f} GiB."
-    )
+    busy, peak = summary["cpu_seconds"]["total"], summary["peak_gib"]
+    lines.append(f"Seconds: {times}; processor seconds {busy:.0f}; peak memory {peak:.1f} GiB.")
     return "\n".join([*lines, ""])
 
 
