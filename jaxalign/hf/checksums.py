@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -39,19 +38,15 @@ def write(folder: pathlib.Path, ignore: Iterable[str] = ()) -> None:
     """Records size and checksum of all files in `folder` in its `checksums.json`, written last.
 
     Args:
-      folder: with files that nobody writes to any more.
+      folder: with files that nobody writes to any more. It gets its name afterwards, so that what
+        has the name is whole.
       ignore: names of files that are left out, in whatever sub-folder.
     """
     unlisted = {NAME, *ignore}
     names = [name for name in _names(folder) if name.rpartition("/")[2] not in unlisted]
     entries = dict(zip(names, _map(lambda name: _entry(folder / name), names), strict=True))
     text = json.dumps({"algorithm": _ALGORITHM, "files": entries}, indent=1)
-    partial = folder / f".{NAME}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / NAME)
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def check(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> list[Damage] | None:

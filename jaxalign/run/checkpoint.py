@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from typing import Any
 
@@ -32,6 +31,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, keep: int | None = 2):
         self._folder = pathlib.Path(folder).absolute()
         self._saving: int | None = None
+        self._checked: dict[int, str] = {}  # step → what is wrong with it
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
@@ -55,6 +55,7 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         self._saving = step
+        self._checked.pop(step, None)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -165,9 +166,14 @@ class Checkpoints:
             f"each is printed above. {remedy[0].upper()}{remedy[1:]}"
         )
 
-    @functools.lru_cache(maxsize=32)  # noqa: B019  a command opens one folder
     def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint, read by process 0 for all; "" if nothing is."""
+        """What is wrong with a checkpoint, "" if nothing is; its files are read once."""
+        if step not in self._checked:
+            self._checked[step] = self._read_damage(step)
+        return self._checked[step]
+
+    def _read_damage(self, step: int) -> str:
+        """The same, read by process 0 for all."""
         text = ""
         if distributed.is_main():
             place = self._folder / str(step)

@@ -129,6 +129,16 @@ def test_the_newest_sound_one_is_taken_and_the_damaged_one_kept_aside(folder, na
     assert restore(folder) == 3
 
 
+def test_one_that_was_damaged_and_saved_again_is_read_again(folder):
+    flip(folder / "3")
+    store = Checkpoints(folder, keep=None)
+    assert store.restore(state(0))[1] == {"done": 2}
+    store.save(3, state(3), {"done": 3})
+    store._manager.wait_until_finished()
+    assert store.restore(state(0))[1] == {"done": 3}
+    store.close()
+
+
 def test_a_damaged_one_that_is_asked_for_is_an_error(folder):
     flip(folder / "2")
     with pytest.raises(ValueError, match=r"/2 is damaged: .*other bytes.*checkpoint 3 is sound"):
