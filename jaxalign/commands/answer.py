@@ -161,6 +161,15 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, help="longest prompt with answer, tokens; no limit if none"
     )
     parser.add_argument("--chat-template", help='"chatml", "none" or a jinja file')
+    parser.add_argument(
+        "--thinking", default="auto", help='"on", "off" or "auto", as in the training of the model'
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_object,
+        metavar="JSON",
+        help="variables of the chat template, as in the training of the model",
+    )
     _weights_argument(parser)
 
 
@@ -180,6 +189,8 @@ def _score(parsed: argparse.Namespace) -> None:
         batch=parsed.batch,
         length=parsed.length,
         chat_template=parsed.chat_template,
+        thinking=parsed.thinking,
+        chat_template_kwargs=parsed.chat_template_kwargs,
     )
     print(summary, file=sys.stderr)
 

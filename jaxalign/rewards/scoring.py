@@ -34,6 +34,7 @@ from jaxalign.data.packing import bucket, token_rows
 from jaxalign.data.paths import local_path
 from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_steps
 from jaxalign.data.sources import Row, read_rows
+from jaxalign.data.writers import Style
 from jaxalign.hf import load_reward_model, load_tokenizer
 from jaxalign.models.scorer import Scorer
 from jaxalign.rewards.evaluation import wilson
@@ -82,6 +83,8 @@ def score_rows(
     batch: int = 16,
     length: int | None = None,
     chat_template: str | None = None,
+    thinking: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scored:
     """Scores rows by their form.
 
@@ -94,13 +97,17 @@ def score_rows(
       length: maximum tokens of a prompt with its answer; longer ones lose their end, as in
         training. None: no limit.
       chat_template: see `jaxalign.data.resolve_chat_template`.
+      thinking: "on", "off" or "auto", and
+      chat_template_kwargs: variables of the template; both as the reward model was trained with, see
+        `jaxalign.data.options.BatchOptions`.
 
     Raises:
       ValueError: a row without an answer, or of no known form (`file:line`); rows of steps that are
         too long, or for a reward model with several outputs.
     """
     scorables = [_scorable(row, scorer.attributes) for row in rows]
-    documents, ends = _encode(tok, rows, scorables, length, chat_template)
+    style = Style(chat_template_kwargs, thinking=thinking)
+    documents, ends = _encode(tok, rows, scorables, length, chat_template, style)
     outputs, cut = _outputs_at(scorer, params, documents, ends, batch, length)
     results, remaining = [], iter(outputs)
     right = pairs = 0
@@ -182,6 +189,8 @@ def score_files(
     batch: int = 16,
     length: int | None = None,
     chat_template: str | None = None,
+    thinking: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Scores the rows of files and writes each as a line of JSON with its score, in order.
 
@@ -194,6 +203,8 @@ def score_files(
       batch: answers per forward pass.
       length: maximum tokens of a prompt with its answer.
       chat_template: see `jaxalign.data.resolve_chat_template`.
+      thinking: see `score_rows`.
+      chat_template_kwargs: see `score_rows`.
 
     Returns:
       A summary: rows scored, answers cut, and the accuracy on pairs, if there are any.
@@ -208,7 +219,15 @@ def score_files(
         raise ValueError(f"{taken}: the row has a column {column!r} already; choose another name")
     scorer, params, tok = load_scorer(source, weights)
     scored = score_rows(
-        scorer, params, tok, rows, batch=batch, length=length, chat_template=chat_template
+        scorer,
+        params,
+        tok,
+        rows,
+        batch=batch,
+        length=length,
+        chat_template=chat_template,
+        thinking=thinking,
+        chat_template_kwargs=chat_template_kwargs,
     )
     with contextlib.ExitStack() as stack:
         file = sys.stdout
@@ -328,6 +347,7 @@ def _encode(
     scorables: Sequence[Scorable],
     length: int | None,
     chat_template: str | None,
+    style: Style,
 ) -> tuple[list[Encoded], list[list[int]]]:
     """The documents of all rows, and the token positions of each whose outputs are scores."""
     documents: list[Encoded] = []
@@ -338,10 +358,10 @@ def _encode(
         if not scorable.steps
         for conversation in scorable.conversations
     ]
-    encoded = iter(encode_conversations(tok, conversations, chat_template))
+    encoded = iter(encode_conversations(tok, conversations, chat_template, style=style))
     for row, scorable in zip(rows, scorables, strict=True):
         if scorable.steps:
-            document, positions = _encode_steps(tok, scorable, row, chat_template)
+            document, positions = _encode_steps(tok, scorable, row, chat_template, style)
             if length is not None and len(document.ids) > length:
                 raise ValueError(
                     f"{row.origin}: the steps end beyond length={length}, at "
@@ -359,11 +379,15 @@ def _encode(
 
 
 def _encode_steps(
-    tok: PreTrainedTokenizerBase, scorable: Scorable, row: Row, chat_template: str | None
+    tok: PreTrainedTokenizerBase,
+    scorable: Scorable,
+    row: Row,
+    chat_template: str | None,
+    style: Style,
 ) -> tuple[Encoded, list[int]]:
     prompt = scorable.conversations[0].messages[:-1]
     example = Steps(prompt, scorable.steps, (1.0,) * len(scorable.steps), row.origin)
-    (encoded,) = encode_steps(tok, [example], chat_template)
+    (encoded,) = encode_steps(tok, [example], chat_template, style=style)
     return Encoded(encoded.ids, encoded.trained), [int(end) for end in encoded.ends]
 
 

@@ -80,6 +80,28 @@ def test_rows_of_every_form(tok, params):
     assert scored.cut == 0
 
 
+CLOSES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not enable_thinking %}no {% endif %}"
+    "{% if m.role == 'user' %}{{ tag }}{% endif %}{{ m.content }}<|im_end|>"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n' }}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}no {% endif %}{% endif %}"
+)
+
+
+def test_the_template_gets_its_variables_and_whether_answers_think(tok, params, tmp_path):
+    (tmp_path / "closes.jinja").write_text(CLOSES)
+    rows = [Row({"prompt": "hi", "completion": "yes"}, "a.jsonl:1")]
+    for thinking, before in (("on", ""), ("off", "no ")):
+        scored = score_rows(
+            SCORER, params, tok, rows, chat_template=str(tmp_path / "closes.jinja"),
+            thinking=thinking, chat_template_kwargs={"tag": "so "},
+        )  # fmt: skip
+        wanted = end(tok, params, "so hi", f"{before}yes")
+        np.testing.assert_allclose(scored.results, [wanted], rtol=1e-4, err_msg=thinking)
+
+
 def test_long_answers_are_cut_and_counted(tok, params):
     rows = [Row({"prompt": "hi", "completion": "a b c d e f"}, "data:1")]
     whole = text_of("hi", "a b c d e f")
