@@ -97,9 +97,9 @@ def score_rows(
       length: maximum tokens of a prompt with its answer; longer ones lose their end, as in
         training. None: no limit.
       chat_template: see `jaxalign.data.resolve_chat_template`.
-      thinking: "on", "off" or "auto", and
-      chat_template_kwargs: variables of the template; both as the reward model was trained with, see
+      thinking: "on", "off" or "auto": as in the reward model's training; see
         `jaxalign.data.options.BatchOptions`.
+      chat_template_kwargs: variables of the template, as in its training.
 
     Raises:
       ValueError: a row without an answer, or of no known form (`file:line`); rows of steps that are
