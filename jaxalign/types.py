@@ -58,6 +58,18 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class EmbeddingNoise(NamedTuple):
+    """Uniform noise for the embeddings of a batch's tokens (NEFTune), all arrays `[B, T]`.
+
+    Attributes:
+      seeds: uint32, of a token's random numbers; see `algorithms.neftune`.
+      scale: float32, largest magnitude times √D, D the width of an embedding; 0 on padding.
+    """
+
+    seeds: Array
+    scale: Array
+
+
 class TokenBatch(NamedTuple):
     """Rows of tokens with their targets; several documents may share a row.
 
@@ -78,6 +90,7 @@ class TokenBatch(NamedTuple):
       source_ids: int32, which source of a mixture a token came from, from 0. None: not recorded.
       weights: float32 ≥ 0, how much a trained token counts in a likelihood (SFT, and PPO's text):
         Σ w·ℓ / Σ w. None: 1 each. Losses of whole answers refuse it.
+      noise: added to the embeddings. None: nothing is.
     """
 
     inputs: Array
@@ -88,6 +101,7 @@ class TokenBatch(NamedTuple):
     branch_ids: Array | None = None
     source_ids: Array | None = None
     weights: Array | None = None
+    noise: EmbeddingNoise | None = None
 
 
 class PairBatch(NamedTuple):

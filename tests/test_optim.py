@@ -36,6 +36,108 @@ def test_cosine_and_constant():
     np.testing.assert_allclose(rates(4, schedule="constant", warmup_steps=2), [0, 5e-4, 1e-3, 1e-3])
 
 
+def test_warm_up_stay_and_decay():
+    # 2 updates of rise, 5 at the peak, and over the last 3 (0.25 of 10, rounded up) down to a half.
+    got = rates(
+        12, schedule="wsd", warmup_ratio=0.2, total_steps=10, decay_ratio=0.25, end_fraction=0.5
+    )
+    want = [0, 0.5, 1, 1, 1, 1, 1, 1, 1 - 0.5 / 3, 1 - 1 / 3, 0.5, 0.5]
+    np.testing.assert_allclose(got, 1e-3 * np.array(want), rtol=1e-5, atol=1e-12)
+    # No longer than warm-up leaves.
+    got = rates(5, schedule="wsd", warmup_steps=2, total_steps=4, decay_ratio=0.9)
+    np.testing.assert_allclose(got, [0, 5e-4, 1e-3, 5e-4, 0], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_every_schedule_has_its_warm_up_by_ratio(schedule):
+    got = rates(5, schedule=schedule, warmup_ratio=0.31, total_steps=10)  # 3.1 of 10: 4 updates
+    np.testing.assert_allclose(got, [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6, atol=1e-12)
+
+
+def moves(**options):
+    """How far Adam's first update moves weights of 2, with gradients of 1."""
+    tree = {"embed": {"embedding": 2}, "up": {"kernel": 2, "bias": 2}, "norm": {"scale": 2}}
+    params = jax.tree.map(lambda x: np.full(2, x, np.float32), tree)
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.01, max_grad_norm=None, **options))
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
+    return {k.replace("/", "."): float(x[0]) for k, x in flat(updates).items()}
+
+
+def flat(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in paths}
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_rates_and_weight_decay_by_pattern(moments):
+    # Adam's first direction is 1; with decay the update is −rate · (1 + decay · 2).
+    got = moves(
+        learning_rates={"^embed/": "0.1x", "bias|scale": 0.5, "kernel": 0},
+        weight_decay=0.25,
+        weight_decays={"bias": 1.0, "embedding": 0.0},
+        moments=moments,
+    )
+    want = {
+        "embed.embedding": -0.001,
+        "up.kernel": 0.0,
+        "up.bias": -0.5 * 3,
+        "norm.scale": -0.5,
+    }
+    assert got == pytest.approx(want, rel=1e-4)
+    got = moves(weight_decay=0.25, weight_decays={"embed": 0.0, "norm": 2.0}, moments=moments)
+    want = {"embed.embedding": -0.01, "up.kernel": -0.015, "up.bias": -0.01, "norm.scale": -0.05}
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("option", ["learning_rates", "weight_decays"])
+def test_patterns_that_decide_nothing_are_refused(option):
+    with pytest.raises(ValueError, match=rf"{option}: 'lora_b' matches no trained.*up/kernel"):
+        moves(**{option: {"lora_b": 1.0}})
+    with pytest.raises(ValueError, match=rf"{option}: all that '\^up/' matches is decided by"):
+        moves(**{option: {"kernel|bias": 1.0, "^up/": 2.0}})
+    with pytest.raises(ValueError, match=rf"{option}: '\(' is no regular expression"):
+        OptimizerConfig(**{option: {"(": 1.0}})
+
+
+def test_muon_wants_a_matrix():
+    params = {
+        "embed": {"embedding": np.ones((3, 2))},
+        "blocks": {"norm": {"scale": np.ones((2, 2))}},
+    }
+    with pytest.raises(ValueError, match=r"name='muon'.*there are: blocks/norm/scale, embed/emb"):
+        make_optimizer(OptimizerConfig(name="muon")).init(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"name": "adam"}, "one of adamw, adafactor, lion, muon, schedule_free, sgd"),
+        ({"name": "lion", "eps": 1e-5}, "eps=1e-05: wanted 1e-08 with name='lion'"),
+        ({"name": "muon", "moments": "int8"}, "wanted 'float32' with name='muon'"),
+        ({"momentum": 0.9}, "momentum=0.9: wanted 0.95 with name='adamw'"),
+        ({"name": "muon", "momentum": 1.0}, r"a value in \[0, 1\)"),
+        ({"name": "muon", "muon_rms": 0.0}, "positive or null"),
+        ({"name": "schedule_free", "schedule": "linear"}, "wanted 'constant' with"),
+        ({"name": "schedule_free", "b1": 0.0}, "wanted above 0 with"),
+        ({"name": "schedule_free", "ema": 0.9}, "wanted null with"),
+        ({"decay_ratio": 0.2}, "decay_ratio=0.2: wanted 0.1 without schedule='wsd'"),
+        ({"schedule": "wsd", "decay_ratio": 0.0}, r"a value in \(0, 1\]"),
+        ({"ema": 1.0}, r"a value in \(0, 1\), or null"),
+        ({"ema": 0.9, "ema_for": ("train",)}, "one or more of eval, export"),
+        ({"ema_for": ("eval",)}, "without ema"),
+        ({"learning_rates": {"a": -1.0}}, "a rate of 0 or more, or a multiple"),
+        ({"learning_rates": {"a": "3"}}, "a rate of 0 or more, or a multiple"),
+        ({"learning_rates": {"a": "threex"}}, "a rate of 0 or more, or a multiple"),
+        ({"learning_rates": {"a": 1.0}, "learning_rate": 0.0}, "above 0 with learning_rates"),
+        ({"weight_decays": {"a": -1.0}}, "0 or more for each pattern"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options, told):
+    with pytest.raises(ValueError, match=rf"^optimizer .*{told}"):
+        OptimizerConfig(**options)
+
+
 def test_adamw_with_clipping_by_hand():
     rng = np.random.default_rng(0)
     params = {

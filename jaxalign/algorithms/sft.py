@@ -13,11 +13,13 @@ Batch: `TokenBatch`, all arrays `[B, T]`, padded or packed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import optax
 
+from jaxalign.algorithms import neftune
 from jaxalign.algorithms.by_source import by_source
 from jaxalign.algorithms.loss import Entries, HiddenLoss, Loss, Sums, Terms, with_model_terms
 from jaxalign.algorithms.step import Step
@@ -41,21 +43,41 @@ class Config:
         `losses.sft.dft`.
       log_entropy: also log the mean entropy of the predictions (`entropy`, nats); costs another
         pass over each chunk of logits.
+      neftune_alpha: α of the noise on the embeddings of training batches, see `algorithms.neftune`;
+        5 to 15 in the paper. None: no noise.
     """
 
     loss_type: str = "nll"
     log_entropy: bool = False
+    neftune_alpha: float | None = None
 
     def __post_init__(self):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"sft loss_type={self.loss_type!r}: wanted one of {', '.join(LOSS_TYPES)}"
             )
+        if self.neftune_alpha is not None and not 0 < self.neftune_alpha < math.inf:
+            raise ValueError(
+                f"sft neftune_alpha={self.neftune_alpha}: wanted a positive number, or null"
+            )
 
 
 def token_weight(tokens: TokenBatch) -> Array:
     """Σ m · w, how much the trained tokens of a batch weigh together: a float32 scalar."""
     return weighted(tokens.loss_mask, tokens.loss_mask, tokens.weights).weight
+
+
+def add_noise(batch: TokenBatch, config: Config, seed: Sequence[int]) -> TokenBatch:
+    """A training batch with NEFTune's noise, if the options want it; for held-out data, leave it.
+
+    Args:
+      batch: in numpy.
+      config: with `neftune_alpha`.
+      seed: non-negative integers that no other update has, such as (seed of the run, update).
+    """
+    if config.neftune_alpha is None:
+        return batch
+    return neftune.add_noise(batch, config.neftune_alpha, seed)
 
 
 def make_loss(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from jaxalign.algorithms.adafactor import factored_spec
 from jaxalign.algorithms.low_precision_adam import row_scale_spec
 from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, replicated
@@ -39,7 +40,7 @@ def init_state(
 def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any:
     """Shardings of `tx`'s state: moments like their parameters, the rest replicated.
 
-    An optimizer may say more of a leaf: `row_scale_spec`, `is_offloaded`.
+    An optimizer may say more of a leaf: `row_scale_spec`, `factored_spec`, `is_offloaded`.
 
     Args:
       params: arrays, or `ShapeDtypeStruct`s with shardings, on one mesh.
@@ -62,9 +63,13 @@ def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any
                 continue
             if param.shape == leaf.shape:
                 return param.sharding
-            spec = row_scale_spec(path, param.sharding.spec, len(param.shape))
-            if spec is not None:
-                return NamedSharding(mesh, spec)
+            layout = param.sharding.spec
+            for spec in (
+                row_scale_spec(path, layout, len(param.shape)),
+                factored_spec(path, layout, param.shape),
+            ):
+                if spec is not None:
+                    return NamedSharding(mesh, spec)
         return replicated(mesh)
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -299,8 +299,8 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
 
     Args:
       model: a `LanguageModel` or `ScalarModel`. It may offer more than those ask for:
-        `apply(…, branch_ids=…)`, needed for rows with branches only; and `extra_terms` with
-        `apply_with_losses`, where it has loss terms of its own.
+        `apply(…, branch_ids=…)` and `apply(…, noise=…)`, needed for batches with branches or noise
+        only; and `extra_terms` with `apply_with_losses`, where it has loss terms of its own.
       params: its parameters.
       tokens: the batch.
 
@@ -316,9 +316,10 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
             f"loss_mask: got {jnp.result_type(tokens.loss_mask)}, wanted bool, True where a token "
             "is trained; weights of tokens go into TokenBatch.weights"
         )
-    branches = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
+    more = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
+    more |= {} if tokens.noise is None else {"noise": tokens.noise}
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
-    out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **branches)
+    out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
     return out if getattr(model, "extra_terms", ()) else (out, {})
 
 

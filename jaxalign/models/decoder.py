@@ -23,6 +23,7 @@ from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, LoraConfig
+from jaxalign.models.embedding_noise import draw_noise
 from jaxalign.models.layers import make_norm
 from jaxalign.models.moe import Routing
 from jaxalign.models.network import Block, Stack, abstract_block, abstract_stack, with_values
@@ -35,7 +36,7 @@ from jaxalign.models.per_layer import (
 )
 from jaxalign.parallel.shard_map import pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
-from jaxalign.types import Array, Params, Weighted
+from jaxalign.types import Array, EmbeddingNoise, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
@@ -122,6 +123,7 @@ class Decoder:
         positions: Array | None = None,
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
+        noise: EmbeddingNoise | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -133,11 +135,12 @@ class Decoder:
             default the whole row is one segment.
           branch_ids: int32 `[B, T]`; within its segment a token attends to branch 0 and its own
             only. By default there are no branches.
+          noise: for the rows of the embedding, before `embed_scale`. By default there is none.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in `compute_dtype`.
         """
-        return self._run(params, inputs, positions, segment_ids, branch_ids)[0]
+        return self._run(params, inputs, positions, segment_ids, branch_ids, noise)[0]
 
     def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
         """Which kind of attention rows of this length get, and why.
@@ -166,6 +169,7 @@ class Decoder:
         positions: Array | None = None,
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
+        noise: EmbeddingNoise | None = None,
     ) -> tuple[jax.Array, dict[str, Weighted]]:
         """Like `apply`, with what training adds to any loss.
 
@@ -175,9 +179,9 @@ class Decoder:
           scaled by `router_aux_coef`.
         """
         if not self.extra_terms:
-            return self.apply(params, inputs, positions, segment_ids, branch_ids), {}
+            return self.apply(params, inputs, positions, segment_ids, branch_ids, noise), {}
         hidden, routing = self._run(
-            params, inputs, positions, segment_ids, branch_ids, collect=True
+            params, inputs, positions, segment_ids, branch_ids, noise, collect=True
         )
         if segment_ids is None:
             segment_ids = jnp.ones_like(jnp.asarray(inputs))
@@ -189,7 +193,7 @@ class Decoder:
 
     def _run(
         self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
-        branch_ids: Array | None, *, collect: bool = False,
+        branch_ids: Array | None, noise: EmbeddingNoise | None = None, *, collect: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Hidden states `[B, T, D]`; with `collect` also the routing, summed over layers."""
         config = self.config
@@ -225,7 +229,10 @@ class Decoder:
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)  # [B, T, E]
             no_routing = Routing(zeros, zeros)
-        x = self._embed(params, inputs, segments.positions, segments.ids, "rows length hidden")
+        noise = jax.tree.map(lambda part: pad_length(jnp.asarray(part)), noise)
+        x = self._embed(
+            params, inputs, segments.positions, segments.ids, "rows length hidden", noise
+        )
         carry = (x, no_routing)
         layers = (params["blocks"], layer_attributes(config))  # [L, …] each
         unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
@@ -349,8 +356,9 @@ class Decoder:
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(
-        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str
-    ) -> jax.Array:
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, axes: str,
+        noise: EmbeddingNoise | None = None,
+    ) -> jax.Array:  # fmt: skip
         """Token ids `[B, T]` → the residual stream `[B, T, D]`, laid out by `axes`."""
         embed = params["embed"]
         x = look_up(embed["embedding"], jnp.asarray(inputs), axes.split()[1])
@@ -361,6 +369,8 @@ class Decoder:
             place = jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
             # Two rows of bfloat16 are added in float32 and rounded once.
             x = x.astype(jnp.float32) + place.astype(jnp.float32)
+        if noise is not None:
+            x = x.astype(jnp.float32) + draw_noise(noise, x.shape[-1])
         x = x.astype(self.compute_dtype)
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)

@@ -123,7 +123,8 @@ def candidates(
     for sizes in meshes(len(devices)):
         mesh = make_mesh(*sizes, devices=devices)
         shaped = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **_named(sizes)))
-        for moments in dict.fromkeys((config.optimizer.moments, "int8")):
+        smaller = ("int8",) if config.optimizer.name == "adamw" else ()
+        for moments in dict.fromkeys((config.optimizer.moments, *smaller)):
             one = dataclasses.replace(
                 shaped, optimizer=dataclasses.replace(config.optimizer, moments=moments)
             )

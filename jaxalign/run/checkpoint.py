@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign.hf import checksums
 from jaxalign.parallel import distributed
+from jaxalign.run.saved_averages import wanted_averages, with_averages
 from jaxalign.types import Params, TrainState
 
 # What Orbax may write again after the checksums, and what holds nothing that a run reads.
@@ -111,18 +112,24 @@ class Checkpoints:
         tree = self._metadata(step)["params"]
         return step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(tree))
 
-    def restore_params(self, step: int, wanted: Params) -> tuple[Params, dict[str, Any]]:
-        """Loads some of a checkpoint's parameters; optimizer and all others are not read.
+    def restore_params(
+        self, step: int, wanted: Params, *, averaged: bool = False
+    ) -> tuple[Params, dict[str, Any]]:
+        """Loads some of a checkpoint's parameters; the rest of the state is not read.
 
         Args:
           step: which checkpoint.
           wanted: nested dict of `jax.ShapeDtypeStruct` with their layouts, a part of the tree that
             `param_shapes` gives.
+          averaged: their averages over the updates instead, where the optimizer has kept some.
 
         Returns:
           (the parameters, position of the loop).
         """
         item = {"params": wanted}
+        averages = wanted_averages(self._metadata(step)["opt_state"], wanted) if averaged else {}
+        if averages:
+            item |= {"opt_state": averages}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = reader.restore(
                 self._folder / str(step) / "state",
@@ -133,7 +140,7 @@ class Checkpoints:
                 ),
             )
         loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
-        return state["params"], loop["loop"]
+        return with_averages(state["params"], state.get("opt_state")), loop["loop"]
 
     def _find(self, step: int | None, remedy: str) -> int:
         """The requested step, or the newest intact one; skipped ones are printed."""

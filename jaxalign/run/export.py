@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.optim import averages_for
 from jaxalign.data.chat import NONE as NO_TEMPLATE
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.data.ends import united_ends
@@ -65,7 +66,8 @@ def export_run(
     """Writes a checkpoint of a run as a Hugging Face folder.
 
     Only the parameters that are written are read from the checkpoint: no optimizer state, and no
-    weights of the source except under adapters, which are merged into them.
+    weights of the source except under adapters, which are merged into them. Where the optimizer
+    keeps an average of the weights for export (`optimizer.ema_for`), the average is written.
 
     Args:
       folder: the run's folder, with `config.yaml` and `checkpoints/`.
@@ -105,7 +107,11 @@ def export_run(
             model, frozen = _model(source, config.model, shapes, mesh, attributes)
             layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
-        params, loop = store.restore_params(found, wanted)
+        optimizer = config.optimizer
+        if chosen == "critic":
+            optimizer = config.critic_optimizer or optimizer
+        averaged = "export" in averages_for(optimizer)
+        params, loop = store.restore_params(found, wanted, averaged=averaged)
     finally:
         store.close()
     params = params if chosen is None else params[chosen]

@@ -12,6 +12,7 @@ and hold models, programs and frozen parameters, never what the state was made f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,8 +86,10 @@ def report_of(data: RunData) -> str:
 def unread_data(config: Run) -> RunData:
     """For programs alone: as many batches as the run says or its schedule needs, one stop token."""
     steps = config.run.steps
-    total = config.optimizer.warmup_steps + 1 if steps is None else steps
-    return RunData(total, stop_tokens=(0,))
+    if steps is None:  # longer than the warm-up
+        ratio = config.optimizer.warmup_ratio
+        steps = math.ceil(1 / (1 - ratio)) + 1 if ratio else config.optimizer.warmup_steps + 1
+    return RunData(steps, stop_tokens=(0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Parts:
       loss: of held-out data.
       prepare: adds what frozen models compute to a batch; None: nothing.
       reference: the reference, where one is in use.
+      perturb: (batch, number) → the training batch with noise, where number counts batches from 0;
+        None: nothing is random.
       update_work: batch → what the update reads of it, for FLOPs.
       prepare_work: batch → what `prepare` reads of it, of models shaped like the policy.
       notes: what was assumed, a sentence each.
@@ -136,6 +141,7 @@ class Parts:
     loss: Loss | None = None
     prepare: BatchPrepare | None = None
     reference: Reference | None = None
+    perturb: Callable[[Any, int], Any] | None = None
     update_work: Callable[[Any], Work] = work_of
     prepare_work: Callable[[Any], Work] = no_work
     notes: tuple[str, ...] = ()

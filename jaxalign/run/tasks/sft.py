@@ -10,6 +10,7 @@ from jaxalign.run.config.sft import SFTRun
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import load_policy
 from jaxalign.run.tasks.parts import Parts, RunData, scheduled_optimizer, with_guard
+from jaxalign.run.tasks.streams import Stream
 from jaxalign.types import TrainState
 
 
@@ -27,9 +28,12 @@ def build_sft(
         sources=data.sources,
     )
     state = loader.init_state(policy.params, tx, policy.frozen)
+    seed = (config.run.seed, int(Stream.NEFTUNE))
+    noisy = config.sft.neftune_alpha is not None
     return state, Parts(
         policy=policy.model,
         adapted=bool(policy.frozen),
         step=compile_step(step, state, mesh),
         loss=sft.make_loss(policy.model, config.sft, sources=data.held_out_sources),
+        perturb=(lambda b, n: sft.add_noise(b, config.sft, (*seed, n))) if noisy else None,
     )

@@ -15,7 +15,8 @@ import numpy as np
 from jaxalign.data.packing import prompt_rows, token_rows
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.data import DataConfig
-from jaxalign.types import PairBatch, PromptBatch, TokenBatch
+from jaxalign.run.config.sft import SFTRun
+from jaxalign.types import EmbeddingNoise, PairBatch, PromptBatch, TokenBatch
 
 
 def as_shapes(tree: Any) -> Any:
@@ -35,7 +36,11 @@ def token_shapes(data: DataConfig) -> TokenBatch:
 
 def text_shapes(config: Run) -> TokenBatch:
     """What SFT reads."""
-    return token_shapes(config.data)
+    tokens = token_shapes(config.data)
+    if not isinstance(config, SFTRun) or config.sft.neftune_alpha is None:
+        return tokens
+    shape = tokens.inputs.shape
+    return tokens._replace(noise=EmbeddingNoise(array(*shape, dtype=jnp.uint32), array(*shape)))
 
 
 def pair_shapes(config: Run) -> PairBatch:
@@ -63,7 +68,9 @@ def full_batch(shapes: Any, rows: int | None = None) -> Any:
             shape = x.inputs.shape if rows is None else (rows, *x.inputs.shape[1:])
             positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
             ids = np.zeros(shape, np.int32)
-            return TokenBatch(ids, ids, positions, np.ones(shape, np.int32), np.ones(shape, bool))
+            full = TokenBatch(ids, ids, positions, np.ones(shape, np.int32), np.ones(shape, bool))
+            noise = jax.tree.map(lambda y: np.zeros(shape, y.dtype), x.noise)
+            return full._replace(noise=noise)
         shape = x.shape if rows is None else (rows, *x.shape[1:])
         return np.ones(shape, x.dtype) if x.dtype == jnp.bool_ else np.zeros(shape, x.dtype)
 

@@ -15,6 +15,7 @@ class Stream(enum.IntEnum):
     REWARD_HEAD = 2**31 - 3
     CRITIC_HEAD = 2**31 - 4
     CALIBRATION = 2**31 - 5
+    NEFTUNE = 2**31 - 6
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:

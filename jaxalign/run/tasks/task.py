@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.averages import averaged_params
 from jaxalign.algorithms.compile import CompiledStep
+from jaxalign.algorithms.optim import averages_for
 from jaxalign.algorithms.step import Loss, make_eval
 from jaxalign.data import Batches
 from jaxalign.hf import save_pretrained
@@ -25,6 +27,9 @@ from jaxalign.types import Params, TrainState
 Floats = dict[str, float]
 Loop = dict[str, Any]
 """JSON-able state of the loop besides the train state: the KL coefficient of PPO."""
+
+_BATCHES = "perturbed_batches"
+"""Entry of the loop's state: batches that got noise so far."""
 
 
 class Task(NamedTuple):
@@ -86,6 +91,9 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
     ) -> tuple[Iterable[Any], Floats]:
         flops = parts.update_flops(batch) + parts.prepare_flops(batch)
         cost = {TOKENS: work_of(batch).tokens, FLOPS: flops}
+        if parts.perturb is not None:
+            batch = parts.perturb(batch, loop[_BATCHES])
+            loop[_BATCHES] += 1
         return [batch if parts.prepare is None else parts.prepare(state, batch)], cost
 
     evaluate = None
@@ -96,12 +104,27 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
         parts.step,
         batches=data.batches,  # pyrefly: ignore[bad-argument-type]
         total=data.total,
-        loop={},
+        loop={} if parts.perturb is None else {_BATCHES: 0},
         prepare_updates=prepare_updates,
         evaluate=evaluate,
         export=exporter(parts.policy, data.tok),
         learning_rates={"learning_rate": learning_rates(config.optimizer, data.total)},
     )
+
+
+def with_averages(task: Task, config: Any) -> Task:
+    """The task that evaluates and exports averages of the weights, where its optimizer says so."""
+    uses = averages_for(config.optimizer)
+
+    def average(state: TrainState) -> TrainState:
+        return state._replace(params=averaged_params(state))
+
+    evaluate, export = task.evaluate, task.export
+    if "eval" in uses and evaluate is not None:
+        task = task._replace(evaluate=lambda state, loop: evaluate(average(state), loop))
+    if "export" in uses:
+        task = task._replace(export=lambda state, folder: export(average(state), folder))
+    return task
 
 
 def evaluator(
