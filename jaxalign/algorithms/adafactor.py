@@ -30,13 +30,11 @@ _CLIP = 1.0
 
 def scale_by_adafactor() -> optax.GradientTransformation:
     """Updates before weight decay and learning rate. Its state is `optax.FactoredState`."""
-    inner = optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED),
-        optax.clip_by_block_rms(_CLIP),
-    )
+    scale: Any = optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED)
+    clip: Any = optax.clip_by_block_rms(_CLIP)
 
     def init_leaf(p: jax.Array) -> Any:
-        factored = inner.init(p)[0]
+        factored = scale.init(p)
         return factored.v_row, factored.v_col, factored.v
 
     def init(params: Any) -> optax.FactoredState:
@@ -49,8 +47,8 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
         def update_leaf(g: Any, v_row: Any, v_col: Any, v: Any, p: Any) -> Any:
             factored = optax.FactoredState(state.count, v_row, v_col, v)
-            u, (new, _) = inner.update(g, (factored, optax.EmptyState()), p)
-            return u, new.v_row, new.v_col, new.v
+            u, new = scale.update(g, factored, p)
+            return clip.update(u, optax.EmptyState())[0], new.v_row, new.v_col, new.v
 
         u, *parts = _transposed(
             updates,
