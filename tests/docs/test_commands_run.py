@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 ELSEWHERE = {
     "plan": "needs the compilers of TPUs and GPUs: tests/plan runs it for CPUs",
     "bench": "takes minutes: tests/test_bench.py runs smaller sizes",
+    "quickstart": "needs a real model: tests/commands/test_quickstart.py",
     "synth": "needs a server: tests/commands/test_synth.py runs it against one",
     "sft configs/sft.yaml": "two processes at once: tests/parallel/test_multihost.py",
     "data CONFIG [key=value …] [--as sft] [--examples 3] [--batches N] [--html page.html]": "form",
@@ -98,5 +99,6 @@ def test_they_run(chat_models, tmp_path, monkeypatch, capsys):
     for made in ("sft.yaml", "page.html", "out/config.json", "orbax/params", "scored.jsonl"):
         assert pathlib.Path(made).exists()
     assert {path.parent.name for path in pathlib.Path("runs").glob("*/model")} == {
-        *("sft", "second", "reward", "dpo", "kto", "ppo"),
+        *("sft", "second", "dft", "reward", "scorer", "dpo", "ipo", "dpo_sft"),
+        *("kto", "kto_weighted", "ppo", "ppo_target"),
     }
