@@ -1,4 +1,4 @@
-"""The Chinese README and pages say what the English ones say: the same commands, code and figures."""
+"""The Chinese README and pages hold the same commands, code and figures as the English ones."""
 
 import io
 import re
