@@ -25,6 +25,7 @@ def commands() -> tuple[Command, ...]:
     """
     from jaxalign.commands import answer, export, fetch, plan, train
     from jaxalign.commands.bench import arguments as bench
+    from jaxalign.commands.convert_trl import command as convert_trl
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
     from jaxalign.commands.report import command as report
@@ -34,6 +35,7 @@ def commands() -> tuple[Command, ...]:
         *train.commands(),
         quickstart.COMMAND,
         *options.COMMANDS,
+        convert_trl.COMMAND,
         *answer.COMMANDS,
         *export.COMMANDS,
         fetch.COMMAND,

@@ -23,7 +23,7 @@ def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=20):
     model, params = ja.load_pretrained(source)
     tok = ja.load_tokenizer(source)
 
-    # The body of the language model with a fresh head [D, 1] in place of the one over the vocabulary.
+    # The body of the language model with a fresh head [D, 1] in place of the vocabulary's.
     scorer, params = ja.with_scalar_head(model, params, jax.random.key(0))
 
     # PairBatch: `chosen` and `rejected`, two TokenBatches of [B, T] = [8, 64].
