@@ -65,6 +65,8 @@ def small_configs(chat_models, folder):
     stages = {"folder": "runs/pipeline", "stages": [stage | {"name": "sft", "algorithm": "sft"}]}
     (configs / "pipeline.yaml").write_text(yaml.safe_dump(stages), encoding="utf-8")
     chatmodel.write_rows(folder / "pairs.jsonl", chatmodel.PAIRS)
+    (folder / "trl-sft.yaml").write_text("packing: true\nlearning_rate: 1.0e-5\n", encoding="utf-8")
+    (folder / "args.json").write_text('{"beta": 0.1, "max_length": 512}', encoding="utf-8")
     chatmodel.write_rows(folder / "answers.jsonl", chatmodel.PAIRS)
     (folder / "runs/synth").mkdir(parents=True)
     chatmodel.write_rows(folder / "runs/synth/tasks.jsonl", chatmodel.CONVERSATIONS)
