@@ -27,6 +27,7 @@ def main(out, source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=20):
     tx = ja.make_optimizer(ja.OptimizerConfig(learning_rate=2e-4))
     state = ja.init_state(adapters, tx, frozen=base)  # only the adapters have gradients and moments
     step = ja.compile_step(sft.make_step(adapted, tx), state)
+    # TokenBatch, each array [B, T] = [8, 64].
     batches = ja.sft_batches(TALKS, tok, rows=8, length=64, epochs=None)
     for number, batch in zip(range(steps), batches, strict=False):
         state, metrics = step(state, batch)

@@ -41,7 +41,7 @@ def make_loss(model):
 def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=20):
     """Trains for a few steps; returns the metrics of the last one."""
     model, params = ja.load_pretrained(source)
-    batches = ja.sft_batches(TALKS, ja.load_tokenizer(source), rows=8, length=64, epochs=None)
+    batches = ja.sft_batches(TALKS, ja.load_tokenizer(source), rows=16, length=64, epochs=None)
     tx = ja.make_optimizer(ja.OptimizerConfig(learning_rate=2e-5))
     state = ja.init_state(params, tx)
     step = ja.compile_step(ja.make_step(make_loss(model), tx, micro_batches=2), state)

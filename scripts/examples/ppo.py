@@ -2,7 +2,7 @@
 
     python scripts/examples/ppo.py [FOLDER|FILE.gguf]
 
-B answers are a rollout: 4 to each of 2 prompts. P + R − 1 columns hold prompt and answer.
+B answers are a rollout: 4 to each of 4 prompts. P + R − 1 columns hold prompt and answer.
 """
 
 import sys
@@ -25,8 +25,8 @@ def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=10):
     """Runs a few iterations; returns the metrics of the last update."""
     model, params = ja.load_pretrained(source)
     tok = ja.load_tokenizer(source)
-    # PromptBatch: inputs and mask [2, 32], padded on the left, so that answers start together.
-    batches = ja.prompt_batches(PROMPTS, tok, rows=2, length=32, epochs=None)
+    # PromptBatch: inputs and mask [4, 32], padded on the left, so that answers start together.
+    batches = ja.prompt_batches(PROMPTS, tok, rows=4, length=32, epochs=None)
 
     config = ppo.Config(
         advantage_estimator="grpo",  # "gae" is PPO: give make_prepare and make_step a critic
@@ -45,9 +45,9 @@ def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=10):
 
     for number, prompts in zip(range(steps), batches, strict=False):
         sample_key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(0), number))
-        # RolloutBatch: tokens, old and reference log-probabilities, advantages, each [8, 39].
+        # RolloutBatch: tokens, old and reference log-probabilities, advantages, each [16, 39].
         rollout = prepare(sample_key, state, params, prompts)
-        for batch in ppo.minibatches(order_key, rollout, epochs=1, count=2):  # 4 answers each
+        for batch in ppo.minibatches(order_key, rollout, epochs=1, count=2):  # 8 answers each
             state, metrics = step(state, batch)
         print(f"iteration {number}: score {rollout.scores.mean():.3f}")
     return metrics

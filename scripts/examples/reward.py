@@ -38,9 +38,12 @@ def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=20):
         state, metrics = step(state, pairs)
         print(f"step {number}: loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.2f}")
 
-    # One number for each row; a pair's row has two and their margin.
-    scored = ja.score_rows(scorer, state.params, tok, PAIRS[:2], length=64)
-    print("scores:", list(scored))
+    # The score of each conversation, read at the end of its answer: float32 [2].
+    said = [
+        [{"role": "user", "content": "When?"}, {"role": "assistant", "content": answer}]
+        for answer in ("Gladly, at noon.", "No.")
+    ]
+    print("scores:", ja.score_conversations(scorer, state.params, tok, said))
     return metrics
 
 

@@ -26,11 +26,11 @@ def main(source="HuggingFaceTB/SmolLM2-135M-Instruct", steps=3, **axes):
     mesh = ja.make_mesh(**(axes or {"data": 2, "fsdp": 2, "tensor": 2}))
     model, params = ja.load_pretrained(source, mesh=mesh)  # each device reads its own part
     tok = ja.load_tokenizer(source)
-    batches = ja.sft_batches(TALKS, tok, rows=8, length=64, epochs=None)  # [B, T] = [8, 64]
+    batches = ja.sft_batches(TALKS, tok, rows=16, length=64, epochs=None)  # [B, T] = [16, 64]
 
     tx = ja.make_optimizer(ja.OptimizerConfig(learning_rate=2e-5))
     state = ja.init_state(params, tx)  # moments lie where their parameters lie
-    # Pins every sharding of the state; rows of a batch go to data × fsdp, 2 to each device of 4.
+    # Pins every sharding of the state; data × fsdp split the rows of a batch: 4 for two devices.
     step = ja.compile_step(sft.make_step(model, tx), state, mesh)
     print(step.placement)
     for number, batch in zip(range(steps), batches, strict=False):
