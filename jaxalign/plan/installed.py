@@ -75,8 +75,8 @@ def conflicts() -> list[Problem]:
         wanted = unmet(package, "jax", COMPILERS[package])
         if wanted is not None:
             found.append(_wrong(package, "JAX", jax.__version__, wanted))
-        extra = _LIBRARIES.get(package)
-        for name in _names(package, extra) if extra else ():
+        extra = _LIBRARIES.get(package, "")
+        for name in _names(package, extra):
             wanted = unmet(name, package, extra)
             if wanted is not None:
                 found.append(_wrong(name, package, str(installed(package)), wanted))
@@ -121,7 +121,7 @@ def overlooked(devices: Sequence[jax.Device]) -> list[Problem]:
     return []
 
 
-def _names(of: str, extra: str | None) -> list[str]:
+def _names(of: str, extra: str) -> list[str]:
     """The packages that an extra of `of` asks for."""
     return [r.name for r in _required(of) if extra and extra in str(r.marker or "")]
 

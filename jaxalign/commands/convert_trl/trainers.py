@@ -193,7 +193,7 @@ def _rewards(c: Conversion) -> list[dict[str, Any]]:
     for index, name in enumerate([*([model] if model else []), *functions]):
         module, dot, function = str(name).rpartition(".")
         if name == model:
-            entry = {"kind": "model", "source": name, "tokenizer": "own"}
+            entry: dict[str, Any] = {"kind": "model", "source": name, "tokenizer": "own"}
         elif dot:
             entry = {"kind": "function", "path": f"{module}:{function}", "calls": "batch"}
         else:
