@@ -307,15 +307,29 @@ def test_values_that_no_run_takes():
 
 def test_the_command(tmp_path, capsys):
     source, target = tmp_path / "trl.json", tmp_path / "ours.yaml"
-    source.write_text(json.dumps(NAMED | {"beta": 0.2, "tf32": True}), encoding="utf-8")
+    given = NAMED | {"beta": 0.2, "tf32": True, "hub_token": "hf_mine", "eos_token": "<EOS_TOKEN>"}
+    source.write_text(json.dumps(given, indent="\t"), encoding="utf-8")
     words = ["convert-trl", str(source), "--as", "dpo", "--out", str(target)]
     assert cli.main(words) == 0
     config = load_config("dpo", target)
     assert config.dpo.beta == 0.2
-    assert "not carried over: tf32: True" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "not carried over: tf32: True" in told
+    assert "not carried over: hub_token: (not shown)" in told
+    assert "hf_mine" not in told
+    assert "eos_token" not in told  # what `to_dict` writes for any token
     assert cli.main(words) == 2  # it is there already
     assert "stays as it is" in capsys.readouterr().err
     assert cli.main(words[:-2]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == yaml.safe_load(target.read_text("utf-8"))
     assert printed.startswith("# From TRL's DPO arguments:  jaxalign dpo FILE\n")
+
+
+def test_a_file_that_holds_no_arguments(tmp_path, capsys):
+    source = tmp_path / "list.json"
+    source.write_text("[1, 2]", encoding="utf-8")
+    assert cli.main(["convert-trl", str(source), "--as", "sft"]) == 2
+    assert "wanted an object of arguments, got a list" in capsys.readouterr().err
+    assert cli.main(["convert-trl", "recipe:sft"]) == 2
+    assert "this is ours already" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 from jaxalign.commands.command import Command
 from jaxalign.commands.convert_trl.table import SECTIONS
@@ -27,13 +28,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(parsed: argparse.Namespace) -> None:
     from jaxalign.commands.convert_trl.convert import COMMANDS, convert, find_trainer
-    from jaxalign.run.config.yaml import read_yaml, yaml_text
+    from jaxalign.run.config.yaml import yaml_text
 
     if parsed.processes < 1:
         raise ValueError(f"--processes {parsed.processes}: wanted 1 or more")
     if parsed.config.startswith("recipe:"):
         raise ValueError(f"{parsed.config}: this is ours already; wanted a file of TRL's arguments")
-    given = read_yaml(parsed.config)
+    given = _read(parsed.config)
     trainer = find_trainer(given) if parsed.trainer is None else parsed.trainer
     values, notes = convert(given, trainer, parsed.processes)
     file = parsed.out or "FILE"
@@ -47,6 +48,18 @@ def _run(parsed: argparse.Namespace) -> None:
         print(f"not carried over: {note.what}: {note.why}", file=sys.stderr)
     if not notes:
         print("everything was carried over", file=sys.stderr)
+
+
+def _read(path: str) -> dict[str, Any]:
+    from jaxalign.data.bounds import read_json_file
+    from jaxalign.run.config.yaml import read_yaml
+
+    if not path.endswith(".json"):
+        return read_yaml(path)
+    given = read_json_file(pathlib.Path(path).expanduser())
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: wanted an object of arguments, got a {type(given).__name__}")
+    return given
 
 
 def _write(file: pathlib.Path, text: str) -> None:

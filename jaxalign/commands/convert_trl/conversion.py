@@ -42,8 +42,10 @@ class Conversion:
         self.processes = processes
         self.values: dict[str, Any] = {}
         self.notes: list[Note] = []
-        self._given = dict(given)
-        self._left = {name: value for name, value in given.items() if value is not None}
+        # `TrainingArguments.to_dict` writes "<HUB_TOKEN>" in place of a token, given or not.
+        hidden = {name for name, value in given.items() if value == f"<{name.upper()}>"}
+        self._given = {name: value for name, value in given.items() if name not in hidden}
+        self._left = {name: value for name, value in self._given.items() if value is not None}
         self._rows = arguments(trainer)
 
     def given(self, name: str) -> bool:
@@ -93,7 +95,8 @@ class Conversion:
         value = self._left.pop(name, None)
         if not is_off(name, value):
             row = self._rows.get(name)
-            self.note(f"{name}: {_short(value)}", why or _reason(row))
+            shown = "(not shown)" if name == "hub_token" else _short(value)
+            self.note(f"{name}: {shown}", why or _reason(row))
 
     def rest(self) -> None:
         """Carries over what no rule took: renamed arguments as they are, others with a note."""

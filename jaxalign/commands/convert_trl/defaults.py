@@ -84,6 +84,13 @@ UNSET: dict[str, Any] = {
     "entropy_coef_max": 1.0,
     "entropy_target": 0.2,
     "eval_do_concat_batches": True,
+    "fsdp_config": {
+        "min_num_params": 0,
+        "xla": False,
+        "xla_fsdp_v2": False,
+        "xla_fsdp_grad_ckpt": False,
+    },
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "hub_strategy": "every_save",
     "log_level": "passive",
     "log_level_replica": "warning",
