@@ -89,9 +89,11 @@ def test_they_run(chat_models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     inputs = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(inputs))
+    seen = set()
     for page, words in printed():
-        if reason(words):
+        if reason(words) or tuple(words) in seen:  # a second time its folder would not be free
             continue
+        seen.add(tuple(words))
         words = ["hi" if word == "…" else word for word in words]
         try:
             status = cli.main(words)

@@ -1,12 +1,19 @@
 """scripts/examples: each program runs a step on the tiny model, and says what it should."""
 
+import dataclasses
 import importlib.util
 import math
 import pathlib
 import re
 
+import chatmodel
+import jax
 import numpy as np
 import pytest
+import tiny
+
+import jaxalign as ja
+from jaxalign.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -24,8 +31,21 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def source(chat_models):
-    return str(chat_models / "chat")
+def source(tmp_path_factory):
+    """A chat model of one layer: it compiles faster than one of two."""
+    folder = tmp_path_factory.mktemp("one_layer")
+    model = Decoder(dataclasses.replace(chatmodel.DECODER.config, num_layers=1))
+    params = tiny.random_params(model, seed=3)
+    ja.save_pretrained(model, params, folder / "chat", tokenizer=chatmodel.make_tokenizer())
+    return str(folder / "chat")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A machine with a single device, as most who start with an example have."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    return monkeypatch
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -42,7 +62,7 @@ def test_no_example_escapes():
     assert tested == {path.stem for path in EXAMPLES}
 
 
-def test_sft(source, capsys):
+def test_sft(source, one_device, capsys):
     metrics = load("sft").main(source, steps=1)
     # "I like tea." and its end token, 12 tokens of this tokenizer a row. Random weights give every
     # one of the 260 tokens a chance: the loss lies around log 260 = 5.6.
@@ -51,7 +71,7 @@ def test_sft(source, capsys):
     assert "step 0: loss" in capsys.readouterr().out
 
 
-def test_reward(source, capsys):
+def test_reward(source, one_device, capsys):
     metrics = load("reward").main(source, steps=1)
     assert 0.0 <= metrics["accuracy"] <= 1.0
     # −log σ(margin) is convex: its mean is at least that of the mean margin; centring adds to it.
@@ -59,32 +79,33 @@ def test_reward(source, capsys):
     assert re.search(r"scores: \[ *-?\d\S* +-?\d\S*\]", capsys.readouterr().out)
 
 
-def test_dpo_starts_at_log_2(source):
+def test_dpo_starts_at_log_2(source, one_device):
     metrics = load("dpo").main(source, steps=1)
     np.testing.assert_allclose(metrics["loss"], math.log(2), rtol=1e-5)
 
 
-def test_ppo(source, capsys):
+def test_ppo(source, one_device, capsys):
     metrics = load("ppo").main(source, steps=1)
     assert np.isfinite(metrics["loss"])
     score = float(re.search(r"iteration 0: score ([\d.]+)", capsys.readouterr().out)[1])
     assert 1 / 9 <= score <= 1.0  # 1 / (1 + characters), and 8 tokens of a byte each
 
 
-def test_own_loss_and_sharded_see_the_same_rows(source):
+def test_own_loss_and_sharded_see_the_same_rows(source, one_device):
     """The smoothed loss logs the plain one, which the step on 8 devices computes by itself."""
     smoothed = load("own_loss").main(source, steps=1)
+    one_device.undo()
     plain = load("sharded").main(source, steps=1)
     np.testing.assert_allclose(smoothed["nll"], plain["loss"], rtol=1e-4)
     assert smoothed["loss"] != pytest.approx(float(smoothed["nll"]), rel=1e-4)
 
 
-def test_own_preference_loss_starts_at_the_square_of_the_gap(source):
+def test_own_preference_loss_starts_at_the_square_of_the_gap(source, one_device):
     metrics = load("own_preference_loss").main(source, steps=1)
     np.testing.assert_allclose(metrics["loss"], 4.0, rtol=1e-5)  # max(0, 2 − β · 0)²
 
 
-def test_export(source, tmp_path):
+def test_export(source, one_device, tmp_path):
     answer = load("export").main(str(tmp_path / "out"), source, steps=1)
     assert isinstance(answer, str)
     assert (tmp_path / "out/model.safetensors").exists()
