@@ -15,7 +15,7 @@ SHELLS = ("bash", "zsh", "fish")
 _FLAG = re.compile(r"(--[a-z][\w-]*)")
 _VALUES = re.compile(r"(--[a-z][\w-]*) \{([^}\s]+)\}")
 _CHOICE = re.compile(r"\] \{([^}\s]+)\}$")
-_SAFE = re.compile(r"[\w.=:/+-]+")
+_IN_LISTS = re.compile(r"(data|ptx)\.(train|eval)\.|rewards\.")  # no key=value reaches these
 
 
 class Words(NamedTuple):
@@ -61,9 +61,8 @@ def words_of(command: Command) -> Words:
     keys: list[str] = []
     if command.name in RUNS:
         for section in sections_of_command(command.name):
-            keys += [
-                f"{option.name}=" for option in section.options if _SAFE.fullmatch(option.name)
-            ]
+            names = [option.name for option in section.options]
+            keys += [f"{name}=" for name in names if not _IN_LISTS.match(name)]
     return Words(
         command.help,
         ("--help", *dict.fromkeys(_FLAG.findall(usage)), *choices),

@@ -71,7 +71,9 @@ def test_words_are_those_of_help():
     assert set(by_name["plan"].flags) == {"--help", "--topology", "--json", "--search"}
     assert by_name["data"].values["--as"] == ("sft", "reward", "dpo", "kto", "ppo")
     options = {o.name for section in sections_of_command("dpo") for o in section.options}
-    assert {key.removesuffix("=") for key in by_name["dpo"].keys} == options
+    inside = {name for name in options if name.startswith(("data.train.", "data.eval."))}
+    assert {key.removesuffix("=") for key in by_name["dpo"].keys} == options - inside
+    assert len(inside) == 16  # of the entries of two lists, which key=value does not reach
 
 
 def test_the_command(capsys):
