@@ -23,17 +23,20 @@ def commands() -> tuple[Command, ...]:
     They are imported here because some need JAX, which this file must not load before the process
     has been settled (`jaxalign.commands.startup`).
     """
-    from jaxalign.commands import answer, export, fetch, plan, train
+    from jaxalign.commands import answer, completion, export, fetch, plan, train
     from jaxalign.commands.bench import arguments as bench
+    from jaxalign.commands.convert_trl import command as convert_trl
+    from jaxalign.commands.doctor import command as doctor
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
     from jaxalign.commands.report import command as report
     from jaxalign.commands.synth import command as synth
 
-    return (
+    found = (
         *train.commands(),
         quickstart.COMMAND,
         *options.COMMANDS,
+        convert_trl.COMMAND,
         *answer.COMMANDS,
         *export.COMMANDS,
         fetch.COMMAND,
@@ -41,7 +44,9 @@ def commands() -> tuple[Command, ...]:
         bench.COMMAND,
         *report.COMMANDS,
         synth.COMMAND,
+        doctor.COMMAND,
     )
+    return (*found, completion.command(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -12,10 +11,9 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 from jaxalign.parallel.chips import CHIPS
+from jaxalign.plan.installed import installed, unmet
 
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
@@ -219,23 +217,12 @@ def _check_version(package: str, name: str, extra: str) -> None:
 
     A newer one may end in a failed check deep inside of it, which says nothing of the cause.
     """
-    try:
-        got = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return  # a nightly or one built at home, under another name
-    for text in importlib.metadata.requires("jax") or ():
-        wanted = Requirement(text)
-        if wanted.name != package or wanted.marker is None:
-            continue
-        if not wanted.marker.evaluate({"extra": extra}):
-            continue
-        # Without the part after "+", which says how it was built.
-        if not wanted.specifier.contains(Version(got).public, prereleases=True):
-            wanted.marker = None
-            raise ValueError(
-                f"topology {name!r}: {package} {got} is installed, JAX {jax.__version__} wants "
-                f'{package} {wanted.specifier}; pip install "{wanted}"'
-            )
+    wanted = unmet(package, "jax", extra)
+    if wanted is not None:
+        raise ValueError(
+            f"topology {name!r}: {package} {installed(package)} is installed, JAX "
+            f'{jax.__version__} wants {package} {wanted.specifier}; pip install "{wanted}"'
+        )
 
 
 def _described(name: str, platform: str, full: str, options: dict[str, Any]) -> list[jax.Device]:

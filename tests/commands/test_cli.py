@@ -19,8 +19,19 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
     *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "init", "options"),
-    *("generate", "score", "chat", "export", "import", "fetch", "plan", "bench", "report"),
-    *("data", "synth"),
+    *(
+        "convert-trl",
+        "generate",
+        "score",
+        "chat",
+        "export",
+        "import",
+        "fetch",
+        "plan",
+        "bench",
+        "report",
+    ),
+    *("data", "synth", "doctor", "completion"),
 ]
 
 

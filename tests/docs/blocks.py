@@ -1,5 +1,7 @@
 """The fenced blocks of README.md, CONTRIBUTING.md and docs/*.md.
 
+The Chinese pages hold the same commands (test_chinese.py) and are not run again.
+
 A comment on the line before a fence says how its test differs from that of other blocks:
 
     <!-- test: slow -->                          runs with -m slow only

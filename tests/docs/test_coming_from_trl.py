@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from jaxalign.commands.convert_trl.table import SECTIONS, arguments, sections
 from jaxalign.commands.options.table import all_sections
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/coming-from-trl.md").read_text("utf-8")
@@ -153,6 +154,33 @@ def test_our_names_are_options():
     ]
     assert len(shown) > 80
     assert not set(shown) - options - set(all_sections())
+
+
+def test_the_page_shows_the_table_of_convert_trl():
+    """The rows of each section, cell by cell: they stand in commands/convert_trl/table.py."""
+    shown: dict[str, list[tuple[str, ...]]] = {}
+    heading = ""
+    for line in PAGE.splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        elif line.startswith("| `") and heading in sections():
+            names, ours, note = re.split(r" \| ?", line[2:].removesuffix("|") + " ")[:3]
+            cells = (" ".join(re.findall(r"`(\w+)`", names)), ours.strip(), note.strip())
+            shown.setdefault(heading, []).append(cells)
+    table = {
+        heading: [(" ".join(row.names), row.ours, row.note) for row in rows]
+        for heading, rows in sections().items()
+    }
+    for heading, rows in table.items():
+        assert shown[heading] == rows, f"{heading}: page and table differ"
+
+
+@pytest.mark.parametrize("trainer", SECTIONS)
+def test_the_table_knows_every_argument_of_a_trainer(trainer):
+    own = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "ppo": "PPO"}
+    config = {"grpo": "GRPOConfig", "rloo": "RLOOConfig"}.get(trainer) or f"{own[trainer]}Config"
+    for name in (config, "ModelConfig", "_BaseConfig", "TrainingArguments"):
+        assert not set(ARGUMENTS[name].split()) - set(arguments(trainer))
 
 
 def test_a_name_that_is_gone_would_be_seen():

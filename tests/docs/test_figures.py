@@ -26,6 +26,15 @@ def newest(name, **wanted):
     return record
 
 
+def test_memory_of_four_models():
+    """The memory pages quote the first and last row of plan.md's table."""
+    plan = (ROOT / "docs/plan.md").read_text("utf-8").partition("## Four 7B models")[2]
+    totals = re.findall(r"\| (\d+\.\d) \((?:prefill|update)\) \|", plan)
+    for page in ("docs/memory.md", "docs/zh/memory.md"):
+        text = (ROOT / page).read_text("utf-8")
+        assert re.findall(r"(\d+\.\d) GB", text) == [totals[0], totals[-1]]
+
+
 def test_the_processor_is_named():
     assert "two cores of an AMD EPYC" in README.split("## Start")[0].replace("\n", " ")
 

@@ -1,0 +1,1 @@
+"""`jaxalign doctor`: versions, devices, memory, what does not fit together, and what to do."""
