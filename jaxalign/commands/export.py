@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
+
+if TYPE_CHECKING:
+    from jaxalign.run.export_as import Written
 
 
 def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
@@ -46,6 +50,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="read the files again and compare log-probs on 16 prompts (done by default; --verify "
         "also has transformers read them, where torch is there)",
     )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to this repository, with a model card"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="of a repository that --push makes: not private"
+    )
 
 
 def _export(parsed: argparse.Namespace) -> None:
@@ -64,6 +74,8 @@ def _export(parsed: argparse.Namespace) -> None:
     )
     check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)
     with distributed.session():
+        if parsed.push is not None:
+            _check_push(parsed)
         done = export(parsed.folder, parsed.out, options)
         print("\n".join(done.tables))
         # A plain export prints the table and where it went, as scripts read it.
@@ -72,6 +84,36 @@ def _export(parsed: argparse.Namespace) -> None:
             print("\n".join(done.checks), file=checks, flush=True)
         what = f"checkpoint {done.step} of {parsed.folder}" if done.step else parsed.folder
         print(f"{what} → {parsed.out}")
+        if parsed.push is not None:
+            _push(parsed, done)
+
+
+def _check_push(parsed: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi
+
+    from jaxalign.commands.push import check_repository
+    from jaxalign.parallel import distributed
+
+    with distributed.fail_together("asking the hub"):
+        if distributed.is_main():
+            check_repository(parsed.push, overwrite=parsed.overwrite, api=HfApi())
+
+
+def _push(parsed: argparse.Namespace, done: Written) -> None:
+    from huggingface_hub import HfApi
+
+    from jaxalign.commands.model_card import model_card
+    from jaxalign.commands.push import files_to_push, push
+    from jaxalign.parallel import distributed
+
+    with distributed.fail_together("uploading to the hub"):
+        if distributed.is_main():
+            card = model_card(
+                parsed.push, parsed.folder, done.notes, step=done.step, scorer=done.scorer
+            )
+            files = files_to_push(done.places, done.names)
+            address = push(parsed.push, files, card, public=parsed.public, api=HfApi())
+            print(f"{parsed.out} → {address}")
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -58,12 +58,18 @@ class Written(NamedTuple):
       places: format → its folder.
       tables: what was written in each, for people.
       checks: how far each differs from the trainer, for people.
+      notes: format → what `export.json` notes about it.
+      names: format → patterns of its files in its folder, which may hold others; None: all of them.
+      scorer: whether the model is a reward model or critic.
     """
 
     step: int
     places: dict[str, pathlib.Path]
     tables: list[str]
     checks: list[str]
+    notes: dict[str, dict[str, Any]]
+    names: dict[str, tuple[str, ...] | None]
+    scorer: bool
 
 
 def is_run(source: str | os.PathLike[str], formats: Sequence[str] = ("hf",)) -> bool:
@@ -147,7 +153,9 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
         _record(local_path(out, "out"), source, loaded.step, notes)
     if failures:
         raise ValueError("; ".join(failures))
-    return Written(loaded.step, places, tables, checks)
+    names = {name: FORMATS[name].weights(whole) if name == "gguf" else None for name in places}
+    scorer = isinstance(model, Scorer)
+    return Written(loaded.step, places, tables, checks, notes, names, scorer)
 
 
 def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
