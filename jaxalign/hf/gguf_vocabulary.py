@@ -87,7 +87,8 @@ def tokenizer_metadata(tok: Any, rows: int, arch: str, length: int) -> dict[str,
         if got == expected:
             del candidate["general.architecture"], candidate[f"{arch}.context_length"]
             return dict(candidate)
-        wrong = next(t for t, a, b in zip(texts, got, expected, strict=True) if a != b)
+        differs = (t for t, a, b in zip(texts, got, expected, strict=True) if a != b)
+        wrong = wrong or next(differs)  # of the likeliest form
     raise ValueError(
         f"tokenizer {tok.name_or_path!r} splits text in a way that GGUF has no name for here: "
         f"{wrong!r} would get other ids; what can be written is {WRITTEN}"

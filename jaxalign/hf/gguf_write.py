@@ -166,7 +166,11 @@ def _kind(tensor: Tensor, dtype: str) -> str:
 def _check_replaceable(target: pathlib.Path) -> None:
     if not target.exists():
         return
-    if not target.is_file() or target.open("rb").read(4) not in (b"GGUF", b""):
+    start = b""
+    if target.is_file():
+        with target.open("rb") as file:
+            start = file.read(4)
+    if start != b"GGUF":
         raise ValueError(f"{target} is there and no GGUF file; give another path")
 
 

@@ -48,7 +48,8 @@ def add_adapters(
       (adapter, configuration), with r = Σᵢ rᵢ = α.
 
     Raises:
-      ValueError: no adapters, another number of weights, or adapters of different models.
+      ValueError: no adapters, another number of weights, adapters of different models, or of a kind
+        whose change is not α/r · A·B.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
@@ -57,9 +58,15 @@ def add_adapters(
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights={list(weights)}: wanted finite numbers")
+    for _, config in adapters:
+        if config != LoraConfig(rank=config.rank, alpha=config.alpha, targets=config.targets):
+            raise ValueError(
+                f"{config}: wanted adapters without other options than rank, alpha and targets; "
+                "merge this one into its base instead"
+            )
     flat = [dict(_pairs(params)) for params, _ in adapters]
     rank = sum(config.rank for _, config in adapters)
-    targets = tuple(name for name in LORA_TARGETS if any(name in c.targets for _, c in adapters))
+    targets = tuple(dict.fromkeys(name for _, config in adapters for name in config.targets))
     merged: Params = {}
     for path in dict.fromkeys(path for pairs in flat for path in pairs):
         a_parts, b_parts = [], []
@@ -140,7 +147,7 @@ def _truncated(old: jax.Array, new: jax.Array, rank: int) -> tuple[dict[str, jax
         change = after.astype(jnp.float32) - before.astype(jnp.float32)
         u, s, v = jnp.linalg.svd(change, full_matrices=False)
         root = jnp.sqrt(s[:rank])
-        a.append(u[:, :rank] * root)
+        a.append(u[:, :rank] * root[None, :])
         b.append(root[:, None] * v[:rank])
         kept += float(jnp.sum(s[:rank] ** 2))
         whole += float(jnp.sum(s**2))

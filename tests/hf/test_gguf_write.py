@@ -1,7 +1,6 @@
 """GGUF files that are written: read by PyPI's gguf and by `load_pretrained`, weight by weight."""
 
 import dataclasses
-import random
 
 import chatmodel
 import gguf
@@ -13,6 +12,7 @@ import tiny
 import tokenizers
 import transformers
 from test_gguf import interleave, shrink
+from texts import strings
 from tokenizers import models, normalizers, pre_tokenizers
 
 from jaxalign.hf import load_pretrained, load_tokenizer
@@ -159,46 +159,6 @@ def test_metadata_is_what_llama_cpp_reads(tmp_path):
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
-SCRIPTS = {
-    "latin": (0x41, 0x17F),
-    "cyrillic": (0x400, 0x45F),
-    "arabic": (0x620, 0x64A),
-    "devanagari": (0x905, 0x94D),
-    "han": (0x4E00, 0x4FFF),
-    "hangul": (0xAC00, 0xADFF),
-}
-
-
-def strings(count, seed=0):
-    """Texts of six scripts in turn, with digits, punctuation, blanks and marks in between."""
-    drawn = random.Random(seed)
-    between = [
-        " ",
-        "  ",
-        "\n",
-        "\t",
-        "12",
-        "3.5",
-        "'s",
-        "'LL",
-        ", ",
-        "…",
-        "\u0301",
-        "👍🏽",
-        "\r\n\n",
-        "_",
-    ]
-    made = []
-    for number in range(count):
-        first, last = list(SCRIPTS.values())[number % len(SCRIPTS)]
-        parts = []
-        for _ in range(drawn.randrange(1, 12)):
-            size = drawn.randrange(1, 9)
-            parts.append("".join(chr(drawn.randint(first, last)) for _ in range(size)))
-            parts.append(drawn.choice(between))
-        made.append("".join(parts))
-    return made
-
 
 def through_gguf(tok, tmp_path):
     """The tokenizer that comes out of a file with this one in it."""
@@ -292,7 +252,7 @@ def greedy():
     ("make", "rows", "message"),
     [
         (unigram, 300, r"is Unigram; GGUF is written for byte-level BPE.*SentencePiece"),
-        (lowercased, 300, r"'Hello world!.* would get other ids; what can be written is"),
+        (lowercased, 300, r"Hello world!.* would get other ids; what can be written is"),
         (greedy, 300, r"'a <x> b.* would get other ids"),
         (
             chatmodel.make_tokenizer,

@@ -40,7 +40,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_changes():
     )
     merged, config = add_adapters([(one, configs[0]), (other, configs[1])], [0.7, -1.5])
     assert (config.rank, config.alpha) == (5, 5.0)
-    assert config.targets == ("query", "key", "up")
+    assert config.targets == ("query", "up", "key")
     for part, name in (("attention", "query"), ("attention", "key"), ("mlp", "up")):
         expected = 0.7 * change(one, part, name, 6 / 3) - 1.5 * change(other, part, name, 1 / 2)
         np.testing.assert_allclose(change(merged, part, name, 1.0), expected, atol=1e-5)
