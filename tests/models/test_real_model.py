@@ -68,8 +68,8 @@ def test_it_knows_paris_and_says_the_same_in_transformers(gguf_file, tmp_path):
     assert said == ours
 
 
-# What a file may differ in a token's log-probability, in nats: (at most, on average, and in the mean
-# over tokens, where differences of both signs cancel). F32 holds the same numbers, the others round
+# What a file may differ in a token's log-probability, in nats: at most, on average, and in the mean
+# over tokens, where differences of both signs cancel. F32 holds the same numbers, the others round
 # them: a block of Q8_0 has 127 steps to its largest weight, bfloat16 128 to each power of two.
 APART = {
     "F32": (1e-6, 1e-6, 1e-6),
