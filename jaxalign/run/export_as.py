@@ -79,7 +79,8 @@ def is_run(source: str | os.PathLike[str], formats: Sequence[str] = ("hf",)) -> 
     """
     path = local_path(source, "folder")
     if path.exists():
-        return path.is_dir() and not (path / "config.json").is_file()
+        models = ("config.json", "adapter_config.json")
+        return path.is_dir() and not any((path / name).is_file() for name in models)
     return tuple(formats) == ("hf",)
 
 
