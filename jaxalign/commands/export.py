@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import TYPE_CHECKING
 
 from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
+
+if TYPE_CHECKING:
+    from jaxalign.run.export_as import Written
 
 
 def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
@@ -18,23 +23,97 @@ def _dtype_argument(parser: argparse.ArgumentParser, source: str) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a run's folder")
+    parser.add_argument("folder", help="a run's folder, or a model: folder, .gguf file or hub id")
     parser.add_argument("--out", required=True, help="folder to write")
     overwrite_argument(parser, "the model in OUT")
+    parser.add_argument(
+        "--to",
+        nargs="+",
+        metavar="FORMAT",
+        help="hf (the default), gguf or orbax; several get a folder each in OUT",
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     parser.add_argument(
         "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
     )
     _dtype_argument(parser, "that of the model the run started from")
+    parser.add_argument(
+        "--gguf-dtype",
+        type=str.upper,
+        default="F16",
+        choices=("F32", "F16", "BF16", "Q8_0"),
+        help="of the matrices in a GGUF file; default F16",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="read the files again and compare log-probs on 16 prompts (done by default; --verify "
+        "also has transformers read them, where torch is there)",
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to this repository, with a model card"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="of a repository that --push makes: not private"
+    )
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from jaxalign.data.paths import check_free
-    from jaxalign.run.export import export_run
+    from jaxalign.parallel import distributed
+    from jaxalign.run.export_as import ExportOptions, check_out, export
 
-    check_free(parsed.out, "--out", overwrite=parsed.overwrite)
-    done = export_run(parsed.folder, parsed.out, parsed.step, part=parsed.part, dtype=parsed.dtype)
-    print(f"{done.table}\ncheckpoint {done.step} of {parsed.folder} → {parsed.out}")
+    options = ExportOptions(
+        formats=tuple(parsed.to or ("hf",)),
+        step=parsed.step,
+        part=parsed.part,
+        dtype=parsed.dtype,
+        gguf_dtype=parsed.gguf_dtype,
+        verify=parsed.verify is not False,
+        transformers=parsed.verify is True,
+        record=parsed.to is not None or parsed.verify is True,
+    )
+    check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)
+    with distributed.session():
+        if parsed.push is not None:
+            _check_push(parsed)
+        done = export(parsed.folder, parsed.out, options)
+        print("\n".join(done.tables))
+        # A plain export prints the table and where it went, as scripts read it.
+        checks = sys.stdout if options.record else sys.stderr
+        if distributed.is_main():
+            print("\n".join(done.checks), file=checks, flush=True)
+        what = f"checkpoint {done.step} of {parsed.folder}" if done.step else parsed.folder
+        print(f"{what} → {parsed.out}")
+        if parsed.push is not None:
+            _push(parsed, done)
+
+
+def _check_push(parsed: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi
+
+    from jaxalign.commands.push import check_repository
+    from jaxalign.parallel import distributed
+
+    with distributed.fail_together("asking the hub"):
+        if distributed.is_main():
+            check_repository(parsed.push, overwrite=parsed.overwrite, api=HfApi())
+
+
+def _push(parsed: argparse.Namespace, done: Written) -> None:
+    from huggingface_hub import HfApi
+
+    from jaxalign.commands.model_card import model_card
+    from jaxalign.commands.push import files_to_push, push
+    from jaxalign.parallel import distributed
+
+    with distributed.fail_together("uploading to the hub"):
+        if distributed.is_main():
+            card = model_card(
+                parsed.push, parsed.folder, done.notes, step=done.step, scorer=done.scorer
+            )
+            files = files_to_push(done.places, done.names)
+            address = push(parsed.push, files, card, public=parsed.public, api=HfApi())
+            print(f"{parsed.out} → {address}")
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +134,11 @@ def _import(parsed: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command(
-        "export", "write a run's checkpoint as a Hugging Face folder", _export_arguments, _export
+        "export",
+        "write a run's checkpoint, or a model, for Hugging Face, llama.cpp or Orbax",
+        _export_arguments,
+        _export,
+        compiles=True,
     ),
     Command(
         "import",

@@ -27,14 +27,14 @@ def _fetch(parsed: argparse.Namespace) -> None:
     from jaxalign.hf.tokenizer import load_tokenizer
 
     for option, source in _unique(models_of(config) for config in _configs(parsed)):
-        if not _may_be_on_the_hub(source):
+        if not may_be_on_the_hub(source):
             print(f"{option}: {source} is no hub id; left alone")
             continue
         load_tokenizer(source)
         if not option.endswith("tokenizer"):
             print(f"{option}: {source} → {fetch_model(source)}")
     for option, source in _unique(data_of(config) for config in _configs(parsed)):
-        if not _may_be_on_the_hub(source):
+        if not may_be_on_the_hub(source):
             print(f"{option}: {source} is no hub id; left alone")
             continue
         fetch_rows(source)
@@ -85,7 +85,7 @@ def _unique(found: Iterator[Iterator[tuple[str, str]]]) -> list[tuple[str, str]]
     return [(option, source) for source, option in once.items()]
 
 
-def _may_be_on_the_hub(source: str) -> bool:
+def may_be_on_the_hub(source: str) -> bool:
     """`owner/name` that is no path here; a run's own folders lie deeper or are there already."""
     name = source.partition(":")[0].partition("@")[0]
     path = pathlib.Path(source).expanduser()

@@ -37,8 +37,10 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_ROPE_FACTORS = "rope_freqs.weight"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Values of `general.architecture` that are read and written."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor of a divisor for each rotary frequency, as in Llama 3's files."""
 
 # `gguf.GGMLQuantizationType` of the unquantised types F32, F16, BF16 and F64.
 _UNQUANTISED = {
@@ -69,7 +71,7 @@ class GGUFFile:
             raise ValueError(f"{path}: two of its tensors have the same Hugging Face name")
         self._file: int | None = os.open(path, os.O_RDONLY)
         self.config = self._config(metadata)
-        self._tensors.pop(_ROPE_FACTORS, None)  # part of the config
+        self._tensors.pop(ROPE_FACTORS, None)  # part of the config
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {
             name: _UNQUANTISED.get(tensor.kind, np.dtype(np.float32))
@@ -154,8 +156,8 @@ class GGUFFile:
     def _config(self, metadata: Metadata) -> dict[str, Any]:
         try:
             factors = None
-            if _ROPE_FACTORS in self._tensors:
-                stored = self._tensors[_ROPE_FACTORS]
+            if ROPE_FACTORS in self._tensors:
+                stored = self._tensors[ROPE_FACTORS]
                 factors = self._rows(stored._replace(shape=(1, *stored.shape)), 0, 1)
                 factors = factors.astype(np.float32).reshape(-1)
             return _config(metadata, self._tensors, factors)
@@ -174,6 +176,35 @@ def _hf_name(name: str) -> str:
     return name
 
 
+def gguf_name(name: str) -> str:
+    """The GGUF name of a tensor of `ARCHITECTURES`.
+
+    Args:
+      name: its Hugging Face name.
+
+    Raises:
+      ValueError: no such tensor in these architectures.
+    """
+    stem, _, kind = name.rpartition(".")
+    for gguf, hf in _TOP.items():
+        if stem == hf:
+            return f"{gguf}.{kind}"
+    block = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)", stem)
+    for gguf, hf in _BLOCK.items():
+        if block and block[2] == hf:
+            return f"blk.{block[1]}.{gguf}.{kind}"
+    raise ValueError(f"tensor {name} has no name in GGUF's {', '.join(ARCHITECTURES)}")
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Permutes rows of each head from (0, 1, …, h, h+1, …) to (0, h, 1, h+1, …), h = head_dim/2.
+
+    The inverse of the order in which the llama architecture's queries and keys are read.
+    """
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
 def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Permutes rows of each head from (0, h, 1, h+1, …) to (0, 1, …, h, h+1, …), h = head_dim/2."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
@@ -185,10 +216,10 @@ def _config(
 ) -> dict[str, Any]:
     where = metadata.path
     arch = metadata.need("general.architecture")
-    if arch not in _ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ValueError(
             f"{where}: general.architecture={arch!r} is not supported; supported: "
-            f"{', '.join(_ARCHITECTURES)}"
+            f"{', '.join(ARCHITECTURES)}"
         )
     for key, neutral in (
         ("split.count", (None, 0, 1)),
@@ -283,7 +314,7 @@ def _llama3(metadata: Metadata, theta: float, head_dim: int, stored: np.ndarray)
     expected = rope_frequencies(plain, head_dim) / rope_frequencies(scaled, head_dim)
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
         raise ValueError(
-            f"{metadata.path}: {_ROPE_FACTORS} does not follow Llama 3's scaling with "
+            f"{metadata.path}: {ROPE_FACTORS} does not follow Llama 3's scaling with "
             f"low_freq_factor 1, high_freq_factor 4 and 8192 original positions: not supported"
         )
     return {

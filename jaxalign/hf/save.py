@@ -46,6 +46,9 @@ _MODEL_FILES = (
     "*.model",
     PARAMS,
     checksums.NAME,  # beside PARAMS
+    "export.json",  # what `jaxalign export --to` notes
+    "model*.rejected",
+    f"{PARAMS}.rejected",
 )
 
 

@@ -28,8 +28,8 @@ _PATTERNS = (
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.model")
 
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
-"""Values of `tokenizer.ggml.token_type` in GGUF; 1 is normal, 5 unused."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+"""Values of `tokenizer.ggml.token_type` in GGUF."""
 
 _SPLITS = {
     # The patterns of the models' tokenizer.json files.
@@ -38,7 +38,10 @@ _SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-_PRE = ("gpt-2", "smollm", *_SPLITS)
+PRE = ("gpt-2", "smollm", *_SPLITS)
+"""Values of `tokenizer.ggml.pre` that are read and written."""
+IGNORES_MERGES = "llama-bpe"
+"""The one of `PRE` under which a word of the vocabulary is one token, whatever the merges say."""
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -59,7 +62,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """
     path = locate(source, _PATTERNS)
     if path.is_file():
-        tokenizer, stops = _from_gguf(path)
+        tokenizer, stops = from_metadata(Metadata(path))
         rows = None
     else:
         tokenizer, stops, rows = _from_folder(path), listed_stops(path), rows_of(path)
@@ -95,29 +98,34 @@ def _from_folder(folder: pathlib.Path) -> Any:
 # --- GGUF ----------------------------------------------------------------------------------------
 
 
-def _from_gguf(path: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
+def from_metadata(metadata: Any) -> tuple[Any, tuple[int, ...]]:
     """Builds the tokenizer from GGUF metadata with the `tokenizers` library alone.
+
+    Args:
+      metadata: a `Metadata`, or whatever has its `path`, `get` and `need`.
 
     Returns:
       It, and the ids that the metadata ends texts, turns and messages with.
+
+    Raises:
+      ValueError: a kind that cannot be reproduced exactly.
     """
     import tokenizers
     import transformers
 
-    metadata = Metadata(path)
     model = metadata.need("tokenizer.ggml.model")
     tokens = metadata.need("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if model == "gpt2":
-        core = _byte_level(metadata, tokens)
-        bos_by_default = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        core = _byte_level(metadata, tokens, types)
+        bos_by_default = metadata.get("tokenizer.ggml.pre") == IGNORES_MERGES
     elif model == "llama":
         core = _sentencepiece(metadata, tokens, types)
         bos_by_default = True
     else:
         raise ValueError(
-            f"{path}: tokenizer.ggml.model={model!r} is not supported; supported: gpt2, llama; "
-            f"take the tokenizer from the model's folder or hub id instead"
+            f"{metadata.path}: tokenizer.ggml.model={model!r} is not supported; supported: gpt2, "
+            f"llama; take the tokenizer from the model's folder or hub id instead"
         )
     for flag, add in ((_CONTROL, core.add_special_tokens), (_USER, core.add_tokens)):
         special = flag == _CONTROL
@@ -148,7 +156,7 @@ def _from_gguf(path: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
     return tokenizer, stops
 
 
-def _special_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str]:
+def _special_tokens(metadata: Any, tokens: list[str]) -> dict[str, str]:
     """transformers' name of each special token that the metadata sets → the token."""
     names: dict[str, str] = {}
     for hf, gguf in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -177,40 +185,49 @@ def _post_processor(start: list[str], stop: list[str], tokens: list[str]) -> Any
     )
 
 
-def _byte_level(metadata: Metadata, tokens: list[str]) -> Any:
+def _byte_level(metadata: Any, tokens: list[str], types: list[int]) -> Any:
     """GPT-2's byte-level BPE, with the pre-tokenizer that `tokenizer.ggml.pre` names."""
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import decoders, models
 
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in _PRE:
+    if pre not in PRE:
         raise ValueError(
             f"{metadata.path}: tokenizer.ggml.pre={pre!r} is not supported; supported: "
-            f"{', '.join(_PRE)}; take the tokenizer from the model's folder or hub id instead"
+            f"{', '.join(PRE)}; take the tokenizer from the model's folder or hub id instead"
         )
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.need("tokenizer.ggml.merges")]
+    # GGUF has no empty arrays: without merges every ordinary token is a single byte.
+    merged = any(len(t) > 1 for t, type_ in zip(tokens, types, strict=True) if type_ == _NORMAL)
+    pairs = (metadata.need if merged else metadata.get)("tokenizer.ggml.merges")
+    merges = [tuple(pair.split(" ", 1)) for pair in pairs or ()]
     core = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=merges,
-            ignore_merges=pre == "llama-bpe",
+            ignore_merges=pre == IGNORES_MERGES,
         )
     )
-    if pre in _SPLITS:
-        split: Any = pre_tokenizers.Split(tokenizers.Regex(_SPLITS[pre]), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    else:
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-        core.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    if pre == "qwen2":
-        core.normalizer = normalizers.NFC()
+    core.normalizer, core.pre_tokenizer = splitter(pre)
     core.decoder = decoders.ByteLevel()
     return core
 
 
-def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> Any:
+def splitter(pre: str) -> tuple[Any, Any]:
+    """The normalizer, or None, and the pre-tokenizer that one of `PRE` names."""
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers
+
+    normalizer: Any = normalizers.NFC() if pre == "qwen2" else None
+    if pre in _SPLITS:
+        split: Any = pre_tokenizers.Split(tokenizers.Regex(_SPLITS[pre]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return normalizer, pre_tokenizers.Sequence([split, byte_level])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+    return normalizer, pre_tokenizers.Sequence([*digits, byte_level])
+
+
+def _sentencepiece(metadata: Any, tokens: list[str], types: list[int]) -> Any:
     """SentencePiece BPE as in Llama 2: merges the best-scoring pair; unknown text becomes bytes.
 
     Exact if all pieces have distinct scores, as SentencePiece's trainer gives them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,27 +16,20 @@ from jaxalign.data.chat import resolve_chat_template
 from jaxalign.data.ends import united_ends
 from jaxalign.data.paths import check_free, local_path
 from jaxalign.data.render import Renderer
-from jaxalign.hf import (
-    checksums,
-    load_model,
-    load_pretrained,
-    load_tokenizer,
-    orbax_folder,
-    save_pretrained,
-)
-from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf import load_model, load_pretrained, load_tokenizer, save_pretrained
+from jaxalign.hf.save import check_replaceable, plan_tensors
 from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import merge_lora
 from jaxalign.models.scorer import Scorer
-from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml
+from jaxalign.run.formats import save_orbax
 from jaxalign.run.inputs import source_paths
 from jaxalign.types import Params
 
@@ -53,6 +46,26 @@ class Exported(NamedTuple):
 
     step: int
     table: str
+
+
+class Loaded(NamedTuple):
+    """A model to be exported, as the trainer has it.
+
+    Attributes:
+      model: a `Decoder` or `Scorer`, with its adapters.
+      params: all of its parameters.
+      tokenizer: with the template of the training.
+      exported: the tokenizer as it is written, see `exported_tokenizer`.
+      step: number of batches after which the checkpoint was saved; 0 without one.
+      sources: what it was made from: not to be replaced.
+    """
+
+    model: Any
+    params: Params
+    tokenizer: Any
+    exported: Any
+    step: int
+    sources: tuple[str, ...]
 
 
 def export_run(
@@ -80,14 +93,37 @@ def export_run(
     Raises:
       ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
     """
-    place, out = local_path(folder, "folder"), str(local_path(out, "out"))
+    out = str(local_path(out, "out"))
+    loaded = load_run(folder, step, part=part, outs=[out])
+    model, params = whole_model(loaded.model, loaded.params)
+    save_pretrained(model, params, out, tokenizer=loaded.exported, dtype=dtype)
+    return Exported(loaded.step, tensor_table(plan_tensors(model, params, dtype)))
+
+
+def load_run(
+    folder: str, step: int | None = None, *, part: str | None = None, outs: Sequence[str] = ()
+) -> Loaded:
+    """A model from a checkpoint of a run; see `export_run`.
+
+    Args:
+      folder: the run's folder.
+      step: which checkpoint; the newest by default.
+      part: "policy" or "critic", of runs that train both; the policy by default.
+      outs: what is going to be written: not to be something that the run reads.
+
+    Raises:
+      ValueError: as `export_run`.
+    """
+    place = local_path(folder, "folder")
     path = place / "config.yaml"
     values = read_yaml(path)
     algorithm = next((name for name in RUNS if name in values), None)
     if algorithm is None:
         raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
     config = load_config(algorithm, values)
-    check_free(out, "out", overwrite=True, sources=source_paths(config))
+    sources = source_paths(config)
+    for out in outs:
+        check_free(out, "out", overwrite=True, sources=sources)
     store = Checkpoints(place / "checkpoints", keep=None)
     try:
         found, shapes = store.param_shapes(step)
@@ -115,10 +151,26 @@ def export_run(
     finally:
         store.close()
     params = params if chosen is None else params[chosen]
-    model, params = whole_model(model, combine(params, frozen))
-    tok = exported_tokenizer(run_tokenizer(config.model))
-    save_pretrained(model, params, out, tokenizer=tok, dtype=dtype)
-    return Exported(int(loop["done"]), tensor_table(plan_tensors(model, params, dtype)))
+    tok = run_tokenizer(config.model)
+    return Loaded(
+        model,
+        combine(params, frozen),
+        tok,
+        exported_tokenizer(tok),
+        int(loop["done"]),
+        tuple(sources),
+    )
+
+
+def load_source(source: str) -> Loaded:
+    """A model from a folder, a `.gguf` file or the hub, to be written in another format.
+
+    Raises:
+      ValueError: as `load_pretrained` and `load_tokenizer`.
+    """
+    tok = load_tokenizer(source)
+    model, params = load_pretrained(source, mesh=_mesh(None), dtype="source")
+    return Loaded(model, params, tok, tok, 0, (source,))
 
 
 def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
@@ -137,30 +189,10 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
       ValueError: as `load_pretrained`, `load_tokenizer` and `save_pretrained`.
     """
     target = local_path(out, "out").resolve()
-    fresh = target.parent / f".{target.name}.{distributed.broadcast_random():08x}.tmp"
-    doing, main = "importing a model", distributed.is_main()
     check_replaceable(target)
     tok = load_tokenizer(source)
     model, params = load_pretrained(source, mesh=_mesh(None), dtype=dtype)
-    planned = plan_tensors(model, params)
-    jsons = configs(model, planned, tok)
-    try:
-        with distributed.fail_together(doing):
-            if main:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fresh.mkdir()
-        with distributed.fail_together(doing):
-            orbax_folder.write_params(params, fresh)
-        with distributed.fail_together(doing):
-            if main:
-                write_configs(fresh, jsons, tok)
-                checksums.write(fresh)
-                swap(fresh, target)
-    except BaseException:
-        if main:
-            shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    return Exported(0, tensor_table(planned))
+    return Exported(0, save_orbax(model, params, target, tokenizer=tok))
 
 
 def run_tokenizer(config: ModelConfig) -> Any:

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import their_cache
+from texts import strings
 
 import jaxalign
+from jaxalign.hf.gguf_write import save_gguf
 from jaxalign.types import PromptBatch
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,3 +66,51 @@ def test_it_knows_paris_and_says_the_same_in_transformers(gguf_file, tmp_path):
             cache = their_cache.of(theirs, done)
             said.append(int(ids))
     assert said == ours
+
+
+# What a file may differ in a token's log-probability, in nats: at most, on average, and in the mean
+# over tokens, where differences of both signs cancel. F32 holds the same numbers, the others round
+# them: a block of Q8_0 has 127 steps to its largest weight, bfloat16 128 to each power of two.
+APART = {
+    "F32": (1e-6, 1e-6, 1e-6),
+    "F16": (0.05, 0.005, 0.005),
+    "BF16": (0.3, 0.02, 0.02),
+    "Q8_0": (1.0, 0.1, 0.02),
+}
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "In 1969, people walked on the Moon for the first time; 12 have done so since.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Water boils at 100 °C at sea level, but at lower temperatures in the mountains.",
+)
+
+
+@pytest.mark.slow
+def test_gguf_files_of_every_type_say_the_same(gguf_file, tmp_path):
+    model, params = jaxalign.load_pretrained(gguf_file)
+    tok = jaxalign.load_tokenizer(gguf_file)
+    ids = np.zeros((len(TEXTS), 32), np.int32)
+    inside = np.zeros(ids.shape, bool)
+    for row, text in enumerate(TEXTS):
+        found = tok(text).input_ids[:32]
+        ids[row, : len(found)], inside[row, : len(found)] = found, True
+
+    def logprobs(model, params):
+        hidden = model.apply(params, ids)
+        return np.asarray(jaxalign.target_logprobs(model, params, hidden[:, :-1], ids[:, 1:]))
+
+    expected = logprobs(model, params)
+    for dtype, (largest, mean, drift) in APART.items():
+        path = tmp_path / "m.gguf"
+        save_gguf(model, params, path, tokenizer=tok, dtype=dtype)
+        again, loaded = jaxalign.load_pretrained(path)
+        change = (logprobs(again, loaded) - expected)[inside[:, 1:]]
+        apart = np.abs(change)
+        figures = f"{apart.max():.2g} at most, {apart.mean():.2g} on average, {change.mean():.2g}"
+        print(f"{dtype}: {path.stat().st_size:,} bytes, {figures} in the mean")
+        assert apart.max() <= largest, dtype
+        assert apart.mean() <= mean, dtype
+        assert abs(change.mean()) <= drift, dtype
+        if dtype == "F32":
+            texts = strings(1000)
+            assert jaxalign.load_tokenizer(path)(texts).input_ids == tok(texts).input_ids

@@ -8,12 +8,15 @@ import socket
 import time
 
 import chatmodel
+import jax
 import multihost
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from jaxalign.hf import load_pretrained, load_tokenizer
+from jaxalign.hf.gguf_write import save_gguf
 from jaxalign.run import loop
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
@@ -120,6 +123,11 @@ except (OSError, RuntimeError) as error:
     print("FAILED", error)
 save.Writer = Writer
 
+from jaxalign.run.export_as import ExportOptions, export
+options = ExportOptions(("hf", "gguf", "orbax"), gguf_dtype="F32")
+done = export(os.environ["SAVED"], os.environ["SAVE_TO"] + "-as", options)
+print("CHECKED", *(note["verified"]["jaxalign"] for note in done.notes.values()))
+
 from jaxalign.commands import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -149,6 +157,22 @@ def check_saved(logs, source, place):
     assert (place / "out/config.json").is_file()
 
 
+def check_exported(logs, source, place, alone):
+    """Formats that two processes wrote hold what one writes, and both processes compared them."""
+    for text in logs:
+        (line,) = (line for line in text.splitlines() if line.startswith("CHECKED"))
+        assert line.count("'rejected': False") == 3, line
+    assert sorted(path.name for path in place.iterdir()) == ["export.json", "gguf", "hf", "orbax"]
+    model, params = load_pretrained(source)
+    tok = load_tokenizer(source)
+    save_gguf(model, params, alone / "model.gguf", tokenizer=tok, dtype="F32", name="chat")
+    written = (place / "gguf/model-F32.gguf").read_bytes()
+    assert written == (alone / "model.gguf").read_bytes()
+    for name in ("hf", "orbax"):
+        _, again = load_pretrained(place / name)
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def test_two_processes_equal_one(chat_models, tmp_path):
     """Rows, sums, files and errors between two processes; then SFT equals SFT in one process."""
     changes = {"data": {"packing": True, "length": 96, "rows": 4}}
@@ -163,6 +187,7 @@ def test_two_processes_equal_one(chat_models, tmp_path):
     statuses, logs = multihost.finish(running, log)
     assert statuses == [0, 0], logs
     check_saved(logs, source, place)
+    check_exported(logs, source, tmp_path / "saved-as", tmp_path)
 
     for index, text in enumerate(logs):
         assert f"PARTS ({index}, 2) (0, 1)\n" in text

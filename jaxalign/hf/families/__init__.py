@@ -39,6 +39,7 @@ __all__ = [
     "Leaf",
     "Part",
     "attributes_of",
+    "canonical",
     "config_from_hf",
     "config_to_hf",
     "find_family",
@@ -207,7 +208,7 @@ def config_to_hf(
 
 def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
     """Reads back the written config: a field that the family has no key for would differ."""
-    before, after = _canonical(config), _canonical(config_from_hf(hf))
+    before, after = canonical(config), canonical(config_from_hf(hf))
     lost = [
         f"{name}={before[name]!r} (would come back as {after[name]!r})"
         for name in before
@@ -220,7 +221,7 @@ def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
         )
 
 
-def _canonical(config: DecoderConfig) -> dict[str, Any]:
+def canonical(config: DecoderConfig) -> dict[str, Any]:
     """The fields of a config, with defaults filled in so that equal configs compare equal."""
     local = config.rope if config.local_rope is None else config.local_rope
     layers = config.num_layers

@@ -1,0 +1,309 @@
+"""Exports a run or a model in one format or several, verifies what was written, and notes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxalign.data.paths import check_free, local_path, replace_text
+from jaxalign.hf import families
+from jaxalign.models.scorer import Scorer
+from jaxalign.parallel import distributed
+from jaxalign.parallel.sharding import mesh_of
+from jaxalign.run import verify
+from jaxalign.run.export import Loaded, load_run, load_source, whole_model
+from jaxalign.run.formats import FORMATS, Format, Whole, reject
+from jaxalign.run.record import versions
+
+RECORD = "export.json"
+"""The file beside an export that notes what was written and how far it differs."""
+
+
+class ExportOptions(NamedTuple):
+    """What to write.
+
+    Attributes:
+      formats: keys of `FORMATS`. With one, `out` is its folder; with several each has a folder of
+        its name in `out`.
+      step: which checkpoint of a run; the newest by default.
+      part: "policy" or "critic", of a run that trains both.
+      dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
+      gguf_dtype: of the matrices of a GGUF file.
+      verify: whether to read the files again and compare with the trainer's log-probs.
+      transformers: whether transformers reads a Hugging Face folder too, where torch is there.
+      record: whether to write `export.json`.
+    """
+
+    formats: tuple[str, ...] = ("hf",)
+    step: int | None = None
+    part: str | None = None
+    dtype: str | None = "source"
+    gguf_dtype: str = "F16"
+    verify: bool = True
+    transformers: bool = False
+    record: bool = True
+
+
+class Written(NamedTuple):
+    """The result of an export.
+
+    Attributes:
+      step: of the checkpoint; 0 for a model.
+      places: format → its folder.
+      tables: what was written in each, for people.
+      checks: how far each differs from the trainer, for people.
+      notes: format → what `export.json` notes about it.
+      names: format → patterns of its files in its folder, which may hold others; None: all of them.
+      scorer: whether the model is a reward model or critic.
+    """
+
+    step: int
+    places: dict[str, pathlib.Path]
+    tables: list[str]
+    checks: list[str]
+    notes: dict[str, dict[str, Any]]
+    names: dict[str, tuple[str, ...] | None]
+    scorer: bool
+
+
+def is_run(source: str | os.PathLike[str], formats: Sequence[str] = ("hf",)) -> bool:
+    """Whether a path is to be read as the folder of a run, rather than as a model.
+
+    What is not there, and has no format named for it, is a run whose path is mistyped.
+    """
+    path = local_path(source, "folder")
+    if path.exists():
+        models = ("config.json", "adapter_config.json")
+        return path.is_dir() and not any((path / name).is_file() for name in models)
+    return tuple(formats) == ("hf",)
+
+
+def places_of(out: str | os.PathLike[str], formats: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Format → the folder that it is written to."""
+    folder = local_path(out, "out")
+    if len(formats) == 1:
+        return {formats[0]: folder}
+    return {name: folder / name for name in formats}
+
+
+def check_out(
+    out: str, options: ExportOptions, sources: Sequence[str], *, overwrite: bool = False
+) -> None:
+    """Refuses to write over what is there, as the commands do.
+
+    Raises:
+      ValueError: something is there, a source would be replaced, or `out` is no folder.
+    """
+    if out.lower().endswith(".gguf"):
+        raise ValueError(
+            f"--out={out!r}: wanted a folder; the file in it will be model-{options.gguf_dtype}"
+            ".gguf"
+        )
+    names: tuple[str, ...] | None = None
+    if options.formats == ("gguf",):
+        names = (f"model-{options.gguf_dtype}.gguf", RECORD)
+    elif len(options.formats) > 1:
+        names = (*options.formats, RECORD)
+    check_free(out, "--out", overwrite=overwrite, sources=sources, names=names)
+
+
+def export(source: str, out: str, options: ExportOptions) -> Written:
+    """Writes a run's checkpoint or a model in each of the formats, and verifies them.
+
+    With several processes all call this with the same arguments, on a file system that they share.
+
+    Args:
+      source: a run's folder; or a model's folder, `.gguf` file or hub id.
+      out: where to, see `ExportOptions.formats`.
+      options: what to write.
+
+    Raises:
+      ValueError: an unknown format, a model that one of them cannot hold (before anything is
+        written), a file that differs from the trainer by more than its element type explains (its
+        weights are then named `.rejected`), or as `export_run`.
+    """
+    unknown = [name for name in options.formats if name not in FORMATS]
+    if unknown or not options.formats or len(set(options.formats)) < len(options.formats):
+        raise ValueError(
+            f"--to {' '.join(options.formats)}: wanted one or more of {', '.join(FORMATS)}, each "
+            "once"
+        )
+    places = places_of(out, options.formats)
+    loaded = _load(source, options, [str(place) for place in places.values()])
+    model, params = whole_model(loaded.model, loaded.params)
+    whole = Whole(model, params, loaded.exported, options.dtype, options.gguf_dtype, _name(source))
+    for name in options.formats:
+        FORMATS[name].check(whole)
+    checker = _Checker.of(loaded, whole) if options.verify else None
+    loaded = loaded._replace(model=None, params={})  # adapters and unmerged weights are done with
+    tables, checks = [], []
+    notes: dict[str, dict[str, Any]] = {}
+    for name, place in places.items():
+        tables.append(FORMATS[name].write(whole, place))
+        notes[name] = _note(FORMATS[name], whole)
+    failures = []
+    if checker is not None:
+        failures = checker.run(whole, places, options, notes, checks)
+    if options.record:
+        _record(local_path(out, "out"), source, loaded.step, notes)
+    if failures:
+        raise ValueError("; ".join(failures))
+    names = {name: FORMATS[name].weights(whole) if name == "gguf" else None for name in places}
+    scorer = isinstance(model, Scorer)
+    return Written(loaded.step, places, tables, checks, notes, names, scorer)
+
+
+def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
+    if is_run(source, options.formats):
+        return load_run(source, options.step, part=options.part, outs=outs)
+    if options.step is not None or options.part is not None:
+        raise ValueError(
+            f"--step and --part choose among a run's checkpoints, and {source!r} is a model; leave "
+            "them out"
+        )
+    for out in outs:
+        check_free(out, "out", overwrite=True, sources=[source])
+    return load_source(source)
+
+
+def _name(source: str) -> str:
+    """A name of the model, for people."""
+    path = pathlib.Path(source).expanduser()
+    return path.resolve().name if path.exists() else source.rpartition("/")[2]
+
+
+class _Checker(NamedTuple):
+    """What the trainer makes of the prompts, to compare the files with.
+
+    Attributes:
+      probe: the prompts.
+      trained: what the model with its adapters makes of them.
+      exact: what the merged one makes of them in memory.
+      unit: "nats", or "score".
+    """
+
+    probe: verify.Probe
+    trained: np.ndarray
+    exact: np.ndarray
+    unit: str
+
+    @classmethod
+    def of(cls, loaded: Loaded, whole: Whole) -> _Checker:
+        config = whole.model.config
+        probe = verify.make_probe(loaded.tokenizer, config.vocab_size, config.max_positions)
+        trained = verify.measure(loaded.model, loaded.params, probe)
+        merged = loaded.params is not whole.params
+        exact = verify.measure(whole.model, whole.params, probe) if merged else trained
+        return cls(probe, trained, exact, "score" if isinstance(whole.model, Scorer) else "nats")
+
+    def run(
+        self,
+        whole: Whole,
+        places: dict[str, pathlib.Path],
+        options: ExportOptions,
+        notes: dict[str, dict[str, Any]],
+        checks: list[str],
+    ) -> list[str]:
+        """Verifies all formats; adds to `notes` and `checks`.
+
+        Returns:
+          What is wrong with each format that is rejected; its files are renamed.
+        """
+        mesh, failures = mesh_of(whole.params), []
+        roundings = self._roundings(whole, list(places))
+        for name, place in places.items():
+            bound = verify.FLOOR + verify.ROUNDING * roundings[name]
+            path = FORMATS[name].source(place, whole)
+            readers = {"jaxalign": lambda path=path: verify.read_back(path, self.probe, mesh)}
+            if options.transformers and name == "hf" and _alone() and verify.has_torch():
+                readers["transformers"] = lambda path=path: verify.read_back_by_transformers(
+                    path, self.probe
+                )
+            results = {}
+            for reader, read in readers.items():
+                line, result = self._compare(read, bound)
+                checks.append(f"{name}, read by {reader}: {line}")
+                results[reader] = result
+                if result["rejected"]:
+                    renamed = _reject(name, whole, place)
+                    failures.append(
+                        f"the {name} export in {place} is wrong: read by {reader}, {line}; "
+                        f"{', '.join(renamed)} must not be used"
+                    )
+                    break
+            notes[name] |= {
+                "verified": results,
+                "rounding": roundings[name],
+                "bound": bound,
+                "unit": self.unit,
+                "prompts": len(self.probe.ids),
+            }
+        return failures
+
+    def _roundings(self, whole: Whole, names: list[str]) -> dict[str, float]:
+        """The largest difference that the element types of each format make by themselves.
+
+        The parameters are gone afterwards: the last format rounds them in place, so that a model
+        exported in one format is never held twice.
+        """
+        found = {}
+        for name in names:
+            kinds = FORMATS[name].kinds(whole)
+            found[name] = 0.0
+            if verify.rounds(whole.params, kinds):
+                params = whole.params
+                if name != names[-1]:
+                    params = jax.tree.map(lambda leaf: leaf, params)
+                verify.round_params(whole.model, params, kinds)
+                got = verify.measure(whole.model, params, self.probe)
+                found[name] = verify.compare(self.exact, got, self.probe).largest
+        whole.params.clear()
+        return found
+
+    def _compare(self, read: Any, bound: float) -> tuple[str, dict[str, Any]]:
+        try:
+            apart = verify.compare(self.trained, read(), self.probe)
+        except ValueError as error:
+            return str(error), {"rejected": True, "error": str(error)}
+        rejected = not apart.largest <= bound  # NaN too
+        line = (
+            f"largest difference {apart.largest:.3g} {self.unit} of {apart.tokens} tokens in "
+            f"{len(self.probe.ids)} prompts, mean {apart.mean:.3g}; bound {bound:.3g}"
+        )
+        return line, {"rejected": rejected, **apart._asdict()}
+
+
+def _alone() -> bool:
+    return jax.process_count() == 1
+
+
+def _reject(name: str, whole: Whole, place: pathlib.Path) -> list[str]:
+    with distributed.fail_together("renaming a rejected export"):
+        if distributed.is_main():
+            return reject(name, whole, place)
+    return []
+
+
+def _note(format: Format, whole: Whole) -> dict[str, Any]:
+    kinds = format.kinds(whole)
+    sizes = {path: leaf.size for path, leaf in families.flatten(whole.params).items()}
+    counts: dict[str, int] = {}
+    for path, kind in kinds.items():
+        counts[kind] = counts.get(kind, 0) + sizes[path]
+    return {"weights": counts}
+
+
+def _record(out: pathlib.Path, source: str, step: int, notes: dict[str, Any]) -> None:
+    """Writes `export.json`."""
+    with distributed.fail_together("noting an export"):
+        if distributed.is_main():
+            record = {"source": _name(source), "step": step, "formats": notes}
+            record["versions"] = versions()
+            out.mkdir(parents=True, exist_ok=True)
+            replace_text(out / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")

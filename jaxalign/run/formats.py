@@ -1,0 +1,238 @@
+"""The formats that a model is written in: where its files go, how they are written and refused."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxalign.hf import checksums, families, orbax_folder, save_pretrained
+from jaxalign.hf.gguf_vocabulary import tokenizer_metadata, unlisted_ends
+from jaxalign.hf.gguf_write import FORMS, check_architecture, save_gguf
+from jaxalign.hf.safetensors_file import INDEX
+from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf.tensor_table import tensor_table
+from jaxalign.parallel import distributed
+from jaxalign.types import Params
+
+
+class Whole(NamedTuple):
+    """A model as it is written: without adapters.
+
+    Attributes:
+      model: a `Decoder` or `Scorer`.
+      params: its parameters.
+      tokenizer: with the chat template.
+      dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
+      gguf_dtype: of the matrices of a GGUF file, one of `FORMS`.
+      name: of the model, for people.
+    """
+
+    model: Any
+    params: Params
+    tokenizer: Any
+    dtype: str | None = "source"
+    gguf_dtype: str = "F16"
+    name: str = "model"
+
+
+class Format(NamedTuple):
+    """A format.
+
+    Attributes:
+      help: one line.
+      source: (folder, model) → what `load_pretrained` reads.
+      check: raises ValueError for a model that the format cannot hold.
+      write: writes the model into a folder; returns a text for people.
+      kinds: leaf path → element type that is stored.
+      weights: patterns of the files in the folder that hold weights.
+    """
+
+    help: str
+    source: Callable[[pathlib.Path, Whole], pathlib.Path]
+    check: Callable[[Whole], None]
+    write: Callable[[Whole, pathlib.Path], str]
+    kinds: Callable[[Whole], dict[str, str]]
+    weights: Callable[[Whole], tuple[str, ...]]
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+
+def _write_hf(whole: Whole, folder: pathlib.Path) -> str:
+    save_pretrained(whole.model, whole.params, folder, tokenizer=whole.tokenizer, dtype=whole.dtype)
+    return tensor_table(plan_tensors(whole.model, whole.params, whole.dtype))
+
+
+def _folder_kinds(whole: Whole) -> dict[str, str]:
+    """The narrowest dtype of each leaf's tensors."""
+    kinds: dict[str, Any] = {}
+    for planned in plan_tensors(whole.model, whole.params, whole.dtype):
+        for piece in planned.tensor.pieces:
+            others = (planned.dtype, kinds.get(piece.leaf.path, planned.dtype))
+            kinds[piece.leaf.path] = min(others, key=lambda dtype: dtype.itemsize)
+    return {path: dtype.name for path, dtype in kinds.items()}
+
+
+# --- Orbax ---------------------------------------------------------------------------------------
+
+
+def _write_orbax(whole: Whole, folder: pathlib.Path) -> str:
+    kinds = _folder_kinds(whole)
+    flat = families.flatten(whole.params)
+    params = families.unflatten({p: x.astype(jnp.dtype(kinds[p])) for p, x in flat.items()})
+    return save_orbax(whole.model, params, folder, tokenizer=whole.tokenizer)
+
+
+def save_orbax(
+    model: Any, params: Params, folder: str | os.PathLike[str], *, tokenizer: Any
+) -> str:
+    """Writes an Orbax folder, see `jaxalign.hf.orbax_folder`; it appears whole or not at all.
+
+    Args:
+      model: a `Decoder` without adapters, or a `Scorer`.
+      params: its parameters, written in the dtypes that they have.
+      folder: the target, as for `save_pretrained`.
+      tokenizer: saved with its chat template.
+
+    Returns:
+      The table of tensors.
+
+    Raises:
+      ValueError: as `save_pretrained`.
+      RuntimeError: another process failed.
+    """
+    target = pathlib.Path(folder).resolve()
+    fresh = target.parent / f".{target.name}.{distributed.broadcast_random():08x}.tmp"
+    doing, main = "writing an Orbax folder", distributed.is_main()
+    planned = plan_tensors(model, params)
+    jsons = configs(model, planned, tokenizer)
+    try:
+        with distributed.fail_together(doing):
+            if main:
+                check_replaceable(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fresh.mkdir()
+        with distributed.fail_together(doing):
+            orbax_folder.write_params(params, fresh)
+        with distributed.fail_together(doing):
+            if main:
+                write_configs(fresh, jsons, tokenizer)
+                checksums.write(fresh)
+                swap(fresh, target)
+    except BaseException:
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return tensor_table(planned)
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def gguf_file(whole: Whole) -> str:
+    """The name of the file in its folder."""
+    return f"model-{whole.gguf_dtype}.gguf"
+
+
+def _check_gguf(whole: Whole) -> None:
+    if whole.gguf_dtype not in FORMS:
+        raise ValueError(f"gguf dtype={whole.gguf_dtype!r}: wanted one of {', '.join(FORMS)}")
+    arch, config = check_architecture(whole.model), whole.model.config
+    tokenizer_metadata(whole.tokenizer, config.vocab_size, arch, config.max_positions)
+
+
+def _write_gguf(whole: Whole, folder: pathlib.Path) -> str:
+    path = folder / gguf_file(whole)
+    exceptions = save_gguf(
+        whole.model,
+        whole.params,
+        path,
+        tokenizer=whole.tokenizer,
+        dtype=whole.gguf_dtype,
+        name=whole.name,
+    )
+    lines = [f"{path.name}: matrices {whole.gguf_dtype}, vectors F32"]
+    if exceptions:
+        lines.append(
+            f"  {len(exceptions)} matrices are F16, since their rows are no multiple of 32: "
+            f"{', '.join(exceptions[:4])}{' …' if len(exceptions) > 4 else ''}"
+        )
+    ends = unlisted_ends(whole.tokenizer)
+    if ends:
+        lines.append(f"  GGUF has no key for these ends of an answer: {', '.join(ends)}")
+    return "\n".join(lines)
+
+
+def _gguf_kinds(whole: Whole) -> dict[str, str]:
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "Q8_0"}
+    kinds = {}
+    for leaf in families.leaves(whole.model.config, whole.model.shapes):
+        narrow = whole.gguf_dtype == "Q8_0" and leaf.tensor_shape[-1] % 32
+        matrix = "float16" if narrow else dtypes[whole.gguf_dtype]
+        kinds[leaf.path] = matrix if len(leaf.tensor_shape) > 1 else "float32"
+    return kinds
+
+
+# --- PEFT ----------------------------------------------------------------------------------------
+
+
+def _no_peft(*_: Any) -> Any:
+    raise ValueError(
+        "--to peft: adapters are not written as PEFT folders yet; --to hf writes the model with "
+        "its adapters merged"
+    )
+
+
+FORMATS: Mapping[str, Format] = {
+    "hf": Format(
+        "a Hugging Face folder",
+        lambda folder, _: folder,
+        lambda _: None,
+        _write_hf,
+        _folder_kinds,
+        lambda _: ("model*.safetensors", INDEX),
+    ),
+    "peft": Format(
+        "an adapter for PEFT",
+        lambda folder, _: folder,
+        _no_peft,
+        _no_peft,
+        _no_peft,
+        lambda _: ("adapter_model.safetensors",),
+    ),
+    "gguf": Format(
+        "a GGUF file",
+        lambda folder, whole: folder / gguf_file(whole),
+        _check_gguf,
+        _write_gguf,
+        _gguf_kinds,
+        lambda whole: (gguf_file(whole),),
+    ),
+    "orbax": Format(
+        "an Orbax folder, which loads without conversion",
+        lambda folder, _: folder,
+        lambda _: None,
+        _write_orbax,
+        _folder_kinds,
+        lambda _: (orbax_folder.PARAMS,),
+    ),
+}
+"""Format → how it is written. `hf` is what `export` writes by default."""
+
+
+def reject(format_name: str, whole: Whole, folder: pathlib.Path) -> list[str]:
+    """Renames the files of weights in a folder so that nobody loads them; returns the new names."""
+    renamed = []
+    for pattern in FORMATS[format_name].weights(whole):
+        for path in sorted(folder.glob(pattern)):
+            bad = path.with_name(f"{path.name}.rejected")
+            if bad.is_dir():
+                shutil.rmtree(bad)  # of an earlier export
+            path.replace(bad)
+            renamed.append(bad.name)
+    return renamed
