@@ -23,8 +23,9 @@ def commands() -> tuple[Command, ...]:
     They are imported here because some need JAX, which this file must not load before the process
     has been settled (`jaxalign.commands.startup`).
     """
-    from jaxalign.commands import answer, export, fetch, plan, train
+    from jaxalign.commands import answer, export, fetch, plan, train, verify
     from jaxalign.commands.bench import arguments as bench
+    from jaxalign.commands.explain import command as explain
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
     from jaxalign.commands.report import command as report
@@ -40,6 +41,8 @@ def commands() -> tuple[Command, ...]:
         plan.COMMAND,
         bench.COMMAND,
         *report.COMMANDS,
+        explain.COMMAND,
+        verify.COMMAND,
         synth.COMMAND,
     )
 
