@@ -24,6 +24,7 @@ from jaxalign.run.folder import CHECKPOINTS, has_checkpoints
 from jaxalign.run.loop import run_step
 from jaxalign.run.past import Past, read_past, without
 from jaxalign.run.progress import Progress
+from jaxalign.run.record import RECORD
 from jaxalign.run.reporter import Reporter, Seen
 from jaxalign.run.stopping import Clock, StopRequest
 from jaxalign.run.tasks import Built, Task, build_task
@@ -160,6 +161,10 @@ class Replay:
     ):
         self.past, self.config = past, config
         self.notes = [*past.environment_changes(), *changes]
+        if not past.inputs:
+            self.notes.append(
+                f"{RECORD} is missing: nobody can tell whether the inputs are the same"
+            )
         self._store, self._scratch = store, scratch
         state = built.task.state
         self._start: TrainState | None = state

@@ -169,7 +169,7 @@ def test_everything_is_escaped(last_step):
 def ppo(chat_models, tmp_path_factory):
     """A PPO run over a reward that pays one row of the last batch a hundredfold."""
     folder = tmp_path_factory.mktemp("ppo")
-    code = "def pay(prompt, completion, row):\n    return row['bonus'] + len(completion) / 100\n"
+    code = "def pay(prompt, completion, row):\n    return row['bonus'] + len(completion) / 10000\n"
     (folder / "pay.py").write_text(code, encoding="utf-8")
     questions = (chatmodel.QUESTIONS * 4)[:48]
     rows = [
@@ -288,10 +288,8 @@ def test_gradients_are_those_of_numpy():
 def test_a_character_of_several_tokens_is_shown_once():
     tok = chatmodel.make_tokenizer()
     ids = np.array(tok("aé<|im_end|>€")["input_ids"])
-    texts = pieces(tok, ids)
-    assert len(texts) == len(ids) == 1 + 2 + 1 + 3
-    assert texts[0] == "a"
-    assert texts[3] == "<|im_end|>"
+    assert pieces(tok, ids) == ["a", "", "é", "<|im_end|>", "", "", "€"]
+    assert pieces(tok, ids[:2]) == ["a", "\ufffd"]
 
 
 # --- what stands out, by hand ---------------------------------------------------------------------

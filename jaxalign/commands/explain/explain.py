@@ -16,7 +16,7 @@ from jaxalign.commands.explain.units import Document
 from jaxalign.run.replay import Replay, Replayed, open_replay
 
 _ABOUT_UPDATES = ("loss", "grad_norm", "policy/approxkl_avg", "policy/clipfrac_avg", "bad_steps")
-_WINDOW = 8  # tokens before one that are decoded with it: a character may take several
+_MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
 
 
 class Explanation(NamedTuple):
@@ -126,18 +126,26 @@ def _repeated(replay: Replay, step: int) -> int | None:
 
 
 def pieces(tok: Any, ids: np.ndarray) -> list[str]:
-    """The text that each token adds; special tokens are written out."""
+    """The text that each token adds; special tokens are written out.
+
+    A character of several tokens is the last one's; what is no character is shown as "\ufffd".
+    """
 
     def decode(some: list[int]) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return str(tok.decode(some, **options))
 
     listed, result = ids.tolist(), []
-    for at in range(len(listed)):
-        first = max(0, at - _WINDOW)
-        before, after = decode(listed[first:at]), decode(listed[first : at + 1])
-        fits = after.startswith(before) and not before.endswith("�")
-        result.append(after[len(before) :] if fits else decode([listed[at]]))
+    # Some tokenizers write a token differently at the start, so the one before is decoded too.
+    before, first = 0, 0
+    for end in range(1, len(listed) + 1):
+        known, text = decode(listed[before:first]), decode(listed[before:end])
+        waits = text.endswith("\ufffd") and end - first < _MOST_BYTES and end < len(listed)
+        if waits:
+            result.append("")
+            continue
+        result.append(text[len(known) :] if text.startswith(known) else decode(listed[first:end]))
+        before, first = first, end
     return result
 
 

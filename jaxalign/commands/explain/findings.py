@@ -107,7 +107,7 @@ def _jumps(step: int, metrics: Mapping[int, Mapping[str, Any]]) -> list[Finding]
 
 def _far_rows(rows: Sequence[Row], metrics: Mapping[str, Any]) -> list[Finding]:
     found = []
-    # A row that does not count has no loss; where the step's is no number, neither has a spoilt one.
+    # A row that does not count has none; where that of the step is NaN, neither has a spoilt one.
     spoilt = math.isnan(float(metrics.get("loss", 0.0)))
     for name, least in (("loss", _LEAST_LOSS), ("score", _LEAST_STEP)):
         values = [row.figures.get(name, math.nan) for row in rows]
