@@ -53,8 +53,8 @@ def read_rows(batch: Any) -> TokenBatch:
 def units_of(batch: Any) -> list[Unit]:
     """What a batch on the host holds, row by row: the order of `Batches.rows_of`."""
     if isinstance(batch, PairBatch) and batch.mask is None:
-        sides = (batch.chosen, batch.rejected)
-        exists = np.logical_and(*(np.asarray(side.loss_mask).any(axis=1) for side in sides))
+        chosen, rejected = (np.asarray(s.loss_mask) for s in (batch.chosen, batch.rejected))
+        exists = chosen.any(axis=1) & rejected.any(axis=1)
         return [(int(row), 1) for row in np.flatnonzero(exists)]
     if isinstance(batch, PairBatch | SharedPairBatch):
         places = np.argwhere(np.asarray(batch.mask))
@@ -81,14 +81,15 @@ def only(batch: Any, row: Array, segment: Array) -> Any:
         mask = of_rows(tokens.loss_mask) & (jnp.asarray(tokens.segment_ids) == segment)
         return tokens._replace(loss_mask=mask)
 
-    def of_slots(mask: Array) -> jax.Array:
+    def of_slots(mask: Array | None) -> jax.Array | None:
+        if mask is None:
+            return None
         slots = jnp.arange(jnp.shape(mask)[1])[None, :] == segment - 1
         return of_rows(mask) & slots
 
     if isinstance(batch, PairBatch):
-        mask = None if batch.mask is None else of_slots(batch.mask)
         chosen, rejected = of_tokens(batch.chosen), of_tokens(batch.rejected)
-        return batch._replace(chosen=chosen, rejected=rejected, mask=mask)
+        return batch._replace(chosen=chosen, rejected=rejected, mask=of_slots(batch.mask))
     if isinstance(batch, SharedPairBatch):
         return batch._replace(tokens=of_tokens(batch.tokens), mask=of_slots(batch.mask))
     if isinstance(batch, UnpairedBatch):
@@ -111,9 +112,11 @@ def documents_of(
       targets: whether a value belongs to the target at its place, else to the input.
     """
     found = []
+    tokens = jax.tree.map(np.asarray, tokens)
     for name, row, here in _places(batch, unit, tokens):
         at = np.flatnonzero(here)
-        ids, masks = tokens.inputs[row][at], np.asarray(tokens.loss_mask[row][at], bool)
+        ids = np.asarray(tokens.inputs[row][at])
+        masks = np.asarray(tokens.loss_mask[row][at], bool)
         columns = {key: np.asarray(value[row][at], np.float64) for key, value in values.items()}
         if masks.size and masks[-1]:  # a piece of a longer document: its last target goes on there
             ids = np.append(ids, tokens.targets[row][at[-1]])
@@ -132,11 +135,12 @@ def documents_of(
 def _places(batch: Any, unit: Unit, tokens: TokenBatch) -> Iterator[tuple[str, int, np.ndarray]]:
     """(name, row of `tokens`, bool `[T]`) of each document of a unit."""
     row, segment = unit
+    mine = np.asarray(tokens.segment_ids) == segment
     if isinstance(batch, PairBatch):
         for side, name in enumerate(("chosen", "rejected")):  # they are interleaved
-            yield name, 2 * row + side, tokens.segment_ids[2 * row + side] == segment
+            yield name, 2 * row + side, mine[2 * row + side]
     elif isinstance(batch, SharedPairBatch):
-        here = tokens.segment_ids[row] == segment
+        here = mine[row]
         branches = np.asarray(tokens.branch_ids)[row]
         for branch, name in enumerate(("chosen", "rejected"), start=1):
             yield name, row, here & ((branches == 0) | (branches == branch))
@@ -145,6 +149,6 @@ def _places(batch: Any, unit: Unit, tokens: TokenBatch) -> Iterator[tuple[str, i
         for number in np.flatnonzero(np.asarray(batch.mask)[row]).tolist():
             place = row * answers + number
             rank = float(np.asarray(batch.ranks)[row, number])
-            yield f"rank {rank:g}", place, tokens.segment_ids[place] == segment
+            yield f"rank {rank:g}", place, mine[place]
     else:
-        yield "", row, tokens.segment_ids[row] == segment
+        yield "", row, mine[row]
