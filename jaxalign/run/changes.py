@@ -36,6 +36,9 @@ ONCE = ("resume", "allow_changes", "overwrite")
 _LENGTH = ("run.steps", "run.epochs", "data.epochs")
 """Options that say how long a run is: compared by the number of batches in all."""
 
+STEPS = "steps in all"
+"""The name of a change of that number where nothing that is learned depends on it."""
+
 _SKIPPED = tuple(f"run.{name}" for name in ONCE)
 _DIGEST, _DIGEST_SHOWN = re.compile("[0-9a-f]{64}"), 12
 CONTENTS = " (contents)"
@@ -121,8 +124,8 @@ def length_change(config: Run, old_total: int | None, total: int) -> Changes:
         and optimizer.total_steps is None
     ]
     if not bound:
-        return Changes([], [Change("steps in all", old_total, total)])
-    name = f"steps in all, with which {' and '.join(bound)} ends"
+        return Changes([], [Change(STEPS, old_total, total)])
+    name = f"{STEPS}, with which {' and '.join(bound)} ends"
     return Changes([Change(name, old_total, total)], [])
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.data.bounds import read_json_file
 from jaxalign.data.paths import local_path
-from jaxalign.run.changes import CONTENTS, LAYOUT, Change, input_changes, is_free
+from jaxalign.run.changes import CONTENTS, LAYOUT, STEPS, Change, input_changes, is_free
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.runs import algorithm_of, load_config
 from jaxalign.run.config.yaml import read_yaml
@@ -88,7 +88,8 @@ class Past(NamedTuple):
             if first < start["step"] < step:
                 names += start.get("changes", {})
         bits = [n for n in names if n in self.environment or _starts_with(n, LAYOUT)]
-        learned = [n for n in names if n not in self.environment and not is_free(n)]
+        free = {STEPS, *self.environment}
+        learned = [n for n in names if n not in free and not is_free(n)]
         return learned, bits
 
 
