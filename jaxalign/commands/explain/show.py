@@ -77,12 +77,13 @@ def difference_lines(replayed: Sequence[Replayed]) -> list[str]:
 def show(explanation: Explanation, colour: bool) -> str:
     """The explanation as text; with `colour` trained text is green, else in ⟦ ⟧."""
     e = explanation
-    lines = [f"{printable(e.run)}, {e.algorithm}, step {e.step}", "", *bits(e), ""]
+    lines = [f"{printable(e.run)}, {e.algorithm}, step {e.step}", ""]
+    lines += [*map(printable, bits(e)), ""]
     lines.append("What stands out:" if e.findings else "Nothing stands out.")
     lines += [f"  {printable(finding.message)}" for finding in e.findings]
     if e.previous is not None:
         lines += ["", f"Against step {e.previous}:"]
-        shown = list(e.changes.items())[:_CHANGES]
+        shown = [(printable(name), pair) for name, pair in e.changes.items()][:_CHANGES]
         width = max(len(name) for name, _ in shown)
         for name, (before, now) in shown:
             lines.append(f"  {name.ljust(width)}  {figure(before):>10} → {figure(now)}")
