@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.commands.explain.findings import Finding, findings
+from jaxalign.commands.explain.findings import WATCHED, Finding, findings
 from jaxalign.commands.explain.measure import kind_of
 from jaxalign.commands.explain.rows import GRADIENT, Row, StepWatcher, rows_of
 from jaxalign.commands.explain.units import Document
@@ -57,6 +57,12 @@ class Explanation(NamedTuple):
         """Whether every replayed step has the recorded bits."""
         return all(step.compared and not step.differences for step in self.replayed)
 
+    @property
+    def order(self) -> list[int]:
+        """Rows as people want them: those with their text first, then those with most gradient."""
+        rest = sorted(range(len(self.rows)), key=lambda n: -self.rows[n].figures.get(GRADIENT, 0.0))
+        return list(dict.fromkeys([*self.texts, *rest]))
+
 
 def explain(
     folder: str | os.PathLike[str], step: int, *, show: int = 8, allow_changes: bool = False
@@ -74,7 +80,8 @@ def explain(
     """
     with open_replay(os.fspath(folder), step, allow_changes=allow_changes) as replay:
         start = replay.start_before(step)
-        print(f"replaying steps {start + 1} to {step}, from {_place(start)}", flush=True)
+        count = "1 step" if step == start + 1 else f"{step - start} steps"
+        print(f"replaying {count}, from {_place(start)}", flush=True)
         watcher = StepWatcher(kind_of(replay.config, replay.built.parts), replay.built.mesh)
         replayed = replay.run(start, step, watcher)
         rows = rows_of(watcher, replay.built, step)
@@ -113,7 +120,8 @@ def _chosen(rows: list[Row], found: Iterable[Finding], count: int) -> list[int]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    names = [name for name in now if name != "compiles" and not name.startswith("time/")]
+    names = [name for name in (*WATCHED, *now) if name in now]
+    names = [name for name in names if name != "compiles" and not name.startswith("time/")]
     return {name: (before.get(name), now[name]) for name in names}
 
 

@@ -73,10 +73,9 @@ def _change(before: float | str | None, now: float | str) -> str:
 
 def _rows(e: Explanation) -> str:
     names = columns_of(e)
-    order = [*e.texts, *(n for n in range(len(e.rows)) if n not in e.texts)]
     rows = [
         [e.rows[n].name, *(cell(k, e.rows[n].figures.get(k, math.nan)) for k in names)]
-        for n in order
+        for n in e.order
     ]
     return f'<div class="wide">{table(("row", *names), rows, range(1, len(names) + 1))}</div>'
 

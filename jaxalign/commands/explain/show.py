@@ -110,7 +110,7 @@ def show(explanation: Explanation, colour: bool) -> str:
 def _table(e: Explanation) -> list[str]:
     """The rows that stand out, and those with most gradient."""
     names = columns_of(e)
-    chosen = [*e.texts, *(n for n in range(len(e.rows)) if n not in e.texts)][:_LINES]
+    chosen = e.order[:_LINES]
     body = [
         [printable(e.rows[n].name), *(cell(k, e.rows[n].figures.get(k, math.nan)) for k in names)]
         for n in chosen
