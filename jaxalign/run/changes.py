@@ -21,6 +21,12 @@ FREE = (
 )
 """Options, and sections of them, that change nothing that is learned (beyond rounding)."""
 
+LAYOUT = (
+    *("run.micro_batches", "mesh", "model.remat", "model.attention", "offload_frozen"),
+    *("optimizer.offload", "critic_optimizer.offload", "reference_cache"),
+)
+"""Those of `FREE` that may change the last bits."""
+
 _BY_TEXT = {"model.tokenizer": "tokenizer", "model.chat_template": "chat_template"}
 """Options that are compared by what they stand for, once that is read."""
 
@@ -30,9 +36,13 @@ ONCE = ("resume", "allow_changes", "overwrite")
 _LENGTH = ("run.steps", "run.epochs", "data.epochs")
 """Options that say how long a run is: compared by the number of batches in all."""
 
+STEPS = "steps in all"
+"""The name of a change of that number where nothing that is learned depends on it."""
+
 _SKIPPED = tuple(f"run.{name}" for name in ONCE)
 _DIGEST, _DIGEST_SHOWN = re.compile("[0-9a-f]{64}"), 12
-_CONTENTS = " (contents)"
+CONTENTS = " (contents)"
+"""Follows the option's name where its files' contents have changed."""
 
 
 class Change(NamedTuple):
@@ -83,12 +93,12 @@ def config_changes(
         change = Change(name, old.get(name), new.get(name))
         same = name in inputs and inputs[name] == old_inputs.get(name)
         by_text = _BY_TEXT.get(name) in old_inputs
-        (found.free if same or by_text or _is_free(name) else found.binding).append(change)
+        (found.free if same or by_text or is_free(name) else found.binding).append(change)
         shown.add(name)
     found.binding.extend(
         change
         for change in input_changes(inputs, old_inputs)
-        if change.name.removesuffix(_CONTENTS) not in shown
+        if change.name.removesuffix(CONTENTS) not in shown
     )
     return found
 
@@ -96,7 +106,7 @@ def config_changes(
 def input_changes(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
     """Inputs that are known for both runs and differ."""
     return [
-        Change(name + (_CONTENTS if _DIGEST.fullmatch(digest) else ""), old[name], digest)
+        Change(name + (CONTENTS if _DIGEST.fullmatch(digest) else ""), old[name], digest)
         for name, digest in new.items()
         if name in old and old[name] != digest
     ]
@@ -114,8 +124,8 @@ def length_change(config: Run, old_total: int | None, total: int) -> Changes:
         and optimizer.total_steps is None
     ]
     if not bound:
-        return Changes([], [Change("steps in all", old_total, total)])
-    name = f"steps in all, with which {' and '.join(bound)} ends"
+        return Changes([], [Change(STEPS, old_total, total)])
+    name = f"{STEPS}, with which {' and '.join(bound)} ends"
     return Changes([Change(name, old_total, total)], [])
 
 
@@ -147,7 +157,8 @@ def _with_defaults(config: Run, old: Mapping[str, Any]) -> Mapping[str, Any]:
         return old
 
 
-def _is_free(name: str) -> bool:
+def is_free(name: str) -> bool:
+    """Whether an option changes nothing that is learned, see `FREE`."""
     return any(name == free or name.startswith(f"{free}.") for free in FREE)
 
 

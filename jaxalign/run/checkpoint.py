@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,24 +30,54 @@ class Checkpoints:
     Args:
       folder: where they live, one sub-folder a step.
       keep: how many of the newest are kept; None keeps all.
+      read_only: nothing in the folder is made, moved or removed, and nothing can be saved.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int | None = 2):
+    def __init__(
+        self, folder: str | pathlib.Path, keep: int | None = 2, *, read_only: bool = False
+    ):
         self._folder = pathlib.Path(folder).absolute()
+        self._read_only = read_only
         self._saving: int | None = None
         self._checked: dict[int, str] = {}  # step → what is wrong with it
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        with _without_warnings() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self._folder, options=options, item_handlers=handlers
+            )
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, damaged or not; or None."""
         return self._manager.latest_step()
+
+    def sound_steps(self) -> list[int]:
+        """The steps of all undamaged checkpoints, ascending; the damaged ones are printed."""
+        return [step for step in sorted(self._manager.all_steps()) if self._is_sound(step)]
+
+    def sound_before(self, step: int) -> int | None:
+        """The newest undamaged checkpoint of an earlier step; newer damaged ones are printed."""
+        earlier = sorted((s for s in self._manager.all_steps() if s < step), reverse=True)
+        return next((s for s in earlier if self._is_sound(s)), None)
+
+    def check_again(self, step: int) -> None:
+        """Reads a checkpoint's files once more, where another process may have removed some.
+
+        Raises:
+          ValueError: it is no longer complete.
+        """
+        self._checked.pop(step, None)
+        if damage := self._damage(step):
+            raise ValueError(
+                f"checkpoint {self._folder}/{step} changed while it was read: {damage}; try again"
+            )
 
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
         """Saves in the background; the arrays are copied before this returns.
@@ -72,13 +105,14 @@ class Checkpoints:
         Args:
           state: of the same structure; its `frozen` is kept as it is.
           step: which checkpoint; the newest sound one by default. Damaged ones that are newer are
-            named on the screen and moved out of the way, to `<step>.damaged`.
+            named on the screen and moved out of the way, to `<step>.damaged` (not read-only).
 
         Raises:
           ValueError: there is none, it is damaged, or it does not fit the state.
         """
         step = self._find(step, "start without resume=true")
-        self._set_aside_above(step)
+        if not self._read_only:
+            self._set_aside_above(step)
         self._check_fits(step, _shapes(_saved(state)))
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state)
@@ -163,15 +197,19 @@ class Checkpoints:
         if not there:
             raise ValueError(f"no checkpoint in {self._folder}; {remedy}")
         for found in reversed(there):
-            damage = self._damage(found)
-            if not damage:
+            if self._is_sound(found):
                 return found
-            if distributed.is_main():
-                print(f"checkpoint {self._folder}/{found} is passed over: {damage}", flush=True)
         raise ValueError(
             f"none of the {len(there)} checkpoints in {self._folder} is sound; what is wrong with "
             f"each is printed above. {remedy[0].upper()}{remedy[1:]}"
         )
+
+    def _is_sound(self, step: int) -> bool:
+        """Whether a checkpoint is undamaged; prints what is wrong with it."""
+        damage = self._damage(step)
+        if damage and distributed.is_main():
+            print(f"checkpoint {self._folder}/{step} is passed over: {damage}", flush=True)
+        return not damage
 
     def _damage(self, step: int) -> str:
         """What is wrong with a checkpoint, "" if nothing is; its files are read once."""
@@ -246,6 +284,18 @@ class Checkpoints:
         """Waits until all saves are on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that a folder which was opened for reading is one for reading."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

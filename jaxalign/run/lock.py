@@ -152,6 +152,12 @@ class FolderLock:
                 folder.rmdir()
 
 
+def owner_of(folder: pathlib.Path) -> str | None:
+    """Which process has a folder, as its lock says, without taking it; None if none does."""
+    owner = _read(folder / LOCK)
+    return None if owner is None else _named(owner)
+
+
 def _identity() -> dict[str, Any]:
     """Who this process is."""
     return {

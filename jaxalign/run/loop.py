@@ -156,7 +156,7 @@ def _train(
     # ---------------------------------------------------------------- the loop
     while done < task.total and not early.ends:
         key = jax.random.fold_in(root, done)
-        stepped = _step(task, key, state, loop, progress, done + 1, stop, clock)
+        stepped = run_step(task, key, state, loop, progress, done + 1, stop, clock)
         if stepped is None:
             break
         state, record, own = stepped
@@ -209,7 +209,7 @@ def _train(
     return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
 
 
-def _step(
+def run_step(
     task: Task,
     key: jax.Array,
     state: TrainState,

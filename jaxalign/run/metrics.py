@@ -127,7 +127,7 @@ class JsonlWriter:
             # Split at "\n" alone: a text may hold other ends of lines, such as U+2028.
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, start=1):
-                row = _row_of(line)
+                row = row_of(line)
                 if row is None:
                     damaged += [number] if line and number < len(lines) else []
                 elif row["step"] <= resume_at:
@@ -163,7 +163,7 @@ class JsonlWriter:
             self.evaluated = step
 
 
-def _row_of(line: bytes) -> dict[str, Any] | None:
+def row_of(line: bytes) -> dict[str, Any] | None:
     """A line of metrics; None if it is damaged."""
     try:
         row = parse_json(line)

@@ -31,7 +31,7 @@ COMMANDS = [
         "bench",
         "report",
     ),
-    *("data", "synth", "doctor", "completion"),
+    *("data", "explain", "verify", "synth", "doctor", "completion"),
 ]
 
 

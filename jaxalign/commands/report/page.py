@@ -47,12 +47,18 @@ mark{background:none;color:var(--s0);font-weight:600}
 """
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A page of ready parts under its title; well-formed as HTML and as XML."""
+def page(title: str, body: Sequence[str], style: str = "") -> str:
+    """A page of ready parts under its title; well-formed as HTML and as XML.
+
+    Args:
+      title: of the page.
+      body: its parts.
+      style: further rules, which must not need escaping.
+    """
     name = text(title)
     head = (
         f'<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>'
-        f"<title>{name} – jaxalign</title><style>{_STYLE}</style>"
+        f"<title>{name} – jaxalign</title><style>{_STYLE}{style}</style>"
     )
     inner = "\n".join([f"<h1>{name}</h1>", *body])
     return (

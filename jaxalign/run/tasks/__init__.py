@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -54,8 +54,10 @@ from jaxalign.types import TrainState
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "Built",
     "Task",
     "algorithm_of_run",
+    "build_task",
     "load_data",
     "make_task",
     "register",
@@ -110,6 +112,22 @@ def register(algorithm: Algorithm) -> None:
     RUNS[name] = algorithm.config
 
 
+class Built(NamedTuple):
+    """A task with what it was made from.
+
+    Attributes:
+      task: what the loop runs.
+      parts: models, step and `prepare`.
+      mesh: of the run.
+      tok: the tokenizer.
+    """
+
+    task: Task
+    parts: Any
+    mesh: Mesh
+    tok: Any
+
+
 def make_task(config: Run, loader: Loader | None = None) -> Task:
     """The task of a configuration made by `load_config`: reads its data and models.
 
@@ -117,6 +135,11 @@ def make_task(config: Run, loader: Loader | None = None) -> Task:
       config: of the run.
       loader: where its models come from; files by default.
     """
+    return build_task(config, loader).task
+
+
+def build_task(config: Run, loader: Loader | None = None) -> Built:
+    """As `make_task`, with the parts of the task."""
     algorithm = algorithm_of_run(config)
     mesh = config.mesh.make()
     check_rows(config, mesh)
@@ -125,7 +148,8 @@ def make_task(config: Run, loader: Loader | None = None) -> Task:
     check_fits(config, data)
     state, parts = algorithm.build(config, mesh, loader or FileLoader(), data)
     task = with_averages(algorithm.task(config, mesh, state, parts, data), config)
-    return task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
+    task = task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
+    return Built(task, parts, mesh, tok)
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:

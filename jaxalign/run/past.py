@@ -1,0 +1,186 @@
+"""What a run's folder says of one of its steps: options, inputs, environment and metrics then."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jaxalign.data.bounds import read_json_file
+from jaxalign.data.paths import local_path
+from jaxalign.run.changes import CONTENTS, LAYOUT, STEPS, Change, input_changes, is_free
+from jaxalign.run.config.base import Run
+from jaxalign.run.config.runs import algorithm_of, load_config
+from jaxalign.run.config.yaml import read_yaml
+from jaxalign.run.inputs import file_inputs
+from jaxalign.run.lock import owner_of
+from jaxalign.run.metrics import row_of
+from jaxalign.run.record import CONFIG, RECORD, VERSIONS, environment, read_record
+
+METRICS = "metrics.jsonl"
+_DIGEST_SIZE = 64  # of SHA-256, in hexadecimal
+_UNTIL = re.compile(r"config\.until-step-(\d+)\.yaml")
+_NO_RUN = (
+    "wanted the folder of a run (run.folder), with its run.json or config.yaml, metrics.jsonl and "
+    "checkpoints/; an exported model alone says nothing of the steps that made it"
+)
+
+
+class Past(NamedTuple):
+    """A run as it was at one of its steps.
+
+    Attributes:
+      folder: of the run.
+      config: the options that the step was made with.
+      values: the same as nested values.
+      inputs: digests of what it read, as `run.inputs`; {} where they were not recorded.
+      environment: versions and devices; {} where they were not recorded.
+      starts: the starts of the run, as `run.json` has them.
+      metrics: step → what `metrics.jsonl` has of it, without held-out figures.
+      owner: which process has the folder, or None.
+    """
+
+    folder: pathlib.Path
+    config: Run
+    values: Mapping[str, Any]
+    inputs: dict[str, str]
+    environment: dict[str, str]
+    starts: list[dict[str, Any]]
+    metrics: dict[int, dict[str, Any]]
+    owner: str | None
+
+    @property
+    def steps(self) -> range:
+        """The steps that are recorded, from the first to the last."""
+        return range(min(self.metrics), max(self.metrics) + 1)
+
+    def environment_changes(self) -> list[str]:
+        """What is another now than it was then: with these, bits cannot be promised."""
+        if not self.environment:
+            return [f"{VERSIONS} is missing: nobody can tell the versions and devices of the run"]
+        now = {"processes": "1"} | environment()
+        then = {"processes": "1"} | self.environment
+        names = [name for name in dict.fromkeys((*then, *now)) if name in then and name in now]
+        return [str(Change(n, then[n], now[n])) for n in names if then[n] != now[n]]
+
+    def file_changes(self) -> list[Change]:
+        """Files and models whose contents are others now."""
+        return input_changes(file_inputs(self.config), self.inputs)
+
+    def text_changes(self, inputs: Mapping[str, str]) -> list[Change]:
+        """Tokenizer, template and day, where they are others now.
+
+        Args:
+          inputs: what is known once these are read, see `Task.inputs`.
+        """
+        return input_changes(inputs, self.inputs)
+
+    def changes_between(self, first: int, step: int) -> tuple[list[str], list[str]]:
+        """Options that changed after step `first` and before `step`.
+
+        Returns:
+          (those that change what is learned, those that may change the last bits).
+        """
+        names: list[str] = []
+        for start in self.starts:
+            if first < start["step"] < step:
+                names += start.get("changes", {})
+        bits = [n for n in names if n in self.environment or _starts_with(n, LAYOUT)]
+        free = {STEPS, *self.environment}
+        learned = [n for n in names if n not in free and not is_free(n)]
+        return learned, bits
+
+
+def read_past(folder: str | pathlib.Path, step: int | None = None) -> Past:
+    """Reads what a run's folder says of a step; changes nothing there.
+
+    Args:
+      folder: of the run.
+      step: from 1; None: the last one.
+
+    Raises:
+      ValueError: no run there, no metrics yet, or no such step.
+    """
+    place = local_path(folder, "folder")
+    record = read_record(place) if place.is_dir() else None
+    if record is None:
+        inner = sorted(path.parent.name for path in place.glob(f"*/{RECORD}"))
+        hint = f"; it holds the runs {', '.join(inner)}: give one of these" if inner else ""
+        raise ValueError(f"{place}: neither {RECORD} nor {CONFIG}{hint}; {_NO_RUN}")
+    metrics = read_steps(place / METRICS)
+    last = max(metrics)
+    if step is not None and step not in metrics:
+        raise ValueError(
+            f"step={step}: {place / METRICS} has the steps {min(metrics)} to {last}"
+            + ("" if len(metrics) == last - min(metrics) + 1 else f", {len(metrics)} of them")
+            + "; wanted one of them"
+        )
+    at = last if step is None else step
+    starts = record.get("starts", [])
+    values = _values_at(place, record["config"], at)
+    config = load_config(algorithm_of(values, f"give a folder whose {CONFIG} a run wrote"), values)
+    facts, inputs = _read_facts(place / VERSIONS), dict(record.get("inputs", {}))
+    for start in reversed(starts):
+        if start["step"] < at:
+            break
+        for name, (old, _) in start.get("changes", {}).items():
+            _undo(name, old, facts, inputs)
+    return Past(place, config, values, inputs, facts, starts, metrics, owner_of(place))
+
+
+def read_steps(path: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Step → its metrics, without held-out figures; damaged lines are left out and counted.
+
+    Raises:
+      ValueError: there is no such file, or no step in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {_NO_RUN}")
+    found, damaged = {}, 0
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last is being written
+        row = row_of(line)
+        damaged += row is None and bool(line)
+        if row is not None and not all(name == "step" or "eval/" in name for name in row):
+            found[row.pop("step")] = row
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out")
+    if not found:
+        raise ValueError(f"{path}: no step is recorded yet; wait for the run's first one")
+    return found
+
+
+def without(config: Run, **values: Any) -> Run:
+    """A configuration with other options of `run`."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **values))
+
+
+def _values_at(folder: pathlib.Path, last: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+    """The options at a step: those of the last start, or of the earlier one that it belongs to."""
+    ends = sorted(int(m[1]) for p in folder.iterdir() if (m := _UNTIL.fullmatch(p.name)))
+    end = next((end for end in ends if end >= step), None)
+    return last if end is None else read_yaml(folder / f"config.until-step-{end}.yaml")
+
+
+def _read_facts(path: pathlib.Path) -> dict[str, str]:
+    try:
+        facts = read_json_file(path)
+        return {str(name): str(value) for name, value in facts.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _undo(name: str, old: Any, facts: dict[str, str], inputs: dict[str, str]) -> None:
+    """Takes back what a later start changed."""
+    option = name.removesuffix(CONTENTS)
+    if name in facts:
+        facts[name] = old
+    elif option in inputs and (option != name or len(inputs[option]) < _DIGEST_SIZE):
+        inputs[option] = old  # other contents, or the day that a template writes
+    else:
+        inputs.pop(option, None)  # another path: what was in the old file is not known
+
+
+def _starts_with(name: str, options: Iterable[str]) -> bool:
+    return any(name == option or name.startswith(f"{option}.") for option in options)
