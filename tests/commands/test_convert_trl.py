@@ -92,7 +92,7 @@ def test_what_sft_trains_is_said():
     assert "TRL trains every token" in whys(notes)["data.train_on"]
     values, notes = convert(NAMED | {"completion_only_loss": False}, "sft")
     assert values["data"]["train_on"] == "everything"
-    assert not notes
+    assert [note.what for note in notes] == ["data.train_on: all"]
 
 
 def test_dpo():
@@ -117,7 +117,7 @@ def test_dpo():
     assert values["run"]["epochs"] == 1
     assert values["optimizer"]["learning_rate"] == 1e-6
     assert values["optimizer"]["moments"] == "int8"
-    assert not notes
+    assert [note.what for note in notes] == ["data.train_on: all"]
     values, _ = convert(NAMED | {"sync_ref_model": True, "ref_model_sync_steps": 64}, "dpo")
     assert values["reference_sync"] == {"every": 64, "alpha": 0.6}
     assert values["dpo"]["loss_type"] == "sigmoid"
@@ -127,7 +127,7 @@ def test_reward_and_kto():
     values, notes = convert(NAMED | {"center_rewards_coefficient": 0.01}, "reward")
     assert values["reward"] == {"center_coef": 0.01}
     assert values["optimizer"]["learning_rate"] == 1e-4
-    assert not notes
+    assert [note.what for note in notes] == ["data.train_on: all"]
     values, notes = convert(
         NAMED | {"desirable_weight": 1.2, "precompute_ref_log_probs": True}, "kto"
     )
@@ -227,7 +227,7 @@ def test_rloo():
     assert values["ppo"]["reward_clip"] == 5
     assert values["ppo"]["kl_in"] == "reward"
     assert values["ppo"]["kl_coef"] == 0.05
-    assert not notes
+    assert [note.what for note in notes] == ["data.train_on: all"]
     _, notes = convert(given | {"reward_clip_range": [-1, 5]}, "rloo")
     assert set(whys(notes)) == {"reward_clip_range"}
 
@@ -253,8 +253,8 @@ def test_what_the_file_does_not_name_is_said():
 
 def test_what_cannot_be_carried_is_said_with_its_reason():
     given = NAMED | {
-        "optim": "lion_32bit",
-        "neftune_noise_alpha": 5,
+        "optim": "galore_adamw",
+        "label_smoothing_factor": 0.1,
         "learning_rates": 1.0,
         "lr_scheduler_type": "polynomial",
         "eval_strategy": "steps",
@@ -266,6 +266,35 @@ def test_what_cannot_be_carried_is_said_with_its_reason():
     assert set(reasons) == set(given) - {*NAMED, "eval_strategy", "completion_only_loss"}
     assert "learning_rate?" in reasons["learning_rates"]
     assert all(reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("optim", "name", "options"),
+    [
+        ("adafactor", "adafactor", set()),
+        ("lion_32bit", "lion", {"b1", "b2"}),
+        ("sgd", "sgd", set()),
+    ],
+)
+def test_optimizers_by_name_have_their_own_options_only(optim, name, options):
+    given = NAMED | {"optim": optim, "adam_beta1": 0.8, "neftune_noise_alpha": 5}
+    values, notes = convert(given, "sft")
+    assert values["optimizer"]["name"] == name
+    assert {"b1", "b2", "eps"} & set(values["optimizer"]) == options
+    assert values["sft"]["neftune_alpha"] == 5
+    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert "neftune_noise_alpha" in whys(convert(NAMED | {"neftune_noise_alpha": 5}, "reward")[1])
+
+
+def test_a_decay_at_the_end_is_a_part_of_all_updates():
+    given = NAMED | {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 20},
+    }
+    values, notes = convert(given | {"max_steps": 200}, "sft")
+    assert (values["optimizer"]["schedule"], values["optimizer"]["decay_ratio"]) == ("wsd", 0.1)
+    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert "max_steps" in " ".join(whys(convert(given, "sft")[1]).values())
 
 
 @pytest.mark.parametrize(

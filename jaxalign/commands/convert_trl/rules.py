@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxalign.algorithms.optim import OPTIMIZERS
 from jaxalign.commands.convert_trl.conversion import Conversion
 
 _LORA = {
@@ -23,7 +24,16 @@ _SCHEDULES = {
     "cosine_with_min_lr": "cosine",
     "constant": "constant",
     "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
 }
+_OPTIMIZERS = {
+    "adafactor": "adafactor",
+    "lion_32bit": "lion",
+    "lion": "lion",
+    "paged_lion_32bit": "lion",
+    "sgd": "sgd",
+}
+_MOMENT_OPTIONS = {"adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps"}
 _MOMENTS = {
     "adamw_8bit": "int8",
     "adamw_bnb_8bit": "int8",
@@ -210,20 +220,34 @@ def convert_optimizer(c: Conversion) -> None:
     kind = str(c.take("optim", "adamw"))
     if kind in _MOMENTS:
         c.put("optimizer.moments", _MOMENTS[kind])
+    elif kind in _OPTIMIZERS:
+        c.put("optimizer.name", _OPTIMIZERS[kind])
+        for name, option in _MOMENT_OPTIONS.items():
+            if option not in OPTIMIZERS[_OPTIMIZERS[kind]]:
+                c.take(name)  # nor does the trainer hand it over
     elif not kind.startswith(("adamw", "paged_adamw")):
-        c.note(f"optim: {kind!r}", "AdamW is used; any optax transformation works in Python")
+        c.note(f"optim: {kind!r}", "AdamW is used; see optimizer.name; any optax works in Python")
     c.put("optimizer.learning_rate", c.number("learning_rate"))
     for name in ("weight_decay", "max_grad_norm"):
         c.put(f"optimizer.{name}", c.number(name))
     schedule = str(c.take("lr_scheduler_type"))
     extra = c.take("lr_scheduler_kwargs", {})
     if schedule not in _SCHEDULES:
-        c.note(f"lr_scheduler_type: {schedule!r}", "linear, cosine or constant; constant is used")
+        known = "linear, cosine, wsd or constant; constant is used"
+        c.note(f"lr_scheduler_type: {schedule!r}", known)
     c.put("optimizer.schedule", _SCHEDULES.get(schedule, "constant"))
     if isinstance(extra, dict) and "min_lr_rate" in extra:
         c.put("optimizer.end_fraction", float(extra["min_lr_rate"]))
+    elif schedule == "warmup_stable_decay" and "num_decay_steps" in extra:
+        total = c.look("max_steps")
+        if total > 0:
+            c.put("optimizer.decay_ratio", float(extra["num_decay_steps"]) / total)
+        else:
+            c.note(f"lr_scheduler_kwargs: {extra}", "wanted max_steps beside it")
     elif extra:
         c.note(f"lr_scheduler_kwargs: {extra}", "optimizer.end_fraction is the last rate over peak")
+    if c.trainer != "sft":
+        c.leave("neftune_noise_alpha", "SFT only")
     warmup, ratio = c.number("warmup_steps"), c.number("warmup_ratio")
     if schedule == "constant":  # which has no warm-up in transformers
         return

@@ -65,13 +65,14 @@ auto_find_batch_size | – | `jaxalign plan --search` finds what fits, before th
 num_train_epochs | `run.epochs` | fractions too; or `data.epochs`, whole
 max_steps | `run.steps` | see above
 learning_rate | `optimizer.learning_rate` |
-lr_scheduler_type | `optimizer.schedule` | constant, linear, cosine
-lr_scheduler_kwargs | `optimizer.end_fraction` | last rate over peak, TRL's `min_lr_rate`
+lr_scheduler_type | `optimizer.schedule` | constant, linear, cosine; `warmup_stable_decay` is `wsd`
+lr_scheduler_kwargs | `optimizer.end_fraction` | last rate over peak, TRL's `min_lr_rate`; `num_decay_steps` is `optimizer.decay_ratio`
 warmup_steps | `optimizer.warmup_steps`, `optimizer.warmup_ratio` | below 1 it is a ratio in transformers 5, which was `warmup_ratio`
-optim optim_args optim_target_modules | `optimizer.moments`, `optimizer.offload` | AdamW, with moments of 8, 4 or 2 bytes; any optax in Python
+optim optim_args optim_target_modules | `optimizer.name`, `optimizer.moments`, `optimizer.offload` | [docs/optimizers.md](optimizers.md); any optax in Python
 weight_decay max_grad_norm | `optimizer.weight_decay`, `optimizer.max_grad_norm` |
 adam_beta1 adam_beta2 adam_epsilon | `optimizer.b1`, `optimizer.b2`, `optimizer.eps` |
-label_smoothing_factor neftune_noise_alpha | – | not for SFT
+neftune_noise_alpha | `sft.neftune_alpha` | SFT
+label_smoothing_factor | – | not for SFT
 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs | `model.remat` | block
 activation_offloading | `model.remat: offload` |
 bf16 fp16 bf16_full_eval fp16_full_eval tf32 | `model.compute_dtype` | float16 without loss scaling
@@ -99,7 +100,7 @@ logging_steps | `run.log_every` | on the terminal; every step is in `metrics.jso
 logging_strategy logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica disable_tqdm | – | updates that are not finite are skipped; `run.bad_steps` in a row stop the run
 include_num_input_tokens_seen | – | tokens are counted in `metrics.jsonl`
 report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id | – | `metrics.jsonl` and `jaxalign report`
-push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision | – | `run.export` writes a folder that `hf upload` takes
+push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision | `jaxalign export --push OWNER/NAME` | after the run; private unless `--public`; the token is `HF_TOKEN` or that of `hf auth login`
 debug skip_memory_metrics | – | `jaxalign bench` measures memory
 do_train do_eval do_predict | – | the command decides
 
