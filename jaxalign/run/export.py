@@ -28,7 +28,7 @@ from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import merge_lora
+from jaxalign.models.lora import merge_lora, trained_base
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
@@ -230,7 +230,8 @@ def _model(
     else:
         loaded, frozen = load_model(source), {}
     base = loaded.base if isinstance(loaded, Scorer) else loaded
-    if adapted:
+    if adapted and config.lora is not None:
+        frozen = trained_base(base, frozen, config.lora)
         base = dataclasses.replace(base, lora=config.lora)
     if "score" not in shapes:
         return base, frozen

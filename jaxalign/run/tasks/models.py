@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from jaxalign.hf.load import expect_language_model, expect_reward_model
 from jaxalign.hf.special_tokens import check_rows_for
-from jaxalign.models.base import DecoderConfig
+from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import add_lora
+from jaxalign.models.lora import make_adapters, replaced, split_saved, without_adapters
 from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
@@ -33,7 +33,7 @@ class Policy(NamedTuple):
     Attributes:
       model: with adapters, if there are any.
       params: what is trained.
-      frozen: the base under adapters; `{}` without.
+      frozen: the base under adapters, without what is trained of it; `{}` without adapters.
     """
 
     model: Any
@@ -41,9 +41,23 @@ class Policy(NamedTuple):
     frozen: Params
 
     def start(self) -> tuple[Decoder, Params]:
-        """The model that training starts from: the base under adapters, else the model itself."""
+        """The model that training starts from: the base under adapters, else the model itself.
+
+        Raises:
+          ValueError: adapters that start as a part of the base (PiSSA): the rest of it is not the
+            model that training starts from.
+        """
+        lora = self.model.lora
+        if lora is not None and lora.init == "pissa":
+            raise ValueError(
+                "model.lora.init=pissa: the base without adapters is not the model that training "
+                "starts from, which the reference or the critic starts from here; name it: "
+                "reference (critic) = the model of model.source, or take init=gaussian"
+            )
         plain = dataclasses.replace(self.model, lora=None)
-        return plain, self.frozen if self.frozen else self.params
+        if not self.frozen:
+            return plain, self.params
+        return plain, combine(without_adapters(self.params), self.frozen)
 
 
 def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
@@ -65,9 +79,13 @@ def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
             f"model.lora with the reward model {source!r}: start from a language model"
         )
     base, key = model, stream_key(config.run.seed, Stream.ADAPTERS)
-    adapters = loader.make(lambda key: add_lora(base, params, key, lora)[1], key)
+    adapters, changed = loader.make(
+        lambda key, params: make_adapters(base, params, key, lora), key, params
+    )
     model = dataclasses.replace(base, lora=lora)
-    return Policy(model, place(adapters, model, mesh, loader), params)
+    params = replaced(params, place(changed, base, mesh, loader))
+    saved, frozen = split_saved(params, lora)
+    return Policy(model, combine(place(adapters, model, mesh, loader), saved), frozen)
 
 
 def load_policy(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
@@ -91,6 +109,11 @@ def load_trained_scorer(config: RewardRun, mesh: Mesh, loader: Loader, tok: Any)
                 )
             return loaded
         model = model.base
+    if "head" in loaded.params and loaded.frozen:
+        raise ValueError(
+            "model.lora: targets or modules_to_save name lm_head, which a reward model does not "
+            "have; leave it out"
+        )
     key = stream_key(config.run.seed, Stream.REWARD_HEAD)
     start = loaded.frozen if loaded.frozen else loaded.params
     scorer, full = with_fresh_head(model, start, key, attributes, mesh, loader)
