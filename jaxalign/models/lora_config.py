@@ -94,9 +94,8 @@ class LoraConfig:
             for pattern, value in getattr(self, name).items():
                 _check_pattern(name, pattern)
                 if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-                    raise ValueError(
-                        f"lora {name}[{pattern!r}]={value!r}: wanted a positive number"
-                    )
+                    wanted = "a positive integer" if kind is int else "a positive number"
+                    raise ValueError(f"lora {name}[{pattern!r}]={value!r}: wanted {wanted}")
         if self.dropout != 0:
             raise ValueError(
                 f"lora dropout={self.dropout}: wanted 0. Training draws no random numbers here, so "

@@ -33,7 +33,7 @@ def randomised(model, seed=0, only="", spread=1.0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if only not in name or "base_layer" in name and only:
+            if only not in name or ("base_layer" in name and only):
                 continue
             noise = spread * torch.randn(p.shape, generator=generator)
             if "magnitude" in name:
@@ -117,29 +117,31 @@ def with_idle_rows(model, trained):
 
 
 READ = {
-    "llama": dict(
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 3},
-        alpha_pattern={"v_proj": 5},
-        modules_to_save=["embed_tokens", "model.norm"],
-    ),
-    "qwen3": dict(
-        target_modules=r".*layers\.[02]\..*(q|k|o)_proj",
-        use_rslora=True,
-        rank_pattern={r".*\.2\..*": 5},
-        alpha_pattern={"k_proj": 9},
-    ),
-    "gemma3_text": dict(
-        target_modules=["q_proj", "up_proj", "embed_tokens"], use_dora=True, use_rslora=True
-    ),
-    "phi3": dict(
-        target_modules="all-linear", rank_pattern={"qkv_proj": 6}, layers_to_transform=None
-    ),
-    "gpt2": dict(
-        target_modules=["c_attn", "mlp.c_proj"], use_dora=True, fan_in_fan_out=True,
-        modules_to_save=["ln_f"],
-    ),
-    "qwen3_moe": dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_rslora=True),
+    "llama": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 3},
+        "alpha_pattern": {"v_proj": 5},
+        "modules_to_save": ["embed_tokens", "model.norm"],
+    },
+    "qwen3": {
+        "target_modules": r".*layers\.[02]\..*(q|k|o)_proj",
+        "use_rslora": True,
+        "rank_pattern": {r".*\.2\..*": 5},
+        "alpha_pattern": {"k_proj": 9},
+    },
+    "gemma3_text": {
+        "target_modules": ["q_proj", "up_proj", "embed_tokens"],
+        "use_dora": True,
+        "use_rslora": True,
+    },
+    "phi3": {
+        "target_modules": "all-linear", "rank_pattern": {"qkv_proj": 6}, "layers_to_transform": None
+    },
+    "gpt2": {
+        "target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True, "fan_in_fan_out": True,
+        "modules_to_save": ["ln_f"],
+    },
+    "qwen3_moe": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_rslora": True},
 }  # fmt: skip
 
 
@@ -168,20 +170,20 @@ def test_we_load_what_peft_wrote(kind, bases, tmp_path):
 
 
 WRITTEN = {
-    "llama": dict(
-        targets=("query", "down", "lm_head"),
-        rank_pattern={r"layers\.[12]\..*query": 3, "lm_head": 2},
-        modules_to_save=("embed", "norm", "mlp_norm"),
-    ),
-    "qwen3": dict(
-        targets=(r"layers\.[02]\..*", "value"), rslora=True, alpha_pattern={"key": 3.0}
-    ),
-    "gemma3_text": dict(targets=("embed", "lm_head", "query", "gate"), rank_pattern={"gate": 6}),
-    "phi3": dict(rank_pattern={"query": 2, "up": 3}, alpha_pattern={"key": 11.0}, rslora=True),
-    "gpt2": dict(targets=("query", "value", "up", "embed"), dora=True),
-    "qwen3_moe": dict(
-        targets=("query", "key", "value", "out"), dora=True, rslora=True, init="peft"
-    ),
+    "llama": {
+        "targets": ("query", "down", "lm_head"),
+        "rank_pattern": {r"layers\.[12]\..*query": 3, "lm_head": 2},
+        "modules_to_save": ("embed", "norm", "mlp_norm"),
+    },
+    "qwen3": {
+        "targets": (r"layers\.[02]\..*", "value"), "rslora": True, "alpha_pattern": {"key": 3.0}
+    },
+    "gemma3_text": {"targets": ("embed", "lm_head", "query", "gate"), "rank_pattern": {"gate": 6}},
+    "phi3": {"rank_pattern": {"query": 2, "up": 3}, "alpha_pattern": {"key": 11.0}, "rslora": True},
+    "gpt2": {"targets": ("query", "value", "up", "embed"), "dora": True},
+    "qwen3_moe": {
+        "targets": ("query", "key", "value", "out"), "dora": True, "rslora": True, "init": "peft"
+    },
 }  # fmt: skip
 
 
