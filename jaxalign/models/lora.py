@@ -104,6 +104,11 @@ def make_adapters(
     return adapters, changed
 
 
+def sharing_base(config: LoraConfig) -> LoraConfig:
+    """Options of further adapters on the same base, such as a critic's: all of it stays frozen."""
+    return dataclasses.replace(config, modules_to_save=())
+
+
 def trained_base(model: Decoder, params: Params, config: LoraConfig) -> Params:
     """What training kept frozen of a base: without `modules_to_save`, and less what PiSSA took.
 

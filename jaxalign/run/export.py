@@ -28,7 +28,7 @@ from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import merge_lora, trained_base
+from jaxalign.models.lora import merge_lora, sharing_base, trained_base
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
@@ -102,7 +102,10 @@ def export_run(
         attributes = config.reward.attributes if isinstance(config, RewardRun) else ()
         source = _source(config, chosen)
         with config.mesh.use_rules():
-            model, frozen = _model(source, config.model, shapes, mesh, attributes)
+            options = config.model
+            if chosen == "critic" and options.lora is not None:
+                options = dataclasses.replace(options, lora=sharing_base(options.lora))
+            model, frozen = _model(source, options, shapes, mesh, attributes)
             layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
         params, loop = store.restore_params(found, wanted)

@@ -3,7 +3,6 @@
 import functools
 import json
 
-import golden_families
 import golden_peft
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from jaxalign.models.lora import LoraConfig, add_lora
 from jaxalign.parallel.mesh import make_mesh
 
 GOLDEN = np.load(golden_peft.FILE)
-BASES = json.loads(str(np.load(golden_families.FILE)["shapes"]))
+BASES = json.loads(str(np.load(golden_peft.golden_families.FILE)["shapes"]))
 SHAPES, CONFIGS = (json.loads(str(GOLDEN[name])) for name in ("shapes", "configs"))
 
 
@@ -39,7 +38,7 @@ def bases(tmp_path_factory):
     def get(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            golden_families.write(folder, kind, BASES[kind])
+            golden_peft.golden_families.write(folder, kind, BASES[kind])
             made[kind] = folder, *load_pretrained(folder)
         return made[kind]
 

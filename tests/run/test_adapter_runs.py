@@ -96,3 +96,60 @@ def test_an_adapter_is_a_source(chat_models, tmp_path):
         "model": {"source": str(tmp_path / "adapter"), "lora": {"rank": 2}},
     }, steps=2, resume=True)  # fmt: skip
     assert len(chatmodel.lines(again.folder)) == 2
+
+
+def test_policy_and_critic_share_a_base(chat_models, tmp_path, monkeypatch):
+    """Four roles of PPO, one base: each trains its own adapters, and the reference has none."""
+    kept = {}
+    make = loop.make_task
+
+    def spying(config):
+        task = make(config)
+        kept["state"] = task.state
+        return task
+
+    monkeypatch.setattr(loop, "make_task", spying)
+    changes = {
+        "model": {"lora": {"rank": 2, "targets": ["down"], "modules_to_save": ["norm"]}},
+        "critic": "adapter",
+        "optimizer": {"learning_rate": 0.03},
+    }
+    result = train("ppo", chat_models, tmp_path / "run", changes, steps=2)
+    state = kept["state"]
+    policy, critic = (chatmodel_leaves(state.frozen[name]) for name in ("policy", "critic"))
+    shared = policy.keys() & critic.keys()
+    assert len(shared) > 10
+    assert all(policy[name] is critic[name] for name in shared)
+    # The policy trains its own norm; the critic reads that of the base.
+    assert critic.keys() - policy.keys() == {"['norm']['scale']"}
+    assert policy.keys() - critic.keys() == {"['head']['kernel']"}
+    trained = {name: set(chatmodel.leaves(state.params[name])) for name in ("policy", "critic")}
+    adapters = {f"['blocks']['mlp']['down']['lora_{side}']" for side in "ab"}
+    assert trained == {
+        "policy": adapters | {"['norm']['scale']"},
+        "critic": adapters | {"['score']['kernel']"},
+    }
+    first = chatmodel.lines(result.folder)[0]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)  # the reference is the base
+
+    export_run(str(result.folder), str(tmp_path / "critic"), part="critic")
+    scorer, params = jaxalign.load_pretrained(tmp_path / "critic")
+    _, start = jaxalign.load_pretrained(chat_models / "chat")
+    moved = chatmodel.leaves(params)
+    for name, value in chatmodel.leaves(start).items():
+        if "down" in name:
+            assert np.abs(moved[name] - value).max() > 1e-3
+        elif "head" not in name:
+            np.testing.assert_array_equal(moved[name], value, name)
+    assert scorer.scores(params, np.ones((1, 1, 32), np.float32)).shape == (1, 1)
+
+
+def chatmodel_leaves(params):
+    """Flat `{path: array}`, the arrays themselves."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def test_a_critic_of_adapters_wants_a_base(chat_models, tmp_path):
+    with pytest.raises(ValueError, match=r"critic='adapter': wanted model\.lora with it"):
+        train("ppo", chat_models, tmp_path / "run", {"critic": "adapter"})

@@ -14,7 +14,13 @@ from jaxalign.hf.load import expect_language_model, expect_reward_model
 from jaxalign.hf.special_tokens import check_rows_for
 from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import make_adapters, replaced, split_saved, without_adapters
+from jaxalign.models.lora import (
+    make_adapters,
+    replaced,
+    sharing_base,
+    split_saved,
+    without_adapters,
+)
 from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
@@ -229,25 +235,57 @@ class Scorers:
         return with_single_score(model, params, weights, source, mesh, self._loader)
 
 
+class Critic(NamedTuple):
+    """The critic that a run begins with.
+
+    Attributes:
+      model: the critic; None: there is none.
+      params: what is trained of it, or None.
+      frozen: the base under its adapters, shared with the policy; `{}` without.
+    """
+
+    model: Scorer | None
+    params: Params | None
+    frozen: Params
+
+
 def load_critic(
     config: PPORun, policy: Policy, scorers: Scorers, mesh: Mesh, loader: Loader
-) -> tuple[Scorer | None, Params | None]:
-    """The critic that a run begins with; (None, None) where there is none."""
-    options = config.ppo
+) -> Critic:
+    """The critic that a run begins with."""
+    options, frozen = config.ppo, {}
     if not options.has_critic:
-        return None, None
-    if options.shared_critic or config.critic == "policy":
+        return Critic(None, None, frozen)
+    if options.shared_critic or config.critic in ("policy", "adapter"):
         key = stream_key(config.run.seed, Stream.CRITIC_HEAD)
         critic, params = with_fresh_head(*policy.start(), key, (), mesh, loader)
         rules = config.mesh.rules_of.get("critic")
         params = reshard_by_rules(params, critic, mesh, rules, loader)
     else:
         critic, params = scorers.critic()
+    if config.critic == "adapter":
+        critic, params, frozen = _with_adapters(config, critic, params, mesh, loader)
     if config.critic_head == "zero":
         with config.mesh.use_rules("critic"):
             head = loader.make(lambda head: jax.tree.map(jnp.zeros_like, head), params["score"])
             params = params | place({"score": head}, critic, mesh, loader)
-    return critic, {"score": params["score"]} if options.shared_critic else params
+    return Critic(critic, {"score": params["score"]} if options.shared_critic else params, frozen)
+
+
+def _with_adapters(
+    config: PPORun, critic: Scorer, params: Params, mesh: Mesh, loader: Loader
+) -> tuple[Scorer, Params, Params]:
+    """A critic of adapters and a head on the policy's base: (model, trained, frozen)."""
+    lora = config.model.lora
+    assert lora is not None
+    base, lora = critic.base, sharing_base(lora)
+    key = jax.random.fold_in(stream_key(config.run.seed, Stream.ADAPTERS), 1)
+    trunk = {name: value for name, value in params.items() if name != "score"}
+    made, _ = loader.make(lambda key, trunk: make_adapters(base, trunk, key, lora), key, trunk)
+    made = {name: value for name, value in made.items() if name != "head"}
+    adapted = dataclasses.replace(critic, base=dataclasses.replace(base, lora=lora))
+    adapters = place(made, adapted, mesh, loader)
+    return adapted, adapters | {"score": params["score"]}, trunk
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:
