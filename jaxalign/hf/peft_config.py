@@ -6,8 +6,8 @@ import collections
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from jaxalign.hf.families.values import get
 from jaxalign.hf.peft_modules import Module, Slot
@@ -16,6 +16,8 @@ from jaxalign.hf.source import read_json
 from jaxalign.models.lora_config import LoraConfig, chooses, first_match
 
 WEIGHTS = "adapter_model.safetensors"
+
+T = TypeVar("T")
 
 _ALL_LINEAR = "all-linear"
 
@@ -126,9 +128,8 @@ def lora_config(
         slot: (rank, scale * (math.sqrt(rank) if rslora else rank))
         for slot, (rank, scale) in found.items()
     }
-    rank, alpha = (
-        collections.Counter(v[i] for v in values.values()).most_common(1)[0][0] for i in (0, 1)
-    )
+    rank = _most_common(rank for rank, _ in values.values())
+    alpha = _most_common(alpha for _, alpha in values.values())
     targets: list[str] = []
     patterns: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name in dict.fromkeys(slot.name for slot in slots):
@@ -182,9 +183,8 @@ def peft_config(
         module.name: (rank, _plain(scale * (math.sqrt(rank) if lora.rslora else rank)))
         for module, (rank, scale) in adapted.items()
     }
-    rank, alpha = (
-        collections.Counter(v[i] for v in values.values()).most_common(1)[0][0] for i in (0, 1)
-    )
+    rank = _most_common(rank for rank, _ in values.values())
+    alpha = _most_common(alpha for _, alpha in values.values())
     targets: list[str] = []
     patterns: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for kind in dict.fromkeys(short[name] for name in values):
@@ -216,6 +216,10 @@ def peft_config(
         "init_lora_weights": "pissa" if lora.init == "pissa" else True,
         "modules_to_save": list(saved) or None,
     }
+
+
+def _most_common(values: Iterable[T]) -> T:
+    return collections.Counter(values).most_common(1)[0][0]
 
 
 def _plain(value: float) -> float | int:

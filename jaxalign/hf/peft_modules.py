@@ -100,7 +100,9 @@ def modules_of(model: Decoder) -> dict[str, Module]:
             slots.setdefault(name, []).append(Slot(paths[path], path, layer, start, size))
             facts[name] = inputs, total, not leaf.transpose and path[0] == "blocks"
     return {
-        name: Module(name, *facts[name][:2], tuple(parts), facts[name][2])
+        name: Module(
+            name, *facts[name][:2], tuple(sorted(parts, key=lambda s: s.start)), facts[name][2]
+        )
         for name, parts in slots.items()
     }
 

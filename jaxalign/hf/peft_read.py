@@ -183,7 +183,8 @@ def _check_shapes(
     folder: pathlib.Path, module: Module, tensors: Mapping[str, np.ndarray], *, dora: bool
 ) -> None:
     rank = tensors["A"].shape[0] if "A" in tensors else 0
-    wanted = {"A": (rank, module.inputs), "B": (module.outputs, rank)}
+    wanted: dict[str, tuple[int, ...]] = {}
+    wanted |= {"A": (rank, module.inputs), "B": (module.outputs, rank)}
     if dora:
         wanted["vector"] = (module.outputs,)
     for part, shape in wanted.items():

@@ -116,7 +116,7 @@ class _Source:
     def _lengths(self, module: Module) -> np.ndarray:
         """DoRA's lengths of a module; those of matrices without adapters are what they are."""
         result = []
-        for slot in sorted(module.slots, key=lambda slot: slot.start):
+        for slot in module.slots:
             at = slice(None) if slot.layer is None else slot.layer
             if self.rank(slot):
                 result.append(self._array(slot, "lora_m")[at])

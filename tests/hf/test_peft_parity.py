@@ -215,13 +215,15 @@ def test_principal_vectors_leave_the_same_base(bases, tmp_path):
     together = combine(noisy(trained), frozen)
     save_adapter(adapted, together, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(their_base(folder), tmp_path / "ours")
-    close(their_logits(theirs.eval()), our_logits(adapted, together))
+    # Two singular value decompositions in float32, of random matrices with little gaps.
+    close(their_logits(theirs.eval()), our_logits(adapted, together), 3e-4)
     written = peft.LoraConfig(r=3, init_lora_weights="pissa", target_modules=["k_proj"])
     theirs = peft.get_peft_model(their_base(folder), written)
     randomised(theirs, 3, "lora_A")
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_adapter(model, params, tmp_path / "theirs")
-    close(our_logits(again.model, combine(again.trained, again.frozen)), their_logits(theirs))
+    got = our_logits(again.model, combine(again.trained, again.frozen))
+    close(got, their_logits(theirs), 3e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

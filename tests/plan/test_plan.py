@@ -166,7 +166,7 @@ def test_frozen_models_in_host_memory(algorithm, overrides, away, held, shapes, 
 
 
 def test_policy_and_critic_of_adapters_take_one_base(shapes, tmp_path):
-    """Parts only, nothing compiled: the reference is the same base, the critic has no head of it."""
+    """Parts only, nothing compiled: the reference is the same base."""
     given = ("model.lora.rank=2", "model.lora.targets=[query]", "critic=adapter")
     run = config("ppo", shapes, tmp_path, *given)
     state, parts = run_shapes("ppo", run, make_mesh(1, 8, 1))
