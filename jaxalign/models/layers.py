@@ -61,8 +61,9 @@ class Linear(nnx.Module):
         b = jnp.zeros((adapter.rank, fan_out), jnp.float32)
         self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
-        lengths = column_lengths(self.kernel[...])
-        self.lora_m = nnx.Param(lengths, axes=bias_axis) if lora.dora else None
+        self.lora_m = (
+            nnx.Param(column_lengths(self.kernel[...]), axes=bias_axis) if lora.dora else None
+        )
         # Where layers differ in it, B is scaled before the scan: `with_layer_scales`.
         self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
