@@ -57,7 +57,7 @@ class Linear(nnx.Module):
             self.lora_a = self.lora_b = self.lora_m = None
             return
         # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
-        a = first_factor(rngs, (fan_in, adapter.rank), lora.init)
+        a = draw_factor(rngs, (fan_in, adapter.rank), lora.init) / fan_in**0.5
         b = jnp.zeros((adapter.rank, fan_out), jnp.float32)
         self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
@@ -93,12 +93,11 @@ class Linear(nnx.Module):
         return length_factor(whole, self.lora_m[...])
 
 
-def first_factor(rngs: nnx.Rngs, shape: tuple[int, ...], init: str) -> jax.Array:
-    """A `[…, in, r]` of fresh adapters: normal, or with "peft" uniform (He et al. 2015, a = √5)."""
-    fan_in = shape[-2]
+def draw_factor(rngs: nnx.Rngs, shape: tuple[int, ...], init: str) -> jax.Array:
+    """√in · A of fresh adapters: normal, or with "peft" uniform within ±1 (He et al. 2015)."""
     if init == "peft":
-        return jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1) / fan_in**0.5
-    return jax.random.normal(rngs.params(), shape, jnp.float32) / fan_in**0.5
+        return jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1)
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxalign.models.adapters import adapter_of
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.layers import ACTIVATIONS, INIT_STD, first_factor
+from jaxalign.models.layers import ACTIVATIONS, INIT_STD, draw_factor
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.types import Params
 
@@ -73,9 +73,9 @@ class ExpertLinear(nnx.Module):
         if lora is None or adapter is None:
             self.lora_a = self.lora_b = None
             return
-        a = first_factor(rngs, (count, fan_in, adapter.rank), lora.init)
+        a = draw_factor(rngs, (count, fan_in, adapter.rank), lora.init)
         b = jnp.zeros((count, adapter.rank, fan_out), jnp.float32)
-        self.lora_a = nnx.Param(a, axes=f"expert {in_axis} rank")
+        self.lora_a = nnx.Param(a / fan_in**0.5, axes=f"expert {in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"expert rank {out_axis}")
         self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 

@@ -16,7 +16,7 @@ from jaxalign.models.adapters import adapter_of, column_lengths
 from jaxalign.models.attention.kv_cache import attend_cached, write
 from jaxalign.models.attention.xla import attend
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.layers import INIT_STD, MLP, Attention, first_factor, make_norm
+from jaxalign.models.layers import INIT_STD, MLP, Attention, draw_factor, make_norm
 from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.per_layer import AttentionInputs
 from jaxalign.types import Params
@@ -127,7 +127,7 @@ class Head(nnx.Module):
         if lora is None or adapter is None:
             return
         width, rows = shape
-        a = first_factor(rngs, (width, adapter.rank), lora.init)
+        a = draw_factor(rngs, (width, adapter.rank), lora.init) / width**0.5
         self.lora_a = nnx.Param(a, axes="embed rank")
         self.lora_b = nnx.Param(jnp.zeros((adapter.rank, rows), jnp.float32), axes="rank vocab")
         if lora.dora:
