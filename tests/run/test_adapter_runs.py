@@ -105,7 +105,10 @@ def test_policy_and_critic_share_a_base(chat_models, tmp_path, monkeypatch):
 
     def spying(config):
         task = make(config)
-        kept["state"] = task.state
+        kept["frozen"] = task.state.frozen
+        kept["trained"] = {
+            name: set(chatmodel.leaves(value)) for name, value in task.state.params.items()
+        }
         return task
 
     monkeypatch.setattr(loop, "make_task", spying)
@@ -115,17 +118,15 @@ def test_policy_and_critic_share_a_base(chat_models, tmp_path, monkeypatch):
         "optimizer": {"learning_rate": 0.03},
     }
     result = train("ppo", chat_models, tmp_path / "run", changes, steps=2)
-    state = kept["state"]
-    policy, critic = (chatmodel_leaves(state.frozen[name]) for name in ("policy", "critic"))
+    policy, critic = (arrays_of(kept["frozen"][name]) for name in ("policy", "critic"))
     shared = policy.keys() & critic.keys()
     assert len(shared) == 10
     assert all(policy[name] is critic[name] for name in shared)
     # The policy trains its own norm; the critic reads that of the base.
     assert critic.keys() - policy.keys() == {"['norm']['scale']"}
     assert policy.keys() - critic.keys() == {"['head']['kernel']"}
-    trained = {name: set(chatmodel.leaves(state.params[name])) for name in ("policy", "critic")}
     adapters = {f"['blocks']['mlp']['down']['lora_{side}']" for side in "ab"}
-    assert trained == {
+    assert kept["trained"] == {
         "policy": adapters | {"['norm']['scale']"},
         "critic": adapters | {"['score']['kernel']"},
     }
@@ -144,7 +145,7 @@ def test_policy_and_critic_share_a_base(chat_models, tmp_path, monkeypatch):
     assert scorer.scores(params, np.ones((1, 1, 32), np.float32)).shape == (1, 1)
 
 
-def chatmodel_leaves(params):
+def arrays_of(params):
     """Flat `{path: array}`, the arrays themselves."""
     flat = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
