@@ -70,12 +70,45 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         )
     for key in ("r", "lora_alpha"):
         value = config.get(key, 8)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not _is_positive(value):
             raise ValueError(f"{path}: {key}={value!r}: wanted a positive number")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(get(config, key, {}), Mapping):
-            raise ValueError(f"{path}: {key}={config[key]!r}: wanted an object or null")
+    try:
+        _check_patterns(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def _check_patterns(config: Mapping[str, Any]) -> None:
+    """Checks the kinds of what chooses modules, and that patterns are regular expressions."""
+    patterns: list[str] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = get(config, key, {})
+        numbers = isinstance(value, Mapping) and all(map(_is_positive, value.values()))
+        if not numbers:
+            raise ValueError(f"{key}={value!r}: wanted an object of positive numbers, or null")
+        patterns += value
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = get(config, key, [])
+        several = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not several and not (isinstance(value, str) and key != "modules_to_save"):
+            raise ValueError(f"{key}={value!r}: wanted names, a regular expression or null")
+        if isinstance(value, str) or key == "modules_to_save":
+            patterns += [value] if isinstance(value, str) else value
+    layers = get(config, "layers_to_transform", [])
+    if not isinstance(layers, int) and not (
+        isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    ):
+        raise ValueError(f"layers_to_transform={layers!r}: wanted numbers of layers, or null")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
