@@ -31,7 +31,14 @@ if TYPE_CHECKING:  # the names of `_NAMES` and `_MODULES` again, for editors and
         step_batches,
         unpaired_batches,
     )
-    from jaxalign.hf import load_pretrained, load_tokenizer, save_pretrained
+    from jaxalign.hf import (
+        load_adapter,
+        load_adapters,
+        load_pretrained,
+        load_tokenizer,
+        save_adapter,
+        save_pretrained,
+    )
     from jaxalign.models.base import combine
     from jaxalign.models.decoder import Decoder
     from jaxalign.models.lm_head import target_logprobs, target_sum
@@ -72,7 +79,7 @@ _NAMES = {
     "algorithms.step": "make_eval make_step",
     "data": "Source graded_batches pack_pairs pack_tokens preference_batches prompt_batches "
     "ranked_batches sft_batches step_batches unpaired_batches",
-    "hf": "load_pretrained load_tokenizer save_pretrained",
+    "hf": "load_adapter load_adapters load_pretrained load_tokenizer save_adapter save_pretrained",
     "models.base": "combine",
     "models.decoder": "Decoder",
     "models.lm_head": "target_logprobs target_sum",

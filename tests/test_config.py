@@ -21,7 +21,7 @@ from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config import runs as configs
 from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.runs import RUNS, load_config
-from jaxalign.run.config.yaml import merge, override, read_yaml, write_yaml
+from jaxalign.run.config.yaml import merge, override, read_yaml, to_values, write_yaml
 
 PACKAGE = pathlib.Path(jaxalign.__file__).parent
 
@@ -82,6 +82,8 @@ def test_overrides_are_yaml_and_reach_nested_keys():
         "run.resume=true",
         "optimizer.learning_rate=1e-5",
         "model.lora.rank=4",
+        "model.lora.targets='layers.[0-3].*'",
+        "model.lora.rank_pattern={down: 8, query: 2}",
         "model.chat_template='a=b'",
     )
     assert config.data.rows == 8
@@ -89,7 +91,11 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     assert config.data.epochs is None
     assert config.run.resume is True
     assert config.optimizer.learning_rate == 0.00001
-    assert config.model.lora == LoraConfig(rank=4)
+    patterns = {"down": 8, "query": 2}
+    assert config.model.lora == LoraConfig(
+        rank=4, targets=("layers.[0-3].*",), rank_pattern=patterns
+    )
+    assert to_values(config)["model"]["lora"]["rank_pattern"] == patterns
     assert config.model.chat_template == "a=b"
 
 
@@ -278,6 +284,13 @@ OUT_OF_RANGE = {
         "model.lora.rank=0",
         "model.lora.targets=[]",
         "model.lora.targets=[elbow]",
+        "model.lora.targets=['layers.(']",
+        "model.lora.alpha=0",
+        "model.lora.dropout=0.1",
+        "model.lora.init=svd",
+        "model.lora.rank_pattern={query: 0}",
+        "model.lora.rank_pattern={query: 1.5}",
+        "model.lora.alpha_pattern={query: -1}",
         "data.train=[]",
         "data.rows=0",
         "data.length=1",
@@ -552,7 +565,10 @@ READERS = {
         for spec in RewardSpec.kinds().values()
     },
     OptimizerConfig: (("algorithms/optim.py",), {"config"}),
-    LoraConfig: (("models/layers.py", "models/lora.py"), {"lora"}),
+    LoraConfig: (
+        ("models/adapters.py", "models/layers.py", "models/lora.py", "hf/peft_config.py"),
+        {"lora", "config"},
+    ),
     sft.Config: (("algorithms/sft.py",), {"config"}),
     reward.Config: (("algorithms/reward.py", "run/tasks/evaluate.py"), {"config"}),
     dpo.Config: (("algorithms/dpo.py",), {"config", "self"}),

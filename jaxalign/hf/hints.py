@@ -5,9 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Collection, Mapping
 
+from jaxalign.hf.source import ADAPTER_CONFIG as _ADAPTER
 from jaxalign.hf.source import read_json
-
-_ADAPTER = "adapter_config.json"
 
 
 def what_lies_there(folder: pathlib.Path) -> str | None:

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.hf import checksums, families, orbax_folder, safetensors_file
+from jaxalign.hf import checksums, families, orbax_folder, peft, safetensors_file
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
-from jaxalign.hf.hints import prefix_hint
+from jaxalign.hf.hints import prefix_hint, what_lies_there
 from jaxalign.hf.save import abbreviate, to_dtype
-from jaxalign.hf.source import SOURCE_DTYPES, locate, read_json
+from jaxalign.hf.source import SOURCE_DTYPES, base_of, is_adapter, locate, read_json
 from jaxalign.hf.special_tokens import GENERATION_FILE
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
@@ -39,6 +39,7 @@ _PATTERNS = (
     safetensors_file.SINGLE,
     safetensors_file.INDEX,
     "model-*-of-*.safetensors",
+    *peft.PATTERNS,
 )
 
 _HEAD = "lm_head.weight"
@@ -62,12 +63,14 @@ def load_pretrained(
     compute_dtype: str | None = None,
     remat: str = "none",
     attention: str = "auto",
+    base: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Params]:
     """Loads a model and its parameters.
 
     Args:
       source: a folder with `config.json` and safetensors (single or sharded with an index), a
-        folder that `jaxalign import` made, a `.gguf` file, or a hub id.
+        folder that `jaxalign import` made, a `.gguf` file, or a hub id. An adapter's folder (PEFT)
+        gives the base with the adapter merged; `load_adapter` keeps the two apart.
       mesh: where the parameters go, laid out by their logical axes; by default the default device.
       dtype: of the parameters: float32, bfloat16, float16, or "source" for what each parameter
         has in the file (float32 where that is quantised). Not of the computation.
@@ -75,6 +78,7 @@ def load_pretrained(
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
       attention: "auto" (by backend), "xla", "splash" or "cudnn", see
         `jaxalign.models.attention.dispatch`.
+      base: the base of an adapter; None: what its configuration names.
 
     Returns:
       `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
@@ -88,6 +92,14 @@ def load_pretrained(
     """
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
     path = locate(source, _PATTERNS)
+    if is_adapter(path):
+        options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
+        return _load_adapted(path, base, mesh=mesh, dtype=dtype, **options)
+    if base is not None:
+        raise ValueError(
+            f"base={os.fspath(base)!r}: wanted none, since {os.fspath(source)!r} is a whole model "
+            "and no adapter"
+        )
     with contextlib.closing(_open(path)) as file:
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         if compute_dtype is None:
@@ -116,6 +128,23 @@ def load_pretrained(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return model, families.unflatten(flat)
+
+
+def _load_adapted(
+    path: pathlib.Path, base: str | os.PathLike[str] | None, **options: Any
+) -> tuple[Any, Params]:
+    """A base with the adapter of a folder merged into it."""
+    try:
+        start = base_of(path) if base is None else base
+        if is_adapter(locate(start, _PATTERNS)):
+            raise ValueError(f"{os.fspath(start)!r} is an adapter itself; merge that first")
+        model, params = load_pretrained(start, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {what_lies_there(path)}, or name its base (base=…). The base could not be "
+            f"loaded: {error}"
+        ) from error
+    return peft.merge_adapter(model, params, path)
 
 
 def load_language_model(
@@ -183,7 +212,7 @@ def expect_reward_model(
 
 
 def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:
-    """A model without its parameters, which are not read.
+    """A model without its parameters, which are not read (of an adapter's base they are).
 
     Args:
       source: as for `load_pretrained`.
@@ -192,6 +221,8 @@ def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:
       ValueError: nothing there, a config the decoder does not cover, or a damaged file.
     """
     path = locate(source, _PATTERNS)
+    if is_adapter(path):  # what it holds whole may change the base's shape
+        return load_pretrained(source, compute_dtype="float32")[0]
     with contextlib.closing(_open(path)) as file:
         return _model(path, file, compute_dtype="float32", remat="none")
 

@@ -188,7 +188,7 @@ def write_configs(folder: pathlib.Path, files: dict[str, dict[str, Any]], tokeni
     for name, value in files.items():
         _write_json(folder / name, value)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def _write_weights(folder: pathlib.Path, files: list[File], flat: dict[str, Any]) -> None:
@@ -304,7 +304,7 @@ def _token_ids(hf: dict[str, Any], tokenizer: Any, config: Any) -> dict[str, Any
     return ids
 
 
-def _save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
     """The tokenizer in a form that transformers 4 and 5 read."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

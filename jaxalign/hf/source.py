@@ -110,6 +110,33 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What a folder with an adapter of PEFT has in the place of `config.json`."""
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: pathlib.Path) -> str:
+    """The source of an adapter's base, as its configuration has it.
+
+    Raises:
+      ValueError: it names none.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base!r} names no base; give it: "
+            "base=…"
+        )
+    if isinstance(revision, str) and revision and not pathlib.Path(base).exists():
+        return f"{base}@{revision}"
+    return base
+
+
 SOURCE_DTYPES = "_source_dtypes"
 """Key of `source_config` for the dtypes of the source's tensors: the most common under "*", and by
 name those that differ."""

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from jaxalign.hf.gguf_header import Metadata
-from jaxalign.hf.source import locate
+from jaxalign.hf.source import ADAPTER_CONFIG, base_of, is_adapter, locate
 from jaxalign.hf.special_tokens import GENERATION_FILE, listed_stops, rows_of, set_padding
 
 _PATTERNS = (
@@ -24,6 +24,7 @@ _PATTERNS = (
     "vocab.txt",
     "*.model",
     "config.json",
+    ADAPTER_CONFIG,
     GENERATION_FILE,
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.model")
@@ -52,7 +53,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     `source_stops`, which `jaxalign.data.stop_token_ids` reads.
 
     Args:
-      source: a folder with `tokenizer.json`, a `.gguf` file, or a hub id.
+      source: a folder with `tokenizer.json`, a `.gguf` file, or a hub id. An adapter's folder
+        without one has the tokenizer of its base.
 
     Returns:
       A `transformers.PreTrainedTokenizerFast`.
@@ -61,6 +63,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
       ValueError: no tokenizer, no vocabulary, or a kind that cannot be reproduced exactly.
     """
     path = locate(source, _PATTERNS)
+    if is_adapter(path) and not any(any(path.glob(name)) for name in _VOCABULARIES):
+        return load_tokenizer(base_of(path))
     if path.is_file():
         tokenizer, stops = from_metadata(Metadata(path))
         rows = None

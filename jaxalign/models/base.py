@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.lora_config import LORA_TARGETS as LORA_TARGETS
+from jaxalign.models.lora_config import LoraConfig as LoraConfig
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -23,8 +25,6 @@ QK_NORMS = ("none", "head", "width")
 
 GENERATION = "_generation_config"
 """Key of `source_config` for the source's `generation_config.json`, if it had one."""
-
-LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,30 +232,6 @@ class DecoderConfig:
                 raise ValueError(f"{name} has {len(layers)} entries for {self.num_layers} layers")
         if self.window is None and (self.window_layers or self.local_rope is not None):
             raise ValueError("window_layers and local_rope go with a window; got window=None")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which projections get adapters, and how large.
-
-    Attributes:
-      rank: r, columns of A.
-      alpha: α; the adapter's output is scaled by α/r.
-      targets: projections to adapt.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = LORA_TARGETS
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora rank={self.rank}: wanted a positive integer")
-        unknown = [name for name in self.targets if name not in LORA_TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(
-                f"lora targets={self.targets}: wanted some of {', '.join(LORA_TARGETS)}"
-            )
 
 
 class LanguageModel(Protocol):

@@ -18,6 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.losses.masked import weighted
 from jaxalign.losses.router import document_balance
+from jaxalign.models.adapters import (
+    adapted_matrix,
+    adapted_rows,
+    adapter_of,
+    with_layer_scales,
+    with_ranks,
+)
 from jaxalign.models.attention.dispatch import AttentionKind, attention_kind, check_kind
 from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
 from jaxalign.models.attention.mask import MaskSpec, Segments
@@ -114,7 +121,11 @@ class Decoder:
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters: N(0, 0.02²) matrices, unit norms, zero biases."""
         _, state = nnx.split(Stack(self.config, self.lora, nnx.Rngs(params=key)))
-        return nnx.to_pure_dict(state)
+        params = nnx.to_pure_dict(state)
+        if self.lora is None:
+            return params
+        blocks = with_ranks(params["blocks"], self.lora, self.config.num_layers)
+        return params | {"blocks": blocks}
 
     def apply(
         self,
@@ -234,7 +245,7 @@ class Decoder:
             params, inputs, segments.positions, segments.ids, "rows length hidden", noise
         )
         carry = (x, no_routing)
-        layers = (params["blocks"], layer_attributes(config))  # [L, …] each
+        layers = (self._stacked(params), layer_attributes(config))  # [L, …] each
         unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
         (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
         return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
@@ -283,7 +294,7 @@ class Decoder:
             return constrain(x, "rows length hidden"), cached
 
         x = self._embed(params, inputs, segments.positions, segments.ids, "rows length hidden")
-        x, stacked = jax.lax.scan(run, x, (params["blocks"], layer_attributes(config)))
+        x, stacked = jax.lax.scan(run, x, (self._stacked(params), layer_attributes(config)))
         keys, values = (  # [L, B, K, T, d] → L arrays
             tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
         )
@@ -296,7 +307,8 @@ class Decoder:
         A loop over tokens then slices no stack. See `Backend.decode_weights_by_layer`.
         """
         layers = range(self.config.num_layers)
-        blocks = tuple(_layer(params["blocks"], layer) for layer in layers)
+        stacked = self._stacked(params)
+        blocks = tuple(_layer(stacked, layer) for layer in layers)
         return params | {"blocks": blocks}
 
     def extend(
@@ -324,11 +336,12 @@ class Decoder:
         query, key = Segments(segment_ids, positions), Segments(segments, key_positions)
         mask = MaskSpec(query, key, cached=True)  # T queries, S columns of the cache
         inputs_of = attention_inputs(self.config, mask, matrix=True)
-        blocks, attributes = params["blocks"], layer_attributes(self.config)
+        by_layer, attributes = isinstance(params["blocks"], tuple), layer_attributes(self.config)
+        blocks = params["blocks"] if by_layer else self._stacked(params)
         keys, values = list(cache.keys), list(cache.values)
         x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         for layer in range(self.config.num_layers):
-            weights = blocks[layer] if isinstance(blocks, tuple) else _layer(blocks, layer)
+            weights = blocks[layer] if by_layer else _layer(blocks, layer)
             layer_inputs = inputs_of(_layer(attributes, layer))
             x, keys[layer], values[layer] = self._block(weights).extend(
                 x, layer_inputs, keys[layer], values[layer], cache.used
@@ -339,10 +352,18 @@ class Decoder:
         return self._norm(params, x), cache
 
     def head(self, params: Params) -> jax.Array:
-        """The output matrix `[D, V]`: the head, or the transposed embedding where tied."""
+        """The output matrix `[D, V]`: the head, or the transposed embedding where tied.
+
+        Adapters of the head are multiplied out.
+        """
         if self.config.tie_embeddings:
-            return jnp.transpose(params["embed"]["embedding"])
-        return params["head"]["kernel"]
+            matrix = jnp.transpose(params["embed"]["embedding"])
+        else:
+            matrix = params["head"]["kernel"]
+        adapter = adapter_of(self.lora, "lm_head")
+        if adapter is None:
+            return matrix
+        return adapted_matrix(matrix, params["head"], adapter.scales[0])
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[B, T, V]`, whole: for inspection and single positions, not training."""
@@ -362,6 +383,10 @@ class Decoder:
         """Token ids `[B, T]` → the residual stream `[B, T, D]`, laid out by `axes`."""
         embed = params["embed"]
         x = look_up(embed["embedding"], jnp.asarray(inputs), axes.split()[1])
+        adapter = adapter_of(self.lora, "embed")
+        if adapter is not None:
+            ids = jnp.asarray(inputs)
+            x = adapted_rows(x, ids, embed["embedding"], embed, adapter.scales[0])
         if self.config.learned_positions:
             # A position beyond the table gives NaN, which is noticed; a wrong embedding is not.
             # Padding may hold any position.
@@ -375,6 +400,10 @@ class Decoder:
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         return constrain(x, axes)
+
+    def _stacked(self, params: Params) -> Params:
+        """The blocks, `[L, …]` each, as the scan takes them."""
+        return with_layer_scales(params["blocks"], self.lora, self.config.num_layers)
 
     def _block(self, layer: Params) -> Block:
         graphdef, state = abstract_block(self.config, self.lora)

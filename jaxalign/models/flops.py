@@ -149,10 +149,11 @@ def ppo_flops(
     )
     one = forward_flops(policy.config, whole)
     apart = critic is not None and not shared_critic
+    adapted = getattr(getattr(critic, "base", None), "lora", None) is not None
     values = forward_flops(critic.config, whole, head=False) if apart else 0.0
     scored = sum(forward_flops(scorer.config, whole, head=False) for scorer in scorers)
     return PPOFlops(
         rollout=forward_flops(policy.config, written),
         scoring=scored + 2 * one + values,
-        update=epochs * ((2 if frozen else 3) * one + 3 * values),
+        update=epochs * ((2 if frozen else 3) * one + (2 if adapted else 3) * values),
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.models.adapters import adapter_of, column_lengths, length_factor
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.ops import project
 from jaxalign.models.rope import Rope, rotate
@@ -23,11 +24,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias) (+ α/r · (x @ lora_a) @ lora_b)` in the dtype of x."""
+    """`x @ kernel (+ bias) (+ s · (x @ lora_a) @ lora_b)` in the dtype of x.
+
+    With DoRA the columns of kernel + s · lora_a @ lora_b are scaled to the lengths `lora_m`.
+
+    Args:
+      rngs: of the first values.
+      name: in a block, such as "attention.query".
+      sizes: (in, out).
+      axes: the kernel's two logical axes.
+      bias: whether there is one.
+      lora: options of adapters.
+      layers: number of blocks.
+    """
 
     def __init__(
         self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int], axes: str, *, bias: bool,
-        lora: LoraConfig | None,
+        lora: LoraConfig | None, layers: int,
     ):  # fmt: skip
         fan_in, fan_out = sizes
         in_axis, out_axis = axes.split()
@@ -39,25 +52,52 @@ class Linear(nnx.Module):
         bias_axis = "norm" if out_axis == "embed" else out_axis
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
         self.lora_scale = 0.0
-        if lora is None or name not in lora.targets:
-            self.lora_a = self.lora_b = None
+        adapter = adapter_of(lora, name, layers)
+        if lora is None or adapter is None:
+            self.lora_a = self.lora_b = self.lora_m = None
             return
         # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
-        a = jax.random.normal(rngs.params(), (fan_in, lora.rank), jnp.float32) / fan_in**0.5
-        b = jnp.zeros((lora.rank, fan_out), jnp.float32)
+        a = draw_factor(rngs, (fan_in, adapter.rank), lora.init) / fan_in**0.5
+        b = jnp.zeros((adapter.rank, fan_out), jnp.float32)
         self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
-        self.lora_scale = lora.alpha / lora.rank
+        self.lora_m = (
+            nnx.Param(column_lengths(self.kernel[...]), axes=bias_axis) if lora.dora else None
+        )
+        # Where layers differ in it, B is scaled before the scan: `with_layer_scales`.
+        self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, in]` → `[B, T, out]`."""
         y = project(x, self.kernel[...].astype(x.dtype), self.axes)
+        if self.lora_m is not None:
+            y = (y + self._delta(x)) * self._factor()[None, None].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None]
-        if self.lora_a is not None and self.lora_b is not None:
-            down = x @ self.lora_a[...].astype(x.dtype)
-            y = y + self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
+        if self.lora_a is not None and self.lora_m is None:
+            y = y + self._delta(x)
         return y
+
+    def _delta(self, x: jax.Array) -> jax.Array:
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        down = x @ self.lora_a[...].astype(x.dtype)
+        return self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
+
+    def _factor(self) -> jax.Array:
+        """What DoRA multiplies each column by, float32 `[out]`."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        assert self.lora_m is not None
+        whole = self.kernel[...] + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
+        return length_factor(whole, self.lora_m[...])
+
+
+def draw_factor(rngs: nnx.Rngs, shape: tuple[int, ...], init: str) -> jax.Array:
+    """√in · A of fresh adapters: normal, or with "peft" uniform within ±1 (He et al. 2015)."""
+    if init == "peft":
+        return jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1)
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -114,12 +154,12 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         hidden, head_dim = config.hidden_size, config.head_dim
         q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        linear = functools.partial(Linear, rngs, lora=lora)
+        linear = functools.partial(Linear, rngs, lora=lora, layers=config.num_layers)
         whole = f"heads/{head_dim}"  # shards hold whole heads
-        self.query = linear("query", (hidden, q), f"embed {whole}", bias=config.qkv_bias)
-        self.key = linear("key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
-        self.value = linear("value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
-        self.out = linear("out", (q, hidden), f"{whole} embed", bias=config.out_bias)
+        self.query = linear("attention.query", (hidden, q), f"embed {whole}", bias=config.qkv_bias)
+        self.key = linear("attention.key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
+        self.value = linear("attention.value", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
+        self.out = linear("attention.out", (q, hidden), f"{whole} embed", bias=config.out_bias)
         self.head_dim = head_dim
         self.norm_whole = config.qk_norm == "width"
         sizes = (q, kv) if self.norm_whole else (head_dim, head_dim)
@@ -153,10 +193,12 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
-        linear = functools.partial(Linear, rngs, bias=config.mlp_bias, lora=lora)
-        self.gate = linear("gate", (hidden, inner), "embed mlp") if config.gated_mlp else None
-        self.up = linear("up", (hidden, inner), "embed mlp")
-        self.down = linear("down", (inner, hidden), "mlp embed")
+        linear = functools.partial(
+            Linear, rngs, bias=config.mlp_bias, lora=lora, layers=config.num_layers
+        )
+        self.gate = linear("mlp.gate", (hidden, inner), "embed mlp") if config.gated_mlp else None
+        self.up = linear("mlp.up", (hidden, inner), "embed mlp")
+        self.down = linear("mlp.down", (inner, hidden), "mlp embed")
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,76 +1,367 @@
 """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = xW + α/r · (xA)B.
 
-Only A and B are trained; the base goes to `TrainState.frozen`, without optimizer state.
+Only A and B are trained, and the modules that are named; the rest of the base goes to
+`TrainState.frozen`, without gradients and optimizer state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxalign.models.base import LoraConfig
+from jaxalign.models.adapters import (
+    LEAVES,
+    Adapter,
+    adapted_matrix,
+    adapter_of,
+    column_lengths,
+    principal_parts,
+)
+from jaxalign.models.base import LoraConfig as LoraConfig
+from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.lora_config import LORA_NAMES, chooses
 from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.types import Params
+
+Path = tuple[str, ...]
 
 
 def add_lora(
     model: Decoder, params: Params, key: jax.Array, config: LoraConfig | None = None
 ) -> tuple[Decoder, Params, Params]:
-    """Adds adapters to a model; the adapted model starts equal to the base (B = 0).
+    """Adds adapters to a model; the adapted model starts equal to the base.
+
+    Args:
+      model: without adapters.
+      params: its parameters.
+      key: a PRNG key for the adapters.
+      config: options; None: the default ones.
 
     Returns:
-      (adapted model, trainable parameters: adapters only, frozen parameters: the base). Pass both
-      to `init_state(params, tx, frozen=…)`, or `combine` them to call `model.apply`.
+      (adapted model, trainable parameters: adapters and `modules_to_save`, frozen parameters: the
+      rest of the base; with PiSSA, what the adapters leave of it). Pass both to
+      `init_state(params, tx, frozen=…)`, or `combine` them to call `model.apply`.
+
+    Raises:
+      ValueError: the model has adapters; a target, pattern or module that it does not have (lists
+        what it has); a rank above a matrix's; options that do not go together.
     """
     config = LoraConfig() if config is None else config
-    if model.lora is not None:
-        raise ValueError("the model already has adapters; merge them first (merge_lora)")
+    adapters, changed = make_adapters(model, params, key, config)
     adapted = dataclasses.replace(model, lora=config)
-    # jit drops what its result does not need: the rest of `init` is never computed.
-    adapters = jax.jit(lambda key: _adapters(adapted.init(key)))(key)
     mesh = mesh_of(params)
     if mesh is not None:
-        axes, shapes = _adapters(adapted.axes), _adapters(adapted.shapes)
+        axes, shapes = adapters_of(adapted.axes), adapters_of(adapted.shapes)
         adapters = jax.device_put(adapters, param_shardings(axes, mesh, shapes))
-    return adapted, adapters, params
+        changed = jax.tree.map(
+            lambda x, old: jax.device_put(x, old.sharding), changed, _like(params, changed)
+        )
+    saved, frozen = split_saved(replaced(params, changed), config)
+    return adapted, combine(adapters, saved), frozen
+
+
+def make_adapters(
+    model: Decoder, params: Params, key: jax.Array, config: LoraConfig
+) -> tuple[Params, Params]:
+    """Fresh adapters of a model.
+
+    Args:
+      model: without adapters.
+      params: its parameters; only DoRA and PiSSA read them.
+      key: a PRNG key.
+      config: options.
+
+    Returns:
+      (adapters, those matrices of the base that change: with PiSSA, what is left of them).
+
+    Raises:
+      ValueError: as `add_lora`.
+    """
+    check_lora(model, config)
+    adapted = dataclasses.replace(model, lora=config)
+    # jit drops what its result does not need: the rest of `init` is never computed.
+    adapters = jax.jit(lambda key: adapters_of(adapted.init(key)))(key)
+    changed: Params = {}
+    matrices = adapted_matrices(model, config)
+    if config.dora:  # ‖W‖: of whole matrices, before PiSSA takes its part
+        lengths = jax.jit(lambda whole: [column_lengths(w) for w in whole])
+        whole = [matrix_of(params, path) for path in matrices]
+        for path, made in zip(matrices, lengths(whole), strict=True):
+            leaf_at(adapters, path[:-1])["lora_m"] = made
+    if config.init == "pissa":
+        split = jax.jit(principal_parts, static_argnames=("adapter", "stacked"))
+        for path, adapter in matrices.items():
+            if path == ("embed", "embedding"):
+                continue  # is looked up: as in PEFT, it starts as with "gaussian"
+            stacked = path[0] == "blocks"
+            a, b, rest = split(matrix_of(params, path), adapter=adapter, stacked=stacked)
+            leaf_at(adapters, path[:-1]).update(lora_a=a, lora_b=b)
+            set_leaf(changed, path, rest)
+    return adapters, changed
+
+
+def sharing_base(config: LoraConfig) -> LoraConfig:
+    """Options of further adapters on the same base, such as a critic's: all of it stays frozen."""
+    return dataclasses.replace(config, modules_to_save=())
+
+
+def trained_base(model: Decoder, params: Params, config: LoraConfig) -> Params:
+    """What training kept frozen of a base: without `modules_to_save`, and less what PiSSA took.
+
+    Args:
+      model: the base, without adapters.
+      params: its parameters, as they were when adapters were added.
+      config: options of the adapters.
+    """
+    if config.init == "pissa":
+        params = replaced(params, make_adapters(model, params, jax.random.key(0), config)[1])
+    return split_saved(params, config)[1]
 
 
 def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
-    """Folds adapters into the kernels: W ← W + α/r · A·B, for export.
+    """Folds adapters into the matrices: W ← W + s · A·B (DoRA: of the trained lengths), for export.
+
+    On a model whose head is tied to its embedding, an adapter of one of the two unties them.
 
     Args:
       model: an adapted model.
-      params: base and adapters together (`combine(params, frozen)`).
+      params: base and adapters together (`combine(params, frozen)`), with or without a score head.
 
     Returns:
       (plain model, plain parameters in the base's dtypes; the sum is computed in the wider dtype).
     """
     if model.lora is None:
         raise ValueError("the model has no adapters to merge")
-    scale = model.lora.alpha / model.lora.rank
+    config, plain = model.config, without_adapters(params)
+    matrices = adapted_matrices(model, model.lora)
+    tied = config.tie_embeddings and "score" not in params
+    if tied and any(path[0] in ("embed", "head") for path in matrices):
+        config = dataclasses.replace(config, tie_embeddings=False)
+        set_leaf(plain, ("head", "kernel"), jnp.transpose(params["embed"]["embedding"]))
+    for path, adapter in matrices.items():
+        if path[0] == "head" and "score" in params:
+            continue  # a scorer has no output matrix
+        node, matrix = leaf_at(params, path[:-1]), leaf_at(plain, path)
+        merged = adapted_matrix(matrix, node, adapter.scale_array(matrix.ndim))
+        set_leaf(plain, path, merged.astype(matrix.dtype))
+    return dataclasses.replace(model, lora=None, config=config), plain
 
-    def fold(node: Params) -> Params:
-        if not isinstance(node, dict):
-            return node
-        plain = {k: fold(v) for k, v in node.items() if k not in ("lora_a", "lora_b")}
-        if "lora_a" in node:
-            kernel = node["kernel"]
-            merged = kernel + scale * (node["lora_a"] @ node["lora_b"])
-            plain["kernel"] = merged.astype(kernel.dtype)
-        return plain
 
-    return dataclasses.replace(model, lora=None), fold(params)
+def adapted_matrices(model: Decoder, config: LoraConfig) -> dict[Path, Adapter]:
+    """Path of every matrix with adapters → its adapter, in the order of the parameters.
+
+    The output matrix has the path ("head", "kernel"), also where it is the tied embedding.
+    """
+    found, layers = {}, model.config.num_layers
+    for name, path in matrix_names(model).items():
+        adapter = adapter_of(config, name, layers if path[0] == "blocks" else None)
+        if adapter is not None:
+            found[path] = adapter
+    return found
 
 
-def _adapters(node: Params) -> Params:
+def matrix_of(params: Params, path: Path) -> Any:
+    """The matrix at a path; the transposed embedding for the output matrix of a tied model."""
+    if path == ("head", "kernel") and "kernel" not in params.get("head", {}):
+        return jnp.transpose(params["embed"]["embedding"])
+    return leaf_at(params, path)
+
+
+def adapters_of(params: Params) -> Params:
+    """The adapters among parameters (or their axes, or shapes)."""
     kept = {}
-    for name, value in node.items():
+    for name, value in params.items():
         if isinstance(value, dict):
-            inner = _adapters(value)
+            inner = adapters_of(value)
             if inner:
                 kept[name] = inner
-        elif name in ("lora_a", "lora_b"):
+        elif name in LEAVES:
             kept[name] = value
     return kept
+
+
+def without_adapters(params: Params) -> Params:
+    """All parameters but adapters, in new dictionaries."""
+    kept = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner = without_adapters(value)
+            if inner:
+                kept[name] = inner
+        elif name not in LEAVES:
+            kept[name] = value
+    return kept
+
+
+def split_saved(params: Params, config: LoraConfig) -> tuple[Params, Params]:
+    """Parameters of a base: (those of `modules_to_save`, all others)."""
+    if not config.modules_to_save:
+        return {}, params
+    saved: Params = {}
+    frozen: Params = {}
+    for path, leaf in leaves_of(params):
+        set_leaf(saved if is_saved(path, config) else frozen, path, leaf)
+    return saved, frozen
+
+
+def is_saved(path: Path, config: LoraConfig) -> bool:
+    """Whether a leaf belongs to one of `modules_to_save`."""
+    name = module_name(path)
+    return any(chooses(pattern, name) for pattern in config.modules_to_save)
+
+
+def replaced(params: Params, changed: Params) -> Params:
+    """Parameters with some of their leaves replaced."""
+    if not changed:
+        return params
+    return params | {
+        name: replaced(params[name], value) if isinstance(value, dict) else value
+        for name, value in changed.items()
+    }
+
+
+def check_lora(model: Decoder, config: LoraConfig, *, fresh: bool = True) -> None:
+    """Refuses options that a model cannot have.
+
+    Args:
+      model: without adapters.
+      config: options.
+      fresh: whether the adapters are new; ranks of others are what they are.
+
+    Raises:
+      ValueError: see `add_lora`.
+    """
+    if model.lora is not None:
+        raise ValueError("the model already has adapters; merge them first (merge_lora)")
+    names, layers = matrix_names(model), model.config.num_layers
+    full = [
+        name if path[0] != "blocks" else f"layers.{layer}.{name}"
+        for name, path in names.items()
+        for layer in range(layers if path[0] == "blocks" else 1)
+    ]
+    # The default targets are those of all models; some models lack a gate.
+    targets = () if config.targets == LoraConfig().targets else config.targets
+    for option, patterns in (
+        ("targets", targets),
+        ("rank_pattern", tuple(config.rank_pattern)),
+        ("alpha_pattern", tuple(config.alpha_pattern)),
+    ):
+        for pattern in patterns:
+            if not any(chooses(pattern, name) for name in full):
+                have = ", ".join(
+                    f"layers.0.{n}" if p[0] == "blocks" else n for n, p in names.items()
+                )
+                raise ValueError(
+                    f"lora {option}: {pattern!r} is nothing that this model has; it has {have} "
+                    f"(layers 0 to {layers - 1})"
+                )
+    matrices = adapted_matrices(model, config)
+    if fresh:
+        _check_ranks(model, matrices)
+    _check_together(model, config, matrices)
+    modules = dict.fromkeys(module_name(path) for path, _ in leaves_of(model.shapes))
+    for pattern in config.modules_to_save:
+        if pattern != "score" and not any(chooses(pattern, name) for name in modules):
+            raise ValueError(
+                f"lora modules_to_save: {pattern!r} is no module of this model; it has "
+                f"{', '.join(modules)}"
+            )
+
+
+def _check_ranks(model: Decoder, matrices: dict[Path, Adapter]) -> None:
+    for path, adapter in matrices.items():
+        if path[0] == "head":
+            sizes = model.config.hidden_size, model.config.vocab_size
+        else:
+            sizes = matrix_of(model.shapes, path).shape[-2:]
+        if adapter.rank > min(sizes):
+            raise ValueError(
+                f"lora rank={adapter.rank} is above that of {module_name(path)}, a matrix of "
+                f"{sizes[0]} x {sizes[1]}; wanted at most {min(sizes)}, for this matrix alone by "
+                "rank_pattern"
+            )
+
+
+def _check_together(model: Decoder, config: LoraConfig, matrices: dict[Path, Adapter]) -> None:
+    for path, adapter in matrices.items():
+        name = module_name(path)
+        if is_saved(path, config):
+            raise ValueError(
+                f"lora modules_to_save={config.modules_to_save}: {name} has adapters too; take it "
+                "from one of the two"
+            )
+        if config.dora and model.config.num_experts and path[:2] == ("blocks", "mlp"):
+            raise ValueError(
+                f"lora dora=true does not adapt experts, which {name} is; name targets of "
+                "attention only"
+            )
+        if config.dora and 0 in adapter.ranks:
+            raise ValueError(
+                f"lora dora=true with targets that choose {name} in some layers only: layers are "
+                "stacked, so its lengths would be trained in all of them; name whole projections"
+            )
+        if config.init == "pissa":
+            _check_principal(model, path)
+
+
+def _check_principal(model: Decoder, path: Path) -> None:
+    if path == ("head", "kernel") and model.config.tie_embeddings:
+        raise ValueError(
+            "lora init=pissa with the target lm_head, which is the embedding here: what PiSSA "
+            "leaves of it would be looked up too; leave lm_head out or take init=gaussian"
+        )
+    if model.config.num_experts and path[:2] == ("blocks", "mlp"):
+        raise ValueError(
+            f"lora init=pissa does not adapt experts, which {module_name(path)} is; name targets "
+            "of attention only, or take init=gaussian"
+        )
+
+
+def matrix_names(model: Decoder) -> dict[str, Path]:
+    """Name of everything that may have adapters → its path."""
+    plain = dataclasses.replace(model, lora=None)
+    found: dict[str, Path] = {"embed": ("embed", "embedding")}
+    for path, _ in leaves_of(plain.shapes):
+        if path[0] == "blocks" and path[-1] == "kernel" and path[-2] in LORA_NAMES:
+            found[".".join(path[1:-1])] = path
+    return found | {"lm_head": ("head", "kernel")}
+
+
+def module_name(path: Path) -> str:
+    """The name of a leaf's module, as `modules_to_save` has it."""
+    names = path[:-1]
+    return ".".join(("lm_head", *names[1:]) if names[0] == "head" else names)
+
+
+def leaves_of(tree: Params, path: Path = ()) -> list[tuple[Path, Any]]:
+    """All leaves of a nested dictionary with their paths."""
+    found = []
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        found += leaves_of(value, (*path, name)) if inner else [((*path, name), value)]
+    return found
+
+
+def _like(params: Params, part: Params) -> Params:
+    return {
+        name: _like(params[name], value) if isinstance(value, dict) else params[name]
+        for name, value in part.items()
+    }
+
+
+def leaf_at(tree: Params, path: Path) -> Any:
+    """What lies at a path."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def set_leaf(tree: Params, path: Path, value: Any) -> None:
+    """Puts a value at a path; makes the dictionaries on the way."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

@@ -7,14 +7,16 @@ the load-balancing loss in `jaxalign.losses.router`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.models.adapters import adapter_of
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.layers import ACTIVATIONS, INIT_STD
+from jaxalign.models.layers import ACTIVATIONS, INIT_STD, draw_factor
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.types import Params
 
@@ -59,7 +61,7 @@ class ExpertLinear(nnx.Module):
 
     def __init__(
         self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int, int], axes: str,
-        lora: LoraConfig | None,
+        lora: LoraConfig | None, layers: int,
     ):  # fmt: skip
         count, fan_in, fan_out = sizes
         in_axis, out_axis = axes.split()
@@ -67,14 +69,15 @@ class ExpertLinear(nnx.Module):
         self.kernel = nnx.Param(INIT_STD * noise, axes=f"expert {axes}")
         self.lora_scale = 0.0
         self.axes = axes
-        if lora is None or name not in lora.targets:
+        adapter = adapter_of(lora, name, layers)
+        if lora is None or adapter is None:
             self.lora_a = self.lora_b = None
             return
-        a = jax.random.normal(rngs.params(), (count, fan_in, lora.rank), jnp.float32)
-        b = jnp.zeros((count, lora.rank, fan_out), jnp.float32)
+        a = draw_factor(rngs, (count, fan_in, adapter.rank), lora.init)
+        b = jnp.zeros((count, adapter.rank, fan_out), jnp.float32)
         self.lora_a = nnx.Param(a / fan_in**0.5, axes=f"expert {in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"expert rank {out_axis}")
-        self.lora_scale = lora.alpha / lora.rank
+        self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
     def weights(self, dtype: jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, str]]:
         """The matrices as `_multiply` takes them, and the logical axes that they have there.
@@ -121,10 +124,11 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        linear = functools.partial(ExpertLinear, rngs, lora=lora, layers=config.num_layers)
         self.router = Router(config, rngs)
-        self.gate = ExpertLinear(rngs, "gate", (count, hidden, inner), "embed mlp", lora)
-        self.up = ExpertLinear(rngs, "up", (count, hidden, inner), "embed mlp", lora)
-        self.down = ExpertLinear(rngs, "down", (count, inner, hidden), "mlp embed", lora)
+        self.gate = linear("mlp.gate", (count, hidden, inner), "embed mlp")
+        self.up = linear("mlp.up", (count, hidden, inner), "embed mlp")
+        self.down = linear("mlp.down", (count, inner, hidden), "mlp embed")
         self.activation = config.activation
         self.count = count
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxalign.models.adapters import adapter_of, column_lengths
 from jaxalign.models.attention.kv_cache import attend_cached, write
 from jaxalign.models.attention.xla import attend
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.layers import INIT_STD, MLP, Attention, make_norm
+from jaxalign.models.layers import INIT_STD, MLP, Attention, draw_factor, make_norm
 from jaxalign.models.moe import Experts, Routing
 from jaxalign.models.per_layer import AttentionInputs
 from jaxalign.types import Params
@@ -91,7 +92,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token embeddings `[V, D]`, and position embeddings `[P, D]` where they are learned."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(
             INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="vocab embed"
@@ -100,23 +101,44 @@ class Embedding(nnx.Module):
             shape = (config.max_positions, config.hidden_size)
             noise = jax.random.normal(rngs.params(), shape, jnp.float32)
             self.positions = nnx.Param(INIT_STD * noise, axes="positions embed")
+        adapter = adapter_of(lora, "embed")
+        if lora is None or adapter is None:
+            return
+        rows, width = config.vocab_size, config.hidden_size
+        # A is looked up, not multiplied: as in the reference implementation, it is the zero one.
+        b = jax.random.normal(rngs.params(), (adapter.rank, width), jnp.float32)
+        a = jnp.zeros((rows, adapter.rank), jnp.float32)
+        self.lora_a = nnx.Param(a, axes="vocab rank")
+        self.lora_b = nnx.Param(b, axes="rank embed")
+        if lora.dora:
+            self.lora_m = nnx.Param(column_lengths(self.embedding[...]), axes="norm")
 
 
 class Head(nnx.Module):
-    """An untied output matrix `[D, V]`."""
+    """An output matrix `[D, V]`; where it is the tied embedding, its adapter alone."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.vocab_size)
-        self.kernel = nnx.Param(
-            INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
-        )
+        if not config.tie_embeddings:
+            self.kernel = nnx.Param(
+                INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes="embed vocab"
+            )
+        adapter = adapter_of(lora, "lm_head")
+        if lora is None or adapter is None:
+            return
+        width, rows = shape
+        a = draw_factor(rngs, (width, adapter.rank), lora.init) / width**0.5
+        self.lora_a = nnx.Param(a, axes="embed rank")
+        self.lora_b = nnx.Param(jnp.zeros((adapter.rank, rows), jnp.float32), axes="rank vocab")
+        if lora.dora:
+            self.lora_m = nnx.Param(jnp.ones(rows, jnp.float32), axes="vocab")
 
 
 class Stack(nnx.Module):
     """The whole network; its parameter tree is the public one."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
-        self.embed = Embedding(config, rngs)
+        self.embed = Embedding(config, lora, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -125,7 +147,8 @@ class Stack(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = make_norm(config)
-        self.head = None if config.tie_embeddings else Head(config, rngs)
+        has_head = not config.tie_embeddings or adapter_of(lora, "lm_head") is not None
+        self.head = Head(config, lora, rngs) if has_head else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,7 +19,14 @@ from jaxalign.algorithms.moving_reference import reference_of
 from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.hf import families
 from jaxalign.hf.gguf_file import GGUFFile
-from jaxalign.hf.source import locate, read_json, without_revision
+from jaxalign.hf.source import (
+    ADAPTER_CONFIG,
+    base_of,
+    is_adapter,
+    locate,
+    read_json,
+    without_revision,
+)
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
@@ -123,7 +130,9 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
     """A model by its shape alone: from the package, else from its `config.json` or GGUF file."""
     hf, path = known_shape(source), source
     if hf is None:
-        path = locate(source, ("config.json",))
+        path = locate(source, ("config.json", ADAPTER_CONFIG))
+        if is_adapter(path):
+            return read_model(base_of(path), config, mesh, remat)
         if path.is_dir():
             hf = read_json(path / "config.json")
         else:

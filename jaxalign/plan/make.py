@@ -171,7 +171,8 @@ def resident_bytes(state: TrainState, parts: Parts) -> dict[str, int]:
     """What lies on a device all the time, by kind."""
     return {
         "params": device_bytes(state.params),
-        "frozen": device_bytes(state.frozen),
+        # Policy and critic may have adapters on one base.
+        "frozen": device_bytes(list({id(x): x for x in jax.tree.leaves(state.frozen)}.values())),
         "optimizer": device_bytes(state.opt_state),
         "models": device_bytes(frozen_models(state, parts)),
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxalign.data.sources import split_path
-from jaxalign.hf.source import locate
+from jaxalign.hf.source import ADAPTER_CONFIG, base_of, is_adapter, locate
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "params/**/*")
 _ENDS = 1 << 20  # bytes at either end of a file that is not read whole
@@ -20,16 +20,21 @@ _ENDS = 1 << 20  # bytes at either end of a file that is not read whole
 def weights_digest(source: str) -> str:
     """Of a model's files: weights and shape, byte for byte, without loading them.
 
+    Of an adapter: of its files and its base's.
+
     Raises:
       ValueError: no model there.
     """
-    path = locate(source, (*_WEIGHTS, "config.json"))
+    path = locate(source, (*_WEIGHTS, "config.json", ADAPTER_CONFIG))
     if path.is_file():
         return _digest({"": path})
     files = [file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()]
     if not files:
         raise ValueError(f"{path}: no weights; wanted one of {', '.join(_WEIGHTS)}")
     named = {file.relative_to(path).as_posix(): file for file in files}
+    if is_adapter(path):
+        own = _digest(named | {ADAPTER_CONFIG: path / ADAPTER_CONFIG})
+        return text_digest(own + weights_digest(base_of(path)))
     return _digest(named | {"config.json": path / "config.json"})
 
 

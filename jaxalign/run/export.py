@@ -22,7 +22,7 @@ from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import merge_lora
+from jaxalign.models.lora import merge_lora, sharing_base, trained_base
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
@@ -140,7 +140,10 @@ def load_run(
         attributes = config.reward.attributes if isinstance(config, RewardRun) else ()
         source = _source(config, chosen)
         with config.mesh.use_rules():
-            model, frozen = _model(source, config.model, shapes, mesh, attributes)
+            options = config.model
+            if chosen == "critic" and options.lora is not None:
+                options = dataclasses.replace(options, lora=sharing_base(options.lora))
+            model, frozen = _model(source, options, shapes, mesh, attributes)
             layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
         optimizer = config.optimizer
@@ -268,7 +271,8 @@ def _model(
     else:
         loaded, frozen = load_model(source), {}
     base = loaded.base if isinstance(loaded, Scorer) else loaded
-    if adapted:
+    if adapted and config.lora is not None:
+        frozen = trained_base(base, frozen, config.lora)
         base = dataclasses.replace(base, lora=config.lora)
     if "score" not in shapes:
         return base, frozen

@@ -75,6 +75,14 @@ SMALLER = {
     "docs/ppo.md": {"samples=8": "samples=2", "count=4": "count=1"},
 }
 SETUP = {
+    "docs/adapters.md": """
+import jax
+import jaxalign as ja
+model, params = ja.load_pretrained(MODEL)
+config = ja.LoraConfig(rank=2)
+model, adapters, base = ja.add_lora(model, params, jax.random.key(0), config)
+ja.save_adapter(model, ja.combine(adapters, base), "adapter", base=MODEL)
+""",
     "docs/data.md": "from jaxalign.data import Faults, read_examples, to_conversation",
     "docs/research.md": """
 import jax, numpy as np
@@ -97,6 +105,7 @@ reward_fn = ja.text_reward(lambda prompt, answer: float("a" in answer), tok)
 # Page → what must hold afterwards.
 AFTER = {
     "README.md": "assert ja.load_pretrained('out/') and int(ppo_state.step) > 0 < int(state.step)",
+    "docs/adapters.md": "assert model.config and ja.load_adapter",
     "docs/data.md": "assert faults.read == faults.kept == len(examples) > 0",
     "docs/ppo.md": "assert int(state.step) == 1 and 'loss' in metrics",
     "docs/research.md": "assert int(state.step) == 1 and 'loss' in metrics",

@@ -165,6 +165,17 @@ def test_frozen_models_in_host_memory(algorithm, overrides, away, held, shapes, 
     assert resident_bytes(state, parts)["models"] == held
 
 
+def test_policy_and_critic_of_adapters_take_one_base(shapes, tmp_path):
+    """Parts only, nothing compiled: the reference is the same base."""
+    given = ("model.lora.rank=2", "model.lora.targets=[query]", "critic=adapter")
+    run = config("ppo", shapes, tmp_path, *given)
+    state, parts = run_shapes("ppo", run, make_mesh(1, 8, 1))
+    adapters = 4 * (2 * 32 * 2 // 8 + 2 * 2 * 32)
+    sizes = resident_bytes(state, parts)
+    assert (sizes["frozen"], sizes["params"]) == (PARAMS, 2 * adapters + 4 * 32 // 8)
+    assert sizes["models"] == SCORER  # the reward model alone
+
+
 def test_what_is_away_counts_as_away_for_compilers_without_host_memory():
     """Those of GPUs, ahead of time, drop the kind of memory from the sharding."""
     sharding = NamedSharding(make_mesh(1, 8, 1), PartitionSpec("fsdp"))

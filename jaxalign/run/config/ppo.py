@@ -28,8 +28,9 @@ class PPORun(Run):
         the weighted sum. Attributes not named have weight 0.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the (first) reward model with the policy's
-        tokenizer; "policy": from the policy, with a fresh head. `reward_weights` also apply to a
-        critic with several attributes.
+        tokenizer; "policy": from the policy, with a fresh head; "adapter": adapters and a head of
+        its own on the base that the policy's adapters share (`model.lora`). `reward_weights` also
+        apply to a critic with several attributes.
       critic_head: "pretrained" keeps the head of the critic's source (a policy has none, so the
         critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to
         judge whole answers only, so its scores in the middle of one may be worse than none.
@@ -184,6 +185,20 @@ class PPORun(Run):
             "null with ppo.shared_critic: it is a head on the policy",
         )
 
+        adapter = self.critic == "adapter"
+        want(
+            not adapter or self.model.lora is not None,
+            "critic",
+            self.critic,
+            "model.lora with it: the critic's adapters share the frozen base of the policy's",
+        )
+        want(
+            not adapter or "critic" not in self.mesh.rules_of,
+            "mesh.rules_of.critic",
+            self.mesh.rules_of.get("critic"),
+            "none with critic=adapter: the base has one layout",
+        )
+
     def reward_specs(self) -> tuple[RewardSpec, ...]:
         """All that scores answers, the short form among it."""
         if self.reward_model is None:
@@ -193,6 +208,8 @@ class PPORun(Run):
     def critic_start(self) -> tuple[str, dict[str, float] | None]:
         """The model that the critic starts from, and the weights of its attributes.
 
+        With `critic` "adapter" it is the base of the policy.
+
         Raises:
           ValueError: none is named, and no reward model has the policy's tokenizer.
         """
@@ -201,6 +218,8 @@ class PPORun(Run):
             for spec in self.reward_specs()
             if isinstance(spec, ModelReward) and spec.tokenizer == "policy"
         ]
+        if self.critic == "adapter":
+            return self.model.source, None
         if self.critic is not None:
             return self.critic, models[0].attributes if models else None
         if not models:

@@ -12,9 +12,15 @@ from jax.sharding import Mesh
 
 from jaxalign.hf.load import expect_language_model, expect_reward_model
 from jaxalign.hf.special_tokens import check_rows_for
-from jaxalign.models.base import DecoderConfig
+from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import add_lora
+from jaxalign.models.lora import (
+    make_adapters,
+    replaced,
+    sharing_base,
+    split_saved,
+    without_adapters,
+)
 from jaxalign.models.scorer import Scorer, weigh_attributes, with_scalar_head
 from jaxalign.parallel.rules import Rules, use_rules
 from jaxalign.parallel.sharding import param_shardings
@@ -33,7 +39,7 @@ class Policy(NamedTuple):
     Attributes:
       model: with adapters, if there are any.
       params: what is trained.
-      frozen: the base under adapters; `{}` without.
+      frozen: the base under adapters, without what is trained of it; `{}` without adapters.
     """
 
     model: Any
@@ -41,9 +47,23 @@ class Policy(NamedTuple):
     frozen: Params
 
     def start(self) -> tuple[Decoder, Params]:
-        """The model that training starts from: the base under adapters, else the model itself."""
+        """The model that training starts from: the base under adapters, else the model itself.
+
+        Raises:
+          ValueError: adapters that start as a part of the base (PiSSA): the rest of it is not the
+            model that training starts from.
+        """
+        lora = self.model.lora
+        if lora is not None and lora.init == "pissa":
+            raise ValueError(
+                "model.lora.init=pissa: the base without adapters is not the model that training "
+                "starts from, which the reference or the critic starts from here; name it: "
+                "reference (critic) = the model of model.source, or take init=gaussian"
+            )
         plain = dataclasses.replace(self.model, lora=None)
-        return plain, self.frozen if self.frozen else self.params
+        if not self.frozen:
+            return plain, self.params
+        return plain, combine(without_adapters(self.params), self.frozen)
 
 
 def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
@@ -65,9 +85,13 @@ def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
             f"model.lora with the reward model {source!r}: start from a language model"
         )
     base, key = model, stream_key(config.run.seed, Stream.ADAPTERS)
-    adapters = loader.make(lambda key: add_lora(base, params, key, lora)[1], key)
+    adapters, changed = loader.make(
+        lambda key, params: make_adapters(base, params, key, lora), key, params
+    )
     model = dataclasses.replace(base, lora=lora)
-    return Policy(model, place(adapters, model, mesh, loader), params)
+    params = replaced(params, place(changed, base, mesh, loader))
+    saved, frozen = split_saved(params, lora)
+    return Policy(model, combine(place(adapters, model, mesh, loader), saved), frozen)
 
 
 def load_policy(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
@@ -91,6 +115,11 @@ def load_trained_scorer(config: RewardRun, mesh: Mesh, loader: Loader, tok: Any)
                 )
             return loaded
         model = model.base
+    if "head" in loaded.params and loaded.frozen:
+        raise ValueError(
+            "model.lora: targets or modules_to_save name lm_head, which a reward model does not "
+            "have; leave it out"
+        )
     key = stream_key(config.run.seed, Stream.REWARD_HEAD)
     start = loaded.frozen if loaded.frozen else loaded.params
     scorer, full = with_fresh_head(model, start, key, attributes, mesh, loader)
@@ -206,25 +235,57 @@ class Scorers:
         return with_single_score(model, params, weights, source, mesh, self._loader)
 
 
+class Critic(NamedTuple):
+    """The critic that a run begins with.
+
+    Attributes:
+      model: the critic; None: there is none.
+      params: what is trained of it, or None.
+      frozen: the base under its adapters, shared with the policy; `{}` without.
+    """
+
+    model: Scorer | None
+    params: Params | None
+    frozen: Params
+
+
 def load_critic(
     config: PPORun, policy: Policy, scorers: Scorers, mesh: Mesh, loader: Loader
-) -> tuple[Scorer | None, Params | None]:
-    """The critic that a run begins with; (None, None) where there is none."""
-    options = config.ppo
+) -> Critic:
+    """The critic that a run begins with."""
+    options, frozen = config.ppo, {}
     if not options.has_critic:
-        return None, None
-    if options.shared_critic or config.critic == "policy":
+        return Critic(None, None, frozen)
+    if options.shared_critic or config.critic in ("policy", "adapter"):
         key = stream_key(config.run.seed, Stream.CRITIC_HEAD)
         critic, params = with_fresh_head(*policy.start(), key, (), mesh, loader)
         rules = config.mesh.rules_of.get("critic")
         params = reshard_by_rules(params, critic, mesh, rules, loader)
     else:
         critic, params = scorers.critic()
+    if config.critic == "adapter":
+        critic, params, frozen = _with_adapters(config, critic, params, mesh, loader)
     if config.critic_head == "zero":
         with config.mesh.use_rules("critic"):
             head = loader.make(lambda head: jax.tree.map(jnp.zeros_like, head), params["score"])
             params = params | place({"score": head}, critic, mesh, loader)
-    return critic, {"score": params["score"]} if options.shared_critic else params
+    return Critic(critic, {"score": params["score"]} if options.shared_critic else params, frozen)
+
+
+def _with_adapters(
+    config: PPORun, critic: Scorer, params: Params, mesh: Mesh, loader: Loader
+) -> tuple[Scorer, Params, Params]:
+    """A critic of adapters and a head on the policy's base: (model, trained, frozen)."""
+    lora = config.model.lora
+    assert lora is not None
+    base, lora = critic.base, sharing_base(lora)
+    key = jax.random.fold_in(stream_key(config.run.seed, Stream.ADAPTERS), 1)
+    trunk = {name: value for name, value in params.items() if name != "score"}
+    made, _ = loader.make(lambda key, trunk: make_adapters(base, trunk, key, lora), key, trunk)
+    made = {name: value for name, value in made.items() if name != "head"}
+    adapted = dataclasses.replace(critic, base=dataclasses.replace(base, lora=lora))
+    adapters = place(made, adapted, mesh, loader)
+    return adapted, adapters | {"score": params["score"]}, trunk
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:

@@ -98,7 +98,7 @@ def build_ppo(
     source = config.model.source
     check_same_shape(reference.model, policy.model, config.reference or source, source)
     scorers = Scorers(config, mesh, loader, data.tok)
-    critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
+    critic, critic_params, critic_base = load_critic(config, policy, scorers, mesh, loader)
     options = with_tokens(config, data, policy.model)
 
     updates = config.ppo_epochs * config.minibatches
@@ -113,7 +113,7 @@ def build_ppo(
     state = loader.init_state(
         ppo.init_params(policy.params, critic_params),
         tx,
-        {"policy": policy.frozen} if policy.frozen else {},
+        {name: base for name, base in (("policy", policy.frozen), ("critic", critic_base)) if base},
     )
     reward_models = tuple(
         RewardModel(spec, *scorers.reward(spec))
