@@ -92,7 +92,7 @@ def test_what_sft_trains_is_said():
     assert "TRL trains every token" in whys(notes)["data.train_on"]
     values, notes = convert(NAMED | {"completion_only_loss": False}, "sft")
     assert values["data"]["train_on"] == "everything"
-    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert not notes
 
 
 def test_dpo():
@@ -117,7 +117,7 @@ def test_dpo():
     assert values["run"]["epochs"] == 1
     assert values["optimizer"]["learning_rate"] == 1e-6
     assert values["optimizer"]["moments"] == "int8"
-    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert not notes
     values, _ = convert(NAMED | {"sync_ref_model": True, "ref_model_sync_steps": 64}, "dpo")
     assert values["reference_sync"] == {"every": 64, "alpha": 0.6}
     assert values["dpo"]["loss_type"] == "sigmoid"
@@ -127,7 +127,7 @@ def test_reward_and_kto():
     values, notes = convert(NAMED | {"center_rewards_coefficient": 0.01}, "reward")
     assert values["reward"] == {"center_coef": 0.01}
     assert values["optimizer"]["learning_rate"] == 1e-4
-    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert not notes
     values, notes = convert(
         NAMED | {"desirable_weight": 1.2, "precompute_ref_log_probs": True}, "kto"
     )
@@ -227,7 +227,7 @@ def test_rloo():
     assert values["ppo"]["reward_clip"] == 5
     assert values["ppo"]["kl_in"] == "reward"
     assert values["ppo"]["kl_coef"] == 0.05
-    assert [note.what for note in notes] == ["data.train_on: all"]
+    assert not notes
     _, notes = convert(given | {"reward_clip_range": [-1, 5]}, "rloo")
     assert set(whys(notes)) == {"reward_clip_range"}
 
