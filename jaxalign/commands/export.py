@@ -21,7 +21,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a run's folder")
     parser.add_argument("--out", required=True, help="folder to write")
     overwrite_argument(parser, "the model in OUT")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    which.add_argument("--best", action="store_true", help="the best one, by run.keep_best")
     parser.add_argument(
         "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
     )
@@ -33,7 +35,14 @@ def _export(parsed: argparse.Namespace) -> None:
     from jaxalign.run.export import export_run
 
     check_free(parsed.out, "--out", overwrite=parsed.overwrite)
-    done = export_run(parsed.folder, parsed.out, parsed.step, part=parsed.part, dtype=parsed.dtype)
+    done = export_run(
+        parsed.folder,
+        parsed.out,
+        parsed.step,
+        best=parsed.best,
+        part=parsed.part,
+        dtype=parsed.dtype,
+    )
     print(f"{done.table}\ncheckpoint {done.step} of {parsed.folder} → {parsed.out}")
 
 

@@ -33,6 +33,7 @@ from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.run.best import best_of_run
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml
@@ -59,6 +60,7 @@ def export_run(
     out: str,
     step: int | None = None,
     *,
+    best: bool = False,
     part: str | None = None,
     dtype: str | None = "source",
 ) -> Exported:
@@ -71,6 +73,7 @@ def export_run(
       folder: the run's folder, with `config.yaml` and `checkpoints/`.
       out: folder to make, see `save_pretrained`.
       step: which checkpoint; the newest by default.
+      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
       part: "policy" or "critic", of runs that train both; the policy by default.
       dtype: of the tensors, see `save_pretrained`; "source" for those of the model that the run
         started from, None for those of the checkpoint.
@@ -88,6 +91,8 @@ def export_run(
     check_free(out, "out", overwrite=True, sources=source_paths(config))
     store = Checkpoints(place / "checkpoints", keep=None)
     try:
+        if best:
+            step = best_of_run(place, config.run.keep_best, store.steps)
         found, shapes = store.param_shapes(step)
         parts = [name for name in _PARTS if name in shapes]
         if part is not None and part not in (parts or ["policy"]):

@@ -18,6 +18,7 @@ from jaxalign.parallel.chips import peak_flops
 from jaxalign.run.bad_steps import BadSteps, combine_updates
 from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
 from jaxalign.run.stopping import Wishes
+from jaxalign.run.storage import retry
 
 SHOWN = (
     "loss",
@@ -128,6 +129,11 @@ class Reporter:
         while self._pending:
             self._report(self._pending.popleft())
 
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Step → held-out figures, those of earlier starts too."""
+        return self._writer.evaluations
+
     def has_evaluation(self, step: int) -> bool:
         """Whether held-out figures of this step are written down."""
         return self._writer.evaluated == step
@@ -139,7 +145,8 @@ class Reporter:
         self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)
-            replace_text(self._folder / "evaluation.json", text + "\n")
+            path = self._folder / "evaluation.json"
+            retry(lambda: replace_text(path, text + "\n"), str(path), self._folder)
 
     def close(self) -> None:
         """Ends the progress bar and closes the file."""
