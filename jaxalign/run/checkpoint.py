@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign.hf import checksums
 from jaxalign.parallel import distributed
-from jaxalign.run.storage import failure_of, retry, what_is_safe
+from jaxalign.run.storage import failure_of, retry, say, what_is_safe
 from jaxalign.types import Params, TrainState
 
 # What Orbax may write again after the checksums, and what holds nothing that a run reads.
@@ -55,7 +55,7 @@ class Checkpoints:
 
     def _make_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if self._keep is None else _NewestAndBest(self),
+            preservation_policy=None if self._keep is None else _NewestAndBest(self, self._keep),
             create=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
@@ -93,10 +93,9 @@ class Checkpoints:
         """
         failed = self._wait()
         if failed:
-            print(
+            say(
                 f"checkpoint {self._folder}/{self._saving} could not be written: {failed}; saving "
-                f"step {step} in its place",
-                flush=True,
+                f"step {step} in its place"
             )
         self._save(step, state, loop, wait=bool(failed))
 
@@ -111,7 +110,7 @@ class Checkpoints:
         """
         failed = self._wait()
         if failed:
-            print(f"checkpoint {self._folder}/{step} could not be written: {failed}", flush=True)
+            say(f"checkpoint {self._folder}/{step} could not be written: {failed}")
             self._save(step, state, loop, wait=True)
 
     def _wait(self) -> str:
@@ -127,10 +126,9 @@ class Checkpoints:
             return os.strerror(failure)
         waited = time.monotonic() - began
         if waited > _SLOW_SECONDS and distributed.is_main():
-            print(
+            say(
                 f"waited {waited:.0f} s for checkpoint {self._folder}/{self._saving}: storage is "
-                "slow; save less often, or to another disk",
-                flush=True,
+                "slow; save less often, or to another disk"
             )
         return ""
 
@@ -354,22 +352,22 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.close()
+        finally:
             if self._failed:  # a write that was still under way may have made its folder anew
                 self.remove_unfinished()
-        finally:
             self._quiet.__exit__(None, None, None)
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     """Keeps the newest checkpoints of a run, and its best one."""
 
-    def __init__(self, store: Checkpoints):
-        self._store = store
+    def __init__(self, store: Checkpoints, keep: int):
+        self._store, self._keep = store, keep
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [info.step for info in checkpoints]
-        keep = sorted(steps)[-self._store._keep :]
-        return [step in keep or step == self._store.best for step in steps]
+        newest = sorted(steps)[-self._keep :]
+        return [step in newest or step == self._store.best for step in steps]
 
 
 @contextlib.contextmanager

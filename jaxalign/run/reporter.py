@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import pathlib
@@ -175,11 +176,15 @@ class Reporter:
         self._writer.write(record.step, metrics | record.timing | {"time/step": seconds} | speed)
         self.history.append(metrics)
         self._bad_steps.add(record.step, updates, record.origins)
-        self._bar.set_postfix_str(_short(metrics), refresh=False)
+        with contextlib.suppress(OSError):  # the terminal's text may go to a disk that is full
+            self._show(record.step, _short(metrics))
+
+    def _show(self, step: int, text: str) -> None:
+        """Moves the progress bar; every `log_every` steps a line stays."""
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
-        if record.step % self._log_every == 0 and not self._bar.disable:
-            line = f"{self._bar.desc} {record.step}/{self._total}: {_short(metrics)}"
-            self._bar.write(line)
+        if step % self._log_every == 0 and not self._bar.disable:
+            self._bar.write(f"{self._bar.desc} {step}/{self._total}: {text}")
 
 
 _GIGA = 10**9

@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -105,13 +106,19 @@ def retry(
                     f"tried {number} times in {sum(delays):g} s. {_capital(_REMEDIES[failure])}"
                     f", then go on. {safe()}".rstrip()
                 ) from error
-            with contextlib.suppress(OSError):  # what is printed may go to the same disk
-                tqdm.write(f"{what}: {reason}; trying again in {delay:g} s")
+            say(f"{what}: {reason}; trying again in {delay:g} s")
             _sleep(delay)
     raise AssertionError("the last try returns or raises")
 
 
 _sleep = time.sleep
+
+
+def say(text: str) -> None:
+    """Prints a line, if that is possible: output may go to the disk that is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def _free(folder: pathlib.Path, failure: int) -> str:

@@ -66,7 +66,7 @@ class Bench:
     """
 
     def __init__(self, place: pathlib.Path):
-        self.place = place
+        self.place, self._files, self._started = place, self.folder("files", place), 0
         self.models = _runs.make_models(place)
         self.whole = self.folder("whole") / "run"
         for _ in range(2):  # the first one compiles
@@ -82,9 +82,9 @@ class Bench:
         child.wait()
         self.half = half
 
-    def folder(self, name: str) -> pathlib.Path:
+    def folder(self, name: str, place: pathlib.Path | None = None) -> pathlib.Path:
         """A fresh folder."""
-        folder = self.place / re.sub(r"\W+", "-", name)
+        folder = (self.place if place is None else place) / re.sub(r"\W+", "-", name)
         folder.mkdir()
         return folder
 
@@ -101,11 +101,14 @@ class Bench:
           before: called in the fork, before the command.
           sections: sections of the configuration, merged into it.
         """
-        values = _runs.settings(kind, self.models, folder)
+        # Data and output lie elsewhere: the folder's disk may be full.
+        values = _runs.settings(kind, self.models, self._files / "run")
+        values["run"]["folder"] = str(folder)
         for name, section in sections.items():
             both = isinstance(section, dict) and isinstance(values.get(name), dict)
             values[name] = values[name] | section if both else section
-        path = folder.parent / f"{folder.name}.yaml"
+        self._started += 1
+        path = self._files / f"{self._started}.yaml"
         path.write_text(json.dumps(values))
         name = "ppo" if kind == "grpo" else kind
         command = _runs.command(name, str(path), *overrides)
@@ -117,7 +120,7 @@ class Bench:
             before()
             return command()
 
-        return Child(run, folder.parent / f"{folder.name}.log")
+        return Child(run, path.with_suffix(".log"))
 
     def run(self, folder: pathlib.Path, *overrides: str, **keywords: Any) -> Ended:
         """A run from beginning to end."""

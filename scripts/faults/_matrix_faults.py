@@ -71,10 +71,10 @@ def _full_at_resume(bench: Bench, place: pathlib.Path) -> Outcome:
     with small_disk(place, 16):
         shutil.copytree(bench.half, place / "run")
         filler = fill(place)
-        ended = bench.run(bench_folder := place / "run", "run.resume=true")
+        ended = bench.run(place / "run", "run.resume=true")
         filler.unlink()
-        lost = bench.resume(bench_folder)
-    return bench.outcome(ended, ended.status if ended.status in (2, 74) else 74, lost)
+        lost = bench.resume(place / "run")
+    return bench.outcome(ended, 2, lost, "No space left on device")
 
 
 @fault("file size limited from a save on")
@@ -87,8 +87,7 @@ def _limited(bench: Bench, place: pathlib.Path) -> Outcome:
 
 @fault("checkpoints become read-only")
 def _read_only(bench: Bench, place: pathlib.Path) -> Outcome:
-    for path in (place.parent, place, bench.models):
-        path.chmod(0o755)
+    bench.place.chmod(0o755)
     place.chmod(0o777)
     (bench.place / "programs").chmod(0o777)
 
@@ -126,10 +125,8 @@ def _removed(bench: Bench, place: pathlib.Path) -> Outcome:
 @fault("disk full before the start")
 def _full_before(bench: Bench, place: pathlib.Path) -> Outcome:
     with small_disk(place, 1):
-        values = bench.place / "full-before"
-        values.mkdir()
         fill(place)
-        ended = bench.run(values / "run", f"run.folder={place / 'run'}")
+        ended = bench.run(place / "run")
     return bench.outcome(ended, 2, "", "No space left on device")
 
 
@@ -381,8 +378,7 @@ FAULTS["Ctrl-C"] = _signalled([signal.SIGINT], 75)
 @fault("a second run in the folder")
 def _second(bench: Bench, place: pathlib.Path) -> Outcome:
     first = at_second_checkpoint(bench, place)
-    other = bench.folder(f"{place.name} other")
-    second = bench.run(other / "run", f"run.folder={place / 'run'}", "run.resume=true")
+    second = bench.run(place / "run", "run.resume=true")
     status = first.wait(bench.limit).status
     lost = bench.lost(place / "run") if status == 0 else f"the first ended with {status}"
     return bench.outcome(second, 2, lost, "in use by process")

@@ -11,6 +11,8 @@ Of each fault: the exit status, the last line of the message, seconds, resident 
 what was lost: where the run can go on afterwards, it does, and its metrics and weights are compared
 with those of an uninterrupted run.
 
+With `--out`, a file is continued: what went as expected is not done again.
+
 Exits with status 1 for a traceback, another status than the one expected, something lost, a process
 that had to be killed after a minute, or one above 1 GiB.
 """
@@ -46,11 +48,21 @@ def main() -> int:
         _ = _matrix_faults  # fills the table
         bench = Bench(pathlib.Path(place))
         results: list[dict[str, Any]] = []
+        failed = False
+        if options.out is not None and options.out.exists():
+            results = json.loads(options.out.read_text())["results"]
+        known = {found["fault"] for found in results if found["ok"]}
+        results = [found for found in results if found["ok"]]
         for name, fault in FAULTS.items():
-            if options.only is not None and options.only not in name:
+            if name in known or (options.only is not None and options.only not in name):
                 continue
             began = time.monotonic()
-            outcome = fault(bench, bench.folder(name))
+            try:
+                outcome = fault(bench, bench.folder(name))
+            except Exception as error:  # the script's own: the other faults still count
+                print(f"{name}: {error!r}", flush=True)
+                failed = True
+                continue
             found = {"fault": name} | outcome.summary(bench.place)
             found["ok"] = outcome.ok and outcome.ended.peak <= _PEAK
             found["seconds_in_all"] = round(time.monotonic() - began, 1)
@@ -58,7 +70,7 @@ def main() -> int:
             print(json.dumps(found), flush=True)
             if options.out is not None:
                 write(options.out, results)
-    return int(any(not found["ok"] for found in results))
+    return int(failed or any(not found["ok"] for found in results))
 
 
 def write(path: pathlib.Path, results: list[dict[str, Any]]) -> None:

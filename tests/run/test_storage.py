@@ -18,6 +18,7 @@ from jaxalign.commands import cli
 from jaxalign.run import storage
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.metrics import JsonlWriter
+from jaxalign.run.reporter import Reporter, StepRecord
 from jaxalign.run.storage import LineFile, StorageError, failure_of, retry
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -167,8 +168,9 @@ def test_storage_that_stays_full_ends_with_the_older_ones_intact(
     limit(None)
     assert clock.waited == ALL
     assert "Traceback" not in capfd.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1"]
     store = Checkpoints(tmp_path / "c")
+    store.remove_unfinished()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1"]
     assert value_of(store, states) == 1
     store.close()
 
@@ -211,3 +213,38 @@ def test_the_command_ends_with_status_74_and_resumes_where_it_was(
     ours, theirs = chatmodel.lines(tmp_path / "run"), chatmodel.lines(tmp_path / "whole")
     assert chatmodel.timeless(ours) == chatmodel.timeless(theirs)
     assert chatmodel.weights(tmp_path / "run/model") == chatmodel.weights(tmp_path / "whole/model")
+
+
+def test_output_on_a_full_disk_ends_no_run(tmp_path, monkeypatch):
+    """A log beside the run, on the same disk: steps go on where their text finds no room."""
+    reporter = Reporter(tmp_path, "sft", total=2, done=0, log_every=1, make_bar=FullBar)
+    record = StepRecord(1, [], {"loss": 1.0}, {}, lambda: [8, 8, 1, 0, 0, 8, 0, 1], 1)
+    reporter.add(record._replace(updates=[{"loss": 1.0}]), keep=0)
+    monkeypatch.setattr("sys.stdout", FullBar())
+    storage.say("text")
+    reporter.close()
+    assert [row["step"] for row in chatmodel.lines(tmp_path)] == [1]
+
+
+class FullBar:
+    """A progress bar, or a file, that finds no room."""
+
+    disable, desc = False, "sft"
+
+    def __init__(self, *_):
+        self.written = []
+
+    def write(self, text):
+        full()
+
+    def set_postfix_str(self, text, refresh=True):
+        pass
+
+    def update(self):
+        full()
+
+    def flush(self):
+        full()
+
+    def close(self):
+        pass
