@@ -374,27 +374,32 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 def _quiet_failures() -> Iterator[None]:
     """Hides the tracebacks of failed saves: the same error is raised, and told in one line.
 
-    Orbax logs it once a thread. Of the writes that were still under way, TensorStore reports that
-    their event loop is closed.
+    Orbax logs it once a thread, asyncio once a write. Of the writes that were still under way,
+    TensorStore reports that their event loop is closed.
     """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def show(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    logger.addFilter(_no_failed_save)
+    for logger in loggers:
+        logger.addFilter(_no_failed_save)
     sys.unraisablehook = show
     try:
         yield
     finally:
-        logger.removeFilter(_no_failed_save)
+        for logger in loggers:
+            logger.removeFilter(_no_failed_save)
         if sys.unraisablehook is show:
             sys.unraisablehook = hook
 
 
 def _no_failed_save(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return True
+    return "orbax" not in record.pathname and failure_of(error) is None
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
