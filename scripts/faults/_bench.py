@@ -124,7 +124,7 @@ class Bench:
 
     def run(self, folder: pathlib.Path, *overrides: str, **keywords: Any) -> Ended:
         """A run from beginning to end."""
-        return self.start(folder, *overrides, **keywords).wait(getattr(self, "limit", 600.0))
+        return self.start(folder, *overrides, **keywords).wait(getattr(self, "limit", 3600.0))
 
     def resume(self, folder: pathlib.Path) -> str:
         """Goes on with a run; what was lost."""

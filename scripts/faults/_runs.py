@@ -100,7 +100,7 @@ class Child:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def wait(self, limit: float = 600.0) -> Ended:
+    def wait(self, limit: float = 3600.0) -> Ended:
         """Waits for its end; kills what takes longer than `limit` seconds (status −9)."""
         end = time.monotonic() + limit
         while (ended := self.poll()) is None:
