@@ -99,9 +99,11 @@ class FolderLock:
 
     def _write(self) -> None:
         """Makes the lock, or nothing: an empty one would name nobody."""
+        rest = json.dumps(_identity() | {"token": self._token}).encode() + b"\n"
         with self._path.open("xb", buffering=0) as file:
             try:
-                file.write(json.dumps(_identity() | {"token": self._token}).encode() + b"\n")
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError as error:
                 self._path.unlink()
                 raise OSError(error.errno, error.strerror, str(self._path)) from error

@@ -15,8 +15,10 @@ import yaml
 
 from jaxalign.algorithms.state import init_state
 from jaxalign.commands import cli
+from jaxalign.data.paths import replace_text
 from jaxalign.run import storage
 from jaxalign.run.checkpoint import Checkpoints
+from jaxalign.run.lock import FolderLock
 from jaxalign.run.metrics import JsonlWriter
 from jaxalign.run.reporter import Reporter, StepRecord
 from jaxalign.run.storage import LineFile, StorageError, failure_of, retry
@@ -213,6 +215,24 @@ def test_the_command_ends_with_status_74_and_resumes_where_it_was(
     ours, theirs = chatmodel.lines(tmp_path / "run"), chatmodel.lines(tmp_path / "whole")
     assert chatmodel.timeless(ours) == chatmodel.timeless(theirs)
     assert chatmodel.weights(tmp_path / "run/model") == chatmodel.weights(tmp_path / "whole/model")
+
+
+def test_a_lock_that_finds_no_room_is_not_left_behind(limit, tmp_path):
+    limit(20)
+    with (
+        pytest.raises(OSError, match=r"File too large.*run/\.lock"),
+        FolderLock(tmp_path / "run"),
+    ):
+        pass
+    limit(None)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "x").write_text("before")
+    limit(20)
+    with pytest.raises(OSError, match=r"File too large.*/x'"):
+        replace_text(tmp_path / "x", "after" * 20)
+    limit(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "before"
 
 
 def test_output_on_a_full_disk_ends_no_run(tmp_path, monkeypatch):
