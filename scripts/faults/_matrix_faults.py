@@ -214,8 +214,14 @@ REWARDS = {
     "raises": ("def score(prompt, answer):\n    raise KeyError('x')\n", "KeyError"),
     "gives NaN": ("def score(prompt, answer):\n    return float('nan')\n", "nan"),
     "gives text": ("def score(prompt, answer):\n    return 'good'\n", "good"),
-    "never returns": ("def score(prompt, answer):\n    while True:\n        pass\n", "1 s"),
-    "sleeps": ("import time\ndef score(prompt, answer):\n    time.sleep(1e6)\n", "1 s"),
+    "never returns": (
+        "def score(prompt, answer):\n    while True:\n        pass\n",
+        "within timeout=1.0 s",
+    ),
+    "sleeps": (
+        "import time\ndef score(prompt, answer):\n    time.sleep(1e6)\n",
+        "within timeout=1.0 s",
+    ),
 }
 
 
