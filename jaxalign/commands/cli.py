@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"jaxalign {command.name}: error: {error}", file=sys.stderr)
-        distributed.exit_if_failed(2)
-        return 2
+        status = getattr(error, "exit_status", 2)  # 74 where storage failed
+        distributed.exit_if_failed(status)
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -32,7 +32,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="hf (the default), gguf or orbax; several get a folder each in OUT",
     )
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    which.add_argument("--best", action="store_true", help="the best one, by run.keep_best")
     parser.add_argument(
         "--part", choices=("policy", "critic"), help="of a run that trains both; default policy"
     )
@@ -65,6 +67,7 @@ def _export(parsed: argparse.Namespace) -> None:
     options = ExportOptions(
         formats=tuple(parsed.to or ("hf",)),
         step=parsed.step,
+        best=parsed.best,
         part=parsed.part,
         dtype=parsed.dtype,
         gguf_dtype=parsed.gguf_dtype,

@@ -40,11 +40,12 @@ def with_flags(parsed: argparse.Namespace, section: str = "run") -> list[str]:
 def say_how_to_go_on(parsed: argparse.Namespace, section: str = "run") -> Iterator[None]:
     """Adds to the message of a stopped run the command that goes on with it."""
     from jaxalign.parallel import distributed
+    from jaxalign.run.storage import StorageError
 
     try:
         yield
-    except distributed.Preempted as stopped:
-        raise distributed.Preempted(
+    except (distributed.Preempted, StorageError) as stopped:
+        raise type(stopped)(
             f"{stopped}\ngo on with: {command_to_go_on(parsed, section)}"
         ) from stopped
 

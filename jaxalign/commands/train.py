@@ -8,6 +8,7 @@ import functools
 from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
 from jaxalign.commands.going_on import run_flags, say_how_to_go_on, with_flags
+from jaxalign.commands.out_of_memory import explain_out_of_memory
 
 _EVERY_STAGE = "defaults.run"
 
@@ -30,7 +31,8 @@ def _train(parsed: argparse.Namespace) -> None:
 
     with distributed.session(), say_how_to_go_on(parsed):
         config = load_config(parsed.command, parsed.config, with_flags(parsed))
-        result = train(config)
+        with explain_out_of_memory(config):
+            result = train(config)
         for name, value in result.after.items():
             start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
             print(f"held out: {name} {value:.4g}{start}")
@@ -54,7 +56,7 @@ def _pipeline(parsed: argparse.Namespace) -> None:
 
     with distributed.session(), say_how_to_go_on(parsed, _EVERY_STAGE):
         stages = load_stages(parsed.config, with_flags(parsed, _EVERY_STAGE))
-        results = run_stages(stages)
+        results = run_stages(stages, explain_out_of_memory)
         for name, result in results.items():
             print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
 

@@ -86,10 +86,19 @@ def check_free(
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: if the process is killed, the old one stays."""
+    """Writes a file whole or not at all: if the process is killed, the old one stays.
+
+    Raises:
+      OSError: with the file's name, which a failed write alone does not tell.
+    """
     fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def is_empty(path: pathlib.Path) -> bool:

@@ -14,8 +14,15 @@ from jaxalign.run.config.yaml import to_values
 
 FREE = (
     *("run.folder", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
-    *("run.keep", "run.time_limit", "run.early_stopping", "run.export", "run.checkpoint"),
-    *("run.micro_batches", "mesh", "model.remat", "model.attention", "offload_frozen"),
+    *("run.keep", "run.keep_best", "run.time_limit", "run.early_stopping", "run.export"),
+    *(
+        "run.checkpoint",
+        "run.micro_batches",
+        "mesh",
+        "model.remat",
+        "model.attention",
+        "offload_frozen",
+    ),
     *("optimizer.offload", "critic_optimizer.offload", "reference_cache", "data.prefetch"),
     *("ptx.prefetch", "dump_every", "dump_samples"),
 )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +19,13 @@ import orbax.checkpoint as ocp
 from jaxalign.hf import checksums
 from jaxalign.parallel import distributed
 from jaxalign.run.saved_averages import wanted_averages, with_averages
+from jaxalign.run.storage import failure_of, retry, say, what_is_safe
 from jaxalign.types import Params, TrainState
 
 # What Orbax may write again after the checksums, and what holds nothing that a run reads.
 _NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+_SLOW_SECONDS = 30.0
 
 
 class Checkpoints:
@@ -31,6 +39,9 @@ class Checkpoints:
       folder: where they live, one sub-folder a step.
       keep: how many of the newest are kept; None keeps all.
       read_only: nothing in the folder is made, moved or removed, and nothing can be saved.
+
+    Attributes:
+      best: the step of a checkpoint that is kept however old it is, or None.
     """
 
     def __init__(
@@ -38,20 +49,29 @@ class Checkpoints:
     ):
         self._folder = pathlib.Path(folder).absolute()
         self._read_only = read_only
+        self.best: int | None = None
+        self._keep = keep
         self._saving: int | None = None
+        self._failed = False
         self._checked: dict[int, str] = {}  # step → what is wrong with it
+        self._quiet = _quiet_failures()
+        self._quiet.__enter__()
+        self._manager = self._make_manager()
+
+    def _make_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            create=not read_only,
-            read_only=read_only,
-            save_interval_steps=0 if read_only else 1,
+            max_to_keep=None,
+            preservation_policy=(
+                None if self._keep is None or self._read_only else _NewestAndBest(self, self._keep)
+            ),
+            create=not self._read_only,
+            read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
-        with _without_warnings() if read_only else contextlib.nullcontext():
-            self._manager = ocp.CheckpointManager(
-                self._folder, options=options, item_handlers=handlers
-            )
+        with _without_warnings() if self._read_only else contextlib.nullcontext():
+            return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -60,11 +80,11 @@ class Checkpoints:
 
     def sound_steps(self) -> list[int]:
         """The steps of all undamaged checkpoints, ascending; the damaged ones are printed."""
-        return [step for step in sorted(self._manager.all_steps()) if self._is_sound(step)]
+        return [step for step in self.steps if self._is_sound(step)]
 
     def sound_before(self, step: int) -> int | None:
         """The newest undamaged checkpoint of an earlier step; newer damaged ones are printed."""
-        earlier = sorted((s for s in self._manager.all_steps() if s < step), reverse=True)
+        earlier = [s for s in reversed(self.steps) if s < step]
         return next((s for s in earlier if self._is_sound(s)), None)
 
     def check_again(self, step: int) -> None:
@@ -79,23 +99,113 @@ class Checkpoints:
                 f"checkpoint {self._folder}/{step} changed while it was read: {damage}; try again"
             )
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, damaged or not."""
+        return sorted(self._manager.all_steps())
+
+    def remove_unfinished(self) -> None:
+        """Removes what killed saves left; only for the one process that owns the folder."""
+        for place in self._folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(place, ignore_errors=True)
+
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
         """Saves in the background; the arrays are copied before this returns.
+
+        A run in one process tries again where storage fails (`run.storage.retry`). Where the save
+        before this one failed in the background, this one takes its place and is waited for.
 
         Args:
           step: the name of the checkpoint.
           state: parameters and optimizer; `frozen` is not saved, it never changes.
           loop: JSON-able position of the loop: data state, KL coefficient, seed.
+
+        Raises:
+          StorageError: storage still fails after the last try; older checkpoints are intact.
         """
-        self._manager.wait_until_finished()
+        failed = self._wait()
+        if failed:
+            say(
+                f"checkpoint {self._folder}/{self._saving} could not be written: {failed}; saving "
+                f"step {step} in its place"
+            )
+        self._save(step, state, loop, wait=bool(failed))
+
+    def finish(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
+        """Waits until checkpoint `step` is on disk, and saves it again if that failed.
+
+        Args:
+          step, state, loop: as in the call of `save` for this step.
+
+        Raises:
+          StorageError: as `save`.
+        """
+        failed = self._wait()
+        if failed:
+            say(f"checkpoint {self._folder}/{step} could not be written: {failed}")
+            self._save(step, state, loop, wait=True)
+
+    def _wait(self) -> str:
+        """Waits for the save under way; why storage refused it, or ""."""
+        began = time.monotonic()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            failure = failure_of(error)
+            if failure is None or jax.process_count() > 1:
+                raise
+            self._reopen()
+            return os.strerror(failure)
+        waited = time.monotonic() - began
+        if waited > _SLOW_SECONDS and distributed.is_main():
+            say(
+                f"waited {waited:.0f} s for checkpoint {self._folder}/{self._saving}: storage is "
+                "slow; save less often, or to another disk"
+            )
+        return ""
+
+    def _save(self, step: int, state: TrainState, loop: dict[str, Any], *, wait: bool) -> None:
         self._saving = step
         self._checked.pop(step, None)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_saved(state)), loop=ocp.args.JsonSave(loop)
-            ),
-        )
+        again = False
+
+        def attempt() -> None:
+            nonlocal again
+            if again:
+                self._reopen()
+            again = True
+            if not self._folder.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_saved(state)), loop=ocp.args.JsonSave(loop)
+                ),
+            )
+            if wait:
+                self._manager.wait_until_finished()
+
+        def safe() -> str:
+            self._clear()
+            return what_is_safe(self._folder)
+
+        if jax.process_count() > 1:  # no process may try again without the others
+            attempt()
+            return
+        retry(attempt, f"checkpoint {self._folder}/{step}", self._folder, safe=safe)
+
+    def _reopen(self) -> None:
+        """Gives up the manager, which remembers its failure for ever, for a fresh one."""
+        self._clear()
+        if self._folder.is_dir():
+            self._manager = self._make_manager()
+
+    def _clear(self) -> None:
+        """Removes the files of a save that failed: they take room."""
+        self._failed = True
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self.remove_unfinished()
 
     def restore(
         self, state: TrainState, step: int | None = None
@@ -178,7 +288,7 @@ class Checkpoints:
 
     def _find(self, step: int | None, remedy: str) -> int:
         """The requested step, or the newest intact one; skipped ones are printed."""
-        there = sorted(self._manager.all_steps())
+        there = self.steps
         if step is not None and step not in there:
             raise ValueError(
                 f"no checkpoint {step} in {self._folder}; there are: "
@@ -282,8 +392,57 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all saves are on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        finally:
+            if self._failed:  # a write that was still under way may have made its folder anew
+                self.remove_unfinished()
+            self._quiet.__exit__(None, None, None)
+
+
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest checkpoints of a run, and its best one."""
+
+    def __init__(self, store: Checkpoints, keep: int):
+        self._store, self._keep = store, keep
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        newest = sorted(steps)[-self._keep :]
+        return [step in newest or step == self._store.best for step in steps]
+
+
+@contextlib.contextmanager
+def _quiet_failures() -> Iterator[None]:
+    """Hides the tracebacks of failed saves: the same error is raised, and told in one line.
+
+    Orbax logs it once a thread, asyncio once a write. Of the writes that were still under way,
+    TensorStore reports that their event loop is closed.
+    """
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.addFilter(_no_failed_save)
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_no_failed_save)
+        if sys.unraisablehook is show:
+            sys.unraisablehook = hook
+
+
+def _no_failed_save(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return True
+    return "orbax" not in record.pathname and failure_of(error) is None
 
 
 @contextlib.contextmanager

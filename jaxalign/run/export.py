@@ -26,6 +26,7 @@ from jaxalign.models.lora import merge_lora, sharing_base, trained_base
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
+from jaxalign.run.best import best_of_run
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml
@@ -73,6 +74,7 @@ def export_run(
     out: str,
     step: int | None = None,
     *,
+    best: bool = False,
     part: str | None = None,
     dtype: str | None = "source",
 ) -> Exported:
@@ -86,6 +88,7 @@ def export_run(
       folder: the run's folder, with `config.yaml` and `checkpoints/`.
       out: folder to make, see `save_pretrained`.
       step: which checkpoint; the newest by default.
+      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
       part: "policy" or "critic", of runs that train both; the policy by default.
       dtype: of the tensors, see `save_pretrained`; "source" for those of the model that the run
         started from, None for those of the checkpoint.
@@ -94,20 +97,26 @@ def export_run(
       ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
     """
     out = str(local_path(out, "out"))
-    loaded = load_run(folder, step, part=part, outs=[out])
+    loaded = load_run(folder, step, best=best, part=part, outs=[out])
     model, params = whole_model(loaded.model, loaded.params)
     save_pretrained(model, params, out, tokenizer=loaded.exported, dtype=dtype)
     return Exported(loaded.step, tensor_table(plan_tensors(model, params, dtype)))
 
 
 def load_run(
-    folder: str, step: int | None = None, *, part: str | None = None, outs: Sequence[str] = ()
+    folder: str,
+    step: int | None = None,
+    *,
+    best: bool = False,
+    part: str | None = None,
+    outs: Sequence[str] = (),
 ) -> Loaded:
     """A model from a checkpoint of a run; see `export_run`.
 
     Args:
       folder: the run's folder.
       step: which checkpoint; the newest by default.
+      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
       part: "policy" or "critic", of runs that train both; the policy by default.
       outs: what is going to be written: not to be something that the run reads.
 
@@ -126,6 +135,8 @@ def load_run(
         check_free(out, "out", overwrite=True, sources=sources)
     store = Checkpoints(place / "checkpoints", keep=None)
     try:
+        if best:
+            step = best_of_run(place, config.run.keep_best, store.steps)
         found, shapes = store.param_shapes(step)
         parts = [name for name in _PARTS if name in shapes]
         if part is not None and part not in (parts or ["policy"]):

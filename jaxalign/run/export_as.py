@@ -32,6 +32,7 @@ class ExportOptions(NamedTuple):
       formats: keys of `FORMATS`. With one, `out` is its folder; with several each has a folder of
         its name in `out`.
       step: which checkpoint of a run; the newest by default.
+      best: the run's best checkpoint, by `run.keep_best`, in place of `step`.
       part: "policy" or "critic", of a run that trains both.
       dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
       gguf_dtype: of the matrices of a GGUF file.
@@ -42,6 +43,7 @@ class ExportOptions(NamedTuple):
 
     formats: tuple[str, ...] = ("hf",)
     step: int | None = None
+    best: bool = False
     part: str | None = None
     dtype: str | None = "source"
     gguf_dtype: str = "F16"
@@ -161,10 +163,10 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
 
 def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
     if is_run(source, options.formats):
-        return load_run(source, options.step, part=options.part, outs=outs)
-    if options.step is not None or options.part is not None:
+        return load_run(source, options.step, best=options.best, part=options.part, outs=outs)
+    if options.step is not None or options.part is not None or options.best:
         raise ValueError(
-            f"--step and --part choose among a run's checkpoints, and {source!r} is a model; leave "
+            f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a model; leave "
             "them out"
         )
     for out in outs:

@@ -79,8 +79,8 @@ class FolderLock:
 
     def _acquire(self) -> None:
         for _ in range(3):
-            with contextlib.suppress(FileExistsError), self._path.open("x") as file:
-                file.write(json.dumps(_identity() | {"token": self._token}) + "\n")
+            with contextlib.suppress(FileExistsError):
+                self._write()
                 return
             owner = _read(self._path)
             if owner is None:
@@ -96,6 +96,17 @@ class FolderLock:
             f"run.folder={str(self._folder)!r} is in use by {_named(owner or {})}; wait for it or "
             f"choose another folder. If that process is gone, remove {self._path}"
         )
+
+    def _write(self) -> None:
+        """Makes the lock, or nothing: an empty one would name nobody."""
+        rest = json.dumps(_identity() | {"token": self._token}).encode() + b"\n"
+        with self._path.open("xb", buffering=0) as file:
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                self._path.unlink()
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
         """Whether the process that made a lock has died; may wait for a renewal."""

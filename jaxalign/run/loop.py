@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax
 from jaxalign.data import filled
 from jaxalign.parallel import distributed
 from jaxalign.run.bad_steps import BadSteps, check_weights, origins_of
+from jaxalign.run.best import BestStep
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
 from jaxalign.run.early_stopping import EarlyStopper
@@ -22,6 +24,7 @@ from jaxalign.run.progress import Progress
 from jaxalign.run.record import check_hosts, write_data_report
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
+from jaxalign.run.storage import retry, what_is_safe
 from jaxalign.run.tasks import Task, make_task
 from jaxalign.run.tasks.loader import KeepingLoader
 from jaxalign.run.tasks.task import Loop
@@ -39,6 +42,7 @@ class Result(NamedTuple):
       history: the metrics of every step of this process, oldest first.
       seconds: wall time, set-up and compilation included.
       signal: which signal asked the run to stop although it was finished, or None.
+      best: the step of the best checkpoint by `run.keep_best`, or None.
     """
 
     folder: pathlib.Path
@@ -48,6 +52,7 @@ class Result(NamedTuple):
     history: list[dict[str, float]]
     seconds: float
     signal: str | None = None
+    best: int | None = None
 
 
 class Hooks(NamedTuple):
@@ -91,6 +96,8 @@ def train(
         resume under other settings.
       FloatingPointError: the loss is no longer a number.
       jaxalign.parallel.distributed.Preempted: a signal or the time limit; a checkpoint was saved.
+      jaxalign.run.storage.StorageError: the folder cannot be written to for half a minute; the last
+        checkpoint is intact.
     """
     clock = Clock(config.run.save_minutes, config.run.time_limit, began)
     # However the run ends, saves under way are finished and files closed.
@@ -141,11 +148,13 @@ def _train(
     )  # fmt: skip
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
+    best = _best_so_far(run, store, reporter)
     early = EarlyStopper(run.early_stopping, position.get("early"))
     if task.on_train_start is not None and done == 0:
         task.on_train_start(state, loop)
     measured = done == 0 and hooks.evaluate_first
     before = _evaluate(task, state, loop, 0, reporter, early) if measured else {}
+    best.is_better(before)  # a figure of another name is an error now, not hours later
     after, saved_at = before, done
     progress = Progress(config, task, state, position.get("taken", done))
     root = jax.random.key(run.seed)
@@ -175,12 +184,16 @@ def _train(
         state = state if ended is None else ended
         if evaluates:
             after = _evaluate(task, state, loop, done, reporter, early)
+            saves = saves or best.is_better(after)
         if saves and bad_steps.holds_news(done, saved_at):
+            if evaluates:
+                _mark_best(store, best, done, after)
             _save(store, task, state, _position(task, loop, done, progress, reporter, early))
             saved_at = done
             clock.saved()
             reporter.wishes = reporter.wishes._replace(save=False)
         if stops:
+            _finish(store, state, _position(task, loop, done, progress, reporter, early))
             raise distributed.Preempted(_how_to_go_on(done, task.total, stop, run, store))
         if ended is not None:
             break
@@ -197,16 +210,25 @@ def _train(
         after = _evaluate(task, state, loop, done, reporter)
     write_data_report(folder, task.data_report())  # a stream has been read by now
     bad_steps.check_end(state, after)
-    if bad_steps.holds_news(done, saved_at):
-        _save(store, task, state, _position(task, loop, done, progress, reporter, early))
+    news = bad_steps.holds_news(done, saved_at)
+    position = _position(task, loop, done, progress, reporter, early)
+    if news or saved_at == done:
+        _mark_best(store, best, done, after)
+    if news:
+        _save(store, task, state, position)
+    _finish(store, state, position)
     exported = folder / MODEL if run.export else None
     if exported is not None:
         check_weights(state.params, f"step {done}")
-        model, params = task.export(state, exported)
+        model, params = _export(task, state, exported)
         if hooks.loader is not None:
             hooks.loader.keep(str(exported), model, params)
+    if (line := best.message(folder)) is not None and distributed.is_main():
+        print(line, flush=True)
     seconds = time.perf_counter() - began
-    return Result(folder, exported, before, after, reporter.history, seconds, stop.signal)
+    return Result(
+        folder, exported, before, after, reporter.history, seconds, stop.signal, best.step
+    )
 
 
 def run_step(
@@ -327,6 +349,45 @@ def _save(
         store.save(position["done"], state, position)
 
 
+def _finish(store: Checkpoints | None, state: TrainState, position: dict[str, Any]) -> None:
+    """Waits until the last checkpoint is on disk."""
+    if store is not None:
+        store.finish(position["done"], state, position)
+
+
+def _export(task: Task, state: TrainState, target: pathlib.Path) -> tuple[Any, Any]:
+    """Writes the final weights; a run in one process tries again where storage fails."""
+    if jax.process_count() > 1:
+        return task.export(state, target)
+    folder = target.parent
+
+    def safe() -> str:
+        return what_is_safe(folder / CHECKPOINTS)
+
+    return retry(lambda: task.export(state, target), str(target), folder, safe=safe)
+
+
+def _best_so_far(run: RunConfig, store: Checkpoints | None, reporter: Reporter) -> BestStep:
+    """The best checkpoint of earlier starts, which is kept from now on."""
+    best = BestStep(run.keep_best)
+    if store is not None and run.keep_best is not None:
+        # Those of process 0, which wrote them.
+        text = json.dumps(reporter.evaluations)
+        known = json.loads(distributed.all_gather_text("held-out figures", text)[0])
+        best.resume({int(step): figures for step, figures in known.items()}, store.steps)
+        store.best = best.step
+    return best
+
+
+def _mark_best(
+    store: Checkpoints | None, best: BestStep, step: int, figures: dict[str, float]
+) -> None:
+    """Keeps the checkpoint of a step if its figures are the best; called before it is saved."""
+    best.add(step, figures)
+    if store is not None:
+        store.best = best.step
+
+
 def _restore(store: Checkpoints, task: Task, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint's state and position; sets the data to it.
 
@@ -356,6 +417,8 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
         return None
     some = has_checkpoints(folder)
     store = Checkpoints(folder / CHECKPOINTS, run.keep)
+    if distributed.is_main():
+        store.remove_unfinished()
     if some and store.latest is None:
         store.close()
         raise ValueError(
@@ -368,5 +431,8 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
 def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:
     """Waits for pending saves. That needs every host, so not after a failure on one of several."""
     failed = error is not None and not issubclass(error, distributed.Preempted)
-    if not distributed.job_failed() and not (failed and jax.process_count() > 1):
+    if distributed.job_failed() or (failed and jax.process_count() > 1):
+        return
+    # Behind an error, another one about the save under way would hide it.
+    with contextlib.suppress(*((Exception,) if failed else ())):
         store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxalign.data.bounds import parse_json
+from jaxalign.run.storage import LineFile, what_is_safe
 from jaxalign.types import Weighted
 
 
@@ -46,6 +48,8 @@ def add_up(parts: Sequence[Mapping[str, Weighted]]) -> dict[str, float]:
     }
     return {n: float(total / weight) if weight > 0 else 0.0 for n, (total, weight) in sums.items()}
 
+
+_EVAL = "eval/"
 
 TOKENS, FLOPS = "time/tokens", "time/flops"
 """Under these names a task tells the loop the real tokens and the model FLOPs of a batch."""
@@ -112,14 +116,17 @@ class JsonlWriter:
       silent: write nothing: another process does.
 
     Attributes:
-      evaluated: the last step of which the file has held-out figures, or None.
+      evaluations: step → its held-out figures, without their `eval/`.
+
+    Raises:
+      StorageError: storage fails for longer than retries take.
     """
 
     def __init__(
         self, path: str | pathlib.Path, resume_at: int | None = None, *, silent: bool = False
     ):
-        self._file = None
-        self.evaluated: int | None = None
+        self._file: LineFile | None = None
+        self.evaluations: dict[int, dict[str, float]] = {}
         path = pathlib.Path(path)
         kept: list[bytes] = []
         damaged: list[int] = []
@@ -142,7 +149,12 @@ class JsonlWriter:
         fresh = path.with_name(f".{path.name}.tmp")
         fresh.write_bytes(b"".join(line + b"\n" for line in kept))
         fresh.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path, lambda: what_is_safe(path.parent / "checkpoints"))
+
+    @property
+    def evaluated(self) -> int | None:
+        """The last step of which the file has held-out figures, or None."""
+        return next(reversed(self.evaluations), None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; a value that is not finite is written as a string, to stay JSON."""
@@ -151,7 +163,6 @@ class JsonlWriter:
             return
         row = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -159,8 +170,26 @@ class JsonlWriter:
             self._file.close()
 
     def _note(self, step: int, row: Mapping[str, Any]) -> None:
-        if any(name.startswith("eval/") for name in row):
-            self.evaluated = step
+        figures = {
+            name.removeprefix(_EVAL): _number(value)
+            for name, value in row.items()
+            if name.startswith(_EVAL)
+        }
+        if figures:
+            self.evaluations[step] = figures
+
+
+def read_evaluations(path: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Step → held-out figures, without their `eval/`; damaged lines are passed over."""
+    return JsonlWriter(path, resume_at=sys.maxsize, silent=True).evaluations
+
+
+def _number(value: Any) -> float:
+    """A figure as it was written; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

@@ -12,12 +12,13 @@ the package ships. Everything else in a stage is the run's own configuration.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import pathlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,8 +107,16 @@ def load_stages(
     return loaded
 
 
-def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
-    """Runs the stages in order; returns each one's result by name."""
+def run_stages(
+    stages: Sequence[tuple[str, Any]],
+    around: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[str, Result]:
+    """Runs the stages in order; returns each one's result by name.
+
+    Args:
+      stages: from `load_stages`.
+      around: configuration → a context in which its stage runs.
+    """
     results: dict[str, Result] = {}
     began = time.monotonic()
     # A stage that was not reached has no checkpoint to go on from.
@@ -116,7 +125,8 @@ def run_stages(stages: Sequence[tuple[str, Any]]) -> dict[str, Result]:
         if config.run.resume and reached:
             run = dataclasses.replace(config.run, resume="auto")
             config = dataclasses.replace(config, run=run)
-        results[name] = train(config, f"[{number}/{len(stages)}] {name}", began)
+        with around(config):
+            results[name] = train(config, f"[{number}/{len(stages)}] {name}", began)
         late = results[name].signal
         if late is not None and number < len(stages) and jax.process_count() == 1:
             raise distributed.Preempted(

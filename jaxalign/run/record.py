@@ -22,6 +22,7 @@ from jaxalign.parallel import distributed
 from jaxalign.run.changes import ONCE, Change
 from jaxalign.run.config.yaml import read_yaml, to_values, yaml_text
 from jaxalign.run.digests import file_digest
+from jaxalign.run.storage import retry
 
 CONFIG, RECORD, VERSIONS = "config.yaml", "run.json", "versions.json"
 
@@ -49,7 +50,8 @@ def versions() -> dict[str, str]:
 def write_data_report(folder: pathlib.Path, report: str) -> None:
     """Writes `data.txt`: rows, forms, which column became what, and which were not used."""
     if distributed.is_main() and folder.is_dir():
-        (folder / "data.txt").write_text(report + "\n", encoding="utf-8")
+        path = folder / "data.txt"
+        retry(lambda: replace_text(path, report + "\n"), str(path), folder)
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import pathlib
@@ -18,6 +19,7 @@ from jaxalign.parallel.chips import peak_flops
 from jaxalign.run.bad_steps import BadSteps, combine_updates
 from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
 from jaxalign.run.stopping import Wishes
+from jaxalign.run.storage import retry
 
 SHOWN = (
     "loss",
@@ -128,6 +130,11 @@ class Reporter:
         while self._pending:
             self._report(self._pending.popleft())
 
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Step → held-out figures, those of earlier starts too."""
+        return self._writer.evaluations
+
     def has_evaluation(self, step: int) -> bool:
         """Whether held-out figures of this step are written down."""
         return self._writer.evaluated == step
@@ -139,7 +146,8 @@ class Reporter:
         self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)
-            replace_text(self._folder / "evaluation.json", text + "\n")
+            path = self._folder / "evaluation.json"
+            retry(lambda: replace_text(path, text + "\n"), str(path), self._folder)
 
     def close(self) -> None:
         """Ends the progress bar and closes the file."""
@@ -168,11 +176,15 @@ class Reporter:
         self._writer.write(record.step, metrics | record.timing | {"time/step": seconds} | speed)
         self.history.append(metrics)
         self._bad_steps.add(record.step, updates, record.origins)
-        self._bar.set_postfix_str(_short(metrics), refresh=False)
+        with contextlib.suppress(OSError):  # the terminal's text may go to a disk that is full
+            self._show(record.step, _short(metrics))
+
+    def _show(self, step: int, text: str) -> None:
+        """Moves the progress bar; every `log_every` steps a line stays."""
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
-        if record.step % self._log_every == 0 and not self._bar.disable:
-            line = f"{self._bar.desc} {record.step}/{self._total}: {_short(metrics)}"
-            self._bar.write(line)
+        if step % self._log_every == 0 and not self._bar.disable:
+            self._bar.write(f"{self._bar.desc} {step}/{self._total}: {text}")
 
 
 _GIGA = 10**9

@@ -11,6 +11,7 @@ from jaxalign.data.paths import local_path
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
+from jaxalign.run.best import parse_metric
 from jaxalign.run.config.data import DataConfig, want
 from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.mesh import MeshConfig
@@ -78,6 +79,10 @@ class RunConfig:
       save_minutes: minutes between checkpoints, whatever `save_every` says; None: none by the
         clock.
       keep: checkpoints kept.
+      keep_best: a held-out figure, such as eval/loss/nll; the checkpoint with its best value is
+        saved when it is measured, and kept. Lower is better where a word of the name is loss, nll,
+        kl, perplexity, ppl, entropy, error, mse or brier, else higher; `:min` or `:max` behind the
+        name overrules that. None: no checkpoint is kept for its figures.
       time_limit: minutes from the start of the command; the run saves a checkpoint and ends, with
         status 75, before a step that could exceed them. None: no limit.
       early_stopping: ends the run once a held-out figure no longer improves; None: never.
@@ -104,6 +109,7 @@ class RunConfig:
     save_every: int | str = 0
     save_minutes: float | None = 10.0
     keep: int = 2
+    keep_best: str | None = None
     time_limit: float | None = None
     early_stopping: EarlyStopping | None = None
     resume: bool | str = False
@@ -141,6 +147,15 @@ class RunConfig:
             self.early_stopping,
             "run.eval_every with it, which says when the figure is measured",
         )
+        want(
+            self.keep_best is None or (bool(self.eval_every) and self.checkpoint),
+            "run.keep_best",
+            self.keep_best,
+            "run.eval_every with it, which says when the figure is measured, and "
+            "run.checkpoint=true",
+        )
+        if self.keep_best is not None:
+            parse_metric(self.keep_best)
         want(self.bad_steps > 0, "run.bad_steps", self.bad_steps, "positive")
         for name in ("resume", "save_every"):
             value = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -12,6 +13,7 @@ from jaxalign.algorithms.ppo.rows import answer_mask_of
 from jaxalign.data.bounds import parse_json
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import all_gather_rows
+from jaxalign.run.storage import LineFile
 from jaxalign.types import RolloutBatch
 
 BINS = 20
@@ -113,8 +115,9 @@ def histograms(rollout: RolloutBatch) -> dict[str, Any]:
 
 
 def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    with contextlib.closing(LineFile(path)) as file:
+        file.write("".join(lines))
 
 
 def _keep_before(path: pathlib.Path, step: int) -> None:

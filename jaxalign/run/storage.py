@@ -1,0 +1,198 @@
+"""Storage that fails: bounded retries with back-off, then an error that says what is safe."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds between the tries: half a minute in all, about as long as a server's restart."""
+
+_FULL = "make room"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: f"{_FULL} within the quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "bring the folder back",
+    errno.ENOTDIR: "bring the folder back",
+    errno.EIO: "look at the disk",
+    errno.ESTALE: "mount it again",
+    errno.ENOTCONN: "mount it again",
+    errno.ENODEV: "mount it again",
+    errno.ETIMEDOUT: "look at the file server",
+    errno.EHOSTDOWN: "look at the file server",
+    errno.EBUSY: "close what uses it",
+}
+"""Errors of storage that may go away → what makes them go away."""
+
+
+class StorageError(OSError):
+    """Storage failed for longer than the retries took; everything written before is intact."""
+
+    exit_status = 74
+    """EX_IOERR. Not 75, with which batch systems start a job again at once."""
+
+
+def failure_of(error: BaseException) -> int | None:
+    """Which error of storage is behind an exception.
+
+    TensorStore hands on the system's message as text, Orbax wraps that in further exceptions.
+
+    Returns:
+      The error's number, or None if something else went wrong.
+    """
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in _REMEDIES:
+            return each.errno
+        text = str(each)
+        for number in _REMEDIES:
+            if not isinstance(each, OSError) and os.strerror(number) in text:
+                return number
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def retry(
+    attempt: Callable[[], T],
+    what: str,
+    folder: pathlib.Path,
+    *,
+    safe: Callable[[], str] = str,
+    delays: tuple[float, ...] | None = None,
+) -> T:
+    """Runs something that writes to storage, again after each of `delays` while storage fails.
+
+    Args:
+      attempt: does it, or leaves nothing half done.
+      what: it does, for messages, such as "runs/x/metrics.jsonl".
+      folder: where it writes.
+      safe: gives a sentence about what is safe, for the last message.
+      delays: seconds to wait before each further try; None: `DELAYS`.
+
+    Raises:
+      StorageError: storage still fails after the last try.
+    """
+    delays = DELAYS if delays is None else delays
+    for number, delay in enumerate((*delays, None), start=1):
+        try:
+            return attempt()
+        except Exception as error:
+            failure = failure_of(error)
+            if failure is None:
+                raise
+            reason = os.strerror(failure)
+            if delay is None:
+                raise StorageError(
+                    f"{what} could not be written: {reason}{_free(folder, failure)}; "
+                    f"tried {number} times in {sum(delays):g} s. {_capital(_REMEDIES[failure])}"
+                    f", then go on. {safe()}".rstrip()
+                ) from error
+            say(f"{what}: {reason}; trying again in {delay:g} s")
+            _sleep(delay)
+    raise AssertionError("the last try returns or raises")
+
+
+_sleep = time.sleep
+
+
+def say(text: str) -> None:
+    """Prints a line, if that is possible: output may go to the disk that is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _free(folder: pathlib.Path, failure: int) -> str:
+    """How much room there is, where room is what lacks."""
+    if failure not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.1f} MiB free)"
+    except OSError:
+        return ""
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def what_is_safe(folder: pathlib.Path) -> str:
+    """A sentence about the newest complete checkpoint in a folder of checkpoints."""
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    if not steps:
+        return "There is no complete checkpoint yet: run.resume=auto starts again"
+    return (
+        f"The checkpoint of step {max(steps)} is complete: run.resume=true goes on from there, "
+        "and nothing before it is lost"
+    )
+
+
+class LineFile:
+    """A text file to which whole lines are appended: all of a write arrives, or nothing.
+
+    A write goes to the file at once. Where the file was removed or replaced meanwhile, it goes to
+    the one of that name, so that no line is lost with a file that no longer has a name.
+
+    Args:
+      path: the file; its folder must exist.
+      safe: see `retry`.
+    """
+
+    def __init__(self, path: pathlib.Path, safe: Callable[[], str] = str):
+        self._path, self._safe = path, safe
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Appends text, which ends with a newline.
+
+        Raises:
+          StorageError: see `retry`.
+        """
+        data = text.encode()
+        retry(lambda: self._append(data), str(self._path), self._path.parent, safe=self._safe)
+
+    def flush(self) -> None:
+        """Does nothing, as nothing is held back."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        if not self._has_name():
+            fresh = self._path.open("ab", buffering=0)
+            self._file.close()
+            self._file = fresh
+        start, rest = os.fstat(self._file.fileno()).st_size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)  # needs no room
+            raise
+
+    def _has_name(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
