@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from jaxalign.models.attention import dispatch as attention_kind_module
-from jaxalign.models.attention import flash, kernels, xla
+from jaxalign.models.attention import kernels, xla
 from jaxalign.models.attention.dispatch import attention_kind
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.attention.xla import attend
@@ -245,6 +245,16 @@ def test_gpus_before_ampere_have_no_kernel(monkeypatch):
     assert "not pallas: it needs a GPU from Ampere on" in choice.why
 
 
+def test_a_jax_without_triton_takes_the_plain_form(monkeypatch):
+    for module in (attention_kind_module, xla):
+        monkeypatch.setattr(module, "has_triton", lambda: False)
+    with jax.set_mesh(make_mesh()):
+        choice = attention_kind("pallas", dtype="float16", head_dim=64, length=2048, device=H100)
+        assert xla._form("cudnn", False).keywords["packed"] is xla.blockwise
+    assert str(choice) == "xla (not pallas: this version of JAX has no Triton kernels)"
+    assert not attention_kind_module.takes_zigzag("cudnn")
+
+
 def test_a_kernel_that_gives_way_says_so_once(capsys):
     attention_kind_module.report_fallback.cache_clear()
     model = Decoder(tiny.CONFIG, attention="cudnn")
@@ -286,7 +296,7 @@ def test_what_cudnn_is_asked_for(case, monkeypatch):
 
     monkeypatch.setattr(kernels.jax.nn, "dot_product_attention", by_xla)
     # Other rows go to the Pallas kernel, which has tests of its own; in the interpreter it is slow.
-    monkeypatch.setattr(flash, "flash", xla.blockwise)
+    monkeypatch.setattr(xla, "has_triton", lambda: False)
     rng = np.random.default_rng(3)
     rows, length, window = 2, 13, 4
     segments, positions = rows_of_documents(rng, rows, length)
