@@ -117,7 +117,7 @@ def compile_one(algorithm: str, devices: str, slices: int, model: Decoder, sizes
     seconds = time.perf_counter() - start
     text, account = compiled.as_text(), compiled.memory_analysis()
     kernels = set(re.findall(r'custom_call_target="(__cudnn[^"]+)"', text))
-    kernels |= set(re.findall(r"splash_\w+", text))
+    kernels |= set(re.findall(r"splash_\w+|flash_(?:forward|to_queries|to_keys)", text))
     total = (
         account.argument_size_in_bytes + account.temp_size_in_bytes
         + account.output_size_in_bytes - account.alias_size_in_bytes

@@ -16,6 +16,7 @@ from jaxalign.commands.bench.machine import Limit
 from jaxalign.commands.bench.rows import pair_batches, prompt_batch, token_batches
 from jaxalign.commands.bench.runs import case_runner
 from jaxalign.commands.cli import main
+from jaxalign.models.backend import recorded_choices
 from jaxalign.models.flops import (
     Work,
     decode_flops,
@@ -143,18 +144,28 @@ def test_medians_leave_out_what_came_before(monkeypatch):
     assert record["fraction_of_limit"] == 0.3
     assert record["parts"] == {"data": 0.2}
     assert record["all_seconds"] == [1.0, 3.0, 2.0]
+    assert record["choices"] == []
     case = {"what": "sft", "size": "S", "layout": "full"}
     table = show([{"case": case} | record, {"case": case, "error": "it broke"}])
     assert "30.0 %" in table.splitlines()[1]
     assert table.splitlines()[2] == "sft S full: it broke"
+    record["choices"] = ["attention of 256 tokens: xla", "head: 512 of 2,048 positions at a time"]
+    table = show([{"case": case} | record])
+    assert table.splitlines()[2] == "sft S full: " + "; ".join(record["choices"])
 
 
 def test_a_step_is_measured_and_compiled_once():
     case = Case(what="sft", size="XS", layout="packed", rows=16, length=16).resolved()
     mesh = case.mesh()
-    runner = case_runner(case, mesh)
-    first, second = runner.run(), runner.run()
+    with recorded_choices() as choices:
+        runner = case_runner(case, mesh)
+        first, second = runner.run(), runner.run()
     assert runner.compiles() == 1
+    # A step of 8 rows of 32 on 8 devices; the head takes all that each one has.
+    assert choices == {
+        "attention of 32 tokens: xla (cpu has no kernel here)",
+        "head: 256 of 256 positions at a time",
+    }
     assert second.seconds >= second.parts["data"] > 0
     batch = next(token_batches(case))
     assert first.tokens == np.count_nonzero(batch.segment_ids)

@@ -76,7 +76,7 @@ def load_pretrained(
         has in the file (float32 where that is quantised). Not of the computation.
       compute_dtype: of activations and matmuls; by default bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
-      attention: "auto" (by backend), "xla", "splash" or "cudnn", see
+      attention: "auto" (by backend), "xla", "splash", "cudnn" or "pallas", see
         `jaxalign.models.attention.dispatch`.
       base: the base of an adapter; None: what its configuration names.
 

@@ -9,8 +9,11 @@ docs/performance.md). "Not measured" means that the value was chosen by reasonin
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -87,6 +90,7 @@ class Backend:
         the matrix unit busier. Not measured.
       splash_padding: most padding that a larger block may add, as a part of the row. Not measured.
       pallas_interpret: TPU kernels run in Pallas' interpreter, which is slow and for tests.
+      triton_interpret: the same of GPU kernels.
     """
 
     platform: str
@@ -111,6 +115,7 @@ class Backend:
     splash_blocks: tuple[int, ...] = (512, 256, 128)
     splash_padding: float = 1 / 8
     pallas_interpret: bool = True
+    triton_interpret: bool = True
 
 
 _CPU = Backend(
@@ -147,7 +152,32 @@ def _backend(platform: str, device_kind: str) -> Backend:
     if platform == "cpu":
         return _CPU
     chip = chip_of(device_kind)
-    settings = Backend(platform=platform, pallas_interpret=platform != "tpu")
+    settings = Backend(
+        platform=platform,
+        pallas_interpret=platform != "tpu",
+        triton_interpret=platform != "gpu",
+    )
     if chip is None:
         return settings
     return dataclasses.replace(settings, head_logit_bytes=chip.memory // 32)
+
+
+_CHOICES: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("choices", default=None)
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[set[str]]:
+    """Fills a set with the choices of the programs that are traced inside, a few words each."""
+    choices: set[str] = set()
+    token = _CHOICES.set(choices)
+    try:
+        yield choices
+    finally:
+        _CHOICES.reset(token)
+
+
+def record_choice(text: str) -> None:
+    """Records what a program that is being traced was given; see `recorded_choices`."""
+    choices = _CHOICES.get()
+    if choices is not None:
+        choices.add(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,16 @@ from jaxalign.models.adapters import (
     with_layer_scales,
     with_ranks,
 )
-from jaxalign.models.attention.dispatch import AttentionKind, attention_kind, check_kind
+from jaxalign.models.attention.dispatch import (
+    AttentionKind,
+    attention_kind,
+    check_kind,
+    report_fallback,
+)
+from jaxalign.models.attention.kernels import zigzag_multiple
 from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
 from jaxalign.models.attention.mask import MaskSpec, Segments
-from jaxalign.models.backend import backend
+from jaxalign.models.backend import backend, record_choice
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.embedding_noise import draw_noise
 from jaxalign.models.layers import make_norm
@@ -43,6 +49,7 @@ from jaxalign.models.per_layer import (
 )
 from jaxalign.parallel.shard_map import pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
+from jaxalign.parallel.zigzag import from_zigzag, to_zigzag
 from jaxalign.types import Array, EmbeddingNoise, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -60,9 +67,34 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 input; the block's input, in the host's memory."""
 
 
+def _like_rows(values: Array, length: int, zigzag: bool) -> jax.Array:
+    """Values of tokens `[B, T]` as the rows lie that `Decoder._rows` made."""
+    values = jnp.asarray(values)
+    values = jnp.pad(values, ((0, 0), (0, length - values.shape[1])))
+    return to_zigzag(values) if zigzag else values
+
+
 def _pad_to_shards(inputs: Array, segments: Segments) -> tuple[jax.Array, Segments]:
     """Tokens and segments, padded at the end to a multiple of the shards of the length."""
     return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, segments))
+
+
+class _Rows(NamedTuple):
+    """Whole rows as the layers take them.
+
+    Attributes:
+      inputs: `[B, T]`, padded to the shards of the length.
+      segments: of the tokens.
+      of_layer: the inputs of attention by a layer's attributes.
+      kind: of attention.
+      zigzag: whether the tokens are in zigzag order.
+    """
+
+    inputs: jax.Array
+    segments: Segments
+    of_layer: Callable[[LayerAttributes], AttentionInputs]
+    kind: str
+    zigzag: bool
 
 
 def _layer(stacked: Any, layer: int) -> Any:
@@ -214,8 +246,8 @@ class Decoder:
         if segment_ids is None:
             segment_ids = jnp.ones_like(inputs)
         length = inputs.shape[1]
-        inputs, segments = _pad_to_shards(inputs, Segments(segment_ids, positions, branch_ids))
-        inputs_of, kind = self._attention_inputs(segments)
+        segments = Segments(segment_ids, positions, branch_ids)
+        inputs, segments, inputs_of, kind, zigzag = self._rows(inputs, segments, balance=True)
 
         def run(
             layer: Params, attributes: LayerAttributes, x: jax.Array
@@ -240,7 +272,8 @@ class Decoder:
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)  # [B, T, E]
             no_routing = Routing(zeros, zeros)
-        noise = jax.tree.map(lambda part: pad_length(jnp.asarray(part)), noise)
+        if noise is not None:
+            noise = jax.tree.map(lambda part: _like_rows(part, inputs.shape[1], zigzag), noise)
         x = self._embed(
             params, inputs, segments.positions, segments.ids, "rows length hidden", noise
         )
@@ -248,17 +281,35 @@ class Decoder:
         layers = (self._stacked(params), layer_attributes(config))  # [L, …] each
         unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
         (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
-        return jax.tree.map(lambda y: y[:, :length], (self._norm(params, x), total))
+        results = (self._norm(params, x), total)
+        if zigzag:
+            results = jax.tree.map(from_zigzag, results)
+        return jax.tree.map(lambda y: y[:, :length], results)
 
-    def _attention_inputs(
-        self, segments: Segments
-    ) -> tuple[Callable[[LayerAttributes], AttentionInputs], str]:
-        """For whole rows: the inputs of a layer by its attributes, and the kind of attention."""
+    def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> _Rows:
+        """Whole rows as the layers take them.
+
+        Args:
+          inputs: `[B, T]`.
+          segments: of the tokens.
+          balance: whether they may be in zigzag order.
+        """
+        inputs, segments = _pad_to_shards(inputs, segments)
         length = segments.ids.shape[1]
-        kind = self.attention_kind(length, branches=segments.branches is not None).kind
+        choice = self.attention_kind(length, branches=segments.branches is not None)
+        record_choice(f"attention of {length:,} tokens: {choice}")
+        report_fallback(choice)
+        kind = choice.kind
+        multiple = zigzag_multiple(kind, length) if balance else None
+        if multiple is not None:
+            pad = ((0, 0), (0, -length % multiple))
+            padded = jax.tree.map(lambda x: jnp.pad(x, pad), (inputs, segments))
+            inputs, segments = jax.tree.map(to_zigzag, padded)
         short = length <= backend().attention_mask_length and axis_shards("length") == 1
         matrix = kind == "xla" and short
-        return attention_inputs(self.config, MaskSpec(segments, segments), matrix=matrix), kind
+        mask = MaskSpec(segments, segments, zigzag=multiple is not None)
+        of_layer = attention_inputs(self.config, mask, matrix=matrix)
+        return _Rows(inputs, segments, of_layer, kind, multiple is not None)
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens."""
@@ -282,8 +333,9 @@ class Decoder:
         config, dtype = self.config, self.compute_dtype if dtype is None else dtype
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
         length = positions.shape[1]
-        inputs, segments = _pad_to_shards(inputs, Segments(segment_ids, positions))
-        inputs_of, kind = self._attention_inputs(segments)
+        segments = Segments(segment_ids, positions)
+        # The cache has the keys and values of a row in its order.
+        inputs, segments, inputs_of, kind, _ = self._rows(inputs, segments, balance=False)
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer, attributes = xs

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.masked import keep
-from jaxalign.models.backend import backend
+from jaxalign.models.backend import backend, record_choice
 from jaxalign.models.base import LanguageModel
 from jaxalign.models.lm_head_kernel import (
     Entropy,
@@ -198,6 +198,7 @@ def _head_inputs(
     chunk, count = head_chunks(
         shape[0], shape[1], head.shape[1], parts, chunk, masked=mask is not None
     )
+    record_choice(f"head: {shape[0] * chunk:,} of {shape[0] * shape[1]:,} positions at a time")
     pad = count * chunk - shape[1]
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))

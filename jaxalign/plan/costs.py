@@ -334,8 +334,9 @@ def _kernel_flops(where: Computation, x: Instruction) -> float:
 def attention_flops(target: str, attributes: str, shapes: Sequence[Shape]) -> float:
     """FLOPs of an attention kernel, half of all pairs of tokens: those that a causal mask shows.
 
-    cuDNN (keys `[B, S, K, d]`): 2 products forward, 5 backward. Splash (keys `[…, K, S, d]`):
-    2 forward, 3 for the queries' gradient, 4 for that of keys and values.
+    cuDNN (keys `[B, S, K, d]`): 2 products forward, 5 backward. Splash (keys `[…, K, S, d]`) and
+    our Pallas kernels (keys `[B, S, K, d]`): 2 forward, 3 for the queries' gradient, 4 for that of
+    keys and values.
     """
     wide = [x for x in shapes if len(x.dims) >= 3 and x.dtype in ("bf16", "f16", "f32")]
     if len(wide) < 3:
@@ -345,6 +346,9 @@ def attention_flops(target: str, attributes: str, shapes: Sequence[Shape]) -> fl
     elif target == "tpu_custom_call" and "splash" in attributes:
         products = 4 if "dkv" in attributes else 3 if "dq" in attributes else 2
         seen = wide[1].dims[-2]
+    elif "triton" in target and (kernel := re.search(r"flash_(forward|to_\w+)", attributes)):
+        products = {"forward": 2, "to_queries": 3}.get(kernel[1], 4)
+        seen = wide[1].dims[1]
     else:
         return 0.0
     return 2.0 * products * wide[0].size * seen / 2

@@ -155,8 +155,13 @@ def _shapes(jaxpr):
         ("xla", {"fsdp": 2, "sequence": 4}, {"window": 5, "softcap": 3.0, "branches": True}),
         ("splash", {}, {"window": 5, "windowed": True, "softcap": 3.0}),
         ("splash", {"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
+        (
+            "pallas",
+            {"fsdp": 2, "sequence": 2, "tensor": 2},
+            {"window": 5, "windowed": True, "softcap": 3.0, "branches": True},
+        ),
     ],
-    ids=["xla-sequence", "splash", "splash-mesh"],
+    ids=["xla-sequence", "splash", "splash-mesh", "pallas-mesh"],
 )
 def test_rows_split_in_time_and_kernels(kind, sizes, options):
     """A length that no shard and no block divides; documents across the borders of shards."""
@@ -193,12 +198,18 @@ TPU = ("tpu", "TPU v5 lite")
         ("auto", TPU, {"dtype": "float16"}, "xla", "not splash: TPUs have no float16"),
         ("xla", TPU, {}, "xla", "asked for"),
         ("splash", ("cpu", "cpu"), {}, "splash", "asked for"),
-        ("auto", H100, {"softcap": 50.0}, "xla", "not cudnn: it has no soft cap"),
+        ("auto", H100, {"softcap": 50.0}, "pallas", "not cudnn: it has no soft cap; the kernel"),
         ("auto", H100, {"dtype": "float32"}, "xla", "not cudnn: it computes in bfloat16"),
-        ("auto", H100, {"head_dim": 60}, "xla", "not cudnn: it wants heads of a multiple of 8"),
-        ("auto", H100, {"head_dim": 512}, "xla", "not cudnn: its heads are at most"),
+        ("auto", H100, {"dtype": "float32"}, "xla", "not pallas: it computes in bfloat16"),
+        ("auto", H100, {"head_dim": 60}, "pallas", "not cudnn: it wants heads of a multiple of 8"),
+        ("auto", H100, {"head_dim": 512}, "xla", "not pallas: its heads are at most 256 wide"),
         ("auto", ("gpu", "AMD Instinct MI300X"), {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
         ("cudnn", TPU, {}, "xla", "not cudnn: it needs an NVIDIA GPU"),
+        ("cudnn", H100, {"softcap": 50.0}, "xla", "not cudnn: it has no soft cap"),
+        ("pallas", H100, {"softcap": 50.0, "branches": True}, "pallas", "asked for"),
+        ("pallas", ("cpu", "cpu"), {"dtype": "float32"}, "pallas", "asked for"),
+        ("pallas", ("gpu", "AMD Instinct MI300X"), {}, "xla", "not pallas: it needs an NVIDIA"),
+        ("pallas", TPU, {}, "xla", "not pallas: it is for GPUs"),
     ],
 )
 def test_which_form_runs_and_why(asked, device, options, kind, why):
@@ -219,9 +230,40 @@ def test_cudnn_where_it_is_installed(monkeypatch):
     assert "missing" in attention_kind("auto", **options).why
 
 
-def test_splash_needs_a_mesh_where_there_are_several_devices():
-    choice = attention_kind("auto", dtype="bfloat16", head_dim=64, length=2048, device=TPU)
+@pytest.mark.parametrize("device", [TPU, H100])
+def test_pallas_kernels_need_a_mesh_where_there_are_several_devices(device):
+    choice = attention_kind("auto", dtype="bfloat16", head_dim=60, length=2048, device=device)
+    assert choice.kind == "xla"
     assert "no mesh in context" in choice.why
+
+
+def test_gpus_before_ampere_have_no_kernel(monkeypatch):
+    monkeypatch.setattr(attention_kind_module, "_capability", lambda: 7.5)
+    with jax.set_mesh(make_mesh()):
+        choice = attention_kind("auto", dtype="float16", head_dim=64, length=2048, device=H100)
+    assert choice.kind == "xla"
+    assert "not pallas: it needs a GPU from Ampere on" in choice.why
+
+
+def test_a_jax_without_triton_takes_the_plain_form(monkeypatch):
+    for module in (attention_kind_module, xla):
+        monkeypatch.setattr(module, "has_triton", lambda: False)
+    with jax.set_mesh(make_mesh()):
+        choice = attention_kind("pallas", dtype="float16", head_dim=64, length=2048, device=H100)
+        assert xla._form("cudnn", False).keywords["packed"] is xla.blockwise
+    assert str(choice) == "xla (not pallas: this version of JAX has no Triton kernels)"
+    assert not attention_kind_module.takes_zigzag("cudnn")
+
+
+def test_a_kernel_that_gives_way_says_so_once(capsys):
+    attention_kind_module.report_fallback.cache_clear()
+    model = Decoder(tiny.CONFIG, attention="cudnn")
+    for _ in range(2):
+        jax.eval_shape(model.apply, model.shapes, np.ones((1, 8), np.int32))
+    wanted = "attention: plain XLA runs; not cudnn: it needs an NVIDIA GPU\n"
+    assert capsys.readouterr().err == wanted
+    jax.eval_shape(Decoder(tiny.CONFIG).apply, model.shapes, np.ones((1, 8), np.int32))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unknown_form_is_refused():
@@ -248,9 +290,13 @@ def test_what_cudnn_is_asked_for(case, monkeypatch):
 
     def by_xla(*args, implementation, **options):
         assert implementation == "cudnn"
+        assert set(options) == {"scale", "is_causal", "local_window_size"}
+        assert not args[0].shape[1] % 2  # its backward pass wants even lengths
         return ask(*args, implementation="xla", **options)
 
     monkeypatch.setattr(kernels.jax.nn, "dot_product_attention", by_xla)
+    # Other rows go to the Pallas kernel, which has tests of its own; in the interpreter it is slow.
+    monkeypatch.setattr(xla, "has_triton", lambda: False)
     rng = np.random.default_rng(3)
     rows, length, window = 2, 13, 4
     segments, positions = rows_of_documents(rng, rows, length)

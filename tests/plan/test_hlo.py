@@ -136,6 +136,10 @@ def test_attention_kernels():
     assert attention_flops("__cudnn$fmhaSoftmaxBackward", "", joined) == 5 * product
     assert attention_flops("tpu_custom_call", 'op_name="splash_mha_fwd"', split) == 2 * product
     assert attention_flops("tpu_custom_call", 'op_name="splash_mha_dkv"', split) == 4 * product
+    for kernel, products in (("forward", 2), ("to_queries", 3), ("to_keys", 4)):
+        name = f'op_name="jit(step)/flash_{kernel}/pallas_call"'
+        assert attention_flops("__gpu$xla.gpu.triton", name, joined) == products * product
+    assert attention_flops("__gpu$xla.gpu.triton", 'op_name="other"', joined) == 0
     assert attention_flops("Sharding", "", split) == 0
 
 

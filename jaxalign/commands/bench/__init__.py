@@ -32,6 +32,7 @@ from jaxalign.commands.bench.machine import (
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.commands.bench.table import show
 from jaxalign.commands.startup import huge_pages
+from jaxalign.models.backend import recorded_choices
 from jaxalign.parallel.mesh import make_mesh
 
 __all__ = [
@@ -103,10 +104,11 @@ def measure(
       A record, JSON-able: medians of `tokens_per_second`, `model_flops_per_second`,
       `step_seconds` and `parts`; `fraction_of_limit`; `peak_bytes`; `first_step_seconds`;
       `compile_seconds`, what the first step took longer than a later one; `compiles`, programs
-      compiled up to it, and `recompiles`, after it; devices, date and versions.
+      compiled up to it, and `recompiles`, after it; `choices`, what its programs were given by
+      platform; devices, date and versions.
     """
     reset_peak()
-    with counting() as seen:
+    with counting() as seen, recorded_choices() as choices:
         start = time.perf_counter()
         runner = prepare()
         ready = time.perf_counter() - start
@@ -143,6 +145,7 @@ def measure(
         "backend_compile_seconds": seen.seconds,
         "compiles": before,
         "recompiles": again,
+        "choices": sorted(choices),
         **memory,
     }
     if runner.compiles is not None:

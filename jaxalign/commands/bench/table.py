@@ -12,16 +12,19 @@ _HEAD = (
 
 
 def show(records: Sequence[dict[str, Any]]) -> str:
-    """One line a record; one that failed says why."""
+    """One line a record, then what its programs were given; one that failed says why."""
     lines = [_HEAD, *(_line(record) for record in records if "error" not in record)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     lines = [
         "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines
     ]
     for record in records:
+        case = record["case"]
+        name = f"{case['what']} {case['size']} {case['layout']}"
         if "error" in record:
-            case = record["case"]
-            lines.append(f"{case['what']} {case['size']} {case['layout']}: {record['error']}")
+            lines.append(f"{name}: {record['error']}")
+        elif record.get("choices"):
+            lines.append(f"{name}: {'; '.join(record['choices'])}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,9 @@ way (`jaxalign.models.attention.kv_cache`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,15 +19,16 @@ import jax.numpy as jnp
 from jaxalign.parallel.jax_private import has_cuda
 from jaxalign.parallel.shard_map import current_device
 
-KINDS = ("auto", "xla", "splash", "cudnn")
-"""What a model may ask for: by platform; plain XLA; splash attention; cuDNN's flash attention."""
+KINDS = ("auto", "xla", "splash", "cudnn", "pallas")
+"""What a model may ask for: by platform; plain XLA; splash attention; cuDNN's flash attention, with
+the next for rows that it does not know; flash attention in Pallas for GPUs."""
 
 
 class AttentionKind(NamedTuple):
     """Which kind of attention runs, and why.
 
     Attributes:
-      kind: "xla", "splash" or "cudnn".
+      kind: "xla", "splash", "cudnn" or "pallas".
       why: a few words for a person.
     """
 
@@ -78,11 +82,26 @@ UNSUPPORTED: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
         (lambda case: case.head_dim > _widest_head(), "its heads are at most 128 or 256 wide"),
         (lambda case: not _has_cudnn(), "cuDNN, or a GPU from Ampere on, is missing"),
     ),
+    "pallas": (
+        (lambda case: case.platform == "tpu", "it is for GPUs"),
+        (
+            lambda case: case.platform == "gpu" and not case.device_kind.startswith("NVIDIA"),
+            "it needs an NVIDIA GPU",
+        ),
+        (
+            lambda case: case.platform == "gpu" and case.dtype == "float32",
+            "it computes in bfloat16 or float16 only",
+        ),
+        (lambda case: case.head_dim > 256, "its heads are at most 256 wide"),
+        (lambda case: case.no_mesh, "no mesh in context splits it over the devices"),
+        (lambda case: not _from_ampere(), "it needs a GPU from Ampere on"),
+        (lambda case: not has_triton(), "this version of JAX has no Triton kernels"),
+    ),
 }
 """Kernel → what it does not cover, in words. It covers all else; plain XLA covers everything."""
 
-BY_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
-"""What "auto" stands for; "xla" elsewhere."""
+BY_PLATFORM = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}
+"""What "auto" stands for: the first that covers the case, else "xla"."""
 
 
 def attention_kind(
@@ -93,7 +112,7 @@ def attention_kind(
 
     Args:
       requested: one of `KINDS`. A kernel that does not cover the case gives way to plain
-        XLA, requested or not. "splash" off TPUs runs in Pallas' interpreter.
+        XLA, requested or not. "splash" off TPUs and "pallas" on CPUs run in Pallas' interpreter.
       dtype: of activations.
       head_dim: width of a head.
       length: tokens of a row.
@@ -106,8 +125,8 @@ def attention_kind(
     """
     check_kind(requested)
     platform, device_kind = current_device() if device is None else device
-    kind = BY_PLATFORM.get(platform, "xla") if requested == "auto" else requested
-    if kind == "xla":
+    wanted = BY_PLATFORM.get(platform, ()) if requested == "auto" else (requested,)
+    if wanted in ((), ("xla",)):
         why = "asked for" if requested == "xla" else f"{platform} has no kernel here"
         return AttentionKind("xla", why)
     case = Case(
@@ -116,15 +135,39 @@ def attention_kind(
         length=length,
         softcap=softcap is not None,
         branches=branches,
-        no_mesh=jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1,
+        no_mesh=no_mesh(),
         platform=platform,
         device_kind=device_kind,
     )
-    for applies, why in UNSUPPORTED[kind]:
-        if applies(case):
-            return AttentionKind("xla", f"not {kind}: {why}")
-    why = "asked for" if requested != "auto" else f"the kernel for {platform}"
-    return AttentionKind(kind, why)
+    reasons = []
+    for kind in wanted:
+        lacks = next((why for applies, why in UNSUPPORTED[kind] if applies(case)), None)
+        if lacks is None:
+            why = "asked for" if requested != "auto" else f"the kernel for {platform}"
+            return AttentionKind(kind, "; ".join((*reasons, why)))
+        reasons.append(f"not {kind}: {lacks}")
+    return AttentionKind("xla", "; ".join(reasons))
+
+
+@functools.lru_cache(maxsize=64)
+def report_fallback(choice: AttentionKind) -> None:
+    """Prints to stderr, once a process, that a kernel gave way to plain XLA, and why."""
+    if choice.kind == "xla" and choice.why.startswith("not ") and jax.process_index() == 0:
+        print(f"attention: plain XLA runs; {choice.why}", file=sys.stderr, flush=True)
+
+
+def takes_zigzag(kind: str) -> bool:
+    """Whether a kind of attention takes rows in zigzag order (`parallel.zigzag`).
+
+    Plain XLA computes every block of a device's queries against the same columns: nothing would be
+    saved. It takes the place of the Pallas kernel where that is missing.
+    """
+    return kind == "splash" or (kind in ("cudnn", "pallas") and has_triton())
+
+
+def no_mesh() -> bool:
+    """Whether there are several devices and no mesh in context that splits work over them."""
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
 
 
 def check_kind(requested: str) -> None:
@@ -135,6 +178,12 @@ def check_kind(requested: str) -> None:
     """
     if requested not in KINDS:
         raise ValueError(f"attention={requested!r}: wanted one of {', '.join(KINDS)}")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Pallas still compiles Triton kernels: JAX 0.12 says that it will not for ever."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _capability() -> float | None:
@@ -149,8 +198,10 @@ def _widest_head() -> int:
     return 256 if capability is None or capability >= 9 else 128
 
 
-def _has_cudnn() -> bool:
+def _from_ampere() -> bool:
     capability = _capability()
-    if capability is not None and capability < 8:
-        return False
-    return has_cuda()
+    return capability is None or capability >= 8
+
+
+def _has_cudnn() -> bool:
+    return _from_ampere() and has_cuda()

@@ -8,21 +8,25 @@ which one runs.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxalign.models.attention.mask import MaskSpec, Segments, make_mask
-from jaxalign.models.backend import backend
+from jaxalign.models.attention.dispatch import takes_zigzag
+from jaxalign.models.attention.mask import MaskSpec, Segments
+from jaxalign.models.backend import backend, record_choice
 from jaxalign.parallel.shard_map import (
     gather_shards,
     map_shards,
     named_sharding,
     pad_length,
-    shard_index,
 )
 from jaxalign.parallel.sharding import axis_shards
+from jaxalign.parallel.zigzag import zigzag_columns
 
 
 def splash(
@@ -31,7 +35,8 @@ def splash(
 ) -> jax.Array:  # fmt: skip
     """Splash attention: each device for its own rows, heads and part of the length.
 
-    A device all-gathers the keys and values of its rows along the length.
+    A device all-gathers the keys and values of its rows along the length. In zigzag order it puts
+    them in their own order then; the queries stay where they are.
 
     Off TPUs the kernel runs in Pallas' interpreter, which is slow and for tests.
 
@@ -51,10 +56,16 @@ def splash(
 
     assert mask.query is not None  # `attend` checks
     length, parts = query.shape[1], axis_shards("length")
-    block = _block(-(-length // parts))
+    block = _zigzag_block(length, parts) if mask.zigzag else _block(-(-length // parts))
+    record_choice(f"splash: blocks of {block}")
     query, key, value = (pad_length(x, multiple=block) for x in (query, key, value))
-    segments = pad_length(jnp.asarray(mask.query.ids), multiple=block)
+    segments = key_segments = pad_length(jnp.asarray(mask.query.ids), multiple=block)
     padded = query.shape[1]
+    columns = order = None
+    if mask.zigzag:
+        columns = zigzag_columns(length, parts)
+        order = np.argsort(columns)
+        key_segments = jnp.take(segments, order, axis=1)
     count = query.shape[2] // axis_shards(heads)
     sizes = library.BlockSizes(
         block_q=block,
@@ -69,6 +80,8 @@ def splash(
         causal = library.CausalMask((padded, padded), shard_count=parts)
         if window is not None:
             causal = library.LocalMask((padded, padded), (window - 1, 0), 0, shard_count=parts)
+        if columns is not None:
+            causal.q_sequence = columns
         return library.make_splash_mha(
             library.MultiHeadMask([causal] * count),
             block_sizes=sizes,
@@ -86,6 +99,8 @@ def splash(
         key_ids: jax.Array, windowed: jax.Array | None, kernels: list[Any],
     ) -> jax.Array:  # fmt: skip
         key, value = (gather_shards(x, "length", 1) for x in (key, value))  # [B, T / n, K, d] → T
+        if order is not None:
+            key, value = (jnp.take(x, order, axis=1) for x in (key, value))
         heads_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B, H, T, d]
 
         def attend(
@@ -111,8 +126,40 @@ def splash(
     else:
         axes.append("")
     windowed = None if mask.windowed is None else jnp.asarray(mask.windowed)[None]
-    args = (query, key, value, segments, segments, windowed, kernels)
+    args = (query, key, value, segments, key_segments, windowed, kernels)
     return map_shards(run, args, axes)[:, :length]
+
+
+def zigzag_multiple(kind: str, length: int) -> int | None:
+    """Rows that the mesh in context splits may be in zigzag order if so long, or a multiple of it.
+
+    Args:
+      kind: of attention.
+      length: of the rows.
+
+    Returns:
+      None: nothing splits them, the kind of attention takes rows in their order only, or its blocks
+      would need more padding than `Backend.splash_padding`.
+    """
+    parts = axis_shards("length")
+    if parts == 1 or not takes_zigzag(kind):
+        return None
+    if kind != "splash":
+        return 2 * parts
+    multiple = 2 * parts * _block(math.ceil(length / (2 * parts)))  # whole blocks in each half
+    return None if -length % multiple > backend().splash_padding * length else multiple
+
+
+def _zigzag_block(length: int, parts: int) -> int:
+    """The largest side of which every half part of a row has whole blocks."""
+    half = length // (2 * parts)
+    for block in backend().splash_blocks:
+        if half % block == 0 and length == 2 * parts * half:
+            return block
+    raise ValueError(
+        f"{length} tokens in zigzag order over {parts} devices are no whole blocks; pad them to a "
+        f"multiple of {2 * parts * backend().splash_blocks[-1]}"
+    )
 
 
 def _block(length: int) -> int:
@@ -124,17 +171,23 @@ def _block(length: int) -> int:
     return platform.splash_blocks[-1]
 
 
+Packed = Callable[..., jax.Array]
+"""An attention form for the rows that a causal mask does not describe: the signature of `cudnn`
+without `packed`."""
+
+
 def cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, query_segments: Segments,
     key_segments: Segments, windowed: jax.Array | None, *, window: int | None,
-    softcap: float | None,
+    softcap: float | None, packed: Packed,
 ) -> jax.Array:  # fmt: skip
     """cuDNN's flash attention on one device; `map_shards` runs it.
 
     cuDNN has causal masks and windows but no segments. Those are enough where every row is one
-    document with padding after it, since no real token comes after padding. Other rows (packed,
-    padded on the left, with branches) pass their mask as a bias `[B, 1, T, S]` in the dtype of the
-    query, made for one layer at a time. The choice is made on the device at run time.
+    document with padding after it, since no real token comes after padding. `packed` attends in
+    other rows (several documents, padding on the left, branches): a bias `[B, 1, T, S]` would be
+    quadratic in the length, and cuDNN would compute a gradient for it. The choice is made on the
+    device at run time, except where rows have branches or are split along their length.
 
     Args:
       query: `[B, T, H, d]`, scaled; bfloat16 or float16.
@@ -145,43 +198,43 @@ def cudnn(
       windowed: bool `[1]`, whether the window holds; None: it does.
       window: how many positions a query attends to, its own included.
       softcap: None; cuDNN has none.
+      packed: attention that knows segments.
 
     Returns:
       `[B, T, H, d]`.
     """
     if softcap is not None:
         raise ValueError(f"cuDNN attention has no soft cap; got {softcap}: use attention='xla'")
-    parts = axis_shards("length")
-    attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
-    key, value = (gather_shards(x, "length", 1) for x in (key, value))
-    holds = None if windowed is None else windowed[0]
-    length = query.shape[1]
-    # cuDNN's backward pass wants even lengths. Padding comes last: no causal query attends to it.
-    query_pad, key_pad = length % 2, key.shape[1] % 2
-    query = jnp.pad(query, ((0, 0), (0, query_pad), (0, 0), (0, 0)))
-    key, value = (jnp.pad(x, ((0, 0), (0, key_pad), (0, 0), (0, 0))) for x in (key, value))
 
-    def masked(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        start = shard_index("length") * length
-        spec = MaskSpec(query_segments, key_segments, False, window, holds, start)
-        mask = jnp.pad(make_mask(spec), ((0, 0), (0, 0), (0, query_pad), (0, key_pad)))
-        return attend(query, key, value, mask=mask, is_causal=parts == 1)
+    def segmented(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        segments = (query_segments, key_segments, windowed)
+        return packed(query, key, value, *segments, window=window, softcap=None)
 
-    if parts > 1 or query_segments.branches is not None:
-        return masked(query, key, value)[:, :length]
+    if axis_shards("length") > 1 or query_segments.branches is not None:
+        return segmented(query, key, value)
 
-    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attend(query, key, value, is_causal=True)
+    def causal(
+        query: jax.Array, key: jax.Array, value: jax.Array, near: tuple[int, int] | None = None
+    ) -> jax.Array:
+        # cuDNN's backward pass wants even lengths. Padding comes last: no causal query attends to
+        # it.
+        length = query.shape[1]
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (query, key, value)
+        )
+        out = jax.nn.dot_product_attention(
+            query, key, value, scale=1.0, is_causal=True, local_window_size=near,
+            implementation="cudnn",
+        )  # fmt: skip
+        return out[:, :length]
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        near = None if window is None else (window - 1, 0)
-        return attend(query, key, value, is_causal=True, local_window_size=near)
-
-    branches = [masked, local] if windowed is None else [masked, plain, local]
+    near = None if window is None else (window - 1, 0)
+    branches = [segmented, functools.partial(causal, near=near)]
     which = _one_document(query_segments.ids).astype(jnp.int32)
-    if holds is not None:
-        which = which * (1 + holds.astype(jnp.int32))
-    return jax.lax.switch(which, branches, query, key, value)[:, :length]
+    if windowed is not None:
+        branches.insert(1, causal)
+        which = which * (1 + windowed[0].astype(jnp.int32))
+    return jax.lax.switch(which, branches, query, key, value)
 
 
 def _one_document(segments: jax.Array) -> jax.Array:

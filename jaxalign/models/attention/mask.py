@@ -31,7 +31,7 @@ class Segments(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query", "key", "windowed", "query_start", "matrix"],
-    meta_fields=["cached", "window"],
+    meta_fields=["cached", "window", "zigzag"],
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -48,6 +48,8 @@ class MaskSpec:
       query_start: int32 scalar, the column of the first query among the keys; None: 0. A device
         that holds a part of every row sets it.
       matrix: bool `[B, 1, T, S]` that replaces all of the above.
+      zigzag: the tokens of every row are in zigzag order (`parallel.zigzag`), and so T = S is not
+        their order in the row. Kernels know it; `make_mask` does not.
     """
 
     query: Segments | None = None
@@ -57,6 +59,7 @@ class MaskSpec:
     windowed: Any = None
     query_start: Any = None
     matrix: Any = None
+    zigzag: bool = False
 
     def with_matrix(self) -> MaskSpec:
         """The same with its matrix: made once for all layers, for short rows."""
@@ -81,6 +84,8 @@ def make_mask(
         if size is None:
             return spec.matrix
         return _block(spec.matrix, start, size, axis=2)[..., :stop]  # [B, 1, size, stop]
+    if spec.zigzag:
+        raise ValueError("a MaskSpec in zigzag order has no matrix: only kernels take it")
     if spec.query is None or spec.key is None:
         raise ValueError("a MaskSpec wants segments of queries and keys, or a matrix")
     size = spec.query.ids.shape[1] if size is None else size

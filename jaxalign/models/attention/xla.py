@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.attention.dispatch import has_triton, no_mesh
 from jaxalign.models.attention.kernels import cudnn, splash
 from jaxalign.models.attention.mask import MaskSpec, Segments, make_mask
 from jaxalign.models.backend import backend
@@ -47,7 +48,7 @@ def attend(
       softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
       causal: with a bool matrix: it is False right of the diagonal (T = S), so that those products
         are skipped. A `MaskSpec` implies it.
-      kind: "xla", "splash" or "cudnn", see `jaxalign.models.attention.dispatch`.
+      kind: "xla", "splash", "cudnn" or "pallas", see `jaxalign.models.attention.dispatch`.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.
@@ -68,8 +69,7 @@ def attend(
         return splash(query, key, value, mask, softcap, heads)
     query, key, value = (pad_length(x) for x in (query, key, value))
     segments = jax.tree.map(lambda x: pad_length(jnp.asarray(x)), mask.query)
-    run = _sequence_parallel if kind == "xla" else cudnn
-    run = functools.partial(run, window=mask.window, softcap=softcap)
+    run = functools.partial(_form(kind, mask.zigzag), window=mask.window, softcap=softcap)
     # Query, key and value are split along rows, length and heads. Segments go in twice: those of
     # the device's queries, and those of the whole rows.
     split = f"rows length {heads}"
@@ -77,6 +77,19 @@ def attend(
     windowed = None if mask.windowed is None else jnp.asarray(mask.windowed)[None]
     out = map_shards(run, (query, key, value, segments, segments, windowed), axes)
     return out[:, :length]
+
+
+def _form(kind: str, zigzag: bool) -> Callable[..., jax.Array]:
+    """What `map_shards` runs for a kind of attention."""
+    if kind == "xla":
+        return blockwise
+    # Without a mesh, nothing splits a Pallas kernel over several devices.
+    if kind == "cudnn" and (no_mesh() or not has_triton()):
+        return functools.partial(cudnn, packed=blockwise)
+    from jaxalign.models.attention.flash import flash
+
+    form = functools.partial(flash, zigzag=zigzag)
+    return form if kind == "pallas" else functools.partial(cudnn, packed=form)
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -92,17 +105,32 @@ def _head_axis(query: jax.Array, key: jax.Array) -> str:
     return "heads" if divide else "hidden"
 
 
-def _sequence_parallel(
+def blockwise(
     query: jax.Array, key: jax.Array, value: jax.Array, query_segments: Segments,
     key_segments: Segments, windowed: jax.Array | None, *, window: int | None,
     softcap: float | None,
 ) -> jax.Array:  # fmt: skip
-    """XLA attention on a device that holds a part of every row: `[B, T / n, H, d]`."""
+    """XLA attention on one device, which may hold a part of every row; `map_shards` runs it.
+
+    Args:
+      query: `[B, T / n, H, d]`, scaled.
+      key: `[B, T / n, K, d]`.
+      value: `[B, T / n, K, d]`.
+      query_segments: of this device's queries.
+      key_segments: of the whole rows.
+      windowed: bool `[1]`, whether the window holds; None: it does.
+      window: how many positions a query attends to, its own included.
+      softcap: of the scores, or None.
+
+    Returns:
+      `[B, T / n, H, d]`.
+    """
     key, value = (gather_shards(x, "length", 1) for x in (key, value))  # [B, T, K, d]
     holds = None if windowed is None else windowed[0]
     start = shard_index("length") * query.shape[1]
     mask = MaskSpec(query_segments, key_segments, False, window, holds, start)
-    return xla_attention(query, key, value, mask, XLAOptions(softcap, False, 1))
+    causal = axis_shards("length") == 1
+    return xla_attention(query, key, value, mask, XLAOptions(softcap, causal, 1))
 
 
 def _score_shards() -> int:

@@ -32,8 +32,8 @@ class ModelConfig:
       remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
         `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
-      attention: "auto" (by backend), "xla", "splash" (TPU) or "cudnn" (NVIDIA); a kernel gives way
-        to "xla" where it does not cover the case.
+      attention: "auto" (by backend), "xla", "splash" (TPU), "cudnn" or "pallas" (NVIDIA); a kernel
+        gives way to "xla" where it does not cover the case.
     """
 
     source: str
