@@ -23,7 +23,7 @@ def commands() -> tuple[Command, ...]:
     They are imported here because some need JAX, which this file must not load before the process
     has been settled (`jaxalign.commands.startup`).
     """
-    from jaxalign.commands import answer, export, fetch, plan, train
+    from jaxalign.commands import answer, chat, export, fetch, plan, train
     from jaxalign.commands.bench import arguments as bench
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
@@ -35,6 +35,7 @@ def commands() -> tuple[Command, ...]:
         quickstart.COMMAND,
         *options.COMMANDS,
         *answer.COMMANDS,
+        chat.COMMAND,
         *export.COMMANDS,
         fetch.COMMAND,
         plan.COMMAND,

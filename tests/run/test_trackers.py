@@ -2,6 +2,7 @@
 
 import json
 import threading
+from typing import ClassVar
 
 import chatmodel
 import pytest
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 class Recording:
     """A tracker whose service is a dict: run → entries."""
 
-    service: dict = {}
+    service: ClassVar[dict] = {}
     rewinds = False
 
     def __init__(self, run: TrackedRun):
@@ -41,7 +42,7 @@ class Recording:
 
 
 class Rewinding(Recording):
-    service: dict = {}
+    service: ClassVar[dict] = {}
     rewinds = True
 
     def __init__(self, run):
@@ -52,7 +53,7 @@ class Rewinding(Recording):
 class Breaking(Recording):
     """Refuses what comes after step 2."""
 
-    service: dict = {}
+    service: ClassVar[dict] = {}
 
     def scalars(self, step, values):
         if step > 2:
