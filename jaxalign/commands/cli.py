@@ -25,6 +25,7 @@ def commands() -> tuple[Command, ...]:
     """
     from jaxalign.commands import answer, chat, export, fetch, plan, train
     from jaxalign.commands.bench import arguments as bench
+    from jaxalign.commands.eval import command as evaluate
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
     from jaxalign.commands.report import command as report
@@ -36,6 +37,7 @@ def commands() -> tuple[Command, ...]:
         *options.COMMANDS,
         *answer.COMMANDS,
         chat.COMMAND,
+        evaluate.COMMAND,
         *export.COMMANDS,
         fetch.COMMAND,
         plan.COMMAND,

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 
 COMMANDS = [
     *("sft", "reward", "dpo", "kto", "ppo", "pipeline", "quickstart", "init", "options"),
-    *("generate", "score", "chat", "export", "import", "fetch", "plan", "bench", "report"),
+    *("generate", "score", "chat", "eval", "export", "import", "fetch", "plan", "bench", "report"),
     *("data", "synth"),
 ]
 
