@@ -30,8 +30,6 @@ class Trackio:
             name=self.identity,
             config=dict(run.config),
             resume="allow",
-            auto_log_gpu=False,
-            auto_log_cpu=False,
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
