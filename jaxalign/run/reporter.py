@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import collections
-import functools
 import json
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
 from jaxalign.parallel.chips import peak_flops
 from jaxalign.run.bad_steps import BadSteps, combine_updates
+from jaxalign.run.bar import default_bar
 from jaxalign.run.metrics import (
     FLOPS,
     METRICS,
@@ -75,10 +73,6 @@ class Seen(NamedTuple):
     samples: int = 0
 
 
-def _bar(title: str, total: int, done: int, *, silent: bool) -> Any:
-    return tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
-
-
 class Reporter:
     """Records one step after the other.
 
@@ -90,7 +84,7 @@ class Reporter:
       log_every: print a line every so many steps.
       seen: by earlier starts; None: there was none.
       bad_steps: counts the updates that were left out; None: the first one ends the run.
-      make_bar: (title, total, done) → a progress bar of the caller's; None: tqdm's.
+      make_bar: (title, total, done) → a progress bar of the caller's; None: `default_bar`.
       trackers: get what `metrics.jsonl` gets; None: there are none.
 
     Attributes:
@@ -119,8 +113,11 @@ class Reporter:
         self.seen, self.wishes = seen or Seen(), Wishes(False, False)
         self._folder, self._total, self._log_every = folder, total, log_every
         self._writer = JsonlWriter(folder / METRICS, done or None, silent=silent)
-        make_bar = functools.partial(_bar, silent=silent) if make_bar is None else make_bar
-        self._bar = make_bar(title, total, done)
+        self._bar = (
+            default_bar(title, total, done, silent=silent)
+            if make_bar is None
+            else make_bar(title, total, done)
+        )
         self._pending: collections.deque[StepRecord] = collections.deque()
         self._peak = peak_flops()
         self._reported_at = time.perf_counter()
@@ -184,7 +181,8 @@ class Reporter:
         self._trackers.write(record.step, row)
         self.history.append(metrics)
         self._bad_steps.add(record.step, updates, record.origins)
-        self._bar.set_postfix_str(_short(metrics), refresh=False)
+        rate = f", {speed['time/tokens_per_second']:.3g} tokens/s"
+        self._bar.set_postfix_str(_short(metrics) + rate, refresh=False)
         self._bar.update()
         if record.step % self._log_every == 0 and not self._bar.disable:
             line = f"{self._bar.desc} {record.step}/{self._total}: {_short(metrics)}"
