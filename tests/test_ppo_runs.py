@@ -13,6 +13,7 @@ from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.run import loop, tasks
 from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
+from jaxalign.run.trackers.hub import sample_of
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -108,6 +109,12 @@ def test_dumps_are_aligned_with_tokens(run):
             assert len(row[name]) == size
         assert "values" not in row
         assert tok.decode(row["ids"]) == row["answer"]
+        sample = sample_of(row)
+        assert list(sample) == [
+            *("prompt", "answer", "score", "finished", "trained"),
+            *("kl", "rewards"),
+        ]
+        assert sample["kl"] == pytest.approx(sum(row["kl"]), abs=1e-5)
         assert row["tokens"] == [tok.decode([one]) for one in row["ids"]]
         gap = np.array(row["logprobs"]) - np.array(row["ref_logprobs"])
         np.testing.assert_allclose(row["kl"], gap, atol=3e-6)

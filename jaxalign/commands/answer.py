@@ -1,7 +1,8 @@
-"""The commands in which a model answers or judges: `generate`, `chat`, `score`.
+"""The commands `generate` and `score`, in which a model answers or judges.
 
-`generate` and `chat` take the sampling options of `jaxalign.generate` as flags. Names, types,
-defaults and help come from its signature and docstring: a new option there is a new flag here.
+`generate`, and `chat` beside it, take the sampling options of `jaxalign.generate` as flags. Names,
+types, defaults and help come from its signature and docstring: a new option there is a new flag
+here.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def _object(text: str) -> dict[str, Any]:
 _TYPES = {"int": int, "float": float, "str": str, "dict[str, Any]": _object}
 
 
-# --- generate and chat ----------------------------------------------------------------------------
+# --- generate ------------------------------------------------------------------------------------
 
 
-def _sampling_flags() -> dict[str, dict[str, Any]]:
+def sampling_flags() -> dict[str, dict[str, Any]]:
     """Option of `jaxalign.generate` → arguments of `add_argument`."""
     from jaxalign.sampling.generate import generate
 
@@ -60,9 +61,10 @@ def _documented(function: Callable[..., Any], name: str) -> str:
     return text.rstrip(".").replace("%", "%%").replace("`", "")
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, the sampling options and the seed."""
     parser.add_argument("model", help="folder, .gguf file or hub id")
-    for name, arguments in _sampling_flags().items():
+    for name, arguments in sampling_flags().items():
         parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
@@ -71,12 +73,12 @@ def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `jaxalign.generate`."""
     import jax
 
-    options = {name: getattr(parsed, name) for name in _sampling_flags()}
+    options = {name: getattr(parsed, name) for name in sampling_flags()}
     return options | {"key": jax.random.key(parsed.seed)}
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("prompts", nargs="*", help="read from standard input, a line each, if none")
     parser.add_argument(
         "--best-of", type=int, metavar="N", help="sample N answers, show the one scored best"
@@ -116,24 +118,6 @@ def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
     for prompt, best in zip(prompts, results, strict=True):
         scores = ", ".join(f"{score:.3g}" for score in best.scores)
         print(f"> {prompt}\n{best.answer}\n[score {best.score:.3g} of {scores}]\n")
-
-
-def _chat(parsed: argparse.Namespace) -> None:
-    """A conversation, line by line."""
-    answer = _answerer(parsed)
-    messages: list[dict[str, str]] = []
-    print("Empty line to end.")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
-        text = answer([messages])[0]
-        messages.append({"role": "assistant", "content": text})
-        print(text)
 
 
 def _answerer(parsed: argparse.Namespace) -> Callable[[Sequence[Any]], list[str]]:
@@ -228,5 +212,4 @@ COMMANDS = (
         _score,
         compiles=True,
     ),
-    Command("chat", "talk to a model", _model_arguments, _chat, compiles=True),
 )

@@ -23,10 +23,11 @@ def commands() -> tuple[Command, ...]:
     They are imported here because some need JAX, which this file must not load before the process
     has been settled (`jaxalign.commands.startup`).
     """
-    from jaxalign.commands import answer, completion, export, fetch, plan, train, verify
+    from jaxalign.commands import answer, chat, completion, export, fetch, plan, train, verify
     from jaxalign.commands.bench import arguments as bench
     from jaxalign.commands.convert_trl import command as convert_trl
     from jaxalign.commands.doctor import command as doctor
+    from jaxalign.commands.eval import command as evaluate
     from jaxalign.commands.explain import command as explain
     from jaxalign.commands.options import command as options
     from jaxalign.commands.quickstart import command as quickstart
@@ -39,6 +40,8 @@ def commands() -> tuple[Command, ...]:
         *options.COMMANDS,
         convert_trl.COMMAND,
         *answer.COMMANDS,
+        chat.COMMAND,
+        evaluate.COMMAND,
         *export.COMMANDS,
         fetch.COMMAND,
         plan.COMMAND,

@@ -28,6 +28,7 @@ def _train(parsed: argparse.Namespace) -> None:
     from jaxalign.parallel import distributed
     from jaxalign.run.config.runs import load_config
     from jaxalign.run.loop import train
+    from jaxalign.run.summary import summary
 
     with distributed.session(), say_how_to_go_on(parsed):
         config = load_config(parsed.command, parsed.config, with_flags(parsed))
@@ -36,6 +37,9 @@ def _train(parsed: argparse.Namespace) -> None:
         for name, value in result.after.items():
             start = f" (at the start {result.before[name]:.4g})" if name in result.before else ""
             print(f"held out: {name} {value:.4g}{start}")
+        line = summary(result.before, result.after, result.history)
+        if line:
+            print(f"{parsed.command}: {line}")
         print(f"run folder: {result.folder}")
         if result.model is not None:
             print(f"model: {result.model}")
@@ -53,12 +57,16 @@ def _pipeline_arguments(parser: argparse.ArgumentParser) -> None:
 def _pipeline(parsed: argparse.Namespace) -> None:
     from jaxalign.parallel import distributed
     from jaxalign.run.pipeline import load_stages, run_stages
+    from jaxalign.run.summary import summary
 
     with distributed.session(), say_how_to_go_on(parsed, _EVERY_STAGE):
         stages = load_stages(parsed.config, with_flags(parsed, _EVERY_STAGE))
         results = run_stages(stages, explain_out_of_memory)
         for name, result in results.items():
             print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
+            line = summary(result.before, result.after, result.history)
+            if line:
+                print(f"{name}: {line}")
 
 
 def commands() -> list[Command]:

@@ -25,6 +25,7 @@ FREE = (
     ),
     *("optimizer.offload", "critic_optimizer.offload", "reference_cache", "data.prefetch"),
     *("ptx.prefetch", "dump_every", "dump_samples"),
+    *("run.trackers", "run.trackers_optional", "run.tracker_project"),
 )
 """Options, and sections of them, that change nothing that is learned (beyond rounding)."""
 

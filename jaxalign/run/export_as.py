@@ -166,8 +166,8 @@ def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
         return load_run(source, options.step, best=options.best, part=options.part, outs=outs)
     if options.step is not None or options.part is not None or options.best:
         raise ValueError(
-            f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a model; leave "
-            "them out"
+            f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a "
+            "model; leave them out"
         )
     for out in outs:
         check_free(out, "out", overwrite=True, sources=[source])

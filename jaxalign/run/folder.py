@@ -29,7 +29,7 @@ from jaxalign.run.tasks.task import Task
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _OUTPUTS = (
     *(CHECKPOINTS, MODEL, RECORD, VERSIONS, "metrics.jsonl"),
-    *("evaluation.json", "rollouts.jsonl", "histograms.jsonl"),
+    *("evaluation.json", "rollouts.jsonl", "histograms.jsonl", "trackers.json", "tensorboard"),
 )
 """What a run writes besides `config.yaml`."""
 

@@ -16,8 +16,10 @@ from jaxalign.data import filled
 from jaxalign.parallel import distributed
 from jaxalign.run.bad_steps import BadSteps, check_weights, origins_of
 from jaxalign.run.best import BestStep
+from jaxalign.run.changes import flat_values
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.config.runs import RunConfig
+from jaxalign.run.config.yaml import to_values
 from jaxalign.run.early_stopping import EarlyStopper
 from jaxalign.run.folder import CHECKPOINTS, MODEL, has_checkpoints, open_folder
 from jaxalign.run.progress import Progress
@@ -28,6 +30,8 @@ from jaxalign.run.storage import retry, what_is_safe
 from jaxalign.run.tasks import Task, make_task
 from jaxalign.run.tasks.loader import KeepingLoader
 from jaxalign.run.tasks.task import Loop
+from jaxalign.run.trackers.hub import Trackers, open_trackers
+from jaxalign.run.trackers.table import usable
 from jaxalign.types import TrainState
 
 
@@ -118,6 +122,8 @@ def _train(
     run: RunConfig = config.run
     folder = pathlib.Path(run.folder)
     check_hosts(folder, config)
+    with distributed.fail_together("looking for the trackers"):
+        trackers_used = usable(run.trackers, optional=run.trackers_optional)
     opened = stack.enter_context(open_folder(config))
 
     # ---------------------------------------------------------------- models, data, step
@@ -142,9 +148,14 @@ def _train(
     write_data_report(folder, task.data_report())
     name = title or type(config).__name__.removesuffix("Run").lower()
     seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
+    trackers = open_trackers(
+        trackers_used, folder=folder, project=run.tracker_project,
+        config=flat_values(to_values(config)), done=done, optional=run.trackers_optional,
+    )  # fmt: skip
+    stack.push(functools.partial(_close_trackers, trackers))
     reporter = Reporter(
         folder, name, task.total, done, run.log_every, seen,
-        bad_steps=bad_steps, make_bar=hooks.make_bar,
+        bad_steps=bad_steps, make_bar=hooks.make_bar, trackers=trackers,
     )  # fmt: skip
     stack.callback(reporter.close)
     stack.callback(task.batches.close)
@@ -426,6 +437,11 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
             "replace what is there with --overwrite (run.overwrite=true) in place of run.resume"
         )
     return store
+
+
+def _close_trackers(trackers: Trackers, error: type[BaseException] | None, *_: object) -> None:
+    """Ends the trackers' runs; one that stopped to be resumed has not failed."""
+    trackers.close(failed=error is not None and not issubclass(error, distributed.Preempted))
 
 
 def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) -> None:

@@ -50,6 +50,8 @@ def add_up(parts: Sequence[Mapping[str, Weighted]]) -> dict[str, float]:
 
 
 _EVAL = "eval/"
+METRICS = "metrics.jsonl"
+"""Name of the file in a run's folder."""
 
 TOKENS, FLOPS = "time/tokens", "time/flops"
 """Under these names a task tells the loop the real tokens and the model FLOPs of a batch."""
@@ -134,7 +136,7 @@ class JsonlWriter:
             # Split at "\n" alone: a text may hold other ends of lines, such as U+2028.
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, start=1):
-                row = row_of(line)
+                row = parse_row(line)
                 if row is None:
                     damaged += [number] if line and number < len(lines) else []
                 elif row["step"] <= resume_at:
@@ -192,8 +194,8 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics; None if it is damaged."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line with a `step`, as in `metrics.jsonl`; None if it is damaged."""
     try:
         row = parse_json(line)
         return row if type(row["step"]) is int else None

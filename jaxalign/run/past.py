@@ -16,7 +16,7 @@ from jaxalign.run.config.runs import algorithm_of, load_config
 from jaxalign.run.config.yaml import read_yaml
 from jaxalign.run.inputs import file_inputs
 from jaxalign.run.lock import owner_of
-from jaxalign.run.metrics import row_of
+from jaxalign.run.metrics import parse_row
 from jaxalign.run.record import CONFIG, RECORD, VERSIONS, environment, read_record
 
 METRICS = "metrics.jsonl"
@@ -140,7 +140,7 @@ def read_steps(path: pathlib.Path) -> dict[int, dict[str, Any]]:
         raise ValueError(f"{path}: no such file; {_NO_RUN}")
     found, damaged = {}, 0
     for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last is being written
-        row = row_of(line)
+        row = parse_row(line)
         damaged += row is None and bool(line)
         if row is not None and not all(name == "step" or "eval/" in name for name in row):
             found[row.pop("step")] = row

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
 from jaxalign.parallel.chips import peak_flops
 from jaxalign.run.bad_steps import BadSteps, combine_updates
-from jaxalign.run.metrics import FLOPS, TOKENS, JsonlWriter, check_finite, rates, to_floats
+from jaxalign.run.bar import default_bar
+from jaxalign.run.metrics import (
+    FLOPS,
+    METRICS,
+    TOKENS,
+    JsonlWriter,
+    check_finite,
+    rates,
+    to_floats,
+)
 from jaxalign.run.stopping import Wishes
 from jaxalign.run.storage import retry
+from jaxalign.run.trackers.hub import Trackers
 
 SHOWN = (
     "loss",
@@ -68,10 +75,6 @@ class Seen(NamedTuple):
     samples: int = 0
 
 
-def _bar(title: str, total: int, done: int, *, silent: bool) -> Any:
-    return tqdm(total=total, initial=done, desc=title, disable=silent, dynamic_ncols=True)
-
-
 class Reporter:
     """Records one step after the other.
 
@@ -83,7 +86,8 @@ class Reporter:
       log_every: print a line every so many steps.
       seen: by earlier starts; None: there was none.
       bad_steps: counts the updates that were left out; None: the first one ends the run.
-      make_bar: (title, total, done) → a progress bar of the caller's; None: tqdm's.
+      make_bar: (title, total, done) → a progress bar of the caller's; None: `default_bar`.
+      trackers: get what `metrics.jsonl` gets; None: there are none.
 
     Attributes:
       history: the metrics of all steps reported here.
@@ -102,15 +106,20 @@ class Reporter:
         *,
         bad_steps: BadSteps | None = None,
         make_bar: Callable[[str, int, int], Any] | None = None,
+        trackers: Trackers | None = None,
     ):
+        self._trackers = Trackers(folder, [], {}, done) if trackers is None else trackers
         self._bad_steps = BadSteps(1, {}) if bad_steps is None else bad_steps
         silent = not distributed.is_main()
         self.history: list[dict[str, float]] = []
         self.seen, self.wishes = seen or Seen(), Wishes(False, False)
         self._folder, self._total, self._log_every = folder, total, log_every
-        self._writer = JsonlWriter(folder / "metrics.jsonl", done or None, silent=silent)
-        make_bar = functools.partial(_bar, silent=silent) if make_bar is None else make_bar
-        self._bar = make_bar(title, total, done)
+        self._writer = JsonlWriter(folder / METRICS, done or None, silent=silent)
+        self._bar = (
+            default_bar(title, total, done, silent=silent)
+            if make_bar is None
+            else make_bar(title, total, done)
+        )
         self._pending: collections.deque[StepRecord] = collections.deque()
         self._peak = peak_flops()
         self._reported_at = time.perf_counter()
@@ -143,7 +152,9 @@ class Reporter:
         self, step: int, figures: dict[str, float], details: dict[str, Any] | None
     ) -> None:
         """Writes held-out figures, and their curves and tables to `evaluation.json`."""
-        self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        self._writer.write(step, named)
+        self._trackers.write_evaluation(step, named, details)
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)
             path = self._folder / "evaluation.json"
@@ -173,15 +184,18 @@ class Reporter:
         now = time.perf_counter()
         seconds, self._reported_at = now - self._reported_at, now
         speed = rates(tokens, giga_flops * _GIGA + flops, seconds, self._peak)
-        self._writer.write(record.step, metrics | record.timing | {"time/step": seconds} | speed)
+        row = metrics | record.timing | {"time/step": seconds} | speed
+        self._writer.write(record.step, row)
+        self._trackers.write(record.step, row)
         self.history.append(metrics)
         self._bad_steps.add(record.step, updates, record.origins)
+        rate = f", {speed['time/tokens_per_second']:.3g} tokens/s"
         with contextlib.suppress(OSError):  # the terminal's text may go to a disk that is full
-            self._show(record.step, _short(metrics))
+            self._show(record.step, _short(metrics), rate)
 
-    def _show(self, step: int, text: str) -> None:
+    def _show(self, step: int, text: str, rate: str) -> None:
         """Moves the progress bar; every `log_every` steps a line stays."""
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_postfix_str(text + rate, refresh=False)
         self._bar.update()
         if step % self._log_every == 0 and not self._bar.disable:
             self._bar.write(f"{self._bar.desc} {step}/{self._total}: {text}")

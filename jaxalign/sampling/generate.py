@@ -146,18 +146,35 @@ def sample(
     return generation._replace(steps=steps)
 
 
+_RANGES = {
+    "temperature": (0.0, np.inf),
+    "top_k": (0, np.inf),
+    "top_p": (1e-6, 1.0),
+    "max_new_tokens": (1, np.inf),
+}
+
+
+def check_sampling(**options: float | Array) -> None:
+    """Checks the ranges of sampling options; arrays, which may be traced, pass.
+
+    Args:
+      **options: `temperature`, `top_k`, `top_p`, `max_new_tokens`, or some of them.
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+    for name, value in options.items():
+        low, high = _RANGES.get(name, (-np.inf, np.inf))
+        if not isinstance(value, jax.Array) and not low <= value <= high:
+            raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
+
+
 def _sampling(
     temperature: float | Array, top_k: int | Array, top_p: float | Array,
     stop_tokens: Sequence[int], pad_token: int,
 ) -> Sampling:  # fmt: skip
     """Checked and as arrays, so that other values compile nothing."""
-    for name, value, low, high in (
-        ("temperature", temperature, 0.0, np.inf),
-        ("top_k", top_k, 0, np.inf),
-        ("top_p", top_p, 1e-6, 1.0),
-    ):
-        if not isinstance(value, jax.Array) and not low <= value <= high:
-            raise ValueError(f"{name}={value}: wanted a value from {low} to {high}")
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return Sampling(
         jnp.asarray(temperature, jnp.float32),
         jnp.asarray(top_k, jnp.int32),

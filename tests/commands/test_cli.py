@@ -24,6 +24,7 @@ COMMANDS = [
         "generate",
         "score",
         "chat",
+        "eval",
         "export",
         "import",
         "fetch",

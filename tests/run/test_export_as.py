@@ -236,7 +236,10 @@ def test_wrong_requests_write_nothing(adapted, tmp_path, capsys, options, messag
 def test_wrong_requests_about_models_write_nothing(chat_models, tmp_path, capsys):
     out, chat, scorer = str(tmp_path / "out"), chat_models / "chat", str(chat_models / "scorer")
     for command, message in (
-        (["export", str(chat), "--out", out, "--step", "2"], "--step and --part choose among"),
+        (
+            ["export", str(chat), "--out", out, "--step", "2"],
+            "--step, --best and --part",
+        ),
         (["export", scorer, "--out", out, "--to", "hf", "gguf"], "a reward model or critic has no"),
         (
             ["export", str(chat), "--out", out + ".gguf", "--to", "gguf"],

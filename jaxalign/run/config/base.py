@@ -15,6 +15,7 @@ from jaxalign.run.best import parse_metric
 from jaxalign.run.config.data import DataConfig, want
 from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.mesh import MeshConfig
+from jaxalign.run.trackers.table import TRACKERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,11 @@ class RunConfig:
         or weight is not finite or the gradient's norm is a spike.
       skip_spikes: skip updates whose gradient norm is above `factor` times the median of the last
         `window`; None: none.
+      trackers: also write metrics to "tensorboard", "trackio", "wandb" or "mlflow", one or several;
+        `metrics.jsonl` is always written.
+      trackers_optional: go on without a tracker whose package is missing or that does not begin;
+        false: that is an error.
+      tracker_project: what trackers group runs by; MLflow calls it an experiment.
       export: write the final weights in Hugging Face form to `folder/model`.
       checkpoint: write checkpoints at all.
     """
@@ -117,6 +123,9 @@ class RunConfig:
     overwrite: bool = False
     bad_steps: int = 3
     skip_spikes: SpikeConfig | None = None
+    trackers: tuple[str, ...] = ()
+    trackers_optional: bool = False
+    tracker_project: str = "jaxalign"
     export: bool = True
     checkpoint: bool = True
 
@@ -156,6 +165,12 @@ class RunConfig:
         )
         if self.keep_best is not None:
             parse_metric(self.keep_best)
+        known = ", ".join(TRACKERS)
+        for name in self.trackers:
+            want(name in TRACKERS, "run.trackers", name, f"one or several of {known}")
+        once = len(set(self.trackers)) == len(self.trackers)
+        want(once, "run.trackers", list(self.trackers), "each tracker once")
+        want(bool(self.tracker_project), "run.tracker_project", self.tracker_project, "a name")
         want(self.bad_steps > 0, "run.bad_steps", self.bad_steps, "positive")
         for name in ("resume", "save_every"):
             value = getattr(self, name)

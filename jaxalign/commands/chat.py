@@ -1,0 +1,216 @@
+"""`jaxalign chat`: a conversation with a model, or with two of them side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.commands.answer import model_arguments, sampling_flags
+from jaxalign.commands.command import Command
+
+Answer = Callable[..., list[str]]
+"""(prompts, sampling options) → answers: `jaxalign.generate` of one model."""
+
+
+class Speaker(NamedTuple):
+    """A model in the conversation, which remembers its own answers.
+
+    Attributes:
+      name: shown above its answers; "": nothing is shown.
+      answer: gives its answers.
+      messages: the conversation so far, without the system prompt.
+    """
+
+    name: str
+    answer: Answer
+    messages: list[dict[str, str]]
+
+
+class Chat:
+    """A conversation: takes lines, gives lines.
+
+    Args:
+      speakers: who answers.
+      options: keyword arguments of `jaxalign.generate`, without its key.
+      seed: of sampling; each turn has a key of its own.
+      system: the system prompt; None: none.
+    """
+
+    def __init__(
+        self,
+        speakers: Sequence[Speaker],
+        options: Mapping[str, Any],
+        seed: int = 0,
+        system: str | None = None,
+    ):
+        self._speakers, self._options = list(speakers), dict(options)
+        self._seed, self._turns, self._system = seed, 0, system
+        self._answered = False
+
+    def reply(self, line: str) -> str:
+        """What is shown after a line of the person's: answers, or the result of a command.
+
+        Raises:
+          ValueError: the first message cannot be answered, so that no other could be.
+        """
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, value = line[1:].partition(" ")
+            try:
+                return self._command(name, value.strip())
+            except (ValueError, OSError) as error:
+                return f"/{name}: {error}"
+        # Two slashes begin a message that begins with one.
+        return self._say(line[1:] if line.startswith("//") else line)
+
+    def _say(self, text: str) -> str:
+        import jax
+
+        key = jax.random.fold_in(jax.random.key(self._seed), self._turns)
+        answers = []
+        try:
+            for speaker in self._speakers:
+                prompt = [*self._opening(), *speaker.messages, {"role": "user", "content": text}]
+                answers += speaker.answer([prompt], key=key, **self._options)
+        except ValueError as error:
+            if not self._answered:
+                raise
+            return f"error: {error}\nYour last message is dropped; /reset begins anew."
+        self._turns, self._answered = self._turns + 1, True
+        shown = []
+        for speaker, answer in zip(self._speakers, answers, strict=True):
+            speaker.messages.append({"role": "user", "content": text})
+            speaker.messages.append({"role": "assistant", "content": answer})
+            shown.append(f"[{speaker.name}]\n{answer}" if speaker.name else answer)
+        return "\n\n".join(shown)
+
+    def _opening(self) -> list[dict[str, str]]:
+        return [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def _command(self, name: str, value: str) -> str:
+        if name in ("help", "?"):
+            return self._help()
+        if name == "system":
+            self._system = value or None
+            return "the system prompt is gone" if not value else "the system prompt is set"
+        if name == "reset":
+            for speaker in self._speakers:
+                speaker.messages.clear()
+            return "the conversation begins anew; the system prompt stays"
+        if name == "seed":
+            self._seed, self._turns = _number(int, value), 0
+            return f"seed {self._seed}"
+        if name == "save":
+            return self._save(value)
+        if name == "options":
+            return ", ".join(f"{k} {v}" for k, v in self._numbers().items())
+        option = _SHORT.get(name, name.replace("-", "_"))
+        if option not in self._numbers():
+            raise ValueError("no such command; /help lists them")
+        return self._set(option, value)
+
+    def _numbers(self) -> dict[str, Any]:
+        """The options that a command may set."""
+        return {k: v for k, v in self._options.items() if type(v) in (int, float)}
+
+    def _set(self, option: str, value: str) -> str:
+        from jaxalign.sampling.generate import check_sampling
+
+        number = _number(type(self._options[option]), value)
+        check_sampling(**(self._numbers() | {option: number}))
+        self._options[option] = number
+        return f"{option} {number}"
+
+    def _save(self, path: str) -> str:
+        from jaxalign.data.paths import check_free
+
+        if not path:
+            raise ValueError("wanted a file to write, such as /save talk.jsonl")
+        file = check_free(path, "/save", remedy="give another path")
+        rows = [
+            ({"model": speaker.name} if speaker.name else {})
+            | {"messages": [*self._opening(), *speaker.messages]}
+            for speaker in self._speakers
+            if speaker.messages
+        ]
+        if not rows:
+            raise ValueError("nothing has been said yet")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        file.write_text("".join(lines), encoding="utf-8")
+        return f"wrote {file}, a row for each model, as SFT reads them"
+
+    def _help(self) -> str:
+        names = {option: short for short, option in _SHORT.items()}
+        sets = [
+            (f"/{names.get(option, option.replace('_', '-'))} N", f"{option}, now {value}")
+            for option, value in self._numbers().items()
+        ]
+        lines = [
+            ("/system TEXT", "the system prompt; without TEXT: none"),
+            *sets,
+            ("/seed N", "of sampling, from here on"),
+            ("/options", "what is set"),
+            ("/reset", "forgets the conversation"),
+            ("/save FILE", "writes it as a row of JSON; a file that exists is kept"),
+            ("//…", "a message that begins with a slash"),
+            ("an empty line", "ends"),
+        ]
+        return "\n".join(f"{name:<16} {text}" for name, text in lines)
+
+
+_SHORT = {"max": "max_new_tokens"}
+
+
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"got {text!r}, wanted {wanted}") from None
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--versus", metavar="MODEL", help="a second model, which answers the same messages"
+    )
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    """Reads lines until an empty one or the end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lines can then be edited and called back)
+    options = {name: getattr(parsed, name) for name in sampling_flags()}
+    models = [parsed.model] if parsed.versus is None else [parsed.model, parsed.versus]
+    # A model against itself answers twice, and two names tell the answers apart.
+    names = [""] if parsed.versus is None else [f"A {parsed.model}", f"B {parsed.versus}"]
+    speakers = [
+        Speaker(name, _answerer(model, option), [])
+        for name, model, option in zip(names, models, ("model", "--versus"), strict=False)
+    ]
+    chat = Chat(speakers, options, parsed.seed, parsed.system)
+    print("Empty line to end, /help for commands.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        print(chat.reply(line))
+
+
+def _answerer(source: str, option: str) -> Answer:
+    """Loads a model once."""
+    from jaxalign.hf import load_language_model, load_tokenizer
+    from jaxalign.sampling.generate import generate
+
+    tok = load_tokenizer(source)
+    model, params = load_language_model(source, option=option)
+    return lambda prompts, **options: generate(model, params, tok, prompts, **options)
+
+
+COMMAND = Command("chat", "talk to a model, or to two", _arguments, _run, compiles=True)

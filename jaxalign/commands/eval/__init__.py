@@ -1,0 +1,1 @@
+"""`jaxalign eval`: what a model knows, prefers and answers, measured on files."""
