@@ -15,7 +15,7 @@ OPTIONS = {option.name for section in SECTIONS.values() for option in section.op
 # What looks like an option: `run.json` is a file, `reward.make_step` a function of Python, and
 # `ppo.run.steps` a key of the quickstart's stages.
 OTHER = re.compile(
-    r"(run|data|config)\.(json|txt|yaml|html|jsonl)$|.*\.(md|py|yaml)$"
+    r"(run|data|config)\.(json|txt|yaml|html|jsonl)$|.*\.(md|py|yaml)$|model\.safetensors.*"
     r"|(sft|reward|dpo|kto|ppo)\.([A-Z]\w*|make_\w+|minibatches|init_params|join_tokens|next_\w+)$"
     r"|(sft|reward|dpo|kto|ppo)\.(run|data|ppo|calibrate|loss_type)\b.*"
     r"|mesh\.rules(_of)?\..*|run\.config\..*"

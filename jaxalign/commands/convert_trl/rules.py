@@ -82,9 +82,10 @@ def convert_model(c: Conversion) -> None:
 
 
 def _convert_lora(c: Conversion) -> None:
-    details = ("lora_r", "lora_alpha", "lora_target_modules", "lora_dropout")
     if not c.take("use_peft"):
-        for name in details:
+        for name in ("r", "alpha", "target_modules", "dropout", "modules_to_save"):
+            c.take(f"lora_{name}")
+        for name in ("use_rslora", "use_dora"):
             c.take(name)
         return
     rank, alpha = c.number("lora_r", 16), c.number("lora_alpha", 32)
@@ -98,8 +99,14 @@ def _convert_lora(c: Conversion) -> None:
     c.put("model.lora.rank", rank)
     c.put("model.lora.alpha", alpha)
     c.put("model.lora.targets", [_LORA[name] for name in targets if name in _LORA])
-    if not c.given("lora_dropout"):
-        c.note("lora_dropout: 0.05", "TRL's default; adapters have no dropout here")
+    for name, option in (("use_rslora", "rslora"), ("use_dora", "dora")):
+        if c.take(name):
+            c.put(f"model.lora.{option}", True)
+    dropout = c.number("lora_dropout", 0.05)  # TRL's default
+    if dropout:
+        c.note(f"lora_dropout: {dropout}", "adapters have no dropout here")
+    if kept := c.take("lora_modules_to_save"):
+        c.note(f"lora_modules_to_save: {kept}", "give model.lora.modules_to_save our names")
 
 
 def convert_data(c: Conversion) -> None:

@@ -14,16 +14,18 @@ _TABLE = """
 model_name_or_path | `model.source` |
 model_revision | `model.source: "owner/name@revision"` | wherever a hub id is accepted, so for reward models too
 dtype | `model.dtype` | of the weights; `model.compute_dtype` of activations
-attn_implementation | `model.attention` | auto, xla, splash, cudnn
+attn_implementation | `model.attention` | auto, xla, splash, cudnn, pallas
 model_init_kwargs | – | `model` has no further options
 trust_remote_code | – | code of a repository is never run
 cast_lm_head_to_fp32 | – | logits and softmax are always float32
 use_cache cache_implementation | – | the cache is static; `ppo.cache_dtype` sets its type
 use_peft | `model.lora` | set to train adapters; null trains all weights
 lora_r lora_alpha | `model.lora.rank`, `model.lora.alpha` |
-lora_target_modules | `model.lora.targets` | query, key, value, out, gate, up, down
-lora_dropout use_rslora use_dora | – | plain LoRA; for rsLoRA's factor set `alpha` accordingly
-lora_target_parameters lora_modules_to_save lora_task_type | – | the head of a reward model is always trained and saved
+lora_target_modules | `model.lora.targets` | query, key, value, out, gate, up, down, embed, lm_head, or regular expressions: [adapters](adapters.md)
+use_rslora use_dora | `model.lora.rslora`, `model.lora.dora` |
+lora_modules_to_save | `model.lora.modules_to_save` | the head of a reward model is always trained and saved
+lora_dropout | `model.lora.dropout` | 0 only
+lora_target_parameters lora_task_type | – | experts have adapters by `gate`, `up`, `down`
 load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage | – | no quantised base
 model_adapter_name ref_adapter_name | – | under `model.lora` the base without adapters is the reference
 router_aux_loss_coef | – | as `config.json` has it
@@ -93,13 +95,14 @@ save_strategy save_steps | `run.save_every` | batches, or epoch; also by `run.sa
 save_total_limit | `run.keep` |
 save_only_model | `run.checkpoint: false` | the model alone, at the end
 save_on_each_node enable_jit_checkpoint | – | all hosts write their parts to one folder; SIGTERM saves
-load_best_model_at_end metric_for_best_model greater_is_better | `run.early_stopping` | ends a run whose held-out figure no longer improves; `jaxalign export --step N` exports an earlier checkpoint
+load_best_model_at_end metric_for_best_model greater_is_better | `run.early_stopping`, `run.keep_best` | the first ends a run whose held-out figure no longer improves; the second keeps the best checkpoint, which `jaxalign export --best` exports
 resume_from_checkpoint | `run.resume` | true: the newest in the folder
 restore_callback_states_from_checkpoint | – | all state is restored, always
 logging_steps | `run.log_every` | on the terminal; every step is in `metrics.jsonl`
 logging_strategy logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica disable_tqdm | – | updates that are not finite are skipped; `run.bad_steps` in a row stop the run
 include_num_input_tokens_seen | – | tokens are counted in `metrics.jsonl`
-report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id | – | `metrics.jsonl` and `jaxalign report`
+report_to project | `run.trackers`, `run.tracker_project` | [trackers](trackers.md), besides `metrics.jsonl` and `jaxalign report`
+run_name trackio_space_id trackio_bucket_id trackio_static_space_id | – | a run has its folder's name; `TRACKIO_SPACE_ID`
 push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision | `jaxalign export --push OWNER/NAME` | after the run; private unless `--public`; the token is `HF_TOKEN` or that of `hf auth login`
 debug skip_memory_metrics | – | `jaxalign bench` measures memory
 do_train do_eval do_predict | – | the command decides
