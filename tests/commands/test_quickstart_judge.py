@@ -129,7 +129,8 @@ def test_documents_of_a_rollout():
 
 def ended(look, **options):
     """(params that the run ends with or None, iteration) after looking at (score, kl) in turn."""
-    stop = EarlyStop(judge=None, **({"most_kl": 4.0, "patience": 2} | options))
+    limits = {"most_kl": 4.0, "aim_kl": 1.0, "patience": 2, "iterations": 9} | options
+    stop = EarlyStop(judge=None, **limits)
     for number, (score, kl, *error) in enumerate(look):
         stop.look({"w": jnp.float32(number)}, score, kl, *error)
         state = stop.end_with(TrainState(0, {"w": jnp.float32(-1)}, {}, ()), number + 1)
@@ -143,9 +144,27 @@ def test_a_run_that_gets_better_is_left_alone():
 
 
 def test_a_run_that_goes_too_far_ends_with_its_best():
-    params, number, reason = ended([(0.0, 0.0), (0.8, 2.0), (0.7, 3.0), (2.0, 4.5)])
+    params, number, reason = ended([(0.0, 0.0), (0.8, 2.0), (0.7, 3.0), (0.2, 4.5)])
     assert (params, number) == (1.0, 3)
     assert reason == "its KL came to 4.5 nats, above 4"
+
+
+def test_a_better_policy_that_goes_too_far_is_taken_back():
+    # √(1 / 16) of the way from the first policy, 0, to the last, 3.
+    params, number, reason = ended([(0.0, 0.0), (0.8, 2.0), (0.7, 3.0), (2.0, 16.0)])
+    assert (params, number) == (0.75, 3)
+    assert reason == "its KL came to 16.0 nats, above 4, and it was taken back to about 1"
+
+
+def test_the_last_policy_is_taken_back_if_its_kl_will_be_too_large():
+    # √KL was 1, then 2: (2 + 3/4)² = 7.5625; √(1 / 7.5625) of the way from 0 to -1.
+    params, number, reason = ended([(0.0, 0.0), (0.1, 1.0), (0.2, 4.0)], iterations=3)
+    np.testing.assert_allclose(params, -1 / 2.75, rtol=1e-6)
+    assert number == 2
+    assert reason == (
+        "its last policy's KL was about 7.6 nats, above 4, and it was taken back to about 1"
+    )
+    assert ended([(0.0, 0.0), (0.1, 1.0), (0.2, 2.0)], iterations=3)[0] is None
 
 
 def test_a_run_that_the_judge_finds_worse_ends_with_its_best():
@@ -169,7 +188,7 @@ def test_rollouts_are_looked_at_before_their_updates():
     def prepare_updates(key, state, batch, loop, data):
         return iter([rollout(1), rollout(2)]), {"objective/kl": 1.5}
 
-    stop = EarlyStop(Length(), most_kl=4.0, patience=1)
+    stop = EarlyStop(Length(), most_kl=4.0, aim_kl=2.0, patience=1, iterations=9)
     task = Task(None, None, None, 3, {}, prepare_updates, None, None)
     state = TrainState(0, {"w": jnp.float32(7)}, {}, ())
     updates, metrics = stop.adapt(task).prepare_updates(None, state, None, {}, None)

@@ -1,8 +1,13 @@
 """PPO's end: at a KL, or once the held-out judge says that answers have got worse.
 
 Every iteration samples answers of the policy as it stands. Their KL and the judge's mean score are
-therefore known for free, one update late. The best policy so far is kept, and a run that has gone
-too far ends with it.
+therefore known for free, one iteration late. A run whose answers get worse ends with its best
+policy. One that goes too far from its start is taken part of the way back:
+
+    W ← W₀ + √(aim / KL) · (W − W₀),
+
+since the KL grows as the square of the way that the weights have gone (interpolation towards the
+initialization: Ramé et al. 2024, https://arxiv.org/abs/2406.16768, section 3.3).
 """
 
 from __future__ import annotations
@@ -24,16 +29,23 @@ class EarlyStop:
 
     Args:
       judge: scores answers; the reward model never saw what it learned from.
-      most_kl: nats an answer; a policy beyond it is never kept.
+      most_kl: nats an answer, beyond which the run ends.
+      aim_kl: nats an answer that a policy which went too far is taken back to.
       patience: iterations clearly below the best score before the run ends.
+      iterations: of the run. The last policy is not sampled from; its KL is estimated.
 
     Attributes:
-      reason: why the run ended before its last iteration, as a clause; "" if it did not.
+      reason: why the run did not end with its last policy, as a clause; "" if it did.
       judged: the judge's mean score in each iteration.
     """
 
-    def __init__(self, judge: Judge, most_kl: float, patience: int):
-        self._judge, self._most_kl, self._patience = judge, most_kl, patience
+    def __init__(
+        self, judge: Judge, most_kl: float, aim_kl: float, patience: int, iterations: int
+    ):
+        self._judge, self._most_kl, self._aim_kl = judge, most_kl, aim_kl
+        self._patience, self._iterations = patience, iterations
+        self._first: Params | None = None
+        self._kls: list[float] = []
         self._best: tuple[float, float, Params] | None = None
         self._worse = 0
         self.reason = ""
@@ -65,8 +77,14 @@ class EarlyStop:
           error: standard error of `score`: a mean within it of the best is as good.
         """
         self.judged.append(score)
+        self._kls.append(kl)
+        if self._first is None:
+            self._first = jax.tree.map(jnp.copy, params)
         if kl > self._most_kl:
             self.reason = f"its KL came to {kl:.1f} nats, above {self._most_kl:g}"
+            if self._best is None or score >= self._best[0] - error:
+                self._best = (score, kl, self._taken_back(params, kl))
+                self.reason += f", and it was taken back to about {self._aim_kl:g}"
         elif self._best is None or score > self._best[0]:
             self._best, self._worse = (score, kl, jax.tree.map(jnp.copy, params)), 0
         elif score < self._best[0] - error:
@@ -78,6 +96,28 @@ class EarlyStop:
 
     def end_with(self, state: TrainState, done: int) -> TrainState | None:
         """The state to end with now, or None to go on."""
-        if not self.reason or self._best is None:
+        if self.reason and self._best is not None:
+            return state._replace(params=self._best[2])
+        kl = self._next_kl()
+        if done < self._iterations or kl <= self._most_kl:
             return None
-        return state._replace(params=self._best[2])
+        self.reason = (
+            f"its last policy's KL was about {kl:.1f} nats, above {self._most_kl:g}, and it was "
+            f"taken back to about {self._aim_kl:g}"
+        )
+        return state._replace(params=self._taken_back(state.params, kl))
+
+    def _taken_back(self, params: Params, kl: float) -> Params:
+        part = math.sqrt(self._aim_kl / kl)
+        return jax.tree.map(lambda start, now: start + part * (now - start), self._first, params)
+
+    def _next_kl(self) -> float:
+        """An estimate of the KL after the last updates; their steps are a little smaller each."""
+        if len(self._kls) < 2:
+            return 0.0
+        before, now = (math.sqrt(max(kl, 0.0)) for kl in self._kls[-2:])
+        return (now + _NEXT_STEP * max(now - before, 0.0)) ** 2
+
+
+_NEXT_STEP = 0.75
+"""The way that an iteration goes over that of the one before, as seen in runs of several seeds."""

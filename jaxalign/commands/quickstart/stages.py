@@ -111,7 +111,9 @@ class _Quickstart:
         self._train("reward", evaluate_first=False)
         self._say(story.reward(self._results["reward"]))
 
-        stop = EarlyStop(judge, self._options["most_kl"], self._options["patience"])
+        names = ("most_kl", "aim_kl", "patience")
+        limits = {name: self._options[name] for name in names}
+        stop = EarlyStop(judge, iterations=self._stages["ppo"].run.steps, **limits)
         self._train("ppo", evaluate_first=False, stop=stop)
         self._say(story.ppo(self._results["ppo"], self._stages["ppo"].run.steps, stop.reason))
         for name in (self._folder("reward"), self._stages["reward"].model.source):

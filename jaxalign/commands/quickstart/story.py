@@ -42,7 +42,10 @@ def ppo(result: Result, steps: int, stopped: str) -> str:
     """After PPO."""
     first, last = result.history[0], result.history[-1]
     kl = result.after.get("objective/kl", last["objective/kl"])
-    end = f"; it ended after {len(result.history)} of {steps} iterations, since {stopped}"
+    done = len(result.history)
+    end = f"; {stopped}"
+    if done < steps:
+        end = f"; it ended after {done} of {steps} iterations, since {stopped}"
     return (
         f"PPO: the reward model's mean score went from {first['objective/scores']:.2f} to "
         f"{last['objective/scores']:.2f} on training prompts, {kl:.1f} nats an answer away from "
