@@ -39,9 +39,7 @@ class EarlyStop:
       judged: the judge's mean score in each iteration.
     """
 
-    def __init__(
-        self, judge: Judge, most_kl: float, aim_kl: float, patience: int, iterations: int
-    ):
+    def __init__(self, judge: Judge, most_kl: float, aim_kl: float, patience: int, iterations: int):
         self._judge, self._most_kl, self._aim_kl = judge, most_kl, aim_kl
         self._patience, self._iterations = patience, iterations
         self._first: Params | None = None
