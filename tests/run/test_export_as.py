@@ -104,7 +104,7 @@ def test_a_model_is_written_in_another_format(chat_models, tmp_path, monkeypatch
     noted = record(half)["formats"]["gguf"]
     assert noted["rounding"] > 0
     assert noted["weights"].keys() == {"Q8_0", "float16", "float32"}
-    assert noted["verified"]["jaxalign"]["largest"] == pytest.approx(noted["rounding"], rel=0.05)
+    assert 0 < noted["verified"]["jaxalign"]["largest"] <= noted["bound"]
     monkeypatch.setattr(verify, "measure", None)  # is not called
     source = str(half / "model-Q8_0.gguf")
     assert cli.main(["export", source, "--out", str(back), "--to", "hf", "--no-verify"]) == 0
