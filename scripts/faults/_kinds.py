@@ -105,7 +105,7 @@ def quickstart_arguments(models: pathlib.Path, folder: pathlib.Path) -> list[str
     small += [f"{stage}.optimizer.warmup_steps=0" for stage in stages]
     small += [f"{s}.data.{n}" for s in ("sft", "reward", "dpo") for n in ("rows=8", "length=64")]
     small += ["ppo.minibatches=1", "ppo.data.length=24", "ppo.data.rows=8"]
-    small += ["ppo.ppo.max_new_tokens=4", "defaults.run.save_every=1"]
+    small += ["ppo.ppo.max_new_tokens=4"]
     return ["quickstart", "--model", str(models / "chat"), "--out", str(folder), *small]
 
 
