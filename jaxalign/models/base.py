@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.lora_config import LORA_TARGETS as LORA_TARGETS
 from jaxalign.models.lora_config import LoraConfig as LoraConfig
-from jaxalign.types import Array, Params, TokenBatch, Weighted
+from jaxalign.types import Array, EmbeddingNoise, Params, TokenBatch, Weighted
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -292,8 +292,11 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
             f"loss_mask: got {jnp.result_type(tokens.loss_mask)}, wanted bool, True where a token "
             "is trained; weights of tokens go into TokenBatch.weights"
         )
-    more = {} if tokens.branch_ids is None else {"branch_ids": tokens.branch_ids}
-    more |= {} if tokens.noise is None else {"noise": tokens.noise}
+    more: dict[str, Any] = {}
+    if tokens.branch_ids is not None:
+        more["branch_ids"] = tokens.branch_ids
+    if isinstance(tokens.noise, EmbeddingNoise):
+        more["noise"] = tokens.noise
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
     return out if getattr(model, "extra_terms", ()) else (out, {})
