@@ -235,27 +235,13 @@ class Scorers:
         return with_single_score(model, params, weights, source, mesh, self._loader)
 
 
-class Critic(NamedTuple):
-    """The critic that a run begins with.
-
-    Attributes:
-      model: the critic; None: there is none.
-      params: what is trained of it, or None.
-      frozen: the base under its adapters, shared with the policy; `{}` without.
-    """
-
-    model: Scorer | None
-    params: Params | None
-    frozen: Params
-
-
 def load_critic(
     config: PPORun, policy: Policy, scorers: Scorers, mesh: Mesh, loader: Loader
-) -> Critic:
-    """The critic that a run begins with."""
-    options, frozen = config.ppo, {}
+) -> tuple[Scorer | None, Params | None]:
+    """The critic that a run begins with, without adapters: (model, parameters); or two None."""
+    options = config.ppo
     if not options.has_critic:
-        return Critic(None, None, frozen)
+        return None, None
     if options.shared_critic or config.critic in ("policy", "adapter"):
         key = stream_key(config.run.seed, Stream.CRITIC_HEAD)
         critic, params = with_fresh_head(*policy.start(), key, (), mesh, loader)
@@ -263,19 +249,25 @@ def load_critic(
         params = reshard_by_rules(params, critic, mesh, rules, loader)
     else:
         critic, params = scorers.critic()
-    if config.critic == "adapter":
-        critic, params, frozen = _with_adapters(config, critic, params, mesh, loader)
     if config.critic_head == "zero":
         with config.mesh.use_rules("critic"):
             head = loader.make(lambda head: jax.tree.map(jnp.zeros_like, head), params["score"])
             params = params | place({"score": head}, critic, mesh, loader)
-    return Critic(critic, {"score": params["score"]} if options.shared_critic else params, frozen)
+    return critic, {"score": params["score"]} if options.shared_critic else params
 
 
-def _with_adapters(
+def with_adapters(
     config: PPORun, critic: Scorer, params: Params, mesh: Mesh, loader: Loader
 ) -> tuple[Scorer, Params, Params]:
-    """A critic of adapters and a head on the policy's base: (model, trained, frozen)."""
+    """A critic of adapters and a head on its base, the policy's: (model, trained, frozen).
+
+    Args:
+      config: of the run, with `critic: adapter`.
+      critic: as `load_critic` loads it.
+      params: its parameters; the base's arrays are the policy's own.
+      mesh: of the run.
+      loader: of its models.
+    """
     lora = config.model.lora
     assert lora is not None
     base, lora = critic.base, sharing_base(lora)

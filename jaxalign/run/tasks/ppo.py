@@ -27,7 +27,14 @@ from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
 from jaxalign.run.tasks.data import section_data
 from jaxalign.run.tasks.loader import Loader
-from jaxalign.run.tasks.models import Scorers, check_same_shape, load_critic, load_policy, pad_id
+from jaxalign.run.tasks.models import (
+    Scorers,
+    check_same_shape,
+    load_critic,
+    load_policy,
+    pad_id,
+    with_adapters,
+)
 from jaxalign.run.tasks.parts import (
     Parts,
     RunData,
@@ -98,7 +105,12 @@ def build_ppo(
     source = config.model.source
     check_same_shape(reference.model, policy.model, config.reference or source, source)
     scorers = Scorers(config, mesh, loader, data.tok)
-    critic, critic_params, critic_base = load_critic(config, policy, scorers, mesh, loader)
+    critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
+    critic_base: Any = {}
+    if config.critic == "adapter" and critic is not None and critic_params is not None:
+        critic, critic_params, critic_base = with_adapters(
+            config, critic, critic_params, mesh, loader
+        )
     options = with_tokens(config, data, policy.model)
 
     updates = config.ppo_epochs * config.minibatches
