@@ -1,13 +1,13 @@
-"""Writes golden texts: tiny compiled programs, one a collective, as this release of JAX prints them.
+"""Writes golden texts: tiny compiled programs, one a collective, as this JAX prints them.
 
     python scripts/dev/golden_hlo.py                        # places whose compilers are here
     python scripts/dev/golden_hlo.py --places cpu tpu --out /elsewhere
 
 Run it with the oldest and with the newest JAX that is supported, and commit what it wrote to
-tests/plan/golden: a file a release and place, one module behind the other. tests/plan/test_golden.py
-compares what `plan` counts in them with counts by hand. Nothing runs. The TPU's and the GPU's
-programs want the compilers (`pip install "jaxalign[plan-tpu,plan-gpu]"`); without them those places
-are left out, and named.
+tests/plan/golden: a file a release and place, one module behind the other. What `plan` counts in
+them is compared with counts by hand (tests/plan/test_golden.py). Nothing runs. The TPU's and the
+GPU's programs want the compilers (`pip install "jaxalign[plan-tpu,plan-gpu]"`); without them those
+places are left out, and named.
 """
 
 from __future__ import annotations
