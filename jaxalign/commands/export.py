@@ -30,7 +30,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         nargs="+",
         metavar="FORMAT",
-        help="hf (the default), gguf or orbax; several get a folder each in OUT",
+        help="hf (the default), gguf, orbax or peft (the adapters alone); several get a folder "
+        "each in OUT",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which checkpoint; the newest by default")
@@ -74,6 +75,7 @@ def _export(parsed: argparse.Namespace) -> None:
         verify=parsed.verify is not False,
         transformers=parsed.verify is True,
         record=parsed.to is not None or parsed.verify is True,
+        public=parsed.push is not None,
     )
     check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)
     with distributed.session():

@@ -43,7 +43,8 @@ def model_card(
     config = None if algorithm is None else load_config(algorithm, values)
     base = source if config is None else config.model.source
     data = [] if config is None else list(dict.fromkeys(where for _, where in data_of(config)))
-    parts = [_front(base, data, algorithm, scorer=scorer), f"# {name.rpartition('/')[2]}"]
+    library = "peft" if set(formats) == {"peft"} else "transformers"
+    parts = [_front(base, data, algorithm, library, scorer=scorer), f"# {name.rpartition('/')[2]}"]
     made = f"Trained by `jaxalign {algorithm}`" if algorithm else "Written by `jaxalign export`"
     at = f", {step} steps" if step else ""
     parts.append(f"{made} from {_public(base)}{at}.")
@@ -57,9 +58,11 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(base: str, data: Sequence[str], algorithm: str | None, *, scorer: bool) -> str:
+def _front(
+    base: str, data: Sequence[str], algorithm: str | None, library: str, *, scorer: bool
+) -> str:
     """The header that the hub reads."""
-    facts: dict[str, Any] = {"library_name": "transformers"}
+    facts: dict[str, Any] = {"library_name": library}
     facts["pipeline_tag"] = "text-classification" if scorer else "text-generation"
     facts["tags"] = ["jaxalign", *([algorithm] if algorithm else [])]
     if may_be_on_the_hub(base):

@@ -42,7 +42,7 @@ def files_to_push(
     """Path in the repository → file.
 
     Hugging Face files and GGUF files lie at its top, where their readers look; an Orbax folder lies
-    in `orbax/`.
+    in `orbax/`, and an adapter beside one of these in `peft/`.
 
     Args:
       places: format → its folder.
@@ -53,7 +53,8 @@ def files_to_push(
     for name, place in places.items():
         patterns = names[name] or ("**/*",)
         found = [path for pattern in patterns for path in sorted(place.glob(pattern))]
-        top = "orbax/" if name == "orbax" else ""
+        below = name == "orbax" or (name == "peft" and len(places) > 1)
+        top = f"{name}/" if below else ""
         for path in found:
             if path.is_file():
                 files[top + path.relative_to(place).as_posix()] = path

@@ -33,6 +33,8 @@ _OTHER_FILES = (
     "vocab.json",
     "merges.txt",
     "*.model",
+    "export.json",  # what `jaxalign export --to` notes
+    f"{WEIGHTS}.rejected",
 )
 """What may lie beside an adapter in a folder that is replaced."""
 

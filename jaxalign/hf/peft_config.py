@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from jaxalign.hf.families.values import get
 from jaxalign.hf.peft_modules import Module, Slot
 from jaxalign.hf.source import ADAPTER_CONFIG as CONFIG
-from jaxalign.hf.source import read_json
+from jaxalign.hf.source import read_json, split_revision
 from jaxalign.models.lora_config import LoraConfig, chooses, first_match
 
 WEIGHTS = "adapter_model.safetensors"
@@ -231,10 +231,12 @@ def peft_config(
             for pattern, default, one in zip(patterns, (rank, alpha), value, strict=True):
                 if one != default:
                     pattern[re.escape(key)] = one
+    name, revision = (None, None) if base is None else split_revision(base)
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scorer else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        **({} if revision is None else {"revision": revision}),  # PEFT reads it by this key
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -70,6 +70,18 @@ def adapter_tensors(model: Decoder | Scorer, params: Params, base: str | None) -
     return config, tensors
 
 
+def check_writable(model: Decoder | Scorer) -> None:
+    """Checks that PEFT has a form for a model's adapters, before anything is computed.
+
+    Raises:
+      ValueError: it has none.
+    """
+    decoder = model.base if isinstance(model, Scorer) else model
+    if decoder.lora is not None:
+        adapters = adapted_matrices(decoder, decoder.lora)
+        _check_written(decoder, decoder.lora, adapters, modules_of(decoder))
+
+
 class _Source:
     """The adapters that are written.
 

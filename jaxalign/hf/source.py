@@ -76,6 +76,17 @@ def without_revision(source: str) -> str:
     return source if hub_id is None else hub_id["repo"]
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """A hub id, and the revision that stands behind its `@`, if there is one.
+
+    Anything else, and what exists here, is given back as it is.
+    """
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None or pathlib.Path(source).exists():
+        return source, None
+    return hub_id["repo"], hub_id["revision"]
+
+
 def _download(repo: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
     import huggingface_hub
 

@@ -59,6 +59,7 @@ class Loaded(NamedTuple):
       exported: the tokenizer as it is written, see `exported_tokenizer`.
       step: number of batches after which the checkpoint was saved; 0 without one.
       sources: what it was made from: not to be replaced.
+      base: source of the base under adapters; None without adapters.
     """
 
     model: Any
@@ -67,6 +68,7 @@ class Loaded(NamedTuple):
     exported: Any
     step: int
     sources: tuple[str, ...]
+    base: str | None = None
 
 
 def export_run(
@@ -173,6 +175,7 @@ def load_run(
         exported_tokenizer(tok),
         int(loop["done"]),
         tuple(sources),
+        source if frozen else None,
     )
 
 

@@ -18,7 +18,7 @@ from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import mesh_of
 from jaxalign.run import verify
 from jaxalign.run.export import Loaded, load_run, load_source, whole_model
-from jaxalign.run.formats import FORMATS, Format, Whole, reject
+from jaxalign.run.formats import FORMATS, Adapted, Format, Whole, adapter_counts, reject
 from jaxalign.run.record import versions
 
 RECORD = "export.json"
@@ -39,6 +39,7 @@ class ExportOptions(NamedTuple):
       verify: whether to read the files again and compare with the trainer's log-probs.
       transformers: whether transformers reads a Hugging Face folder too, where torch is there.
       record: whether to write `export.json`.
+      public: whether the files leave this machine, whose folders are then no base of an adapter.
     """
 
     formats: tuple[str, ...] = ("hf",)
@@ -50,6 +51,7 @@ class ExportOptions(NamedTuple):
     verify: bool = True
     transformers: bool = False
     record: bool = True
+    public: bool = False
 
 
 class Written(NamedTuple):
@@ -140,15 +142,22 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     loaded = _load(source, options, [str(place) for place in places.values()])
     model, params = whole_model(loaded.model, loaded.params)
     whole = Whole(model, params, loaded.exported, options.dtype, options.gguf_dtype, _name(source))
+    if loaded.base is not None:
+        whole = whole._replace(adapted=Adapted(loaded.model, loaded.params, loaded.base))
     for name in options.formats:
         FORMATS[name].check(whole)
+    if options.public and "peft" in options.formats:
+        _check_public(loaded.base)
     checker = _Checker.of(loaded, whole) if options.verify else None
-    loaded = loaded._replace(model=None, params={})  # adapters and unmerged weights are done with
+    loaded = loaded._replace(model=None, params={})
     tables, checks = [], []
     notes: dict[str, dict[str, Any]] = {}
-    for name, place in places.items():
+    for name, place in sorted(places.items(), key=lambda item: item[0] != "peft"):
+        if name != "peft":
+            whole = whole._replace(adapted=None)  # unmerged weights are done with
         tables.append(FORMATS[name].write(whole, place))
-        notes[name] = _note(FORMATS[name], whole)
+        notes[name] = {"weights": _counts(FORMATS[name], whole, place)}
+    whole = whole._replace(adapted=None)
     failures = []
     if checker is not None:
         failures = checker.run(whole, places, options, notes, checks)
@@ -292,13 +301,25 @@ def _reject(name: str, whole: Whole, place: pathlib.Path) -> list[str]:
     return []
 
 
-def _note(format: Format, whole: Whole) -> dict[str, Any]:
+def _check_public(base: str | None) -> None:
+    if base is not None and pathlib.Path(base).expanduser().exists():
+        raise ValueError(
+            f"--to peft --push: the adapter's base is model.source={base!r}, a folder of this "
+            "machine, which nobody else can load; start the run from the base's hub id, or push "
+            "the merged model (--to hf)"
+        )
+
+
+def _counts(format: Format, whole: Whole, place: pathlib.Path) -> dict[str, int]:
+    """Element type → how many weights of a format have it."""
+    if format is FORMATS["peft"]:
+        return adapter_counts(place)
     kinds = format.kinds(whole)
     sizes = {path: leaf.size for path, leaf in families.flatten(whole.params).items()}
     counts: dict[str, int] = {}
     for path, kind in kinds.items():
         counts[kind] = counts.get(kind, 0) + sizes[path]
-    return {"weights": counts}
+    return counts
 
 
 def _record(out: pathlib.Path, source: str, step: int, notes: dict[str, Any]) -> None:

@@ -10,14 +10,30 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxalign.hf import checksums, families, orbax_folder, save_pretrained
+from jaxalign.hf import checksums, families, orbax_folder, peft, save_pretrained
 from jaxalign.hf.gguf_vocabulary import tokenizer_metadata, unlisted_ends
 from jaxalign.hf.gguf_write import FORMS, check_architecture, save_gguf
+from jaxalign.hf.peft_write import check_writable
 from jaxalign.hf.safetensors_file import INDEX
 from jaxalign.hf.save import check_replaceable, configs, plan_tensors, swap, write_configs
+from jaxalign.hf.source import is_adapter
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
+
+
+class Adapted(NamedTuple):
+    """A model with its adapters, and what lies under them.
+
+    Attributes:
+      model: a `Decoder` or `Scorer`.
+      params: base and adapters together.
+      base: source of the base.
+    """
+
+    model: Any
+    params: Params
+    base: str
 
 
 class Whole(NamedTuple):
@@ -30,6 +46,7 @@ class Whole(NamedTuple):
       dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
       gguf_dtype: of the matrices of a GGUF file, one of `FORMS`.
       name: of the model, for people.
+      adapted: the same model with its adapters, until they are written.
     """
 
     model: Any
@@ -38,6 +55,7 @@ class Whole(NamedTuple):
     dtype: str | None = "source"
     gguf_dtype: str = "F16"
     name: str = "model"
+    adapted: Adapted | None = None
 
 
 class Format(NamedTuple):
@@ -181,11 +199,45 @@ def _gguf_kinds(whole: Whole) -> dict[str, str]:
 # --- PEFT ----------------------------------------------------------------------------------------
 
 
-def _no_peft(*_: Any) -> Any:
-    raise ValueError(
-        "--to peft: adapters are not written as PEFT folders yet; --to hf writes the model with "
-        "its adapters merged"
-    )
+def _check_peft(whole: Whole) -> None:
+    if whole.adapted is None:
+        raise ValueError(
+            "--to peft: wanted a run with adapters (model.lora), and there are none here; --to hf "
+            "writes a whole model"
+        )
+    model, _, base = whole.adapted
+    check_writable(model)
+    path = pathlib.Path(base).expanduser()
+    if path.is_dir() and is_adapter(path):
+        raise ValueError(
+            f"--to peft: the base, model.source={base!r}, is an adapter itself, and PEFT "
+            "wants a whole model there; write the merged model with --to hf"
+        )
+
+
+def _write_peft(whole: Whole, folder: pathlib.Path) -> str:
+    if whole.adapted is None:
+        raise ValueError("--to peft: the adapters are gone")  # export() writes them first
+    model, params, base = whole.adapted
+    path = pathlib.Path(base).expanduser()
+    base = str(path.resolve()) if path.exists() else base  # wherever the adapter is read from
+    peft.save_adapter(model, params, folder, base=base, tokenizer=whole.tokenizer)
+    return f"{peft.WEIGHTS}: adapters of {base}"
+
+
+def adapter_counts(folder: pathlib.Path) -> dict[str, int]:
+    """Element type → how many of an adapter's weights have it, from its file."""
+    from safetensors.numpy import load_file
+
+    counts: dict[str, int] = {}
+    for tensor in load_file(folder / peft.WEIGHTS).values():
+        counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + tensor.size
+    return counts
+
+
+def _own_kinds(whole: Whole) -> dict[str, str]:
+    """The merged weights as they are: nothing is rounded beside the base."""
+    return {path: leaf.dtype.name for path, leaf in families.flatten(whole.params).items()}
 
 
 FORMATS: Mapping[str, Format] = {
@@ -198,12 +250,12 @@ FORMATS: Mapping[str, Format] = {
         lambda _: ("model*.safetensors", INDEX),
     ),
     "peft": Format(
-        "an adapter for PEFT",
+        "the adapters alone, for PEFT",
         lambda folder, _: folder,
-        _no_peft,
-        _no_peft,
-        _no_peft,
-        lambda _: ("adapter_model.safetensors",),
+        _check_peft,
+        _write_peft,
+        _own_kinds,
+        lambda _: (peft.WEIGHTS,),
     ),
     "gguf": Format(
         "a GGUF file",

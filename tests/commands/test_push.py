@@ -10,6 +10,7 @@ import yaml
 
 from jaxalign.commands import cli
 from jaxalign.commands.model_card import model_card
+from jaxalign.commands.push import files_to_push
 
 
 class Hub:
@@ -49,6 +50,26 @@ def hub(monkeypatch):
 def command(chat_models, out, *options):
     source = str(chat_models / "chat")
     return ["export", source, "--out", str(out), "--no-verify", "--push", "me/tiny", *options]
+
+
+def test_an_adapter_is_pushed_for_peft_alone_or_beside_a_model(tmp_path):
+    for name in ("hf", "peft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    places = {name: tmp_path / name for name in ("hf", "peft")}
+    names = dict.fromkeys(places)
+    assert files_to_push(places, names) == {
+        "weights": tmp_path / "hf/weights",
+        "peft/weights": tmp_path / "peft/weights",
+    }
+    assert files_to_push({"peft": tmp_path / "peft"}, names).keys() == {"weights"}
+    note = {"weights": {"float32": 1}}
+    for formats, library in (
+        ({"peft": note}, "peft"),
+        ({"hf": note, "peft": note}, "transformers"),
+    ):
+        card = model_card("me/tiny", "org/base", formats, step=1, scorer=False)
+        assert f"library_name: {library}" in card
 
 
 def test_all_formats_and_a_card_are_one_commit(chat_models, tmp_path, hub, capsys):

@@ -11,6 +11,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.hf import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxalign.hf.source import base_of
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora
@@ -248,3 +249,18 @@ def test_what_cannot_be_written_is_refused(written, tmp_path, bases):
     with pytest.raises(ValueError, match=r"pissa of model\.layers\.0\.self_attn\.qkv_proj"):
         save_adapter(adapted, combine(trained, frozen), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_the_hub_is_named_with_its_revision(bases, tmp_path):
+    """PEFT takes the revision from a key of its own, and an id with `@` for no id."""
+    _, model, params = bases("gpt2")
+    model, trained, frozen = add_lora(model, params, jax.random.key(0), LoraConfig(rank=1))
+    together = combine(trained, frozen)
+    for base, wanted in {
+        "org/name@v1.0": ("org/name", "v1.0"),
+        "org/name": ("org/name", None),
+    }.items():
+        save_adapter(model, together, tmp_path / "adapter", base=base)
+        config = json.loads((tmp_path / "adapter/adapter_config.json").read_text("utf-8"))
+        assert (config["base_model_name_or_path"], config.get("revision")) == wanted
+        assert base_of(tmp_path / "adapter") == base

@@ -80,6 +80,46 @@ def test_several_formats_hold_the_merged_model(adapted, chat_models, tmp_path, c
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_the_adapters_alone_are_written_for_peft(adapted, chat_models, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["export", str(adapted), "--out", str(out), "--to", "hf", "peft"]
+    assert cli.main(command) == 0
+    assert "peft, read by jaxalign: largest difference" in capsys.readouterr().out
+    place = out / "peft"
+    config = json.loads((place / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == str(chat_models / "chat")
+    assert (config["r"], config["lora_alpha"]) == (2, 16)
+    noted = record(out)["formats"]["peft"]
+    # A and B of rank 2 in 2 layers: query 32 → 32, up 32 → 48.
+    assert noted["weights"] == {"float32": 2 * 2 * (32 + 32 + 32 + 48)}
+    assert noted["verified"]["jaxalign"]["largest"] < noted["bound"] == verify.FLOOR
+    # The run's own adapters lie there, to be trained on or put beside others.
+    trained = chatmodel.leaves(export_as.load_run(str(adapted)).params)
+    model, params = jaxalign.load_pretrained(chat_models / "chat")
+    _, read, _ = jaxalign.load_adapter(model, params, place)
+    for path, value in chatmodel.leaves(read).items():
+        np.testing.assert_array_equal(value, trained[path], path)
+    assert jaxalign.load_tokenizer(place).chat_template == chatmodel.CHATML
+    # Alone it lies in the folder itself, and is replaced where that is asked for.
+    alone = [*command[:3], str(place), "--to", "peft"]
+    assert cli.main(alone) == 2
+    assert cli.main([*alone, "--overwrite"]) == 0
+    assert cli.main([*alone, "--overwrite"]) == 0  # over `export.json` too
+
+
+def test_what_peft_cannot_hold_is_refused_before_anything_is_written(
+    adapted, chat_models, tmp_path, monkeypatch, capsys
+):
+    out, chat = str(tmp_path / "out"), str(chat_models / "chat")
+    assert cli.main(["export", chat, "--out", out, "--to", "hf", "peft"]) == 2
+    assert "wanted a run with adapters (model.lora), and there are none" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *_: False)
+    command = ["export", str(adapted), "--out", out, "--to", "peft", "--push", "me/mine"]
+    assert cli.main(command) == 2
+    assert "a folder of this machine, which nobody else can load" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plain_export_writes_what_it_always_did(adapted, tmp_path, capsys):
     out = tmp_path / "plain"
     assert cli.main(["export", str(adapted), "--out", str(out)]) == 0
@@ -218,7 +258,6 @@ def test_what_is_not_a_number_is_wrong(adapted, tmp_path, monkeypatch, capsys):
 # --- what is refused before anything is written --------------------------------------------------
 
 REFUSED = {
-    "--to hf peft": "adapters are not written as PEFT folders yet",
     "--to hf hf": "wanted one or more of hf, peft, gguf, orbax, each once",
     "--to onnx": "wanted one or more of hf, peft, gguf, orbax",
     "--to gguf --step 7": "no checkpoint 7",
