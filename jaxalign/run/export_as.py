@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.paths import check_free, local_path, replace_text
@@ -195,13 +196,15 @@ class _Checker(NamedTuple):
     Attributes:
       probe: the prompts.
       trained: what the model with its adapters makes of them.
-      exact: what the merged one makes of them in memory.
+      exact: what the merged one makes of them in memory, merged in float32.
+      merged: whether there were adapters; their sum with the base is rounded to its dtype.
       unit: "nats", or "score".
     """
 
     probe: verify.Probe
     trained: np.ndarray
     exact: np.ndarray
+    merged: bool
     unit: str
 
     @classmethod
@@ -210,8 +213,12 @@ class _Checker(NamedTuple):
         probe = verify.make_probe(loaded.tokenizer, config.vocab_size, config.max_positions)
         trained = verify.measure(loaded.model, loaded.params, probe)
         merged = loaded.params is not whole.params
-        exact = verify.measure(whole.model, whole.params, probe) if merged else trained
-        return cls(probe, trained, exact, "score" if isinstance(whole.model, Scorer) else "nats")
+        exact = trained
+        if merged:
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
+            exact = verify.measure(*whole_model(loaded.model, wide), probe)
+        unit = "score" if isinstance(whole.model, Scorer) else "nats"
+        return cls(probe, trained, exact, merged, unit)
 
     def run(
         self,
@@ -227,11 +234,18 @@ class _Checker(NamedTuple):
           What is wrong with each format that is rejected; its files are renamed.
         """
         mesh, failures = mesh_of(whole.params), []
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(whole.params)}
         roundings = self._roundings(whole, list(places))
         for name, place in places.items():
             bound = verify.FLOOR + verify.ROUNDING * roundings[name]
             path = FORMATS[name].source(place, whole)
-            readers = {"jaxalign": lambda path=path: verify.read_back(path, self.probe, mesh)}
+            # An adapter's base as the trainer had it, whatever its own files hold.
+            dtype = next(iter(dtypes)) if name == "peft" and len(dtypes) == 1 else "float32"
+            readers: dict[str, Callable[[], np.ndarray]] = {
+                "jaxalign": lambda path=path, dtype=dtype: verify.read_back(
+                    path, self.probe, mesh, dtype
+                )
+            }
             if options.transformers and name == "hf" and _alone() and verify.has_torch():
                 readers["transformers"] = lambda path=path: verify.read_back_by_transformers(
                     path, self.probe
@@ -267,7 +281,7 @@ class _Checker(NamedTuple):
         for name in names:
             kinds = FORMATS[name].kinds(whole)
             found[name] = 0.0
-            if verify.rounds(whole.params, kinds):
+            if self.merged or verify.rounds(whole.params, kinds):
                 params = whole.params
                 if name != names[-1]:
                     params = jax.tree.map(lambda leaf: leaf, params)

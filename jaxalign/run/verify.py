@@ -206,8 +206,10 @@ def _round(x: jax.Array, kind: str, transposed: bool) -> jax.Array:
     return rounded.swapaxes(-1, -2) if transposed else rounded
 
 
-def read_back(path: str | os.PathLike[str], probe: Probe, mesh: Any) -> np.ndarray:
-    """What the files of a model make of the prompts, read by `load_pretrained`.
+def read_back(
+    path: str | os.PathLike[str], probe: Probe, mesh: Any, dtype: str = "float32"
+) -> np.ndarray:
+    """What the files of a model make of the prompts, read by `load_pretrained` as `dtype`.
 
     Raises:
       ValueError: they cannot be read, or their tokenizer makes other ids of a prompt.
@@ -219,7 +221,7 @@ def read_back(path: str | os.PathLike[str], probe: Probe, mesh: Any) -> np.ndarr
                 f"its tokenizer or chat template makes other ids of prompt {number}: {theirs[:8]} "
                 f"…, the trainer's makes {ours[:8]} …"
             )
-    model, params = load_pretrained(path, mesh=mesh)
+    model, params = load_pretrained(path, mesh=mesh, dtype=dtype)
     return measure(model, params, probe)
 
 

@@ -157,6 +157,25 @@ def test_a_model_is_written_in_another_format(chat_models, tmp_path, monkeypatch
     )
 
 
+def test_adapters_on_a_bfloat16_base_are_merged_with_its_rounding(
+    chat_models, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    values = chatmodel.settings("sft", chat_models, folder, steps=1, checkpoint=True, export=False)
+    values["model"] |= {"dtype": "bfloat16", "lora": {"rank": 2, "alpha": 64}}
+    values["optimizer"]["learning_rate"] = 0.1
+    train(load_config("sft", values))
+    command = ["export", str(folder), "--dtype", "bfloat16", "--to", "hf"]
+    assert cli.main([*command, "peft", "--out", str(tmp_path / "out")]) == 0
+    noted = record(tmp_path / "out")["formats"]["hf"]
+    # The sum of base and adapters is rounded to bfloat16, which the bound knows.
+    assert noted["weights"].keys() == {"bfloat16"}
+    assert noted["rounding"] > verify.FLOOR
+    forgotten(monkeypatch)
+    assert cli.main([*command, "--out", str(tmp_path / "wrong")]) == 2
+    assert "model.safetensors.rejected" in names(tmp_path / "wrong")
+
+
 # --- wrong exports -------------------------------------------------------------------------------
 
 
