@@ -189,9 +189,8 @@ def test_wandb(run, monkeypatch):
     folder, identity = run("wandb")
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
-    limit = time.monotonic() + 60  # another process writes them
+    # Another process writes them; the timeout of every test guards against one that never ends.
     while any(wandb_records(file)[-1].WhichOneof("record_type") != "exit" for file in files):
-        assert time.monotonic() < limit
         time.sleep(0.05)
     records = [record for file in files for record in wandb_records(file)]
     rows = []
