@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import pathlib
 import shlex
 from collections.abc import Iterator
 
@@ -17,6 +18,26 @@ _FLAGS = {
 def overwrite_argument(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--overwrite`."""
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what} if it is there")
+
+
+def write_new(file: pathlib.Path, text: str) -> None:
+    """Writes a file that `--out` names.
+
+    Raises:
+      ValueError: it is there already, or its folder is not.
+    """
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise ValueError(
+            f"{file} is there already and stays as it is; give another file with --out, or remove "
+            "it first"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{file}: there is no folder {file.parent}; make it first, or give another --out"
+        ) from None
 
 
 def run_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxalign.commands.command import Command
 from jaxalign.commands.convert_trl.table import SECTIONS
+from jaxalign.commands.going_on import write_new
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,9 @@ def _run(parsed: argparse.Namespace) -> None:
     if parsed.out is None:
         print(text, end="")
     else:
-        _write(pathlib.Path(parsed.out).expanduser(), text)
+        file = pathlib.Path(parsed.out).expanduser()
+        write_new(file, text)
+        print(f"{file}: written", file=sys.stderr)
     for note in notes:
         print(f"not carried over: {note.what}: {note.why}", file=sys.stderr)
     if not notes:
@@ -60,22 +63,6 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{path}: wanted an object of arguments, got a {type(given).__name__}")
     return given
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    try:
-        with file.open("x", encoding="utf-8") as handle:
-            handle.write(text)
-    except FileExistsError:
-        raise ValueError(
-            f"{file} is there already and stays as it is; give another file with --out, or remove "
-            "it first"
-        ) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{file}: there is no folder {file.parent}; make it first, or give another --out"
-        ) from None
-    print(f"{file}: written", file=sys.stderr)
 
 
 COMMAND = Command(

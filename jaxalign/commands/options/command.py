@@ -7,6 +7,7 @@ import pathlib
 import re
 
 from jaxalign.commands.command import Command
+from jaxalign.commands.going_on import write_new
 
 _SHORT = {"grpo": "ppo_grpo", "rloo": "ppo_rloo"}
 
@@ -58,18 +59,7 @@ def _init(parsed: argparse.Namespace) -> None:
         print(text, end="")
         return
     file = pathlib.Path(target).expanduser()
-    try:
-        with file.open("x", encoding="utf-8") as handle:
-            handle.write(text)
-    except FileExistsError:
-        raise ValueError(
-            f"{file} is there already and stays as it is; give another file with --out, or remove "
-            "it first"
-        ) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{file}: there is no folder {file.parent}; make it first, or give another --out"
-        ) from None
+    write_new(file, text)
     command = path.stem.partition("_")[0]
     print(f"{file}: edit model, data and run.folder, then: jaxalign {command} {file}")
 
