@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        print(f"jaxalign {command.name}: error: {error}", file=sys.stderr)
-        status = getattr(error, "exit_status", 2)  # 74 where storage failed
+        from jaxalign.run.storage import describe
+
+        message, status = describe(error)
+        print(f"jaxalign {command.name}: error: {message}", file=sys.stderr)
         distributed.exit_if_failed(status)
         return status
     except KeyboardInterrupt:

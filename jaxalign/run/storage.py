@@ -39,6 +39,9 @@ _REMEDIES = {
 }
 """Errors of storage that may go away → what makes them go away."""
 
+_ALSO_OF_INPUT = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EBUSY}
+"""Of those, the ones that a wrong path gives as well."""
+
 
 class StorageError(OSError):
     """Storage failed for longer than the retries took; everything written before is intact."""
@@ -63,6 +66,23 @@ def failure_of(error: BaseException) -> int | None:
             if not isinstance(each, OSError) and os.strerror(number) in text:
                 return number
     return None
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """What a command prints of an error at its end, and its exit status.
+
+    The system's "[Errno 28] No space left on device" names no remedy, so one is added. A file that
+    is not there, or may not be read, is the caller's to mend, and its message names the file.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    place = error.filename if isinstance(error, OSError) else None
+    of_input = place is not None and number in _ALSO_OF_INPUT
+    if isinstance(error, StorageError) or number is None or number not in _REMEDIES or of_input:
+        return str(error), getattr(error, "exit_status", 2)
+    name = "" if place is None else f"{place}: "
+    again = "run the same command again (with run.resume=auto, if it trains)"
+    reason = f"{name}{os.strerror(number)}. {_capital(_REMEDIES[number])}"
+    return f"{reason}, then {again}", StorageError.exit_status
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,7 +14,8 @@ from typing import Any
 import _runs
 from _runs import Child, Ended
 
-_LIMIT = 60.0  # seconds beyond an undisturbed run, after which a process counts as hung
+_LIMIT = 60.0  # seconds beyond an undisturbed run, after which a process is killed
+_HANG = 5.0  # seconds beyond an undisturbed run, after which a process counts as hung
 _SHOWN = 200
 
 
@@ -27,20 +28,32 @@ class Outcome:
       status: the exit status expected of it.
       lost: "nothing", what differs from an uninterrupted run, or "" where nothing was at stake.
       expected: text that its output must hold.
-      limit: seconds after which it was killed.
+      usual: an undisturbed run of the same kind.
     """
 
     ended: Ended
     status: int
     lost: str
-    expected: str = ""
-    limit: float = _LIMIT
+    expected: str
+    usual: Ended
 
     @property
     def ok(self) -> bool:
         """Whether all is as it should be."""
         right = self.ended.status == self.status and self.expected in self.ended.log
+        right = right and self.waited <= _HANG and self.worked <= _HANG
         return right and self.lost in ("nothing", "") and "Traceback" not in self.ended.log
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which it did not work, beyond those of an undisturbed run."""
+        idle = (max(0.0, ended.seconds - ended.processor) for ended in (self.ended, self.usual))
+        return max(0.0, next(idle) - next(idle))
+
+    @property
+    def worked(self) -> float:
+        """Seconds of processor time beyond those of an undisturbed run."""
+        return max(0.0, self.ended.processor - self.usual.processor)
 
     def summary(self, place: pathlib.Path) -> dict[str, Any]:
         """For the file; paths are cut."""
@@ -52,8 +65,9 @@ class Outcome:
             "message": said[:_SHOWN],
             "lost": self.lost,
             "traceback": "Traceback" in self.ended.log,
-            "hangs": self.ended.seconds >= self.limit,
             "seconds": round(self.ended.seconds, 1),
+            "waited_longer": round(self.waited, 1),
+            "worked_longer": round(self.worked, 1),
             "peak_mib": round(self.ended.peak),
         }
 
@@ -68,13 +82,9 @@ class Bench:
     def __init__(self, place: pathlib.Path):
         self.place, self._files, self._started = place, self.folder("files", place), 0
         self.models = _runs.make_models(place)
+        self._usual: dict[str, Ended] = {}
         self.whole = self.folder("whole") / "run"
-        for _ in range(2):  # the first one compiles
-            shutil.rmtree(self.whole, ignore_errors=True)
-            self.usual = self.run(self.whole)
-            if self.usual.status:
-                raise RuntimeError(self.usual.log)
-        self.limit = 2 * self.usual.seconds + _LIMIT
+        self.usual("sft", self.whole)
         half = self.folder("half") / "run"
         child = self.start(half)
         wait_for(child, lambda: (half / "checkpoints/4").exists())
@@ -87,6 +97,23 @@ class Bench:
         folder = (self.place if place is None else place) / re.sub(r"\W+", "-", name)
         folder.mkdir()
         return folder
+
+    def usual(self, kind: str, folder: pathlib.Path | None = None, **sections: Any) -> Ended:
+        """A run of a kind that nobody disturbs, with its programs compiled before."""
+        if kind not in self._usual:
+            place = self.folder(f"usual-{kind}") / "run" if folder is None else folder
+            for _ in range(2):  # the first one compiles
+                shutil.rmtree(place, ignore_errors=True)
+                ended = self.start(place, kind=kind, **sections).wait()
+                if ended.status:
+                    raise RuntimeError(ended.log)
+            self._usual[kind] = ended
+        return self._usual[kind]
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which a process is killed."""
+        return 2 * max(ended.seconds for ended in self._usual.values()) + _LIMIT
 
     def start(
         self, folder: pathlib.Path, *overrides: str, kind: str = "sft",
@@ -124,7 +151,7 @@ class Bench:
 
     def run(self, folder: pathlib.Path, *overrides: str, **keywords: Any) -> Ended:
         """A run from beginning to end."""
-        return self.start(folder, *overrides, **keywords).wait(getattr(self, "limit", 3600.0))
+        return self.start(folder, *overrides, **keywords).wait(self.limit)
 
     def resume(self, folder: pathlib.Path) -> str:
         """Goes on with a run; what was lost."""
@@ -137,9 +164,11 @@ class Bench:
         parts = zip(compared._fields, compared, strict=True)
         return "; ".join(f"{name}: {', '.join(part)}" for name, part in parts if part) or "nothing"
 
-    def outcome(self, ended: Ended, status: int, lost: str = "", expected: str = "") -> Outcome:
-        """With this bench's limit."""
-        return Outcome(ended, status, lost, expected, self.limit)
+    def outcome(
+        self, ended: Ended, status: int, lost: str = "", expected: str = "", kind: str = "sft"
+    ) -> Outcome:
+        """With this bench's undisturbed run of the kind."""
+        return Outcome(ended, status, lost, expected, self.usual(kind))
 
 
 Fault = Callable[[Bench, pathlib.Path], Outcome]

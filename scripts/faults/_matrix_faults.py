@@ -74,7 +74,7 @@ def _full_at_resume(bench: Bench, place: pathlib.Path) -> Outcome:
         ended = bench.run(place / "run", "run.resume=true")
         filler.unlink()
         lost = bench.resume(place / "run")
-    return bench.outcome(ended, 2, lost, "No space left on device")
+    return bench.outcome(ended, 74, lost, "No space left on device. Make room, then run")
 
 
 @fault("file size limited from a save on")
@@ -123,7 +123,7 @@ def _full_before(bench: Bench, place: pathlib.Path) -> Outcome:
     with small_disk(place, 1):
         fill(place)
         ended = bench.run(place / "run")
-    return bench.outcome(ended, 2, "", "No space left on device")
+    return bench.outcome(ended, 74, "", "No space left on device. Make room, then run")
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -210,35 +210,34 @@ def _nan_weights(bench: Bench, place: pathlib.Path) -> Outcome:
 
 
 REWARDS = {
-    "calls sys.exit": ("import sys\ndef score(prompt, answer):\n    sys.exit(0)\n", "exit"),
-    "raises": ("def score(prompt, answer):\n    raise KeyError('x')\n", "KeyError"),
-    "gives NaN": ("def score(prompt, answer):\n    return float('nan')\n", "nan"),
-    "gives text": ("def score(prompt, answer):\n    return 'good'\n", "good"),
-    "never returns": (
-        "def score(prompt, answer):\n    while True:\n        pass\n",
-        "within timeout=1.0 s",
-    ),
-    "sleeps": (
-        "import time\ndef score(prompt, answer):\n    time.sleep(1e6)\n",
-        "within timeout=1.0 s",
-    ),
+    "calls sys.exit": ("import sys\n", "    sys.exit(0)\n", "exit"),
+    "raises": ("", "    raise KeyError('x')\n", "KeyError"),
+    "gives NaN": ("", "    return float('nan')\n", "nan"),
+    "gives text": ("", "    return 'good'\n", "good"),
+    "never returns": ("", "    while True:\n        pass\n", "within timeout=1.0 s"),
+    "sleeps": ("import time\n", "    time.sleep(1e6)\n", "within timeout=1.0 s"),
 }
 
 
-def _reward(code: str, expected: str) -> Fault:
-    def run(bench: Bench, place: pathlib.Path) -> Outcome:
-        (place / "score.py").write_text(code)
-        spec = {"kind": "function", "path": f"{place / 'score.py'}:score", "timeout": 1.0}
-        ended = bench.run(
-            place / "run", kind="ppo", rewards=[spec], reward_model=None, critic="policy"
-        )
-        return bench.outcome(ended, 2, "", expected)
-
-    return run
+def _ppo(bench: Bench, place: pathlib.Path, spec: dict[str, Any], expected: str) -> Outcome:
+    """A run of PPO with one reward, against one whose reward works."""
+    parts: dict[str, Any] = {"kind": "ppo", "reward_model": None, "critic": "policy"}
+    bench.usual(rewards=[_function(bench.place, "    return len(answer)\n")], **parts)
+    ended = bench.run(place / "run", rewards=[spec], **parts)
+    return bench.outcome(ended, 2, "", expected, kind="ppo")
 
 
-for _name, (_code, _expected) in REWARDS.items():
-    FAULTS[f"a reward {_name}"] = _reward(_code, _expected)
+def _function(place: pathlib.Path, body: str, head: str = "") -> dict[str, Any]:
+    (place / "score.py").write_text(f"{head}def score(prompt, answer):\n{body}")
+    return {"kind": "function", "path": f"{place / 'score.py'}:score", "timeout": 1.0}
+
+
+def _reward(head: str, body: str, expected: str) -> Fault:
+    return lambda bench, place: _ppo(bench, place, _function(place, body, head), expected)
+
+
+for _name, _parts in REWARDS.items():
+    FAULTS[f"a reward {_name}"] = _reward(*_parts)
 
 
 def _drip(part: bytes, forever: bytes) -> Callable[[socket.socket], None]:
@@ -285,10 +284,7 @@ def _server(answer: Callable[[socket.socket], None]) -> Fault:
     def run(bench: Bench, place: pathlib.Path) -> Outcome:
         with serving(answer) as url:
             spec = {"kind": "http", "url": url, "timeout": 1.0, "max_failures": 2, "backoff": 0.1}
-            ended = bench.run(
-                place / "run", kind="ppo", rewards=[spec], reward_model=None, critic="policy"
-            )
-        return bench.outcome(ended, 2)
+            return _ppo(bench, place, spec, "2 times in a row")
 
     return run
 

@@ -59,12 +59,14 @@ class Ended(NamedTuple):
       seconds: it took.
       peak: resident memory at most, in MiB.
       log: what it printed.
+      processor: seconds of processor time.
     """
 
     status: int
     seconds: float
     peak: float
     log: str
+    processor: float
 
 
 class Child:
@@ -113,7 +115,8 @@ class Child:
         if pid:
             text = self._log.read_text(encoding="utf-8", errors="replace")
             code = os.waitstatus_to_exitcode(status)
-            self._ended = Ended(code, self.seconds, usage.ru_maxrss / 1024, text)
+            processor = usage.ru_utime + usage.ru_stime
+            self._ended = Ended(code, self.seconds, usage.ru_maxrss / 1024, text, processor)
 
 
 def _run_child(function: Callable[[], int | None], log: pathlib.Path) -> None:

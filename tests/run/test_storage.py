@@ -21,7 +21,7 @@ from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.lock import FolderLock
 from jaxalign.run.metrics import JsonlWriter
 from jaxalign.run.reporter import Reporter, StepRecord
-from jaxalign.run.storage import LineFile, StorageError, failure_of, retry
+from jaxalign.run.storage import LineFile, StorageError, describe, failure_of, retry
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -85,6 +85,20 @@ def test_the_cause_is_found_behind_other_exceptions():
     tensorstore = 'RESOURCE_EXHAUSTED: Error writing "w" [OS error 28: No space left on device]'
     assert failure_of(ValueError(tensorstore)) == errno.ENOSPC
     assert failure_of(ValueError("does not fit")) is None
+
+
+def test_a_full_disk_anywhere_names_the_remedy_and_ends_with_status_74():
+    message, status = describe(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert status == 74
+    assert message.startswith("No space left on device. Make room, then run the same command")
+    message, _ = describe(OSError(errno.EROFS, "read-only", "runs/x/run.json"))
+    assert message.startswith("runs/x/run.json: Read-only file system. Make it writable, then")
+
+
+def test_a_wrong_path_is_no_failure_of_storage():
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "rows.jsonl")
+    assert describe(error) == (str(error), 2)
+    assert describe(ValueError("rows=0")) == ("rows=0", 2)
 
 
 def test_a_line_arrives_whole_or_not_at_all(clock, limit, tmp_path):
