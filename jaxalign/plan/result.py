@@ -7,6 +7,7 @@ import dataclasses
 from jaxalign.plan.costs import Costs
 from jaxalign.plan.programs import Program
 from jaxalign.plan.roofline import Speed
+from jaxalign.plan.storage import Checkpoint
 from jaxalign.plan.table import show
 
 KINDS = (
@@ -47,6 +48,7 @@ class Plan:
       speed: what they take at best; None where the device's speed is not known.
       head_chunk: positions, of all rows, that the vocabulary head reads at a time in an update;
         None without a head.
+      checkpoint: bytes of a checkpoint, and the time that it takes.
       programs: what was compiled.
       notes: what was assumed.
     """
@@ -73,6 +75,7 @@ class Plan:
     costs: Costs
     speed: Speed | None
     head_chunk: int | None
+    checkpoint: Checkpoint
     programs: tuple[Program, ...]
     notes: tuple[str, ...]
 

@@ -33,6 +33,12 @@ def show(plan: Any, kinds: Sequence[str]) -> str:
             f"{speed.tokens_per_second:,.0f} tokens/s, MFU {100 * speed.mfu:.0f} %",
             f"assumed: {speed.assumptions}",
         ]
+    saved = plan.checkpoint
+    of = f"{saved.hosts} host" + ("s" if saved.hosts > 1 else "")
+    lines.append(
+        f"a checkpoint: {human(saved.bytes)}, {saved.seconds:.3g} s to write and as much to "
+        f"restore at {saved.bandwidth / 1e9:g} GB/s of each of {of} (--storage-gbps)"
+    )
     lines += [f"note: {note}" for note in plan.notes]
     lines.append(f"compiled in {plan.compile_seconds:.1f} s")
     return "\n".join(lines)
