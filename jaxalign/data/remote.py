@@ -27,8 +27,6 @@ EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 """Scheme → the extra that installs what reads it."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# No storage that can be listed and written, or one with a plain form of its own.
-_NO_BUCKETS = ("http", "https", "file", "local", "hf", "data", "github", "git", "zip", "tar")
 _VERSION = (
     *("generation", "ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified"),
     *("last_modified", "updated", "created", "size"),
@@ -82,16 +80,24 @@ class Entry(NamedTuple):
 
 
 def is_address(text: str | os.PathLike[str]) -> bool:
-    """Whether a text is an address of storage that fsspec knows: `gs://…`, `s3://…`, `memory://…`.
+    """Whether a text is an address of a bucket that fsspec knows: `gs://…`, `s3://…`, `memory://…`.
 
-    False for paths, hub ids, and for what is no bucket: `https://…`, `file://…`, `hf://…`.
+    What packages beside fsspec bring counts as one, and of its own file systems only the memory. So
+    it is False for paths, hub ids, `https://…`, `file://…` and `hf://…`.
     """
     scheme = scheme_of(text)
-    if scheme is None or scheme in _NO_BUCKETS or "::" in os.fspath(text):
+    if scheme is None or scheme == "hf":
         return False
+    if scheme == "memory":
+        return True
     import fsspec
+    from fsspec.registry import known_implementations
 
-    return scheme in fsspec.available_protocols()
+    if scheme in fsspec.registry:  # loaded, or registered by a program
+        source = fsspec.registry[scheme].__module__
+    else:
+        source = known_implementations.get(scheme, {"class": "fsspec."})["class"]
+    return not source.startswith("fsspec.")
 
 
 def scheme_of(text: str | os.PathLike[str]) -> str | None:

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.parallel.chips import GIB, chip_of
+from jaxalign.models.base import combine
+from jaxalign.parallel.chips import GIB, Chip, chip_of
 from jaxalign.plan.costs import Costs
+from jaxalign.plan.decode import DecodeStep, decode_steps
 from jaxalign.plan.loader import HostArray, ShapeLoader
 from jaxalign.plan.programs import (
     Compiler,
@@ -127,10 +129,29 @@ def _make_plan(algorithm: str, config: Run, topology: str | None, log: Log, stor
         costs=sum((program.costs * program.times for program in programs), Costs()),
         speed=None if chip is None else estimate(programs, chip, mesh.size, tokens),
         head_chunk=_head_chunk(config, mesh, parts),
+        decode=() if chip is None else _decode(config, state, parts, chip, mesh.size),
         checkpoint=checkpoint,
         programs=tuple(programs),
         notes=(*parts.notes, *_unknown_host_memory(state, frozen)),
         **sizes,
+    )
+
+
+def _decode(
+    config: Run, state: TrainState, parts: Parts, chip: Chip, devices: int
+) -> tuple[DecodeStep, ...]:
+    """The roofline of the policy's decoding, where answers are written half as long as they may."""
+    if not isinstance(parts, RolloutParts):
+        return ()
+    model, options = parts.policy, parts.options
+    return decode_steps(
+        model.config,
+        combine(state.params, state.frozen)["policy"],
+        chip,
+        devices,
+        context=config.data.length + options.max_new_tokens / 2,
+        dtype=model.compute_dtype,
+        cache_dtype=options.cache_dtype or model.compute_dtype,
     )
 
 

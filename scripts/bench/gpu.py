@@ -9,11 +9,11 @@ First every step (SFT, reward, DPO, PPO, generation) is compared with a CPU's nu
 (`_gpu_checks.py`). Then come the measurements (`_gpu_parts.py`): SFT of the shape of Qwen3-0.6B on
 packed rows of 8k and 16k tokens, LoRA of Llama-3.1-8B's, decoding with 1 to 256 slots beside what
 the memory's bandwidth allows, DPO, an iteration of PPO and what each part of it takes. Beside them
-runs TRL where it is installed, else transformers in a plain loop (`_gpu_peer.py`, in the interpreter
-`--peer`). Each part is a process of its own with a deadline, and the file is written after each. A
-part that fails, runs out of memory (it is tried again with less) or has no time left is noted there,
-and the rest goes on. The next call runs those, and none that is measured. Needs jax, flax, optax and
-this repository; for the peer torch and transformers.
+runs TRL where it is installed, else transformers in a plain loop (`_gpu_peer.py`, in the
+interpreter `--peer`). Each part is a process of its own with a deadline, and the file is written
+after each. A part that fails, runs out of memory (it is tried again with less) or has no time left
+is noted there, and the rest goes on. The next call runs those, and none that is measured. Needs
+jax, flax, optax and this repository; for the peer torch and transformers.
 """
 
 from __future__ import annotations

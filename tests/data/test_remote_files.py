@@ -1,10 +1,10 @@
 """Files in buckets: what is fetched, what is kept, and what is said where that fails."""
 
+import importlib
 import os
 
 import fsspec
 import pytest
-from fsspec import registry
 
 from jaxalign.data import remote
 from jaxalign.data.remote import check_address, fetch, fetch_matches, is_address, list_files
@@ -40,9 +40,10 @@ def fetched(monkeypatch, store):
     ("text", "answer"),
     [
         ("gs://bucket/x", True), ("s3://bucket/x", True), ("memory://x", True),
-        ("az://box/x", True), ("S3://bucket/x", True), ("runs/x", False), ("org/name", False),
-        ("https://host/x", False), ("file:///tmp/x", False), ("hf://org/name", False),
-        ("unheard-of://x", False), ("simplecache::s3://bucket/x", False), ("C:\\x", False),
+        ("az://box/x", True), ("ftp://host/x", False), ("S3://bucket/x", True), ("runs/x", False),
+        ("org/name", False), ("https://host/x", False), ("file:///tmp/x", False),
+        ("hf://org/name", False), ("unheard-of://x", False), ("C:\\x", False),
+        ("simplecache::s3://bucket/x", False),
     ],
 )  # fmt: skip
 def test_what_counts_as_a_bucket(text, answer):
@@ -147,6 +148,7 @@ def test_what_is_not_there_is_named():
 @pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3"), ("az", None)])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, extra):
     error = "Install the package for it"
+    registry = importlib.import_module("fsspec.registry")
     monkeypatch.delitem(registry._registry, scheme, raising=False)
     known = {"class": "no_such_package.FileSystem", "err": error}
     monkeypatch.setitem(registry.known_implementations, scheme, known)

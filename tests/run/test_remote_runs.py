@@ -18,7 +18,7 @@ import yaml
 from jaxalign.commands import cli
 from jaxalign.data import remote as addresses
 from jaxalign.parallel import distributed
-from jaxalign.run import bucket_lock, loop
+from jaxalign.run import bucket_lock, loop, remote, storage
 from jaxalign.run.config.runs import load_config
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -140,7 +140,7 @@ def test_killed_within_an_upload_it_goes_on_from_the_checkpoint_before(
     entry = "[fsspec.specs]\nbucket = bucketfs:BucketFileSystem\n"
     (info / "entry_points.txt").write_text(entry)
     here = pathlib.Path(__file__).resolve()
-    paths = [info.parent, here.parent, here.parents[2], os.environ.get("PYTHONPATH", "")]
+    paths = [info.parent, here.parents[1], here.parents[2], os.environ.get("PYTHONPATH", "")]
     killed = subprocess.run(
         [sys.executable, "-c", PLUGIN, "sft", str(tmp_path / "sft.yaml")],
         env=os.environ
@@ -163,3 +163,268 @@ def test_killed_within_an_upload_it_goes_on_from_the_checkpoint_before(
     assert "resuming after step 2 of 4" in said
     assert f"run folder: {address}\nmodel: {address}/model" in said
     check_equal(address, local)
+
+
+# --- the copy and the bucket, without training anything -------------------------------------------
+
+
+@pytest.fixture
+def mirror(stage):
+    """A folder in a bucket that holds a whole checkpoint, and notes of somebody else."""
+    fs = fsspec.filesystem("memory")
+    for name, text in {
+        "metrics.jsonl": '{"step": 1}\n',
+        "checkpoints/1/state/a": "1",
+        "checkpoints/1/checksums.json": "{}",
+        "notes/thesis.tex": "precious",
+    }.items():
+        fs.pipe_file(f"/b/run/{name}", text.encode())
+    with remote.Mirror("memory://b/run", ("metrics.jsonl", "checkpoints", "model")) as opened:
+        yield opened
+
+
+def write(name, text):
+    path = remote.local_folder("memory://b/run") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def names():
+    return {name for name in objects("memory://b/run") if not name.startswith(".")}
+
+
+def checkpoint(step):
+    write(f"checkpoints/{step}/state/a", str(step))
+    write(f"checkpoints/{step}/checksums.json", "{}")
+
+
+def test_the_copy_is_published_and_what_it_lost_is_removed(mirror):
+    mirror.pull(everything=True)
+    copy = remote.local_folder("memory://b/run")
+    assert (copy / "checkpoints/1/state/a").read_text() == "1"
+    mirror.start()
+    checkpoint(2)
+    write("checkpoints/3.orbax-checkpoint-tmp-7/state/a", "half")
+    write(".metrics.jsonl.tmp", "half")
+    write("metrics.jsonl", '{"step": 1}\n{"step": 2}\n')
+    shutil.rmtree(copy / "checkpoints/1")
+    mirror.publish()
+    assert names() == {
+        "metrics.jsonl",
+        "checkpoints/2/state/a",
+        "checkpoints/2/checksums.json",
+        "notes/thesis.tex",
+    }
+    assert objects("memory://b/run")["metrics.jsonl"] == (copy / "metrics.jsonl").read_bytes()
+    (copy / "notes/thesis.tex").unlink()  # the run's, as it was in the copy
+    mirror.publish()
+    assert "notes/thesis.tex" not in names()
+
+
+def test_a_checkpoint_is_sent_with_what_says_that_it_is_whole_last(mirror, monkeypatch):
+    sent, plain = [], remote.Mirror._upload_one
+
+    def upload(self, name):
+        sent.append(name)
+        plain(self, name)
+
+    monkeypatch.setattr(remote.Mirror, "_upload_one", upload)
+    mirror.pull(everything=True)
+    mirror.start()
+    with mirror._mutex:
+        for letter in "bcdefgh":
+            write(f"checkpoints/2/state/{letter}", letter)
+        checkpoint(2)
+        write("model/config.json", "{}")
+        write("model/model.safetensors", "weights")
+    mirror.publish()
+    of_two = [name for name in sent if name.startswith("checkpoints/2/")]
+    assert len(of_two) == 9
+    assert of_two[-1] == "checkpoints/2/checksums.json"
+    # What tells of its steps is there before it, and a model's weights before its config.json.
+    assert sent.index("model/model.safetensors") < sent.index("model/config.json")
+    assert sent.index("model/config.json") < sent.index(of_two[0])
+    shutil.rmtree(remote.local_folder("memory://b/run") / "checkpoints/2")
+    removed, plain_remove = [], type(fsspec.filesystem("memory")).rm_file
+
+    def rm_file(self, path):
+        removed.append(path)
+        plain_remove(self, path)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "rm_file", rm_file)
+    mirror.publish()
+    assert removed[0] == "/b/run/checkpoints/2/checksums.json"
+    assert len(removed) == 9
+
+
+def test_an_upload_that_was_cut_off_is_no_checkpoint_and_goes(mirror, capsys):
+    fsspec.filesystem("memory").pipe_file("/b/run/checkpoints/5/state/a", b"5")
+    mirror.pull(everything=True)
+    assert not (remote.local_folder("memory://b/run") / "checkpoints/5").exists()
+    mirror.start()
+    mirror.publish()
+    assert "checkpoints/5/state/a" not in names()
+    assert "the upload of 5 was cut off; its files are removed" in capsys.readouterr().out
+
+
+def test_a_copy_of_this_machine_is_made_the_buckets(mirror, fetched):
+    mirror.pull(everything=True)
+    fetched.clear()
+    checkpoint(7)  # was never published, and the run may have gone on elsewhere
+    write("evaluation.json", "{}")
+    mirror.pull(everything=True)
+    copy = remote.local_folder("memory://b/run")
+    assert not (copy / "checkpoints/7").exists()
+    assert not (copy / "evaluation.json").exists()
+    assert "/b/run/checkpoints/1/state/a" not in fetched  # it is here, with the same checksums
+
+
+def test_a_fresh_start_reads_only_names_and_keeps_what_is_not_its_own(mirror, fetched):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/b/run/model/model.safetensors", bytes(remote._SMALL + 1))
+    fs.pipe_file("/b/run/model/config.json", b"{}")
+    mirror.pull(everything=False)
+    copy = remote.local_folder("memory://b/run")
+    assert (copy / "checkpoints/1").is_dir()
+    assert (copy / "model/config.json").is_file()
+    large = {"/b/run/checkpoints/1/state/a", "/b/run/model/model.safetensors"}
+    assert large.isdisjoint(fetched)
+    shutil.rmtree(copy / "checkpoints")  # as --overwrite does
+    shutil.rmtree(copy / "model")
+    (copy / "metrics.jsonl").unlink()
+    assert len(names()) == 6  # nothing happens before the run starts
+    mirror.start()
+    mirror.publish()
+    assert names() == {"notes/thesis.tex"}
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    paths, kind = [], type(fsspec.filesystem("memory"))
+    plain = kind.get_file
+
+    def get_file(self, path, *args, **kwargs):
+        paths.append(path)
+        return plain(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "get_file", get_file)
+    return paths
+
+
+def fail_with(monkeypatch, error, times):
+    """The bucket fails so often; returns the calls."""
+    calls, kind = [], type(fsspec.filesystem("memory"))
+    plain = kind.put_file
+
+    def put_file(self, local, path, **kwargs):
+        calls.append(path)
+        if len(calls) <= times:
+            raise error
+        return plain(self, local, path, **kwargs)
+
+    monkeypatch.setattr(kind, "put_file", put_file)
+    monkeypatch.setattr(storage, "_sleep", lambda seconds: None)
+    return calls
+
+
+def test_a_bucket_that_fails_for_a_while_is_waited_for(mirror, monkeypatch, capsys):
+    mirror.pull(everything=True)
+    calls = fail_with(monkeypatch, RuntimeError("503 Service Unavailable"), times=2)
+    write("metrics.jsonl", "x\n")
+    mirror.publish()
+    assert len(calls) == 3
+    assert objects("memory://b/run")["metrics.jsonl"] == b"x\n"
+    assert "metrics.jsonl: RuntimeError: 503 Service Unavailable" in capsys.readouterr().out
+
+
+def test_one_that_fails_for_long_says_what_is_safe(mirror, monkeypatch):
+    mirror.pull(everything=True)
+    fail_with(monkeypatch, RuntimeError("503"), times=10**6)
+    write("metrics.jsonl", "x\n")
+    with pytest.raises(
+        storage.StorageError,
+        match=r"memory://b/run/metrics\.jsonl could not be written: .*; tried 7 times.*"
+        r"The checkpoint of step 1 is whole in the bucket",
+    ):
+        mirror.publish()
+    monkeypatch.undo()
+
+
+def test_a_refusal_is_not_tried_again(mirror, monkeypatch):
+    mirror.pull(everything=True)
+    calls = fail_with(monkeypatch, PermissionError("Access Denied"), times=10**6)
+    write("metrics.jsonl", "x\n")
+    with pytest.raises(ValueError, match=r"run\.folder='memory://b/run': no right to use it"):
+        mirror.publish()
+    assert len(calls) == 1
+
+
+def test_what_fails_in_the_background_is_raised_at_the_next_save(mirror, monkeypatch):
+    mirror.pull(everything=True)
+    fail_with(monkeypatch, PermissionError("Access Denied"), times=1)
+    monkeypatch.setattr(remote, "_POLL_SECONDS", 0.001)
+    mirror.start()
+    checkpoint(2)
+    mirror._thread.join(60)
+    with pytest.raises(ValueError, match="no right to use it"):
+        mirror.publish()
+    mirror._failure = None  # else the end of the test would raise it too
+
+
+def test_several_processes_need_a_file_system_that_all_see(monkeypatch):
+    monkeypatch.setattr(remote.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"each of 2 processes writes a part .* mount the bucket"):
+        remote.Mirror("memory://b/run", ())
+
+
+# --- whole runs, briefly --------------------------------------------------------------------------
+
+
+def test_what_is_there_stays_in_a_bucket_too(chat_models, tmp_path, stage):
+    address = "memory://b/one"
+    values = settings(chat_models, address, tmp_path, steps=1)
+    loop.train(load_config("sft", values))
+    before = objects(address)
+    with pytest.raises(ValueError, match=rf"run\.folder='{address}' holds checkpoints, model, run"):
+        loop.train(load_config("sft", values))
+    inside = {"model.source": f"{address}/model", "data.train": f"[{address}/metrics.jsonl]"}
+    for option, source in inside.items():
+        given = [f"{option}={source}", "run.overwrite=true"]
+        with pytest.raises(ValueError, match=r"is read from there, and would be replaced"):
+            loop.train(load_config("sft", values, given))
+    assert objects(address) == before
+    fsspec.filesystem("memory").pipe_file("/b/one/notes.txt", b"mine")
+    loop.train(load_config("sft", values, ["run.seed=3", "run.steps=2", "run.overwrite=true"]))
+    after = objects(address)
+    assert after["notes.txt"] == b"mine"
+    assert {n.split("/")[1] for n in after if n.startswith("checkpoints/")} == {"1", "2"}
+    assert after["metrics.jsonl"] != before["metrics.jsonl"]
+
+
+def test_a_pipeline_in_a_bucket_from_models_and_data_there(chat_models, tmp_path, stage, capsys):
+    fs = fsspec.filesystem("memory")
+    for path in (chat_models / "chat").iterdir():
+        fs.pipe_file(f"/b/chat/{path.name}", path.read_bytes())
+    values = settings(chat_models, "unused", tmp_path, steps=1)
+    fs.pipe_file("/b/rows.jsonl", pathlib.Path(values["data"]["train"][0]).read_bytes())
+    values["data"]["train"] = ["memory://b/rows.jsonl"]
+    values["model"]["source"] = "memory://b/chat"
+    del values["run"]["folder"]
+    first = values | {"name": "first", "algorithm": "sft"}
+    second = first | {"name": "second", "model": {"source": "${first}"}}
+    pipeline = {"folder": "memory://b/all", "stages": [first, second]}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    assert cli.main(["pipeline", str(tmp_path / "pipeline.yaml")]) == 0
+    assert "second: memory://b/all/second (" in capsys.readouterr().out
+    there = objects("memory://b/all")
+    assert {name.split("/")[0] for name in there} == {"first", "second"}
+    model = yaml.safe_load(there["second/config.yaml"])["model"]["source"]
+    assert model == "memory://b/all/first/model"
+    assert there["first/model/model.safetensors"] != there["second/model/model.safetensors"]
+    # Read where it lies: the page of both, and one run's step once more.
+    page = tmp_path / "page.html"
+    assert cli.main(["report", "memory://b/all", "--out", str(page)]) == 0
+    assert "second" in page.read_text()
+    assert cli.main(["report", "memory://b/all"]) == 2
+    assert "name a file: --out" in capsys.readouterr().err
+    assert cli.main(["verify", "memory://b/all/first"]) == 0
