@@ -188,7 +188,9 @@ def list_files(place: Place) -> dict[str, Entry]:
     with explained(place.address, place.option):
         place.fs.invalidate_cache()
         try:
-            found: Mapping[str, Any] = place.fs.find(place.path, detail=True)
+            found: dict[str, Any] = dict(place.fs.find(place.path, detail=True))
+            if list(found) in ([], [place.path]):  # some say nothing of what is no folder
+                found = {place.path: place.fs.info(place.path)}
         except FileNotFoundError:
             return {}
     entries = {}

@@ -15,6 +15,7 @@ from jaxalign.run.changes import Changes, config_changes, input_changes, length_
 from jaxalign.run.config.base import Run
 from jaxalign.run.inputs import file_inputs, source_paths
 from jaxalign.run.lock import FolderLock
+from jaxalign.run.mirror import Mirror
 from jaxalign.run.record import (
     CONFIG,
     RECORD,
@@ -25,7 +26,7 @@ from jaxalign.run.record import (
     set_aside,
     write_record,
 )
-from jaxalign.run.remote import Mirror, is_inside, local_folder
+from jaxalign.run.remote import below, is_inside, local_folder
 from jaxalign.run.tasks.task import Task
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
@@ -101,7 +102,7 @@ class RunFolder:
         every = [*self._changes.binding, *self._changes.free]
         if done:
             every += environment_changes(self._folder)
-            place = self._folder / CHECKPOINTS / str(done)
+            place = below(self._config.run.folder, CHECKPOINTS, str(done))
             print(f"resuming after step {done} of {task.total}, from {place}", flush=True)
         elif self._config.run.resume:
             print(

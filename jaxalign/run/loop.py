@@ -24,7 +24,7 @@ from jaxalign.run.early_stopping import EarlyStopper
 from jaxalign.run.folder import CHECKPOINTS, MODEL, has_checkpoints, open_folder
 from jaxalign.run.progress import Progress
 from jaxalign.run.record import check_hosts, write_data_report
-from jaxalign.run.remote import local_folder, named_by_address
+from jaxalign.run.remote import check_processes, local_folder, named_by_address
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.storage import retry, what_is_safe
@@ -123,6 +123,7 @@ def _train(
     began = time.perf_counter()
     run: RunConfig = config.run
     folder = local_folder(run.folder)
+    check_processes(run.folder)
     check_hosts(folder, config)
     with distributed.fail_together("looking for the trackers"):
         trackers_used = usable(run.trackers, optional=run.trackers_optional)
@@ -236,7 +237,7 @@ def _train(
         model, params = _export(task, state, exported)
         if hooks.loader is not None:
             hooks.loader.keep(str(exported), model, params)
-    if (line := best.message(folder)) is not None and distributed.is_main():
+    if (line := best.message(run.folder)) is not None and distributed.is_main():
         print(line, flush=True)
     seconds = time.perf_counter() - began
     return Result(

@@ -19,6 +19,7 @@ from jaxalign.commands import cli
 from jaxalign.data import remote as addresses
 from jaxalign.parallel import distributed
 from jaxalign.run import bucket_lock, loop, remote, storage
+from jaxalign.run import mirror as mirroring
 from jaxalign.run.config.runs import load_config
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -100,7 +101,8 @@ def test_stopped_and_resumed_elsewhere_a_run_is_the_one_on_a_disk(
     assert max(int(n.split("/")[1]) for n in objects(address) if n.startswith("checkpoints/")) == 2
     shutil.rmtree(stage)  # another machine goes on
     result = loop.train(load_config("sft", values, ["run.resume=true"]))
-    assert "resuming after step 2 of 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resuming after step 2 of 4, from {address}/checkpoints/2" in said
     check_equal(address, local)
     assert chatmodel.weights(result.model) == chatmodel.weights(local / "model")
     assert yaml.safe_load(objects(address)["config.yaml"])["run"]["folder"] == address
@@ -113,15 +115,15 @@ def test_stopped_and_resumed_elsewhere_a_run_is_the_one_on_a_disk(
 
 PLUGIN = """
 import os, signal
-from jaxalign.run import remote
+from jaxalign.run import mirror
 from jaxalign.commands.cli import main
 
-plain = remote.Mirror._upload_one
+plain = mirror.Mirror._upload_one
 def upload(self, name):
     if name.startswith("checkpoints/3/") and name.endswith(os.environ["KILLED_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, name)
-remote.Mirror._upload_one = upload
+mirror.Mirror._upload_one = upload
 raise SystemExit(main())
 """
 
@@ -179,7 +181,7 @@ def mirror(stage):
         "notes/thesis.tex": "precious",
     }.items():
         fs.pipe_file(f"/b/run/{name}", text.encode())
-    with remote.Mirror("memory://b/run", ("metrics.jsonl", "checkpoints", "model")) as opened:
+    with mirroring.Mirror("memory://b/run", ("metrics.jsonl", "checkpoints", "model")) as opened:
         yield opened
 
 
@@ -222,13 +224,13 @@ def test_the_copy_is_published_and_what_it_lost_is_removed(mirror):
 
 
 def test_a_checkpoint_is_sent_with_what_says_that_it_is_whole_last(mirror, monkeypatch):
-    sent, plain = [], remote.Mirror._upload_one
+    sent, plain = [], mirroring.Mirror._upload_one
 
     def upload(self, name):
         sent.append(name)
         plain(self, name)
 
-    monkeypatch.setattr(remote.Mirror, "_upload_one", upload)
+    monkeypatch.setattr(mirroring.Mirror, "_upload_one", upload)
     mirror.pull(everything=True)
     mirror.start()
     with mirror._mutex:
@@ -257,6 +259,33 @@ def test_a_checkpoint_is_sent_with_what_says_that_it_is_whole_last(mirror, monke
     assert len(removed) == 9
 
 
+def test_another_checkpoint_of_a_step_takes_the_place_of_the_first(mirror):
+    """A run that goes back behind a damaged one reaches its step again."""
+    mirror.pull(everything=True)
+    mirror.start()
+    with mirror._mutex:
+        write("checkpoints/1/state/b", "new")
+        write("checkpoints/1/checksums.json", '{"new": 1}')
+    mirror.publish()
+    there = objects("memory://b/run")
+    assert there["checkpoints/1/state/b"] == b"new"
+    assert there["checkpoints/1/checksums.json"] == b'{"new": 1}'
+
+
+def test_a_copy_that_somebody_removed_takes_nothing_out_of_the_bucket(mirror):
+    mirror.pull(everything=True)
+    mirror.start()
+    with mirror._mutex:
+        shutil.rmtree(remote.local_folder("memory://b/run"))
+    before = names()
+    with pytest.raises(OSError, match="the copy of memory://b/run on this machine is gone"):
+        mirror.publish()
+    assert names() == before
+    (remote.local_folder("memory://b/run")).mkdir()
+    write(".mirror", "")  # else the end of the test would raise it too
+    mirror._failure, mirror._sent, mirror._steps = None, {}, {}
+
+
 def test_an_upload_that_was_cut_off_is_no_checkpoint_and_goes(mirror, capsys):
     fsspec.filesystem("memory").pipe_file("/b/run/checkpoints/5/state/a", b"5")
     mirror.pull(everything=True)
@@ -281,7 +310,7 @@ def test_a_copy_of_this_machine_is_made_the_buckets(mirror, fetched):
 
 def test_a_fresh_start_reads_only_names_and_keeps_what_is_not_its_own(mirror, fetched):
     fs = fsspec.filesystem("memory")
-    fs.pipe_file("/b/run/model/model.safetensors", bytes(remote._SMALL + 1))
+    fs.pipe_file("/b/run/model/model.safetensors", bytes(mirroring._SMALL + 1))
     fs.pipe_file("/b/run/model/config.json", b"{}")
     mirror.pull(everything=False)
     copy = remote.local_folder("memory://b/run")
@@ -362,7 +391,7 @@ def test_a_refusal_is_not_tried_again(mirror, monkeypatch):
 def test_what_fails_in_the_background_is_raised_at_the_next_save(mirror, monkeypatch):
     mirror.pull(everything=True)
     fail_with(monkeypatch, PermissionError("Access Denied"), times=1)
-    monkeypatch.setattr(remote, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(mirroring, "_POLL_SECONDS", 0.001)
     mirror.start()
     checkpoint(2)
     mirror._thread.join(60)
@@ -374,7 +403,8 @@ def test_what_fails_in_the_background_is_raised_at_the_next_save(mirror, monkeyp
 def test_several_processes_need_a_file_system_that_all_see(monkeypatch):
     monkeypatch.setattr(remote.jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"each of 2 processes writes a part .* mount the bucket"):
-        remote.Mirror("memory://b/run", ())
+        remote.check_processes("memory://b/run")
+    remote.check_processes("runs/mine")
 
 
 # --- whole runs, briefly --------------------------------------------------------------------------
