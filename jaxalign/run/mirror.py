@@ -212,11 +212,12 @@ class Mirror:
 
     def _local_steps(self) -> dict[int, tuple[int, int]]:
         """The checkpoints that have their names, and what tells one from another of its step."""
-        return {
-            int(path.name): _stamp(path / checksums.NAME)
-            for path in (self._folder / CHECKPOINTS).glob("*")
-            if path.name.isdecimal() and (path / checksums.NAME).is_file()
-        }
+        found = {}
+        for path in (self._folder / CHECKPOINTS).glob("*"):
+            if path.name.isdecimal():
+                with contextlib.suppress(FileNotFoundError):  # no whole one, or it goes just now
+                    found[int(path.name)] = _stamp(path / checksums.NAME)
+        return found
 
     def _push_checkpoint(self, step: int) -> None:
         if step in self._steps:  # another one, of a run that went back
