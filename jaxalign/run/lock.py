@@ -176,6 +176,9 @@ def identity() -> dict[str, Any]:
     }
 
 
+_identity = identity
+
+
 def has_died(owner: dict[str, Any]) -> bool | None:
     """Whether the process that a lock names is gone; None if that cannot be told from here."""
     here = identity()

@@ -7,6 +7,7 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import pytest
+from etils.epath import backend
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxalign.commands import cli
@@ -28,11 +29,13 @@ def bucket(tmp_path, monkeypatch):
         protocol = ("gs", "gcs")
 
     monkeypatch.setenv(bucketfs.FOLDER, str(tmp_path / "bucket"))
+    registered = vars(sys.modules["fsspec.registry"])["_registry"]
     for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Google, clobber=True)
-    from etils.epath import backend
-
-    backend.fsspec_backend._get_filesystem.cache_clear()
+        monkeypatch.setitem(registered, name, Google)
+    # It keeps the file system that it opened first.
+    monkeypatch.setattr(
+        type(backend.fsspec_backend), "fs", lambda self, path: fsspec.filesystem("gs")
+    )
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setattr(program_cache, "_SHORTEST", 0.0)
@@ -40,9 +43,6 @@ def bucket(tmp_path, monkeypatch):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    for name in ("gs", "gcs"):
-        sys.modules["fsspec.registry"]._registry.pop(name)
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_what_is_not_there_is_named():
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme, extra):
     error = "Install the package for it"
     registry = importlib.import_module("fsspec.registry")
-    monkeypatch.delitem(registry._registry, scheme, raising=False)
+    monkeypatch.delitem(vars(registry)["_registry"], scheme, raising=False)
     known = {"class": "no_such_package.FileSystem", "err": error}
     monkeypatch.setitem(registry.known_implementations, scheme, known)
     remedy = rf"pip install 'jaxalign\[{extra}\]'" if extra else error
