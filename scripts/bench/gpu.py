@@ -124,7 +124,8 @@ def told(record: Record) -> str:
     split = {k: v for k, v in record.get("parts", {}).items() if record["part"].startswith("ppo")}
     if split:
         text += "  " + ", ".join(f"{k} {v:.3g} s" for k, v in split.items())
-    if published := PUBLISHED.get(record["part"]):
+    published = PUBLISHED.get(record["part"])
+    if published and record.get("case", {}).get("size") == "Qwen3-0.6B":
         text += f"  (prime-rl, one H100: {published['tokens_per_second']:,} tokens/s)"
     return text
 
