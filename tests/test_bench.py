@@ -174,11 +174,20 @@ def test_a_step_is_measured_and_compiled_once():
     assert mesh.size == jax.device_count()
 
 
+def test_adapters_alone_are_trained_where_a_case_has_them():
+    case = Case(what="sft", size="XS", lora=4, rows=8, length=16).resolved()
+    first = case_runner(case, case.mesh()).run()
+    # Forward, and backward to the activations: frozen weights have no gradient.
+    assert first.flops == 2 * forward_flops(SIZES["XS"], work_of(next(token_batches(case))))
+
+
 def test_unknown_things_are_refused(capsys):
     with pytest.raises(ValueError, match="layout='wide': wanted one of full, padded, packed"):
         Case(what="sft", layout="wide")
     with pytest.raises(ValueError, match="prompts are not packed"):
         Case(what="generate", layout="packed")
+    with pytest.raises(ValueError, match="generate, lora=4: wanted 0, or a rank where it trains"):
+        Case(what="generate", lora=4)
     assert main(["bench", "--what", "sfd"]) == 2
     assert "what='sfd'" in capsys.readouterr().err
     assert main(["bench", "configs/sft.yaml", "--rows", "4"]) == 2

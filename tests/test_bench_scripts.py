@@ -333,24 +333,84 @@ def test_a_part_that_fails_leaves_the_others_alone():
     broken = carry_out(a_part("dpo", "raise ValueError('no such thing')", good), later)
     assert broken["error"] == "ValueError: no such thing"  # another try would fail in the same way
     assert carry_out(a_part("ppo", good), float("-inf"))["skipped"] == "no time left"
-    peer = {"part": "peer sft", "tokens_per_second": 20.0}
+    peer = {"part": "trl-sft", "tokens_per_second": 20.0}
     assert compared([fits, broken, peer]) == {"sft": 1.5}
     assert told(broken).startswith("dpo") and "no such thing" in told(broken)  # noqa: PT018
 
 
+def test_a_package_that_the_peer_lacks_is_no_failure():
+    import dataclasses
+    import time
+
+    from gpu import carry_out, is_done
+
+    part = a_part("trl-sft", "import no_such_package")
+    later = time.perf_counter() + 3600
+    assert "error" in carry_out(part, later)
+    record = carry_out(dataclasses.replace(part, optional=True), later)
+    assert record["skipped"] == "ModuleNotFoundError: No module named 'no_such_package'"
+    assert not is_done(record)
+
+
 def test_the_gpu_script_measures_what_was_asked_for_most_wanted_first():
-    from argparse import Namespace
+    from _gpu_parts import parts
 
-    from gpu import plan
+    names = [part.name for part in parts(tiny=False, peer="python3")]
+    assert names[:4] == ["checks", "sft-8k", "sft-16k", "lora-8b"]
+    wanted = {"dpo", "ppo-split", "trl-sft-8k", "trl-sft-16k", "trl-dpo"}
+    wanted |= {f"decode-{slots}" for slots in (1, 8, 64, 256)}
+    assert wanted <= set(names)
+    assert names == [part.name for part in parts(tiny=True, peer="python3")]
+    by_name = {part.name: part for part in parts(tiny=False, peer="python3")}
+    for name, length in (("sft-8k", 8192), ("sft-16k", 16384)):
+        case = by_name[name].commands[0][0]
+        assert (case["layout"], 2 * case["length"], case["size"]) == (
+            "packed",
+            length,
+            "Qwen3-0.6B",
+        )
+    lora = by_name["lora-8b"].commands[0][0]
+    assert (lora["size"], lora["lora"], lora["param_dtype"]) == ("8B", 16, "bfloat16")
 
-    parts = plan(Namespace(tiny=False, peer="python3"))
-    names = [part.name for part in parts]
-    assert names[:2] == ["checks", "sft 3B 8192"]
-    wanted = {f"{what} {size} {n}" for what in ("sft", "dpo") for size in ("1B", "3B")
-              for n in (2048, 8192)}  # fmt: skip
-    assert wanted | {"ppo", "generate 3B", "peer sft 3B 8192", "peer dpo 3B 8192"} <= set(names)
-    (sft,) = [part for part in parts if part.name == "sft 3B 8192"]
-    assert sft.commands[0][0]["rows"] * sft.commands[0][0]["length"] == 16384
+
+def test_a_call_runs_what_lacks_and_writes_after_every_part(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    out = tmp_path / "gpu.json"
+    fails, seen = {"dpo"}, []
+
+    def carry_out(part, deadline):
+        there = json.loads(out.read_text())["parts"] if out.exists() else []
+        seen.append((part.name, [record["part"] for record in there]))
+        if part.name in fails:
+            return {"part": part.name, "error": "broken", "attempts": []}
+        return {"part": part.name, "tokens_per_second": 1.0, "step_seconds": 2.0}
+
+    monkeypatch.setattr(gpu, "carry_out", carry_out)
+    monkeypatch.setattr(gpu, "parts", lambda **_: [a_part(n) for n in ("sft-8k", "dpo", "trl-dpo")])
+
+    def call(*given):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *given])
+        gpu.main()
+        return [name for name, _ in seen]
+
+    assert call() == ["sft-8k", "dpo", "trl-dpo"]
+    assert seen[2] == ("trl-dpo", ["sft-8k", "dpo"])  # on disk before the next one begins
+    fails.clear()
+    assert call() == ["dpo"]
+    assert json.loads(out.read_text())["ratios"] == {"dpo": 1.0}
+    fails.add("sft-8k")
+    assert call("--part", "sft", "trl-dpo") == ["sft-8k", "trl-dpo"]
+    kept = {part["part"]: part for part in json.loads(out.read_text())["parts"]}
+    assert kept["sft-8k"]["tokens_per_second"] == 1.0  # a failure takes nothing away
+    with pytest.raises(SystemExit, match=r"--part absent: wanted one or more of sft-8k, dpo"):
+        call("--part", "absent")
+    with pytest.raises(SystemExit, match="without --tiny; give another file"):
+        call("--tiny")
+    out.write_text("{}")
+    with pytest.raises(SystemExit, match="holds no results of this script"):
+        call()
 
 
 @pytest.mark.slow
@@ -359,11 +419,13 @@ def test_the_gpu_script_runs_to_its_end_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPTS / "gpu.py"), "--tiny", "--out", str(out)]
     done = subprocess.run(
-        [*command, "--budget", "1500", "--only", "checks", "sft", "ppo", "generate"],
+        [*command, "--budget", "1500"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     parts = {part["part"]: part for part in json.loads(out.read_text())["parts"]}
     assert parts["checks"]["agree"], parts["checks"]["wrong"] + parts["checks"]["errors"]
-    assert all("tokens_per_second" in part for name, part in parts.items() if name != "checks")
+    measured = {name for name, part in parts.items() if "tokens_per_second" in part}
+    assert {name for name in parts if not name.startswith(("trl-", "checks"))} <= measured
+    assert parts["ppo-split"]["parts"].keys() >= {"rollout", "update"}

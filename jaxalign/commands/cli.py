@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jaxalign.commands.startup.program_cache import cache_programs
     from jaxalign.parallel import distributed
 
-    if command.compiles:
-        cache_programs()
     try:
+        if command.compiles:
+            cache_programs()
         return command.run(parsed) or 0
     except distributed.Preempted as stopped:
         print(f"jaxalign {command.name}: {stopped}", file=sys.stderr)

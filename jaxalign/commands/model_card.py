@@ -13,6 +13,7 @@ import yaml
 from jaxalign.commands.fetch import data_of, may_be_on_the_hub
 from jaxalign.commands.report.charts import thin
 from jaxalign.commands.report.runs import Curve, read_metrics
+from jaxalign.data.remote import fetch, is_address
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import read_yaml
 from jaxalign.run.reporter import SHOWN
@@ -36,7 +37,7 @@ def model_card(
       step: of the checkpoint; 0 for a model.
       scorer: whether it is a reward model or critic.
     """
-    folder = pathlib.Path(source).expanduser()
+    folder = _folder(source)
     run = folder / "config.yaml"
     values = read_yaml(run) if folder.is_dir() and run.is_file() else {}
     algorithm = next((word for word in RUNS if word in values), None)
@@ -56,6 +57,13 @@ def model_card(
         text = yaml.safe_dump(_public_values(values), sort_keys=False, allow_unicode=True)
         parts.append(f"## Settings\n\n```yaml\n{text.strip()}\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _folder(source: str) -> pathlib.Path:
+    """A run's folder, or the files of one in a bucket that the card is made of."""
+    if is_address(source):
+        return fetch(source, "folder", ("config.yaml", "metrics.jsonl"))
+    return pathlib.Path(source).expanduser()
 
 
 def _front(

@@ -23,6 +23,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs, seconds")
     parser.add_argument(
+        "--storage-gbps",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="bandwidth of a host to the storage of checkpoints, 10⁹ bytes a second; default 1",
+    )
+    parser.add_argument(
         "--search",
         nargs="?",
         type=int,
@@ -43,7 +50,7 @@ def _run(parsed: argparse.Namespace) -> None:
     if parsed.search is not None:
         _search(parsed, algorithm, config)
         return
-    plan = make_plan(algorithm, config, parsed.topology, _log)
+    plan = make_plan(algorithm, config, parsed.topology, _log, storage=1e9 * parsed.storage_gbps)
     print(json.dumps(dataclasses.asdict(plan)) if parsed.json else plan)
 
 
@@ -54,7 +61,14 @@ def _search(parsed: argparse.Namespace, algorithm: str, config: object) -> None:
         raise ValueError("--search: wanted --topology with it, e.g. --topology v5p-128")
     if parsed.search < 1:
         raise ValueError(f"--search {parsed.search}: wanted 1 or more")
-    plans = search_plans(algorithm, config, parsed.topology, _log, count=parsed.search)
+    plans = search_plans(
+        algorithm,
+        config,
+        parsed.topology,
+        _log,
+        count=parsed.search,
+        storage=1e9 * parsed.storage_gbps,
+    )
     if parsed.json:
         rows = [{"overrides": o, "plan": dataclasses.asdict(plan)} for o, plan in plans]
         print(json.dumps(rows))

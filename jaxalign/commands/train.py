@@ -28,6 +28,7 @@ def _train(parsed: argparse.Namespace) -> None:
     from jaxalign.parallel import distributed
     from jaxalign.run.config.runs import load_config
     from jaxalign.run.loop import train
+    from jaxalign.run.remote import below
     from jaxalign.run.summary import summary
 
     with distributed.session(), say_how_to_go_on(parsed):
@@ -40,9 +41,9 @@ def _train(parsed: argparse.Namespace) -> None:
         line = summary(result.before, result.after, result.history)
         if line:
             print(f"{parsed.command}: {line}")
-        print(f"run folder: {result.folder}")
+        print(f"run folder: {config.run.folder}")
         if result.model is not None:
-            print(f"model: {result.model}")
+            print(f"model: {below(config.run.folder, 'model')}")
 
 
 def _pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +63,9 @@ def _pipeline(parsed: argparse.Namespace) -> None:
     with distributed.session(), say_how_to_go_on(parsed, _EVERY_STAGE):
         stages = load_stages(parsed.config, with_flags(parsed, _EVERY_STAGE))
         results = run_stages(stages, explain_out_of_memory)
+        folders = {name: stage.run.folder for name, stage in stages}
         for name, result in results.items():
-            print(f"{name}: {result.folder} ({result.seconds:.0f} s)")
+            print(f"{name}: {folders[name]} ({result.seconds:.0f} s)")
             line = summary(result.before, result.after, result.history)
             if line:
                 print(f"{name}: {line}")

@@ -1,4 +1,4 @@
-"""Sources of rows: files, folders, globs, hub data sets, dicts.
+"""Sources of rows: files, folders, globs, buckets, hub data sets, dicts.
 
 Every row remembers where it came from, so that whatever is wrong with it can be reported as
 `file:line`. `jaxalign.data.files` reads files, row by row; the hub is read by `datasets`.
@@ -17,6 +17,7 @@ from typing import Any
 from jaxalign.data.examples import RowError
 from jaxalign.data.files import ROW_SUFFIXES, SUFFIXES, Row, checked, read_file
 from jaxalign.data.paths import local_path
+from jaxalign.data.remote import fetch, fetch_matches, is_address
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(?=:))?(:[\w.\[\]%+:-]+)?")
 # Indices of data sets (LLaMA-Factory's, the hub's) lie beside them and hold no rows.
@@ -166,7 +167,9 @@ def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
 
 
 def split_path(name: str) -> tuple[pathlib.Path, str | None]:
-    """`folder:split` apart, with `~` expanded; a hub id keeps its split."""
+    """`folder:split` apart, with `~` expanded; a hub id keeps its split, a bucket's are copied."""
+    if is_address(name):
+        return _split_address(name)
     path = local_path(name, "data")
     before, colon, split = name.rpartition(":")
     if not path.exists() and colon and before:
@@ -174,6 +177,16 @@ def split_path(name: str) -> tuple[pathlib.Path, str | None]:
         if inner.exists():
             return inner, split
     return path, None
+
+
+def _split_address(name: str) -> tuple[pathlib.Path, str | None]:
+    """The same of an address, whose files are fetched."""
+    if glob.has_magic(name):
+        return fetch_matches(name, "data"), None
+    before, colon, split = name.rpartition(":")
+    if colon and "://" in before and "/" not in split:
+        return fetch(before, "data"), split
+    return fetch(name, "data"), None
 
 
 def _hidden(parts: Iterable[str]) -> Iterator[bool]:

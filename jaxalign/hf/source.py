@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxalign.data.bounds import check_plain, check_plain_folder, read_json_file
 from jaxalign.data.paths import local_path
+from jaxalign.data.remote import fetch, is_address
 
 # A name with or without its owner, and `@` a branch, tag or commit.
 _HUB_ID = re.compile(
@@ -22,15 +23,15 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
     """Finds a model's folder or GGUF file; a hub id is downloaded (or taken from the cache).
 
     Args:
-      source: an existing folder, an existing `.gguf` file, or a hub id such as "org/name", which
-        may name a revision: "org/name@COMMIT", a branch or a tag.
-      patterns: glob patterns of the files to download from a hub repository.
+      source: an existing folder, an existing `.gguf` file, one of these in a bucket (`gs://…`), or
+        a hub id such as "org/name", which may name a revision: "org/name@COMMIT", a branch or tag.
+      patterns: glob patterns of the files to download from a hub repository or a bucket.
 
     Raises:
       ValueError: no such path, a pipe or device there, a file that is not `.gguf`, or a failed
         download.
     """
-    path = local_path(source, "model")
+    path = local_path(source, "model") if not is_address(source) else _fetch(source, patterns)
     if path.is_dir():
         check_plain_folder(path)
         _check_no_run(path)
@@ -51,6 +52,12 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
             "'org/name@revision'"
         )
     return _download(hub_id["repo"], hub_id["revision"], patterns)
+
+
+def _fetch(address: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
+    """A copy of a model in a bucket; of a run's folder, what `_check_no_run` knows it by."""
+    marks = ("config.yaml", "model/config.json")
+    return fetch(os.fspath(address), "model", (*patterns, "config.json", *marks))
 
 
 def _check_no_run(folder: pathlib.Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.parallel.chips import GIB, chip_of
+from jaxalign.models.base import combine
+from jaxalign.parallel.chips import GIB, Chip, chip_of
 from jaxalign.plan.costs import Costs
+from jaxalign.plan.decode import DecodeStep, decode_steps
 from jaxalign.plan.loader import HostArray, ShapeLoader
 from jaxalign.plan.programs import (
     Compiler,
@@ -30,6 +32,7 @@ from jaxalign.plan.rollout import (
     update_shapes,
 )
 from jaxalign.plan.roofline import estimate
+from jaxalign.plan.storage import BANDWIDTH, estimate_checkpoint
 from jaxalign.plan.topology import find_devices, nearest_mesh, next_that_holds, parse_topology
 from jaxalign.run.config.base import Run
 from jaxalign.run.tasks import ALGORITHMS
@@ -62,7 +65,12 @@ def step_shapes(algorithm: str, config: Run, mesh: Mesh, state: TrainState, part
 
 
 def make_plan(
-    algorithm: str, config: Run, topology: str | None = None, log: Log = lambda text: None
+    algorithm: str,
+    config: Run,
+    topology: str | None = None,
+    log: Log = lambda text: None,
+    *,
+    storage: float = BANDWIDTH,
 ) -> Plan:
     """Compiles the programs of a run and reads the compiler's account of them.
 
@@ -71,6 +79,7 @@ def make_plan(
       config: from `load_config(algorithm, …)`.
       topology: see `parse_topology`; None: the devices that are present.
       log: takes a line about what is going on.
+      storage: bandwidth of a host to the storage of checkpoints, bytes/s.
 
     Raises:
       ValueError: no such devices or no compiler for them, no such model, sizes that do not divide,
@@ -82,13 +91,14 @@ def make_plan(
             "rest with as many devices fewer and without it"
         )
     with config.mesh.use_rules():
-        return _make_plan(algorithm, config, topology, log)
+        return _make_plan(algorithm, config, topology, log, storage)
 
 
-def _make_plan(algorithm: str, config: Run, topology: str | None, log: Log) -> Plan:
+def _make_plan(algorithm: str, config: Run, topology: str | None, log: Log, storage: float) -> Plan:
     mesh = _mesh(config, topology)
     check_rows(config, mesh)
     state, parts = run_shapes(algorithm, config, mesh)
+    checkpoint = estimate_checkpoint(state, mesh, storage)
     sizes = resident_bytes(state, parts)
     chip = chip_of(mesh.devices.flat[0].device_kind)
     capacity = None if chip is None else chip.memory
@@ -119,9 +129,29 @@ def _make_plan(algorithm: str, config: Run, topology: str | None, log: Log) -> P
         costs=sum((program.costs * program.times for program in programs), Costs()),
         speed=None if chip is None else estimate(programs, chip, mesh.size, tokens),
         head_chunk=_head_chunk(config, mesh, parts),
+        decode=() if chip is None else _decode(config, state, parts, chip, mesh.size),
+        checkpoint=checkpoint,
         programs=tuple(programs),
         notes=(*parts.notes, *_unknown_host_memory(state, frozen)),
         **sizes,
+    )
+
+
+def _decode(
+    config: Run, state: TrainState, parts: Parts, chip: Chip, devices: int
+) -> tuple[DecodeStep, ...]:
+    """The roofline of the policy's decoding, where answers are written half as long as they may."""
+    if not isinstance(parts, RolloutParts):
+        return ()
+    model, options = parts.policy, parts.options
+    return decode_steps(
+        model.config,
+        combine(state.params, state.frozen)["policy"],
+        chip,
+        devices,
+        context=config.data.length + options.max_new_tokens / 2,
+        dtype=model.compute_dtype,
+        cache_dtype=options.cache_dtype or model.compute_dtype,
     )
 
 

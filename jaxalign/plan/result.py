@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from jaxalign.plan.costs import Costs
+from jaxalign.plan.decode import DecodeStep
 from jaxalign.plan.programs import Program
 from jaxalign.plan.roofline import Speed
+from jaxalign.plan.storage import Checkpoint
 from jaxalign.plan.table import show
 
 KINDS = (
@@ -47,6 +49,9 @@ class Plan:
       speed: what they take at best; None where the device's speed is not known.
       head_chunk: positions, of all rows, that the vocabulary head reads at a time in an update;
         None without a head.
+      decode: the roofline of writing answers, for several numbers of slots; () where none are
+        written or the device's speed is not known.
+      checkpoint: bytes of a checkpoint, and the time that it takes.
       programs: what was compiled.
       notes: what was assumed.
     """
@@ -73,6 +78,8 @@ class Plan:
     costs: Costs
     speed: Speed | None
     head_chunk: int | None
+    decode: tuple[DecodeStep, ...]
+    checkpoint: Checkpoint
     programs: tuple[Program, ...]
     notes: tuple[str, ...]
 

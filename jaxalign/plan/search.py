@@ -25,6 +25,7 @@ from jaxalign.parallel.sharding import row_shards
 from jaxalign.plan.make import frozen_models, make_plan, run_shapes
 from jaxalign.plan.programs import Log, device_bytes
 from jaxalign.plan.result import Plan
+from jaxalign.plan.storage import BANDWIDTH
 from jaxalign.plan.topology import find_devices, next_that_holds, parse_topology
 from jaxalign.run.tasks import ALGORITHMS
 from jaxalign.run.tasks.parts import Parts
@@ -59,7 +60,13 @@ class Candidate:
 
 
 def search_plans(
-    algorithm: str, config: Any, topology: str, log: Log = lambda text: None, *, count: int = 3
+    algorithm: str,
+    config: Any,
+    topology: str,
+    log: Log = lambda text: None,
+    *,
+    count: int = 3,
+    storage: float = BANDWIDTH,
 ) -> list[tuple[tuple[str, ...], Plan]]:
     """The settings under which a run is fastest: many estimated, the best few compiled.
 
@@ -72,6 +79,7 @@ def search_plans(
       topology: see `parse_topology`; a kind whose speed is known, not CPUs.
       log: takes a line about what is going on.
       count: plans to find.
+      storage: as in `make_plan`.
 
     Returns:
       (overrides, plan) of those that fit, most tokens a second first.
@@ -90,7 +98,7 @@ def search_plans(
     for candidate in found[: 3 * count]:
         log(f"trying {' '.join(candidate.overrides)}")
         try:
-            plan = make_plan(algorithm, candidate.config, topology, log)
+            plan = make_plan(algorithm, candidate.config, topology, log, storage=storage)
         except ValueError as error:
             log(f"no: {error}")
             continue

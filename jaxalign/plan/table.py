@@ -33,6 +33,13 @@ def show(plan: Any, kinds: Sequence[str]) -> str:
             f"{speed.tokens_per_second:,.0f} tokens/s, MFU {100 * speed.mfu:.0f} %",
             f"assumed: {speed.assumptions}",
         ]
+    lines += _decode(plan.decode)
+    saved = plan.checkpoint
+    of = f"{saved.hosts} host" + ("s" if saved.hosts > 1 else "")
+    lines.append(
+        f"a checkpoint: {human(saved.bytes)}, {saved.seconds:.3g} s to write and as much to "
+        f"restore at {saved.bandwidth / 1e9:g} GB/s of each of {of} (--storage-gbps)"
+    )
     lines += [f"note: {note}" for note in plan.notes]
     lines.append(f"compiled in {plan.compile_seconds:.1f} s")
     return "\n".join(lines)
@@ -58,6 +65,21 @@ def _programs(plan: Any) -> list[str]:
             f"{one.costs.flops / 1e12:>10.3f} {one.costs.bytes / 1e9:>10.2f} {one.seconds:>7.1f} s"
         )
     return lines
+
+
+def _decode(steps: Sequence[Any]) -> list[str]:
+    """Writing answers, at best."""
+    if not steps:
+        return []
+    heads = ("decoding", "ms a step", "MB a token", "tokens/s")
+    lines = ["", "  {:<12} {:>10} {:>11} {:>10}  at best, weights split over all".format(*heads)]
+    for step in steps:
+        verdict = f"bound by {step.bound}" + ("" if step.fits else "; DOES NOT FIT")
+        lines.append(
+            f"  {step.slots:>6} slots {1e3 * step.seconds:>10.2f} "
+            f"{step.bytes_per_token / 1e6:>11.1f} {step.tokens_per_second:>10,.0f}  {verdict}"
+        )
+    return [*lines, ""]
 
 
 def _collectives(plan: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,18 +39,24 @@ class Checkpoints:
       folder: where they live, one sub-folder a step.
       keep: how many of the newest are kept; None keeps all.
       read_only: nothing in the folder is made, moved or removed, and nothing can be saved.
+      publish: called when the save under way has come to its end, before the next one begins.
 
     Attributes:
       best: the step of a checkpoint that is kept however old it is, or None.
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, keep: int | None = 2, *, read_only: bool = False
+        self,
+        folder: str | pathlib.Path,
+        keep: int | None = 2,
+        *,
+        read_only: bool = False,
+        publish: Callable[[], None] | None = None,
     ):
         self._folder = pathlib.Path(folder).absolute()
         self._read_only = read_only
         self.best: int | None = None
-        self._keep = keep
+        self._keep, self._publish = keep, publish
         self._saving: int | None = None
         self._failed = False
         self._checked: dict[int, str] = {}  # step → what is wrong with it
@@ -162,6 +168,8 @@ class Checkpoints:
                 f"waited {waited:.0f} s for checkpoint {self._folder}/{self._saving}: storage is "
                 "slow; save less often, or to another disk"
             )
+        if self._publish is not None:
+            self._publish()
         return ""
 
     def _save(self, step: int, state: TrainState, loop: dict[str, Any], *, wait: bool) -> None:

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from jaxalign.data.remote import name_of
 from jaxalign.data.sources import split_path
 from jaxalign.hf.source import ADAPTER_CONFIG, base_of, is_adapter, locate
 
@@ -58,7 +59,7 @@ def data_digest(source: str, *, whole: bool) -> str | None:
         named = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()}
     else:
         found = map(pathlib.Path, glob.glob(str(path), recursive=True))
-        named = {str(file): file for file in found if file.is_file()}
+        named = {name_of(file): file for file in found if file.is_file()}
     return _digest(named, whole) if named else None
 
 

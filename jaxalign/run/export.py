@@ -32,6 +32,7 @@ from jaxalign.run.config.runs import RUNS, ModelConfig, RewardRun, load_config
 from jaxalign.run.config.yaml import read_yaml
 from jaxalign.run.formats import save_orbax
 from jaxalign.run.inputs import source_paths
+from jaxalign.run.remote import fetch_run
 from jaxalign.types import Params
 
 _PARTS = ("policy", "critic")
@@ -125,7 +126,7 @@ def load_run(
     Raises:
       ValueError: as `export_run`.
     """
-    place = local_path(folder, "folder")
+    place = fetch_run(folder, "folder")
     path = place / "config.yaml"
     values = read_yaml(path)
     algorithm = next((name for name in RUNS if name in values), None)

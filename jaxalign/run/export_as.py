@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.paths import check_free, local_path, replace_text
+from jaxalign.data.remote import is_address
 from jaxalign.hf import families
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel import distributed
@@ -21,6 +22,7 @@ from jaxalign.run import verify
 from jaxalign.run.export import Loaded, load_run, load_source, whole_model
 from jaxalign.run.formats import FORMATS, Adapted, Format, Whole, adapter_counts, reject
 from jaxalign.run.record import versions
+from jaxalign.run.remote import is_remote_run
 
 RECORD = "export.json"
 """The file beside an export that notes what was written and how far it differs."""
@@ -82,6 +84,8 @@ def is_run(source: str | os.PathLike[str], formats: Sequence[str] = ("hf",)) -> 
 
     What is not there, and has no format named for it, is a run whose path is mistyped.
     """
+    if is_address(source):
+        return is_remote_run(os.fspath(source))
     path = local_path(source, "folder")
     if path.exists():
         models = ("config.json", "adapter_config.json")

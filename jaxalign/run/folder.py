@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxalign.data.paths import check_free, is_empty
+from jaxalign.data.remote import is_address
 from jaxalign.parallel import distributed
 from jaxalign.run.changes import Changes, config_changes, input_changes, length_change
 from jaxalign.run.config.base import Run
 from jaxalign.run.inputs import file_inputs, source_paths
 from jaxalign.run.lock import FolderLock
+from jaxalign.run.mirror import Mirror
 from jaxalign.run.record import (
     CONFIG,
     RECORD,
@@ -24,6 +26,7 @@ from jaxalign.run.record import (
     set_aside,
     write_record,
 )
+from jaxalign.run.remote import below, is_inside, local_folder
 from jaxalign.run.tasks.task import Task
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
@@ -44,14 +47,26 @@ class RunFolder:
       folder: the run's.
       inputs: digests of the files that the run names.
       record: what an earlier start left, if the run resumes from it.
+      mirror: publishes the folder, where it is the copy of one in a bucket.
     """
 
     def __init__(
-        self, config: Run, folder: pathlib.Path, inputs: dict[str, str], record: Any
+        self,
+        config: Run,
+        folder: pathlib.Path,
+        inputs: dict[str, str],
+        record: Any,
+        mirror: Mirror | None = None,
     ) -> None:
         self._config, self._folder = config, folder
         self._inputs, self._record = inputs, record
         self._changes = Changes([], [])
+        self._mirror = mirror
+
+    @property
+    def publish(self) -> Callable[[], None] | None:
+        """Uploads what is in the folder and waits for it; None where nothing has to be."""
+        return None if self._mirror is None else self._mirror.publish
 
     def check_files(self) -> None:
         """Compares configuration and files with those that the run was started with.
@@ -87,7 +102,7 @@ class RunFolder:
         every = [*self._changes.binding, *self._changes.free]
         if done:
             every += environment_changes(self._folder)
-            place = self._folder / CHECKPOINTS / str(done)
+            place = below(self._config.run.folder, CHECKPOINTS, str(done))
             print(f"resuming after step {done} of {task.total}, from {place}", flush=True)
         elif self._config.run.resume:
             print(
@@ -97,6 +112,8 @@ class RunFolder:
             print(f"  changed: {change}", flush=True)
         changes = {change.name: [change.old, change.new] for change in every}
         write_record(self._folder, self._config, self._inputs, task.total, done, changes)
+        if self._mirror is not None:
+            self._mirror.start()
 
     def _settle(self, changes: Changes) -> None:
         self._changes.binding.extend(changes.binding)
@@ -118,17 +135,35 @@ def open_folder(config: Run) -> Iterator[RunFolder]:
       ValueError: another process has the folder; it holds what the run would replace; or, at a
         resume, no checkpoint or one of a run with other settings.
     """
-    folder = pathlib.Path(config.run.folder)
+    folder = local_folder(config.run.folder)
     with contextlib.ExitStack() as stack:
         opened = RunFolder(config, folder, {}, None)
         with distributed.fail_together("opening the run's folder"):
             if distributed.is_main():
                 stack.enter_context(FolderLock(folder))
+                mirror = _open_mirror(config, stack)
                 _check_contents(config, folder)
                 record = read_record(folder) if config.run.resume else None
-                opened = RunFolder(config, folder, file_inputs(config), record)
+                opened = RunFolder(config, folder, file_inputs(config), record, mirror)
                 opened.check_files()
         yield opened
+
+
+def _open_mirror(config: Run, stack: contextlib.ExitStack) -> Mirror | None:
+    """Takes a folder in a bucket and makes its copy; None where the folder is of this machine."""
+    address = config.run.folder
+    if not is_address(address):
+        return None
+    outputs = (*_OUTPUTS, CONFIG)
+    for source in source_paths(config):
+        if any(is_inside(source, f"{address}/{name}") for name in outputs):
+            raise ValueError(
+                f"run.folder={address!r}: {source!r} is read from there, and would be replaced; "
+                "give another path"
+            )
+    mirror = stack.enter_context(Mirror(address, outputs))
+    mirror.pull(everything=bool(config.run.resume))
+    return mirror
 
 
 def has_checkpoints(folder: pathlib.Path) -> bool:

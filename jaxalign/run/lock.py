@@ -89,17 +89,17 @@ class FolderLock:
                 if not self._path.exists():
                     continue  # given back while we waited
                 break
-            print(f"{self._path}: {_named(owner)} is gone; its lock is taken over", flush=True)
+            print(f"{self._path}: {named(owner)} is gone; its lock is taken over", flush=True)
             self._take_away(owner)
         owner = _read(self._path)
         raise ValueError(
-            f"run.folder={str(self._folder)!r} is in use by {_named(owner or {})}; wait for it or "
+            f"run.folder={str(self._folder)!r} is in use by {named(owner or {})}; wait for it or "
             f"choose another folder. If that process is gone, remove {self._path}"
         )
 
     def _write(self) -> None:
         """Makes the lock, or nothing: an empty one would name nobody."""
-        rest = json.dumps(_identity() | {"token": self._token}).encode() + b"\n"
+        rest = json.dumps(identity() | {"token": self._token}).encode() + b"\n"
         with self._path.open("xb", buffering=0) as file:
             try:
                 while rest:
@@ -110,13 +110,8 @@ class FolderLock:
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
         """Whether the process that made a lock has died; may wait for a renewal."""
-        here = _identity()
-        if owner.get("host") == here["host"] and owner.get("boot") != here["boot"]:
-            return True  # the machine was started anew, or its name went to another one
-        if owner.get("host") != here["host"] or owner.get("namespace") != here["namespace"]:
-            return self._falls_silent(owner)
-        pid = owner.get("pid")
-        return not (isinstance(pid, int) and _is_process(pid, owner.get("began")))
+        died = has_died(owner)
+        return self._falls_silent(owner) if died is None else died
 
     def _falls_silent(self, owner: dict[str, Any]) -> bool:
         """Waits until the lock is renewed or released (False), or is too old (True)."""
@@ -134,7 +129,7 @@ class FolderLock:
                 if not waits:
                     waits = True
                     limit = f"{STALE_SECONDS:g} s"
-                    print(f"{self._path}: waiting for a sign of {_named(owner)}, up to {limit}")
+                    print(f"{self._path}: waiting for a sign of {named(owner)}, up to {limit}")
                 time.sleep(_POLL_SECONDS)
         except FileNotFoundError:
             return False
@@ -166,10 +161,10 @@ class FolderLock:
 def owner_of(folder: pathlib.Path) -> str | None:
     """Which process has a folder, as its lock says, without taking it; None if none does."""
     owner = _read(folder / LOCK)
-    return None if owner is None else _named(owner)
+    return None if owner is None else named(owner)
 
 
-def _identity() -> dict[str, Any]:
+def identity() -> dict[str, Any]:
     """Who this process is."""
     return {
         "host": socket.gethostname(),
@@ -179,6 +174,20 @@ def _identity() -> dict[str, Any]:
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip() if _BOOT_ID.is_file() else None,
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+_identity = identity
+
+
+def has_died(owner: dict[str, Any]) -> bool | None:
+    """Whether the process that a lock names is gone; None if that cannot be told from here."""
+    here = identity()
+    if owner.get("host") == here["host"] and owner.get("boot") != here["boot"]:
+        return True  # the machine was started anew, or its name went to another one
+    if owner.get("host") != here["host"] or owner.get("namespace") != here["namespace"]:
+        return None
+    pid = owner.get("pid")
+    return not (isinstance(pid, int) and _is_process(pid, owner.get("began")))
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -221,7 +230,8 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
     return {}
 
 
-def _named(owner: dict[str, Any]) -> str:
+def named(owner: dict[str, Any]) -> str:
+    """The process that a lock names, for messages."""
     return (
         f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since "
         f"{owner.get('since', '?')}"

@@ -24,6 +24,7 @@ from jaxalign.run.early_stopping import EarlyStopper
 from jaxalign.run.folder import CHECKPOINTS, MODEL, has_checkpoints, open_folder
 from jaxalign.run.progress import Progress
 from jaxalign.run.record import check_hosts, write_data_report
+from jaxalign.run.remote import check_processes, local_folder, named_by_address
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.storage import retry, what_is_safe
@@ -39,8 +40,8 @@ class Result(NamedTuple):
     """The result of a run.
 
     Attributes:
-      folder: the run's folder.
-      model: folder of the exported weights, or None.
+      folder: the run's folder; of one in a bucket, the copy on this machine.
+      model: folder of the exported weights there, or None.
       before: held-out figures before the first update ({} without held-out data, or resumed).
       after: held-out figures after the last.
       history: the metrics of every step of this process, oldest first.
@@ -107,7 +108,8 @@ def train(
     # However the run ends, saves under way are finished and files closed.
     with contextlib.ExitStack() as stack, config.mesh.use_rules():
         stop = stack.enter_context(stop_on_signals())
-        return _train(config, title, hooks or Hooks(), stack, stop, clock)
+        with named_by_address(config.run.folder):
+            return _train(config, title, hooks or Hooks(), stack, stop, clock)
 
 
 def _train(
@@ -120,7 +122,8 @@ def _train(
 ) -> Result:
     began = time.perf_counter()
     run: RunConfig = config.run
-    folder = pathlib.Path(run.folder)
+    folder = local_folder(run.folder)
+    check_processes(run.folder)
     check_hosts(folder, config)
     with distributed.fail_together("looking for the trackers"):
         trackers_used = usable(run.trackers, optional=run.trackers_optional)
@@ -134,7 +137,7 @@ def _train(
 
     # ---------------------------------------------------------------- resume
     state, position = task.state, {}
-    store = _open_checkpoints(run, folder)
+    store = _open_checkpoints(run, folder, opened.publish)
     if store is not None:
         stack.push(functools.partial(_close, store))
         if store.latest is not None:
@@ -234,7 +237,7 @@ def _train(
         model, params = _export(task, state, exported)
         if hooks.loader is not None:
             hooks.loader.keep(str(exported), model, params)
-    if (line := best.message(folder)) is not None and distributed.is_main():
+    if (line := best.message(run.folder)) is not None and distributed.is_main():
         print(line, flush=True)
     seconds = time.perf_counter() - began
     return Result(
@@ -418,7 +421,9 @@ def _restore(store: Checkpoints, task: Task, run: RunConfig) -> tuple[TrainState
     return state, position
 
 
-def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | None:
+def _open_checkpoints(
+    run: RunConfig, folder: pathlib.Path, publish: Callable[[], None] | None
+) -> Checkpoints | None:
     """The run's checkpoints.
 
     Raises:
@@ -427,7 +432,7 @@ def _open_checkpoints(run: RunConfig, folder: pathlib.Path) -> Checkpoints | Non
     if not run.checkpoint:
         return None
     some = has_checkpoints(folder)
-    store = Checkpoints(folder / CHECKPOINTS, run.keep)
+    store = Checkpoints(folder / CHECKPOINTS, run.keep, publish=publish)
     if distributed.is_main():
         store.remove_unfinished()
     if some and store.latest is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxalign.data.bounds import read_json_file
-from jaxalign.data.paths import local_path
 from jaxalign.run.changes import CONTENTS, LAYOUT, STEPS, Change, input_changes, is_free
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.runs import algorithm_of, load_config
@@ -18,6 +18,7 @@ from jaxalign.run.inputs import file_inputs
 from jaxalign.run.lock import owner_of
 from jaxalign.run.metrics import parse_row
 from jaxalign.run.record import CONFIG, RECORD, VERSIONS, environment, read_record
+from jaxalign.run.remote import fetch_run
 
 METRICS = "metrics.jsonl"
 _DIGEST_SIZE = 64  # of SHA-256, in hexadecimal
@@ -103,7 +104,7 @@ def read_past(folder: str | pathlib.Path, step: int | None = None) -> Past:
     Raises:
       ValueError: no run there, no metrics yet, or no such step.
     """
-    place = local_path(folder, "folder")
+    place = fetch_run(os.fspath(folder), "folder")
     record = read_record(place) if place.is_dir() else None
     if record is None:
         inner = sorted(path.parent.name for path in place.glob(f"*/{RECORD}"))

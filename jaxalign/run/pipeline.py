@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 
-from jaxalign.data.paths import local_path
+from jaxalign.data.remote import is_address
 from jaxalign.parallel import distributed
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml
 from jaxalign.run.folder import has_checkpoints
 from jaxalign.run.loop import Result, train
+from jaxalign.run.remote import below, check_folder, has_remote_checkpoints
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
@@ -87,7 +88,7 @@ def load_stages(
     target = plain["folder"]
     if not isinstance(target, str):
         raise ValueError(f"pipeline: folder={target!r}: wanted the folder to write to")
-    folder = local_path(target, "folder")
+    folder = check_folder(target, "folder")
     known = {"examples": str(EXAMPLES / language)}
     loaded: list[tuple[str, Any]] = []
     for name in map(str, names):
@@ -97,13 +98,13 @@ def load_stages(
             raise ValueError(
                 f"pipeline stage {name!r}: algorithm={algorithm!r}, wanted one of {', '.join(RUNS)}"
             )
-        stage = merge(stage, {"run": {"folder": str(folder / name)}})
+        stage = merge(stage, {"run": {"folder": below(folder, name)}})
         try:
             loaded.append((name, load_config(algorithm, _fill(stage, known))))
         except ValueError as error:
             raise ValueError(f"pipeline stage {name!r}: {error}") from error
         if loaded[-1][1].run.export:
-            known[name] = str(folder / name / "model")
+            known[name] = below(folder, name, "model")
     return loaded
 
 
@@ -120,7 +121,7 @@ def run_stages(
     results: dict[str, Result] = {}
     began = time.monotonic()
     # A stage that was not reached has no checkpoint to go on from.
-    reached = any(has_checkpoints(pathlib.Path(config.run.folder)) for _, config in stages)
+    reached = any(_has_checkpoints(config.run.folder) for _, config in stages)
     for number, (name, config) in enumerate(stages, start=1):
         if config.run.resume and reached:
             run = dataclasses.replace(config.run, resume="auto")
@@ -137,6 +138,13 @@ def run_stages(
         gc.collect()
         jax.clear_caches()
     return results
+
+
+def _has_checkpoints(folder: str) -> bool:
+    """Whether a run's folder, of this machine or in a bucket, holds a checkpoint."""
+    if is_address(folder):
+        return has_remote_checkpoints(folder)
+    return has_checkpoints(pathlib.Path(folder))
 
 
 def _fill(value: Any, known: Mapping[str, str]) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxalign.data.paths import local_path
 from jaxalign.run.bad_steps import BadSteps
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.folder import CHECKPOINTS, has_checkpoints
@@ -25,6 +25,7 @@ from jaxalign.run.loop import run_step
 from jaxalign.run.past import Past, read_past, without
 from jaxalign.run.progress import Progress
 from jaxalign.run.record import RECORD
+from jaxalign.run.remote import fetch_run
 from jaxalign.run.reporter import Reporter, Seen
 from jaxalign.run.stopping import Clock, StopRequest
 from jaxalign.run.tasks import Built, Task, build_task
@@ -121,7 +122,7 @@ def open_replay(
 
 def checkpoints_of(folder: str | pathlib.Path) -> list[int]:
     """The steps of all sound checkpoints of a run, ascending; damaged ones are printed."""
-    place = local_path(folder, "folder")
+    place = fetch_run(os.fspath(folder), "folder")
     if not has_checkpoints(place):
         return []
     store = Checkpoints(place / CHECKPOINTS, keep=None, read_only=True)

@@ -19,6 +19,9 @@ T = TypeVar("T")
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between the tries: half a minute in all, about as long as a server's restart."""
 
+REMOTE = getattr(errno, "EREMOTEIO", errno.ECONNABORTED)
+"""Stands for whatever a bucket's own errors say."""
+
 _FULL = "make room"
 _REMEDIES = {
     errno.ENOSPC: _FULL,
@@ -34,6 +37,7 @@ _REMEDIES = {
     errno.ENOTCONN: "mount it again",
     errno.ENODEV: "mount it again",
     errno.ETIMEDOUT: "look at the file server",
+    REMOTE: "look at the bucket and the network",
     errno.EHOSTDOWN: "look at the file server",
     errno.EBUSY: "close what uses it",
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -30,9 +30,12 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def build(job: dict[str, Any]) -> LlamaForCausalLM:
+def build(job: dict[str, Any]) -> Any:
     shape = job["shape"]
-    config = LlamaConfig(
+    kinds = (LlamaConfig, LlamaForCausalLM)
+    if shape["qk_norm"] == "head":
+        kinds = (Qwen3Config, Qwen3ForCausalLM)
+    config = kinds[0](
         vocab_size=shape["vocab_size"],
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["intermediate_size"],
@@ -49,7 +52,7 @@ def build(job: dict[str, Any]) -> LlamaForCausalLM:
     with torch.device(DEVICE):
         previous = torch.get_default_dtype()
         torch.set_default_dtype(kind)
-        model = LlamaForCausalLM(config)
+        model = kinds[1](config)
         torch.set_default_dtype(previous)
     if job["checkpointing"]:
         model.gradient_checkpointing_enable()
@@ -93,7 +96,7 @@ def plain_dpo(job: dict[str, Any]) -> dict[str, Any]:
     adam = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=CUDA)
     ids = draw(job, 2 * job["rows"], job["length"])
 
-    def logps(net: LlamaForCausalLM) -> torch.Tensor:
+    def logps(net: Any) -> torch.Tensor:
         logits = net(input_ids=ids, use_cache=False).logits[:, :-1]
         of_each = -F.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

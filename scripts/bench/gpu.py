@@ -1,16 +1,19 @@
-"""One NVIDIA GPU in one call: are the numbers right, and how fast are the steps?
+"""One NVIDIA GPU in parts: are the numbers right, and how fast are the steps?
 
-    python scripts/bench/gpu.py --out docs/results/gpu.json          # about 9 minutes, one GPU
+    python scripts/bench/gpu.py --out docs/results/gpu.json          # most of it in 9 minutes
+    python scripts/bench/gpu.py --out docs/results/gpu.json          # again: what is still missing
+    python scripts/bench/gpu.py --out docs/results/gpu.json --part dpo ppo-split    # these anew
     python scripts/bench/gpu.py --tiny --out /tmp/tiny.json          # tries the script on a CPU
 
 First every step (SFT, reward, DPO, PPO, generation) is compared with a CPU's numbers
-(`_gpu_checks.py`). Then come the measurements, most wanted first: SFT and DPO of the 1B and 3B
-Llama shapes in bfloat16 (weights and moments too) on rows of 2k and 8k tokens, an iteration of PPO
-(0.5B), generation at batch 64, and beside them TRL where it is installed, else transformers in a
-plain loop (`_gpu_peer.py`, in the interpreter `--peer`). Each part is a process of its own with a
-deadline: one that fails, runs out of memory (it is tried again with less) or has no time left is
-noted in the JSON and the rest goes on. Needs jax, flax, optax and this repository; for the peer
-torch and transformers.
+(`_gpu_checks.py`). Then come the measurements (`_gpu_parts.py`): SFT of the shape of Qwen3-0.6B on
+packed rows of 8k and 16k tokens, LoRA of Llama-3.1-8B's, decoding with 1 to 256 slots beside what
+the memory's bandwidth allows, DPO, an iteration of PPO and what each part of it takes. Beside them
+runs TRL where it is installed, else transformers in a plain loop (`_gpu_peer.py`, in the
+interpreter `--peer`). Each part is a process of its own with a deadline, and the file is written
+after each. A part that fails, runs out of memory (it is tried again with less) or has no time left
+is noted there, and the rest goes on. The next call runs those, and none that is measured. Needs
+jax, flax, optax and this repository; for the peer torch and transformers.
 """
 
 from __future__ import annotations
@@ -26,139 +29,59 @@ import time
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from jaxalign.commands.bench.case import Case  # noqa: E402
-from jaxalign.commands.bench.sizes import SIZES  # noqa: E402
+from _gpu_parts import Choice, Part, parts  # noqa: E402
 
 LEAST = 20.0
 """Seconds below which no further part is started."""
 
+PUBLISHED = {
+    "sft-8k": {"tokens_per_second": 26010, "mfu": 0.168},
+    "sft-16k": {"tokens_per_second": 25490, "mfu": 0.237},
+}
+"""What prime-rl's public benchmark file says of one H100 and the same model and lengths."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """Something to run.
-
-    Attributes:
-      name: in the results.
-      commands: tried in turn until one succeeds: (what is told of it, program).
-      seconds: the most it may take.
-    """
-
-    name: str
-    commands: tuple[tuple[dict[str, Any], list[str]], ...]
-    seconds: float
+Record = dict[str, Any]
 
 
-def ours(name: str, seconds: float, *choices: dict[str, Any]) -> Part:
-    """A case of `jaxalign bench`, with what to try where it does not fit."""
-    commands = []
-    for choice in choices:
-        case = Case(**choice)
-        asked = json.dumps(dataclasses.asdict(case) | {"seconds": 8.0})
-        commands.append((choice, [sys.executable, "-m", "jaxalign.commands.bench", asked]))
-    return Part(name=name, commands=tuple(commands), seconds=seconds)
-
-
-def theirs(name: str, peer: str, seconds: float, *choices: dict[str, Any]) -> Part:
-    """The peer at the same."""
-    commands = []
-    for choice in choices:
-        job = {"dtype": "bfloat16", "checkpointing": False, "repeats": 3, "new_tokens": 0} | choice
-        job["shape"] = dataclasses.asdict(SIZES[choice["size"]])
-        commands.append((choice, [peer, str(HERE / "_gpu_peer.py"), json.dumps(job)]))
-    return Part(name=name, commands=tuple(commands), seconds=seconds)
-
-
-def plan(arguments: argparse.Namespace) -> list[Part]:
-    """All parts, most wanted first."""
-    if arguments.tiny:
-        small, big, short, long, dtype = "XS", "XS", 32, 64, "float32"
-        rows, batch, prompt, new, ppo_rows = 2, 2, 16, 8, 4
-    else:
-        small, big, short, long, dtype = "1B", "3B", 2048, 8192, "bfloat16"
-        rows, batch, prompt, new, ppo_rows = 16384, 64, 128, 256, 64
-    common = {"dtype": dtype, "param_dtype": dtype, "repeats": 3}
-
-    def count(length: int, tokens: int = rows) -> int:
-        return tokens if arguments.tiny else max(1, tokens // length)
-
-    def train(what: str, size: str, length: int) -> Part:
-        tokens = rows if what == "sft" or arguments.tiny else rows // 2
-        base = common | {"what": what, "size": size, "length": length}
-        # What the 3B shape keeps of 16k tokens is more than an 80 GB card has left.
-        keep = ("none", "dots") if size == small and not arguments.tiny else ("dots",)
-        tries = [base | {"rows": count(length, tokens), "remat": remat} for remat in keep]
-        tries.append(base | {"rows": 1, "remat": "block"})
-        return ours(f"{what} {size} {length}", 110, *tries)
-
-    def peer(what: str, size: str, length: int) -> Part:
-        tokens = rows if what == "sft" or arguments.tiny else rows // 2
-        base = {"what": what, "size": size, "length": length, "dtype": dtype}
-        tries = [
-            base | {"rows": count(length, tokens)},
-            base | {"rows": 1},
-            base | {"rows": count(length, tokens), "checkpointing": True},
-        ]
-        return theirs(f"peer {what} {size} {length}", arguments.peer, 75, *tries)
-
-    writing = {"what": "generate", "rows": batch, "length": prompt, "new_tokens": new}
-    iteration = {
-        "what": "ppo", "size": "XS" if arguments.tiny else "0.5B", "rows": ppo_rows,
-        "length": prompt, "new_tokens": new, "dtype": dtype, "repeats": 2,
-    }  # fmt: skip
-    checks = [sys.executable, str(HERE / "_gpu_checks.py")]
-    return [
-        Part(name="checks", commands=(({}, checks),), seconds=150),
-        train("sft", big, long),
-        peer("sft", big, long),
-        ours(f"generate {big}", 70, common | writing | {"size": big}),
-        train("dpo", big, long),
-        peer("dpo", big, long),
-        theirs(f"peer generate {big}", arguments.peer, 60, writing | {"size": big, "dtype": dtype}),
-        ours("ppo", 100, iteration, iteration | {"micro_batches": 4, "remat": "block"}),
-        train("sft", small, short),
-        train("dpo", small, short),
-        train("sft", big, short),
-        train("sft", small, long),
-        train("dpo", small, long),
-        train("dpo", big, short),
-        ours(f"generate {small}", 70, common | writing | {"size": small}),
-        peer("sft", small, short),
-        peer("dpo", small, short),
-    ]
-
-
-def carry_out(part: Part, deadline: float) -> dict[str, Any]:
+def carry_out(part: Part, deadline: float) -> Record:
     """Runs a part; gives its record, or why there is none."""
-    attempts: list[dict[str, Any]] = []
+    attempts: list[Record] = []
     for told, command in part.commands:
         left = min(part.seconds, deadline - time.perf_counter())
         if left < LEAST:
             return {"part": part.name, "skipped": "no time left", "attempts": attempts}
-        start = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=left, env=environment()
-            )
-        except subprocess.TimeoutExpired:
-            attempts.append(told | {"error": f"not done after {left:.0f} s"})
-            break
-        except OSError as error:
-            attempts.append(told | {"error": str(error)})
-            break
-        seconds = time.perf_counter() - start
-        lines = done.stdout.splitlines()
-        if done.returncode == 0 and lines:
-            record = {"part": part.name, "case": told} | json.loads(lines[-1])
-            return record | {"wall_seconds": seconds, "attempts": attempts}
-        errors = [line for line in done.stderr.splitlines() if line.strip()]
-        why = next((x for x in errors if "RESOURCE_EXHAUSTED" in x or "OutOfMemory" in x), None)
-        last = why or (errors or [f"exit status {done.returncode}"])[-1]
-        attempts.append(told | {"error": last[:500], "wall_seconds": seconds})
+        record, why = attempt(told, command, left)
         if why is None:
+            return {"part": part.name, "case": told} | record | {"attempts": attempts}
+        if part.optional and "ModuleNotFoundError" in why:
+            return {"part": part.name, "skipped": why, "attempts": attempts}
+        attempts.append(told | record | {"error": why})
+        if "RESOURCE_EXHAUSTED" not in why and "OutOfMemory" not in why:
             break  # less memory would not help
     return {"part": part.name, "error": attempts[-1]["error"], "attempts": attempts}
+
+
+def attempt(told: Choice, command: list[str], seconds: float) -> tuple[Record, str | None]:
+    """Runs one program; gives what it printed and None, or {} and its error."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment()
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"not done after {seconds:.0f} s"
+    except OSError as error:
+        return {}, str(error)
+    wall = {"wall_seconds": time.perf_counter() - start}
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1]) | wall, None
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    full = next((x for x in errors if "RESOURCE_EXHAUSTED" in x or "OutOfMemory" in x), None)
+    last = full or (errors or [f"exit status {done.returncode}"])[-1]
+    return wall, last[:500]
 
 
 def environment() -> dict[str, str]:
@@ -172,17 +95,22 @@ def environment() -> dict[str, str]:
     }
 
 
-def compared(records: list[dict[str, Any]]) -> dict[str, float]:
+def compared(records: list[Record]) -> dict[str, float]:
     """Ours over the peer's tokens a second, where both were measured."""
     speed = {r["part"]: r["tokens_per_second"] for r in records if "tokens_per_second" in r}
-    pairs = {name: speed.get(f"peer {name}") for name in speed if not name.startswith("peer ")}
+    pairs = {name: speed.get(f"trl-{name}") for name in speed if not name.startswith("trl-")}
     return {name: round(speed[name] / other, 3) for name, other in pairs.items() if other}
 
 
-def told(record: dict[str, Any]) -> str:
+def is_done(record: Record) -> bool:
+    """Whether a part was measured."""
+    return "error" not in record and "skipped" not in record
+
+
+def told(record: Record) -> str:
     """A record in a line."""
-    name = f"{record['part']:<22}"
-    if "skipped" in record or "error" in record:
+    name = f"{record['part']:<16}"
+    if not is_done(record):
         return name + (record.get("skipped") or f"failed: {record['error'][:120]}")
     if record["part"] == "checks":
         largest = ", ".join(f"{k} {v:.2g}" for k, v in record["largest"].items() if v is not None)
@@ -193,38 +121,94 @@ def told(record: dict[str, Any]) -> str:
         text += f"  {100 * record['fraction_of_limit']:.1f} % of the limit"
     if "fraction_of_bandwidth" in record:
         text += f"  {100 * record['fraction_of_bandwidth']:.1f} % of the bandwidth"
+    split = {k: v for k, v in record.get("parts", {}).items() if record["part"].startswith("ppo")}
+    if split:
+        text += "  " + ", ".join(f"{k} {v:.3g} s" for k, v in split.items())
+    published = PUBLISHED.get(record["part"])
+    if published and record.get("case", {}).get("size") == "Qwen3-0.6B":
+        text += f"  (prime-rl, one H100: {published['tokens_per_second']:,} tokens/s)"
     return text
+
+
+def read(path: pathlib.Path, *, tiny: bool) -> list[Record]:
+    """The records of earlier calls.
+
+    Raises:
+      SystemExit: they are of other shapes, or no records.
+    """
+    if not path.exists():
+        return []
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        records, was = whole["parts"], whole["tiny"]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path} holds no results of this script; give another file") from None
+    if was != tiny:
+        raise SystemExit(
+            f"{path} holds results {'with' if was else 'without'} --tiny; give another file"
+        )
+    return records
+
+
+def write(path: pathlib.Path, records: list[Record], *, tiny: bool, seconds: float) -> None:
+    """Replaces the file as a whole, so that a call that is cut off leaves what there was."""
+    whole = {
+        "benchmark": "gpu",
+        "tiny": tiny,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "ratios": compared(records),
+        "published": PUBLISHED,
+        "parts": records,
+    }
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def chosen(every: list[Part], names: list[str] | None, done: set[str]) -> list[Part]:
+    """The parts to run: those named, by the beginnings of their names; else all that lack.
+
+    Raises:
+      SystemExit: no part has such a name.
+    """
+    if not names:
+        return [part for part in every if part.name not in done]
+    for name in names:
+        if not any(part.name.startswith(name) for part in every):
+            known = ", ".join(part.name for part in every)
+            raise SystemExit(f"--part {name}: wanted one or more of {known}")
+    return [part for part in every if part.name.startswith(tuple(names))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    parser.add_argument("--budget", type=float, default=510, help="seconds for everything")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="JSON file, kept up to date"
+    )
+    parser.add_argument("--budget", type=float, default=510, help="seconds for this call")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--peer", default=sys.executable, help="the peer's interpreter")
-    parser.add_argument("--only", nargs="+", help="parts whose names begin so")
+    parser.add_argument(
+        "--part", "--only", nargs="+", metavar="NAME", help="these parts, measured or not"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    deadline = start + arguments.budget
-    records: list[dict[str, Any]] = []
-    for part in plan(arguments):
+    every = parts(tiny=arguments.tiny, peer=arguments.peer)
+    records = {record["part"]: record for record in read(arguments.out, tiny=arguments.tiny)}
+    done = {name for name, record in records.items() if is_done(record)}
+    for part in chosen(every, arguments.part, done):
         if arguments.tiny:  # a slow machine is no reason to fail
             part = dataclasses.replace(part, seconds=arguments.budget)
-        if arguments.only and not part.name.startswith(tuple(arguments.only)):
-            continue
-        records.append(carry_out(part, deadline))
-        print(told(records[-1]), flush=True)
-        # Written after every part: whatever ends this process early, what is known stays.
-        whole = {
-            "benchmark": "gpu",
-            "tiny": arguments.tiny,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "seconds": round(time.perf_counter() - start, 1),
-            "ratios": compared(records),
-            "parts": records,
-        }
-        arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"ours / peer: {compared(records)}; {time.perf_counter() - start:.0f} s in all")
+        record = carry_out(part, start + arguments.budget)
+        print(told(record), flush=True)
+        if is_done(record) or part.name not in done:  # what was measured stays
+            records[part.name] = record
+        order = [records[one.name] for one in every if one.name in records]
+        seconds = time.perf_counter() - start
+        write(arguments.out, order, tiny=arguments.tiny, seconds=seconds)
+    ratios = compared(list(records.values()))
+    print(f"ours / peer: {ratios}; {time.perf_counter() - start:.0f} s in this call")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def adam(params, trees=1):
     ],
 )
 def test_bytes_by_hand(algorithm, params, optimizer, batch, models, shapes, tmp_path):
-    plan = make_plan(algorithm, config(algorithm, shapes, tmp_path), "cpu:8")
+    plan = make_plan(algorithm, config(algorithm, shapes, tmp_path), "cpu:8", storage=2e9)
     assert plan.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
     assert plan.devices == "8 × cpu"
     assert (plan.params, plan.frozen, plan.optimizer) == (params, 0, optimizer)
@@ -103,7 +103,13 @@ def test_bytes_by_hand(algorithm, params, optimizer, batch, models, shapes, tmp_
     assert (plan.peak, plan.cache) == ("update", 0)
     names = [program.name for program in plan.programs]
     assert names == PROGRAMS[algorithm]
+    saved = plan.checkpoint
     if algorithm == "sft":
+        # Whole weights, both moments, the counters of Adam, of the schedule and of the steps.
+        whole = 4 * (2 * 260 * 32 + 8 * BLOCKS + NORMS)
+        assert saved.bytes == 3 * whole + 3 * 4
+        assert (saved.hosts, saved.bandwidth) == (1, 2e9)
+        assert saved.seconds == saved.bytes / 2e9
         assert plan.costs.flops == pytest.approx(SFT_FLOPS, rel=0.02)
         # FSDP: every weight that is cut is gathered at least once forward and once backward.
         assert plan.costs.inner > 2 * 7 * 4 * (EMBEDDING + BLOCKS)
@@ -210,13 +216,17 @@ def test_the_command(shapes, tmp_path, capsys):
     path.write_text(yaml.safe_dump(chatmodel.settings("sft", shapes, tmp_path / "run")))
     # Overrides may stand on either side of an option.
     command = ["plan", "sft", str(path), "data.rows=16", "--topology", "cpu:8"]
-    assert cli.main([*command, "data.length=16", "--json"]) == 0
+    assert cli.main([*command, "data.length=16", "--json", "--storage-gbps", "0.5"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert told["checkpoint"]["seconds"] == told["checkpoint"]["bytes"] / 5e8
     assert (told["params"], told["batch"]) == (PARAMS, TOKENS)
     assert cli.main(command[:3]) == 0
     told = capsys.readouterr().out
     assert told.startswith("sft step on 8 × cpu, mesh data=1 × fsdp=8 × tensor=1; on each device:")
     assert f"params         {PARAMS / 1024:.1f} KiB" in told
+    assert "s to write and as much to restore at 1 GB/s of each of 1 host" in told
+    assert cli.main([*command, "--storage-gbps", "0"]) == 2
+    assert "storage bandwidth 0 bytes/s: wanted a positive number" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

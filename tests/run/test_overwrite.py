@@ -70,9 +70,11 @@ REFUSED = {
         SFT + "run data.train={}/run/metrics.jsonl --overwrite", r"metrics.jsonl' is read from"),
     "a file as the folder": (SFT + "sft.yaml", r"sft\.yaml': it is a file; wanted a folder"),
     "a folder below a file": (SFT + "sft.yaml/a/b", r"sft\.yaml is a file; wanted a folder"),
-    "an address": ("sft {}/sft.yaml run.folder=gs://bucket/run", r"gs:// is neither read nor"),
-    "an address of data": (SFT + "new data.train=s3://b/x.jsonl", r"data='s3://.*s3:// is neither"),
-    "an address of a model": (SFT + "new model.source=gs://b/x", r"model='gs://.*gs:// is neither"),
+    "an address": ("sft {}/sft.yaml run.folder=ftps://box/run", r"ftps:// is neither read nor"),
+    "an address of data": (
+        SFT + "new data.train=https://b/x.jsonl", r"data='https://.*https:// is neither"),
+    "an address of a model": (
+        SFT + "new model.source=ftps://b/x", r"model='ftps://.*ftps:// is neither"),
     "resuming and overwriting": (
         SFT + "run run.resume=true --overwrite", r"run\.overwrite=True: wanted false"),
     "export over a model": (
@@ -96,7 +98,7 @@ REFUSED = {
     "rows of synth to an address": ("synth {}/synth.yaml out=gs://b/x.jsonl", r"gs:// is neither"),
     "a pipeline over runs": (
         "pipeline {}/pipeline.yaml folder={}", r"run' holds checkpoints, model"),
-    "a pipeline to an address": ("pipeline {}/pipeline.yaml folder=gs://b/p", r"gs:// is neither"),
+    "a pipeline to an address": ("pipeline {}/pipeline.yaml folder=ftps://b/p", r"ftps:// is"),
 }  # fmt: skip
 
 SYNTH = """

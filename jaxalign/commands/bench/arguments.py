@@ -26,7 +26,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what", nargs="+", metavar="WHAT", help="algorithms, or generate; all if none"
     )
-    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="XS S M 0.5B 1B 3B; S M if none")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="SIZE", help="XS S M Qwen3-0.6B 0.5B 1B 3B 8B; S M if none"
+    )
     parser.add_argument(
         "--layouts", nargs="+", metavar="LAYOUT", help="full padded packed; full packed if none"
     )

@@ -14,6 +14,7 @@ from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import REMAT
+from jaxalign.models.lora import LoraConfig
 from jaxalign.parallel.host_memory import is_cpu
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import row_shards
@@ -45,6 +46,7 @@ class Case:
       epochs: of PPO's updates.
       dtype: of activations; "auto": bfloat16 on GPU and TPU, float32 elsewhere.
       param_dtype: of the weights.
+      lora: rank of adapters, which alone are trained; 0: all weights are.
       remat: key of `REMAT`.
       attention: see `jaxalign.models.attention.dispatch.KINDS`.
       micro_batches: parts of a step; 0: on a CPU of `CACHED_TOKENS` each, elsewhere one.
@@ -62,6 +64,7 @@ class Case:
     epochs: int = 4
     dtype: str = "auto"
     param_dtype: str = "float32"
+    lora: int = 0
     remat: str = "none"
     attention: str = "auto"
     micro_batches: int = 0
@@ -84,6 +87,8 @@ class Case:
                 raise ValueError(f"{name}={getattr(self, name)}: wanted a positive integer")
         if self.micro_batches < 0:
             raise ValueError(f"micro_batches={self.micro_batches}: wanted 0 or more")
+        if self.lora < 0 or (self.lora and self.what == "generate"):
+            raise ValueError(f"{self.what}, lora={self.lora}: wanted 0, or a rank where it trains")
         if self.layout not in layouts_of(self.what):
             raise ValueError(
                 f"{self.what}, layout={self.layout!r}: prompts are not packed, nor are single "
@@ -124,6 +129,7 @@ class Case:
             compute_dtype=self.dtype,
             remat=self.remat,
             attention=self.attention,
+            lora=LoraConfig(rank=self.lora) if self.lora else None,
         )
 
     def config(self, mesh: Mesh) -> Run:

@@ -16,6 +16,7 @@ from jaxalign.commands.report.charts import bar_chart, line_chart, text, value_t
 from jaxalign.commands.report.page import page, table
 from jaxalign.commands.report.quickstart import summary_sections
 from jaxalign.data.bounds import parse_json
+from jaxalign.data.remote import fetch, is_address
 from jaxalign.hf.source import read_json
 from jaxalign.run.config.runs import RUNS
 from jaxalign.run.config.yaml import read_yaml
@@ -52,12 +53,15 @@ def write_report(
     """Writes the page of a run or pipeline; returns the file.
 
     Args:
-      folder: a run's folder, or one whose sub-folders are runs.
-      out: HTML file to write; `report.html` in the folder by default.
+      folder: a run's folder, or one whose sub-folders are runs, also in a bucket.
+      out: HTML file to write; `report.html` in the folder by default, if that is of this machine.
 
     Raises:
-      ValueError: no run there, metrics that are empty or broken, or a broken configuration.
+      ValueError: no run there, metrics that are empty or broken, a broken configuration, or no
+        file named for a folder in a bucket.
     """
+    if out is None and is_address(folder):
+        raise ValueError(f"{os.fspath(folder)}: the page is not written there; name a file: --out")
     page = make_page(folder)
     path = pathlib.Path(folder) / "report.html" if out is None else pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +71,19 @@ def write_report(
 
 def make_page(folder: str | os.PathLike[str]) -> str:
     """The page as text, well-formed as HTML and as XML; see `write_report`."""
-    path = pathlib.Path(folder)
+    path = _fetch(os.fspath(folder)) if is_address(folder) else pathlib.Path(folder)
     runs = find_runs(path)
     body = []
     if (path / "summary.json").is_file():
         body.append(summary_sections(path / "summary.json"))
     body += [_run(run, title=None if run == path else run.name) for run in runs]
     return page(path.resolve().name, body)
+
+
+def _fetch(address: str) -> pathlib.Path:
+    """A copy of runs in a bucket, without what is large."""
+    large = {"checkpoints", "model"}
+    return fetch(address, "folder", accept=lambda name: large.isdisjoint(name.split("/")[:2]))
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:

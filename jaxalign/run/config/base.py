@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from jaxalign.algorithms.guard import SpikeConfig
 from jaxalign.algorithms.optim import OptimizerConfig
-from jaxalign.data.paths import local_path
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
@@ -15,6 +14,7 @@ from jaxalign.run.best import parse_metric
 from jaxalign.run.config.data import DataConfig, want
 from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.mesh import MeshConfig
+from jaxalign.run.remote import check_folder
 from jaxalign.run.trackers.table import TRACKERS
 
 
@@ -23,8 +23,8 @@ class ModelConfig:
     """Which model, and its dtypes and implementation.
 
     Attributes:
-      source: folder in Hugging Face form, `.gguf` file, or hub id; "owner/name@revision" takes a
-        branch, tag or commit of it.
+      source: folder in Hugging Face form, `.gguf` file, either of them in a bucket (`gs://…`), or
+        hub id; "owner/name@revision" takes a branch, tag or commit of it.
       tokenizer: where the tokenizer is; None: with the model.
       chat_template: None (the tokenizer's own), the name of a built-in template ("chatml"), "none"
         (plain text), or a jinja file.
@@ -66,7 +66,8 @@ class RunConfig:
 
     Attributes:
       folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (what
-        became of rows and columns), `checkpoints/`, and the final weights in `model/`.
+        became of rows and columns), `checkpoints/`, and the final weights in `model/`. One in a
+        bucket (`gs://…`, `s3://…`) has a copy on this machine, see `jaxalign.run.remote`.
       seed: of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. The data repeats
         if `data.epochs` is null; else the run ends with the data, and says so before it starts.
@@ -130,7 +131,7 @@ class RunConfig:
     checkpoint: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "folder", str(local_path(self.folder, "run.folder")))
+        object.__setattr__(self, "folder", check_folder(self.folder, "run.folder"))
         for name in ("steps", "epochs", "save_minutes", "time_limit"):
             value = getattr(self, name)
             want(value is None or value > 0, f"run.{name}", value, "positive or null")

@@ -25,6 +25,7 @@ from jaxalign.rewards.model_spec import ModelReward
 from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.metrics import FLOPS, TOKENS, Stopwatch, add_up, to_floats
+from jaxalign.run.remote import local_folder
 from jaxalign.run.tasks.data import section_data
 from jaxalign.run.tasks.loader import Loader
 from jaxalign.run.tasks.models import (
@@ -276,7 +277,7 @@ class Iteration:
     def __init__(self, config: PPORun, mesh: Mesh, parts: RolloutParts, data: RunData):
         self._config, self._parts, self._data = config, parts, data
         self._dump = RolloutDump(
-            config.run.folder, data.tok, config.dump_every, config.dump_samples
+            local_folder(config.run.folder), data.tok, config.dump_every, config.dump_samples
         )
         self._text = None
         if config.ptx is not None:
