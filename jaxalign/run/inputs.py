@@ -72,6 +72,7 @@ def source_paths(config: Run) -> list[str]:
     models += [getattr(config, name, None) for name in ("reference", "critic", "reward_model")]
     named = [name for name in models if isinstance(name, str)]
     named += config.frozen_models.values()
+    named += [file for task in config.run.eval_tasks for file in task.files]
     return named + [path for _, path, _ in _data_paths(config)]
 
 
