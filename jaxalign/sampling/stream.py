@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 4
-"""Tokens between two looks at the answer: few enough to read along, and little to start a loop for."""
+"""Tokens between two looks at the answer: enough for a loop to be worth its start."""
 
 Watch = Callable[[np.ndarray, np.ndarray], None]
 """(tokens `[N, R]`, how many there are of each answer `[N]`) → None, after every chunk."""

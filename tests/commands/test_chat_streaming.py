@@ -1,5 +1,7 @@
 """Streamed answers are the answers, to the bit, in pieces of whole characters."""
 
+import itertools
+
 import chatmodel
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ def test_watched_sampling_gives_the_same_bits(loaded, temperature):
     """Two prompts, two samples each, over 200 tokens: more than one stage of the cache."""
     model, params, _ = loaded
     tokens = np.array([[0, 0, 7, 8], [5, 6, 7, 8]] * 4, np.int32)
-    prompts = PromptBatch(tokens, tokens > 0)
+    prompts = PromptBatch(tokens, tokens > 0, np.arange(8, dtype=np.int32))
     options = {"max_new_tokens": 200, "temperature": temperature, "samples": 2}
     options |= {"stop_tokens": (3,), "lengths": np.array([200, 9] * 8)}
     key = jax.random.key(5)
@@ -37,7 +39,7 @@ def test_watched_sampling_gives_the_same_bits(loaded, temperature):
     # What was seen on the way is the beginning of what came out.
     counts = [count for _, count in seen]
     assert len(seen) > 3
-    assert all((a <= b).all() for a, b in zip(counts, counts[1:], strict=False))
+    assert all((a <= b).all() for a, b in itertools.pairwise(counts))
     for ring, count in seen:
         for row, n in enumerate(count):
             np.testing.assert_array_equal(ring[row][:n], np.asarray(whole.tokens)[row][:n])
@@ -59,7 +61,7 @@ def test_the_pieces_are_the_answer(loaded, seed):
 def test_streaming_takes_one_prompt(loaded):
     with pytest.raises(ValueError, match="on_text with 2 prompts: wanted one"):
         jaxalign.generate(*loaded, ["a", "b"], on_text=print)
-    prompts = PromptBatch(np.ones((8, 2), np.int32), np.ones((8, 2), bool))
+    prompts = PromptBatch(np.ones((8, 2), np.int32), np.ones((8, 2), bool), np.arange(8))
     with pytest.raises(ValueError, match="slots=8 with watch: wanted None"):
         jaxalign.sample(
             *loaded[:2], prompts, jax.random.key(0), max_new_tokens=2, slots=8, watch=print
