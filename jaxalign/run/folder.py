@@ -25,11 +25,13 @@ from jaxalign.run.record import (
     write_record,
 )
 from jaxalign.run.tasks.task import Task
+from jaxalign.run.usage import USAGE
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _OUTPUTS = (
     *(CHECKPOINTS, MODEL, RECORD, VERSIONS, "metrics.jsonl"),
     *("evaluation.json", "rollouts.jsonl", "histograms.jsonl", "trackers.json", "tensorboard"),
+    USAGE,
 )
 """What a run writes besides `config.yaml`."""
 

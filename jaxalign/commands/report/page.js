@@ -2,7 +2,6 @@
 // No less-than sign and no ampersand stand in this file: the page is XML, too.
 "use strict";
 (() => {
-  const svg = "http://www.w3.org/2000/svg";
   const tip = document.createElement("div");
   tip.id = "tip";
   tip.hidden = true;
@@ -60,7 +59,7 @@
     const place = nearest(found.map((pair) => pair[1]), x)[0];
     let cursor = chart.querySelector(".cursor");
     if (!cursor) {
-      cursor = document.createElementNS(svg, "line");
+      cursor = document.createElementNS(chart.namespaceURI, "line");
       cursor.setAttribute("class", "cursor");
       chart.append(cursor);
     }

@@ -231,7 +231,7 @@ def _configuration(runs: Sequence[Run]) -> str:
             content = path.read_text(encoding="utf-8", errors="replace")
             more = "" if len(content) <= most else f"\n… {len(content) - most:,} more characters"
             shown = text(content[:most] + more)
-            inner.append(f'<h4>{name}</h4><pre tabindex="0">{shown}</pre>')
+            inner.append(f'<h3>{name}</h3><pre tabindex="0">{shown}</pre>')
         label = compare.labelled(run)
         parts.append(f"<details><summary>{label}</summary>{''.join(inner)}</details>")
     return "".join(parts)

@@ -73,10 +73,10 @@ def _run(run: Run, budget: int, several: bool) -> str:
     if not answers or not measures:
         return f'<p class="note">{text(run.name)}: its samples cannot be read.</p>'
     scales = {key: _scale([v for a in answers for v in a.values[key]]) for key in measures}
-    cards = []
+    cards, head = [], "h5" if several else "h4"
     for step in dict.fromkeys(answer.step for answer in answers):
         inner = "".join(_card(a, scales, longest) for a in answers if a.step == step)
-        cards.append(f"<h5>{text(run.across.capitalize())} {step}</h5>{inner}")
+        cards.append(f"<{head}>{text(run.across.capitalize())} {step}</{head}>{inner}")
     columns = "".join(f"<section>{card}</section>" for card in cards)
     title = f"<h4>{swatch(run.number)}{text(run.name)}</h4>" if several else ""
     choices = "".join(
