@@ -175,8 +175,10 @@ def test_the_page_of_a_long_run_is_no_larger(tmp_path):
             for i in range(1, count + 1)
         ]
 
-    sizes = [len(make_page(write_run(tmp_path / f"run{n}", rows(n))).encode()) for n in (500, 3000)]
-    assert sizes[1] < 1.1 * sizes[0] < 400_000
+    sizes = [
+        len(make_page(write_run(tmp_path / f"run{n}", rows(n))).encode()) for n in (1000, 3000)
+    ]
+    assert sizes[1] < 1.1 * sizes[0] < 120_000
 
 
 # --- running and damaged folders -----------------------------------------------------------------

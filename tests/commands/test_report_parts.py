@@ -50,23 +50,23 @@ FLAT = [1.0] * 30
 @pytest.mark.parametrize(
     ("curves", "level", "told", "remedy"),
     [
-        ({"loss": [1, float("nan"), 1]}, SERIOUS, "loss was not a finite number in 1 steps, first in 2",
+        ({"loss": [1, float("nan"), 1]}, SERIOUS, "loss was not a finite number in 1 steps",
          "jaxalign explain"),
         ({"bad_steps": [0, 2, 1]}, SERIOUS, "3 updates were skipped", "jaxalign explain"),
-        ({"grad_norm": [*FLAT, 21]}, NOTABLE, "rose to 21 times its median, at step 31", "skip_spikes"),
+        ({"grad_norm": [*FLAT, 21]}, NOTABLE, "21 times its median, at step 31", "skip_spikes"),
         ({"compiles": [1, 2, 4]}, NOTABLE, "compiled 4 times", "data.buckets"),
-        ({"time/data": FLAT, "time/step": [4] * 30}, NOTABLE, "25% of a step's time", "data.prefetch"),
+        ({"time/data": FLAT, "time/step": [4] * 30}, NOTABLE, "25% of a step", "data.prefetch"),
         ({"eval/loss/nll": [3, 2, 2.5]}, NOTABLE,
          "eval/loss/nll was lowest at step 2 (2) and ended at 2.5", "run.keep_best: eval/loss/nll"),
         ({"objective/kl": range(60)}, SERIOUS, "56 nats an answer", "ppo.kl_coef"),
         ({"objective/scores": range(20), "eval/objective/scores": [3, 2, 1]}, SERIOUS,
          "fell on held-out prompts (3 → 1)", "More prompts"),
-        ({"response/finished": [0.4] * 9}, NOTABLE, "Only 40% of the last answers", "max_new_tokens"),
-        ({"response/length": [10] * 9 + [21]}, NOTABLE, "grew from 10 to 21 tokens", "jaxalign eval"),
+        ({"response/finished": [0.4] * 9}, NOTABLE, "Only 40% of the last", "max_new_tokens"),
+        ({"response/length": [10] * 9 + [21]}, NOTABLE, "from 10 to 21 tokens", "jaxalign eval"),
         ({"policy/entropy_avg": [2] * 9 + [0.3]}, NOTABLE, "fell from 2 to 0.3", "entropy_coef"),
         ({"groups/equal": [0.6] * 9}, NOTABLE, "in 60% of the groups", "prompt_draws"),
         ({"policy/clipfrac_avg": [0.4] * 9}, NOTABLE, "acted on 40% of the tokens", "target_kl"),
-        ({"critic/explained_variance": [-0.5] * 9}, NOTABLE, "explained variance -0.5", "critic_warmup"),
+        ({"critic/explained_variance": [-0.5] * 9}, NOTABLE, "variance -0.5", "critic_warmup"),
         ({"logprobs/mean_difference": [0.1] * 9}, SERIOUS, "differ by 0.1 nats", "cache_dtype"),
         ({"rewards/accuracies": [0.5] * 9}, NOTABLE, "50% of the pairs", "jaxalign data"),
         ({"logps/chosen": [-50] * 9 + [-70]}, NOTABLE, "lost probability (-50 → -70", "dpo.beta"),
@@ -157,9 +157,8 @@ def test_tokens_are_coloured_by_what_was_measured():
 def test_samples_are_spread_over_time_and_bounded():
     rollouts = [row(step, [0.1] * 4) for step in range(1, 101) for _ in range(5)]
     root = tree(samples_section([run(rollouts=rollouts)]))
-    assert [h.text for h in root.iter("h4")] == [
-        "Iteration 1", "Iteration 21", "Iteration 41", "Iteration 60", "Iteration 80", "Iteration 100"
-    ]  # fmt: skip
+    shown = [h.text.removeprefix("Iteration ") for h in root.iter("h4")]
+    assert shown == ["1", "21", "41", "60", "80", "100"]
     assert len(list(root.iter("article"))) == 6 * 3
     long = [row(step, [0.1] * 5000) for step in range(1, 7)]
     section = samples_section([run(rollouts=long)])
@@ -181,9 +180,9 @@ def test_cost_is_a_median_without_the_first_step(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
     rows = [
-        {"step": i, "time/step": 99 if i == 1 else 2, "time/data": 1, "time/tokens_per_second": 12345}
-        for i in (1, 2, 3)
-    ]  # fmt: skip
+        {"step": i, "time/step": time, "time/data": 1, "time/tokens_per_second": 12345}
+        for i, time in ((1, 99), (2, 2), (3, 2))
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "usage.json").write_text(json.dumps({"host_bytes": 3 * 2**29}))
     (one,) = load_runs([folder])

@@ -146,9 +146,7 @@ def _overfit(run: Run) -> Iterator[Finding]:
 
 def _far(run: Run) -> Iterator[Finding]:
     ends = _ends(run, "objective/kl")
-    if ends is None:
-        return
-    if ends[1] > 30:
+    if ends is not None and ends[1] > 30:
         yield Finding(
             SERIOUS,
             f"The policy is {ends[1]:.0f} nats an answer from its reference: the score may be "

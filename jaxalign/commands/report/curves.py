@@ -109,7 +109,7 @@ def curve_chart(name: Name, lines: Sequence[Line], across: str, most: int) -> st
     if not every:
         raise ValueError(f"chart {name.title!r}: no points to draw")
     means = [_mean(line) for line in lines]
-    low, high, cut = _range(lines, means)
+    low, high, cut = _range(lines)
     ticks = value_ticks(low, high)
     box = Box()
     axes = Axes(box, (min(x for x, _ in every), max(x for x, _ in every)), (ticks[0], ticks[-1]))
@@ -129,12 +129,15 @@ def curve_chart(name: Name, lines: Sequence[Line], across: str, most: int) -> st
 def _drawn(line: Line, mean: Points | None, axes: Axes, most: int) -> str:
     """A line as a group: faint noise and mean, or the values themselves."""
     low, high = axes.y
-    shown = thin(line.points, most)
-    shown = [(x, min(max(y, low), high) if is_drawn(y) else y) for x, y in shown]
+
+    def inside(points: Points) -> Points:
+        return [(x, min(max(y, low), high) if is_drawn(y) else y) for x, y in thin(points, most)]
+
+    shown = inside(line.points)
     parts = []
     if mean is not None:
         parts += [_polyline("noise", piece, axes) for piece in pieces(shown)]
-        shown = thin(mean, most)
+        shown = inside(mean)
     kind = "held" if line.held_out else "main"
     parts += [_polyline(kind, piece, axes) for piece in pieces(shown)]
     dots = [(x, y) for x, y in shown if is_drawn(y)]
@@ -174,9 +177,7 @@ def _way(points: Points) -> float:
     return sum(abs(b - a) for (_, a), (_, b) in itertools.pairwise(points))
 
 
-def _range(
-    lines: Sequence[Line], means: Sequence[Points | None]
-) -> tuple[float, float, float | None]:
+def _range(lines: Sequence[Line]) -> tuple[float, float, float | None]:
     """The lowest and highest value shown, and the largest that is not, or None."""
     values = [y for line in lines for _, y in line.points if is_drawn(y)]
     if not values:
@@ -184,10 +185,9 @@ def _range(
     low, high = min(values), max(values)
     if len(values) < _SMOOTHED:
         return low, high, None
-    # 98 of 100 values, and every mean and held-out figure.
+    # 98 of 100 values, and every held-out figure.
     cuts = statistics.quantiles(values, n=100)
     whole = [y for line in lines if line.held_out for _, y in line.points if is_drawn(y)]
-    whole += [y for mean in means if mean is not None for _, y in mean]
     inner_low, inner_high = min([cuts[0], *whole]), max([cuts[-1], *whole])
     if high - low <= _SPIKE * (inner_high - inner_low) or inner_high <= inner_low:
         return low, high, None
