@@ -76,13 +76,13 @@ def decode_watched(
     return _collect(slots, sampling.pad_token)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "samples"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("columns", "samples"))
 def _fill(slots: Slots, prompts: Prompts, *, columns: int, samples: int) -> Slots:
     slots = slots._replace(cache=resize_cache(slots.cache, columns))
     return fill_all(slots, prompts, samples)
 
 
-@functools.partial(jax.jit, static_argnames="columns", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="columns")
 def _widen(slots: Slots, *, columns: int) -> Slots:
     return slots._replace(cache=resize_cache(slots.cache, columns))
 
@@ -99,7 +99,7 @@ def _decode_until(
     return jax.lax.while_loop(lambda s: jnp.any(s.live) & (s.steps < until), write, slots)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
+@jax.jit
 def _collect(slots: Slots, pad_token: Array) -> Slots:
     return collect_answers(slots, jnp.arange(slots.row.shape[0]), pad_token)
 

@@ -28,6 +28,8 @@ def settings(algorithm, chat_models, folder, **run):
         {"task": "choice", "files": [choices], "name": "letters", "batch": 4, "length": 64},
         {"task": "gsm8k", "files": [sums], "max_new_tokens": 6, "limit": 2, "length": 64},
     ]
+    rows = chatmodel.write_rows(folder.parent / "rows.jsonl", chatmodel.CONVERSATIONS)
+    tasks.append({"task": "loss", "files": [rows], "name": "text", "batch": 8, "length": 64})
     run = {"eval_every": 2, "eval_tasks": tasks} | run
     values = chatmodel.settings(algorithm, chat_models, folder, **run)
     values["optimizer"]["learning_rate"] = 3e-2
@@ -56,6 +58,7 @@ def trained(chat_models, tmp_path_factory):
 NAMES = {
     *("eval/letters/accuracy", "eval/letters/accuracy_norm"),
     *("eval/gsm8k/strict", "eval/gsm8k/flexible"),
+    *("eval/text/nll", "eval/text/perplexity"),
 }
 
 
@@ -69,25 +72,28 @@ def test_figures_are_in_the_metrics_at_every_evaluation(trained):
 
 def test_they_are_those_of_the_command_on_the_exported_model(trained, tmp_path):
     values, result = trained
-    choices, sums = (task["files"][0] for task in values["run"]["eval_tasks"])
+    choices, sums, rows = (task["files"][0] for task in values["run"]["eval_tasks"])
     out = tmp_path / "out.json"
-    command = ["eval", str(result.model), "--choice", choices, "--gsm8k", sums, "--length", "64"]
-    command += ["--batch", "4", "--max-new-tokens", "6", "--out", str(out)]
+    command = ["eval", str(result.model), "--choice", choices, "--gsm8k", sums, "--loss", rows]
+    command += ["--length", "64", "--batch", "4", "--max-new-tokens", "6", "--out", str(out)]
     assert cli.main(command) == 0
     figures = json.loads(out.read_text())["results"]
     for name in ("accuracy", "accuracy_norm"):
         assert result.after[f"letters/{name}"] == figures["choice"]["figures"][name]["value"]
+    loss = figures["loss"]["figures"]["nll"]["value"]
+    assert result.after["text/nll"] == pytest.approx(loss, rel=1e-5)
     # The command measured all 3 rows, the run 2; a model of random weights knows none of them.
     assert figures["gsm8k"]["figures"]["strict"]["count"] == 3
     # What is measured is the policy of that step: training moved it.
-    assert result.before != result.after
+    assert result.after["text/nll"] < 0.9 * result.before["text/nll"]
 
 
 def test_killed_and_resumed_it_is_the_same(trained, chat_models, tmp_path):
     _, whole = trained
     values = settings("sft", chat_models, tmp_path / "run")
     train("sft", values, "run.steps=2", "run.export=false")
-    (tmp_path / "run/metrics.jsonl").open("a").write('{"step": 3, "eval/let')
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "eval/let')
     resumed = train("sft", values, "run.resume=true", "run.allow_changes=true")
     ours, theirs = evaluations(resumed.folder), evaluations(whole.folder)
     assert ours == theirs
@@ -124,7 +130,8 @@ def test_a_name_alone_is_a_section(chat_models, tmp_path):
         ("sft", {"task": "gsm8k"}, r"files of gsm8k=\[\]: wanted files of rows"),
         ("sft", {"task": "hellaswag", "files": ["x"]}, r"files of hellaswag.*wanted no files"),
         ("sft", {"task": "gsm8k", "files": ["x"], "limit": 0}, r"limit=0: wanted positive"),
-        ("sft", {"task": "loss", "files": ["x"], "num_fewshot": 3}, r"num_fewshot=3: wanted null"),
+        ("sft", {"task": "loss", "files": ["x"]}, r"name of loss=None: wanted a name of its own"),
+        ("sft", {"task": "ifeval", "files": ["x"], "num_fewshot": 3}, r"num_fewshot=3: wanted null"),
         ("sft", {"task": ""}, r"task='': wanted the name"),
         ("sft", {"task": "gsm8k", "file": ["x"]}, r"file: unknown key; did you mean"),
         ("reward", {"task": "arc"}, r"run.eval_tasks=\['arc'\]: wanted none"),

@@ -18,7 +18,7 @@ class EvalTask:
       task: "loss", "choice", "gsm8k" or "ifeval", as the options of `jaxalign eval`; or the name of
         a task of lm-eval (extra `eval`).
       files: of rows, for the first four.
-      name: of its figures, `eval/<name>/…`; None: the task's.
+      name: of its figures, `eval/<name>/…`; None: the task's. "loss" needs one.
       limit: rows that are measured, the first ones; None: all.
       batch: rows computed at a time.
       length: longest document, tokens.
@@ -44,6 +44,9 @@ class EvalTask:
         wanted = "files of rows" if local else f"no files: only {', '.join(LOCAL)} read them"
         want(bool(self.files) == local, f"{where}.files of {self.task}", list(self.files), wanted)
         want(self.name is None or bool(self.name), f"{where}.name", self.name, "a name, or null")
+        own = self.task != "loss" or self.name not in (None, "loss")
+        wanted = "a name of its own: loss/nll is that of the held-out data"
+        want(own, f"{where}.name of loss", self.name, wanted)
         for option in ("limit", "batch", "length", "max_new_tokens"):
             value = getattr(self, option)
             want(value is None or value > 0, f"{where}.{option}", value, "positive")
