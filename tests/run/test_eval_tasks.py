@@ -131,7 +131,11 @@ def test_a_name_alone_is_a_section(chat_models, tmp_path):
         ("sft", {"task": "hellaswag", "files": ["x"]}, r"files of hellaswag.*wanted no files"),
         ("sft", {"task": "gsm8k", "files": ["x"], "limit": 0}, r"limit=0: wanted positive"),
         ("sft", {"task": "loss", "files": ["x"]}, r"name of loss=None: wanted a name of its own"),
-        ("sft", {"task": "ifeval", "files": ["x"], "num_fewshot": 3}, r"num_fewshot=3: wanted null"),
+        (
+            "sft",
+            {"task": "ifeval", "files": ["x"], "num_fewshot": 3},
+            r"num_fewshot=3: wanted null",
+        ),
         ("sft", {"task": ""}, r"task='': wanted the name"),
         ("sft", {"task": "gsm8k", "file": ["x"]}, r"file: unknown key; did you mean"),
         ("reward", {"task": "arc"}, r"run.eval_tasks=\['arc'\]: wanted none"),

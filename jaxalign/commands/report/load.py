@@ -223,12 +223,10 @@ def _rollouts(path: pathlib.Path, missing: list[str]) -> list[Mapping[str, Any]]
             continue
         try:
             row = parse_json(line)
-            ok = isinstance(row, Mapping) and isinstance(row["step"], int)
-        except (ValueError, KeyError):
-            ok = False
-        if ok:
+            if not isinstance(row["step"], int):
+                raise ValueError(row)
             rows.append(row)
-        else:
+        except (ValueError, KeyError, TypeError):
             lost += 1
     if lost:
         missing.append(f"{lost} damaged lines of rollouts.jsonl are left out.")
