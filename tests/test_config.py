@@ -548,7 +548,7 @@ READERS = {
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("run/tasks/*.py", "run/loop.py", "run/folder.py"), {"run"}),
     SpikeConfig: (("algorithms/guard.py",), {"config", "self"}),
-    EvalTask: (("run/evaluation/tasks.py",), {"task"}),
+    EvalTask: (("run/evaluation/tasks.py", "run/config/eval_tasks.py"), {"task", "self"}),
     EarlyStopping: (("run/early_stopping.py",), {"config", "_config"}),
     configs.SFTRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
