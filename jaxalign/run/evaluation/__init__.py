@@ -1,1 +1,1 @@
-"""Measures of a language model: of a saved one (`jaxalign eval`), and of a policy in training."""
+"""Measures of a language model, saved (`jaxalign eval`) or in training."""
