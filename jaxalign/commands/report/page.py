@@ -1,7 +1,7 @@
 """HTML pages without other files: frame, style, script and tables. `charts` has the charts.
 
-Light or dark follows the reader's setting. A page names its own style and script by their hashes
-and forbids all else, so that text from a run's data cannot run or load anything.
+Light or dark follows the reader's setting. A page with a script names style and script by their
+hashes and forbids all else, so that text from a run's data cannot run or load anything.
 """
 
 from __future__ import annotations
@@ -35,12 +35,9 @@ def page(
     name = text(title)
     rules = _asset("page.css") + style
     code = _asset("page.js") if script else ""
-    policy = f"default-src 'none'; style-src {_hash(rules)}; base-uri 'none'; form-action 'none'"
-    policy += f"; script-src {_hash(code)}" if script else ""
     head = (
         f'<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>'
-        f"{_mark(kind)}"
-        f'<meta http-equiv="Content-Security-Policy" content="{text(policy)}"/>'
+        f"{_mark(kind)}{_policy(rules, code) if script else ''}"
         f"<title>{name} – jaxalign</title><style>{rules}</style>"
     )
     inner = "\n".join([f"<main><h1>{name}</h1>", *body, "</main>"])
@@ -75,6 +72,15 @@ def write_page(path: pathlib.Path, made: str, kind: str, overwrite: bool = False
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, made)
     return path
+
+
+def _policy(rules: str, code: str) -> str:
+    """Allows this style and this script, and nothing else."""
+    policy = (
+        f"default-src 'none'; style-src {_hash(rules)}; script-src {_hash(code)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return f'<meta http-equiv="Content-Security-Policy" content="{text(policy)}"/>'
 
 
 def _mark(kind: str) -> str:
