@@ -20,6 +20,7 @@ from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
 from jaxalign.run.config import runs as configs
 from jaxalign.run.config.early_stopping import EarlyStopping
+from jaxalign.run.config.eval_tasks import EvalTask
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, override, read_yaml, to_values, write_yaml
 
@@ -547,6 +548,7 @@ READERS = {
     configs.MeshConfig: (("run/tasks/*.py", "run/config/mesh.py"), {"mesh", "self"}),
     configs.RunConfig: (("run/tasks/*.py", "run/loop.py", "run/folder.py"), {"run"}),
     SpikeConfig: (("algorithms/guard.py",), {"config", "self"}),
+    EvalTask: (("run/evaluation/tasks.py", "run/config/eval_tasks.py"), {"task", "self"}),
     EarlyStopping: (("run/early_stopping.py",), {"config", "_config"}),
     configs.SFTRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),
     configs.RewardRun: (("run/tasks/*.py", "run/loop.py"), {"config"}),

@@ -18,7 +18,7 @@ from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
 from jaxalign.data.bounds import parse_json
 
-_NOT_FLAGS = ("key", "rows")  # --seed makes the key; prompts are decoded as many at a time as fit
+_NOT_FLAGS = ("key", "rows", "on_text")  # --seed makes the key; rows are as many as fit
 _DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
 
 

@@ -37,6 +37,8 @@ class Chat:
       options: keyword arguments of `jaxalign.generate`, without its key.
       seed: of sampling; each turn has a key of its own.
       system: the system prompt; None: none.
+      show: gets the answer piece by piece while it is sampled, if one model answers; None: `reply`
+        returns it whole.
     """
 
     def __init__(
@@ -45,13 +47,18 @@ class Chat:
         options: Mapping[str, Any],
         seed: int = 0,
         system: str | None = None,
+        show: Callable[[str], None] | None = None,
     ):
         self._speakers, self._options = list(speakers), dict(options)
         self._seed, self._turns, self._system = seed, 0, system
         self._answered = False
+        # Two answers stand one under the other: the second could not begin before the first ends.
+        self._streamed = {} if show is None or len(speakers) > 1 else {"on_text": show}
 
     def reply(self, line: str) -> str:
         """What is shown after a line of the person's: answers, or the result of a command.
+
+        An answer that was shown piece by piece is not returned again: "".
 
         Raises:
           ValueError: the first message cannot be answered, so that no other could be.
@@ -73,7 +80,7 @@ class Chat:
         try:
             for speaker in self._speakers:
                 prompt = [*self._opening(), *speaker.messages, {"role": "user", "content": text}]
-                answers += speaker.answer([prompt], key=key, **self._options)
+                answers += speaker.answer([prompt], key=key, **self._options, **self._streamed)
         except ValueError as error:
             if not self._answered:
                 raise
@@ -84,7 +91,7 @@ class Chat:
             speaker.messages.append({"role": "user", "content": text})
             speaker.messages.append({"role": "assistant", "content": answer})
             shown.append(f"[{speaker.name}]\n{answer}" if speaker.name else answer)
-        return "\n\n".join(shown)
+        return "" if self._streamed else "\n\n".join(shown)
 
     def _opening(self) -> list[dict[str, str]]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -191,7 +198,7 @@ def _run(parsed: argparse.Namespace) -> None:
         Speaker(name, _answerer(model, option), [])
         for name, model, option in zip(names, models, ("model", "--versus"), strict=False)
     ]
-    chat = Chat(speakers, options, parsed.seed, parsed.system)
+    chat = Chat(speakers, options, parsed.seed, parsed.system, show=_show)
     print("Empty line to end, /help for commands.")
     while True:
         try:
@@ -201,6 +208,11 @@ def _run(parsed: argparse.Namespace) -> None:
         if not line:
             return
         print(chat.reply(line))
+
+
+def _show(piece: str) -> None:
+    """Prints at once, also into a pipe."""
+    print(piece, end="", flush=True)
 
 
 def _answerer(source: str, option: str) -> Answer:

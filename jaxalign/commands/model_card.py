@@ -12,7 +12,7 @@ import yaml
 
 from jaxalign.commands.fetch import data_of, may_be_on_the_hub
 from jaxalign.commands.report.charts import thin
-from jaxalign.commands.report.runs import Curve, read_metrics
+from jaxalign.commands.report.metrics import Curve, read_metrics
 from jaxalign.data.remote import fetch, is_address
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import read_yaml

@@ -13,7 +13,8 @@ from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import to_values
 
 FREE = (
-    *("run.folder", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
+    *("run.folder", "run.log_every", "run.eval_every", "run.eval_tasks"),
+    *("run.save_every", "run.save_minutes"),
     *("run.keep", "run.keep_best", "run.time_limit", "run.early_stopping", "run.export"),
     *(
         "run.checkpoint",

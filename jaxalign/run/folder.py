@@ -28,11 +28,13 @@ from jaxalign.run.record import (
 )
 from jaxalign.run.remote import below, is_inside, local_folder
 from jaxalign.run.tasks.task import Task
+from jaxalign.run.usage import USAGE
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _OUTPUTS = (
     *(CHECKPOINTS, MODEL, RECORD, VERSIONS, "metrics.jsonl"),
     *("evaluation.json", "rollouts.jsonl", "histograms.jsonl", "trackers.json", "tensorboard"),
+    USAGE,
 )
 """What a run writes besides `config.yaml`."""
 

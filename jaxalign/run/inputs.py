@@ -16,6 +16,7 @@ from typing import Any
 from jaxalign.data.chat import resolve_chat_template
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.data import DataConfig
+from jaxalign.run.config.eval_tasks import EvalTask
 from jaxalign.run.digests import (
     data_digest,
     file_digest,
@@ -72,6 +73,8 @@ def source_paths(config: Run) -> list[str]:
     models += [getattr(config, name, None) for name in ("reference", "critic", "reward_model")]
     named = [name for name in models if isinstance(name, str)]
     named += config.frozen_models.values()
+    tasks = [task for task in config.run.eval_tasks if isinstance(task, EvalTask)]
+    named += [file for task in tasks for file in task.files]
     return named + [path for _, path, _ in _data_paths(config)]
 
 

@@ -27,6 +27,7 @@ from jaxalign.run.metrics import (
 from jaxalign.run.stopping import Wishes
 from jaxalign.run.storage import retry
 from jaxalign.run.trackers.hub import Trackers
+from jaxalign.run.usage import write_usage
 
 SHOWN = (
     "loss",
@@ -155,15 +156,17 @@ class Reporter:
         named = {f"eval/{name}": value for name, value in figures.items()}
         self._writer.write(step, named)
         self._trackers.write_evaluation(step, named, details)
+        write_usage(self._folder)
         if details is not None and distributed.is_main():
             text = json.dumps({"step": step} | details, indent=1)
             path = self._folder / "evaluation.json"
             retry(lambda: replace_text(path, text + "\n"), str(path), self._folder)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the file."""
+        """Ends the progress bar, closes the file and records the memory that the run took."""
         self._bar.close()
         self._writer.close()
+        write_usage(self._folder)
 
     def close_bar(self) -> None:
         """Ends the progress bar."""

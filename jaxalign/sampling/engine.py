@@ -168,7 +168,7 @@ def decode(
     # The whole state is returned so that the donated cache is updated in place.
     ring_start = prompts.cache.segment_ids.shape[1]  # P
     write = functools.partial(
-        _decode_step, model, params, key=key, sampling=sampling, ring_start=ring_start
+        decode_step, model, params, key=key, sampling=sampling, ring_start=ring_start
     )
     if slots.row.shape[0] == slots.tokens.shape[0] == prompts.length.shape[0] * samples:
         # A slot for every answer: all are filled at once, and each device copies its own rows. To
@@ -176,7 +176,7 @@ def decode(
         # device for 256 prompts of an 8B model.
         stage_ends = stages(slots.tokens.shape[1])
         slots = slots._replace(cache=resize_cache(slots.cache, ring_start + stage_ends[0]))
-        slots = _fill_all(slots, prompts, samples)
+        slots = fill_all(slots, prompts, samples)
         for stage_end in stage_ends:
             slots = slots._replace(cache=resize_cache(slots.cache, ring_start + stage_end))
             slots = jax.lax.while_loop(
@@ -184,10 +184,10 @@ def decode(
             )
     else:
         slots = jax.lax.while_loop(generating, lambda s: fill(write(s)), fill(slots))
-    return _collect_answers(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
+    return collect_answers(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
 
 
-def _collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
+def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     """Copies the answers of slots `which`, int32 `[n]`, from the rings to their rows."""
     longest = slots.tokens.shape[1]  # R
     number = jnp.arange(longest)[None]  # [1, R]
@@ -206,7 +206,7 @@ def _collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     )
 
 
-def _fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
+def fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
     """Fills all slots, as many as answers: slot r takes answer r."""
 
     def repeat(x: jax.Array) -> jax.Array:
@@ -238,7 +238,7 @@ def _fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
 def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) -> Slots:
     """Assigns the next answer to the first free slot."""
     slot, row = jnp.argmin(slots.live), slots.next_row
-    slots = _collect_answers(slots, slot[None], sampling.pad_token)
+    slots = collect_answers(slots, slot[None], sampling.pad_token)
     prompt = row // samples - prompts.first
     cache = slots.cache
 
@@ -286,7 +286,7 @@ def stages(longest: int) -> list[int]:
     return [*range(stage, longest, stage), longest]
 
 
-def _decode_step(
+def decode_step(
     model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling,
     ring_start: int,
 ) -> Slots:  # fmt: skip

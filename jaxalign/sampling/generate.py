@@ -7,7 +7,7 @@ row has a stop token. Temperature, top-k and top-p are traced: to change them co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from jaxalign.parallel.sharding import (
 )
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts
+from jaxalign.sampling.stream import TextPieces, Watch, decode_watched
 from jaxalign.types import Array, Params, PromptBatch
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def sample(
     lengths: Array | None = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    watch: Watch | None = None,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -116,6 +118,8 @@ def sample(
       rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while generating.
         Parameters are resharded by them; activations and the cache (`cache_rows`, `cache_heads`,
         `cache_length`) follow them. None: the entries in force.
+      watch: called with the tokens so far every few steps; the answers are the same. It takes a
+        slot for every answer. None: nothing sees them before the end.
 
     Raises:
       ValueError: a value out of its range.
@@ -124,6 +128,8 @@ def sample(
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: wanted a positive integer")
+    if watch is not None and slots is not None:
+        raise ValueError(f"slots={slots} with watch: wanted None, a slot for every answer")
     sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
@@ -139,7 +145,7 @@ def sample(
             params = reshard(params, model.axes, mesh)
         else:
             mesh, params = home, reshard_by_rules(params, model.axes, rules)
-        generation = _run(model, params, prompts, key, sampling, limits, options, mesh)
+        generation = _run(model, params, prompts, key, sampling, limits, options, mesh, watch)
     steps = generation.steps
     if home is not None:
         generation = shard_batch(generation._replace(steps=None), home)
@@ -186,7 +192,7 @@ def _sampling(
 
 def _run(
     model: Decoder, params: Params, prompts: PromptBatch, key: jax.Array, sampling: Sampling,
-    limits: np.ndarray, options: EngineOptions, mesh: Mesh | None,
+    limits: np.ndarray, options: EngineOptions, mesh: Mesh | None, watch: Watch | None,
 ) -> Generation:  # fmt: skip
     """Prefills group by group and decodes; `limits` `[N]`, the most tokens of each answer."""
     if mesh is not None:
@@ -215,6 +221,11 @@ def _run(
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
             prefilled = read_prompts(model, params, tokens, mask, jnp.int32(start), dtype)
+            if watch is not None:
+                state = decode_watched(
+                    model, params, state, prefilled, key, sampling, samples=samples, watch=watch
+                )
+                continue
             last_group = jnp.asarray(first + group >= count)
             state = decode(
                 model, params, state, prefilled, key, sampling, last_group, samples=samples
@@ -278,6 +289,7 @@ def generate(
     thinking: str = "auto",
     chat_template_kwargs: dict[str, Any] | None = None,
     rows: int = 16,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Answers prompts in text.
 
@@ -298,6 +310,8 @@ def generate(
         "auto" close it, as training did for answers without it.
       chat_template_kwargs: further variables of the template, as an object of JSON.
       rows: prompts decoded at a time.
+      on_text: gets the answer to a single prompt piece by piece, while it is sampled. A piece never
+        ends within a character, and together they are the answer that is returned.
 
     Returns:
       One answer a prompt, special tokens removed.
@@ -319,6 +333,8 @@ def generate(
     expect_decoder(model, "generate")
     if not len(prompts):
         return []
+    if on_text is not None and len(prompts) > 1:
+        raise ValueError(f"on_text with {len(prompts)} prompts: wanted one, whose answer is shown")
     if isinstance(prompts[0], Mapping):
         raise ValueError(
             "prompts: got one conversation, wanted a list of prompts; write "
@@ -344,6 +360,7 @@ def generate(
     if mesh is not None:
         rows = -(-rows // row_shards(mesh)) * row_shards(mesh)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
+    pieces = None if on_text is None else TextPieces(tok, on_text)
     answers: list[str] = []
     for start in range(0, len(encoded), rows):
         group = range(start, min(start + rows, len(encoded)))
@@ -358,8 +375,11 @@ def generate(
             top_p=top_p,
             stop_tokens=stops,
             pad_token=pad,
+            watch=None if pieces is None else pieces.watch,
         )
         tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+        if pieces is not None:
+            return [pieces.end(tokens[0][mask[0]])]
         answers += [
             str(tok.decode(tokens[row][mask[row]], skip_special_tokens=True))
             for row in range(len(group))

@@ -1,23 +1,18 @@
-"""Reports: coordinates by hand, a page that parsers accept, and messages about broken input."""
+"""Reports: a page that parsers accept, of sound, running and damaged folders, written over none."""
 
+import base64
+import hashlib
 import html.parser
+import itertools
 import json
-import math
 import os
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from jaxalign.commands import cli
-from jaxalign.commands.report.charts import bar_chart, line_chart, step_ticks, thin, value_ticks
 from jaxalign.commands.report.runs import find_runs, make_page, read_metrics, write_report
-
-# The plot is 280 wide from x = 70 and 160 high, from y = 176 (bottom) to 16.
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def polylines(svg):
-    return [line.get("points") for line in ET.fromstring(svg).iter("polyline")]
 
 
 def write_run(folder, rows, config="sft: {log_entropy: false}\n"):
@@ -37,98 +32,25 @@ ROWS = [
 ]
 
 
-# --- charts --------------------------------------------------------------------------------------
-
-
-def test_three_points_by_hand():
-    svg = line_chart([[(1, 0.0), (2, 10.0), (3, 5.0)]], "loss", "step", "nats")
-    # Ticks 0, 5, 10 and 1, 2, 3: thirds of the box at its edges and middle.
-    assert polylines(svg) == ["70,176 210,16 350,96"]
-    texts = [node.text for node in ET.fromstring(svg).iter("text")]
-    assert texts == ["0", "5", "10", "1", "2", "3", "step", "nats"]
-    tips = [node.text for node in ET.fromstring(svg).iter("title")]
-    assert tips == ["step 1: 0", "step 2: 10", "step 3: 5"]
-
-
-def test_series_share_the_axes():
-    svg = line_chart([[(0, 0.0), (4, 20.0)], [(2, 5.0), (4, 10.0)]], "x", "step", "y")
-    assert polylines(svg) == ["70,176 350,16", "210,136 350,96"]
-    assert [line.get("class") for line in ET.fromstring(svg).iter("polyline")] == ["s0", "s1"]
-
-
-def test_what_is_no_number_leaves_a_gap():
-    values = [0.0, 5.0, math.nan, 5.0, 10.0, math.inf, 10.0]
-    svg = line_chart([list(enumerate(values, start=1))], "x", "step", "y")
-    assert [len(line.split()) for line in polylines(svg)] == [2, 2]
-    assert len(list(ET.fromstring(svg).iter("circle"))) == 5
-    empty = line_chart([[(1, math.nan)]], "x", "step", "y")
-    assert polylines(empty) == []
-    assert "nan" not in empty
-
-
-def test_one_point_is_a_dot_in_the_middle():
-    circle = next(ET.fromstring(line_chart([[(5, 2.0)]], "x", "step", "y")).iter("circle"))
-    # Ticks 1, 1.5, 2, 2.5, 3.
-    assert (circle.get("cx"), circle.get("cy")) == ("210", "96")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 10, [0, 5, 10]),
-        (0.12, 0.31, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]),
-        (-0.3, 0.9, [-0.5, 0, 0.5, 1]),
-        (1000, 4000, [1000, 2000, 3000, 4000]),
-        (0, 0, [-1, -0.5, 0, 0.5, 1]),
-        (-4, -4, [-6, -5, -4, -3, -2]),
-        (1e-7, 3e-7, [1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7]),
-    ],
-)
-def test_ticks_are_round_and_cover(low, high, expected):
-    assert value_ticks(low, high) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "expected"),
-    [
-        (1, 3, [1, 2, 3]),
-        (0, 100, [0, 50, 100]),
-        (7, 7, [7]),
-        (1, 1000, [500, 1000]),
-        (3, 9, [4, 6, 8]),
-    ],
-)
-def test_steps_are_whole(first, last, expected):
-    assert step_ticks(first, last) == expected
-
-
-def test_long_curves_keep_their_spikes():
-    points = [(i, math.sin(i / 50)) for i in range(10_000)]
-    points[1234], points[7777] = (1234, 9.0), (7777, -9.0)
-    points[5000] = (5000, math.nan)
-    kept = thin(points)
-    assert len(kept) <= 320
-    assert kept == sorted(kept)
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert {points[1234], points[7777]} <= set(kept)
-    assert 5000 in [x for x, _ in kept]
-    assert thin(points[:300]) == points[:300]
-
-
 # --- the page ------------------------------------------------------------------------------------
 
 
 class Tags(html.parser.HTMLParser):
-    """Checks that tags nest."""
+    """Checks that tags nest, and keeps what could run or load something."""
 
     def __init__(self):
         super().__init__()
-        self.open, self.seen = [], []
+        self.open, self.outside = [], []
 
     def handle_starttag(self, tag, attrs):
         self.open.append(tag)
-        self.seen.append(tag)
+        self.outside += [
+            (tag, name, value)
+            for name, value in attrs
+            if name in ("src", "srcset", "style")
+            or name.startswith("on")
+            or (name == "href" and not value.startswith("#"))
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -138,7 +60,7 @@ def parsed(page):
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
-    assert "script" not in tags.seen
+    assert tags.outside == []
     return ET.fromstring(page)
 
 
@@ -146,43 +68,186 @@ def cells(table):
     return [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
 
 
+def table(root, label):
+    """The table of a region."""
+    (found,) = [div for div in root.iter("div") if div.get("aria-label") == label]
+    return cells(found)
+
+
+def words(root):
+    return "".join(root.find("body/main").itertext())
+
+
 def captions(root):
-    return ["".join(node.itertext()) for node in root.iter("figcaption")]
+    return [node.findtext("b") for node in root.iter("figcaption")]
 
 
 def test_page_of_a_run(tmp_path):
     page = make_page(write_run(tmp_path / "mine", ROWS))
     root = parsed(page)
     assert root.findtext("head/title") == "mine – jaxalign"
-    assert cells(next(root.iter("table"))) == [
-        ["figure", "before", "after", "step"],
-        ["loss/nll", "3", "2.062", "2"],
-        ["entropy", "1", "1.5", "2"],
+    assert table(root, "overview of the runs")[1][:4] == [
+        "mine", "SFT", "2 steps", "held-out loss 3 → 2.06 nats a token"
+    ]  # fmt: skip
+    assert table(root, "held-out figures of mine") == [
+        ["figure", "key", "before", "after", "step"],
+        ["Loss: nll", "loss/nll", "3", "2.062", "2"],
+        ["Entropy", "entropy", "1", "1.5", "2"],
     ]
     # The held-out loss is drawn with the loss; `compiles` is no curve.
-    assert captions(root) == [
-        "loss last training 2.125held out 2.062",
-        "grad_norm last inf",
-        "eval/entropy last 1.5",
-    ]
+    assert captions(root) == ["Loss", "Entropy", "Gradient norm"]
     # Loss 2 … 3 over steps 0 … 2, ticks every 0.5 (2.0625 lies below 2.5, so from 2).
-    assert [line.get("points") for line in root.iter("polyline")][:2] == [
-        "210,96 350,156",
-        "70,16 350,166",
-    ]
+    lines = [(line.get("class"), line.get("points")) for line in root.iter("polyline")]
+    assert lines[:2] == [("main", "207,88 368,146.5"), ("held", "46,10 368,156.2")]
+    assert table(root, "all metrics as a table")[1] == [
+        "Loss", "loss", "mine", "2.5", "2.125", "2.125", "2.5"
+    ]  # fmt: skip
+    assert '{"jax": "0.10.2"}' in words(root)
     assert "prefers-color-scheme:dark" in page
-    assert '{"jax": "0.10.2"}' in "".join(root.itertext())
     for outside in ("http://", "https://", "url(", "@import"):
         assert outside not in page
 
 
+def test_only_its_own_style_and_script_may_run(tmp_path):
+    page = make_page(write_run(tmp_path / "mine", ROWS))
+    root = ET.fromstring(page)
+    (policy,) = [m.get("content") for m in root.iter("meta") if m.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; ")
+    for kind in ("style", "script"):
+        (content,) = [node.text for node in root.iter(kind)]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+        assert f"<{kind}>{content}</{kind}>" in page  # nothing in it had to be escaped
+
+
+def test_every_chart_and_control_has_a_label(tmp_path):
+    root = ET.fromstring(make_page([write_run(tmp_path / name, ROWS) for name in "ab"]))
+    charts = list(root.iter("svg"))
+    assert charts
+    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in charts)
+    assert all(div.get("aria-label") for div in root.iter("div") if div.get("tabindex"))
+    anchors = {node.get("id") for node in root.iter() if node.get("id")}
+    assert {a.get("href")[1:] for a in root.iter("a")} <= anchors
+    levels = [int(n.tag[1]) for n in root.iter() if re.fullmatch("h[1-6]", n.tag)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_several_runs_are_compared(tmp_path):
+    for name, rate, loss in (("a", 1e-3, 2.5), ("b", 1e-4, 3.5)):
+        rows = [row | {"loss": loss} if "loss" in row else row for row in ROWS]
+        config = (
+            f"sft: {{}}\noptimizer: {{learning_rate: {rate}, b1: 0.9}}\nrun: {{folder: {name}}}\n"
+        )
+        write_run(tmp_path / name, rows, config)
+    root = parsed(make_page([tmp_path / "a", tmp_path / "b"]))
+    assert root.findtext("head/title") == "2 runs – jaxalign"
+    assert table(root, "options that differ") == [
+        ["option", "a", "b"],
+        ["optimizer.learning_rate", "0.001", "0.0001"],
+    ]
+    assert captions(root) == ["Loss", "Entropy", "Gradient norm"]  # a chart each, not two
+    first = next(root.iter("svg"))
+    assert [g.get("data-name") for g in first.iter("g")] == ["a", "a, held out", "b", "b, held out"]
+    buttons = {b.get("value"): "".join(b.itertext()) for b in root.iter("button")}
+    assert buttons == {"0": "a", "1": "b"}
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / name / "run", ROWS) for name in ("x", "y")]
+    root = parsed(make_page(folders))
+    assert [row[0] for row in table(root, "overview of the runs")[1:]] == ["x/run", "y/run"]
+    assert words(root).count("The configurations are the same, but for the folders.") == 1
+
+
+def test_too_many_runs_are_counted(tmp_path):
+    for number in range(26):
+        write_run(tmp_path / f"{number:02d}", ROWS[1:2])
+    root = parsed(make_page(tmp_path))
+    assert len(table(root, "overview of the runs")) == 1 + 24
+    assert "2 more runs are left out: a page takes 24." in words(root)
+
+
+def test_the_page_of_a_long_run_is_no_larger(tmp_path):
+    def rows(count):
+        return [
+            {"step": i} | {f"metric_{n}": (i * n * 7919 % 101) / 101 for n in range(12)}
+            for i in range(1, count + 1)
+        ]
+
+    sizes = [
+        len(make_page(write_run(tmp_path / f"run{n}", rows(n))).encode()) for n in (1000, 3000)
+    ]
+    assert sizes[1] < 1.1 * sizes[0] < 120_000
+
+
+# --- running and damaged folders -----------------------------------------------------------------
+
+
 def test_a_stopped_run_has_no_after(tmp_path):
     folder = write_run(tmp_path, ROWS[:2])
+    (folder / "run.json").write_text('{"total": 5}')
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     root = parsed(make_page(folder))
-    assert cells(next(root.iter("table")))[1] == ["loss/nll", "3", "not yet", "0"]
-    assert "last line of metrics.jsonl is cut off" in "".join(root.itertext())
+    assert table(root, f"held-out figures of {tmp_path.name}")[1][2:4] == ["3", "not yet"]
+    assert "The last line of metrics.jsonl is cut off and left out." in words(root)
+    assert "The run stopped at step 1 of 5.Go on with run.resume=auto" in words(root)
+
+
+def test_a_running_run_says_so(tmp_path):
+    folder = write_run(tmp_path / "mine", ROWS[:2])
+    (folder / "run.json").write_text('{"total": 5}')
+    (folder / ".lock").write_text("{}")
+    states = [table(parsed(make_page(folder)), "overview of the runs")[1][2]]
+    os.utime(folder / ".lock", (1, 1))  # nobody has renewed it since 1970
+    states.append(table(parsed(make_page(folder)), "overview of the runs")[1][2])
+    (folder / "model").mkdir()
+    states.append(table(parsed(make_page(folder)), "overview of the runs")[1][2])
+    (folder / "run.json").write_text('{"total": 1}')
+    states.append(table(parsed(make_page(folder)), "overview of the runs")[1][2])
+    assert states == [
+        "running, step 1 of 5",
+        "stopped at step 1 of 5",
+        "ended early, at step 1 of 5",
+        "finished",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "metrics.jsonl has no metrics yet"),
+        ('{"step": 1}\n', "metrics.jsonl has no metrics yet"),
+        ('{"step": 1, "lo', "cut off and left out.metrics.jsonl has no metrics yet"),
+        ('{"loss": 1}\n{"step": 1, "loss": 4}\n', "1 damaged lines of metrics.jsonl are"),
+        ('{"step": 1, "loss": 2}\n[3]\nx\n{"step": 3, "loss": 9}\n', "are left out: 2, 3."),
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_shown_as_far_as_they_go(text, told, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    root = parsed(make_page(tmp_path))
+    assert told in words(root)
+    assert "config.yaml is missing." in words(root)
+    assert ("There are no curves yet." in words(root)) == ("no metrics yet" in told)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "versions.json", "run.json", "evaluation.json"])
+def test_other_damaged_files_are_named(name, tmp_path):
+    folder = write_run(tmp_path / "mine", ROWS)
+    (folder / name).write_text("[1, 2")
+    root = parsed(make_page(folder))
+    assert f"{name} cannot be read: " in words(root)
+    assert captions(root)[0] == "Loss"
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"total": 5}')
+    root = parsed(make_page(folder))
+    assert "metrics.jsonl is missing: no step is done yet" in words(root)
+    assert table(root, "overview of the runs")[1][2] == "stopped at step 0 of 5"
 
 
 def test_everything_is_escaped(tmp_path):
@@ -197,13 +262,15 @@ def test_everything_is_escaped(tmp_path):
         "answers": [{"prompt": bad, "base": "a\x00b\ud800c", "sft": "]]>\n&amp;"}],
     }
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    rollout = {"step": 1, "prompt": bad, "score": 1.0, "tokens": [bad], "kl": [1.0]}
+    (folder / "rollouts.jsonl").write_text(json.dumps(rollout) + "\n", encoding="utf-8")
     page = write_report(folder).read_text(encoding="utf-8")
     root = parsed(page)
-    assert "<script" not in page
-    tables = [cells(table) for table in root.iter("table")]
-    assert tables[0][1] == [bad, "1.000", "2.000"]
-    assert tables[1] == [["prompt", "base", "sft"], [bad, "a�b�c", "]]>\n&amp;"]]
-    assert f"{bad} last 2" in captions(root)
+    assert page.count("<script") == 1
+    assert table(root, "held-out figures")[1] == [bad, "1.000", "2.000"]
+    assert table(root, "answers") == [["prompt", "base", "sft"], [bad, "a�b�c", "]]>\n&amp;"]]
+    assert bad in [node.findtext("code") for node in root.iter("figcaption")]
+    assert [node.text for node in root.iter("span") if node.get("title")] == [bad]
 
 
 def test_a_pipeline_shows_its_stages_in_order(tmp_path, capsys):
@@ -216,17 +283,51 @@ def test_a_pipeline_shows_its_stages_in_order(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     root = parsed(out.read_text(encoding="utf-8"))
-    assert [node.text for node in root.iter("h2")] == ["zeta", "alpha", "mid"]
-    assert "ppo, 2 iterations" in [node.text for node in root.iter("p")]
+    assert [row[:2] for row in table(root, "overview of the runs")[1:]] == [
+        ["zeta", "SFT"], ["alpha", "SFT"], ["mid", "PPO"]
+    ]  # fmt: skip
+    titles = [node.text for node in root.iter("h2")]
+    assert titles == [
+        "What stands out",
+        "SFT",
+        "PPO",
+        "Throughput and memory",
+        "Configuration",
+        "Tables",
+    ]
 
 
 def test_without_config_and_versions(tmp_path):
     folder = write_run(tmp_path, ROWS[1:2])
     (folder / "config.yaml").unlink()
     (folder / "versions.json").unlink()
-    content = "".join(parsed(make_page(folder)).itertext())
-    assert content.count("The run's folder has none.") == 2
+    content = words(parsed(make_page(folder)))
+    assert content.count("the run's folder has none.") == 2
     assert list(read_metrics(folder / "metrics.jsonl").curves) == ["loss", "grad_norm", "compiles"]
+
+
+# --- where it is written -------------------------------------------------------------------------
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (str(write_run(tmp_path / name, ROWS)) for name in ("one", "two"))
+    assert cli.main(["report", one]) == 0
+    assert cli.main(["report", one]) == 0
+    assert cli.main(["report", one, two]) == 0  # of several runs, here
+    assert "<title>2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>my notes on jaxalign report</p>")
+    capsys.readouterr()
+    assert cli.main(["report", one, "--out", str(mine)]) == 2
+    error = capsys.readouterr().err
+    assert f"{mine} is there already and is no page of `jaxalign report`" in error
+    assert "another file with --out, remove it first, or replace it with --overwrite" in error
+    assert mine.read_text() == "<p>my notes on jaxalign report</p>"
+    assert cli.main(["report", one, "--out", str(tmp_path)]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err
+    assert cli.main(["report", one, "--out", str(mine), "--overwrite"]) == 0
+    assert "<title>one" in mine.read_text(encoding="utf-8")
 
 
 # --- wrong input ---------------------------------------------------------------------------------
@@ -246,7 +347,7 @@ def test_without_config_and_versions(tmp_path):
 def test_broken_metrics(text, message, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        make_page(tmp_path)
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_no_run_there(tmp_path, capsys):
@@ -256,38 +357,13 @@ def test_no_run_there(tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_a_summary_of_something_else(tmp_path):
+def test_a_summary_and_an_evaluation_of_something_else_are_named(tmp_path):
     write_run(tmp_path, ROWS)
     (tmp_path / "summary.json").write_text('{"figures": 3}')
-    with pytest.raises(ValueError, match=r"summary.json: not a summary"):
-        make_page(tmp_path)
-
-
-def test_no_points_no_chart():
-    with pytest.raises(ValueError, match="no points"):
-        line_chart([[]], "loss", "step", "nats")
-
-
-def test_bars_stand_side_by_side_and_are_as_high_as_their_counts():
-    svg = bar_chart([0.0, 1.0, 2.0], [[2, 4], [0, 1]], "scores", "score", "answers")
-    bars = [
-        {key: float(bar.get(key)) for key in ("x", "width", "height")} | {"of": bar.get("class")}
-        for bar in ET.fromstring(svg).iter("rect")
-    ]
-    assert [bar["of"] for bar in bars] == ["s0", "s0", "s1"]  # a count of 0 has no bar
-    first, second, other = bars
-    assert second["height"] == pytest.approx(2 * first["height"], abs=0.2)
-    assert second["height"] == pytest.approx(4 * other["height"], abs=0.4)
-    assert other["x"] == pytest.approx(second["x"] + second["width"], abs=0.02)
-    with pytest.raises(ValueError, match=r"chart 'scores': \[1\] bars, 2 bins"):
-        bar_chart([0.0, 1.0, 2.0], [[1]], "scores", "score", "answers")
-
-
-def test_a_broken_evaluation_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    (tmp_path / "evaluation.json").write_text('{"step": 1, "histogram": 3}\n')
-    with pytest.raises(ValueError, match=r"evaluation\.json: not what a run"):
-        make_page(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"step": 1, "histogram": 3}')
+    root = parsed(make_page(tmp_path))
+    assert "summary.json: not a summary as `jaxalign quickstart` writes it" in words(root)
+    assert "evaluation.json is damaged: not what a run of `jaxalign reward` writes" in words(root)
 
 
 # --- hostile files -------------------------------------------------------------------------------
@@ -312,16 +388,6 @@ def test_metrics_beyond_the_bounds(tmp_path, line):
         read_metrics(path)
 
 
-def test_values_whose_difference_is_no_number_leave_gaps():
-    values = [0.0, 5.0, 1.7e308, 5.0, 10.0, -1.7e308, 10.0]
-    svg = line_chart([list(enumerate(values, start=1))], "x", "step", "y")
-    assert [len(line.split()) for line in polylines(svg)] == [2, 2]
-    alone = line_chart([[(1, 1.7e308), (2, -1.7e308)]], "x", "step", "y")
-    assert polylines(alone) == []
-    assert "inf" not in alone
-    assert "nan" not in alone
-
-
 @pytest.mark.parametrize("name", ["evaluation.json", "summary.json"])
 @pytest.mark.parametrize(
     "text",
@@ -337,12 +403,9 @@ def test_values_whose_difference_is_no_number_leave_gaps():
     ],
 )
 def test_evaluations_and_summaries_beyond_the_bounds(tmp_path, name, text):
-    """A page, or a ValueError that names the file."""
+    """A page, which says that the file is damaged if nothing can be made of it."""
     run = write_run(tmp_path / "run", ROWS)
     (run / "evaluation.json").write_text(text) if name == "evaluation.json" else None
     (tmp_path / "summary.json").write_text(text) if name == "summary.json" else None
-    try:
-        made = make_page(tmp_path if name == "summary.json" else run)
-    except ValueError as error:
-        made = str(error)
-    assert name in made or "</html>" in made
+    root = parsed(make_page(tmp_path if name == "summary.json" else run))
+    assert captions(root)[0] == "Loss" or name in words(root)

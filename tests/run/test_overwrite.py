@@ -87,6 +87,8 @@ REFUSED = {
     "import over itself": (
         "import {}/chat --out {}/chat --overwrite", r"chat' is read from there"),
     "import to an address": ("import {}/chat --out s3://b/m", r"s3:// is neither"),
+    "a report over notes": (
+        "report {}/run --out {}/notes/thesis.tex", r"no page of `jaxalign report`.*--overwrite"),
     "scores over a file": (
         "score {}/scorer {}/pairs.jsonl --out {}/scores.jsonl", r"scores\.jsonl' exists;"),
     "scores over what is scored": (

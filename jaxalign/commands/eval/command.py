@@ -12,9 +12,9 @@ from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
 
 if TYPE_CHECKING:
-    from jaxalign.commands.eval.figures import Measured
-    from jaxalign.commands.eval.language_model import EvalOptions, EvaluatedModel
     from jaxalign.commands.eval.win_rate import Judge
+    from jaxalign.run.evaluation.figures import Measured
+    from jaxalign.run.evaluation.language_model import EvalOptions, EvaluatedModel
 
 _MEASURES = {
     "loss": "conversations or texts: loss a token of the answers, and perplexity",
@@ -61,9 +61,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from jaxalign.commands.eval.figures import to_json, to_text
-    from jaxalign.commands.eval.language_model import EvalOptions
     from jaxalign.data.paths import check_free
+    from jaxalign.run.evaluation.figures import to_json, to_text
+    from jaxalign.run.evaluation.language_model import EvalOptions
 
     given = {name: getattr(parsed, name.replace("-", "_")) for name in _MEASURES}
     _check(parsed, given)
@@ -112,8 +112,8 @@ def _measure(
     parsed: argparse.Namespace, given: dict[str, Sequence[str]], options: EvalOptions
 ) -> dict[str, Measured]:
     from jaxalign.commands.eval import measures
-    from jaxalign.commands.eval.language_model import EvaluatedModel
     from jaxalign.commands.eval.win_rate import measure_win_rate
+    from jaxalign.run.evaluation.language_model import EvaluatedModel
 
     if given["reward"]:
         return {
@@ -121,7 +121,7 @@ def _measure(
         }
     judge = _judge(parsed, options) if given["win-rate"] else None
     if parsed.tasks is not None:
-        from jaxalign.commands.eval.harness import check_harness
+        from jaxalign.run.evaluation.harness import check_harness
 
         check_harness()
     model = EvaluatedModel.load(parsed.model, options)
@@ -147,7 +147,7 @@ def _measure(
 
 
 def _harness(parsed: argparse.Namespace, model: EvaluatedModel) -> dict[str, Measured]:
-    from jaxalign.commands.eval.harness import measure_tasks
+    from jaxalign.run.evaluation.harness import measure_tasks
 
     names = [name.strip() for name in parsed.tasks.split(",") if name.strip()]
     return measure_tasks(

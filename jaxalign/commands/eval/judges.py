@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.commands.eval.language_model import EvalOptions
 from jaxalign.commands.eval.win_rate import Judge, Verdicts
 from jaxalign.commands.synth.writer import Request, Sampling, Writer
 from jaxalign.data.examples import Message
 from jaxalign.rewards.scoring import load_scorer, score_conversations
+from jaxalign.run.evaluation.language_model import EvalOptions
 
 MAX_UNDECIDED = 0.1
 

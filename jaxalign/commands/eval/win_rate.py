@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.commands.eval.figures import Figure, Measured, share
-from jaxalign.commands.eval.language_model import EvaluatedModel
 from jaxalign.data.examples import Message
 from jaxalign.data.rows import to_prompt
 from jaxalign.data.sources import read_rows
+from jaxalign.run.evaluation.figures import Figure, Measured, share
+from jaxalign.run.evaluation.language_model import EvaluatedModel
 
 RESAMPLES = 1000
 _STEPS, _FAR = 25, 10.0  # Newton steps; logits beyond ±10 are as good as certain

@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Sequence
-from typing import Any
 
-Points = Sequence[tuple[float, float]]
+from jaxalign.commands.report.axes import (
+    Axes,
+    Box,
+    Points,
+    is_drawn,
+    nice_step,
+    number,
+    pieces,
+    step_ticks,
+    text,
+    value_ticks,
+)
 
-WIDTH, HEIGHT = 370, 220
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 16, 44
+__all__ = ["bar_chart", "line_chart", "nice_step", "step_ticks", "text", "thin", "value_ticks"]
 
+_BOX = Box(width=370, height=220, left=70, right=20, top=16, bottom=44)
 _MARKED = 40
 _MOST = 300
-_LARGEST = 8e307  # beyond it the difference of two values may be no number
-
-# Characters that neither HTML nor XML allows, not even escaped.
-_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def text(value: Any) -> str:
-    """Text for HTML: escaped, and without characters that HTML forbids."""
-    return html.escape(_ILLEGAL.sub("\ufffd", str(value)))
-
-
-def nice_step(span: float, parts: int = 4) -> float:
-    """The smallest of 1, 2, 5 × 10ᵏ that covers a positive span in at most `parts` steps."""
-    raw = span / parts
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(power * m for m in (1, 2, 5, 10, 20) if power * m >= raw * (1 - 1e-9))
-
-
-def value_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`; a constant gets some room."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(low) / 2 if low else 1.0
-        low, high = low - room, high + room
-    step = nice_step(high - low)
-    digits = max(0, -math.floor(math.log10(step)))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, digits) for k in range(first, last + 1)]
-
-
-def step_ticks(first: float, last: float) -> list[int]:
-    """Whole round numbers between two steps."""
-    width = max(1, round(nice_step(last - first))) if last > first else 1
-    ticks = range(math.ceil(first / width) * width, math.floor(last) + 1, width)
-    return list(ticks) or [round(first)]
 
 
 def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
@@ -63,7 +37,7 @@ def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
     kept = {0, len(points) - 1}
     for start in range(0, len(points), size):
         stretch = range(start, min(start + size, len(points)))
-        broken = [i for i in stretch if not _drawn(points[i][1])]
+        broken = [i for i in stretch if not is_drawn(points[i][1])]
         if broken:
             kept.add(broken[0])
             continue
@@ -94,35 +68,26 @@ def line_chart(
     points = [point for line in series for point in line]
     if not points:
         raise ValueError(f"chart {label!r}: no points to draw")
-    finite = [y for _, y in points if _drawn(y)]
+    finite = [y for _, y in points if is_drawn(y)]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     ticks = value_ticks(min(finite), max(finite)) if finite else [0.0, 1.0]
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def across(x: float) -> float:
-        share = (x - first) / (last - first) if last > first else 0.5
-        return LEFT + share * (right - LEFT)
-
-    def up(y: float) -> float:
-        return bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - TOP)
-
+    axes = Axes(_BOX, (first, last), (ticks[0], ticks[-1]))
     numbered = step_ticks(first, last) if x_ticks is None else x_ticks
-    parts = _frame(
+    parts = axes.frame(
         label,
         (x_label, y_label),
-        [(across(tick), f"{tick:.10g}") for tick in numbered],
-        [(up(tick), f"{tick:g}") for tick in ticks],
+        [(tick, f"{tick:.10g}") for tick in numbered],
+        [(tick, f"{tick:g}") for tick in ticks],
     )
-    for number, line in enumerate(series):
+    for count, line in enumerate(series):
         shown = thin(line)
-        for piece in _pieces(shown):
-            place = " ".join(f"{_number(across(x))},{_number(up(y))}" for x, y in piece)
-            parts.append(f'<polyline class="s{number}" points="{place}"/>')
-        dots = [(x, y) for x, y in shown if _drawn(y)]
+        for piece in pieces(shown):
+            parts.append(f'<polyline class="s{count}" points="{axes.points(piece)}"/>')
+        dots = [(x, y) for x, y in shown if is_drawn(y)]
         for x, y in dots if len(dots) <= _MARKED else dots[-1:]:
-            place = f'cx="{_number(across(x))}" cy="{_number(up(y))}"'
+            place = f'cx="{number(axes.across(x))}" cy="{number(axes.up(y))}"'
             tip = f"<title>{text(x_label)} {x:g}: {y:.6g}</title>"
-            parts.append(f'<circle class="s{number}" {place} r="2.5">{tip}</circle>')
+            parts.append(f'<circle class="s{count}" {place} r="2.5">{tip}</circle>')
     return "".join([*parts, "</svg>"])
 
 
@@ -150,73 +115,25 @@ def bar_chart(
         raise ValueError(f"chart {label!r}: {[len(group) for group in counts]} bars, {bins} bins")
     first, last = edges[0], edges[-1]
     ticks = value_ticks(0.0, max((max(group) for group in counts), default=1.0))
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def across(x: float) -> float:
-        return LEFT + (x - first) / (last - first) * (right - LEFT)
-
-    def up(y: float) -> float:
-        return bottom - y / ticks[-1] * (bottom - TOP)
-
+    axes = Axes(_BOX, (first, last), (0.0, ticks[-1]))
+    bottom = _BOX.height - _BOX.bottom
     inside = [tick for tick in value_ticks(first, last) if first <= tick <= last]
-    parts = _frame(
+    parts = axes.frame(
         label,
         (x_label, y_label),
-        [(across(tick), f"{tick:.10g}") for tick in inside],
-        [(up(tick), f"{tick:g}") for tick in ticks if tick >= 0],
+        [(tick, f"{tick:.10g}") for tick in inside],
+        [(tick, f"{tick:g}") for tick in ticks if tick >= 0],
     )
     for place in range(bins):
-        start, end = across(edges[place]), across(edges[place + 1])
+        start, end = axes.across(edges[place]), axes.across(edges[place + 1])
         width = (end - start) / len(counts)
-        for number, group in enumerate(counts):
-            top = up(group[place])
+        for count, group in enumerate(counts):
+            top = axes.up(group[place])
             if group[place]:
                 tip = f"{edges[place]:.4g} to {edges[place + 1]:.4g}: {group[place]:g}"
                 parts.append(
-                    f'<rect class="s{number}" x="{start + number * width:.2f}" y="{_number(top)}" '
-                    f'width="{width:.2f}" height="{_number(bottom - top)}">'
+                    f'<rect class="s{count}" x="{start + count * width:.2f}" y="{number(top)}" '
+                    f'width="{width:.2f}" height="{number(bottom - top)}">'
                     f"<title>{text(tip)}</title></rect>"
                 )
     return "".join([*parts, "</svg>"])
-
-
-def _frame(
-    label: str,
-    names: tuple[str, str],
-    across: Sequence[tuple[float, str]],
-    up: Sequence[tuple[float, str]],
-) -> list[str]:
-    """The opening tag, the grid and both axes; ticks are (position, text)."""
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}">']
-    for place, written in up:
-        y = _number(place)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y}" dy="4">{written}</text>')
-    for place, written in across:
-        x = _number(place)
-        parts.append(f'<text class="mid" x="{x}" y="{bottom + 16}">{written}</text>')
-    middle, height = (LEFT + right) / 2, (TOP + bottom) / 2
-    parts.append(f'<text class="mid" x="{middle:g}" y="{HEIGHT - 8}">{text(names[0])}</text>')
-    turned = f'transform="rotate(-90 12 {height:g})"'
-    parts.append(f'<text class="mid" x="12" y="{height:g}" {turned}>{text(names[1])}</text>')
-    return parts
-
-
-def _pieces(points: Points) -> list[list[tuple[float, float]]]:
-    """Stretches of two or more finite values; a lone point appears as its dot."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if _drawn(y):
-            pieces[-1].append((x, y))
-        else:
-            pieces.append([])
-    return [piece for piece in pieces if len(piece) > 1]
-
-
-def _drawn(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= _LARGEST
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")

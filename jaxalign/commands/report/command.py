@@ -8,18 +8,30 @@ import sys
 
 from jaxalign.commands.algorithms import algorithms
 from jaxalign.commands.command import Command, config_arguments
+from jaxalign.commands.going_on import overwrite_argument
 from jaxalign.parallel.platforms import leave_accelerators_alone
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a run's folder, or one that holds several")
-    parser.add_argument("--out", help="HTML file to write; report.html in the folder by default")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="RUN",
+        help="a run's folder, or one that holds several; several are compared",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="HTML file to write; by default report.html, in the folder if it is only one, else "
+        "here",
+    )
+    overwrite_argument(parser, "a file that is no report")
 
 
 def _report(parsed: argparse.Namespace) -> None:
     from jaxalign.commands.report.runs import write_report
 
-    print(write_report(parsed.folder, parsed.out))
+    print(write_report(parsed.folders, parsed.out, parsed.overwrite))
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +62,7 @@ def _data(parsed: argparse.Namespace) -> None:
 COMMANDS = (
     Command(
         "report",
-        "a run's or a pipeline's curves and figures as one HTML page",
+        "runs, or a pipeline's stages, compared on one HTML page",
         _report_arguments,
         _report,
     ),

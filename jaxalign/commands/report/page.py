@@ -1,73 +1,114 @@
-"""HTML pages without other files: style, frame and tables. `charts` has the charts.
+"""HTML pages without other files: frame, style, script and tables. `charts` has the charts.
 
-Light or dark follows the reader's setting.
+Light or dark follows the reader's setting. A page with a script names style and script by their
+hashes and forbids all else, so that text from a run's data cannot run or load anything.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxalign.commands.report.charts import text
+from jaxalign.commands.report.axes import text
+from jaxalign.data.paths import replace_text
 
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fcfcfb;--ink:#0b0b0b;--mute:#52514e;--grid:#e1e0d9;
---s0:#2a78d6;--s1:#c2410c;--s2:#15803d;--s3:#7e22ce;--s4:#a16207}
-@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#fff;--mute:#c3c2b7;--grid:#383835;
---s0:#5598e7;--s1:#f0894f;--s2:#4fb974;--s3:#b98af0;--s4:#d9b44a}}
-body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;
-max-width:1180px;padding:0 1rem}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}
-th,td{border-bottom:1px solid var(--grid);padding:.3rem .8rem .3rem 0;text-align:left;
-vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-td.a{white-space:pre-wrap;min-width:9rem}
-.wide{overflow-x:auto}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
-figure{margin:0}
-figcaption{font-weight:600}
-figcaption span{font-weight:400;color:var(--mute)}
-figcaption i{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .6em}
-i.s0{background:var(--s0)} i.s1{background:var(--s1)}
-svg{width:100%;height:auto} svg text{fill:var(--mute);font-size:11px}
-.mid{text-anchor:middle} .end{text-anchor:end}
-.grid{stroke:var(--grid)}
-polyline{fill:none;stroke-width:2;stroke-linejoin:round}
-polyline.s0{stroke:var(--s0)} polyline.s1{stroke:var(--s1)}
-circle.s0{fill:var(--s0)} circle.s1{fill:var(--s1)}
-polyline.s2,polyline.s3,polyline.s4{stroke:var(--s0);opacity:.5} circle.s2,circle.s3{fill:none}
-rect.s0{fill:var(--s0)} rect.s1{fill:var(--s1)} rect.s2{fill:var(--s2)} rect.s3{fill:var(--s3)}
-rect.s4{fill:var(--s4)} i.s2{background:var(--s2)} i.s3{background:var(--s3)}
-i.s4{background:var(--s4)}
-summary{cursor:pointer;margin:.8rem 0}
-pre{overflow-x:auto} pre.doc{white-space:pre-wrap;border-left:3px solid var(--grid);
-padding-left:.8rem}
-mark{background:none;color:var(--s0);font-weight:600}
-.note{color:var(--mute)}
-"""
+_HERE = pathlib.Path(__file__).parent
+_SEARCHED = 2000  # the mark is in the head
 
 
-def page(title: str, body: Sequence[str], style: str = "") -> str:
+def page(
+    title: str, body: Sequence[str], style: str = "", kind: str = "", script: bool = False
+) -> str:
     """A page of ready parts under its title; well-formed as HTML and as XML.
 
     Args:
       title: of the page.
       body: its parts.
       style: further rules, which must not need escaping.
+      kind: the command that makes it, which `write_page` looks for.
+      script: whether it has the script of the charts.
     """
     name = text(title)
+    rules = _asset("page.css") + style
+    code = _asset("page.js") if script else ""
     head = (
         f'<meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>'
-        f"<title>{name} – jaxalign</title><style>{_STYLE}{style}</style>"
+        f"{_mark(kind)}{_policy(rules, code) if script else ''}"
+        f"<title>{name} – jaxalign</title><style>{rules}</style>"
     )
-    inner = "\n".join([f"<h1>{name}</h1>", *body])
+    inner = "\n".join([f"<main><h1>{name}</h1>", *body, "</main>"])
+    end = f"<script>{code}</script>" if script else ""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{inner}\n</body></html>\n'
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{inner}\n{end}'
+        "</body></html>\n"
     )
+
+
+def write_page(path: pathlib.Path, made: str, kind: str, overwrite: bool = False) -> pathlib.Path:
+    """Writes a page, whole or not at all, in place of an earlier one of the same command.
+
+    Args:
+      path: HTML file; its folder is made.
+      made: the page.
+      kind: the command that made it.
+      overwrite: replace any other file, too.
+
+    Raises:
+      ValueError: the file is there, and is not a page of this command.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; give a file with --out, such as {path / 'report.html'}"
+        )
+    if not overwrite and path.exists() and not _is_page(path, kind):
+        raise ValueError(
+            f"{path} is there already and is no page of `jaxalign {kind}`: it stays as it is. Give "
+            "another file with --out, remove it first, or replace it with --overwrite"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, made)
+    return path
+
+
+def _policy(rules: str, code: str) -> str:
+    """Allows this style and this script, and nothing else."""
+    policy = (
+        f"default-src 'none'; style-src {_hash(rules)}; script-src {_hash(code)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return f'<meta http-equiv="Content-Security-Policy" content="{text(policy)}"/>'
+
+
+def _mark(kind: str) -> str:
+    return f'<meta name="generator" content="jaxalign {text(kind)}"/>' if kind else ""
+
+
+def _is_page(path: pathlib.Path, kind: str) -> bool:
+    with path.open("rb") as file:
+        return _mark(kind).encode() in file.read(_SEARCHED)
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def table(
-    heads: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = (), kind: str = ""
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: Sequence[int] = (),
+    kind: str = "",
+    marks: Sequence[str] = (),
+    head_marks: Sequence[str] = (),
 ) -> str:
     """A table.
 
@@ -76,15 +117,24 @@ def table(
       rows: cells, in the order of the columns.
       numbers: which columns hold numbers.
       kind: the class of all other cells.
+      marks: ready HTML before the first cell of each row.
+      head_marks: the same before each head.
     """
 
-    def cell(tag: str, i: int, value: Any) -> str:
+    def cell(tag: str, i: int, value: Any, mark: str = "") -> str:
         name = "n" if i in numbers else kind
         attribute = f' class="{name}"' if name else ""
-        return f"<{tag}{attribute}>{text(value)}</{tag}>"
+        return f"<{tag}{attribute}>{mark}{text(value)}</{tag}>"
 
-    lines = [
-        "<tr>" + "".join(cell(tag, i, value) for i, value in enumerate(row)) + "</tr>"
-        for tag, row in [("th", heads), *(("td", row) for row in rows)]
-    ]
+    before = list(head_marks) or [""] * len(heads)
+    first = "".join(cell("th", i, *pair) for i, pair in enumerate(zip(heads, before, strict=True)))
+    lines = [f"<tr>{first}</tr>"]
+    for row, mark in zip(rows, list(marks) or [""] * len(rows), strict=True):
+        cells = (cell("td", i, value, "" if i else mark) for i, value in enumerate(row))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def scrolling(inner: str, label: str) -> str:
+    """A table that scrolls sideways where the screen is narrower, also by keyboard."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{text(label)}">{inner}</div>'

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.commands.report.charts import text
-from jaxalign.commands.report.page import table
+from jaxalign.commands.report.axes import text
+from jaxalign.commands.report.page import scrolling, table
 from jaxalign.hf.source import read_json
 
 _BEFORE = {"sft": "base", "ppo": "sft", "dpo": "sft"}
@@ -58,7 +58,8 @@ def _figures(summary: Mapping[str, Any]) -> str:
          f"{f['after']:.3f}")
         for f in summary["figures"]
     ]  # fmt: skip
-    return f"<h2>Held-out figures</h2>{table(('figure', 'before', 'after'), rows, numbers=(1, 2))}"
+    made = table(("figure", "before", "after"), rows, numbers=(1, 2))
+    return f"<h2>Held-out figures</h2>{scrolling(made, 'held-out figures')}"
 
 
 def _contests(summary: Mapping[str, Any]) -> str:
@@ -76,12 +77,14 @@ def _contests(summary: Mapping[str, Any]) -> str:
          f"{summary['length'][name]:.1f}")
         for name, form in summary["forms"].items()
     ]  # fmt: skip
+    won = table(("contest", "won", "95 % interval"), contests, numbers=(1, 2))
     heads = ("model", "warm", "still answers", "repeats a sentence", "tokens")
+    made = table(heads, forms, numbers=(1, 2, 3, 4))
     return (
         f'<p class="note">The judge ranks {accuracy["share"]:.0%} of {accuracy["count"]} held-out '
         f"pairs right; PPO is {summary['kl']:.1f} nats an answer from the SFT model.</p>"
-        f"<h2>Contests</h2>{table(('contest', 'won', '95 % interval'), contests, numbers=(1, 2))}"
-        f"<h2>Forms of the answers</h2>{table(heads, forms, numbers=(1, 2, 3, 4))}"
+        f"<h2>Contests</h2>{scrolling(won, 'contests')}"
+        f"<h2>Forms of the answers</h2>{scrolling(made, 'forms of the answers')}"
         f"<p>What got worse: {text(' '.join(summary['worse']))}</p>"
     )
 
@@ -101,7 +104,7 @@ def _answers(summary: Mapping[str, Any]) -> str:
     return (
         '<h2>Answers to held-out prompts</h2><p class="note">Marked: words that are not in the '
         "answer of the model that training started from.</p>"
-        f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+        + scrolling(f"<table><tr>{heads}</tr>{''.join(rows)}</table>", "answers")
     )
 
 

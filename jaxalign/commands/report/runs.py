@@ -1,83 +1,83 @@
-"""A run, or the stages of a pipeline, as one HTML page that needs no other file.
+"""Runs, or the stages of a pipeline, compared on one HTML page that needs no other file.
 
-It has the curves of `metrics.jsonl`, held-out figures before and after, configuration and versions;
-for a quickstart also its figures, contests and answers (`quickstart`).
+It has the curves of `metrics.jsonl` laid over each other, held-out figures, KL against reward,
+sampled answers, throughput, what stands out and what to do about it, and configurations. For a
+quickstart it also has its figures, contests and answers (`quickstart`).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-from jaxalign.commands.report.charts import bar_chart, line_chart, text, value_ticks
-from jaxalign.commands.report.page import page, table
+from jaxalign.commands.report import compare
+from jaxalign.commands.report.advice import SERIOUS, warnings_of
+from jaxalign.commands.report.axes import text
+from jaxalign.commands.report.curves import Line, figure
+from jaxalign.commands.report.evaluation import evaluation_section
+from jaxalign.commands.report.frontier import frontier_section
+from jaxalign.commands.report.load import MOST_RUNS, Run, find_runs, load_runs
+from jaxalign.commands.report.metrics import Curve, Metrics, read_metrics
+from jaxalign.commands.report.names import COST, OTHER, RESULTS, SECTIONS, name_of, order_of
+from jaxalign.commands.report.page import page, write_page
 from jaxalign.commands.report.quickstart import summary_sections
-from jaxalign.data.bounds import parse_json
+from jaxalign.commands.report.samples import samples_section
 from jaxalign.data.remote import fetch, is_address
-from jaxalign.hf.source import read_json
-from jaxalign.run.config.runs import RUNS
-from jaxalign.run.config.yaml import read_yaml
-from jaxalign.run.reporter import SHOWN
 
-Curve = list[tuple[float, float]]
+__all__ = ["Curve", "Metrics", "find_runs", "make_page", "read_metrics", "write_report"]
 
-_FIRST = (*SHOWN, "grad_norm")
-"""Charts that are open when the page is; the others are folded away."""
+KIND = "report"
 
-_UNITS = {
-    "objective/kl": "nats an answer",
-    "response/length": "tokens",
-    "time/step": "seconds",
-    "time/data": "seconds",
-}
+_POINTS = 90_000  # of all curves: a point takes about 11 bytes of the page
+_FEWEST_POINTS, _MOST_POINTS = 30, 240  # of a curve
+_FILES = 300_000  # characters of all configurations
 
-
-class Metrics(NamedTuple):
-    """The contents of `metrics.jsonl`.
-
-    Attributes:
-      curves: metric → (step, value) in the order written; values may be infinite or NaN.
-      cut: whether the last line is incomplete, as in a run that is under way or was killed.
-    """
-
-    curves: dict[str, Curve]
-    cut: bool
+Folder = str | os.PathLike[str]
 
 
 def write_report(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+    folders: Folder | Sequence[Folder], out: Folder | None = None, overwrite: bool = False
 ) -> pathlib.Path:
-    """Writes the page of a run or pipeline; returns the file.
+    """Writes the page of runs or a pipeline; returns the file.
 
     Args:
-      folder: a run's folder, or one whose sub-folders are runs, also in a bucket.
-      out: HTML file to write; `report.html` in the folder by default, if that is of this machine.
+      folders: a run's folder, or one whose sub-folders are runs, or several of either, also in
+        buckets.
+      out: HTML file to write; by default `report.html`, in the folder if it is only one, else here.
+      overwrite: replace a file that is no report, too.
 
     Raises:
-      ValueError: no run there, metrics that are empty or broken, a broken configuration, or no
-        file named for a folder in a bucket.
+      ValueError: no run there, the file is somebody's, or none is named for a folder in a bucket.
     """
-    if out is None and is_address(folder):
-        raise ValueError(f"{os.fspath(folder)}: the page is not written there; name a file: --out")
-    page = make_page(folder)
-    path = pathlib.Path(folder) / "report.html" if out is None else pathlib.Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    every = _listed(folders)
+    if out is None and any(map(is_address, every)):
+        raise ValueError(
+            f"{', '.join(map(os.fspath, every))}: the page is not written there; name a file: --out"
+        )
+    default = pathlib.Path(every[0] if len(every) == 1 else ".") / "report.html"
+    path = default if out is None else pathlib.Path(out)
+    return write_page(path, make_page(every), KIND, overwrite)
 
 
-def make_page(folder: str | os.PathLike[str]) -> str:
+def make_page(folders: Folder | Sequence[Folder]) -> str:
     """The page as text, well-formed as HTML and as XML; see `write_report`."""
-    path = _fetch(os.fspath(folder)) if is_address(folder) else pathlib.Path(folder)
-    runs = find_runs(path)
-    body = []
-    if (path / "summary.json").is_file():
-        body.append(summary_sections(path / "summary.json"))
-    body += [_run(run, title=None if run == path else run.name) for run in runs]
-    return page(path.resolve().name, body)
+    paths = [
+        _fetch(os.fspath(folder)) if is_address(folder) else pathlib.Path(folder)
+        for folder in _listed(folders)
+    ]
+    places = list(dict.fromkeys(run for path in paths for run in find_runs(path)))
+    runs = load_runs(places[:MOST_RUNS])
+    title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
+    body = [_head(runs, len(places) - len(runs))]
+    body += [_summary(path) for path in paths if (path / "summary.json").is_file()]
+    body.append(_findings(runs))
+    most = _points_a_curve(runs)
+    for algorithm in dict.fromkeys(run.algorithm for run in runs):
+        group = [run for run in runs if run.algorithm == algorithm]
+        body.append(_group(algorithm, group, most))
+    body += [_cost(runs), _configuration(runs), _tables(runs)]
+    return page(title, body, kind=KIND, script=True)
 
 
 def _fetch(address: str) -> pathlib.Path:
@@ -86,179 +86,175 @@ def _fetch(address: str) -> pathlib.Path:
     return fetch(address, "folder", accept=lambda name: large.isdisjoint(name.split("/")[:2]))
 
 
-def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder itself if it is a run, else the runs in it, in the order they were started.
-
-    Raises:
-      ValueError: there is none.
-    """
-    if (folder / "metrics.jsonl").is_file():
-        return [folder]
-
-    def started(run: pathlib.Path) -> tuple[float, str]:
-        config = run / "config.yaml"  # written once, at the start
-        return (config.stat().st_mtime if config.is_file() else math.inf, run.name)
-
-    found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=started)
-    if not found:
-        raise ValueError(
-            f"{folder}: no metrics.jsonl in it or in a folder of it; give the folder of a run "
-            f"(run.folder) or of a pipeline"
-        )
-    return found
+def _listed(folders: Folder | Sequence[Folder]) -> Sequence[Folder]:
+    return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
 
 
-def read_metrics(path: pathlib.Path) -> Metrics:
-    """Reads `metrics.jsonl`.
-
-    Raises:
-      ValueError: the file is empty, or a line before the last is no JSON object of numbers.
-    """
-    curves: dict[str, Curve] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    cut = False
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_json(line)
-            step = float(row.pop("step"))
-            values = {name: float(value) for name, value in row.items()}
-            if not math.isfinite(step):
-                raise ValueError(step)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if number == len(lines):
-                cut = True
-                continue
-            raise ValueError(
-                f"{path}:{number}: wanted a JSON object of numbers with a step, got {line[:60]!r}"
-            ) from error
-        for name, value in values.items():
-            curves.setdefault(name, []).append((step, value))
-    if not curves:
-        raise ValueError(f"{path}: no metrics in it yet; wait for the run's first step")
-    return Metrics(curves, cut)
+def _points_a_curve(runs: Sequence[Run]) -> int:
+    """So many that the page stays small, however many curves it has. Noisy ones are drawn twice."""
+    curves = 2 * sum(len(run.curves) for run in runs)
+    return min(_MOST_POINTS, max(_FEWEST_POINTS, _POINTS // max(1, curves)))
 
 
 # --- sections ------------------------------------------------------------------------------------
 
 
-def _run(folder: pathlib.Path, title: str | None) -> str:
-    curves, cut = read_metrics(folder / "metrics.jsonl")
-    config = folder / "config.yaml"
-    values = read_yaml(config) if config.is_file() else {}
-    algorithm = next((name for name in RUNS if name in values), None)
-    across = "iteration" if algorithm == "ppo" else "step"
-    steps = max(step for curve in curves.values() for step, _ in curve)
-
-    parts = [] if title is None else [f"<h2>{text(title)}</h2>"]
-    facts = [f"{algorithm}, " if algorithm else "", f"{steps:g} {across}s"]
-    parts.append(f'<p class="note">{"".join(facts)}</p>')
-    if cut:
-        parts.append('<p class="note">The last line of metrics.jsonl is cut off; left out.</p>')
-    held_out = {name: curve for name, curve in curves.items() if name.startswith("eval/")}
-    if held_out:
-        parts.append("<h3>Held out</h3>" + _held_out(held_out, across))
-    if (folder / "evaluation.json").is_file():
-        parts.append(_evaluation(folder / "evaluation.json", across))
-
-    groups = _grouped(curves)
-    charts = {
-        name: _figure(name, [curves[line] for line in lines], lines, across)
-        for name, lines in groups.items()
-    }
-    shown = [charts.pop(name) for name in _FIRST if name in charts]
-    parts.append(f'<h3>Training</h3><div class="charts">{"".join(shown)}</div>')
-    rest = f'<div class="charts">{"".join(charts[name] for name in sorted(charts))}</div>'
-    parts.append(f"<details><summary>All other metrics ({len(charts)})</summary>{rest}</details>")
-    for name in ("config.yaml", "versions.json"):
-        path = folder / name
-        content = (
-            f"<pre>{text(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
-            if path.is_file()
-            else "<p>The run's folder has none.</p>"
+def _head(runs: Sequence[Run], left_out: int) -> str:
+    """Overview, links, and a button a run."""
+    parts = [compare.overview(runs)]
+    if left_out:
+        parts.append(
+            f'<p class="note">{left_out} more runs are left out: a page takes {MOST_RUNS}. Name '
+            "those to compare.</p>"
         )
-        parts.append(f"<details><summary>{name}</summary>{content}</details>")
+    algorithms = dict.fromkeys(run.algorithm for run in runs)
+    links = [("findings", "What stands out")]
+    links += [(_anchor(name), compare.title_of(name)) for name in algorithms]
+    links += [("cost", "Cost"), ("configuration", "Configuration"), ("tables", "Tables")]
+    shown = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name in links)
+    parts.append(f'<nav aria-label="sections">{shown}</nav>')
+    if len(runs) > 1:
+        buttons = "".join(
+            f'<button type="button" value="{run.number}" aria-pressed="true">'
+            f"{compare.labelled(run)}</button>"
+            for run in runs
+        )
+        parts.append(
+            '<div class="runs" role="group" aria-label="runs shown" hidden="hidden">'
+            f"{buttons}</div>"
+        )
+    return "".join(parts)
+
+
+def _anchor(algorithm: str | None) -> str:
+    return f"of-{algorithm or 'unknown'}"
+
+
+def _summary(path: pathlib.Path) -> str:
+    try:
+        return summary_sections(path / "summary.json")
+    except ValueError as error:
+        return f'<p class="note">{text(str(error).splitlines()[0])}</p>'
+
+
+def _findings(runs: Sequence[Run]) -> str:
+    """What stands out, and what the folders lack."""
+    items = []
+    for run in runs:
+        label = compare.labelled(run)
+        for found in warnings_of(run):
+            word = "Serious" if found.level == SERIOUS else "Worth a look"
+            items.append(
+                f'<li class="{found.level}"><p><span class="level">{word} · </span>{label}</p>'
+                f"<p><b>{text(found.message)}</b></p><p>{text(found.remedy)}</p></li>"
+            )
+    for run in runs:
+        if run.missing:
+            lines = "".join(f"<p>{text(line)}</p>" for line in run.missing)
+            items.append(
+                f'<li class="lacks"><p><span class="level">Missing · </span>'
+                f"{compare.labelled(run)}</p>{lines}</li>"
+            )
+    inner = f'<ul class="findings">{"".join(items)}</ul>' if items else "<p>Nothing.</p>"
+    return f'<h2 id="findings">What stands out</h2>{inner}'
+
+
+def _group(algorithm: str | None, runs: Sequence[Run], most: int) -> str:
+    """All charts of the runs of one algorithm."""
+    names = "".join(
+        f'<span class="last" data-run="{run.number}">{compare.labelled(run)}</span>' for run in runs
+    )
+    parts = [
+        f'<h2 id="{_anchor(algorithm)}">{text(compare.title_of(algorithm))}</h2>'
+        f'<p class="lasts">{names}</p>'
+    ]
+    charts = _charts(runs, most)
+    if not charts:
+        parts.append('<p class="note">There are no curves yet.</p>')
+    if any(key.startswith("eval/") for run in runs for key in run.curves):
+        parts.append('<p class="note">Held-out figures are dashed.</p>')
+    for section in SECTIONS[:-2]:
+        if section in charts:
+            parts.append(f'<h3>{section}</h3><div class="charts">{"".join(charts[section])}</div>')
+        if section == RESULTS:
+            parts.append(frontier_section(runs))
+    for run in runs:
+        before_after = compare.held_out(run)
+        if before_after:
+            title = "Held out" if len(runs) == 1 else f"Held out: {compare.labelled(run)}"
+            parts.append(f"<h3>{title}</h3>{before_after}")
+        evaluation = evaluation_section(run)
+        if evaluation:
+            parts.append(f'<div data-run="{run.number}">{evaluation}</div>')
+    parts.append(samples_section(runs))
+    for section in (COST, OTHER):
+        if section in charts:
+            inner = f'<div class="charts">{"".join(charts[section])}</div>'
+            count = len(charts[section])
+            parts.append(f"<details><summary>{section} ({count})</summary>{inner}</details>")
     return "<section>" + "\n".join(parts) + "</section>"
 
 
-def _grouped(curves: Mapping[str, Curve]) -> dict[str, list[str]]:
-    """Chart → its lines: a held-out figure shares a chart with the training metric it measures."""
+def _charts(runs: Sequence[Run], most: int) -> dict[str, list[str]]:
+    """Section → its charts: a held-out figure shares one with the training metric it measures."""
+    grouped: dict[str, list[Line]] = {}
+    for run in runs:
+        for key, chart in _chart_of(run.curves).items():
+            line = Line(run.name, run.number, run.curves[key], key.startswith("eval/"))
+            grouped.setdefault(chart, []).append(line)
+    charts: dict[str, list[str]] = {}
+    for key in sorted(grouped, key=order_of):
+        name = name_of(key)
+        made = figure(name, key, grouped[key], runs[0].across, most)
+        charts.setdefault(name.section, []).append(made)
+    return charts
+
+
+def _chart_of(curves: Mapping[str, Curve]) -> dict[str, str]:
+    """Metric → the metric whose chart it is drawn in."""
     terms = [name for name in curves if name.startswith("eval/loss/")]
-    groups = {name: [name] for name in curves if not name.startswith("eval/")}
+    places = {name: name for name in curves if not name.startswith("eval/")}
+    places.pop("compiles", None)
     for name in curves:
-        if not name.startswith("eval/"):
-            continue
-        # With a single term, the loss is that term.
-        same = "loss" if terms == [name] else name.removeprefix("eval/")
-        if same in groups:
-            groups[same].append(name)
-        else:
-            groups[name] = [name]
-    groups.pop("compiles", None)
-    return groups
+        if name.startswith("eval/"):
+            # With a single term, the loss is that term.
+            same = "loss" if terms == [name] else name.removeprefix("eval/")
+            places[name] = same if same in places else name
+    return places
 
 
-def _figure(title: str, series: Sequence[Curve], names: Sequence[str], across: str) -> str:
-    lasts = [f"{curve[-1][1]:.4g}" for curve in series]
-    if len(series) == 1:
-        legend = f"last {lasts[0]}"
-    else:
-        labels = ["held out" if name.startswith("eval/") else "training" for name in names]
-        legend = "last " + "".join(
-            f'<i class="s{i}"></i>{label} {last}'
-            for i, (label, last) in enumerate(zip(labels, lasts, strict=True))
-        )
-    svg = line_chart(series, title, across, _UNITS.get(title, title))
-    return _captioned(title, legend, svg)
+def _cost(runs: Sequence[Run]) -> str:
+    made = compare.costs(runs) or '<p class="note">No times were recorded.</p>'
+    note = (
+        "Medians over the steps, without the first, which compiles. Tokens are real ones, without "
+        "padding; in PPO those of prompts and answers."
+    )
+    return f'<h2 id="cost">Throughput and memory</h2>{made}<p class="note">{note}</p>'
 
 
-def _held_out(curves: Mapping[str, Curve], across: str) -> str:
-    rows = []
-    for name, curve in curves.items():
-        (first, before), (last, after) = curve[0], curve[-1]
-        start = f"{before:.4g}" if first == 0 else "not measured"
-        end = f"{after:.4g}" if last > 0 else "not yet"
-        rows.append((name.removeprefix("eval/"), start, end, f"{last:g}"))
-    return table(("figure", "before", "after", across), rows, numbers=(1, 2, 3))
+def _configuration(runs: Sequence[Run]) -> str:
+    """What differs, and every file that says what was run."""
+    parts = ['<h2 id="configuration">Configuration</h2>', compare.differences(runs)]
+    most = _FILES // (2 * len(runs))
+    for run in runs:
+        inner = []
+        for name in ("config.yaml", "versions.json"):
+            path = run.folder / name
+            if not path.is_file():
+                inner.append(f"<p>{name}: the run's folder has none.</p>")
+                continue
+            content = path.read_text(encoding="utf-8", errors="replace")
+            more = "" if len(content) <= most else f"\n… {len(content) - most:,} more characters"
+            shown = text(content[:most] + more)
+            inner.append(f'<h3>{name}</h3><pre tabindex="0">{shown}</pre>')
+        label = compare.labelled(run)
+        parts.append(f"<details><summary>{label}</summary>{''.join(inner)}</details>")
+    return "".join(parts)
 
 
-def _evaluation(path: pathlib.Path, across: str) -> str:
-    """A reward model's last evaluation: calibration, scores, attributes, sources."""
-    values = read_json(path)
-    figures, tables = [], []
-    try:
-        if values.get("calibration"):
-            bins = values["calibration"]
-            low = 0.5 if values["objective"] == "pairs" else 0.0
-            curve = [(row["predicted"], row["observed"]) for row in bins]
-            ends = [[(row["predicted"], row[end]) for end in ("low", "high")] for row in bins]
-            svg = line_chart(
-                [curve, [(low, low), (1.0, 1.0)], *ends],
-                "calibration",
-                "predicted probability",
-                "observed",
-                x_ticks=value_ticks(low, 1.0),
-            )
-            legend = '<i class="s0"></i>observed <i class="s1"></i>perfect'
-            figures.append(_captioned("calibration", legend, svg))
-        if "histogram" in values:
-            edges, counts = values["histogram"]["edges"], values["histogram"]["counts"]
-            svg = bar_chart(edges, list(counts.values()), "scores", "score", "answers")
-            legend = " ".join(f'<i class="s{i}"></i>{text(name)}' for i, name in enumerate(counts))
-            figures.append(_captioned("scores", legend, svg))
-        for name in ("attributes", "sources"):
-            rows = values.get(name, [])
-            if rows:
-                heads = list(rows[0])
-                cells = [
-                    [f"{row[h]:.4g}" if isinstance(row[h], float) else row[h] for h in heads]
-                    for row in rows
-                ]
-                tables.append(table(heads, cells, numbers=range(1, len(heads))))
-        title = f"Scores of held-out answers, {across} {values['step']:g}"
-    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not what a run of `jaxalign reward` writes") from error
-    return f'<h3>{title}</h3><div class="charts">{"".join(figures)}</div>{"".join(tables)}'
-
-
-def _captioned(title: str, legend: str, svg: str) -> str:
-    return f"<figure><figcaption>{text(title)} <span>{legend}</span></figcaption>{svg}</figure>"
+def _tables(runs: Sequence[Run]) -> str:
+    made = compare.figures(runs)
+    return (
+        '<h2 id="tables">Tables</h2><details><summary>Every curve in numbers</summary>'
+        f"{made}</details>"
+    )

@@ -13,6 +13,7 @@ from jaxalign.models.lora import LoraConfig
 from jaxalign.run.best import parse_metric
 from jaxalign.run.config.data import DataConfig, want
 from jaxalign.run.config.early_stopping import EarlyStopping
+from jaxalign.run.config.eval_tasks import EvalTask
 from jaxalign.run.config.mesh import MeshConfig
 from jaxalign.run.remote import check_folder
 from jaxalign.run.trackers.table import TRACKERS
@@ -77,6 +78,9 @@ class RunConfig:
       log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
       eval_every: batches between evaluations, or "epoch": after each pass over the data; 0: at the
         start and end only.
+      eval_tasks: what else is measured at an evaluation, as by `jaxalign eval`: a list of names of
+        lm-eval's tasks, or of sections such as {task: gsm8k, files: [test.jsonl]}. The figures are
+        `eval/<task>/<figure>`.
       save_every: batches between checkpoints, or "epoch"; 0: by `save_minutes` and at the end only.
       save_minutes: minutes between checkpoints, whatever `save_every` says; None: none by the
         clock.
@@ -113,6 +117,7 @@ class RunConfig:
     micro_batches: int = 1
     log_every: int = 10
     eval_every: int | str = 0
+    eval_tasks: tuple[str | EvalTask, ...] = ()
     save_every: int | str = 0
     save_minutes: float | None = 10.0
     keep: int = 2
@@ -166,6 +171,11 @@ class RunConfig:
         )
         if self.keep_best is not None:
             parse_metric(self.keep_best)
+        tasks = tuple(EvalTask(task=t) if isinstance(t, str) else t for t in self.eval_tasks)
+        object.__setattr__(self, "eval_tasks", tasks)
+        titles = [task.title for task in tasks]
+        once = len(set(titles)) == len(titles)
+        want(once, "run.eval_tasks", titles, "each task once, or names that tell them apart")
         known = ", ".join(TRACKERS)
         for name in self.trackers:
             want(name in TRACKERS, "run.trackers", name, f"one or several of {known}")
@@ -214,10 +224,10 @@ class Run:
         self._check_data()
         held_out = bool(self.data.eval) or self.data.validation is not None
         want(
-            held_out or not self.run.eval_every,
+            held_out or bool(self.run.eval_tasks) or not self.run.eval_every,
             "run.eval_every",
             self.run.eval_every,
-            "0 without data.eval or data.validation",
+            "0 without data.eval, data.validation or run.eval_tasks",
         )
 
     def _check_data(self) -> None:

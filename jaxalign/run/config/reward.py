@@ -32,6 +32,8 @@ class RewardRun(Run):
 
     def __post_init__(self):
         super().__post_init__()
+        tasks = [task.title for task in self.run.eval_tasks]
+        want(not tasks, "run.eval_tasks", tasks, "none: a reward model writes no answers")
         want(self.head in ("pretrained", "fresh"), "head", self.head, "pretrained or fresh")
         objective, answers = self.reward.objective, self.answers
         want(answers is None or answers > 1, "answers", answers, "at least 2, or null")

@@ -48,7 +48,7 @@ from jaxalign.run.tasks.reward import (
 from jaxalign.run.tasks.rows import check_fits, check_rows
 from jaxalign.run.tasks.sft import build_sft
 from jaxalign.run.tasks.shapes import pair_shapes, prompt_shapes, text_shapes
-from jaxalign.run.tasks.task import Task, updates_task, with_averages
+from jaxalign.run.tasks.task import Task, updates_task, with_averages, with_eval_tasks
 from jaxalign.types import TrainState
 
 __all__ = [
@@ -147,7 +147,8 @@ def build_task(config: Run, loader: Loader | None = None) -> Built:
     data = read_data(config, algorithm.batches(config), tok, mesh)
     check_fits(config, data)
     state, parts = algorithm.build(config, mesh, loader or FileLoader(), data)
-    task = with_averages(algorithm.task(config, mesh, state, parts, data), config)
+    task = with_eval_tasks(algorithm.task(config, mesh, state, parts, data), config, tok)
+    task = with_averages(task, config)
     task = task._replace(inputs=text_inputs(config, tok), data_report=lambda: report_of(data))
     return Built(task, parts, mesh, tok)
 

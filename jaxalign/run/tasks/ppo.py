@@ -47,7 +47,7 @@ from jaxalign.run.tasks.reference import reference_in_memory
 from jaxalign.run.tasks.rollout_log import RolloutDump
 from jaxalign.run.tasks.shapes import token_shapes
 from jaxalign.run.tasks.streams import Stream, stream_key
-from jaxalign.run.tasks.task import Floats, Loop, Task, exporter
+from jaxalign.run.tasks.task import Floats, Loop, Task, exporter, whole_policy
 from jaxalign.types import Params, RolloutBatch, TokenBatch, TrainState
 
 
@@ -220,6 +220,7 @@ def ppo_task(
         prepare_updates=iteration.prepare_updates,
         evaluate=iteration.evaluate if data.held_out is not None else None,
         export=exporter(parts.policy, data.tok, part="policy"),
+        policy=whole_policy(parts.policy, part="policy"),
         on_train_start=iteration.calibrate if config.calibrate_reward != "none" else None,
         early_stop=None if limit is None else lambda logged: _kl_of(logged) > limit,
         async_metrics=False,

@@ -19,6 +19,7 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
+from jaxalign.run.evaluation.tasks import TaskEvaluator
 from jaxalign.run.export import exported_tokenizer, whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
@@ -48,6 +49,7 @@ class Task(NamedTuple):
       evaluate: (state, loop) → held-out figures, or None without held-out data.
       export: (state, folder) → (model, parameters) without adapters; writes the weights in Hugging
         Face form.
+      policy: state → (the language model without adapters, its parameters); None: it trains none.
       details: curves and tables of the last evaluation, JSON-able, or None.
       on_train_start: (state, loop) → None; called once, before a run that is not resumed, to fill
         `loop`.
@@ -73,6 +75,7 @@ class Task(NamedTuple):
     ]
     evaluate: Callable[[TrainState, Loop], Floats] | None
     export: Callable[[TrainState, Any], tuple[Any, Params]]
+    policy: Callable[[TrainState], tuple[Any, Params]] | None = None
     details: Callable[[], dict[str, Any]] | None = None
     on_train_start: Callable[[TrainState, Loop], None] | None = None
     early_stop: Callable[[dict[str, Any]], bool] | None = None
@@ -108,6 +111,7 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
         prepare_updates=prepare_updates,
         evaluate=evaluate,
         export=exporter(parts.policy, data.tok),
+        policy=whole_policy(parts.policy),
         learning_rates={"learning_rate": learning_rates(config.optimizer, data.total)},
     )
 
@@ -144,6 +148,40 @@ def evaluator(
     return run
 
 
+def with_eval_tasks(task: Task, config: Any, tok: Any) -> Task:
+    """The task that also measures `run.eval_tasks`, after its held-out figures."""
+    run = config.run
+    if not run.eval_tasks:
+        return task
+    if task.policy is None:
+        raise ValueError("run.eval_tasks: this algorithm trains no language model; remove it")
+    measure = TaskEvaluator(run.eval_tasks, tok, config.model.chat_template, config.data.thinking)
+    evaluate, policy = task.evaluate, task.policy
+
+    def both(state: TrainState, loop: Loop) -> Floats:
+        figures = {} if evaluate is None else evaluate(state, loop)
+        figures = figures | measure(*policy(state))
+        measure.forget()  # the next step donates the arrays
+        return figures
+
+    return task._replace(evaluate=both)
+
+
+def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], tuple[Any, Params]]:
+    """The trained model of a state, adapters folded in.
+
+    Args:
+      model: the trained model.
+      part: its key in the state's parameters; None: they are all its own.
+    """
+
+    def whole(state: TrainState) -> tuple[Any, Params]:
+        params = combine(state.params, state.frozen)
+        return whole_model(model, params if part is None else params[part])
+
+    return whole
+
+
 def exporter(
     model: Any, tok: Any, part: str | None = None
 ) -> Callable[[TrainState, Any], tuple[Any, Params]]:
@@ -155,9 +193,10 @@ def exporter(
       part: the model's key in the state's parameters; None: they are all its own.
     """
 
+    whole = whole_policy(model, part)
+
     def export(state: TrainState, folder: Any) -> tuple[Any, Params]:
-        params = combine(state.params, state.frozen)
-        plain, params = whole_model(model, params if part is None else params[part])
+        plain, params = whole(state)
         save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
         return plain, params
 

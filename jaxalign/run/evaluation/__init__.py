@@ -1,0 +1,1 @@
+"""Measures of a language model, saved (`jaxalign eval`) or in training."""

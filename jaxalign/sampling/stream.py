@@ -1,0 +1,146 @@
+"""Answers while they are sampled: the decode loop in chunks, and text that is whole so far.
+
+The chunks run the loop of `engine.decode` over the same cache, stage by stage, and token i has the
+same key: a streamed answer is the answer without streaming.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models.attention.kv_cache import resize_cache
+from jaxalign.models.backend import backend
+from jaxalign.models.decoder import Decoder
+from jaxalign.sampling.draw import Sampling
+from jaxalign.sampling.engine import (
+    Prompts,
+    Slots,
+    collect_answers,
+    decode_step,
+    fill_all,
+    stages,
+)
+from jaxalign.types import Array, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 4
+"""Tokens between two looks at the answer: enough for a loop to be worth its start."""
+
+Watch = Callable[[np.ndarray, np.ndarray], None]
+"""(tokens `[N, R]`, how many there are of each answer `[N]`) → None, after every chunk."""
+
+_HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
+
+
+def decode_watched(
+    model: Decoder, params: Params, slots: Slots, prompts: Prompts, key: jax.Array,
+    sampling: Sampling, *, samples: int, watch: Watch,
+) -> Slots:  # fmt: skip
+    """As `engine.decode` with a slot for every answer, in chunks of `CHUNK` tokens.
+
+    Args:
+      model: the language model.
+      params: its parameters.
+      slots: donated; the returned state takes its place.
+      prompts: of all answers.
+      key: PRNG key.
+      sampling: how tokens are sampled.
+      samples: answers a prompt.
+      watch: sees the tokens so far.
+    """
+    ends = stages(slots.tokens.shape[1])
+    ring_start = prompts.cache.segment_ids.shape[1]
+    if backend().decode_weights_by_layer:
+        params = jax.jit(model.by_layer)(params)
+    slots = _fill(slots, prompts, columns=ring_start + ends[0], samples=samples)
+    done = 0
+    for end in ends:
+        slots = _widen(slots, columns=ring_start + end)
+        going = True
+        while going and done < end:
+            until = jnp.int32(min(done + CHUNK, end))
+            slots = _decode_until(model, params, slots, key, sampling, until, ring_start=ring_start)
+            done, live = int(slots.steps), np.asarray(slots.live)
+            going = bool(live.any())
+            watch(np.asarray(slots.token_ring), np.asarray(slots.count))
+        if not going:
+            break
+    return _collect(slots, sampling.pad_token)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "samples"))
+def _fill(slots: Slots, prompts: Prompts, *, columns: int, samples: int) -> Slots:
+    slots = slots._replace(cache=resize_cache(slots.cache, columns))
+    return fill_all(slots, prompts, samples)
+
+
+@functools.partial(jax.jit, static_argnames="columns")
+def _widen(slots: Slots, *, columns: int) -> Slots:
+    return slots._replace(cache=resize_cache(slots.cache, columns))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "ring_start"), donate_argnames="slots")
+def _decode_until(
+    model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling,
+    until: Array, *, ring_start: int,
+) -> Slots:  # fmt: skip
+    """Decodes until `until` steps are done, or every answer has ended."""
+    write = functools.partial(
+        decode_step, model, params, key=key, sampling=sampling, ring_start=ring_start
+    )
+    return jax.lax.while_loop(lambda s: jnp.any(s.live) & (s.steps < until), write, slots)
+
+
+@jax.jit
+def _collect(slots: Slots, pad_token: Array) -> Slots:
+    return collect_answers(slots, jnp.arange(slots.row.shape[0]), pad_token)
+
+
+class TextPieces:
+    """Turns the tokens of an answer into pieces of text, as they come.
+
+    A piece ends with a whole character: the bytes of one that are still incomplete wait for the
+    rest. Where the tokenizer tidies blanks after the fact, a piece ends with a whole word.
+
+    Args:
+      tok: the tokenizer.
+      on_text: gets the pieces.
+    """
+
+    def __init__(self, tok: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        self._tok, self._on_text = tok, on_text
+        self._tidies = bool(getattr(tok, "clean_up_tokenization_spaces", False))
+        self._shown = ""
+
+    def watch(self, tokens: np.ndarray, counts: np.ndarray) -> None:
+        """A `Watch` of one answer, the first."""
+        text = self._decode(tokens[0][: counts[0]]).rstrip(_HALF)
+        if self._tidies:
+            text = text[: max(text.rfind(" "), text.rfind("\n"), 0)]
+        self._show(text)
+
+    def end(self, ids: np.ndarray) -> str:
+        """The whole answer, of which the rest is shown."""
+        text = self._decode(ids)
+        if not text.startswith(self._shown):  # the tokenizer changed what it had written
+            self._on_text("\n")
+            self._shown = ""
+        self._show(text)
+        return text
+
+    def _show(self, text: str) -> None:
+        new = text[len(self._shown) :]
+        if new and text.startswith(self._shown):
+            self._on_text(new)
+            self._shown = text
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self._tok.decode(ids, skip_special_tokens=True))
