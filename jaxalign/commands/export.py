@@ -48,6 +48,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the matrices in a GGUF file; default F16",
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="of a run with model.quantize: merge into the base as it was trained, rounded, and "
+        "not into the floats of its source",
+    )
+    parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="read the files again and compare log-probs on 16 prompts (done by default; --verify "
@@ -76,6 +82,7 @@ def _export(parsed: argparse.Namespace) -> None:
         transformers=parsed.verify is True,
         record=parsed.to is not None or parsed.verify is True,
         public=parsed.push is not None,
+        dequantize=parsed.dequantize,
     )
     check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)
     with distributed.session():

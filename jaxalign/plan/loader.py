@@ -29,6 +29,7 @@ from jaxalign.hf.source import (
 )
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.quantized import map_floats
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, param_shardings, replicated
@@ -118,12 +119,9 @@ def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _param_shapes(model: Decoder | Scorer, config: ModelConfig, mesh: Mesh) -> Params:
-    shardings, dtype = param_shardings(model.axes, mesh, model.shapes), jnp.dtype(config.dtype)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
-        model.shapes,
-        shardings,
-    )
+    dtype = jnp.dtype(config.dtype)
+    shapes = map_floats(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.shapes)
+    return jax.tree.map(_shape, shapes, param_shardings(model.axes, mesh, shapes))
 
 
 def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Decoder | Scorer:
@@ -146,7 +144,13 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
     compute = config.compute_dtype
     if compute is None:
         compute = backend(mesh.devices.flat[0]).default_dtype
-    model = Decoder(shape, compute_dtype=compute, remat=remat, attention=config.attention)
+    model = Decoder(
+        shape,
+        compute_dtype=compute,
+        remat=remat,
+        attention=config.attention,
+        quantize=config.quantize,
+    )
     return Scorer(model, attributes) if scorer else model
 
 

@@ -41,6 +41,7 @@ class ExportOptions(NamedTuple):
       transformers: whether transformers reads a Hugging Face folder too, where torch is there.
       record: whether to write `export.json`.
       public: whether the files leave this machine, whose folders are then no base of an adapter.
+      dequantize: whether the base is that of the training, see `export_run`.
     """
 
     formats: tuple[str, ...] = ("hf",)
@@ -53,6 +54,7 @@ class ExportOptions(NamedTuple):
     transformers: bool = False
     record: bool = True
     public: bool = False
+    dequantize: bool = False
 
 
 class Written(NamedTuple):
@@ -139,6 +141,11 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
             f"--to {' '.join(options.formats)}: wanted one or more of {', '.join(FORMATS)}, each "
             "once"
         )
+    if options.dequantize and "peft" in options.formats:
+        raise ValueError(
+            "--dequantize --to peft: an adapter's folder holds no base, and who loads it gets the "
+            "floats; leave one of the two out"
+        )
     places = places_of(out, options.formats)
     loaded = _load(source, options, [str(place) for place in places.values()])
     model, params = whole_model(loaded.model, loaded.params)
@@ -173,11 +180,14 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
 
 def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
     if is_run(source, options.formats):
-        return load_run(source, options.step, best=options.best, part=options.part, outs=outs)
-    if options.step is not None or options.part is not None or options.best:
+        return load_run(
+            source, options.step, best=options.best, part=options.part, outs=outs,
+            dequantize=options.dequantize,
+        )  # fmt: skip
+    if options.step is not None or options.part is not None or options.best or options.dequantize:
         raise ValueError(
-            f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a "
-            "model; leave them out"
+            "--step, --best, --part and --dequantize choose among what a run has, and "
+            f"{source!r} is a model; leave them out"
         )
     for out in outs:
         check_free(out, "out", overwrite=True, sources=[source])

@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import moving_reference
 from jaxalign.algorithms.state import init_state
 from jaxalign.hf import load_pretrained
+from jaxalign.hf.quantized_base import quantize_params, with_quantized_base
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.types import Params, TrainState
 
@@ -39,7 +41,7 @@ class Loader(abc.ABC):
 
         Args:
           source: folder, `.gguf` file or hub id.
-          config: dtypes and attention.
+          config: dtypes, attention, and how the projections are kept.
           mesh: where the parameters go.
           remat: what the backward pass keeps; "none" for models that are not trained.
         """
@@ -126,6 +128,7 @@ class FileLoader(ArrayLoader):
             compute_dtype=config.compute_dtype,
             remat=remat,
             attention=config.attention,
+            quantize=config.quantize,
         )
 
 
@@ -163,6 +166,10 @@ class KeepingLoader(FileLoader):
         model, params = self._kept[source]
         decoder = model.base if isinstance(model, Scorer) else model
         decoder = dataclasses.replace(decoder, remat=remat, attention=config.attention)
-        if isinstance(model, Scorer):
-            return dataclasses.replace(model, base=decoder), params
-        return decoder, params
+        kept = dataclasses.replace(model, base=decoder) if isinstance(model, Scorer) else decoder
+        if config.quantize is not None:
+            kept = with_quantized_base(kept, config.quantize)
+            params = quantize_params(params, kept)
+        elif mesh_of(params) is not None:
+            return kept, params
+        return kept, self.place(params, param_shardings(kept.axes, mesh, params))

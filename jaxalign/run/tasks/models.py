@@ -145,7 +145,12 @@ def with_fresh_head(
 def load_frozen(
     source: str, option: str, config: ModelConfig, mesh: Mesh, loader: Loader
 ) -> tuple[Decoder, Params]:
-    """A frozen language model; `option` names `source` in messages."""
+    """A frozen language model; `option` names `source` in messages.
+
+    It is kept in floats, unless it is the policy's own start.
+    """
+    if source != config.source:
+        config = dataclasses.replace(config, quantize=None)
     model, params = loader.load(source, config, mesh, remat="none")
     return expect_language_model(model, source, option), params
 
@@ -226,9 +231,9 @@ class Scorers:
     def _scorer(
         self, source: str, weights: Mapping[str, float] | None, mesh: Mesh, own_critic: bool
     ) -> tuple[Scorer, Params]:
-        loaded, params = self._loader.load_scorer(
-            source, self._config.model, mesh, tuple(weights or ())
-        )
+        # The critic is trained, and a reward model may be one too: both are kept in floats.
+        options = dataclasses.replace(self._config.model, quantize=None)
+        loaded, params = self._loader.load_scorer(source, options, mesh, tuple(weights or ()))
         model = expect_reward_model(loaded, source)
         if own_critic and not model.attributes:
             weights = None

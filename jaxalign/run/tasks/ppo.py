@@ -218,7 +218,7 @@ def ppo_task(
         },
         prepare_updates=iteration.prepare_updates,
         evaluate=iteration.evaluate if data.held_out is not None else None,
-        export=exporter(parts.policy, data.tok, part="policy"),
+        export=exporter(parts.policy, data.tok, config.model, part="policy"),
         on_train_start=iteration.calibrate if config.calibrate_reward != "none" else None,
         early_stop=None if limit is None else lambda logged: _kl_of(logged) > limit,
         async_metrics=False,

@@ -19,8 +19,10 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
-from jaxalign.run.export import exported_tokenizer, whole_model
+from jaxalign.run.config.base import ModelConfig
+from jaxalign.run.export import exported_tokenizer
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
+from jaxalign.run.quantized_export import whole_floats
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
 from jaxalign.types import Params, TrainState
 
@@ -107,7 +109,7 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
         loop={} if parts.perturb is None else {_BATCHES: 0},
         prepare_updates=prepare_updates,
         evaluate=evaluate,
-        export=exporter(parts.policy, data.tok),
+        export=exporter(parts.policy, data.tok, config.model),
         learning_rates={"learning_rate": learning_rates(config.optimizer, data.total)},
     )
 
@@ -145,19 +147,20 @@ def evaluator(
 
 
 def exporter(
-    model: Any, tok: Any, part: str | None = None
+    model: Any, tok: Any, config: ModelConfig, part: str | None = None
 ) -> Callable[[TrainState, Any], tuple[Any, Params]]:
     """Writes the trained weights, adapters folded in, in Hugging Face form.
 
     Args:
       model: the trained model.
       tok: its tokenizer.
+      config: what it started from.
       part: the model's key in the state's parameters; None: they are all its own.
     """
 
     def export(state: TrainState, folder: Any) -> tuple[Any, Params]:
         params = combine(state.params, state.frozen)
-        plain, params = whole_model(model, params if part is None else params[part])
+        plain, params = whole_floats(model, params if part is None else params[part], config)
         save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
         return plain, params
 
