@@ -30,7 +30,7 @@ from jaxalign.hf.special_tokens import GENERATION_FILE
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.quantized import require_qwix
+from jaxalign.models.quantized import check_kind, require_qwix
 from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
@@ -97,6 +97,7 @@ def load_pretrained(
         as its checksums tell where it has them; `quantize` of an adapter's folder or an Orbax
         folder, or without the package qwix.
     """
+    check_kind(quantize)
     if quantize is not None:
         require_qwix()
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
