@@ -88,6 +88,7 @@ def quantize_params(params: Params, model: Decoder | Scorer) -> Params:
       model: the quantised model.
     """
     kind = model.base.quantize if isinstance(model, Scorer) else model.quantize
+    assert kind is not None
     run = jax.jit(functools.partial(quantize, kind=kind))
 
     def one(matrix: jax.Array) -> Params:

@@ -142,7 +142,8 @@ def merge_lora(
     Raises:
       ValueError: no adapters, or a quantised base without `dequantize`.
     """
-    if model.lora is None:
+    lora = model.lora
+    if lora is None:
         raise ValueError("the model has no adapters to merge")
     if model.quantize is not None:
         if not dequantize:
@@ -155,7 +156,7 @@ def merge_lora(
             )
         model, params = dequantize_base(model, params)
     config, plain = model.config, without_adapters(params)
-    matrices = adapted_matrices(model, model.lora)
+    matrices = adapted_matrices(model, lora)
     tied = config.tie_embeddings and "score" not in params
     if tied and any(path[0] in ("embed", "head") for path in matrices):
         config = dataclasses.replace(config, tie_embeddings=False)
