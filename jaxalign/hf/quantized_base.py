@@ -17,7 +17,7 @@ from jaxalign.hf.families import Leaf
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.quantized import is_quantized, quantize
 from jaxalign.models.scorer import Scorer
-from jaxalign.parallel.sharding import param_shardings
+from jaxalign.parallel.sharding import mesh_of, param_shardings, use_mesh
 from jaxalign.types import Params
 
 
@@ -68,7 +68,8 @@ class QuantizedLeaves:
             item = dataclasses.replace(leaf, shape=leaf.item_shape, names=(name,), stacked=0)
             matrix = load_leaf(source, item, dtype, sharding, pool)
             # Waits: else floats of further layers would queue up before this one is done with.
-            parts = jax.block_until_ready(write(parts, matrix, np.array(position, np.int32)))
+            with use_mesh(self._mesh):
+                parts = jax.block_until_ready(write(parts, matrix, np.array(position, np.int32)))
             del matrix
         return parts
 
@@ -107,7 +108,8 @@ def quantize_params(params: Params, model: Decoder | Scorer) -> Params:
             for name, value in params.items()
         }
 
-    return convert(params, model.shapes)
+    with use_mesh(mesh_of(params)):
+        return convert(params, model.shapes)
 
 
 def _quantized_nodes(tree: Params, prefix: str = "") -> dict[str, Params]:

@@ -112,7 +112,8 @@ def _nf4(matrix: jax.Array) -> Params:
 def _double(matrix: jax.Array) -> Params:
     parts = _nf4(matrix)
     scales = parts["scales"]
-    mean = jnp.mean(scales, keepdims=True)
+    # Summed whole, so that the result is the same to the bit however the matrix is sharded.
+    mean = jnp.mean(constrain(scales, "hidden hidden"), keepdims=True)
     blocks = {1: block_size(scales.shape[1], SCALES)}
     made = require_qwix().quantize(scales - mean, jnp.int8, channelwise_axes=[0], tiled_axes=blocks)
     return parts | {"scales": made.qvalue, "scale_steps": made.scale, "scale_mean": mean}
