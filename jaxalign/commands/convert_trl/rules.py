@@ -87,8 +87,9 @@ def _convert_lora(c: Conversion) -> None:
             c.take(f"lora_{name}")
         for name in ("use_rslora", "use_dora"):
             c.take(name)
-        if c.take("load_in_4bit") or c.take("load_in_8bit"):
-            c.note("load_in_4bit, load_in_8bit", "model.quantize wants adapters over the base")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if c.take(name):
+                c.note(name, "without use_peft nothing could be trained: give model.lora")
         c.take("use_bnb_nested_quant")
         return
     rank, alpha = c.number("lora_r", 16), c.number("lora_alpha", 32)
