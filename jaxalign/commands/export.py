@@ -30,8 +30,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         nargs="+",
         metavar="FORMAT",
-        help="hf (the default), gguf, orbax or peft (the adapters alone); several get a folder "
-        "each in OUT",
+        help="hf (the default), gguf, orbax, or the adapters alone: peft, gguf-lora; several get a "
+        "folder each in OUT",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which checkpoint; the newest by default")

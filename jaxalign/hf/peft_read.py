@@ -79,8 +79,28 @@ class Adapted(NamedTuple):
 
 def read_adapter(model: Decoder | Scorer, params: Params, folder: pathlib.Path) -> Adapted:
     """Puts the adapter of a folder on its base; see `jaxalign.hf.peft.load_adapter`."""
-    config = read_config(folder)
-    tensors = _read_tensors(folder)
+    return put_adapter(model, params, folder, read_config(folder), _read_tensors(folder))
+
+
+def put_adapter(
+    model: Decoder | Scorer,
+    params: Params,
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> Adapted:
+    """Puts an adapter on its base.
+
+    Args:
+      model: the base.
+      params: its parameters.
+      folder: where the adapter comes from, for messages.
+      config: `adapter_config.json`.
+      tensors: PEFT's, without the prefix of their names.
+
+    Raises:
+      ValueError: as `jaxalign.hf.peft.load_adapter`.
+    """
     adapters = {k: v for k, v in tensors.items() if _PART.fullmatch(k)}
     whole = {k: v for k, v in tensors.items() if k not in adapters}
     model, params, saved = _with_whole(folder, model, params, whole)
@@ -162,7 +182,7 @@ def _factors(
             "its target_modules choose; give the base that the adapter was made for"
         )
     if not parts:
-        raise ValueError(f"{folder / WEIGHTS} holds no adapters (…lora_A…, …lora_B…)")
+        raise ValueError(f"{folder} holds no adapters (…lora_A…, …lora_B…)")
     dora = bool(config.get("use_dora"))
     found: dict[Slot, Factors] = {}
     for name, tensors_of in parts.items():

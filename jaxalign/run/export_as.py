@@ -19,7 +19,7 @@ from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import mesh_of
 from jaxalign.run import verify
 from jaxalign.run.export import Loaded, load_run, load_source, whole_model
-from jaxalign.run.formats import FORMATS, Adapted, Format, Whole, adapter_counts, reject
+from jaxalign.run.formats import FORMATS, GGUF_ADAPTER, Adapted, Format, Whole, reject
 from jaxalign.run.record import versions
 
 RECORD = "export.json"
@@ -108,11 +108,13 @@ def check_out(
     if out.lower().endswith(".gguf"):
         raise ValueError(
             f"--out={out!r}: wanted a folder; the file in it will be model-{options.gguf_dtype}"
-            ".gguf"
+            f".gguf, or {GGUF_ADAPTER} of adapters alone"
         )
     names: tuple[str, ...] | None = None
     if options.formats == ("gguf",):
         names = (f"model-{options.gguf_dtype}.gguf", RECORD)
+    elif options.formats == ("gguf-lora",):
+        names = (GGUF_ADAPTER, RECORD)
     elif len(options.formats) > 1:
         names = (*options.formats, RECORD)
     check_free(out, "--out", overwrite=overwrite, sources=sources, names=names)
@@ -153,8 +155,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     loaded = loaded._replace(model=None, params={})
     tables, checks = [], []
     notes: dict[str, dict[str, Any]] = {}
-    for name, place in sorted(places.items(), key=lambda item: item[0] != "peft"):
-        if name != "peft":
+    for name, place in sorted(places.items(), key=lambda item: not FORMATS[item[0]].counts):
+        if FORMATS[name].counts is None:
             whole = whole._replace(adapted=None)  # unmerged weights are done with
         tables.append(FORMATS[name].write(whole, place))
         notes[name] = {"weights": _counts(FORMATS[name], whole, place)}
@@ -166,7 +168,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
         _record(local_path(out, "out"), source, loaded.step, notes)
     if failures:
         raise ValueError("; ".join(failures))
-    names = {name: FORMATS[name].weights(whole) if name == "gguf" else None for name in places}
+    ggufs = ("gguf", "gguf-lora")
+    names = {name: FORMATS[name].weights(whole) if name in ggufs else None for name in places}
     scorer = isinstance(model, Scorer)
     return Written(loaded.step, places, tables, checks, notes, names, scorer)
 
@@ -199,6 +202,7 @@ class _Checker(NamedTuple):
       exact: what the merged one makes of them in memory, merged in float32.
       merged: whether there were adapters; their sum with the base is rounded to its dtype.
       unit: "nats", or "score".
+      base: source of the base under adapters, for files that do not say; None without adapters.
     """
 
     probe: verify.Probe
@@ -206,6 +210,7 @@ class _Checker(NamedTuple):
     exact: np.ndarray
     merged: bool
     unit: str
+    base: str | None
 
     @classmethod
     def of(cls, loaded: Loaded, whole: Whole) -> _Checker:
@@ -218,7 +223,7 @@ class _Checker(NamedTuple):
             wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
             exact = verify.measure(*whole_model(loaded.model, wide), probe)
         unit = "score" if isinstance(whole.model, Scorer) else "nats"
-        return cls(probe, trained, exact, merged, unit)
+        return cls(probe, trained, exact, merged, unit, loaded.base)
 
     def run(
         self,
@@ -240,10 +245,12 @@ class _Checker(NamedTuple):
             bound = verify.FLOOR + verify.ROUNDING * roundings[name]
             path = FORMATS[name].source(place, whole)
             # An adapter's base as the trainer had it, whatever its own files hold.
-            dtype = next(iter(dtypes)) if name == "peft" and len(dtypes) == 1 else "float32"
+            alone = FORMATS[name].counts is not None
+            dtype = next(iter(dtypes)) if alone and len(dtypes) == 1 else "float32"
+            base = self.base if name == "gguf-lora" else None
             readers: dict[str, Callable[[], np.ndarray]] = {
-                "jaxalign": lambda path=path, dtype=dtype: verify.read_back(
-                    path, self.probe, mesh, dtype
+                "jaxalign": lambda path=path, dtype=dtype, base=base: verify.read_back(
+                    path, self.probe, mesh, dtype, base
                 )
             }
             if options.transformers and name == "hf" and _alone() and verify.has_torch():
@@ -326,8 +333,8 @@ def _check_public(base: str | None) -> None:
 
 def _counts(format: Format, whole: Whole, place: pathlib.Path) -> dict[str, int]:
     """Element type → how many weights of a format have it."""
-    if format is FORMATS["peft"]:
-        return adapter_counts(place)
+    if format.counts is not None:
+        return format.counts(place)
     kinds = format.kinds(whole)
     sizes = {path: leaf.size for path, leaf in families.flatten(whole.params).items()}
     counts: dict[str, int] = {}
