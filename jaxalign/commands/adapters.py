@@ -20,7 +20,7 @@ def adapter_argument(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         metavar="[NAME=]ADAPTER",
-        help="an adapter on the model: PEFT's folder, hub id or .gguf file; several share the model",
+        help="an adapter on the model: PEFT's folder, hub id or .gguf file; several share it",
     )
 
 

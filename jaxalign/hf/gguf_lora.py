@@ -1,7 +1,7 @@
 """Adapters as GGUF files, in the form of llama.cpp's `convert_lora_to_gguf.py`, written and read.
 
 A file has `general.type` "adapter", `adapter.type` "lora" and `adapter.lora.alpha`, and of each
-adapted matrix A `[r, in]` and B `[out, r]` under the matrix's own name with `.lora_a` and `.lora_b`.
+adapted matrix A `[r, in]` and B `[out, r]`, which add `.lora_a` and `.lora_b` to the matrix's name.
 llama.cpp adds
 
     α/r · B·A

@@ -138,8 +138,9 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     unknown = [name for name in options.formats if name not in FORMATS]
     if unknown or not options.formats or len(set(options.formats)) < len(options.formats):
         raise ValueError(
-            f"--to {' '.join(options.formats)}: wanted one or more of {', '.join(FORMATS)}, each "
-            "once"
+            f"--to {' '.join(options.formats)}: wanted one or more of "
+            f"{', '.join(name for name in FORMATS if name != 'gguf-lora')}, each once, and "
+            "gguf-lora, a run's adapters for llama.cpp"
         )
     places = places_of(out, options.formats)
     loaded = _load(source, options, [str(place) for place in places.values()])

@@ -24,7 +24,6 @@ from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
 
-
 GGUF_ADAPTER = "adapter.gguf"
 """The file of `gguf-lora` in its folder."""
 
