@@ -47,6 +47,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("F32", "F16", "BF16", "Q8_0"),
         help="of the matrices in a GGUF file; default F16",
     )
+    _adapter_arguments(parser)
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -59,6 +60,38 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public", action="store_true", help="of a repository that --push makes: not private"
     )
+
+
+def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="put this adapter on the model: PEFT's folder, hub id or .gguf file; several: their sum",
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="of the adapters; 1 each by default"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="write the model as an adapter on this one, it was tuned from",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of that adapter; default 16")
+
+
+def _weighted(parsed: argparse.Namespace) -> tuple[tuple[str, float], ...]:
+    """The adapters with their weights."""
+    weights = parsed.weights or [1.0] * len(parsed.adapter)
+    if len(weights) != len(parsed.adapter):
+        raise ValueError(
+            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted as many"
+        )
+    if parsed.adapter and parsed.base is not None:
+        raise ValueError(
+            "--adapter puts adapters on a model, --base extracts one; give one of them"
+        )
+    return tuple(zip(parsed.adapter, weights, strict=True))
 
 
 def _export(parsed: argparse.Namespace) -> None:
@@ -75,6 +108,9 @@ def _export(parsed: argparse.Namespace) -> None:
         verify=parsed.verify is not False,
         transformers=parsed.verify is True,
         record=parsed.to is not None or parsed.verify is True,
+        adapters=_weighted(parsed),
+        base=parsed.base,
+        rank=parsed.rank,
         public=parsed.push is not None,
     )
     check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)

@@ -40,7 +40,7 @@ from jaxalign.types import Params
 
 _PREFIX = "base_model.model."
 
-_PART = re.compile(
+PART = re.compile(
     r"(?P<module>.+)\.(?:lora_|lora_embedding_|lora_magnitude_)(?P<part>A|B|vector)"
     r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 )
@@ -79,7 +79,7 @@ class Adapted(NamedTuple):
 
 def read_adapter(model: Decoder | Scorer, params: Params, folder: pathlib.Path) -> Adapted:
     """Puts the adapter of a folder on its base; see `jaxalign.hf.peft.load_adapter`."""
-    return put_adapter(model, params, folder, read_config(folder), _read_tensors(folder))
+    return put_adapter(model, params, folder, read_config(folder), read_tensors(folder))
 
 
 def put_adapter(
@@ -101,7 +101,7 @@ def put_adapter(
     Raises:
       ValueError: as `jaxalign.hf.peft.load_adapter`.
     """
-    adapters = {k: v for k, v in tensors.items() if _PART.fullmatch(k)}
+    adapters = {k: v for k, v in tensors.items() if PART.fullmatch(k)}
     whole = {k: v for k, v in tensors.items() if k not in adapters}
     model, params, saved = _with_whole(folder, model, params, whole)
     decoder = model.base if isinstance(model, Scorer) else model
@@ -134,7 +134,8 @@ def put_adapter(
     return Adapted(result, trained, kept)
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's folder, without the prefix of their names."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -165,7 +166,7 @@ def _factors(
     """The adapter of each matrix that has one."""
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         assert match is not None
         parts.setdefault(match["module"], {})[match["part"]] = tensor
     for name in parts:

@@ -19,6 +19,7 @@ from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import mesh_of
 from jaxalign.run import verify
 from jaxalign.run.export import Loaded, load_run, load_source, whole_model
+from jaxalign.run.export_adapters import extracted_adapter, with_weighted_adapters
 from jaxalign.run.formats import FORMATS, GGUF_ADAPTER, Adapted, Format, Whole, reject
 from jaxalign.run.record import versions
 
@@ -40,6 +41,9 @@ class ExportOptions(NamedTuple):
       verify: whether to read the files again and compare with the trainer's log-probs.
       transformers: whether transformers reads a Hugging Face folder too, where torch is there.
       record: whether to write `export.json`.
+      adapters: (source, weight) of adapters to put on a model; their weighted sum.
+      base: the model that `source` was tuned from: an adapter is extracted, of rank `rank`.
+      rank: of an extracted adapter.
       public: whether the files leave this machine, whose folders are then no base of an adapter.
     """
 
@@ -52,6 +56,9 @@ class ExportOptions(NamedTuple):
     verify: bool = True
     transformers: bool = False
     record: bool = True
+    adapters: tuple[tuple[str, float], ...] = ()
+    base: str | None = None
+    rank: int = 16
     public: bool = False
 
 
@@ -153,8 +160,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     if options.public and "peft" in options.formats:
         _check_public(loaded.base)
     checker = _Checker.of(loaded, whole) if options.verify else None
+    tables, checks = [loaded.note] if loaded.note else [], []
     loaded = loaded._replace(model=None, params={})
-    tables, checks = [], []
     notes: dict[str, dict[str, Any]] = {}
     for name, place in sorted(places.items(), key=lambda item: not FORMATS[item[0]].counts):
         if FORMATS[name].counts is None:
@@ -176,7 +183,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
 
 
 def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
-    if is_run(source, options.formats):
+    changes_model = bool(options.adapters) or options.base is not None
+    if not changes_model and is_run(source, options.formats):
         return load_run(source, options.step, best=options.best, part=options.part, outs=outs)
     if options.step is not None or options.part is not None or options.best:
         raise ValueError(
@@ -184,8 +192,12 @@ def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
             "model; leave them out"
         )
     for out in outs:
-        check_free(out, "out", overwrite=True, sources=[source])
-    return load_source(source)
+        sources = [source, *(adapter for adapter, _ in options.adapters)]
+        check_free(out, "out", overwrite=True, sources=sources)
+    loaded = load_source(source)
+    if options.adapters:
+        return with_weighted_adapters(loaded, options.adapters)
+    return loaded if options.base is None else extracted_adapter(loaded, options.base, options.rank)
 
 
 def _name(source: str) -> str:
