@@ -67,7 +67,7 @@ def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         default=[],
-        help="put this adapter on the model: PEFT's folder, hub id or .gguf file; several: their sum",
+        help="put it on the model: PEFT's folder, hub id or .gguf file; several: their sum",
     )
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="of the adapters; 1 each by default"
@@ -75,7 +75,7 @@ def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="write the model as an adapter on this one, it was tuned from",
+        help="what the model was tuned from: make it an adapter of that",
     )
     parser.add_argument("--rank", type=int, default=16, help="of that adapter; default 16")
 
@@ -88,9 +88,7 @@ def _weighted(parsed: argparse.Namespace) -> tuple[tuple[str, float], ...]:
             f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted as many"
         )
     if parsed.adapter and parsed.base is not None:
-        raise ValueError(
-            "--adapter puts adapters on a model, --base extracts one; give one of them"
-        )
+        raise ValueError("--adapter puts adapters on a model, --base extracts one; give either")
     return tuple(zip(parsed.adapter, weights, strict=True))
 
 

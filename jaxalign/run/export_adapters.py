@@ -1,4 +1,4 @@
-"""Adapters of models to be exported: put on a base with weights, or extracted from a tuned model."""
+"""Adapters of models to be exported: put on a base by weights, or extracted from a tuned model."""
 
 from __future__ import annotations
 
