@@ -41,17 +41,17 @@ def adapted(family, lora=RICH):
             for k, v in node.items()
         }
 
-    return base, params, model, combine(drawn(trained, noise), frozen)
+    drawn_adapters = drawn(trained, noise)
+    query = drawn_adapters["blocks"]["attention"].get("query")
+    if query is not None:  # columns that the second layer does not have stay 0
+        query["lora_a"] = query["lora_a"].at[1, :, 2:].set(0)
+    return base, params, model, combine(drawn_adapters, frozen)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_llama_cpp_makes_the_merged_model_of_it(family, tmp_path):
     """W + α/r · B·A, added tensor by tensor to the base's file, gives the merged model's file."""
     base, params, model, together = adapted(family)
-    if family == "mistral":  # rows of a rank that a layer does not have must not be written
-        together["blocks"]["attention"]["query"]["lora_a"] = (
-            together["blocks"]["attention"]["query"]["lora_a"].at[1, :, 2:].set(0)
-        )
     tok = chatmodel.make_tokenizer()
     save_gguf(base, params, tmp_path / "base.gguf", tokenizer=tok, dtype="F32")
     save_gguf(*merge_lora(model, together), tmp_path / "merged.gguf", tokenizer=tok, dtype="F32")
@@ -138,7 +138,7 @@ def test_another_base_is_named(tmp_path):
     path = tmp_path / "a.gguf"
     save_gguf_adapter(model, together, path)
     narrow = Decoder(dataclasses.replace(base.config, hidden_size=32))
-    with pytest.raises(ValueError, match=r"does not fit the base: A of \S+ has the shape"):
+    with pytest.raises(ValueError, match=r"does not fit the base: [AB] of \S+ has the shape"):
         load_adapter(narrow, tiny.random_params(narrow), path)
     short = Decoder(dataclasses.replace(base.config, num_layers=1))
     with pytest.raises(ValueError, match=r"does not fit the base: model\.layers\.1\.\S+ is no mod"):
