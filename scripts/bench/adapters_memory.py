@@ -71,11 +71,13 @@ def cases(work: pathlib.Path, source: str, steps: int) -> dict[str, dict[str, An
     for name in ("quickstart adapters", "quickstart full", "four adapters", "four full"):
         values = stage(source, steps)
         roles, kind = name.split()
-        values["reward_model"] = str(work / "lower")
+        reward = work / "lower"
         if roles == "four":
             values["ppo"]["shared_critic"] = False
             values["critic"] = "adapter" if kind == "adapters" else "policy"
-            values["reward_model"] = str(work / ("adapter" if kind == "adapters" else "whole"))
+            reward = work / ("adapter" if kind == "adapters" else "whole")
+        values.pop("reward_model")
+        values["rewards"] = [{"kind": "model", "source": str(reward), "chat_template": "policy"}]
         if kind == "full":
             values["model"]["lora"] = None
             values["optimizer"]["learning_rate"] = 1e-6
