@@ -22,6 +22,7 @@ from jaxalign.hf import checksums, families, orbax_folder, peft, safetensors_fil
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.gguf_lora import is_gguf_adapter
 from jaxalign.hf.hints import prefix_hint, what_lies_there
 from jaxalign.hf.quantized_base import QuantizedLeaves
 from jaxalign.hf.save import abbreviate, to_dtype
@@ -73,7 +74,8 @@ def load_pretrained(
     Args:
       source: a folder with `config.json` and safetensors (single or sharded with an index), a
         folder that `jaxalign import` made, a `.gguf` file, or a hub id. An adapter's folder (PEFT)
-        gives the base with the adapter merged; `load_adapter` keeps the two apart.
+        gives the base with the adapter merged; `load_adapter` keeps the two apart. So does an
+        adapter's `.gguf` file, whose `base` must be given.
       mesh: where the parameters go, laid out by their logical axes; by default the default device.
       dtype: of the parameters: float32, bfloat16, float16, or "source" for what each parameter
         has in the file (float32 where that is quantised). Not of the computation.
@@ -102,7 +104,7 @@ def load_pretrained(
         require_qwix()
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
     path = locate(source, _PATTERNS)
-    if is_adapter(path):
+    if is_adapter(path) or (base is not None and is_gguf_adapter(path)):
         if quantize is not None:
             raise ValueError(
                 f"{path} is an adapter, which is merged into its base's floats, and quantize="
@@ -168,9 +170,9 @@ def _load_adapted(
             raise ValueError(f"{os.fspath(start)!r} is an adapter itself; merge that first")
         model, params = load_pretrained(start, **options)
     except ValueError as error:
+        there = what_lies_there(path) or "it holds an adapter, no whole model"
         raise ValueError(
-            f"{path}: {what_lies_there(path)}, or name its base (base=…). The base could not be "
-            f"loaded: {error}"
+            f"{path}: {there}, or name its base (base=…). The base could not be loaded: {error}"
         ) from error
     return peft.merge_adapter(model, params, path)
 

@@ -61,6 +61,7 @@ class Loaded(NamedTuple):
       step: number of batches after which the checkpoint was saved; 0 without one.
       sources: what it was made from: not to be replaced.
       base: source of the base under adapters; None without adapters.
+      note: what to say of it, for people.
     """
 
     model: Any
@@ -70,6 +71,7 @@ class Loaded(NamedTuple):
     step: int
     sources: tuple[str, ...]
     base: str | None = None
+    note: str = ""
 
 
 def export_run(

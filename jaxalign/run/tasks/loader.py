@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import moving_reference
 from jaxalign.algorithms.state import init_state
-from jaxalign.hf import load_pretrained
+from jaxalign.hf import load_adapter, load_pretrained
+from jaxalign.hf.peft_read import Adapted
 from jaxalign.hf.quantized_base import quantize_params, with_quantized_base
+from jaxalign.hf.source import ADAPTER_CONFIG, is_adapter, locate
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.lora_config import LoraConfig
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import to_host_memory
 from jaxalign.parallel.sharding import mesh_of, param_shardings
@@ -60,6 +64,30 @@ class Loader(abc.ABC):
         """
 
     @abc.abstractmethod
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """The folder of an adapter; None for a whole model.
+
+        Args:
+          source: folder or hub id.
+          assume: what is not there is taken to be an adapter, by loaders that read nothing.
+        """
+
+    @abc.abstractmethod
+    def load_adapter(
+        self, source: str, model: Decoder, params: Params, like: LoraConfig,
+        attributes: tuple[str, ...] = (),
+    ) -> Adapted:  # fmt: skip
+        """A reward model's adapter on a base that is in memory already.
+
+        Args:
+          source: folder or hub id.
+          model: the base.
+          params: its parameters, which the adapter's model shares.
+          like: of other adapters on it, for loaders that read nothing.
+          attributes: as in `load_scorer`.
+        """
+
+    @abc.abstractmethod
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
         """The arrays that a function gives; `place` lays them out."""
 
@@ -90,6 +118,18 @@ class ArrayLoader(Loader):
     ) -> tuple[Decoder | Scorer, Params]:
         """As `load`: files say what kind of model they hold."""
         return self.load(source, config, mesh, remat=config.remat)
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """A folder that is there."""
+        path = pathlib.Path(source).expanduser()
+        return path if is_adapter(path) else None
+
+    def load_adapter(
+        self, source: str, model: Decoder, params: Params, like: LoraConfig,
+        attributes: tuple[str, ...] = (),
+    ) -> Adapted:  # fmt: skip
+        """See `jaxalign.hf.load_adapter`."""
+        return load_adapter(model, params, source)
 
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls the function."""
@@ -130,6 +170,11 @@ class FileLoader(ArrayLoader):
             attention=config.attention,
             quantize=config.quantize,
         )
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """A folder, or what the hub has."""
+        path = locate(source, (ADAPTER_CONFIG, "config.json"))
+        return path if is_adapter(path) else None
 
 
 class KeepingLoader(FileLoader):
@@ -173,3 +218,7 @@ class KeepingLoader(FileLoader):
         elif mesh_of(params) is not None:
             return kept, params
         return kept, self.place(params, param_shardings(kept.axes, mesh, params))
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """None for a model that was kept, else as `FileLoader`."""
+        return None if source in self._kept else super().find_adapter(source, assume=assume)

@@ -104,7 +104,7 @@ def build_ppo(
     reference = reference_in_memory(config, policy, mesh, loader, data.tok)
     source = config.model.source
     check_same_shape(reference.model, policy.model, config.reference or source, source)
-    scorers = Scorers(config, mesh, loader, data.tok)
+    scorers = Scorers(config, mesh, loader, data.tok, policy)
     critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
     critic_base: Any = {}
     if config.critic == "adapter" and critic is not None and critic_params is not None:
