@@ -17,7 +17,9 @@ from jaxalign.run.config.runs import load_config
 from jaxalign.run.config.yaml import merge
 from jaxalign.run.export import export_run, load_run
 from jaxalign.run.export_as import ExportOptions, export
-from jaxalign.run.tasks.loader import KeepingLoader
+from jaxalign.run.tasks.loader import FileLoader, KeepingLoader
+from jaxalign.run.tasks.parts import unread_data
+from jaxalign.run.tasks.ppo import build_ppo
 
 pytest.importorskip("qwix", reason="a quantised base needs qwix")
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -177,6 +179,29 @@ def test_every_algorithm_trains_over_it(algorithm, changes, chat_models, tmp_pat
             critic = frozen["critic"]["blocks"]["mlp"]["up"]["kernel"]
             assert critic["packed"] is base["blocks"]["mlp"]["up"]["kernel"]["packed"]
     assert (result.model / "config.json").is_file()
+
+
+def test_four_roles_share_one_quantised_base(chat_models, tmp_path):
+    """The reward model is an adapter too: its base is the policy's, in 4 bits."""
+    base = str(chat_models / "chat")
+    model, params = jaxalign.load_pretrained(base)
+    model, trained, frozen = jaxalign.add_lora(
+        model, params, jax.random.key(5), LoraConfig(rank=3, targets=("up",))
+    )
+    scorer, whole = jaxalign.with_scalar_head(
+        model, jaxalign.combine(trained, frozen), jax.random.key(6)
+    )
+    jaxalign.save_adapter(scorer, whole, tmp_path / "reward", base=base)
+    changes = merge(NF4, {"critic": "adapter", "reward_model": str(tmp_path / "reward")})
+    values = merge(chatmodel.settings("ppo", chat_models, tmp_path / "run"), changes)
+    config = load_config("ppo", values)
+    state, parts = build_ppo(config, config.mesh.make(), FileLoader(), unread_data(config))
+    codes = [
+        params["blocks"]["mlp"]["up"]["kernel"]["packed"]
+        for params in (*state.frozen.values(), parts.reward_models[0].params, parts.reference.held)
+    ]
+    assert len(codes) == 4
+    assert all(one is codes[0] for one in codes)
 
 
 def test_stages_of_a_pipeline_quantise_what_they_are_handed(chat_models, tmp_path):
