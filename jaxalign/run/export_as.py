@@ -197,10 +197,14 @@ def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
             source, options.step, best=options.best, part=options.part, outs=outs,
             dequantize=options.dequantize,
         )  # fmt: skip
-    if options.step is not None or options.part is not None or options.best or options.dequantize:
+    if options.step is not None or options.part is not None or options.best:
         raise ValueError(
-            "--step, --best, --part and --dequantize choose among what a run has, and "
-            f"{source!r} is a model; leave them out"
+            f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a "
+            "model; leave them out"
+        )
+    if options.dequantize:
+        raise ValueError(
+            f"--dequantize is of a run with model.quantize, and {source!r} is a model; leave it out"
         )
     for out in outs:
         sources = [source, *(adapter for adapter, _ in options.adapters)]

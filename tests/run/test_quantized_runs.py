@@ -103,6 +103,11 @@ def test_an_export_may_be_the_model_that_was_trained(finished, tmp_path, capsys)
         export(str(finished.folder), str(tmp_path / "no"), options)
 
 
+def test_a_model_is_not_dequantised(chat_models, tmp_path):
+    with pytest.raises(ValueError, match=r"--dequantize is of a run with model\.quantize"):
+        export(str(chat_models / "chat"), str(tmp_path / "no"), ExportOptions(dequantize=True))
+
+
 def _adapters(node):
     kept = {k: _adapters(v) if isinstance(v, dict) else v for k, v in node.items()}
     return {
