@@ -11,9 +11,10 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from jaxalign.commands.adapters import adapter_argument, load_writers, named_adapters
 from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
 from jaxalign.data.bounds import parse_json
@@ -62,8 +63,9 @@ def _documented(function: Callable[..., Any], name: str) -> str:
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, the sampling options and the seed."""
+    """Adds the model, its adapters, the sampling options and the seed."""
     parser.add_argument("model", help="folder, .gguf file or hub id")
+    adapter_argument(parser)
     for name, arguments in sampling_flags().items():
         parser.add_argument(f"--{name.replace('_', '-')}", **arguments)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -97,45 +99,44 @@ def _generate(parsed: argparse.Namespace) -> None:
     for option in ("reward_model", "weights", "reward_chat_template"):
         if getattr(parsed, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: wanted --best-of N with it")
-    answer = _answerer(parsed)
-    for prompt, text in zip(prompts, answer(prompts), strict=True):
-        print(f"> {prompt}\n{text}\n")
+    from jaxalign.sampling.generate import generate
+
+    options, answers = _sampling(parsed), {}
+    for name, (model, params, tok) in load_writers(parsed.model, parsed.adapter, "model").items():
+        answers[name] = generate(model, params, tok, prompts, **options)
+    for number, prompt in enumerate(prompts):
+        texts = {name: found[number] for name, found in answers.items()}
+        shown = [f"[{name}]\n{text}" if len(texts) > 1 else text for name, text in texts.items()]
+        print(f"> {prompt}\n{chr(10).join(shown)}\n")
 
 
 def _generate_best(parsed: argparse.Namespace, prompts: list[str]) -> None:
-    from jaxalign.hf import load_language_model, load_tokenizer
     from jaxalign.rewards.best_of import best_of, model_judge
     from jaxalign.rewards.scoring import load_scorer
 
     if parsed.reward_model is None:
         raise ValueError("--best-of: wanted --reward-model, which picks the best answer")
+    if len(parsed.adapter or ()) > 1:
+        raise ValueError("--best-of with several adapters: wanted one --adapter at most")
     scorer, scorer_params, scorer_tok = load_scorer(parsed.reward_model, _weights(parsed.weights))
     template = parsed.reward_chat_template
     judge = model_judge(scorer, scorer_params, scorer_tok, chat_template=template)
-    tok = load_tokenizer(parsed.model)
-    model, params = load_language_model(parsed.model, option="model")
+    writers = load_writers(parsed.model, parsed.adapter, "model")
+    model, params, tok = next(iter(writers.values()))
     results = best_of(model, params, tok, prompts, judge, count=parsed.best_of, **_sampling(parsed))
     for prompt, best in zip(prompts, results, strict=True):
         scores = ", ".join(f"{score:.3g}" for score in best.scores)
         print(f"> {prompt}\n{best.answer}\n[score {best.score:.3g} of {scores}]\n")
 
 
-def _answerer(parsed: argparse.Namespace) -> Callable[[Sequence[Any]], list[str]]:
-    """Loads the model once; gives prompts or conversations → answers."""
-    from jaxalign.hf import load_language_model, load_tokenizer
-    from jaxalign.sampling.generate import generate
-
-    tok = load_tokenizer(parsed.model)
-    model, params = load_language_model(parsed.model, option="model")
-    options = _sampling(parsed)
-    return lambda prompts: generate(model, params, tok, prompts, **options)
-
-
 # --- score ----------------------------------------------------------------------------------------
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or hub id of a reward model")
+    parser.add_argument(
+        "model", help="folder or hub id of a reward model; with --adapter, the adapter's base"
+    )
+    adapter_argument(parser)
     parser.add_argument("files", nargs="+", help="rows with answers: files, folders, hub ids")
     parser.add_argument("--out", help="file to write; standard output if none")
     overwrite_argument(parser, "the file OUT")
@@ -161,13 +162,15 @@ def _score(parsed: argparse.Namespace) -> None:
     from jaxalign.data.paths import check_free
     from jaxalign.rewards.scoring import score_files
 
+    adapters = named_adapters(parsed.adapter)
     if parsed.out is not None:
-        sources = [parsed.model, *parsed.files]
+        sources = [parsed.model, *adapters.values(), *parsed.files]
         check_free(parsed.out, "--out", overwrite=parsed.overwrite, sources=sources)
     summary = score_files(
         parsed.model,
         parsed.files,
         parsed.out,
+        adapters=adapters,
         column=parsed.column,
         weights=_weights(parsed.weights),
         batch=parsed.batch,

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxalign.commands.adapters import load_writers
 from jaxalign.commands.answer import model_arguments, sampling_flags
 from jaxalign.commands.command import Command
 
@@ -39,6 +40,8 @@ class Chat:
       system: the system prompt; None: none.
       show: gets the answer piece by piece while it is sampled, if one model answers; None: `reply`
         returns it whole.
+      adapters: name → what the first speaker answers with under that name, for `/adapter`; the
+        first is in use.
     """
 
     def __init__(
@@ -48,12 +51,15 @@ class Chat:
         seed: int = 0,
         system: str | None = None,
         show: Callable[[str], None] | None = None,
+        adapters: Mapping[str, Answer] | None = None,
     ):
         self._speakers, self._options = list(speakers), dict(options)
         self._seed, self._turns, self._system = seed, 0, system
         self._answered = False
         # Two answers stand one under the other: the second could not begin before the first ends.
         self._streamed = {} if show is None or len(speakers) > 1 else {"on_text": show}
+        self._adapters = dict(adapters or {})
+        self._adapter = next(iter(self._adapters), None)
 
     def reply(self, line: str) -> str:
         """What is shown after a line of the person's: answers, or the result of a command.
@@ -111,12 +117,24 @@ class Chat:
             return f"seed {self._seed}"
         if name == "save":
             return self._save(value)
+        if name == "adapter" and self._adapters:
+            return self._switch(value)
         if name == "options":
             return ", ".join(f"{k} {v}" for k, v in self._numbers().items())
         option = _SHORT.get(name, name.replace("-", "_"))
         if option not in self._numbers():
             raise ValueError("no such command; /help lists them")
         return self._set(option, value)
+
+    def _switch(self, name: str) -> str:
+        names = ", ".join(self._adapters)
+        if not name:
+            return f"{self._adapter} answers; there are {names}"
+        if name not in self._adapters:
+            raise ValueError(f"got {name!r}, wanted one of {names}")
+        self._adapter = name
+        self._speakers[0] = self._speakers[0]._replace(answer=self._adapters[name])
+        return f"{name} answers from here on; the conversation stays"
 
     def _numbers(self) -> dict[str, Any]:
         """The options that a command may set."""
@@ -159,6 +177,11 @@ class Chat:
             *sets,
             ("/seed N", "of sampling, from here on"),
             ("/options", "what is set"),
+            *(
+                [("/adapter NAME", f"now {self._adapter}; {', '.join(self._adapters)}")]
+                if self._adapters
+                else []
+            ),
             ("/reset", "forgets the conversation"),
             ("/save FILE", "writes it as a row of JSON; a file that exists is kept"),
             ("//…", "a message that begins with a slash"),
@@ -191,14 +214,17 @@ def _run(parsed: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can then be edited and called back)
     options = {name: getattr(parsed, name) for name in sampling_flags()}
-    models = [parsed.model] if parsed.versus is None else [parsed.model, parsed.versus]
-    # A model against itself answers twice, and two names tell the answers apart.
-    names = [""] if parsed.versus is None else [f"A {parsed.model}", f"B {parsed.versus}"]
-    speakers = [
-        Speaker(name, _answerer(model, option), [])
-        for name, model, option in zip(names, models, ("model", "--versus"), strict=False)
-    ]
-    chat = Chat(speakers, options, parsed.seed, parsed.system, show=_show)
+    adapters = _answerers(parsed.model, parsed.adapter, "model")
+    answers = [next(iter(adapters.values()))]
+    names = [""]
+    if parsed.versus is not None:
+        # A model against itself answers twice, and two names tell the answers apart.
+        names = [f"A {parsed.model}", f"B {parsed.versus}"]
+        answers += _answerers(parsed.versus, None, "--versus").values()
+    speakers = [Speaker(name, answer, []) for name, answer in zip(names, answers, strict=True)]
+    if len(adapters) == 1:
+        adapters = {}
+    chat = Chat(speakers, options, parsed.seed, parsed.system, _show, adapters)
     print("Empty line to end, /help for commands.")
     while True:
         try:
@@ -215,14 +241,15 @@ def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _answerer(source: str, option: str) -> Answer:
-    """Loads a model once."""
-    from jaxalign.hf import load_language_model, load_tokenizer
+def _answerers(source: str, adapters: Sequence[str] | None, option: str) -> dict[str, Answer]:
+    """Loads a model once; name → what answers with that adapter, and last without one."""
     from jaxalign.sampling.generate import generate
 
-    tok = load_tokenizer(source)
-    model, params = load_language_model(source, option=option)
-    return lambda prompts, **options: generate(model, params, tok, prompts, **options)
+    def answerer(model: Any, params: Any, tok: Any) -> Answer:
+        return lambda prompts, **options: generate(model, params, tok, prompts, **options)
+
+    writers = load_writers(source, adapters, option, with_base=True)
+    return {name: answerer(*loaded) for name, loaded in writers.items()}
 
 
 COMMAND = Command("chat", "talk to a model, or to two", _arguments, _run, compiles=True)

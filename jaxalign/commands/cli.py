@@ -102,9 +102,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         subparser.set_defaults(subcommand=command)
     parsed, rest = parser.parse_known_args(arguments)
     takes_overrides = hasattr(parsed, "overrides")
-    # argparse ends the list of overrides at the first option; those after it belong to it too.
-    if rest and takes_overrides and not any(text.startswith("-") for text in rest):
-        parsed.overrides, rest = parsed.overrides + rest, []
+    # argparse ends a list of arguments at the first option; those after it belong to it too.
+    for name in ("overrides", "prompts"):
+        if rest and hasattr(parsed, name) and not any(text.startswith("-") for text in rest):
+            setattr(parsed, name, getattr(parsed, name) + rest)
+            rest = []
     if rest:
         given = sys.argv[1:] if arguments is None else arguments
         chosen = subparsers.choices[parsed.command]

@@ -30,8 +30,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         nargs="+",
         metavar="FORMAT",
-        help="hf (the default), gguf, orbax or peft (the adapters alone); several get a folder "
-        "each in OUT",
+        help="hf (the default), gguf, orbax, or the adapters alone: peft, gguf-lora; several get a "
+        "folder each in OUT",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which checkpoint; the newest by default")
@@ -47,6 +47,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("F32", "F16", "BF16", "Q8_0"),
         help="of the matrices in a GGUF file; default F16",
     )
+    _adapter_arguments(parser)
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="of a run with model.quantize: merge into the base as it was trained, rounded, and "
+        "not into the floats of its source",
+    )
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -59,6 +66,36 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public", action="store_true", help="of a repository that --push makes: not private"
     )
+
+
+def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="put it on the model: PEFT's folder, hub id or .gguf file; several: their sum",
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="of the adapters; 1 each by default"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="what the model was tuned from: make it an adapter of that",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of that adapter; default 16")
+
+
+def _weighted(parsed: argparse.Namespace) -> tuple[tuple[str, float], ...]:
+    """The adapters with their weights."""
+    weights = parsed.weights or [1.0] * len(parsed.adapter)
+    if len(weights) != len(parsed.adapter):
+        raise ValueError(
+            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted as many"
+        )
+    if parsed.adapter and parsed.base is not None:
+        raise ValueError("--adapter puts adapters on a model, --base extracts one; give either")
+    return tuple(zip(parsed.adapter, weights, strict=True))
 
 
 def _export(parsed: argparse.Namespace) -> None:
@@ -75,7 +112,11 @@ def _export(parsed: argparse.Namespace) -> None:
         verify=parsed.verify is not False,
         transformers=parsed.verify is True,
         record=parsed.to is not None or parsed.verify is True,
+        adapters=_weighted(parsed),
+        base=parsed.base,
+        rank=parsed.rank,
         public=parsed.push is not None,
+        dequantize=parsed.dequantize,
     )
     check_out(parsed.out, options, [parsed.folder], overwrite=parsed.overwrite)
     with distributed.session():

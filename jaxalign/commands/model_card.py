@@ -44,7 +44,7 @@ def model_card(
     config = None if algorithm is None else load_config(algorithm, values)
     base = source if config is None else config.model.source
     data = [] if config is None else list(dict.fromkeys(where for _, where in data_of(config)))
-    library = "peft" if set(formats) == {"peft"} else "transformers"
+    library = "peft" if set(formats) <= {"peft", "gguf-lora"} else "transformers"
     parts = [_front(base, data, algorithm, library, scorer=scorer), f"# {name.rpartition('/')[2]}"]
     made = f"Trained by `jaxalign {algorithm}`" if algorithm else "Written by `jaxalign export`"
     at = f", {step} steps" if step else ""

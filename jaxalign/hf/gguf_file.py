@@ -66,7 +66,12 @@ class GGUFFile:
         self.path = path
         metadata = Metadata(path)
         self.problems: dict[str, str] = {}
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in metadata.tensors}
+        if metadata.get("general.type") == "adapter":
+            raise ValueError(
+                f"{path} holds an adapter and no whole model; give its base too: --adapter {path} "
+                "beside the model, load_pretrained(…, base=…) or load_adapter"
+            )
+        self._tensors = {hf_name(tensor.name): tensor for tensor in metadata.tensors}
         if len(self._tensors) < len(metadata.tensors):
             raise ValueError(f"{path}: two of its tensors have the same Hugging Face name")
         self._file: int | None = os.open(path, os.O_RDONLY)
@@ -119,34 +124,12 @@ class GGUFFile:
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:
             return index
-        rows = _split_halves(np.arange(self.shapes[name][0]), heads)[index[0]]
+        rows = split_halves(np.arange(self.shapes[name][0]), heads)[index[0]]
         return (rows, *index[1:])
 
     def _rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         """Rows `first` to `last` of a tensor, dequantised."""
-        import gguf
-
-        numbers, size = block_size(tensor)
-        row = math.prod(tensor.shape[1:]) // numbers * size
-        raw = np.frombuffer(
-            os.pread(self._open(), (last - first) * row, tensor.start + first * row), np.uint8
-        )
-        if raw.size < (last - first) * row:
-            raise ValueError(f"{self.path} became shorter while it was read")
-        shape = (last - first, *tensor.shape[1:])
-        if tensor.kind in _UNQUANTISED:
-            return raw.view(_UNQUANTISED[tensor.kind]).reshape(shape)
-        kind = gguf.GGMLQuantizationType(tensor.kind)
-        try:
-            values = gguf.quants.dequantize(
-                raw.reshape(-1, tensor.shape[-1] // numbers * size), kind
-            )
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: tensor {tensor.name} of type {kind.name} cannot be dequantised: "
-                f"{error}"
-            ) from error
-        return values.astype(np.float32, copy=False).reshape(shape)
+        return read_rows(self._open(), self.path, tensor, first, last)
 
     def _open(self) -> int:
         if self._file is None:
@@ -166,7 +149,40 @@ class GGUFFile:
             raise
 
 
-def _hf_name(name: str) -> str:
+def read_rows(file: int, path: pathlib.Path, tensor: Tensor, first: int, last: int) -> np.ndarray:
+    """Rows of a tensor, dequantised to float32 if it is quantised.
+
+    Args:
+      file: descriptor of the open file.
+      path: of the file, for messages.
+      tensor: which.
+      first, last: its rows from `first` to before `last`.
+
+    Raises:
+      ValueError: the file became shorter, or a type that cannot be dequantised.
+    """
+    import gguf
+
+    numbers, size = block_size(tensor)
+    row = math.prod(tensor.shape[1:]) // numbers * size
+    raw = np.frombuffer(os.pread(file, (last - first) * row, tensor.start + first * row), np.uint8)
+    if raw.size < (last - first) * row:
+        raise ValueError(f"{path} became shorter while it was read")
+    shape = (last - first, *tensor.shape[1:])
+    if tensor.kind in _UNQUANTISED:
+        return raw.view(_UNQUANTISED[tensor.kind]).reshape(shape)
+    kind = gguf.GGMLQuantizationType(tensor.kind)
+    try:
+        values = gguf.quants.dequantize(raw.reshape(-1, tensor.shape[-1] // numbers * size), kind)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"{path}: tensor {tensor.name} of type {kind.name} cannot be dequantised: {error}"
+        ) from error
+    return values.astype(np.float32, copy=False).reshape(shape)
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a tensor; one without such a name keeps its own."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
@@ -205,7 +221,7 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Permutes rows of each head from (0, h, 1, h+1, …) to (0, 1, …, h, h+1, …), h = head_dim/2."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -22,8 +22,8 @@ from jaxalign.models.rope import rope_frequencies
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
 
-# GGUF's name of a family's architecture. Mistral without windows is a Llama there too.
-_ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""GGUF's name of a family's architecture. Mistral without windows is a Llama there too."""
 _BLOCK = 32  # elements of a block of Q8_0
 _LARGEST = 127 * 65504.0  # the scale of such a block is float16
 
@@ -103,7 +103,7 @@ def save_gguf(
     try:
         with distributed.fail_together("writing a GGUF file"):
             if main:
-                _check_replaceable(target)
+                check_replaceable_file(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
         with distributed.fail_together("writing a GGUF file"):
             header = _Header(arch, name, dtype, vocabulary)
@@ -132,7 +132,7 @@ def check_architecture(model: Any) -> str:
     if not isinstance(model, Decoder):
         raise ValueError(f"a reward model or critic has no GGUF form: {supported}; write --to hf")
     config = model.config
-    arch = _ARCHITECTURE.get(config.family)
+    arch = ARCHITECTURE.get(config.family)
     rope = config.rope
     llama3 = (rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions)
     problems = {
@@ -163,7 +163,8 @@ def _kind(tensor: Tensor, dtype: str) -> str:
     return "F16" if dtype == "Q8_0" and tensor.shape[-1] % _BLOCK else dtype
 
 
-def _check_replaceable(target: pathlib.Path) -> None:
+def check_replaceable_file(target: pathlib.Path) -> None:
+    """Refuses to write over anything but a GGUF file."""
     if not target.exists():
         return
     start = b""

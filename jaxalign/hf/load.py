@@ -22,13 +22,16 @@ from jaxalign.hf import checksums, families, orbax_folder, peft, safetensors_fil
 from jaxalign.hf.blocks import load_leaf, workers
 from jaxalign.hf.families import Leaf
 from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.gguf_lora import is_gguf_adapter
 from jaxalign.hf.hints import prefix_hint, what_lies_there
+from jaxalign.hf.quantized_base import QuantizedLeaves
 from jaxalign.hf.save import abbreviate, to_dtype
 from jaxalign.hf.source import SOURCE_DTYPES, base_of, is_adapter, locate, read_json
 from jaxalign.hf.special_tokens import GENERATION_FILE
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.quantized import check_kind, require_qwix
 from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.types import Params
@@ -64,13 +67,15 @@ def load_pretrained(
     remat: str = "none",
     attention: str = "auto",
     base: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
 ) -> tuple[Any, Params]:
     """Loads a model and its parameters.
 
     Args:
       source: a folder with `config.json` and safetensors (single or sharded with an index), a
         folder that `jaxalign import` made, a `.gguf` file, or a hub id. An adapter's folder (PEFT)
-        gives the base with the adapter merged; `load_adapter` keeps the two apart.
+        gives the base with the adapter merged; `load_adapter` keeps the two apart. So does an
+        adapter's `.gguf` file, whose `base` must be given.
       mesh: where the parameters go, laid out by their logical axes; by default the default device.
       dtype: of the parameters: float32, bfloat16, float16, or "source" for what each parameter
         has in the file (float32 where that is quantised). Not of the computation.
@@ -79,6 +84,9 @@ def load_pretrained(
       attention: "auto" (by backend), "xla", "splash", "cudnn" or "pallas", see
         `jaxalign.models.attention.dispatch`.
       base: the base of an adapter; None: what its configuration names.
+      quantize: "nf4", "nf4-double" or "int8": keeps the projections of all blocks in 4 or 8 bits,
+        to train adapters over them (`add_lora`), see `jaxalign.models.quantized`. They are
+        quantised as they are read, a layer's matrix at a time. None: floats.
 
     Returns:
       `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
@@ -88,11 +96,22 @@ def load_pretrained(
     Raises:
       ValueError: nothing to load there; a config the decoder does not cover; weights that are
         missing, unexpected, duplicate or of the wrong shape (all of them listed); a damaged file,
-        as its checksums tell where it has them.
+        as its checksums tell where it has them; `quantize` of an adapter's folder or an Orbax
+        folder, or without the package qwix.
     """
+    check_kind(quantize)
+    if quantize is not None:
+        require_qwix()
     kind = None if isinstance(dtype, str) and dtype == "source" else to_dtype(dtype)
     path = locate(source, _PATTERNS)
-    if is_adapter(path):
+    if is_adapter(path) or (base is not None and is_gguf_adapter(path)):
+        if quantize is not None:
+            raise ValueError(
+                f"{path} is an adapter, which is merged into its base's floats, and quantize="
+                f"{quantize!r} reads none; write the merged model first (jaxalign export {path} "
+                "--to hf --out …) and quantise that, or load its base with quantize and put the "
+                "adapter on it (load_adapter)"
+            )
         options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention}
         return _load_adapted(path, base, mesh=mesh, dtype=dtype, **options)
     if base is not None:
@@ -111,6 +130,12 @@ def load_pretrained(
         if mesh is not None:
             shardings = families.flatten(param_shardings(model.axes, mesh, model.shapes))
         if isinstance(file, orbax_folder.OrbaxFolder):
+            if quantize is not None:
+                raise ValueError(
+                    f"{path} is an Orbax folder, whose layers are read together; quantize="
+                    f"{quantize!r} reads safetensors and GGUF, matrix by matrix. Take what it was "
+                    "imported from, or write it as a folder (jaxalign export … --to hf)"
+                )
             _check_folder_sums(path)
             return model, file.load(model.shapes, shardings, kind)
         leaves = families.leaves(config, model.shapes, file.shapes)
@@ -121,13 +146,18 @@ def load_pretrained(
                 file.check_sums(pool, (jax.process_index(), jax.process_count()))
         flat = {}
         try:
+            quantized = None if quantize is None else QuantizedLeaves(model, quantize, mesh)
             with workers() as pool:
                 for leaf in leaves:
-                    made = _widest(file, leaf) if kind is None else kind
-                    flat[leaf.path] = load_leaf(file, leaf, made, shardings.get(leaf.path), pool)
+                    widest, layout = _widest(file, leaf), shardings.get(leaf.path)
+                    if quantized is not None and leaf.path in quantized.paths:
+                        flat[leaf.path] = quantized.load(file, leaf, layout, widest, pool)
+                        continue
+                    made = widest if kind is None else kind
+                    flat[leaf.path] = load_leaf(file, leaf, made, layout, pool)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return model, families.unflatten(flat)
+    return model if quantized is None else quantized.model, families.unflatten(flat)
 
 
 def _load_adapted(
@@ -140,9 +170,9 @@ def _load_adapted(
             raise ValueError(f"{os.fspath(start)!r} is an adapter itself; merge that first")
         model, params = load_pretrained(start, **options)
     except ValueError as error:
+        there = what_lies_there(path) or "it holds an adapter, no whole model"
         raise ValueError(
-            f"{path}: {what_lies_there(path)}, or name its base (base=…). The base could not be "
-            f"loaded: {error}"
+            f"{path}: {there}, or name its base (base=…). The base could not be loaded: {error}"
         ) from error
     return peft.merge_adapter(model, params, path)
 

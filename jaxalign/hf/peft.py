@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.hf.gguf_lora import read_gguf_adapter
 from jaxalign.hf.peft_config import CONFIG, WEIGHTS
-from jaxalign.hf.peft_read import Adapted, read_adapter
+from jaxalign.hf.peft_read import Adapted, put_adapter, read_adapter
 from jaxalign.hf.peft_write import adapter_tensors, write_adapter
 from jaxalign.hf.save import abbreviate, save_tokenizer, swap
 from jaxalign.hf.source import locate
@@ -42,7 +43,7 @@ _OTHER_FILES = (
 def load_adapter(
     model: Decoder | Scorer, params: Params, folder: str | os.PathLike[str]
 ) -> Adapted:
-    """Reads an adapter that PEFT (or `save_adapter`) wrote, and puts it on its base.
+    """Reads an adapter that PEFT (or `save_adapter`) wrote, or a GGUF file's, onto its base.
 
     Ranks, α, rsLoRA, DoRA, patterns, modules that are trained whole (a score head, a resized
     embedding) and PiSSA are read. Where a module of transformers holds several matrices, each of
@@ -51,7 +52,8 @@ def load_adapter(
     Args:
       model: the base, as `load_pretrained` gives it.
       params: its parameters; shared, not copied.
-      folder: with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
+      folder: with `adapter_config.json` and `adapter_model.safetensors`, or a hub id, or the
+        `.gguf` file of an adapter.
 
     Returns:
       (model with adapters, trainable parameters, frozen parameters), as `add_lora`; the model is a
@@ -65,6 +67,8 @@ def load_adapter(
     decoder = model.base if isinstance(model, Scorer) else model
     if decoder.lora is not None:
         raise ValueError("the model already has adapters; merge them first (merge_lora)")
+    if path.is_file():
+        return put_adapter(model, params, path, *read_gguf_adapter(path, decoder))
     return read_adapter(model, params, path)
 
 
@@ -75,7 +79,7 @@ def load_adapters(
 
     Args:
       model, params: as for `load_adapter`.
-      folders: name → folder or hub id.
+      folders: name → folder, `.gguf` file or hub id.
     """
     return {name: load_adapter(model, params, folder) for name, folder in folders.items()}
 

@@ -40,7 +40,7 @@ from jaxalign.types import Params
 
 _PREFIX = "base_model.model."
 
-_PART = re.compile(
+PART = re.compile(
     r"(?P<module>.+)\.(?:lora_|lora_embedding_|lora_magnitude_)(?P<part>A|B|vector)"
     r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 )
@@ -79,9 +79,29 @@ class Adapted(NamedTuple):
 
 def read_adapter(model: Decoder | Scorer, params: Params, folder: pathlib.Path) -> Adapted:
     """Puts the adapter of a folder on its base; see `jaxalign.hf.peft.load_adapter`."""
-    config = read_config(folder)
-    tensors = _read_tensors(folder)
-    adapters = {k: v for k, v in tensors.items() if _PART.fullmatch(k)}
+    return put_adapter(model, params, folder, read_config(folder), read_tensors(folder))
+
+
+def put_adapter(
+    model: Decoder | Scorer,
+    params: Params,
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> Adapted:
+    """Puts an adapter on its base.
+
+    Args:
+      model: the base.
+      params: its parameters.
+      folder: where the adapter comes from, for messages.
+      config: `adapter_config.json`.
+      tensors: PEFT's, without the prefix of their names.
+
+    Raises:
+      ValueError: as `jaxalign.hf.peft.load_adapter`.
+    """
+    adapters = {k: v for k, v in tensors.items() if PART.fullmatch(k)}
     whole = {k: v for k, v in tensors.items() if k not in adapters}
     model, params, saved = _with_whole(folder, model, params, whole)
     decoder = model.base if isinstance(model, Scorer) else model
@@ -114,7 +134,8 @@ def read_adapter(model: Decoder | Scorer, params: Params, folder: pathlib.Path) 
     return Adapted(result, trained, kept)
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's folder, without the prefix of their names."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -145,7 +166,7 @@ def _factors(
     """The adapter of each matrix that has one."""
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         assert match is not None
         parts.setdefault(match["module"], {})[match["part"]] = tensor
     for name in parts:
@@ -162,7 +183,7 @@ def _factors(
             "its target_modules choose; give the base that the adapter was made for"
         )
     if not parts:
-        raise ValueError(f"{folder / WEIGHTS} holds no adapters (…lora_A…, …lora_B…)")
+        raise ValueError(f"{folder} holds no adapters (…lora_A…, …lora_B…)")
     dora = bool(config.get("use_dora"))
     found: dict[Slot, Factors] = {}
     for name, tensors_of in parts.items():

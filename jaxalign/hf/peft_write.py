@@ -26,7 +26,8 @@ from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.sharding import mesh_of, replicated
 from jaxalign.types import Params
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of the names of PEFT's tensors."""
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 """Configuration and tensors of an adapter."""
@@ -59,9 +60,9 @@ def adapter_tensors(model: Decoder | Scorer, params: Params, base: str | None) -
     for module in modules.values():
         if any(source.rank(slot) for slot in module.slots):
             adapted[module], made = source.of_module(module)
-            tensors |= {f"{_PREFIX}{module.name}.{name}": value for name, value in made.items()}
+            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in made.items()}
     saved = _saved_tensors(model, params, lora)
-    tensors |= {_PREFIX + name: value for name, value in saved.items()}
+    tensors |= {PREFIX + name: value for name, value in saved.items()}
     names = dict.fromkeys(name.rpartition(".")[0] for name in saved)
     short = {n: s for n, s in short_names(decoder).items() if not (scorer and n == "lm_head")}
     config = peft_config(

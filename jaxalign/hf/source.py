@@ -155,6 +155,14 @@ def base_of(folder: pathlib.Path) -> str:
     return base
 
 
+def same_source(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two texts name one model: the same hub id, or paths of one file or folder."""
+    paths = [pathlib.Path(source).expanduser() for source in (one, other)]
+    if all(path.exists() for path in paths):
+        return paths[0].resolve() == paths[1].resolve()
+    return os.fspath(one) == os.fspath(other)
+
+
 SOURCE_DTYPES = "_source_dtypes"
 """Key of `source_config` for the dtypes of the source's tensors: the most common under "*", and by
 name those that differ."""

@@ -63,7 +63,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
       ValueError: no tokenizer, no vocabulary, or a kind that cannot be reproduced exactly.
     """
     path = locate(source, _PATTERNS)
-    if is_adapter(path) and not any(any(path.glob(name)) for name in _VOCABULARIES):
+    if is_adapter(path) and not _has_vocabulary(path):
         return load_tokenizer(base_of(path))
     if path.is_file():
         tokenizer, stops = from_metadata(Metadata(path))
@@ -74,12 +74,29 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     return set_padding(tokenizer, rows=rows)
 
 
+def own_tokenizer(adapter: str | os.PathLike[str]) -> Any | None:
+    """The tokenizer beside an adapter, with the template of its training; None: there is none.
+
+    Args:
+      adapter: its folder, `.gguf` file or hub id.
+
+    Raises:
+      ValueError: as `load_tokenizer`.
+    """
+    path = locate(adapter, _PATTERNS)
+    return load_tokenizer(path) if path.is_dir() and _has_vocabulary(path) else None
+
+
+def _has_vocabulary(folder: pathlib.Path) -> bool:
+    return any(any(folder.glob(name)) for name in _VOCABULARIES)
+
+
 def _from_folder(folder: pathlib.Path) -> Any:
     import transformers
 
     # tokenizer.json is authoritative; the class named in the config may rebuild it differently.
     exact = (folder / "tokenizer.json").is_file()
-    if not any(any(folder.glob(name)) for name in _VOCABULARIES):
+    if not _has_vocabulary(folder):
         there = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         what = f"; it holds {', '.join(there[:6])}" if there else "; it is empty"
         raise ValueError(

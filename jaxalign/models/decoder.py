@@ -47,6 +47,7 @@ from jaxalign.models.per_layer import (
     attention_inputs,
     layer_attributes,
 )
+from jaxalign.models.quantized import check_kind as check_quantize
 from jaxalign.parallel.shard_map import pad_length
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.parallel.zigzag import from_zigzag, to_zigzag
@@ -112,6 +113,8 @@ class Decoder:
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
       attention: which kind of attention, see `jaxalign.models.attention.dispatch.KINDS`.
+      quantize: how the projections of its blocks are kept, frozen, see `jaxalign.models.quantized`;
+        None: in floats.
     """
 
     config: DecoderConfig
@@ -119,9 +122,11 @@ class Decoder:
     remat: str = "none"
     lora: LoraConfig | None = None
     attention: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self):
         check_kind(self.attention)
+        check_quantize(self.quantize)
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: wanted one of {', '.join(REMAT)}")
         if self.compute_dtype not in ("float32", "bfloat16", "float16"):
@@ -131,14 +136,14 @@ class Decoder:
 
     @property
     def shapes(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, float32."""
-        _, state = abstract_stack(self.config, self.lora)
+        """The parameter tree as `jax.ShapeDtypeStruct`s, float32 but where quantised."""
+        _, state = abstract_stack(self.config, self.lora, self.quantize)
         return nnx.to_pure_dict(state)
 
     @property
     def axes(self) -> Params:
         """The parameter tree with the logical axes of each leaf, e.g. "layers embed mlp"."""
-        _, state = abstract_stack(self.config, self.lora)
+        _, state = abstract_stack(self.config, self.lora, self.quantize)
 
         def axes_of(path: Any, variable: nnx.Variable) -> str:
             stacked = path[0].key == "blocks"
@@ -152,7 +157,7 @@ class Decoder:
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters: N(0, 0.02²) matrices, unit norms, zero biases."""
-        _, state = nnx.split(Stack(self.config, self.lora, nnx.Rngs(params=key)))
+        _, state = nnx.split(Stack(self.config, self.lora, nnx.Rngs(params=key), self.quantize))
         params = nnx.to_pure_dict(state)
         if self.lora is None:
             return params
@@ -458,7 +463,7 @@ class Decoder:
         return with_layer_scales(params["blocks"], self.lora, self.config.num_layers)
 
     def _block(self, layer: Params) -> Block:
-        graphdef, state = abstract_block(self.config, self.lora)
+        graphdef, state = abstract_block(self.config, self.lora, self.quantize)
         return nnx.merge(graphdef, with_values(state, layer))
 
     def _norm(self, params: Params, x: jax.Array) -> jax.Array:

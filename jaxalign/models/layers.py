@@ -12,6 +12,7 @@ from flax import nnx
 from jaxalign.models.adapters import adapter_of, column_lengths, length_factor
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.ops import project
+from jaxalign.models.quantized import QuantizedKernel, make_kernel
 from jaxalign.models.rope import Rope, rotate
 
 INIT_STD = 0.02
@@ -36,18 +37,18 @@ class Linear(nnx.Module):
       bias: whether there is one.
       lora: options of adapters.
       layers: number of blocks.
+      quantize: how the kernel is kept, see `jaxalign.models.quantized`; None: in floats.
     """
 
     def __init__(
         self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int], axes: str, *, bias: bool,
-        lora: LoraConfig | None, layers: int,
+        lora: LoraConfig | None, layers: int, quantize: str | None = None,
     ):  # fmt: skip
         fan_in, fan_out = sizes
         in_axis, out_axis = axes.split()
         self.axes = axes
-        self.kernel = nnx.Param(
-            INIT_STD * jax.random.normal(rngs.params(), sizes, jnp.float32), axes=axes
-        )
+        noise = jax.random.normal(rngs.params(), sizes, jnp.float32)
+        self.kernel = make_kernel(INIT_STD * noise, axes, quantize)
         # On the output projection the output axis is the residual stream, which stays whole.
         bias_axis = "norm" if out_axis == "embed" else out_axis
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
@@ -62,14 +63,17 @@ class Linear(nnx.Module):
         self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
         self.lora_b = nnx.Param(b, axes=f"rank {out_axis}")
         self.lora_m = (
-            nnx.Param(column_lengths(self.kernel[...]), axes=bias_axis) if lora.dora else None
+            nnx.Param(column_lengths(self._matrix()), axes=bias_axis) if lora.dora else None
         )
         # Where layers differ in it, B is scaled before the scan: `with_layer_scales`.
         self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, in]` → `[B, T, out]`."""
-        y = project(x, self.kernel[...].astype(x.dtype), self.axes)
+        if isinstance(self.kernel, QuantizedKernel):
+            y = self.kernel.project(x)
+        else:
+            y = project(x, self.kernel[...].astype(x.dtype), self.axes)
         if self.lora_m is not None:
             y = (y + self._delta(x)) * self._factor()[None, None].astype(x.dtype)
         if self.bias is not None:
@@ -89,8 +93,14 @@ class Linear(nnx.Module):
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_m is not None
-        whole = self.kernel[...] + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
+        whole = self._matrix() + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
         return length_factor(whole, self.lora_m[...])
+
+    def _matrix(self) -> jax.Array:
+        """The kernel in floats, `[in, out]`."""
+        if isinstance(self.kernel, QuantizedKernel):
+            return self.kernel.matrix()
+        return self.kernel[...]
 
 
 def draw_factor(rngs: nnx.Rngs, shape: tuple[int, ...], init: str) -> jax.Array:
@@ -151,10 +161,15 @@ def make_norm(config: DecoderConfig, size: int | None = None) -> RMSNorm | Layer
 class Attention(nnx.Module):
     """Grouped-query attention, all but the attention itself."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
+        quantize: str | None = None,
+    ):  # fmt: skip
         hidden, head_dim = config.hidden_size, config.head_dim
         q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        linear = functools.partial(Linear, rngs, lora=lora, layers=config.num_layers)
+        linear = functools.partial(
+            Linear, rngs, lora=lora, layers=config.num_layers, quantize=quantize
+        )
         whole = f"heads/{head_dim}"  # shards hold whole heads
         self.query = linear("attention.query", (hidden, q), f"embed {whole}", bias=config.qkv_bias)
         self.key = linear("attention.key", (hidden, kv), "embed kv_heads", bias=config.qkv_bias)
@@ -191,11 +206,15 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`down(act(gate(x)) · up(x))` (Shazeer 2020), or `down(act(up(x)))` without gate."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
+        quantize: str | None = None,
+    ):  # fmt: skip
         hidden, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(
-            Linear, rngs, bias=config.mlp_bias, lora=lora, layers=config.num_layers
-        )
+            Linear, rngs, bias=config.mlp_bias, lora=lora, layers=config.num_layers,
+            quantize=quantize,
+        )  # fmt: skip
         self.gate = linear("mlp.gate", (hidden, inner), "embed mlp") if config.gated_mlp else None
         self.up = linear("mlp.up", (hidden, inner), "embed mlp")
         self.down = linear("mlp.down", (inner, hidden), "mlp embed")

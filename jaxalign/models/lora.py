@@ -24,6 +24,8 @@ from jaxalign.models.base import LoraConfig as LoraConfig
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora_config import LORA_NAMES, chooses
+from jaxalign.models.quantized import dequantize as dequantized
+from jaxalign.models.quantized import is_quantized, map_quantized
 from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.types import Params
 
@@ -88,8 +90,8 @@ def make_adapters(
     changed: Params = {}
     matrices = adapted_matrices(model, config)
     if config.dora:  # ‖W‖: of whole matrices, before PiSSA takes its part
-        lengths = jax.jit(lambda whole: [column_lengths(w) for w in whole])
-        whole = [matrix_of(params, path) for path in matrices]
+        lengths = jax.jit(lambda whole: [_lengths(w) for w in whole])
+        whole = [stored_at(params, path) for path in matrices]
         for path, made in zip(matrices, lengths(whole), strict=True):
             leaf_at(adapters, path[:-1])["lora_m"] = made
     if config.init == "pissa":
@@ -122,7 +124,9 @@ def trained_base(model: Decoder, params: Params, config: LoraConfig) -> Params:
     return split_saved(params, config)[1]
 
 
-def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+def merge_lora(
+    model: Decoder, params: Params, *, dequantize: bool = False
+) -> tuple[Decoder, Params]:
     """Folds adapters into the matrices: W ← W + s · A·B (DoRA: of the trained lengths), for export.
 
     On a model whose head is tied to its embedding, an adapter of one of the two unties them.
@@ -130,14 +134,29 @@ def merge_lora(model: Decoder, params: Params) -> tuple[Decoder, Params]:
     Args:
       model: an adapted model.
       params: base and adapters together (`combine(params, frozen)`), with or without a score head.
+      dequantize: of a quantised base, whether to take its rounded values as floats.
 
     Returns:
       (plain model, plain parameters in the base's dtypes; the sum is computed in the wider dtype).
+
+    Raises:
+      ValueError: no adapters, or a quantised base without `dequantize`.
     """
-    if model.lora is None:
+    lora = model.lora
+    if lora is None:
         raise ValueError("the model has no adapters to merge")
+    if model.quantize is not None:
+        if not dequantize:
+            raise ValueError(
+                f"merging into a base that is quantised ({model.quantize}): its weights were "
+                "rounded when it was loaded, and the merged model would keep that rounding. Merge "
+                "into the floats: combine these adapters with load_pretrained(source) without "
+                "quantize; or take the rounded base, which is the model that was trained, with "
+                "dequantize=True"
+            )
+        model, params = dequantize_base(model, params)
     config, plain = model.config, without_adapters(params)
-    matrices = adapted_matrices(model, model.lora)
+    matrices = adapted_matrices(model, lora)
     tied = config.tie_embeddings and "score" not in params
     if tied and any(path[0] in ("embed", "head") for path in matrices):
         config = dataclasses.replace(config, tie_embeddings=False)
@@ -164,11 +183,38 @@ def adapted_matrices(model: Decoder, config: LoraConfig) -> dict[Path, Adapter]:
     return found
 
 
+def dequantize_base(model: Decoder, params: Params, dtype: Any = None) -> tuple[Decoder, Params]:
+    """A model whose quantised matrices are the floats that they stand for.
+
+    Args:
+      model: with or without adapters.
+      params: its parameters.
+      dtype: of these matrices; None: that of the embedding.
+    """
+    dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
+    floats = map_quantized(lambda parts: dequantized(parts, dtype), params)
+    return dataclasses.replace(model, quantize=None), floats
+
+
 def matrix_of(params: Params, path: Path) -> Any:
-    """The matrix at a path; the transposed embedding for the output matrix of a tied model."""
+    """The matrix at a path, in floats; the transposed embedding for the output matrix of a tied
+    model."""
+    stored = stored_at(params, path)
+    return dequantized(stored) if is_quantized(stored) else stored
+
+
+def stored_at(params: Params, path: Path) -> Any:
+    """As `matrix_of`, but a quantised matrix as it is."""
     if path == ("head", "kernel") and "kernel" not in params.get("head", {}):
         return jnp.transpose(params["embed"]["embedding"])
     return leaf_at(params, path)
+
+
+def _lengths(stored: Any) -> jax.Array:
+    """`column_lengths`; of a quantised matrix a layer at a time."""
+    if not is_quantized(stored):
+        return column_lengths(stored)
+    return jax.lax.map(lambda parts: column_lengths(dequantized(parts)), stored)
 
 
 def adapters_of(params: Params) -> Params:
@@ -237,6 +283,7 @@ def check_lora(model: Decoder, config: LoraConfig, *, fresh: bool = True) -> Non
     """
     if model.lora is not None:
         raise ValueError("the model already has adapters; merge them first (merge_lora)")
+    kind, model = model.quantize, dataclasses.replace(model, quantize=None)
     names, layers = matrix_names(model), model.config.num_layers
     full = [
         name if path[0] != "blocks" else f"layers.{layer}.{name}"
@@ -263,6 +310,8 @@ def check_lora(model: Decoder, config: LoraConfig, *, fresh: bool = True) -> Non
     if fresh:
         _check_ranks(model, matrices)
     _check_together(model, config, matrices)
+    if kind is not None:
+        _check_quantized(names, config, kind)
     modules = dict.fromkeys(module_name(path) for path, _ in leaves_of(model.shapes))
     for pattern in config.modules_to_save:
         if pattern != "score" and not any(chooses(pattern, name) for name in modules):
@@ -308,6 +357,20 @@ def _check_together(model: Decoder, config: LoraConfig, matrices: dict[Path, Ada
             _check_principal(model, path)
 
 
+def _check_quantized(names: dict[str, Path], config: LoraConfig, kind: str) -> None:
+    if config.init == "pissa":
+        raise ValueError(
+            f"lora init=pissa with a quantised base ({kind}): it changes the base, whose floats "
+            "are gone; take init=gaussian or peft"
+        )
+    for name, path in names.items():
+        if path[0] == "blocks" and is_saved(path, config):
+            raise ValueError(
+                f"lora modules_to_save={config.modules_to_save}: {name} is quantised ({kind}) and "
+                "cannot be trained whole; name it among the targets, or load a base in floats"
+            )
+
+
 def _check_principal(model: Decoder, path: Path) -> None:
     if path == ("head", "kernel") and model.config.tie_embeddings:
         raise ValueError(
@@ -323,7 +386,7 @@ def _check_principal(model: Decoder, path: Path) -> None:
 
 def matrix_names(model: Decoder) -> dict[str, Path]:
     """Name of everything that may have adapters → its path."""
-    plain = dataclasses.replace(model, lora=None)
+    plain = dataclasses.replace(model, lora=None, quantize=None)
     found: dict[str, Path] = {"embed": ("embed", "embedding")}
     for path, _ in leaves_of(plain.shapes):
         if path[0] == "blocks" and path[-1] == "kernel" and path[-2] in LORA_NAMES:

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxalign.models.adapters import adapter_of
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.layers import ACTIVATIONS, INIT_STD, draw_factor
+from jaxalign.models.quantized import QuantizedKernel, make_kernel
 from jaxalign.parallel.shard_map import map_row_shards
 from jaxalign.types import Params
 
@@ -61,12 +62,12 @@ class ExpertLinear(nnx.Module):
 
     def __init__(
         self, rngs: nnx.Rngs, name: str, sizes: tuple[int, int, int], axes: str,
-        lora: LoraConfig | None, layers: int,
+        lora: LoraConfig | None, layers: int, quantize: str | None = None,
     ):  # fmt: skip
         count, fan_in, fan_out = sizes
         in_axis, out_axis = axes.split()
         noise = jax.random.normal(rngs.params(), sizes, jnp.float32)
-        self.kernel = nnx.Param(INIT_STD * noise, axes=f"expert {axes}")
+        self.kernel = make_kernel(INIT_STD * noise, f"expert {axes}", quantize)
         self.lora_scale = 0.0
         self.axes = axes
         adapter = adapter_of(lora, name, layers)
@@ -85,7 +86,10 @@ class ExpertLinear(nnx.Module):
         The residual stream is whole on every device while experts compute.
         """
         in_axis, out_axis = self.axes.replace("embed", "hidden").split()
-        arrays = {"kernel": self.kernel[...].astype(dtype)}
+        if isinstance(self.kernel, QuantizedKernel):
+            arrays = {"kernel": self.kernel.matrix(dtype)}
+        else:
+            arrays = {"kernel": self.kernel[...].astype(dtype)}
         axes = {"kernel": f"expert {in_axis} {out_axis}"}
         if self.lora_a is not None and self.lora_b is not None:
             arrays["a"] = self.lora_a[...].astype(dtype)
@@ -122,9 +126,15 @@ def _multiply(
 class Experts(nnx.Module):
     """Router and experts in the place of an MLP."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
+        quantize: str | None = None,
+    ):  # fmt: skip
         count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-        linear = functools.partial(ExpertLinear, rngs, lora=lora, layers=config.num_layers)
+        linear = functools.partial(
+            ExpertLinear, rngs, lora=lora, layers=config.num_layers, quantize=quantize
+        )
+        self.quantized = quantize is not None
         self.router = Router(config, rngs)
         self.gate = linear("mlp.gate", (count, hidden, inner), "embed mlp")
         self.up = linear("mlp.up", (count, hidden, inner), "embed mlp")
@@ -135,14 +145,23 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """`[B, T, D]` → (`[B, T, D]`, routing)."""
         experts, shares, routing = self.router(x)
+        run = self._run
+        if self.quantized:
+            # The backward pass multiplies the codes out again, in place of keeping floats.
+            run = jax.checkpoint(run, prevent_cse=False)
+        return run(x, experts, shares), routing
+
+    def _run(self, x: jax.Array, experts: jax.Array, shares: jax.Array) -> jax.Array:
+        """`_compute` on every device's rows and experts."""
         weights, axes = {}, {}
         for name, linear in (("gate", self.gate), ("up", self.up), ("down", self.down)):
             weights[name], axes[name] = linear.weights(x.dtype)
         # Sorting mixes the tokens of all rows. On a mesh each device sorts its own rows only; with
         # experts spread over devices, the rows of all devices that share the experts.
         rows = (x, experts, shares.astype(x.dtype))
-        out = map_row_shards(self._compute, rows, weights, axes, contracted="mlp", sharded="expert")
-        return out, routing
+        return map_row_shards(
+            self._compute, rows, weights, axes, contracted="mlp", sharded="expert"
+        )
 
     def _compute(
         self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params, first: Any

@@ -25,13 +25,16 @@ from jaxalign.types import Params
 class Block(nnx.Module):
     """Attention and a feed-forward network, each normalised and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
+        quantize: str | None = None,
+    ):  # fmt: skip
         before, after = config.norm_place != "after", config.norm_place != "before"
         self.attention_norm = make_norm(config) if before else None
-        self.attention = Attention(config, lora, rngs)
+        self.attention = Attention(config, lora, rngs, quantize)
         self.attention_post_norm = make_norm(config) if after else None
         self.mlp_norm = make_norm(config) if before else None
-        self.mlp = (Experts if config.num_experts else MLP)(config, lora, rngs)
+        self.mlp = (Experts if config.num_experts else MLP)(config, lora, rngs, quantize)
         self.mlp_post_norm = make_norm(config) if after else None
         self.softcap = config.attention_softcap
 
@@ -137,13 +140,16 @@ class Head(nnx.Module):
 class Stack(nnx.Module):
     """The whole network; its parameter tree is the public one."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
+        quantize: str | None = None,
+    ):  # fmt: skip
         self.embed = Embedding(config, lora, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, lora, rngs)
+            return Block(config, lora, rngs, quantize)
 
         self.blocks = blocks(rngs)
         self.norm = make_norm(config)
@@ -152,15 +158,19 @@ class Stack(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def abstract_stack(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
+def abstract_stack(
+    config: DecoderConfig, lora: LoraConfig | None, quantize: str | None = None
+) -> tuple[Any, Any]:
     """Graph definition and abstract state of the whole network."""
-    return nnx.split(nnx.eval_shape(lambda: Stack(config, lora, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Stack(config, lora, nnx.Rngs(0), quantize)))
 
 
 @functools.lru_cache(maxsize=64)
-def abstract_block(config: DecoderConfig, lora: LoraConfig | None) -> tuple[Any, Any]:
+def abstract_block(
+    config: DecoderConfig, lora: LoraConfig | None, quantize: str | None = None
+) -> tuple[Any, Any]:
     """Graph definition and abstract state of one block."""
-    return nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0), quantize)))
 
 
 def with_values(state: Any, values: Params) -> Any:

@@ -6,6 +6,8 @@ device memory during forward and backward passes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -67,6 +69,21 @@ def on_device(tree: T) -> T:
         return jax.device_put(x, device) if jax.typeof(x).memory_space == host else x
 
     return jax.tree.map(fetch, tree)
+
+
+@contextlib.contextmanager
+def computing_on_host() -> Iterator[None]:
+    """Context in which new arrays are in the host's memory and are computed with there.
+
+    Where JAX was told to use no CPU (`JAX_PLATFORMS`) it does nothing.
+    """
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        yield
+        return
+    with jax.default_device(device):
+        yield
 
 
 def is_cpu(device: jax.Device) -> bool:

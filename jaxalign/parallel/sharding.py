@@ -84,10 +84,11 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
     """Shardings of a parameter tree.
 
     Args:
-      axes: nested dict of logical-axes strings, see `Axes`; or one such string.
+      axes: nested dict of logical-axes strings, see `Axes`; or one such string. An axis `embed?` is
+        split as `embed` is where that divides it, and else whole on every device.
       mesh: where the parameters go.
       shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given,
-        every sharded dimension is checked to divide.
+        every sharded dimension is checked to divide. Without it, axes with `?` are whole.
       rules: logical axis → mesh axis; None: the rules in effect.
 
     Returns:
@@ -96,7 +97,10 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
     Raises:
       ValueError: a dimension that the mesh axis does not divide; names both and sizes that fit.
     """
-    if shapes is not None:
+    if shapes is None:
+        axes = jax.tree.map(lambda a: _fitting(a, None, mesh, rules), axes)
+    else:
+        axes = jax.tree.map(lambda a, s: _fitting(a, s.shape, mesh, rules), axes, shapes)
         jax.tree_util.tree_map_with_path(
             lambda path, a, s: _check_divides(jax.tree_util.keystr(path), a, s.shape, mesh, rules),
             axes,
@@ -129,6 +133,20 @@ def reshard_by_rules(params: Params, axes: Axes, over: Rules | None) -> Params:
         return params
     with use_rules(over):
         return reshard(params, axes, mesh)
+
+
+def _fitting(axes: str, shape: tuple[int, ...] | None, mesh: Mesh, rules: Rules | None) -> str:
+    """Logical axes without `?`: those that the mesh does not divide become "hidden"."""
+    if "?" not in axes:
+        return axes
+    found = axes.split()
+    for number, axis in enumerate(found):
+        if axis.endswith("?"):
+            name = axis[:-1]
+            shards = math.prod(mesh.shape[n] for n in mesh_axes(name, mesh, rules))
+            divides = shape is not None and shape[number] % shards == 0
+            found[number] = name if divides else "hidden"
+    return " ".join(found)
 
 
 def _check_divides(

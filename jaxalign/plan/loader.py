@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -12,13 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxalign.algorithms.moving_reference import reference_of
 from jaxalign.algorithms.state import opt_state_shardings
-from jaxalign.hf import families
+from jaxalign.hf import families, load_adapter
 from jaxalign.hf.gguf_file import GGUFFile
+from jaxalign.hf.peft_read import Adapted
 from jaxalign.hf.source import (
     ADAPTER_CONFIG,
     base_of,
@@ -29,11 +32,15 @@ from jaxalign.hf.source import (
 )
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.lora import adapters_of, sharing_base
+from jaxalign.models.lora_config import LoraConfig
+from jaxalign.models.quantized import map_floats
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import HOST, is_offloaded
 from jaxalign.parallel.sharding import mesh_of, param_shardings, replicated
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.models import place
 from jaxalign.types import Params, TrainState
 
 
@@ -68,6 +75,35 @@ class ShapeLoader(Loader):
         base = model.base if isinstance(model, Scorer) else model
         scorer = Scorer(base, attributes)
         return scorer, _param_shapes(scorer, config, mesh)
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """A folder that is there, or whatever is not."""
+        path = pathlib.Path(source).expanduser()
+        taken = is_adapter(path) if path.exists() else assume
+        return path if taken else None
+
+    def load_adapter(
+        self, source: str, model: Decoder, params: Params, like: LoraConfig,
+        attributes: tuple[str, ...] = (),
+    ) -> Adapted:  # fmt: skip
+        """One that is not there is taken to be like the policy's adapters, with a head."""
+        path, mesh = pathlib.Path(source).expanduser(), mesh_of(params)
+        assert mesh is not None
+        if path.exists():
+            # Nothing of the base is read but its shapes; one zero stands for each of its arrays.
+            zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
+            adapted, trained, frozen = load_adapter(model, zeros, path)
+        else:
+            self.notes.append(
+                f"reward model {source!r} is not there: taken to be an adapter like the policy's"
+            )
+            lora = sharing_base(like)
+            base = dataclasses.replace(model, lora=lora)
+            adapted = Scorer(base, attributes)
+            trained = adapters_of(adapted.shapes) | {"score": adapted.shapes["score"]}
+            frozen = {name: value for name, value in params.items() if name != "head"}
+        own = place(trained, adapted, mesh, self)
+        return Adapted(adapted, own, _part_of(params, frozen))
 
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
         """Shapes of what the function would give."""
@@ -117,13 +153,18 @@ def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def _part_of(params: Params, tree: Params) -> Params:
+    """Those parameters that a tree has, the very leaves."""
+    return {
+        name: _part_of(params[name], value) if isinstance(value, dict) else params[name]
+        for name, value in tree.items()
+    }
+
+
 def _param_shapes(model: Decoder | Scorer, config: ModelConfig, mesh: Mesh) -> Params:
-    shardings, dtype = param_shardings(model.axes, mesh, model.shapes), jnp.dtype(config.dtype)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
-        model.shapes,
-        shardings,
-    )
+    dtype = jnp.dtype(config.dtype)
+    shapes = map_floats(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.shapes)
+    return jax.tree.map(_shape, shapes, param_shardings(model.axes, mesh, shapes))
 
 
 def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Decoder | Scorer:
@@ -146,7 +187,13 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
     compute = config.compute_dtype
     if compute is None:
         compute = backend(mesh.devices.flat[0]).default_dtype
-    model = Decoder(shape, compute_dtype=compute, remat=remat, attention=config.attention)
+    model = Decoder(
+        shape,
+        compute_dtype=compute,
+        remat=remat,
+        attention=config.attention,
+        quantize=config.quantize,
+    )
     return Scorer(model, attributes) if scorer else model
 
 

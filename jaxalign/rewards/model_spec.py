@@ -30,6 +30,9 @@ class ModelReward(RewardSpec):
 
     Attributes:
       source: folder or hub id.
+      adapter: the source is an adapter with a score head (PEFT), whose base is that of the policy's
+        adapters: both share it, and anything else is an error. False: an adapter shares it where it
+        can, and a whole model is in memory besides.
       tokenizer: "policy": the model reads the policy's token ids; "own": it has its own tokenizer
         and chat template, and reads answers as text (see `retokenised_reward`).
       chat_template: a template other than the policy's: the model reads text under it, as with
@@ -45,6 +48,7 @@ class ModelReward(RewardSpec):
 
     kind: str = "model"
     source: str
+    adapter: bool = False
     tokenizer: str = "policy"
     chat_template: str | None = None
     length: int | None = None
@@ -82,6 +86,8 @@ class ModelReward(RewardSpec):
 
     def build(self, context: BuildContext) -> RewardFunction:
         """The model's score of tokens, or of text for a model with its own tokenizer."""
+        if self.adapter and context.load is None:
+            raise ValueError("adapter=true: wanted false, there is no policy whose base it shares")
         scorer, params = (context.load or _load)(self)
         if not self.reads_text:
             check_same_tokens(context.tok, self.source)

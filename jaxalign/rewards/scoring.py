@@ -36,7 +36,9 @@ from jaxalign.data.rows import to_conversation, to_preference, to_ranked, to_ste
 from jaxalign.data.sources import Row, read_rows
 from jaxalign.data.writers import Style
 from jaxalign.hf import load_reward_model, load_tokenizer
-from jaxalign.models.scorer import Scorer
+from jaxalign.hf.load import expect_reward_model
+from jaxalign.hf.named_adapters import load_with_adapters
+from jaxalign.models.scorer import Scorer, weigh_attributes
 from jaxalign.rewards.evaluation import wilson
 from jaxalign.types import Params, TokenBatch
 
@@ -179,11 +181,36 @@ def load_scorer(
     return *load_reward_model(source, weights), tok
 
 
+def load_scorers(
+    source: str, adapters: Mapping[str, str], weights: Mapping[str, float] | None = None
+) -> list[tuple[Scorer, Params, PreTrainedTokenizerBase]]:
+    """Reward models that are adapters on one base, which is in memory once.
+
+    Args:
+      source: the base: folder or hub id.
+      adapters: name → folder of PEFT with a score head, or hub id.
+      weights: as for `load_scorer`.
+
+    Raises:
+      ValueError: an adapter without a score on a language model; or as `load_adapter`.
+    """
+    found = []
+    loaded = load_with_adapters(source, adapters)
+    for name, folder in adapters.items():
+        model, params, tok = loaded[name]
+        scorer = expect_reward_model(model, folder, "adapter")
+        if weights is not None:
+            scorer, params = weigh_attributes(scorer, params, weights)
+        found.append((scorer, params, tok))
+    return found
+
+
 def score_files(
     source: str,
     files: Sequence[str],
     out: str | None = None,
     *,
+    adapters: Mapping[str, str] | None = None,
     column: str = "reward",
     weights: Mapping[str, float] | None = None,
     batch: int = 16,
@@ -195,9 +222,11 @@ def score_files(
     """Scores the rows of files and writes each as a line of JSON with its score, in order.
 
     Args:
-      source: reward model, folder or hub id.
+      source: reward model, folder or hub id; with adapters, their base.
       files: sources for `jaxalign.data.read_rows`.
       out: file to write; None: standard output.
+      adapters: name → adapter on the model, which is in memory once. Several make a column each,
+        named `<column>_<name>`.
       column: name of the added column; no row may have it.
       weights: see `load_scorer`.
       batch: answers per forward pass.
@@ -214,29 +243,46 @@ def score_files(
     """
     path = None if out is None else local_path(out, "out")
     rows = read_rows(list(files))
-    taken = next((row.origin for row in rows if column in row.data), None)
-    if taken is not None:
-        raise ValueError(f"{taken}: the row has a column {column!r} already; choose another name")
-    scorer, params, tok = load_scorer(source, weights)
-    scored = score_rows(
-        scorer,
-        params,
-        tok,
-        rows,
-        batch=batch,
-        length=length,
-        chat_template=chat_template,
-        thinking=thinking,
-        chat_template_kwargs=chat_template_kwargs,
+    names = list(adapters or {})
+    columns = [f"{column}_{name}" for name in names] if len(names) > 1 else [column]
+    taken = [(row.origin, name) for row in rows for name in columns if name in row.data]
+    if taken:
+        raise ValueError(
+            f"{taken[0][0]}: the row has a column {taken[0][1]!r} already; choose another name"
+        )
+    scorers = (
+        load_scorers(source, adapters, weights) if adapters else [load_scorer(source, weights)]
     )
+    every = [
+        score_rows(
+            scorer,
+            params,
+            tok,
+            rows,
+            batch=batch,
+            length=length,
+            chat_template=chat_template,
+            thinking=thinking,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        for scorer, params, tok in scorers
+    ]
     with contextlib.ExitStack() as stack:
         file = sys.stdout
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("w", encoding="utf-8"))
-        for row, result in zip(rows, scored.results, strict=True):
-            file.write(json.dumps({**row.data, column: result}, ensure_ascii=False) + "\n")
-    summary = [f"{len(rows)} rows scored, {scored.cut} answers cut"]
+        for row, *results in zip(rows, *(scored.results for scored in every), strict=True):
+            added = dict(zip(columns, results, strict=True))
+            file.write(json.dumps({**row.data, **added}, ensure_ascii=False) + "\n")
+    if len(every) == 1:
+        return _summary(every[0], len(rows))
+    lines = zip(names, every, strict=True)
+    return "\n".join(f"{name}: {_summary(scored, len(rows))}" for name, scored in lines)
+
+
+def _summary(scored: Scored, rows: int) -> str:
+    summary = [f"{rows} rows scored, {scored.cut} answers cut"]
     right, pairs = scored.right
     if pairs:
         low, high = wilson(right, pairs)

@@ -22,8 +22,9 @@ from jaxalign.hf.special_tokens import set_padding
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
-from jaxalign.models.lora import merge_lora, sharing_base, trained_base
+from jaxalign.models.lora import dequantize_base, merge_lora, sharing_base, trained_base
 from jaxalign.models.scorer import Scorer
+from jaxalign.parallel import distributed
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.best import best_of_run
@@ -61,6 +62,7 @@ class Loaded(NamedTuple):
       step: number of batches after which the checkpoint was saved; 0 without one.
       sources: what it was made from: not to be replaced.
       base: source of the base under adapters; None without adapters.
+      note: what to say of it, for people.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class Loaded(NamedTuple):
     step: int
     sources: tuple[str, ...]
     base: str | None = None
+    note: str = ""
 
 
 def export_run(
@@ -80,6 +83,7 @@ def export_run(
     best: bool = False,
     part: str | None = None,
     dtype: str | None = "source",
+    dequantize: bool = False,
 ) -> Exported:
     """Writes a checkpoint of a run as a Hugging Face folder.
 
@@ -95,12 +99,14 @@ def export_run(
       part: "policy" or "critic", of runs that train both; the policy by default.
       dtype: of the tensors, see `save_pretrained`; "source" for those of the model that the run
         started from, None for those of the checkpoint.
+      dequantize: of a run with `model.quantize`, whether adapters are merged into the base as it
+        was trained, its values rounded, rather than into the floats of its source.
 
     Raises:
       ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
     """
     out = str(local_path(out, "out"))
-    loaded = load_run(folder, step, best=best, part=part, outs=[out])
+    loaded = load_run(folder, step, best=best, part=part, outs=[out], dequantize=dequantize)
     model, params = whole_model(loaded.model, loaded.params)
     save_pretrained(model, params, out, tokenizer=loaded.exported, dtype=dtype)
     return Exported(loaded.step, tensor_table(plan_tensors(model, params, dtype)))
@@ -113,6 +119,7 @@ def load_run(
     best: bool = False,
     part: str | None = None,
     outs: Sequence[str] = (),
+    dequantize: bool = False,
 ) -> Loaded:
     """A model from a checkpoint of a run; see `export_run`.
 
@@ -122,6 +129,7 @@ def load_run(
       best: the one with the best value of the run's `run.keep_best`, in place of `step`.
       part: "policy" or "critic", of runs that train both; the policy by default.
       outs: what is going to be written: not to be something that the run reads.
+      dequantize: whether the base is that of the training where it was quantised.
 
     Raises:
       ValueError: as `export_run`.
@@ -133,6 +141,11 @@ def load_run(
     if algorithm is None:
         raise ValueError(f"{path}: no config of a run, wanted a section {', '.join(RUNS)}")
     config = load_config(algorithm, values)
+    if dequantize and config.model.quantize is None:
+        raise ValueError(
+            f"dequantize: the run in {folder} has no quantised base (model.quantize is null); "
+            "leave it out"
+        )
     sources = source_paths(config)
     for out in outs:
         check_free(out, "out", overwrite=True, sources=sources)
@@ -157,6 +170,8 @@ def load_run(
             options = config.model
             if chosen == "critic" and options.lora is not None:
                 options = dataclasses.replace(options, lora=sharing_base(options.lora))
+            if not dequantize:
+                options = dataclasses.replace(options, quantize=None)
             model, frozen = _model(source, options, shapes, mesh, attributes)
             layout = _layout(model, shapes, mesh)
         wanted = layout if chosen is None else {chosen: layout}
@@ -168,6 +183,8 @@ def load_run(
     finally:
         store.close()
     params = params if chosen is None else params[chosen]
+    if frozen and config.model.quantize is not None and not dequantize:
+        say_floats(config.model)
     tok = run_tokenizer(config.model)
     return Loaded(
         model,
@@ -259,6 +276,17 @@ def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
     return whole, params
 
 
+def say_floats(config: ModelConfig) -> None:
+    """Prints that adapters of a quantised base go with its floats."""
+    if distributed.is_main():
+        print(
+            f"adapters were trained over {config.source} in {config.quantize}, and are exported "
+            "with its floats: log-probs differ a little from those of the training. `jaxalign "
+            "export RUN --dequantize` writes the base as it was trained",
+            flush=True,
+        )
+
+
 def _mesh(config: Any) -> Mesh:
     """The run's mesh if there are as many devices, else the largest part of it that fits."""
     if config is not None:
@@ -282,10 +310,14 @@ def _model(
     """The model that a checkpoint's parameters belong to, and the base under adapters."""
     adapted = config.lora is not None and _has_adapters(shapes)
     if adapted:
-        loaded, frozen = load_pretrained(source, mesh=mesh, dtype=config.dtype)
+        loaded, frozen = load_pretrained(
+            source, mesh=mesh, dtype=config.dtype, quantize=config.quantize
+        )
     else:
         loaded, frozen = load_model(source), {}
     base = loaded.base if isinstance(loaded, Scorer) else loaded
+    if adapted and config.quantize is not None:
+        base, frozen = dequantize_base(base, frozen, config.dtype)
     if adapted and config.lora is not None:
         frozen = trained_base(base, frozen, config.lora)
         base = dataclasses.replace(base, lora=config.lora)

@@ -20,7 +20,8 @@ from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import mesh_of
 from jaxalign.run import verify
 from jaxalign.run.export import Loaded, load_run, load_source, whole_model
-from jaxalign.run.formats import FORMATS, Adapted, Format, Whole, adapter_counts, reject
+from jaxalign.run.export_adapters import extracted_adapter, with_weighted_adapters
+from jaxalign.run.formats import FORMATS, GGUF_ADAPTER, Adapted, Format, Whole, reject
 from jaxalign.run.record import versions
 from jaxalign.run.remote import is_remote_run
 
@@ -42,7 +43,11 @@ class ExportOptions(NamedTuple):
       verify: whether to read the files again and compare with the trainer's log-probs.
       transformers: whether transformers reads a Hugging Face folder too, where torch is there.
       record: whether to write `export.json`.
+      adapters: (source, weight) of adapters to put on a model; their weighted sum.
+      base: the model that `source` was tuned from: an adapter is extracted, of rank `rank`.
+      rank: of an extracted adapter.
       public: whether the files leave this machine, whose folders are then no base of an adapter.
+      dequantize: whether the base is that of the training, see `export_run`.
     """
 
     formats: tuple[str, ...] = ("hf",)
@@ -54,7 +59,11 @@ class ExportOptions(NamedTuple):
     verify: bool = True
     transformers: bool = False
     record: bool = True
+    adapters: tuple[tuple[str, float], ...] = ()
+    base: str | None = None
+    rank: int = 16
     public: bool = False
+    dequantize: bool = False
 
 
 class Written(NamedTuple):
@@ -112,11 +121,13 @@ def check_out(
     if out.lower().endswith(".gguf"):
         raise ValueError(
             f"--out={out!r}: wanted a folder; the file in it will be model-{options.gguf_dtype}"
-            ".gguf"
+            f".gguf, or {GGUF_ADAPTER} of adapters alone"
         )
     names: tuple[str, ...] | None = None
     if options.formats == ("gguf",):
         names = (f"model-{options.gguf_dtype}.gguf", RECORD)
+    elif options.formats == ("gguf-lora",):
+        names = (GGUF_ADAPTER, RECORD)
     elif len(options.formats) > 1:
         names = (*options.formats, RECORD)
     check_free(out, "--out", overwrite=overwrite, sources=sources, names=names)
@@ -140,8 +151,15 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     unknown = [name for name in options.formats if name not in FORMATS]
     if unknown or not options.formats or len(set(options.formats)) < len(options.formats):
         raise ValueError(
-            f"--to {' '.join(options.formats)}: wanted one or more of {', '.join(FORMATS)}, each "
-            "once"
+            f"--to {' '.join(options.formats)}: wanted one or more of "
+            f"{', '.join(name for name in FORMATS if name != 'gguf-lora')}, each once, and "
+            "gguf-lora, a run's adapters for llama.cpp"
+        )
+    alone = [name for name in options.formats if FORMATS[name].counts is not None]
+    if options.dequantize and alone:
+        raise ValueError(
+            f"--dequantize --to {alone[0]}: adapters alone hold no base, and who loads them gets "
+            "the floats; leave one of the two out"
         )
     places = places_of(out, options.formats)
     loaded = _load(source, options, [str(place) for place in places.values()])
@@ -154,11 +172,11 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     if options.public and "peft" in options.formats:
         _check_public(loaded.base)
     checker = _Checker.of(loaded, whole) if options.verify else None
+    tables, checks = [loaded.note] if loaded.note else [], []
     loaded = loaded._replace(model=None, params={})
-    tables, checks = [], []
     notes: dict[str, dict[str, Any]] = {}
-    for name, place in sorted(places.items(), key=lambda item: item[0] != "peft"):
-        if name != "peft":
+    for name, place in sorted(places.items(), key=lambda item: not FORMATS[item[0]].counts):
+        if FORMATS[name].counts is None:
             whole = whole._replace(adapted=None)  # unmerged weights are done with
         tables.append(FORMATS[name].write(whole, place))
         notes[name] = {"weights": _counts(FORMATS[name], whole, place)}
@@ -170,22 +188,35 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
         _record(local_path(out, "out"), source, loaded.step, notes)
     if failures:
         raise ValueError("; ".join(failures))
-    names = {name: FORMATS[name].weights(whole) if name == "gguf" else None for name in places}
+    ggufs = ("gguf", "gguf-lora")
+    names = {name: FORMATS[name].weights(whole) if name in ggufs else None for name in places}
     scorer = isinstance(model, Scorer)
     return Written(loaded.step, places, tables, checks, notes, names, scorer)
 
 
 def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
-    if is_run(source, options.formats):
-        return load_run(source, options.step, best=options.best, part=options.part, outs=outs)
+    changes_model = bool(options.adapters) or options.base is not None
+    if not changes_model and is_run(source, options.formats):
+        return load_run(
+            source, options.step, best=options.best, part=options.part, outs=outs,
+            dequantize=options.dequantize,
+        )  # fmt: skip
     if options.step is not None or options.part is not None or options.best:
         raise ValueError(
             f"--step, --best and --part choose among a run's checkpoints, and {source!r} is a "
             "model; leave them out"
         )
+    if options.dequantize:
+        raise ValueError(
+            f"--dequantize is of a run with model.quantize, and {source!r} is a model; leave it out"
+        )
     for out in outs:
-        check_free(out, "out", overwrite=True, sources=[source])
-    return load_source(source)
+        sources = [source, *(adapter for adapter, _ in options.adapters)]
+        check_free(out, "out", overwrite=True, sources=sources)
+    loaded = load_source(source)
+    if options.adapters:
+        return with_weighted_adapters(loaded, options.adapters)
+    return loaded if options.base is None else extracted_adapter(loaded, options.base, options.rank)
 
 
 def _name(source: str) -> str:
@@ -203,6 +234,7 @@ class _Checker(NamedTuple):
       exact: what the merged one makes of them in memory, merged in float32.
       merged: whether there were adapters; their sum with the base is rounded to its dtype.
       unit: "nats", or "score".
+      base: source of the base under adapters, for files that do not say; None without adapters.
     """
 
     probe: verify.Probe
@@ -210,6 +242,7 @@ class _Checker(NamedTuple):
     exact: np.ndarray
     merged: bool
     unit: str
+    base: str | None
 
     @classmethod
     def of(cls, loaded: Loaded, whole: Whole) -> _Checker:
@@ -222,7 +255,7 @@ class _Checker(NamedTuple):
             wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params)
             exact = verify.measure(*whole_model(loaded.model, wide), probe)
         unit = "score" if isinstance(whole.model, Scorer) else "nats"
-        return cls(probe, trained, exact, merged, unit)
+        return cls(probe, trained, exact, merged, unit, loaded.base)
 
     def run(
         self,
@@ -244,10 +277,12 @@ class _Checker(NamedTuple):
             bound = verify.FLOOR + verify.ROUNDING * roundings[name]
             path = FORMATS[name].source(place, whole)
             # An adapter's base as the trainer had it, whatever its own files hold.
-            dtype = next(iter(dtypes)) if name == "peft" and len(dtypes) == 1 else "float32"
+            alone = FORMATS[name].counts is not None
+            dtype = next(iter(dtypes)) if alone and len(dtypes) == 1 else "float32"
+            base = self.base if name == "gguf-lora" else None
             readers: dict[str, Callable[[], np.ndarray]] = {
-                "jaxalign": lambda path=path, dtype=dtype: verify.read_back(
-                    path, self.probe, mesh, dtype
+                "jaxalign": lambda path=path, dtype=dtype, base=base: verify.read_back(
+                    path, self.probe, mesh, dtype, base
                 )
             }
             if options.transformers and name == "hf" and _alone() and verify.has_torch():
@@ -330,8 +365,8 @@ def _check_public(base: str | None) -> None:
 
 def _counts(format: Format, whole: Whole, place: pathlib.Path) -> dict[str, int]:
     """Element type → how many weights of a format have it."""
-    if format is FORMATS["peft"]:
-        return adapter_counts(place)
+    if format.counts is not None:
+        return format.counts(place)
     kinds = format.kinds(whole)
     sizes = {path: leaf.size for path, leaf in families.flatten(whole.params).items()}
     counts: dict[str, int] = {}

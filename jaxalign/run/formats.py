@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import shutil
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxalign.hf import checksums, families, orbax_folder, peft, save_pretrained
+from jaxalign.hf.gguf_header import Metadata
+from jaxalign.hf.gguf_lora import check_gguf_adapter, save_gguf_adapter
 from jaxalign.hf.gguf_vocabulary import tokenizer_metadata, unlisted_ends
 from jaxalign.hf.gguf_write import FORMS, check_architecture, save_gguf
 from jaxalign.hf.peft_write import check_writable
@@ -20,6 +23,9 @@ from jaxalign.hf.source import is_adapter
 from jaxalign.hf.tensor_table import tensor_table
 from jaxalign.parallel import distributed
 from jaxalign.types import Params
+
+GGUF_ADAPTER = "adapter.gguf"
+"""The file of `gguf-lora` in its folder."""
 
 
 class Adapted(NamedTuple):
@@ -68,6 +74,8 @@ class Format(NamedTuple):
       write: writes the model into a folder; returns a text for people.
       kinds: leaf path → element type that is stored.
       weights: patterns of the files in the folder that hold weights.
+      counts: folder → element type and how many weights have it, of a format of adapters alone;
+        None: it holds the whole model.
     """
 
     help: str
@@ -76,6 +84,7 @@ class Format(NamedTuple):
     write: Callable[[Whole, pathlib.Path], str]
     kinds: Callable[[Whole], dict[str, str]]
     weights: Callable[[Whole], tuple[str, ...]]
+    counts: Callable[[pathlib.Path], dict[str, int]] | None = None
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
@@ -199,13 +208,17 @@ def _gguf_kinds(whole: Whole) -> dict[str, str]:
 # --- PEFT ----------------------------------------------------------------------------------------
 
 
-def _check_peft(whole: Whole) -> None:
+def _adapters_of(whole: Whole, format_name: str) -> Adapted:
     if whole.adapted is None:
         raise ValueError(
-            "--to peft: wanted a run with adapters (model.lora), and there are none here; --to hf "
-            "writes a whole model"
+            f"--to {format_name}: wanted a run with adapters (model.lora), and there are none "
+            "here; --to hf writes a whole model"
         )
-    model, _, base = whole.adapted
+    return whole.adapted
+
+
+def _check_peft(whole: Whole) -> None:
+    model, _, base = _adapters_of(whole, "peft")
     check_writable(model)
     path = pathlib.Path(base).expanduser()
     if path.is_dir() and is_adapter(path):
@@ -216,16 +229,14 @@ def _check_peft(whole: Whole) -> None:
 
 
 def _write_peft(whole: Whole, folder: pathlib.Path) -> str:
-    if whole.adapted is None:
-        raise ValueError("--to peft: the adapters are gone")  # export() writes them first
-    model, params, base = whole.adapted
+    model, params, base = _adapters_of(whole, "peft")
     path = pathlib.Path(base).expanduser()
     base = str(path.resolve()) if path.exists() else base  # wherever the adapter is read from
     peft.save_adapter(model, params, folder, base=base, tokenizer=whole.tokenizer)
     return f"{peft.WEIGHTS}: adapters of {base}"
 
 
-def adapter_counts(folder: pathlib.Path) -> dict[str, int]:
+def _adapter_counts(folder: pathlib.Path) -> dict[str, int]:
     """Element type → how many of an adapter's weights have it, from its file."""
     from safetensors.numpy import load_file
 
@@ -238,6 +249,29 @@ def adapter_counts(folder: pathlib.Path) -> dict[str, int]:
 def _own_kinds(whole: Whole) -> dict[str, str]:
     """The merged weights as they are: nothing is rounded beside the base."""
     return {path: leaf.dtype.name for path, leaf in families.flatten(whole.params).items()}
+
+
+# --- adapters as a GGUF file ---------------------------------------------------------------------
+
+
+def _check_gguf_lora(whole: Whole) -> None:
+    try:
+        check_gguf_adapter(_adapters_of(whole, "gguf-lora").model)
+    except ValueError as error:
+        raise ValueError(f"--to gguf-lora: {error}") from error
+
+
+def _write_gguf_lora(whole: Whole, folder: pathlib.Path) -> str:
+    model, params, base = _adapters_of(whole, "gguf-lora")
+    # Its name only: the file may go anywhere, and the reader is given a base.
+    named = pathlib.PurePath(base).name
+    save_gguf_adapter(model, params, folder / GGUF_ADAPTER, name=whole.name, base=named)
+    return f"{GGUF_ADAPTER}: adapters of {named}, F32"
+
+
+def _gguf_adapter_counts(folder: pathlib.Path) -> dict[str, int]:
+    tensors = Metadata(folder / GGUF_ADAPTER).tensors
+    return {"float32": sum(math.prod(tensor.shape) for tensor in tensors)}
 
 
 FORMATS: Mapping[str, Format] = {
@@ -256,6 +290,7 @@ FORMATS: Mapping[str, Format] = {
         _write_peft,
         _own_kinds,
         lambda _: (peft.WEIGHTS,),
+        _adapter_counts,
     ),
     "gguf": Format(
         "a GGUF file",
@@ -264,6 +299,15 @@ FORMATS: Mapping[str, Format] = {
         _write_gguf,
         _gguf_kinds,
         lambda whole: (gguf_file(whole),),
+    ),
+    "gguf-lora": Format(
+        "the adapters alone, for llama.cpp",
+        lambda folder, _: folder / GGUF_ADAPTER,
+        _check_gguf_lora,
+        _write_gguf_lora,
+        _own_kinds,
+        lambda _: (GGUF_ADAPTER,),
+        _gguf_adapter_counts,
     ),
     "orbax": Format(
         "an Orbax folder, which loads without conversion",

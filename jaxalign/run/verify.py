@@ -207,21 +207,32 @@ def _round(x: jax.Array, kind: str, transposed: bool) -> jax.Array:
 
 
 def read_back(
-    path: str | os.PathLike[str], probe: Probe, mesh: Any, dtype: str = "float32"
+    path: str | os.PathLike[str],
+    probe: Probe,
+    mesh: Any,
+    dtype: str = "float32",
+    base: str | None = None,
 ) -> np.ndarray:
     """What the files of a model make of the prompts, read by `load_pretrained` as `dtype`.
+
+    Args:
+      path: of the files.
+      probe: the prompts.
+      mesh: where the parameters go.
+      dtype: of the parameters.
+      base: of an adapter that names none, and has no tokenizer either.
 
     Raises:
       ValueError: they cannot be read, or their tokenizer makes other ids of a prompt.
     """
-    ids = prompt_ids(load_tokenizer(path))
+    ids = probe.texts if base is not None else prompt_ids(load_tokenizer(path))
     for number, (ours, theirs) in enumerate(zip(probe.texts, ids, strict=True), start=1):
         if ours != theirs:
             raise ValueError(
                 f"its tokenizer or chat template makes other ids of prompt {number}: {theirs[:8]} "
                 f"…, the trainer's makes {ours[:8]} …"
             )
-    model, params = load_pretrained(path, mesh=mesh, dtype=dtype)
+    model, params = load_pretrained(path, mesh=mesh, dtype=dtype, base=base)
     return measure(model, params, probe)
 
 

@@ -1,6 +1,9 @@
 """Memory of PPO with four 7B models on four A100-80G, all of actor and critic trained, as a table.
 
     python scripts/plan/four_models.py [--topology a100-80g:4] [--only int8] [--json OUT]
+    python scripts/plan/four_models.py --topology h100:1 --only adapters --only adapters-8
+
+With adapters, the four lie on one base: of rank 16 on all projections, the base in bfloat16.
 
 1,024 tokens of prompt and as many of answer, Llama-2-7B's shape. Nothing but a compiler is needed
 (`pip install "jaxalign[plan-gpu]"`); each line takes minutes on two cores.
@@ -25,6 +28,13 @@ RUN = {
     "ppo": {"max_new_tokens": 1024},
     "minibatches": 8,
 }
+ADAPTERS = [
+    "model.lora.rank=16",
+    "model.dtype=bfloat16",
+    "critic=adapter",
+    "reward_model=null",
+    "rewards=[{kind: model, source: runs/reward/adapter, adapter: true}]",
+]
 LINES = {
     "float32": ("float32 moments", ["optimizer.moments=float32"]),
     "bfloat16": ("bfloat16 moments", ["optimizer.moments=bfloat16"]),
@@ -42,6 +52,11 @@ LINES = {
         "8-bit moments, all weights bfloat16",
         ["optimizer.moments=int8", "model.dtype=bfloat16"],
     ),
+    "adapters": ("adapters on one base in bfloat16", ADAPTERS),
+    "adapters-8": (
+        "the same, 8 answers at a time, updates in two micro-batches",
+        [*ADAPTERS, "ppo.slots=8", "run.micro_batches=2"],
+    ),
     "least": (
         "8-bit moments, all weights bfloat16, frozen models in host memory, 16 answers at a time",
         [
@@ -52,7 +67,7 @@ LINES = {
         ],
     ),
 }
-KINDS = ("params", "optimizer", "models", "batch", "cache", "temporary", "other", "host")
+KINDS = ("params", "frozen", "optimizer", "models", "batch", "cache", "temporary", "other", "host")
 
 
 def main():

@@ -244,6 +244,22 @@ def test_a_dump_of_all_defaults_says_little(trainer):
     assert set(whys(notes)) <= unnamed
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"load_in_4bit": True}, "nf4"),
+        ({"load_in_4bit": True, "use_bnb_nested_quant": True}, "nf4-double"),
+        ({"load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "int8"),
+        ({"use_bnb_nested_quant": True}, None),
+    ],
+)
+def test_a_quantised_base(given, kind):
+    values, notes = convert(NAMED | {"use_peft": True, "lora_dropout": 0.0} | given, "sft")
+    assert values["model"].get("quantize") == kind
+    assert not set(whys(notes)) & given.keys()
+    load_config("sft", values)
+
+
 def test_what_the_file_does_not_name_is_said():
     values, notes = convert({"learning_rate": 1e-5}, "sft")
     assert values["model"]["source"] == "MODEL"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import chatmodel
 import jax
@@ -107,6 +108,27 @@ def test_the_adapters_alone_are_written_for_peft(adapted, chat_models, tmp_path,
     assert cli.main([*alone, "--overwrite"]) == 0  # over `export.json` too
 
 
+def test_the_adapters_alone_are_written_for_llama_cpp(adapted, chat_models, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["export", str(adapted), "--out", str(out), "--to", "gguf-lora"]
+    assert cli.main(command) == 0
+    assert "gguf-lora, read by jaxalign: largest difference" in capsys.readouterr().out
+    assert names(out) == ["adapter.gguf", "export.json"]
+    noted = record(out)["formats"]["gguf-lora"]
+    assert noted["weights"] == {"float32": 2 * 2 * (32 + 32 + 32 + 48)}
+    assert noted["verified"]["jaxalign"]["largest"] < noted["bound"] == verify.FLOOR
+    trained = chatmodel.leaves(export_as.load_run(str(adapted)).params)
+    model, params = jaxalign.load_pretrained(chat_models / "chat")
+    _, read, _ = jaxalign.load_adapter(model, params, out / "adapter.gguf")
+    for path, value in chatmodel.leaves(read).items():
+        np.testing.assert_array_equal(value, trained[path], path)
+    # The model's own folder is untouched beside it, and it is replaced where that is asked for.
+    (out / "notes.txt").write_text("mine")
+    assert cli.main(command) == 2
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_what_peft_cannot_hold_is_refused_before_anything_is_written(
     adapted, chat_models, tmp_path, monkeypatch, capsys
 ):
@@ -179,11 +201,25 @@ def test_adapters_on_a_bfloat16_base_are_merged_with_its_rounding(
 # --- wrong exports -------------------------------------------------------------------------------
 
 
+def with_query(adapted, change):
+    """A model with adapters in which those of the queries are others."""
+    blocks = adapted.params["blocks"]
+    query = blocks["attention"]["query"]
+    attention = blocks["attention"] | {"query": query | change(query)}
+    return adapted._replace(params=adapted.params | {"blocks": blocks | {"attention": attention}})
+
+
 def transposed(monkeypatch):
     """The queries of every file are the transpose of what they should be: of the same shape."""
 
+    def turned(query):  # (A·B)ᵀ = Bᵀ·Aᵀ
+        a, b = (query[f"lora_{side}"].swapaxes(-1, -2) for side in "ba")
+        return {"lora_a": a, "lora_b": b}
+
     def turn(write):
         def broken(whole, folder):
+            if whole.adapted is not None:
+                return write(whole._replace(adapted=with_query(whole.adapted, turned)), folder)
             attention = whole.params["blocks"]["attention"]
             kernel = attention["query"]["kernel"]
             wrong = {"query": {"kernel": kernel.swapaxes(-1, -2)}}
@@ -212,6 +248,17 @@ def forgotten(monkeypatch):
         lambda model, params: (dataclasses.replace(model, lora=None), without(params)),
     )
 
+    def nothing(query):
+        return {"lora_b": query["lora_b"] * 0}
+
+    def lose(write):
+        return lambda whole, folder: write(
+            whole._replace(adapted=with_query(whole.adapted, nothing)), folder
+        )
+
+    alone = {n: f._replace(write=lose(f.write)) for n, f in formats.FORMATS.items() if f.counts}
+    monkeypatch.setattr(export_as, "FORMATS", dict(formats.FORMATS) | alone)
+
 
 def another_template(monkeypatch):
     """The tokenizer in the files renders turns in another way."""
@@ -226,7 +273,13 @@ def another_template(monkeypatch):
     monkeypatch.setattr(export_as, "_load", loaded)
 
 
-WEIGHTS = {"hf": "model.safetensors", "gguf": "model-F32.gguf", "orbax": "params"}
+WEIGHTS = {
+    "hf": "model.safetensors",
+    "gguf": "model-F32.gguf",
+    "orbax": "params",
+    "peft": "adapter_model.safetensors",
+    "gguf-lora": "adapter.gguf",
+}
 WRONG = {
     "transposed": (transposed, r"largest difference \S+ nats of \d+ tokens in 16 prompts"),
     "adapter": (forgotten, r"largest difference \S+ nats of \d+ tokens in 16 prompts"),
@@ -240,12 +293,13 @@ def test_a_wrong_export_is_found_in_every_format(
 ):
     spoil(monkeypatch)
     out = tmp_path / "out"
-    command = ["export", str(adapted), "--out", str(out), "--to", *FORMATS, "--gguf-dtype", "F32"]
+    command = ["export", str(adapted), "--out", str(out), "--to", *WEIGHTS, "--gguf-dtype", "F32"]
     assert cli.main(command) == 2
     error = capsys.readouterr().err
     for name, weights in WEIGHTS.items():
-        import re
-
+        if name == "gguf-lora" and spoil is another_template:
+            assert (out / name / weights).exists()  # it holds no tokenizer
+            continue
         pattern = rf"the {name} export in {re.escape(str(out / name))} is wrong: .*{message}.*"
         assert re.search(pattern + rf"{weights}\.rejected must not be used", error), error
         assert not (out / name / weights).exists()

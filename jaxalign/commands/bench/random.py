@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.quantized import map_floats
 from jaxalign.models.scorer import Scorer, with_scalar_head
 from jaxalign.parallel.sharding import param_shardings
 from jaxalign.run.config.base import ModelConfig
@@ -47,10 +48,11 @@ def random_decoder(
         compute_dtype=config.compute_dtype or "float32",
         remat=remat,
         attention=config.attention,
+        quantize=config.quantize,
     )
 
     def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(config.dtype), model.init(key))
+        return map_floats(lambda x: x.astype(config.dtype), model.init(key))
 
     layout = param_shardings(model.axes, mesh, model.shapes)
     return model, jax.jit(init, out_shardings=layout)(jax.random.key(0))

@@ -87,6 +87,10 @@ def _convert_lora(c: Conversion) -> None:
             c.take(f"lora_{name}")
         for name in ("use_rslora", "use_dora"):
             c.take(name)
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if c.take(name):
+                c.note(name, "without use_peft nothing could be trained: give model.lora")
+        c.take("use_bnb_nested_quant")
         return
     rank, alpha = c.number("lora_r", 16), c.number("lora_alpha", 32)
     targets = c.take("lora_target_modules", ["q_proj", "v_proj"])
@@ -102,11 +106,20 @@ def _convert_lora(c: Conversion) -> None:
     for name, option in (("use_rslora", "rslora"), ("use_dora", "dora")):
         if c.take(name):
             c.put(f"model.lora.{option}", True)
+    _convert_quantized(c)
     dropout = c.number("lora_dropout", 0.05)  # TRL's default
     if dropout:
         c.note(f"lora_dropout: {dropout}", "adapters have no dropout here")
     if kept := c.take("lora_modules_to_save"):
         c.note(f"lora_modules_to_save: {kept}", "give model.lora.modules_to_save our names")
+
+
+def _convert_quantized(c: Conversion) -> None:
+    double = c.take("use_bnb_nested_quant")
+    if c.take("load_in_4bit"):
+        c.put("model.quantize", "nf4-double" if double else "nf4")
+    if c.take("load_in_8bit"):
+        c.put("model.quantize", "int8")
 
 
 def convert_data(c: Conversion) -> None:

@@ -26,7 +26,8 @@ use_rslora use_dora | `model.lora.rslora`, `model.lora.dora` |
 lora_modules_to_save | `model.lora.modules_to_save` | the head of a reward model is always trained and saved
 lora_dropout | `model.lora.dropout` | 0 only
 lora_target_parameters lora_task_type | – | experts have adapters by `gate`, `up`, `down`
-load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage | – | no quantised base
+load_in_4bit load_in_8bit use_bnb_nested_quant | `model.quantize` | nf4, int8, nf4-double; under adapters: [a quantised base](adapters.md#a-quantised-base)
+bnb_4bit_quant_type bnb_4bit_quant_storage | – | nf4 it is, two codes a byte
 model_adapter_name ref_adapter_name | – | under `model.lora` the base without adapters is the reference
 router_aux_loss_coef | – | as `config.json` has it
 chat_template_path | `model.chat_template` | a jinja file, or chatml, alpaca, none

@@ -188,6 +188,8 @@ def leaves(
     for path, leaf in flatten(shapes).items():
         if path not in rows:
             hint = "; merge adapters first (merge_lora)" if "lora_" in path else ""
+            if "/kernel/" in path:
+                hint = "; it is quantised: dequantise it first (merge_lora with dequantize=True)"
             raise ValueError(
                 f"parameter {path} has no Hugging Face name in {family.model_type}{hint}"
             )

@@ -10,6 +10,7 @@ from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.models.attention.dispatch import KINDS
 from jaxalign.models.decoder import REMAT
 from jaxalign.models.lora import LoraConfig
+from jaxalign.models.quantized import QUANTIZED
 from jaxalign.run.best import parse_metric
 from jaxalign.run.config.data import DataConfig, want
 from jaxalign.run.config.early_stopping import EarlyStopping
@@ -34,6 +35,8 @@ class ModelConfig:
       remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
         `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
+      quantize: with `lora`, how the frozen base keeps the projections of its blocks: "nf4",
+        "nf4-double" or "int8" (QLoRA); None: in `dtype`, as embeddings, norms and heads always are.
       attention: "auto" (by backend), "xla", "splash" (TPU), "cudnn" or "pallas" (NVIDIA); a kernel
         gives way to "xla" where it does not cover the case.
     """
@@ -46,6 +49,7 @@ class ModelConfig:
     remat: str = "none"
     lora: LoraConfig | None = None
     attention: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self):
         floats, names = ("float32", "bfloat16", "float16"), ", ".join
@@ -59,6 +63,9 @@ class ModelConfig:
         want(self.remat in REMAT, "model.remat", self.remat, f"one of {names(REMAT)}")
         kinds = f"one of {names(KINDS)}"
         want(self.attention in KINDS, "model.attention", self.attention, kinds)
+        kinds = f"one of {names(QUANTIZED)}, or null"
+        known = self.quantize is None or self.quantize in QUANTIZED
+        want(known, "model.quantize", self.quantize, kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +224,12 @@ class Run:
     models_apart: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
+        quantize, lora = self.model.quantize, self.model.lora
+        wanted = "null without model.lora: few bits cannot be trained, adapters over them can"
+        want(quantize is None or lora is not None, "model.quantize", quantize, wanted)
+        wanted = "null with model.lora.init=pissa, which changes the base; or init: gaussian"
+        pissa = lora is not None and lora.init == "pissa"
+        want(quantize is None or not pissa, "model.quantize", quantize, wanted)
         for option, known in (("rules_of", self.models_with_rules), ("apart", self.models_apart)):
             for name, value in getattr(self.mesh, option).items():
                 wanted = f"one of {', '.join(known)}" if known else "none of it in this algorithm"

@@ -185,6 +185,13 @@ class PPORun(Run):
             "null with ppo.shared_critic: it is a head on the policy",
         )
 
+        want(
+            self.model.quantize is None or self.critic != "policy",
+            "critic",
+            self.critic,
+            "adapter, or a model with a score: model.quantize keeps the policy's base in few bits, "
+            "which a critic of its own cannot train",
+        )
         adapter = self.critic == "adapter"
         want(
             not adapter or self.model.lora is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,15 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import moving_reference
 from jaxalign.algorithms.state import init_state
-from jaxalign.hf import load_pretrained
+from jaxalign.hf import load_adapter, load_pretrained
+from jaxalign.hf.peft_read import Adapted
+from jaxalign.hf.quantized_base import quantize_params, with_quantized_base
+from jaxalign.hf.source import ADAPTER_CONFIG, is_adapter, locate
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.lora_config import LoraConfig
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.host_memory import to_host_memory
+from jaxalign.parallel.sharding import mesh_of, param_shardings
 from jaxalign.run.config.base import ModelConfig
 from jaxalign.types import Params, TrainState
 
@@ -39,7 +45,7 @@ class Loader(abc.ABC):
 
         Args:
           source: folder, `.gguf` file or hub id.
-          config: dtypes and attention.
+          config: dtypes, attention, and how the projections are kept.
           mesh: where the parameters go.
           remat: what the backward pass keeps; "none" for models that are not trained.
         """
@@ -55,6 +61,30 @@ class Loader(abc.ABC):
           config: also the remat policy: a critic is trained.
           mesh: where the parameters go.
           attributes: those that the run weighs, for loaders that read nothing.
+        """
+
+    @abc.abstractmethod
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """The folder of an adapter; None for a whole model.
+
+        Args:
+          source: folder or hub id.
+          assume: what is not there is taken to be an adapter, by loaders that read nothing.
+        """
+
+    @abc.abstractmethod
+    def load_adapter(
+        self, source: str, model: Decoder, params: Params, like: LoraConfig,
+        attributes: tuple[str, ...] = (),
+    ) -> Adapted:  # fmt: skip
+        """A reward model's adapter on a base that is in memory already.
+
+        Args:
+          source: folder or hub id.
+          model: the base.
+          params: its parameters, which the adapter's model shares.
+          like: of other adapters on it, for loaders that read nothing.
+          attributes: as in `load_scorer`.
         """
 
     @abc.abstractmethod
@@ -88,6 +118,18 @@ class ArrayLoader(Loader):
     ) -> tuple[Decoder | Scorer, Params]:
         """As `load`: files say what kind of model they hold."""
         return self.load(source, config, mesh, remat=config.remat)
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """A folder that is there."""
+        path = pathlib.Path(source).expanduser()
+        return path if is_adapter(path) else None
+
+    def load_adapter(
+        self, source: str, model: Decoder, params: Params, like: LoraConfig,
+        attributes: tuple[str, ...] = (),
+    ) -> Adapted:  # fmt: skip
+        """See `jaxalign.hf.load_adapter`."""
+        return load_adapter(model, params, source)
 
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls the function."""
@@ -126,7 +168,13 @@ class FileLoader(ArrayLoader):
             compute_dtype=config.compute_dtype,
             remat=remat,
             attention=config.attention,
+            quantize=config.quantize,
         )
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """A folder, or what the hub has."""
+        path = locate(source, (ADAPTER_CONFIG, "config.json"))
+        return path if is_adapter(path) else None
 
 
 class KeepingLoader(FileLoader):
@@ -163,6 +211,14 @@ class KeepingLoader(FileLoader):
         model, params = self._kept[source]
         decoder = model.base if isinstance(model, Scorer) else model
         decoder = dataclasses.replace(decoder, remat=remat, attention=config.attention)
-        if isinstance(model, Scorer):
-            return dataclasses.replace(model, base=decoder), params
-        return decoder, params
+        kept = dataclasses.replace(model, base=decoder) if isinstance(model, Scorer) else decoder
+        if config.quantize is not None:
+            kept = with_quantized_base(kept, config.quantize)
+            params = quantize_params(params, kept)
+        elif mesh_of(params) is not None:
+            return kept, params
+        return kept, self.place(params, param_shardings(kept.axes, mesh, params))
+
+    def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
+        """None for a model that was kept, else as `FileLoader`."""
+        return None if source in self._kept else super().find_adapter(source, assume=assume)

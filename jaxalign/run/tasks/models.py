@@ -29,6 +29,7 @@ from jaxalign.run.config.base import ModelConfig, Run
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.config.reward import RewardRun
 from jaxalign.run.tasks.loader import Loader
+from jaxalign.run.tasks.shared_base import shares_base
 from jaxalign.run.tasks.streams import Stream, stream_key
 from jaxalign.types import Params
 
@@ -145,7 +146,12 @@ def with_fresh_head(
 def load_frozen(
     source: str, option: str, config: ModelConfig, mesh: Mesh, loader: Loader
 ) -> tuple[Decoder, Params]:
-    """A frozen language model; `option` names `source` in messages."""
+    """A frozen language model; `option` names `source` in messages.
+
+    It is kept in floats, unless it is the policy's own start.
+    """
+    if source != config.source:
+        config = dataclasses.replace(config, quantize=None)
     model, params = loader.load(source, config, mesh, remat="none")
     return expect_language_model(model, source, option), params
 
@@ -185,22 +191,49 @@ class Scorers:
       mesh: of the run; a model with devices of its own is placed on those.
       loader: of their arrays.
       tok: the policy's tokenizer, or None.
+      policy: as it starts; a reward model may be an adapter on its base. None: none is.
     """
 
-    def __init__(self, config: PPORun, mesh: Mesh, loader: Loader, tok: Any):
+    def __init__(
+        self, config: PPORun, mesh: Mesh, loader: Loader, tok: Any, policy: Policy | None = None
+    ):
         self._config, self._mesh, self._loader, self._tok = config, mesh, loader, tok
+        self._policy = policy
+        self._on_base: dict[str, tuple[Scorer, Params]] = {}
         self._loaded: dict[str, tuple[Scorer, Params]] = {}
         self._on_host: dict[int, tuple[Scorer, Params]] = {}
 
     def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
-        """One that scores answers, where the configuration keeps it: on devices or on the host."""
+        """One that scores answers, where the configuration keeps it: on devices or on the host.
+
+        One on the policy's base stays on the devices, since the policy reads that too.
+        """
         with_policy_ids = spec.tokenizer == "policy"
+        if self._policy is not None and shares_base(self._config, spec, self._loader):
+            return self._adapter(self._policy, spec, with_policy_ids)
         scorer, params = self._load("reward", spec.source, spec.attributes, with_policy_ids)
         if not self._config.offload_frozen:
             return scorer, params
         if id(params) not in self._on_host:
             self._on_host[id(params)] = scorer, self._loader.to_host(params)
         return self._on_host[id(params)]
+
+    def _adapter(
+        self, policy: Policy, spec: ModelReward, with_policy_ids: bool
+    ) -> tuple[Scorer, Params]:
+        """A reward model of adapters and a head on the policy's base."""
+        key = f"{spec.source} {spec.attributes}"
+        if key not in self._on_base:
+            adapted, trained, frozen = self._loader.load_adapter(
+                spec.source, *policy.start(), policy.model.lora, tuple(spec.attributes or ())
+            )
+            model, params = expect_reward_model(adapted, spec.source), combine(trained, frozen)
+            self._on_base[key] = with_single_score(
+                model, params, spec.attributes, spec.source, self._mesh, self._loader
+            )
+        if with_policy_ids:
+            check_vocabulary(self._tok, self._on_base[key][0], spec.source)
+        return self._on_base[key]
 
     def critic(self) -> tuple[Scorer, Params]:
         """What the critic starts from."""
@@ -226,9 +259,9 @@ class Scorers:
     def _scorer(
         self, source: str, weights: Mapping[str, float] | None, mesh: Mesh, own_critic: bool
     ) -> tuple[Scorer, Params]:
-        loaded, params = self._loader.load_scorer(
-            source, self._config.model, mesh, tuple(weights or ())
-        )
+        # The critic is trained, and a reward model may be one too: both are kept in floats.
+        options = dataclasses.replace(self._config.model, quantize=None)
+        loaded, params = self._loader.load_scorer(source, options, mesh, tuple(weights or ()))
         model = expect_reward_model(loaded, source)
         if own_critic and not model.attributes:
             weights = None

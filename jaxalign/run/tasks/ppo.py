@@ -105,7 +105,7 @@ def build_ppo(
     reference = reference_in_memory(config, policy, mesh, loader, data.tok)
     source = config.model.source
     check_same_shape(reference.model, policy.model, config.reference or source, source)
-    scorers = Scorers(config, mesh, loader, data.tok)
+    scorers = Scorers(config, mesh, loader, data.tok, policy)
     critic, critic_params = load_critic(config, policy, scorers, mesh, loader)
     critic_base: Any = {}
     if config.critic == "adapter" and critic is not None and critic_params is not None:
@@ -219,7 +219,7 @@ def ppo_task(
         },
         prepare_updates=iteration.prepare_updates,
         evaluate=iteration.evaluate if data.held_out is not None else None,
-        export=exporter(parts.policy, data.tok, part="policy"),
+        export=exporter(parts.policy, data.tok, config.model, part="policy"),
         policy=whole_policy(parts.policy, part="policy"),
         on_train_start=iteration.calibrate if config.calibrate_reward != "none" else None,
         early_stop=None if limit is None else lambda logged: _kl_of(logged) > limit,

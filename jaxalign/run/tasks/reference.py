@@ -168,6 +168,7 @@ def _fingerprint(config: DPORun, policy: Policy, tok: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_digest(tok),
         "chat_template": text_digest(str(template)),
         "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
         "compute_dtype": str(policy.model.compute_dtype),
         "ld_alpha": config.dpo.ld_alpha,
     }

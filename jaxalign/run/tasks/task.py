@@ -19,9 +19,11 @@ from jaxalign.hf import save_pretrained
 from jaxalign.models.base import combine
 from jaxalign.models.flops import work_of
 from jaxalign.parallel.sharding import shard_batch
+from jaxalign.run.config.base import ModelConfig
 from jaxalign.run.evaluation.tasks import TaskEvaluator
 from jaxalign.run.export import exported_tokenizer, whole_model
 from jaxalign.run.metrics import FLOPS, TOKENS, add_up
+from jaxalign.run.quantized_export import whole_floats
 from jaxalign.run.tasks.parts import BatchPrepare, Parts, RunData, learning_rates
 from jaxalign.types import Params, TrainState
 
@@ -110,7 +112,7 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
         loop={} if parts.perturb is None else {_BATCHES: 0},
         prepare_updates=prepare_updates,
         evaluate=evaluate,
-        export=exporter(parts.policy, data.tok),
+        export=exporter(parts.policy, data.tok, config.model),
         policy=whole_policy(parts.policy),
         learning_rates={"learning_rate": learning_rates(config.optimizer, data.total)},
     )
@@ -168,7 +170,7 @@ def with_eval_tasks(task: Task, config: Any, tok: Any) -> Task:
 
 
 def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], tuple[Any, Params]]:
-    """The trained model of a state, adapters folded in.
+    """The trained model of a state, adapters folded in where the base is in floats.
 
     Args:
       model: the trained model.
@@ -177,26 +179,28 @@ def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], 
 
     def whole(state: TrainState) -> tuple[Any, Params]:
         params = combine(state.params, state.frozen)
-        return whole_model(model, params if part is None else params[part])
+        params = params if part is None else params[part]
+        # Floats of a quantised base may not fit beside the run; the model reads it as it is.
+        return (model, params) if model.quantize is not None else whole_model(model, params)
 
     return whole
 
 
 def exporter(
-    model: Any, tok: Any, part: str | None = None
+    model: Any, tok: Any, config: ModelConfig, part: str | None = None
 ) -> Callable[[TrainState, Any], tuple[Any, Params]]:
     """Writes the trained weights, adapters folded in, in Hugging Face form.
 
     Args:
       model: the trained model.
       tok: its tokenizer.
+      config: what it started from.
       part: the model's key in the state's parameters; None: they are all its own.
     """
 
-    whole = whole_policy(model, part)
-
     def export(state: TrainState, folder: Any) -> tuple[Any, Params]:
-        plain, params = whole(state)
+        params = combine(state.params, state.frozen)
+        plain, params = whole_floats(model, params if part is None else params[part], config)
         save_pretrained(plain, params, folder, tokenizer=exported_tokenizer(tok))
         return plain, params
 
