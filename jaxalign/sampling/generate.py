@@ -44,6 +44,8 @@ class Generation(NamedTuple):
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
       steps: int32 scalar, decode steps; None for answers from elsewhere.
+      experts: integers `[B, P + R, L, k]`, the experts that each token of prompt and answer took in
+        each layer; None: not kept.
     """
 
     tokens: jax.Array
@@ -51,6 +53,7 @@ class Generation(NamedTuple):
     mask: jax.Array
     finished: jax.Array
     steps: jax.Array | None = None
+    experts: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +65,14 @@ class EngineOptions:
       samples: answers to each prompt.
       slots: answers generated at a time.
       cache_dtype: of keys and values.
+      keep_experts: whether the experts that tokens take are kept.
     """
 
     max_new_tokens: int
     samples: int
     slots: int
     cache_dtype: str
+    keep_experts: bool = False
 
 
 def sample(
@@ -88,6 +93,7 @@ def sample(
     lengths: Array | None = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    keep_experts: bool = False,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -116,14 +122,17 @@ def sample(
       rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while generating.
         Parameters are resharded by them; activations and the cache (`cache_rows`, `cache_heads`,
         `cache_length`) follow them. None: the entries in force.
+      keep_experts: also return the experts that tokens take, where the model is a mixture.
 
     Raises:
-      ValueError: a value out of its range.
+      ValueError: a value out of its range, or experts of a model that has none.
     """
     expect_decoder(model, "sample")
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: wanted a positive integer")
+    if keep_experts and not model.config.num_experts:
+        raise ValueError("keep_experts=True: the model is no mixture of experts; leave it out")
     sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
@@ -132,6 +141,7 @@ def sample(
         samples=samples,
         slots=answers if slots is None else min(slots, answers),
         cache_dtype=jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name,
+        keep_experts=keep_experts,
     )
     home = mesh_of(params)
     with use_rules(rules):
@@ -209,18 +219,22 @@ def _run(
             prompt_length=prompts.tokens.shape[1],
             max_new_tokens=options.max_new_tokens,
             cache_dtype=dtype,
+            keep_experts=options.keep_experts,
         )
         for first in range(0, count, group):
             # The last group begins earlier rather than being shorter: one shape for all.
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
-            prefilled = read_prompts(model, params, tokens, mask, jnp.int32(start), dtype)
+            prefilled = read_prompts(
+                model, params, tokens, mask, jnp.int32(start), dtype,
+                keep_experts=options.keep_experts,
+            )  # fmt: skip
             last_group = jnp.asarray(first + group >= count)
             state = decode(
                 model, params, state, prefilled, key, sampling, last_group, samples=samples
             )
         mask, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    return Generation(state.tokens, state.logprobs, mask, finished, state.steps)
+    return Generation(state.tokens, state.logprobs, mask, finished, state.steps, state.experts)
 
 
 @jax.jit
