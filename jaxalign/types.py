@@ -91,6 +91,8 @@ class TokenBatch(NamedTuple):
       weights: float32 ≥ 0, how much a trained token counts in a likelihood (SFT, and PPO's text):
         Σ w·ℓ / Σ w. None: 1 each. Losses of whole answers refuse it.
       noise: added to the embeddings. None: nothing is.
+      experts: integers `[B, T, L, k]`, the k experts that each token takes in each layer of a
+        mixture (router replay). None: the router chooses.
     """
 
     inputs: Array
@@ -102,6 +104,7 @@ class TokenBatch(NamedTuple):
     source_ids: Array | None = None
     weights: Array | None = None
     noise: EmbeddingNoise | None = None
+    experts: Array | None = None
 
 
 class PairBatch(NamedTuple):

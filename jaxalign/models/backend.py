@@ -86,6 +86,9 @@ class Backend:
         work. Not measured.
       attention_scores: attention scores that a device holds at a time, 16 MiB in float32. Not
         measured.
+      gathered_bytes: most bytes of a layer's keys and values that a device gathers of whole rows
+        where a ring could pass them round, in 1.7 times the bytes: a 64th of the device's memory.
+        Not measured.
       splash_blocks: sides of splash attention's blocks, the preferred one first; larger blocks keep
         the matrix unit busier. Not measured.
       splash_padding: most padding that a larger block may add, as a part of the row. Not measured.
@@ -112,6 +115,7 @@ class Backend:
     attention_query_blocks: int = 8
     attention_long_row: int = 8192
     attention_scores: int = 2**22
+    gathered_bytes: int = _GIB // 4
     splash_blocks: tuple[int, ...] = (512, 256, 128)
     splash_padding: float = 1 / 8
     pallas_interpret: bool = True
@@ -159,7 +163,9 @@ def _backend(platform: str, device_kind: str) -> Backend:
     )
     if chip is None:
         return settings
-    return dataclasses.replace(settings, head_logit_bytes=chip.memory // 32)
+    return dataclasses.replace(
+        settings, head_logit_bytes=chip.memory // 32, gathered_bytes=chip.memory // 64
+    )
 
 
 _CHOICES: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("choices", default=None)

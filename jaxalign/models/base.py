@@ -275,8 +275,9 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
 
     Args:
       model: a `LanguageModel` or `ScalarModel`. It may offer more than those ask for:
-        `apply(…, branch_ids=…)` and `apply(…, noise=…)`, needed for batches with branches or noise
-        only; and `extra_terms` with `apply_with_losses`, where it has loss terms of its own.
+        `apply(…, branch_ids=…)`, `apply(…, noise=…)` and `apply(…, experts=…)`, needed for batches
+        with branches, noise or experts only; and `extra_terms` with `apply_with_losses`, where it
+        has loss terms of its own.
       params: its parameters.
       tokens: the batch.
 
@@ -297,6 +298,8 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
         more["branch_ids"] = tokens.branch_ids
     if isinstance(tokens.noise, EmbeddingNoise):
         more["noise"] = tokens.noise
+    if tokens.experts is not None:
+        more["experts"] = tokens.experts
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
     return out if getattr(model, "extra_terms", ()) else (out, {})

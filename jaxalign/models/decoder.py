@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +31,20 @@ from jaxalign.models.attention.dispatch import (
     check_kind,
     report_fallback,
 )
-from jaxalign.models.attention.kernels import zigzag_multiple
 from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
 from jaxalign.models.attention.mask import MaskSpec, Segments
-from jaxalign.models.backend import backend, record_choice
+from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.embedding_noise import draw_noise
 from jaxalign.models.layers import make_norm
-from jaxalign.models.moe import Routing
+from jaxalign.models.moe import Routing, expert_dtype, expert_numbers
 from jaxalign.models.network import Block, Stack, abstract_block, abstract_stack, with_values
 from jaxalign.models.ops import look_up
-from jaxalign.models.per_layer import (
-    AttentionInputs,
-    LayerAttributes,
-    attention_inputs,
-    layer_attributes,
-)
+from jaxalign.models.per_layer import LayerAttributes, attention_inputs, layer_attributes
 from jaxalign.models.quantized import check_kind as check_quantize
-from jaxalign.parallel.shard_map import pad_length
-from jaxalign.parallel.sharding import axis_shards, constrain
-from jaxalign.parallel.zigzag import from_zigzag, to_zigzag
+from jaxalign.models.rows import Rows, layer_rows, like_rows, pad_to_shards
+from jaxalign.parallel.sharding import constrain
+from jaxalign.parallel.zigzag import from_zigzag
 from jaxalign.types import Array, EmbeddingNoise, Params, Weighted
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -66,36 +60,6 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 """What the backward pass keeps of a block: everything; results of matrix products; the block's
 input; the block's input, in the host's memory."""
-
-
-def _like_rows(values: Array, length: int, zigzag: bool) -> jax.Array:
-    """Values of tokens `[B, T]` as the rows lie that `Decoder._rows` made."""
-    values = jnp.asarray(values)
-    values = jnp.pad(values, ((0, 0), (0, length - values.shape[1])))
-    return to_zigzag(values) if zigzag else values
-
-
-def _pad_to_shards(inputs: Array, segments: Segments) -> tuple[jax.Array, Segments]:
-    """Tokens and segments, padded at the end to a multiple of the shards of the length."""
-    return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, segments))
-
-
-class _Rows(NamedTuple):
-    """Whole rows as the layers take them.
-
-    Attributes:
-      inputs: `[B, T]`, padded to the shards of the length.
-      segments: of the tokens.
-      of_layer: the inputs of attention by a layer's attributes.
-      kind: of attention.
-      zigzag: whether the tokens are in zigzag order.
-    """
-
-    inputs: jax.Array
-    segments: Segments
-    of_layer: Callable[[LayerAttributes], AttentionInputs]
-    kind: str
-    zigzag: bool
 
 
 def _layer(stacked: Any, layer: int) -> Any:
@@ -172,6 +136,7 @@ class Decoder:
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
         noise: EmbeddingNoise | None = None,
+        experts: Array | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -184,11 +149,13 @@ class Decoder:
           branch_ids: int32 `[B, T]`; within its segment a token attends to branch 0 and its own
             only. By default there are no branches.
           noise: for the rows of the embedding, before `embed_scale`. By default there is none.
+          experts: integers `[B, T, L, k]`, the experts that tokens take in each layer. By default
+            the routers choose.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in `compute_dtype`.
         """
-        return self._run(params, inputs, positions, segment_ids, branch_ids, noise)[0]
+        return self._run(params, inputs, positions, segment_ids, branch_ids, noise, experts)[0]
 
     def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
         """Which kind of attention rows of this length get, and why.
@@ -218,6 +185,7 @@ class Decoder:
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
         noise: EmbeddingNoise | None = None,
+        experts: Array | None = None,
     ) -> tuple[jax.Array, dict[str, Weighted]]:
         """Like `apply`, with what training adds to any loss.
 
@@ -227,9 +195,10 @@ class Decoder:
           scaled by `router_aux_coef`.
         """
         if not self.extra_terms:
-            return self.apply(params, inputs, positions, segment_ids, branch_ids, noise), {}
+            args = (inputs, positions, segment_ids, branch_ids, noise, experts)
+            return self.apply(params, *args), {}
         hidden, routing = self._run(
-            params, inputs, positions, segment_ids, branch_ids, noise, collect=True
+            params, inputs, positions, segment_ids, branch_ids, noise, experts, collect=True
         )
         if segment_ids is None:
             segment_ids = jnp.ones_like(jnp.asarray(inputs))
@@ -241,7 +210,8 @@ class Decoder:
 
     def _run(
         self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
-        branch_ids: Array | None, noise: EmbeddingNoise | None = None, *, collect: bool = False,
+        branch_ids: Array | None, noise: EmbeddingNoise | None = None,
+        experts: Array | None = None, *, collect: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Hidden states `[B, T, D]`; with `collect` also the routing, summed over layers."""
         config = self.config
@@ -255,12 +225,13 @@ class Decoder:
         inputs, segments, inputs_of, kind, zigzag = self._rows(inputs, segments, balance=True)
 
         def run(
-            layer: Params, attributes: LayerAttributes, x: jax.Array
+            layer: Params, attributes: LayerAttributes, x: jax.Array, experts: jax.Array | None
         ) -> tuple[jax.Array, Routing | None]:
             """One block: `[B, T, D]` → `[B, T, D]`."""
             x = checkpoint_name(x, "block_input")
-            x, routing = self._block(layer)(x, inputs_of(attributes), kind)
-            return constrain(x, "rows length hidden"), routing if collect else None
+            x, routing = self._block(layer)(x, inputs_of(attributes), kind, experts)
+            x = constrain(x, "rows length hidden")
+            return x, routing._replace(experts=None) if routing and collect else None
 
         policy = REMAT[self.remat]
         if policy is not None:
@@ -269,8 +240,8 @@ class Decoder:
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, total = carry
-            layer, attributes = xs
-            x, routing = run(layer, attributes, x)
+            layer, attributes, experts = xs
+            x, routing = run(layer, attributes, x, experts)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
         no_routing = None
@@ -278,12 +249,14 @@ class Decoder:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)  # [B, T, E]
             no_routing = Routing(zeros, zeros)
         if noise is not None:
-            noise = jax.tree.map(lambda part: _like_rows(part, inputs.shape[1], zigzag), noise)
+            noise = jax.tree.map(lambda part: like_rows(part, inputs.shape[1], zigzag), noise)
         x = self._embed(
             params, inputs, segments.positions, segments.ids, "rows length hidden", noise
         )
         carry = (x, no_routing)
-        layers = (self._stacked(params), layer_attributes(config))  # [L, …] each
+        if experts is not None:  # [B, T, L, k] → [L, B, T, k]
+            experts = jnp.moveaxis(like_rows(experts, inputs.shape[1], zigzag), 2, 0)
+        layers = (self._stacked(params), layer_attributes(config), experts)  # [L, …] each
         unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
         (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
         results = (self._norm(params, x), total)
@@ -291,46 +264,37 @@ class Decoder:
             results = jax.tree.map(from_zigzag, results)
         return jax.tree.map(lambda y: y[:, :length], results)
 
-    def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> _Rows:
-        """Whole rows as the layers take them.
-
-        Args:
-          inputs: `[B, T]`.
-          segments: of the tokens.
-          balance: whether they may be in zigzag order.
-        """
-        inputs, segments = _pad_to_shards(inputs, segments)
-        length = segments.ids.shape[1]
-        choice = self.attention_kind(length, branches=segments.branches is not None)
-        record_choice(f"attention of {length:,} tokens: {choice}")
+    def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> Rows:
+        """Whole rows `[B, T]` as the layers take them; `balance` as for `layer_rows`."""
+        inputs, segments = pad_to_shards(inputs, segments)
+        choice = self.attention_kind(inputs.shape[1], branches=segments.branches is not None)
         report_fallback(choice)
-        kind = choice.kind
-        multiple = zigzag_multiple(kind, length) if balance else None
-        if multiple is not None:
-            pad = ((0, 0), (0, -length % multiple))
-            padded = jax.tree.map(lambda x: jnp.pad(x, pad), (inputs, segments))
-            inputs, segments = jax.tree.map(to_zigzag, padded)
-        short = length <= backend().attention_mask_length and axis_shards("length") == 1
-        matrix = kind == "xla" and short
-        mask = MaskSpec(segments, segments, zigzag=multiple is not None)
-        of_layer = attention_inputs(self.config, mask, matrix=matrix)
-        return _Rows(inputs, segments, of_layer, kind, multiple is not None)
-
-    def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
-        """An empty key-value cache for `rows` sequences of up to `length` tokens."""
-        return empty_cache(
-            self.config, rows, length, self.compute_dtype if dtype is None else dtype
+        return layer_rows(
+            self.config, self.compute_dtype, choice, inputs, segments, balance=balance
         )
 
+    def init_cache(
+        self, rows: int, length: int, dtype: Any = None, *, keep_experts: bool = False
+    ) -> Cache:
+        """An empty key-value cache for `rows` sequences of up to `length` tokens.
+
+        With `keep_experts` it also keeps the experts that each token takes.
+        """
+        experts = expert_dtype(self.config) if keep_experts else None
+        dtype = self.compute_dtype if dtype is None else dtype
+        return empty_cache(self.config, rows, length, dtype, experts)
+
     def prefill(
-        self, params: Params, inputs: Array, positions: Array, segment_ids: Array, dtype: Any = None
-    ) -> tuple[jax.Array, Cache]:
+        self, params: Params, inputs: Array, positions: Array, segment_ids: Array,
+        dtype: Any = None, *, keep_experts: bool = False,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Reads whole rows, as `apply` does, and keeps their keys and values.
 
         Args:
           params: as for `apply`.
           inputs, positions, segment_ids: as for `apply`, `[B, T]`.
           dtype: of keys and values; None: `compute_dtype`.
+          keep_experts: keep the experts that each token takes in the cache, too.
 
         Returns:
           Hidden states `[B, T, D]`, and a full cache of T columns.
@@ -344,19 +308,28 @@ class Decoder:
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer, attributes = xs
-            (x, _), cached = self._block(layer).with_keys_values(x, inputs_of(attributes), kind)
+            (x, routing), cached = self._block(layer).with_keys_values(
+                x, inputs_of(attributes), kind
+            )
             cached = jax.tree.map(  # [B, T, K, d] → [B, K, T, d]
                 lambda y: y[:, :length].astype(dtype).transpose(0, 2, 1, 3), cached
             )
-            return constrain(x, "rows length hidden"), cached
+            experts = None
+            if keep_experts and routing is not None:
+                experts = expert_numbers(routing, config)[:, :length]
+            return constrain(x, "rows length hidden"), (*cached, experts)
 
         x = self._embed(params, inputs, segments.positions, segments.ids, "rows length hidden")
-        x, stacked = jax.lax.scan(run, x, (self._stacked(params), layer_attributes(config)))
-        keys, values = (  # [L, B, K, T, d] → L arrays
-            tuple(split(y[layer]) for layer in range(config.num_layers)) for y in stacked
+        x, (*stacked, taken) = jax.lax.scan(
+            run, x, (self._stacked(params), layer_attributes(config))
         )
+        layers = range(config.num_layers)
+        # [L, B, K, T, d] → L arrays
+        keys, values = (tuple(split(y[layer]) for layer in layers) for y in stacked)
+        experts = None if taken is None else tuple(taken[layer] for layer in layers)
         used = jnp.asarray(length, jnp.int32)
-        return self._norm(params, x)[:, :length], Cache(keys, values, segment_ids, positions, used)
+        cache = Cache(keys, values, segment_ids, positions, used, experts)
+        return self._norm(params, x)[:, :length], cache
 
     def by_layer(self, params: Params) -> Params:
         """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
@@ -395,17 +368,23 @@ class Decoder:
         inputs_of = attention_inputs(self.config, mask, matrix=True)
         by_layer, attributes = isinstance(params["blocks"], tuple), layer_attributes(self.config)
         blocks = params["blocks"] if by_layer else self._stacked(params)
-        keys, values = list(cache.keys), list(cache.values)
+        keys, values, experts = list(cache.keys), list(cache.values), cache.experts
+        taken: list[jax.Array] = []
         x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         for layer in range(self.config.num_layers):
             weights = blocks[layer] if by_layer else _layer(blocks, layer)
             layer_inputs = inputs_of(_layer(attributes, layer))
-            x, keys[layer], values[layer] = self._block(weights).extend(
+            (x, routing), keys[layer], values[layer] = self._block(weights).extend(
                 x, layer_inputs, keys[layer], values[layer], cache.used
             )
+            if experts is not None and routing is not None:
+                new = expert_numbers(routing, self.config)
+                at = (0, cache.used, 0)
+                taken.append(jax.lax.dynamic_update_slice(experts[layer], new, at))
             x = constrain(x, "rows new hidden")
         used = cache.used + segment_ids.shape[1]
-        cache = Cache(tuple(keys), tuple(values), segments, key_positions, used)
+        experts = None if experts is None else tuple(taken)
+        cache = Cache(tuple(keys), tuple(values), segments, key_positions, used, experts)
         return self._norm(params, x), cache
 
     def head(self, params: Params) -> jax.Array:

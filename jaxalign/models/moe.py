@@ -29,10 +29,23 @@ class Routing(NamedTuple):
       probs: float32 `[B, T, E]`, its softmax over all experts.
       chosen: float32 `[B, T, E]`, 1 for the experts taken (0 or 1 for one layer; summed over layers
         a count).
+      experts: int32 `[B, T, k]`, the experts taken. None: summed over layers.
     """
 
     probs: jax.Array
     chosen: jax.Array
+    experts: jax.Array | None = None
+
+
+def expert_dtype(config: DecoderConfig) -> jnp.dtype:
+    """The smallest dtype that numbers the experts."""
+    return jnp.dtype(jnp.uint8 if config.num_experts <= 256 else jnp.uint16)
+
+
+def expert_numbers(routing: Routing, config: DecoderConfig) -> jax.Array:
+    """The experts that tokens took in one layer, `[B, T, k]`, in `expert_dtype`."""
+    assert routing.experts is not None
+    return routing.experts.astype(expert_dtype(config))
 
 
 class Router(nnx.Module):
@@ -45,16 +58,27 @@ class Router(nnx.Module):
         self.count = config.experts_per_token
         self.normalize = config.normalize_routing
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, Routing]:
-        """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, routing)."""
+    def __call__(
+        self, x: jax.Array, replayed: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Routing]:
+        """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, routing).
+
+        `replayed` experts, integers `[B, T, k]`, take the place of the likeliest ones; their
+        weights come from the probabilities here, and so do gradients (Ma et al. 2025,
+        https://arxiv.org/abs/2510.11370, equation 4).
+        """
         kernel = self.kernel[...].astype(x.dtype)
         logits = jnp.einsum("btd,de->bte", x, kernel, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        weights, experts = jax.lax.top_k(probs, self.count)
+        if replayed is None:
+            weights, experts = jax.lax.top_k(probs, self.count)
+        else:
+            experts = replayed.astype(jnp.int32)
+            weights = jnp.take_along_axis(probs, experts, axis=-1)
         if self.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         chosen = jax.nn.one_hot(experts, probs.shape[-1], dtype=jnp.float32)
-        return experts, weights, Routing(probs, jnp.sum(chosen, axis=2))
+        return experts, weights, Routing(probs, jnp.sum(chosen, axis=2), experts)
 
 
 class ExpertLinear(nnx.Module):
@@ -142,9 +166,11 @@ class Experts(nnx.Module):
         self.activation = config.activation
         self.count = count
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """`[B, T, D]` → (`[B, T, D]`, routing)."""
-        experts, shares, routing = self.router(x)
+    def __call__(
+        self, x: jax.Array, replayed: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """`[B, T, D]` → (`[B, T, D]`, routing); `replayed` as for the router."""
+        experts, shares, routing = self.router(x, replayed)
         run = self._run
         if self.quantized:
             # The backward pass multiplies the codes out again, in place of keeping floats.

@@ -39,13 +39,13 @@ class Block(nnx.Module):
         self.softcap = config.attention_softcap
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, kind: str
+        self, x: jax.Array, inputs: AttentionInputs, kind: str, experts: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and the router's choices, if there is a router."""
-        return self.with_keys_values(x, inputs, kind)[0]
+        return self.with_keys_values(x, inputs, kind, experts)[0]
 
     def with_keys_values(
-        self, x: jax.Array, inputs: AttentionInputs, kind: str
+        self, x: jax.Array, inputs: AttentionInputs, kind: str, experts: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, Routing | None], tuple[jax.Array, jax.Array]]:
         """Like a call; also returns keys and values, `[B, T, K, head_dim]`.
 
@@ -53,15 +53,16 @@ class Block(nnx.Module):
           x: `[B, T, D]`.
           inputs: mask, rotation and scale.
           kind: of attention, see `jaxalign.models.attention.dispatch`.
+          experts: integers `[B, T, k]`, what the router is to choose; None: it chooses.
         """
         query, key, value = self._project(x, inputs)
         attended = attend(query, key, value, inputs.mask, inputs.scale, self.softcap, kind=kind)
-        return self._finish(x, attended), (key, value)
+        return self._finish(x, attended, experts), (key, value)
 
     def extend(
         self, x: jax.Array, inputs: AttentionInputs, keys: jax.Array, values: jax.Array,
         used: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    ) -> tuple[tuple[jax.Array, Routing | None], jax.Array, jax.Array]:  # fmt: skip
         """Like a call, but attends to this layer's cache after writing the new tokens to it.
 
         Args:
@@ -74,7 +75,7 @@ class Block(nnx.Module):
         keys, values = write(keys, key, used), write(values, value, used)
         mask = inputs.mask.matrix
         attended = attend_cached(query, keys, values, mask, inputs.scale, self.softcap)
-        return self._finish(x, attended)[0], keys, values
+        return self._finish(x, attended), keys, values
 
     def _project(
         self, x: jax.Array, inputs: AttentionInputs
@@ -83,12 +84,18 @@ class Block(nnx.Module):
         x = x if self.attention_norm is None else self.attention_norm(x)
         return self.attention.project(x, inputs.rope)
 
-    def _finish(self, x: jax.Array, attended: jax.Array) -> tuple[jax.Array, Routing | None]:
+    def _finish(
+        self, x: jax.Array, attended: jax.Array, experts: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         """Output projection and MLP, each added to the residual stream `[B, T, D]`."""
         y = self.attention.merge(attended)  # [B, T, H, d] → [B, T, D]
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = x if self.mlp_norm is None else self.mlp_norm(x)
-        y, routing = self.mlp(y) if isinstance(self.mlp, Experts) else (self.mlp(y), None)
+        routing = None
+        if isinstance(self.mlp, Experts):
+            y, routing = self.mlp(y, experts)
+        else:
+            y = self.mlp(y)
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), routing
 
 

@@ -58,10 +58,15 @@ _DEFAULTS_TO = {"cache_rows": "rows", "cache_heads": "kv_heads"}
 
 _ALWAYS_REPLICATED = ("new", "hidden")
 
+SEQUENCE_ATTENTION = ("auto", "gather", "ring", "ulysses")
+"""How queries meet the keys and values that the shards of `length` hold: see
+`models.attention.exchange`."""
+
 _Entries = tuple[tuple[str, tuple[str, ...]], ...]
 
 # Overrides in effect; part of the key of JAX's caches of traced and compiled functions.
 _overrides = jax.make_user_context(default_value=())
+_sequence_attention = jax.make_user_context(default_value="auto")
 
 
 def current_rules() -> Rules:
@@ -69,28 +74,54 @@ def current_rules() -> Rules:
     return _with_overrides(_overrides.value)
 
 
+def current_sequence_attention() -> str:
+    """One of `SEQUENCE_ATTENTION`: what the enclosing `use_rules` asks for."""
+    return _sequence_attention.value
+
+
 @contextlib.contextmanager
-def use_rules(over: Rules | None) -> Iterator[None]:
+def use_rules(over: Rules | None, *, sequence_attention: str | None = None) -> Iterator[None]:
     """Context that overrides entries of the rules in effect; for None does nothing.
 
     Args:
       over: logical axis → mesh axis, several, or None (replicated).
+      sequence_attention: one of `SEQUENCE_ATTENTION`; None: as it is.
 
     Raises:
-      ValueError: see `check_rules`.
+      ValueError: see `check_rules` and `check_sequence_attention`.
     """
-    if not over:
-        yield
-        return
-    check_rules(over)
-    entries = dict(_overrides.value) | {name: _as_tuple(axes) for name, axes in over.items()}
-    with _overrides(tuple(sorted(entries.items()))):
+    entries = dict(_overrides.value)
+    if over:
+        check_rules(over)
+        entries |= {name: _as_tuple(axes) for name, axes in over.items()}
+    asked = _sequence_attention.value if sequence_attention is None else sequence_attention
+    check_sequence_attention(asked)
+    with _overrides(tuple(sorted(entries.items()))), _sequence_attention(asked):
         yield
 
 
 def capture_rules() -> Callable[[], contextlib.AbstractContextManager[object]]:
     """Captures the rules in effect: the result makes contexts that restore them."""
-    return functools.partial(_overrides, _overrides.value)
+    entries, asked = _overrides.value, _sequence_attention.value
+
+    @contextlib.contextmanager
+    def restored() -> Iterator[None]:
+        with _overrides(entries), _sequence_attention(asked):
+            yield
+
+    return restored
+
+
+def check_sequence_attention(asked: str) -> None:
+    """Refuses an unknown kind of exchange.
+
+    Raises:
+      ValueError: it is not one of `SEQUENCE_ATTENTION`.
+    """
+    if asked not in SEQUENCE_ATTENTION:
+        raise ValueError(
+            f"sequence_attention={asked!r}: wanted one of {', '.join(SEQUENCE_ATTENTION)}"
+        )
 
 
 def check_rules(over: Rules) -> None:

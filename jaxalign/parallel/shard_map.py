@@ -6,7 +6,7 @@ Functions take logical axes and the mesh in context. Without a mesh they run uns
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.parallel.sharding import Axes, axis_shards, mesh_axes, partition_spec, row_shards
 from jaxalign.types import Params
+
+T = TypeVar("T")
+"""A pytree of arrays; what a function returns has the same structure."""
 
 
 def current_device() -> tuple[str, str]:
@@ -79,6 +82,55 @@ def shard_index(axis: str) -> jax.Array:
     """Inside a `shard_map`: the index of this device's shard of a logical axis, int32 []."""
     names = mesh_axes(axis, jax.sharding.get_abstract_mesh())
     return jax.lax.axis_index(names) if names else jnp.zeros((), jnp.int32)
+
+
+def axis_names(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh in context that split a logical axis."""
+    return mesh_axes(axis, jax.sharding.get_abstract_mesh())
+
+
+def pass_on(tree: T, names: tuple[str, ...], parts: int) -> T:
+    """Inside a `shard_map`: each device sends its arrays to the next one; the last to the first.
+
+    Args:
+      tree: arrays.
+      names: mesh axes along which the devices lie, as `axis_names` gives.
+      parts: devices along them.
+    """
+    pairs = [(i, (i + 1) % parts) for i in range(parts)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, names, pairs), tree)
+
+
+def move_split(x: jax.Array, axes: str, old: str, new: str, *, undo: bool = False) -> jax.Array:
+    """Splits another dimension of an array over the mesh axes of one: an all-to-all.
+
+    With n devices along `old`, each has `[…, N / n, …, M, …]` before and `[…, N, …, M / n, …]`
+    after.
+
+    Args:
+      x: an array; n divides both dimensions.
+      axes: its logical axes, as it is split before.
+      old: the one of them whose mesh axes are freed.
+      new: the one that takes them, after those that it has.
+      undo: from after to before.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names, order = mesh_axes(old, mesh), axes.split()
+    before: list[Any] = list(partition_spec(axes, mesh=mesh))
+    if x.shape[0] % axis_shards(order[0]):
+        before[0] = None
+    first, second = order.index(old), order.index(new)
+    after = list(before)
+    after[first], after[second] = None, (*mesh_axes(new, mesh), *names)
+    specs = [PartitionSpec(*before), PartitionSpec(*after)]
+    if undo:
+        first, second = second, first
+        specs.reverse()
+
+    def run(x: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x, names, split_axis=second, concat_axis=first, tiled=True)
+
+    return jax.shard_map(run, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x)
 
 
 def named_sharding(axes: str) -> NamedSharding:

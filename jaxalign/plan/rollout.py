@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
+from jaxalign.models.moe import expert_dtype
 from jaxalign.parallel.sharding import replicated, use_mesh
 from jaxalign.plan.loader import ShapeLoader
 from jaxalign.plan.programs import Compiler, Log, chunks, device_bytes, on_rows
@@ -74,12 +75,14 @@ def _compile_sampling(
         with use_mesh(mesh):
             return empty_slots.lower(
                 model, integer, limits, slots=slots, prompt_length=length, max_new_tokens=new,
-                cache_dtype=kind,
+                cache_dtype=kind, keep_experts=options.router_replay,
             )  # fmt: skip
 
     def lower_prefill() -> Any:
         with use_mesh(mesh):
-            return read_prompts.lower(model, params, tokens, mask, first, kind)
+            return read_prompts.lower(
+                model, params, tokens, mask, first, kind, keep_experts=options.router_replay
+            )
 
     log("compiling empty slots …")
     lowered = lower_slots()
@@ -165,11 +168,16 @@ def lower_experience(
     )
     reference = parts.reference.params(state)
     scale = (array(), array()) if parts.options.normalize_scores else None
+    experts, model = None, parts.policy.config
+    if parts.options.router_replay:
+        shape = (rows, length, model.num_layers, model.experts_per_token)
+        experts = on_rows(array(*shape, dtype=expert_dtype(model)), mesh)
     lowered = parts.rollout.lower(
-        state, reference, tokens, scores, finished, recorded, array(), array(), scale
-    )
+        state, reference, tokens, scores, finished, recorded, array(), array(), scale,
+        experts=experts,
+    )  # fmt: skip
     known = (state.params, state.frozen, reference)
-    return Experience(lowered, known, (tokens, scores, finished, recorded))
+    return Experience(lowered, known, (tokens, scores, finished, recorded, experts))
 
 
 def rollout_shapes(config: Any, experience: Experience) -> RolloutBatch:

@@ -64,6 +64,8 @@ class Slots(NamedTuple):
       logprobs: float32 `[N, R]`.
       lengths: int32 `[N]`, their tokens.
       limits: int32 `[N]`, the most tokens of each answer.
+      experts: integers `[N, P + R, L, k]`, the experts that the tokens of prompts and answers took,
+        of answers that have left their slots. None: not kept.
       next_row: int32 scalar, the first answer that no slot has taken.
       steps: int32 scalar, decode steps done.
     """
@@ -83,35 +85,46 @@ class Slots(NamedTuple):
     limits: jax.Array
     next_row: jax.Array
     steps: jax.Array
+    experts: jax.Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "cache_dtype", "keep_experts"))
 def read_prompts(
-    model: Decoder, params: Params, tokens: Array, mask: Array, first: Array, cache_dtype: Any
-) -> Prompts:
+    model: Decoder, params: Params, tokens: Array, mask: Array, first: Array, cache_dtype: Any,
+    *, keep_experts: bool = False,
+) -> Prompts:  # fmt: skip
     """Prefills a group of prompts `[Q, P]`, padded on the left."""
     mask = jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     segments = mask.astype(jnp.int32)
-    hidden, cache = model.prefill(params, tokens, positions, segments, cache_dtype)
+    hidden, cache = model.prefill(
+        params, tokens, positions, segments, cache_dtype, keep_experts=keep_experts
+    )
     lengths = jnp.sum(mask.astype(jnp.int32), axis=1)
     return Prompts(cache, hidden[:, -1], lengths, jnp.asarray(first))
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "slots", "prompt_length", "max_new_tokens", "cache_dtype"),
-)
+    static_argnames=(
+        "model", "slots", "prompt_length", "max_new_tokens", "cache_dtype", "keep_experts",
+    ),
+)  # fmt: skip
 def empty_slots(
     model: Decoder, pad_token: Array, limits: Array, *, slots: int, prompt_length: int,
-    max_new_tokens: int, cache_dtype: Any,
+    max_new_tokens: int, cache_dtype: Any, keep_experts: bool = False,
 ) -> Slots:  # fmt: skip
     """Empty slots, for as many answers as there are limits."""
     zeros = jnp.zeros(slots, jnp.int32)
     answers = limits.shape[0]
-    ring = (slots, max_new_tokens)
+    ring, columns = (slots, max_new_tokens), prompt_length + max_new_tokens
+    cache = model.init_cache(slots, columns, cache_dtype, keep_experts=keep_experts)
+    experts = None
+    if cache.experts is not None:
+        shape = (answers, columns, len(cache.experts), cache.experts[0].shape[2])
+        experts = jnp.zeros(shape, cache.experts[0].dtype)
     return Slots(
-        cache=model.init_cache(slots, prompt_length + max_new_tokens, cache_dtype),
+        cache=cache,
         last_hidden=jnp.zeros((slots, model.config.hidden_size), model.compute_dtype),
         position=zeros,
         live=zeros.astype(bool),
@@ -126,6 +139,7 @@ def empty_slots(
         limits=jnp.asarray(limits, jnp.int32),
         next_row=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
+        experts=experts,
     )
 
 
@@ -198,8 +212,16 @@ def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     def unroll(ring: jax.Array, fill: Any) -> jax.Array:
         return jnp.where(written, jnp.take_along_axis(ring[which], column, axis=1), fill)
 
+    experts = slots.experts
+    if experts is not None and slots.cache.experts is not None:
+        taken = jnp.stack([layer[which] for layer in slots.cache.experts], axis=2)
+        prompt, ring = jnp.split(taken, [taken.shape[1] - longest], axis=1)  # [n, P + R, L, k]
+        answer = jnp.take_along_axis(ring, column[..., None, None], axis=1)
+        answer = jnp.where(written[..., None, None], answer, jnp.zeros((), answer.dtype))
+        experts = experts.at[row].set(jnp.concatenate([prompt, answer], axis=1), mode="drop")
     # A slot without an answer yet has row N, which is out of range and dropped.
     return slots._replace(
+        experts=experts,
         tokens=slots.tokens.at[row].set(unroll(slots.token_ring, pad_token), mode="drop"),
         logprobs=slots.logprobs.at[row].set(unroll(slots.logprob_ring, 0.0), mode="drop"),
         lengths=slots.lengths.at[row].set(count, mode="drop"),
@@ -226,6 +248,7 @@ def fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
             segment_ids=repeat(segment_ids),
             positions=copy(cache.positions, prompts.cache.positions),
             used=cache.used,
+            experts=jax.tree.map(copy, cache.experts, prompts.cache.experts),
         ),
         last_hidden=repeat(prompts.last_hidden).astype(slots.last_hidden.dtype),
         position=repeat(prompts.length),
@@ -258,6 +281,7 @@ def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) 
             segment_ids=copy(cache.segment_ids, segment_ids),
             positions=copy(cache.positions, prompts.cache.positions),
             used=cache.used,
+            experts=jax.tree.map(copy, cache.experts, prompts.cache.experts),
         ),
         last_hidden=copy(slots.last_hidden, prompts.last_hidden),
         position=slots.position.at[slot].set(length),

@@ -45,6 +45,8 @@ class Generation(NamedTuple):
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
       steps: int32 scalar, decode steps; None for answers from elsewhere.
+      experts: integers `[B, P + R, L, k]`, the experts that each token of prompt and answer took in
+        each layer; None: not kept.
     """
 
     tokens: jax.Array
@@ -52,6 +54,7 @@ class Generation(NamedTuple):
     mask: jax.Array
     finished: jax.Array
     steps: jax.Array | None = None
+    experts: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,14 @@ class EngineOptions:
       samples: answers to each prompt.
       slots: answers generated at a time.
       cache_dtype: of keys and values.
+      keep_experts: whether the experts that tokens take are kept.
     """
 
     max_new_tokens: int
     samples: int
     slots: int
     cache_dtype: str
+    keep_experts: bool = False
 
 
 def sample(
@@ -90,6 +95,7 @@ def sample(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     watch: Watch | None = None,
+    keep_experts: bool = False,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -120,9 +126,10 @@ def sample(
         `cache_length`) follow them. None: the entries in force.
       watch: called with the tokens so far every few steps; the answers are the same. It takes a
         slot for every answer. None: nothing sees them before the end.
+      keep_experts: also return the experts that tokens take, where the model is a mixture.
 
     Raises:
-      ValueError: a value out of its range.
+      ValueError: a value out of its range, or experts of a model that has none.
     """
     expect_decoder(model, "sample")
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
@@ -130,6 +137,8 @@ def sample(
             raise ValueError(f"{name}={value}: wanted a positive integer")
     if watch is not None and slots is not None:
         raise ValueError(f"slots={slots} with watch: wanted None, a slot for every answer")
+    if keep_experts and not model.config.num_experts:
+        raise ValueError("keep_experts=True: the model is no mixture of experts; leave it out")
     sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
     answers = prompts.tokens.shape[0] * samples
     limits = _limits(lengths, answers, max_new_tokens)
@@ -138,6 +147,7 @@ def sample(
         samples=samples,
         slots=answers if slots is None else min(slots, answers),
         cache_dtype=jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name,
+        keep_experts=keep_experts,
     )
     home = mesh_of(params)
     with use_rules(rules):
@@ -215,12 +225,16 @@ def _run(
             prompt_length=prompts.tokens.shape[1],
             max_new_tokens=options.max_new_tokens,
             cache_dtype=dtype,
+            keep_experts=options.keep_experts,
         )
         for first in range(0, count, group):
             # The last group begins earlier rather than being shorter: one shape for all.
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
-            prefilled = read_prompts(model, params, tokens, mask, jnp.int32(start), dtype)
+            prefilled = read_prompts(
+                model, params, tokens, mask, jnp.int32(start), dtype,
+                keep_experts=options.keep_experts,
+            )  # fmt: skip
             if watch is not None:
                 state = decode_watched(
                     model, params, state, prefilled, key, sampling, samples=samples, watch=watch
@@ -231,7 +245,7 @@ def _run(
                 model, params, state, prefilled, key, sampling, last_group, samples=samples
             )
         mask, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
-    return Generation(state.tokens, state.logprobs, mask, finished, state.steps)
+    return Generation(state.tokens, state.logprobs, mask, finished, state.steps, state.experts)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from jaxalign.models.attention import dispatch as attention_kind_module
-from jaxalign.models.attention import kernels, xla
+from jaxalign.models.attention import kernels, xla, xla_blocks
 from jaxalign.models.attention.dispatch import attention_kind
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.attention.xla import attend
@@ -91,10 +91,10 @@ def test_plain_form(length, softcap, window, in_loops, matrix, monkeypatch):
     """Short rows in one piece, long ones in blocks that skip what lies ahead, or in loops too."""
     if in_loops:
         small = dataclasses.replace(backend(), attention_scores=1, attention_query_blocks=2)
-        monkeypatch.setattr(xla, "backend", lambda: small)
-        options = xla.XLAOptions(None, True, 1)
+        monkeypatch.setattr(xla_blocks, "backend", lambda: small)
+        options = xla_blocks.XLAOptions(None, True, 1)
         query, key = np.zeros((1, 2, 2, length, 8)), np.zeros((1, 2, length, 8))
-        schedule = [tuple(blocks) for blocks in xla.block_schedule(options, query, key)]
+        schedule = [tuple(blocks) for blocks in xla_blocks.block_schedule(options, query, key)]
         assert schedule == [(0, 3, 128, 384), (384, 2, 128, 700), (640, 1, 60, 700)]
     rng = np.random.default_rng(0)
     segments, positions = rows_of_documents(rng, 1, length)

@@ -36,6 +36,9 @@ class Config:
       cache_dtype: of keys and values while sampling; None: the model's compute dtype.
       logprob_tolerance: largest mean |sampler − trainer| log-probability difference, nats a token,
         before `prepare` stops the run.
+      router_replay: for a mixture of experts: the trainer's passes use the experts that the sampler
+        took (Ma et al. 2025, https://arxiv.org/abs/2510.11370). Rounding may turn a tie between two
+        experts, and a token's log-probability with it.
 
       missing_eos_penalty: subtracted from the score of an answer without stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
@@ -88,6 +91,7 @@ class Config:
     slots: int | None = None
     cache_dtype: str | None = None
     logprob_tolerance: float = 0.05
+    router_replay: bool = False
     # Scores and rewards.
     missing_eos_penalty: float = 0.0
     normalize_scores: bool = False
@@ -145,6 +149,14 @@ class Config:
                 f"ppo advantage_estimator={self.advantage_estimator!r} with "
                 f"critic={None if critic is None else type(critic).__name__}: wanted "
                 f"{'a critic' if self.has_critic else 'None'}"
+            )
+
+    def check_experts(self, experts: int) -> None:
+        """Raises ValueError for the replay of a router that a policy does not have."""
+        if self.router_replay and not experts:
+            raise ValueError(
+                "ppo router_replay=True: the policy is no mixture of experts and has no router; "
+                "leave it out"
             )
 
     def check_stop_tokens(self) -> None:

@@ -61,9 +61,8 @@ def _groups(rollout: RolloutBatch, samples: int) -> tuple[np.ndarray, np.ndarray
 def _take(rollout: RolloutBatch, other: RolloutBatch, rows: Array) -> RolloutBatch:
     def both(a: Any, b: Any) -> jax.Array:
         if a.ndim > 1 and a.shape[1] != b.shape[1]:  # of another bucket: pad columns
-            a, b = (
-                jnp.pad(x, ((0, 0), (0, max(a.shape[1], b.shape[1]) - x.shape[1]))) for x in (a, b)
-            )
+            most, rest = max(a.shape[1], b.shape[1]), ((0, 0),) * (a.ndim - 2)
+            a, b = (jnp.pad(x, ((0, 0), (0, most - x.shape[1]), *rest)) for x in (a, b))
         return jnp.take(jnp.concatenate([a, b]), rows, axis=0)
 
     return jax.tree.map(both, rollout, other)

@@ -54,12 +54,13 @@ def make_experience(
 
     Returns:
       `experience(state, ref_params, tokens, scores, finished, sampler_logprobs=None, kl_coef=None,
-      temperature=None, score_scale=None) -> RolloutBatch`: `tokens` are prompts with their answers
-      `[B, T + 1]` as `join_tokens` makes them, `scores` and `finished` `[B]`, `sampler_logprobs`
-      `[B, T + 1]` aligned with targets, None where the answers' sampler gave none: nothing is
-      compared with the trainer's then. `kl_coef` and `temperature` take the place of the
-      configured ones; with `score_scale = (shift, scale)` the rewards are made of
-      (score − shift) / scale. The rollout has T columns.
+      temperature=None, score_scale=None, experts=None) -> RolloutBatch`: `tokens` are prompts with
+      their answers `[B, T + 1]` as `join_tokens` makes them, `scores` and `finished` `[B]`,
+      `sampler_logprobs` `[B, T + 1]` aligned with targets, None where the answers' sampler gave
+      none: nothing is compared with the trainer's then. `kl_coef` and `temperature` take the place
+      of the configured ones; with `score_scale = (shift, scale)` the rewards are made of
+      (score − shift) / scale. `experts` `[B, T + 1, L, k]` are those that the policy is to take,
+      here and in its updates. The rollout has T columns.
     """
     config.check_critic(critic)
     reference = model if reference is None else reference
@@ -81,16 +82,17 @@ def make_experience(
         kl_coef: Array | None = None,
         temperature: Array | None = None,
         score_scale: ScoreScale | None = None,
+        experts: Array | None = None,
     ) -> RolloutBatch:
         mesh, ref_mesh = mesh_of(state.params), mesh_of(ref_params)
         rest = (tokens, scores, finished, sampler_logprobs, kl_coef, temperature, score_scale)
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
-            return experience(state, ref_params, *rest)
+            return experience(state, ref_params, *rest, experts=experts)
         # The reference has devices of its own: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
         with use_mesh(ref_mesh):
             logprobs = reference_logprobs(ref_params, reshard_batch(tokens, ref_mesh), used)
-        return experience(state, None, *rest, reshard_batch(logprobs, mesh))
+        return experience(state, None, *rest, reshard_batch(logprobs, mesh), experts=experts)
 
     def lower(state: TrainState, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         with use_mesh(mesh_of(state.params)):
@@ -114,12 +116,14 @@ def _experience(
     temperature: Array | None = None,
     score_scale: ScoreScale | None = None,
     ref_logprobs: Array | None = None,
+    experts: Array | None = None,
 ) -> RolloutBatch:
     """Steps 3 to 7, one program; arguments as `make_experience` says.
 
     `ref_logprobs` `[B, T]` take the place of `ref_params`, where the reference has its own devices.
     """
-    tokens, sampler_logprobs = _without_last_column((tokens, sampler_logprobs))
+    tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
+    replayed = tokens if experts is None else tokens._replace(experts=experts)
     params = combine(state.params, state.frozen)
     mask = tokens.loss_mask  # [B, T]
     valid = jnp.any(mask, axis=1)  # [B]
@@ -127,7 +131,7 @@ def _experience(
     coef = config.kl_coef if kl_coef is None else kl_coef
 
     # 3. Log-probabilities, [B, T].
-    old_logprobs, hidden = _token_logprobs(model, params["policy"], tokens, used_temperature)
+    old_logprobs, hidden = _token_logprobs(model, params["policy"], replayed, used_temperature)
     if ref_logprobs is None:
         own = on_device(ref_params or {})
         ref_logprobs, _ = _token_logprobs(reference, own, tokens, used_temperature)
@@ -166,7 +170,7 @@ def _experience(
         return None if x is None else jnp.full(valid.shape, x, jnp.float32)
 
     return RolloutBatch(
-        tokens=tokens._replace(loss_mask=trained),
+        tokens=replayed._replace(loss_mask=trained),
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         old_values=None if values is None else jnp.where(value_mask, values, 0.0),

@@ -155,7 +155,8 @@ def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
         average, metrics = _value_terms(critic.scores(params["critic"], hidden), batch, config)
         return Terms({"value": config.vf_coef * average.total}, metrics)
 
-    return HiddenLoss(lambda batch: batch.tokens, count, terms)
+    # A critic of its own has routers of its own.
+    return HiddenLoss(lambda batch: batch.tokens._replace(experts=None), count, terms)
 
 
 def _value_terms(

@@ -118,7 +118,8 @@ def pack_rows(rollout: RolloutBatch, plan: RowPlan) -> RolloutBatch:
     def take(x: Array) -> jax.Array:
         if jnp.ndim(x) == 1:  # the same in every row
             return jnp.broadcast_to(x[:1], real.shape[:1])
-        return jnp.where(real, x[plan.row, plan.column], jnp.zeros((), x.dtype))
+        mask = jnp.expand_dims(real, range(2, x.ndim))
+        return jnp.where(mask, x[plan.row, plan.column], jnp.zeros((), x.dtype))
 
     packed = jax.tree.map(take, rollout)
     return packed._replace(tokens=packed.tokens._replace(segment_ids=plan.segment_ids))

@@ -89,6 +89,8 @@ def make_prepare(
     """
     config = Config() if config is None else config
     config.check_stop_tokens()
+    if config.router_replay:
+        config.check_experts(model.config.num_experts)
     if not config.stop_tokens:
         print(
             f"ppo: no stop_tokens, so every answer has max_new_tokens={config.max_new_tokens} "
@@ -130,7 +132,7 @@ def make_prepare(
             sampler_logprobs = _on_mesh(_aligned_with_targets(prompts, answers), mesh)
             rollout = experience(
                 state, ref_params, tokens, scores, answers.finished, sampler_logprobs, kl_coef,
-                temperature, scale,
+                temperature, scale, experts=answers.experts,
             )  # fmt: skip
             _check_on_policy(rollout, sampler_logprobs, config)
         return rollout._replace(reward_parts=parts)
@@ -170,6 +172,7 @@ def sample_answers(
         cache_dtype=config.cache_dtype,
         mesh=mesh,
         rules=rules,
+        keep_experts=config.router_replay,
     )
     with use_mesh(mesh_of(params)):
         if config.samples > 1:

@@ -130,19 +130,24 @@ def splash(
     return map_shards(run, args, axes)[:, :length]
 
 
-def zigzag_multiple(kind: str, length: int) -> int | None:
+def zigzag_multiple(kind: str, length: int, exchange: str = "gather") -> int | None:
     """Rows that the mesh in context splits may be in zigzag order if so long, or a multiple of it.
 
     Args:
       kind: of attention.
       length: of the rows.
+      exchange: how queries meet other devices' keys, see `models.attention.exchange`.
 
     Returns:
       None: nothing splits them, the kind of attention takes rows in their order only, or its blocks
       would need more padding than `Backend.splash_padding`.
     """
     parts = axis_shards("length")
-    if parts == 1 or not takes_zigzag(kind):
+    if parts == 1 or exchange == "ulysses":  # which gives every device whole rows
+        return None
+    if exchange == "ring":
+        return 2 * parts
+    if not takes_zigzag(kind):
         return None
     if kind != "splash":
         return 2 * parts

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention.xla import MASKED_SCORE
+from jaxalign.models.attention.xla_blocks import MASKED_SCORE
 from jaxalign.models.base import DecoderConfig
 from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.types import Array
@@ -28,6 +28,7 @@ class Cache(NamedTuple):
       segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
       positions: int32 `[B, S]`.
       used: int32 scalar, the column that is written next.
+      experts: for each layer integers `[B, S, k]`, the experts of each token. None: not kept.
     """
 
     keys: tuple[jax.Array, ...]
@@ -35,10 +36,16 @@ class Cache(NamedTuple):
     segment_ids: jax.Array
     positions: jax.Array
     used: jax.Array
+    experts: tuple[jax.Array, ...] | None = None
 
 
-def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Cache:
-    """A cache for `rows` sequences of up to `length` tokens, split over rows and heads."""
+def empty_cache(
+    config: DecoderConfig, rows: int, length: int, dtype: Any, experts: Any = None
+) -> Cache:
+    """A cache for `rows` sequences of up to `length` tokens, split over rows and heads.
+
+    `experts` is the dtype in which it keeps the experts taken; None: it does not.
+    """
     shape = (rows, config.num_kv_heads, length, config.head_dim)
 
     def layers() -> tuple[jax.Array, ...]:
@@ -50,6 +57,15 @@ def empty_cache(config: DecoderConfig, rows: int, length: int, dtype: Any) -> Ca
         segment_ids=constrain(jnp.zeros((rows, length), jnp.int32), "cache_rows cache_length"),
         positions=constrain(jnp.zeros((rows, length), jnp.int32), "cache_rows cache_length"),
         used=jnp.zeros((), jnp.int32),
+        experts=None
+        if experts is None
+        else tuple(
+            constrain(
+                jnp.zeros((rows, length, config.experts_per_token), experts),
+                "cache_rows cache_length hidden",
+            )
+            for _ in range(config.num_layers)
+        ),
     )
 
 
@@ -64,7 +80,10 @@ def resize_cache(cache: Cache, count: int) -> Cache:
     if count == cache.segment_ids.shape[1]:
         return cache
     keys, values = (tuple(split(fit(x, 2)) for x in side) for side in (cache.keys, cache.values))
-    return Cache(keys, values, fit(cache.segment_ids, 1), fit(cache.positions, 1), cache.used)
+    experts = jax.tree.map(lambda x: fit(x, 1), cache.experts)
+    return Cache(
+        keys, values, fit(cache.segment_ids, 1), fit(cache.positions, 1), cache.used, experts
+    )
 
 
 def split(x: jax.Array) -> jax.Array:

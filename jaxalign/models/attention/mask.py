@@ -31,7 +31,7 @@ class Segments(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query", "key", "windowed", "query_start", "matrix"],
-    meta_fields=["cached", "window", "zigzag"],
+    meta_fields=["cached", "window", "zigzag", "exchange"],
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -50,6 +50,8 @@ class MaskSpec:
       matrix: bool `[B, 1, T, S]` that replaces all of the above.
       zigzag: the tokens of every row are in zigzag order (`parallel.zigzag`), and so T = S is not
         their order in the row. Kernels know it; `make_mask` does not.
+      exchange: how queries meet the keys of other devices where the mesh splits rows along their
+        length: "gather", "ring" or "ulysses", see `jaxalign.models.attention.exchange`.
     """
 
     query: Segments | None = None
@@ -60,6 +62,7 @@ class MaskSpec:
     query_start: Any = None
     matrix: Any = None
     zigzag: bool = False
+    exchange: str = "gather"
 
     def with_matrix(self) -> MaskSpec:
         """The same with its matrix: made once for all layers, for short rows."""

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.parallel.mesh import make_mesh, split_devices
-from jaxalign.parallel.rules import check_rules, use_rules
+from jaxalign.parallel.rules import check_rules, check_sequence_attention, use_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class MeshConfig:
         and activations while answers are sampled.
       apart: model → number of devices that hold it and nothing else, the last ones of each host;
         the sizes above then count the remaining devices. Such a model is split along `fsdp`.
+      sequence_attention: how a device attends to the parts of a row that others hold: "gather" all
+        keys and values, pass them round a "ring", or exchange tokens for heads ("ulysses"); "auto"
+        chooses, see `jaxalign.models.attention.exchange`.
     """
 
     data: int = 1
@@ -44,9 +47,11 @@ class MeshConfig:
         default_factory=dict
     )
     apart: dict[str, int] = dataclasses.field(default_factory=dict)
+    sequence_attention: str = "auto"
 
     def __post_init__(self):
         check_rules(self.rules)
+        check_sequence_attention(self.sequence_attention)
         with use_rules(self.rules):
             for rules in self.rules_of.values():
                 check_rules(rules)
@@ -73,4 +78,6 @@ class MeshConfig:
 
     def use_rules(self, model: str | None = None) -> contextlib.AbstractContextManager[None]:
         """The table of layouts of a run, or within it of one of its models."""
-        return use_rules(self.rules if model is None else self.rules_of.get(model))
+        if model is None:
+            return use_rules(self.rules, sequence_attention=self.sequence_attention)
+        return use_rules(self.rules_of.get(model))
