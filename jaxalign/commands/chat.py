@@ -57,7 +57,8 @@ class Chat:
         self._seed, self._turns, self._system = seed, 0, system
         self._answered = False
         # Two answers stand one under the other: the second could not begin before the first ends.
-        self._streamed = {} if show is None or len(speakers) > 1 else {"on_text": show}
+        self._streamed = {} if show is None or len(speakers) > 1 else {"on_text": self._piece}
+        self._show, self._was_shown = show, False
         self._adapters = dict(adapters or {})
         self._adapter = next(iter(self._adapters), None)
 
@@ -82,7 +83,7 @@ class Chat:
         import jax
 
         key = jax.random.fold_in(jax.random.key(self._seed), self._turns)
-        answers = []
+        answers, self._was_shown = [], False
         try:
             for speaker in self._speakers:
                 prompt = [*self._opening(), *speaker.messages, {"role": "user", "content": text}]
@@ -97,7 +98,12 @@ class Chat:
             speaker.messages.append({"role": "user", "content": text})
             speaker.messages.append({"role": "assistant", "content": answer})
             shown.append(f"[{speaker.name}]\n{answer}" if speaker.name else answer)
-        return "" if self._streamed else "\n\n".join(shown)
+        return "" if self._was_shown else "\n\n".join(shown)
+
+    def _piece(self, text: str) -> None:
+        self._was_shown = True
+        if self._show is not None:
+            self._show(text)
 
     def _opening(self) -> list[dict[str, str]]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]

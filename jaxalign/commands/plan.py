@@ -27,7 +27,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="GB",
-        help="bandwidth of a host to the storage of checkpoints, 10⁹ bytes a second; default 1",
+        help="bandwidth of a host to the storage of checkpoints, 10⁹ bytes a second; default 1.0",
     )
     parser.add_argument(
         "--search",

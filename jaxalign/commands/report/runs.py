@@ -52,9 +52,8 @@ def write_report(
     """
     every = _listed(folders)
     if out is None and any(map(is_address, every)):
-        raise ValueError(
-            f"{', '.join(os.fspath(each) for each in every)}: the page is not written there; name a file: --out"
-        )
+        named = ", ".join(os.fspath(each) for each in every)
+        raise ValueError(f"{named}: the page is not written there; name a file: --out")
     default = pathlib.Path(every[0] if len(every) == 1 else ".") / "report.html"
     path = default if out is None else pathlib.Path(out)
     return write_page(path, make_page(every), KIND, overwrite)
