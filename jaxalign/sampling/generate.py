@@ -137,6 +137,8 @@ def sample(
             raise ValueError(f"{name}={value}: wanted a positive integer")
     if watch is not None and slots is not None:
         raise ValueError(f"slots={slots} with watch: wanted None, a slot for every answer")
+    if watch is not None and keep_experts:
+        raise ValueError("keep_experts=True with watch: wanted one of them")
     if keep_experts and not model.config.num_experts:
         raise ValueError("keep_experts=True: the model is no mixture of experts; leave it out")
     sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
