@@ -118,7 +118,7 @@ def _short_name(what: Any) -> str:
         return "rows"
     name = os.fspath(what) if isinstance(what, str | os.PathLike) else repr(what)
     path = pathlib.Path(name)
-    return path.name.split(".")[0] if path.exists() else name
+    return path.name.split(".")[0] if os.path.exists(path) else name
 
 
 def _check_weights(entries: Sequence[Entry]) -> None:

@@ -211,7 +211,7 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise ValueError(f"{folder / INDEX}: {name} points to {file!r}; wanted a file name")
         files.setdefault(file, set()).add(name)
-    absent = sorted(file for file in files if not (folder / file).is_file())
+    absent = sorted(file for file in files if not os.path.isfile(folder / file))
     if absent:
         raise ValueError(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
     return files

@@ -49,7 +49,9 @@ class Recorder:
         self.calls = []
         monkeypatch.setattr(sys.modules["jaxalign.sampling.generate"], "generate", self.generate)
 
-    def generate(self, model, params, tok, prompts, *, max_new_tokens: "int" = 64, key=None):
+    def generate(
+        self, model, params, tok, prompts, *, max_new_tokens: "int" = 64, key=None, on_text=None
+    ):
         self.calls.append((model, chatmodel.leaves(params), tok, prompts, params))
         return [f"answer {len(self.calls)}" for _ in prompts]
 

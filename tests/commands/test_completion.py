@@ -68,7 +68,8 @@ def test_every_shell_has_every_word(scripts, shell):
 
 def test_words_are_those_of_help():
     by_name = {command.name: words_of(command) for command in cli.commands()}
-    assert set(by_name["plan"].flags) == {"--help", "--topology", "--json", "--search"}
+    flags = {"--help", "--topology", "--json", "--search", "--storage-gbps"}
+    assert set(by_name["plan"].flags) == flags
     assert by_name["data"].values["--as"] == ("sft", "reward", "dpo", "kto", "ppo")
     options = {o.name for section in sections_of_command("dpo") for o in section.options}
     inside = {name for name in options if name.startswith(("data.train.", "data.eval."))}
