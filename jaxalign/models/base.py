@@ -298,7 +298,8 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
         more["branch_ids"] = tokens.branch_ids
     if isinstance(tokens.noise, EmbeddingNoise):
         more["noise"] = tokens.noise
-    if tokens.experts is not None:
+    # A batch of placeholders, an array in every field, replays nothing.
+    if tokens.experts is not None and jnp.ndim(tokens.experts) == 4:
         more["experts"] = tokens.experts
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
