@@ -2,11 +2,15 @@
 
 import json
 import pathlib
+import shutil
 import struct
 import time
 
+import chatmodel
 import pytest
 
+from jaxalign.run import loop
+from jaxalign.run.config.runs import load_config
 from jaxalign.run.metrics import JsonlWriter
 from jaxalign.run.trackers import hub
 
@@ -86,11 +90,10 @@ def written(folder):
     return found
 
 
-def test_tensorboard(run):
-    pytest.importorskip("tensorboardX")
+def held_by_tensorboard(folder):
+    """What its files hold of a run, in order: (step, value) as TensorBoard takes them in."""
     from tensorboardX.proto.event_pb2 import Event
 
-    folder, _ = run("tensorboard")
     events = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data, place = path.read_bytes(), 0
@@ -103,6 +106,13 @@ def test_tensorboard(run):
         if event.HasField("session_log"):
             held = [(step, value) for step, value in held if step < event.step]
         held += [(event.step, value) for value in event.summary.value]
+    return held
+
+
+def test_tensorboard(run):
+    pytest.importorskip("tensorboardX")
+    folder, _ = run("tensorboard")
+    held = held_by_tensorboard(folder)
     scalars = {}
     for step, value in held:
         if value.WhichOneof("value") == "simple_value":
@@ -247,3 +257,35 @@ def test_mlflow(run, tmp_path, monkeypatch):
     assert (sample["prompt"], sample["score"], sample["kl"]) == ("question 3?", 0.75, 0.75)
     bins = artifact("histograms/lengths/0000004.json")
     assert bins == {"edges": EDGES, "counts": COUNTS}
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_ppo_and_its_resume_in_tensorboard(chat_models, tmp_path):
+    pytest.importorskip("tensorboardX")
+    folder = tmp_path / "run"
+    options = {"save_every": 2, "keep": 9, "eval_every": 2, "export": False}
+    options |= {"trackers": ["tensorboard"]}
+    values = chatmodel.settings("ppo", chat_models, folder, steps=3, **options)
+    values["dump_every"] = 1
+    values["data"]["eval"] = values["data"]["train"]
+    loop.train(load_config("ppo", values))
+    shutil.rmtree(folder / "checkpoints" / "3")  # as if killed before its checkpoint
+    loop.train(load_config("ppo", values, ["run.resume=true", "run.steps=5"]))
+
+    held, texts, scalars = held_by_tensorboard(folder), set(), {}
+    for step, value in held:
+        if value.WhichOneof("value") == "simple_value":
+            scalars.setdefault(value.tag, []).append((step, value.simple_value))
+        elif value.HasField("tensor") and value.tag.startswith("samples"):
+            texts.add(step)
+    wanted = {}
+    for row in chatmodel.lines(folder):
+        step = row.pop("step")
+        for name, value in row.items():
+            wanted.setdefault(name, []).append((step, value))
+    assert set(scalars) == set(wanted)
+    for name, pairs in wanted.items():
+        assert [step for step, _ in scalars[name]] == [step for step, _ in pairs], name
+        values = [value for _, value in pairs]
+        assert [value for _, value in scalars[name]] == pytest.approx(values, nan_ok=True), name
+    assert texts == {1, 2, 3, 4, 5}
