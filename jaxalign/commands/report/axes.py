@@ -158,4 +158,5 @@ def short(value: float, digits: int = 4) -> str:
     for size, unit in _UNITS:
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.{digits}g}{unit}" if abs(value) < 1e15 else f"{value:.2g}"
-    return f"{value:.{digits}g}"
+    # "2410", not "2.41e+03".
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e4 else f"{value:.{digits}g}"

@@ -24,10 +24,11 @@ def summary_sections(path: pathlib.Path) -> str:
     """
     summary = read_json(path)
     try:
-        sections = [_figures(summary)]
+        of = f"of {path.parent.name}"
+        sections = [_figures(summary, of)]
         if "win_rates" in summary:
-            sections.append(_contests(summary))
-        return "".join([*sections, _answers(summary)])
+            sections.append(_contests(summary, of))
+        return "".join([*sections, _answers(summary, of)])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: not a summary as `jaxalign quickstart` writes it") from error
 
@@ -52,17 +53,17 @@ def _words(line: str) -> list[str]:
     return re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+\s*|\s+", line)
 
 
-def _figures(summary: Mapping[str, Any]) -> str:
+def _figures(summary: Mapping[str, Any], of: str) -> str:
     rows = [
         (f["figure"], "not measured" if f["before"] is None else f"{f['before']:.3f}",
          f"{f['after']:.3f}")
         for f in summary["figures"]
     ]  # fmt: skip
     made = table(("figure", "before", "after"), rows, numbers=(1, 2))
-    return f"<h2>Held-out figures</h2>{scrolling(made, 'held-out figures')}"
+    return f"<h2>Held-out figures</h2>{scrolling(made, f'held-out figures {of}')}"
 
 
-def _contests(summary: Mapping[str, Any]) -> str:
+def _contests(summary: Mapping[str, Any], of: str) -> str:
     accuracy = summary["judge"]["accuracy"]
     contests = [
         (
@@ -83,13 +84,13 @@ def _contests(summary: Mapping[str, Any]) -> str:
     return (
         f'<p class="note">The judge ranks {accuracy["share"]:.0%} of {accuracy["count"]} held-out '
         f"pairs right; PPO is {summary['kl']:.1f} nats an answer from the SFT model.</p>"
-        f"<h2>Contests</h2>{scrolling(won, 'contests')}"
-        f"<h2>Forms of the answers</h2>{scrolling(made, 'forms of the answers')}"
+        f"<h2>Contests</h2>{scrolling(won, f'contests {of}')}"
+        f"<h2>Forms of the answers</h2>{scrolling(made, f'forms of the answers {of}')}"
         f"<p>What got worse: {text(' '.join(summary['worse']))}</p>"
     )
 
 
-def _answers(summary: Mapping[str, Any]) -> str:
+def _answers(summary: Mapping[str, Any], of: str) -> str:
     names = list(summary["answers"][0])
     heads = "".join(f"<th>{text(name)}</th>" for name in names)
     rows = []
@@ -104,7 +105,7 @@ def _answers(summary: Mapping[str, Any]) -> str:
     return (
         '<h2>Answers to held-out prompts</h2><p class="note">Marked: words that are not in the '
         "answer of the model that training started from.</p>"
-        + scrolling(f"<table><tr>{heads}</tr>{''.join(rows)}</table>", "answers")
+        + scrolling(f"<table><tr>{heads}</tr>{''.join(rows)}</table>", f"answers {of}")
     )
 
 
