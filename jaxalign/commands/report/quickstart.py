@@ -16,15 +16,19 @@ _BEFORE = {"sft": "base", "ppo": "sft", "dpo": "sft"}
 """Model → the one that it was trained from, whose answers its own are compared with."""
 
 
-def summary_sections(path: pathlib.Path) -> str:
+def summary_sections(path: pathlib.Path, several: bool = False) -> str:
     """The sections of `summary.json`.
+
+    Args:
+      path: the file.
+      several: whether the page has those of other folders too, so that labels name the folder.
 
     Raises:
       ValueError: it is not what `jaxalign quickstart` writes.
     """
     summary = read_json(path)
     try:
-        of = f"of {path.parent.name}"
+        of = f" of the stages of {path.parent.name}" if several else ""
         sections = [_figures(summary, of)]
         if "win_rates" in summary:
             sections.append(_contests(summary, of))
@@ -60,7 +64,7 @@ def _figures(summary: Mapping[str, Any], of: str) -> str:
         for f in summary["figures"]
     ]  # fmt: skip
     made = table(("figure", "before", "after"), rows, numbers=(1, 2))
-    return f"<h2>Held-out figures</h2>{scrolling(made, f'held-out figures {of}')}"
+    return f"<h2>Held-out figures</h2>{scrolling(made, f'held-out figures{of}')}"
 
 
 def _contests(summary: Mapping[str, Any], of: str) -> str:
@@ -84,8 +88,8 @@ def _contests(summary: Mapping[str, Any], of: str) -> str:
     return (
         f'<p class="note">The judge ranks {accuracy["share"]:.0%} of {accuracy["count"]} held-out '
         f"pairs right; PPO is {summary['kl']:.1f} nats an answer from the SFT model.</p>"
-        f"<h2>Contests</h2>{scrolling(won, f'contests {of}')}"
-        f"<h2>Forms of the answers</h2>{scrolling(made, f'forms of the answers {of}')}"
+        f"<h2>Contests</h2>{scrolling(won, f'contests{of}')}"
+        f"<h2>Forms of the answers</h2>{scrolling(made, f'forms of the answers{of}')}"
         f"<p>What got worse: {text(' '.join(summary['worse']))}</p>"
     )
 
@@ -105,7 +109,7 @@ def _answers(summary: Mapping[str, Any], of: str) -> str:
     return (
         '<h2>Answers to held-out prompts</h2><p class="note">Marked: words that are not in the '
         "answer of the model that training started from.</p>"
-        + scrolling(f"<table><tr>{heads}</tr>{''.join(rows)}</table>", f"answers {of}")
+        + scrolling(f"<table><tr>{heads}</tr>{''.join(rows)}</table>", f"answers{of}")
     )
 
 

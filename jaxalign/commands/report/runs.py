@@ -69,7 +69,8 @@ def make_page(folders: Folder | Sequence[Folder]) -> str:
     runs = load_runs(places[:MOST_RUNS])
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
     body = [_head(runs, len(places) - len(runs))]
-    body += [_summary(path) for path in paths if (path / "summary.json").is_file()]
+    whole = [path for path in paths if (path / "summary.json").is_file()]
+    body += [_summary(path, len(whole) > 1) for path in whole]
     body.append(_findings(runs))
     most = _points_a_curve(runs)
     for algorithm in dict.fromkeys(run.algorithm for run in runs):
@@ -129,9 +130,9 @@ def _anchor(algorithm: str | None) -> str:
     return f"of-{algorithm or 'unknown'}"
 
 
-def _summary(path: pathlib.Path) -> str:
+def _summary(path: pathlib.Path, several: bool) -> str:
     try:
-        return summary_sections(path / "summary.json")
+        return summary_sections(path / "summary.json", several)
     except ValueError as error:
         return f'<p class="note">{text(str(error).splitlines()[0])}</p>'
 
