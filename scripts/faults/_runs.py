@@ -274,7 +274,10 @@ def _different_files(ours: pathlib.Path, theirs: pathlib.Path) -> Iterator[str]:
                 yield f"{name} missing"
             elif both[0].read_bytes() != both[1].read_bytes():
                 yield str(name)
-    last = max((p.name for p in (theirs / "checkpoints").glob("*") if p.name.isdecimal()), key=int)
+    steps = [p.name for p in (theirs / "checkpoints").glob("*") if p.name.isdecimal()]
+    if not steps:  # the quickstart's stages keep none
+        return
+    last = max(steps, key=int)
     position = pathlib.Path("checkpoints") / last / "loop" / "metadata"
     if not (ours / position).exists():
         yield f"{position} missing"
