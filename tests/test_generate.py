@@ -117,6 +117,23 @@ def test_the_loop_ends_when_every_row_has(params):
     assert len(counted) == 1 + NEW
 
 
+def test_all_tokens_of_a_stage_are_one_program_without_the_host(params):
+    """The loop over tokens is a loop of the program: nothing is handed to Python between two."""
+    batch, stops = prompts(), jnp.zeros((1,), jnp.int32)
+    sampling = Sampling(jnp.float32(1), jnp.int32(0), jnp.float32(1), stops, jnp.int32(0))
+    read = read_prompts(tiny.DECODER, params, batch.tokens, batch.mask, jnp.int32(0), jnp.float32)
+    slots = empty_slots(
+        tiny.DECODER, jnp.int32(0), jnp.full(ROWS, NEW), slots=ROWS, prompt_length=WIDTH,
+        max_new_tokens=NEW, cache_dtype=jnp.float32,
+    )  # fmt: skip
+    text = decode.lower(
+        tiny.DECODER, params, slots, read, KEY, sampling, jnp.array(True), samples=1
+    ).as_text()
+    assert "stablehlo.while" in text
+    for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
+        assert word not in text
+
+
 def test_new_settings_compile_nothing_new(params):
     run(params)
     before = count_compiled(read_prompts), count_compiled(decode)
