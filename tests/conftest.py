@@ -17,9 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAXALIGN_CACHE", "")  # no program of another day
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import collections
 import pathlib
-import zlib
 
 import jax
 import pytest
@@ -33,26 +31,6 @@ def pytest_configure(config):
     """Warnings about the code of tests and scripts are errors, as those about the package are."""
     ours = {path.stem for name in ("tests", "scripts") for path in (_ROOT / name).rglob("*.py")}
     config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(sorted(ours))})$")
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
-    """Of a test marked `sampled(n)`, n cases stay in the default suite; the others become `full`.
-
-    They are spread evenly over the cases, and begin elsewhere for each test: where several tests
-    share a list of cases, each of the list is tried by some of them.
-    """
-    cases = collections.defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("sampled"):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for test, group in cases.items():
-        keep = min(group[0].get_closest_marker("sampled").args[0], len(group))
-        start = zlib.crc32(test.encode()) % len(group)
-        kept = {(start + i * len(group) // keep) % len(group) for i in range(keep)}
-        for number, item in enumerate(group):
-            if number not in kept:
-                item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")
