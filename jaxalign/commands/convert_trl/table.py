@@ -60,13 +60,13 @@ dataloader_pin_memory dataloader_persistent_workers dataloader_multiprocessing_c
 ignore_data_skip | – | a resumed run continues with the next row, at no cost
 
 ## Batches, steps, optimizer
-per_device_train_batch_size | `data.rows` | over all devices, see above
+per_device_train_batch_size | `data.rows` | rows of a step, over all devices and hosts
 per_device_eval_batch_size | `data.rows` |
-gradient_accumulation_steps | `run.micro_batches` | divides, see above
+gradient_accumulation_steps | `run.micro_batches` | splits a step's rows; it does not add any
 average_tokens_across_devices | – | always
 auto_find_batch_size | – | `jaxalign plan --search` finds what fits, before the run
 num_train_epochs | `run.epochs` | fractions too; or `data.epochs`, whole
-max_steps | `run.steps` | see above
+max_steps | `run.steps` | batches; for PPO, iterations
 learning_rate | `optimizer.learning_rate` |
 lr_scheduler_type | `optimizer.schedule` | constant, linear, cosine; `warmup_stable_decay` is `wsd`
 lr_scheduler_kwargs | `optimizer.end_fraction` | last rate over peak, TRL's `min_lr_rate`; `num_decay_steps` is `optimizer.decay_ratio`
