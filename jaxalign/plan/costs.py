@@ -343,8 +343,8 @@ def attention_flops(target: str, attributes: str, shapes: Sequence[Shape]) -> fl
         return 0.0
     if "fmha" in target:
         products, seen = 5 if "ackward" in target else 2, wide[1].dims[1]
-    elif target == "tpu_custom_call" and "splash" in attributes:
-        products = 4 if "dkv" in attributes else 3 if "dq" in attributes else 2
+    elif "tpu" in target and (kernel := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", attributes)):
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel[1]]
         seen = wide[1].dims[-2]
     elif "triton" in target and (kernel := re.search(r"flash_(forward|to_\w+)", attributes)):
         products = {"forward": 2, "to_queries": 3}.get(kernel[1], 4)

@@ -17,6 +17,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0, 
 _SHAPE = re.compile(r"(\w+)\[([^\]]*)\](\{[^}]*\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _NAME = re.compile(r"%([\w.\-]+)")
+_INSTRUCTION = re.compile(r"(ROOT )?%?[\w.\-]+ = ")
 
 
 class Shape(NamedTuple):
@@ -117,8 +118,7 @@ def parse(text: str) -> Module:
     entry = name = ""
     lines: list[Instruction] = []
     root = ""
-    for raw in text.splitlines():
-        line = raw.strip()
+    for line in _statements(text):
         if line.endswith("{") and "->" in line and not line.startswith("HloModule"):
             head = line.removeprefix("ENTRY ")
             name = head.split(" ", 1)[0].removeprefix("%")
@@ -137,6 +137,21 @@ def parse(text: str) -> Module:
             "the compiled program has no text that we can read; its costs cannot be counted"
         )
     return Module(entry, computations)
+
+
+def _statements(text: str) -> Iterator[str]:
+    """Lines; an instruction is one line, although the metadata of TPU kernels contain breaks."""
+    instruction = ""
+    for raw in text.splitlines():
+        line = raw.strip()
+        if instruction and line not in ("", "}") and not _INSTRUCTION.match(line):
+            instruction += " " + line
+            continue
+        if instruction:
+            yield instruction
+        instruction = line if _INSTRUCTION.match(line) else ""
+        if not instruction:
+            yield line
 
 
 def _instruction(line: str) -> Instruction | None:

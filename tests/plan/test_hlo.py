@@ -192,3 +192,17 @@ def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="no text that we can read"):
         parse("HloModule x\n")
+
+
+def test_a_kernel_whose_metadata_have_line_breaks():
+    """As libtpu writes splash attention, whose options name all three kernels."""
+    shape = "bf16[2,4,8,16]{3,2,1,0}"
+    text = (
+        f"HloModule x\n\nENTRY %main (a: bf16[2,4,8,16]) -> bf16[2,4,8,16] {{\n"
+        f"  %a = {shape} parameter(0)\n"
+        f'  ROOT %k = {shape} custom-call(%a, %a, %a), custom_call_target="tpu_custom_call", '
+        "frontend_attributes={kernel_metadata={\n"
+        '"xprof_metadata":"{\\"block_q_dkv\\": 512, \\"block_q_dq\\": 512}"\n'
+        '}}, metadata={op_name="jit(run)/splash_mha_fwd_segmented/pallas_call"}\n}\n'
+    )
+    assert count_costs(text, [0]).flops == 2 * 2 * 2 * 4 * 8 * 8 * 16 / 2
