@@ -72,7 +72,7 @@ def preference_loss(
       label_smoothing: ε in [0, 0.5), the chance that a label is flipped; for `sigmoid`, `robust`,
         `exo_pair` (which needs ε > 0), `aot`, `aot_unpaired`, `simpo` and `cpo`.
       chosen_lengths: tokens of the chosen answer, for `ipo`, `sigmoid_norm`, `sft`, `simpo` and
-        `orpo`. A fact about the batch: it may be passed always.
+        `orpo`. It describes the batch, so you may always pass it.
       rejected_lengths: tokens of the rejected answer.
       f_divergence: the divergence that holds the policy to the reference, see `losses.divergence`;
         only for losses on the difference of scores: `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`,

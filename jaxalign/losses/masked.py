@@ -166,7 +166,7 @@ def run_counts(mask: Array, segment_ids: Array, branch_ids: Array | None = None)
     Args:
       mask: `[B, T]`.
       segment_ids: int `[B, T]`; a document is a run of equal ids.
-      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+      branch_ids: int `[B, T]`, or None; if given, a run also has one branch.
 
     Returns:
       float32 `[B, T]`, exact.
@@ -184,7 +184,7 @@ def run_sum(x: Array, segment_ids: Array, branch_ids: Array | None = None) -> ja
     Args:
       x: `[B, T]`.
       segment_ids: int `[B, T]`; a document is a run of equal ids.
-      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+      branch_ids: int `[B, T]`, or None; if given, a run also has one branch.
 
     Returns:
       float32 `[B, T]`.

@@ -29,7 +29,7 @@ def plackett_luce(scores: Array, ranks: Array, mask: Array) -> jax.Array:
     Args:
       scores: r, float `[B, K]`.
       ranks: `[B, K]`, larger is better.
-      mask: `[B, K]`, which answers exist; what stands elsewhere is not read.
+      mask: `[B, K]`, which answers exist; other entries are not read.
 
     Returns:
       float32 `[B]`, ≥ 0, summed over the picks of a prompt; 0 for a prompt without two answers of
@@ -72,7 +72,7 @@ def all_pairs(
     Args:
       scores: r, float `[B, K]`.
       ranks: `[B, K]`, larger is better.
-      mask: `[B, K]`, which answers exist; what stands elsewhere is not read.
+      mask: `[B, K]`, which answers exist; other entries are not read.
       center_coef: see `bradley_terry`.
       label_smoothing: see `bradley_terry`.
 
