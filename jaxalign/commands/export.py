@@ -124,7 +124,7 @@ def _export(parsed: argparse.Namespace) -> None:
             _check_push(parsed)
         done = export(parsed.folder, parsed.out, options)
         print("\n".join(done.tables))
-        # A plain export prints the table and where it went, as scripts read it.
+        # A plain export prints the table and its path, which scripts may parse.
         checks = sys.stdout if options.record else sys.stderr
         if distributed.is_main():
             print("\n".join(done.checks), file=checks, flush=True)

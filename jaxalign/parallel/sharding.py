@@ -86,7 +86,7 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
     Args:
       axes: nested dict of logical-axes strings, see `Axes`; or one such string. An axis `embed?` is
         split like `embed` if the shards divide it, and otherwise replicated.
-      mesh: where the parameters go.
+      mesh: the mesh for the parameters.
       shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given, every
         sharded dimension is checked to divide. Without it, axes with `?` are replicated.
       rules: logical axis → mesh axis; None: the rules in effect.

@@ -42,7 +42,7 @@ def estimate_checkpoint(state: TrainState, mesh: Mesh, bandwidth: float = BANDWI
 
     Args:
       state: of shapes.
-      mesh: of the run.
+      mesh: the run's mesh.
       bandwidth: of a host to its storage, bytes/s.
 
     Raises:

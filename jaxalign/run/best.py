@@ -108,7 +108,7 @@ def best_of_run(folder: pathlib.Path, option: str | None, steps: Iterable[int]) 
     """The step of a run's best checkpoint, according to its `metrics.jsonl`.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       option: its `run.keep_best`.
       steps: of its checkpoints.
 

@@ -118,7 +118,7 @@ class BucketLock:
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
         """Whether a lock's process has died; may wait for a renewal."""
-        boot = identity()["boot"]  # hosts may share a name, so only this process's own entry is certain
+        boot = identity()["boot"]  # hosts may share a name: only this is sure
         died = has_died(owner) if boot is not None and owner.get("boot") == boot else None
         return self._falls_silent(owner) if died is None else died
 

@@ -111,7 +111,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def remove_unfinished(self) -> None:
-        """Removes the remains of killed saves; only the process that owns the folder may call it."""
+        """Removes the remains of killed saves; only the folder's owner may call it."""
         for place in self._folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(place, ignore_errors=True)
 
@@ -352,7 +352,7 @@ class Checkpoints:
         return distributed.all_gather_text("checking a checkpoint", text)[0]
 
     def _set_aside_above(self, step: int) -> None:
-        """Renames damaged checkpoints newer than `step`, because the run will reach their steps again."""
+        """Renames damaged checkpoints newer than `step`: the run will reach their steps again."""
         newer = [other for other in self._manager.all_steps() if other > step]
         damaged = [other for other in newer if self._damage(other)]
         with distributed.fail_together("setting damaged checkpoints aside"):
@@ -423,7 +423,7 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
-    """Hides the tracebacks of failed saves, because the same error is raised and printed in one line.
+    """Hides the tracebacks of failed saves: the same error is raised, and printed in one line.
 
     Orbax logs it once per thread, asyncio once per write. For pending writes, TensorStore reports
     that their event loop is closed.

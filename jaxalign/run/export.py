@@ -94,9 +94,9 @@ def export_run(
     Args:
       folder: the run's folder, with `config.yaml` and `checkpoints/`.
       out: folder to make, see `save_pretrained`.
-      step: which checkpoint; the newest by default.
-      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
-      part: "policy" or "critic", of runs that train both; the policy by default.
+      step: the checkpoint's step; by default the newest.
+      best: use the checkpoint with the best `run.keep_best` value, instead of `step`.
+      part: "policy" or "critic", for runs that train both; the policy by default.
       dtype: dtype of the tensors, see `save_pretrained`; "source": the dtypes of the model that the
         run started from; None: the checkpoint's dtypes.
       dequantize: for a run with `model.quantize`: merge adapters into the base as it was in
@@ -126,9 +126,9 @@ def load_run(
 
     Args:
       folder: the run's folder.
-      step: which checkpoint; the newest by default.
-      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
-      part: "policy" or "critic", of runs that train both; the policy by default.
+      step: the checkpoint's step; by default the newest.
+      best: use the checkpoint with the best `run.keep_best` value, instead of `step`.
+      part: "policy" or "critic", for runs that train both; the policy by default.
       outs: the paths to write, which must not be inputs of the run.
       dequantize: whether to use the quantised base of the training.
 

@@ -209,7 +209,7 @@ def _check_contents(config: Run, folder: pathlib.Path) -> None:
 
 
 def _remove_outputs(folder: pathlib.Path) -> None:
-    """Removes outputs for another run; keeps a configuration that no run wrote under another name."""
+    """Removes a run's outputs; renames a configuration that no run wrote."""
     if not is_ours(folder):
         print(f"{folder / CONFIG}: kept as {set_aside(folder / CONFIG, 'before').name}")
     for name in (*_OUTPUTS, CONFIG):

@@ -36,7 +36,7 @@ class FolderLock:
     file's modification time decides, which the owner renews.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
 
     Raises:
       ValueError: on entering, if another process has the folder, or it is a file.
@@ -159,7 +159,7 @@ class FolderLock:
 
 
 def owner_of(folder: pathlib.Path) -> str | None:
-    """The process that has a folder, according to its lock, without locking; None if none has it."""
+    """The process that has a folder, according to its lock; None if none has. It does not lock."""
     owner = _read(folder / LOCK)
     return None if owner is None else named(owner)
 

@@ -31,14 +31,14 @@ from jaxalign.run.remote import (
 from jaxalign.run.storage import REMOTE, retry, say
 
 _MARK = ".mirror"
-"""A marker file in the copy: if it is gone, somebody removed the copy, rather than a run its files."""
+"""A marker file in the copy: if it is gone, somebody removed the copy, not a run its files."""
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _POLL_SECONDS = 1.0
 _PERIOD = 30.0
 """The minimum seconds between two uploads of growing files, such as metrics.jsonl."""
 _REST = 20
-"""They also wait this many times the last upload's duration, since each upload rewrites the whole object."""
+"""They also wait this multiple of the last upload's time: each rewrites the whole object."""
 _SLOW_SECONDS = 30.0
 _SMALL = 1 << 20
 _THREADS = 8
@@ -210,7 +210,7 @@ class Mirror:
         return not hidden and step_of(name) is None
 
     def _local_steps(self) -> dict[int, tuple[int, int]]:
-        """The finished checkpoints, each with a stamp that distinguishes it from others of its step."""
+        """The finished checkpoints, each with a stamp that tells it from others of its step."""
         found = {}
         for path in (self._folder / CHECKPOINTS).glob("*"):
             if path.name.isdecimal():

@@ -33,7 +33,7 @@ class Past(NamedTuple):
     """A run as it was at one of its steps.
 
     Attributes:
-      folder: of the run.
+      folder: the run's folder.
       config: the options in effect at the step.
       values: the same as nested values.
       inputs: digests of its inputs, as in `run.inputs`; {} if not recorded.
@@ -98,7 +98,7 @@ def read_past(folder: str | pathlib.Path, step: int | None = None) -> Past:
     """Reads a run folder's record of a step; it changes nothing there.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       step: the step, from 1; None: the last one.
 
     Raises:

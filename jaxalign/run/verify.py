@@ -154,7 +154,7 @@ def _program(model: Decoder | Scorer, mesh: Any) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """A model without fields that do not affect its program, so that equal models share a program."""
+    """A model without fields that do not affect its program, so that equal models share it."""
     base = model.base if isinstance(model, Scorer) else model
     base = dataclasses.replace(
         base,

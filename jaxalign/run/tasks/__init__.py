@@ -118,7 +118,7 @@ class Built(NamedTuple):
     Attributes:
       task: what the loop runs.
       parts: models, step and `prepare`.
-      mesh: of the run.
+      mesh: the run's mesh.
       tok: the tokenizer.
     """
 

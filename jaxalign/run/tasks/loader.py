@@ -46,7 +46,7 @@ class Loader(abc.ABC):
         Args:
           source: folder, `.gguf` file or hub id.
           config: dtypes, attention, and quantisation.
-          mesh: where the parameters go.
+          mesh: the mesh for the parameters.
           remat: what the backward pass keeps; "none" for models that are not trained.
         """
 
@@ -59,7 +59,7 @@ class Loader(abc.ABC):
         Args:
           source: as in `load`.
           config: as in `load`; also the remat policy, because a critic is trained.
-          mesh: where the parameters go.
+          mesh: the mesh for the parameters.
           attributes: the attributes that the run weighs, for loaders that read no files.
         """
 

@@ -71,7 +71,7 @@ def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
     """The model to train, language or reward model, with its adapters.
 
     Args:
-      config: of the run.
+      config: the run's config.
       mesh: the mesh for the model.
       loader: the loader of its arrays.
       tok: the tokenizer, whose ids the model must know; None: not checked.
@@ -187,7 +187,7 @@ class Scorers:
     """A PPO run's reward models and critic; each source is loaded once, whatever its uses.
 
     Args:
-      config: of the run.
+      config: the run's config.
       mesh: the run's mesh; a model with its own devices is placed on those.
       loader: the loader of their arrays.
       tok: the policy's tokenizer, or None.
@@ -301,7 +301,7 @@ def with_adapters(
       config: of the run, with `critic: adapter`.
       critic: as `load_critic` loads it.
       params: its parameters; the base's arrays are the policy's own.
-      mesh: of the run.
+      mesh: the run's mesh.
       loader: of its models.
     """
     lora = config.model.lora

@@ -270,7 +270,7 @@ class Iteration:
 
     Args:
       config: the run's config.
-      mesh: of the run.
+      mesh: the run's mesh.
       parts: from `build_ppo`.
       data: prompts.
     """
@@ -383,7 +383,7 @@ class Iteration:
         return rollout, costs, {"groups/draws": draws, "groups/left_equal": left}
 
     def calibrate(self, state: TrainState, loop: Loop) -> None:
-        """Before the first iteration, shifts (and scales) the reward using the reference's answers."""
+        """Shifts (and scales) the reward by the reference's answers, before the first iteration."""
         assert self._parts.reference is not None
         assert self._data.batches is not None
         prompts = next(iter(self._data.batches))
@@ -441,7 +441,7 @@ class TextStream:
     Args:
       config: the run's config, with `ptx`.
       tok: the policy's tokenizer.
-      mesh: of the run.
+      mesh: the run's mesh.
     """
 
     def __init__(self, config: PPORun, tok: Any, mesh: Mesh):

@@ -67,7 +67,7 @@ def reference_in_memory(
     Args:
       config: the run's config.
       policy: the initial policy; without `reference` its weights are shared, not copied.
-      mesh: of the run.
+      mesh: the run's mesh.
       loader: the loader of arrays.
       tok: the policy's tokenizer, or None.
     """
@@ -127,7 +127,7 @@ def cached_reference(
       config: the run's config, with `reference_cache`.
       policy: the initial policy.
       batches: returns all batches of the run, including held-out ones.
-      mesh: of the run.
+      mesh: the run's mesh.
       loader: the loader of the reference, which is loaded only if there is no cache.
       tok: the policy's tokenizer.
 

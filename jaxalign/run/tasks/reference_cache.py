@@ -84,7 +84,7 @@ class ReferenceCache:
         return len(keys - {None} - self.logps.keys())
 
     def save(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
-        """Writes the cache; the fingerprint comes last, so that an incomplete write does not count."""
+        """Writes the cache; the fingerprint comes last, so an incomplete write does not count."""
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(self.logps), np.uint8).reshape(-1, 16)

@@ -24,7 +24,7 @@ class RolloutDump:
     """Writes `rollouts.jsonl` and `histograms.jsonl` every few iterations.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       tok: the policy's tokenizer.
       every: iterations between two dumps; 0: no dumps.
       samples: answers per dump.

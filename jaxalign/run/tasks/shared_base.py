@@ -62,7 +62,7 @@ def _own_place(config: PPORun) -> str | None:
 
 
 def _other_base(folder: pathlib.Path, source: str) -> str | None:
-    """Why an adapter does not fit the model `source`; None for an adapter that does not exist yet."""
+    """Why an adapter does not fit the model `source`; None for one that does not exist yet."""
     if not (folder / CONFIG).is_file():
         return None
     if read_config(folder).get("init_lora_weights") == "pissa":

@@ -8,7 +8,7 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """The purpose of a stream. The numbers are above every step's, and saved runs depend on them."""
+    """The purpose of a stream. Its numbers are above every step's; saved runs depend on them."""
 
     HELD_OUT = 2**31 - 1
     ADAPTERS = 2**31 - 2

@@ -54,4 +54,4 @@ class Tracker(Protocol):
         """Records sampled answers: `prompt`, `answer` and further columns, the same in each row."""
 
     def close(self, *, failed: bool) -> None:
-        """Sends the remaining data and ends the tracker's run; `failed`: the run ended with an error."""
+        """Sends the remaining data and ends the tracker's run; `failed`: it ended with an error."""

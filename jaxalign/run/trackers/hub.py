@@ -42,7 +42,7 @@ def open_trackers(
 
     Args:
       names: the installed trackers among `run.trackers`.
-      folder: the run's.
+      folder: the run's folder.
       project: the project under which trackers group runs.
       config: option → value, flat.
       done: the step after which the run resumes; 0: a new run.
@@ -94,7 +94,7 @@ class Trackers:
     """Passes a run's metrics to its trackers. A tracker never stops the run.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       senders: the senders of the trackers in use.
       known: the contents of `trackers.json`.
       done: the step after which the run resumes.
