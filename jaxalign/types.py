@@ -164,7 +164,7 @@ class UnpairedBatch(NamedTuple):
     """Single answers marked as desirable or not (KTO).
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`; `loss_mask` marks the answer.
+      tokens: prompts and answers, one per row, `[B, T]`; `loss_mask` marks the answer.
       desirable: bool `[B]`.
       mismatched: the same prompts, each with another row's answer; the KL between policy and
         reference is estimated on them.
@@ -198,7 +198,7 @@ class GradedBatch(NamedTuple):
     """Answers with graded scores, such as helpfulness from 0 to 4.
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`.
+      tokens: prompts and answers, one per row, `[B, T]`.
       scores: float32 `[B, A]`, one column per attribute.
       mask: bool `[B, A]`, which scores were given.
     """
@@ -212,7 +212,7 @@ class StepBatch(NamedTuple):
     """Answers whose steps of reasoning are labelled (process rewards).
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`.
+      tokens: prompts and answers, one per row, `[B, T]`.
       labels: float32 `[B, T]` in [0, 1], at the last token of each step.
       mask: bool `[B, T]`, True at the last token of each labelled step.
     """

@@ -103,7 +103,7 @@ def start_reference(state: TrainState, ref_params: Params) -> TrainState:
     shapes, ref_shapes = (jax.tree.map(jnp.shape, x) for x in (reference_of(state), ref_params))
     if shapes != ref_shapes:
         raise ValueError(
-            "the reference differs in shape from the policy, so it cannot move towards it; use  "
+            "the reference differs in shape from the policy, so it cannot move towards it; use "
             "the model that the policy started from, or no reference_sync"
         )
     copy = jax.tree.map(

@@ -70,12 +70,12 @@ class OptimizerConfig:
       weight_decays: pattern → weight decay of the parameters whose path contains a match, including
         norms and biases.
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
-      moments: the type of Adam's two moments between updates: "float32" (8 bytes a parameter,
+      moments: the type of Adam's two moments between updates: "float32" (8 bytes per parameter,
         whatever the parameters' type), "bfloat16" (4) or "int8" (2); see
         `jaxalign.algorithms.low_precision_adam`.
       offload: keep the moments in host memory between updates.
       ema: decay of an exponential moving average of the weights, such as 0.999; None: none. It
-        takes 4 bytes a parameter.
+        takes 4 bytes per parameter.
       ema_for: what the average is used for: "eval", "export" or both.
     """
 

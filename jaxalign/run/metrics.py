@@ -96,7 +96,7 @@ class Stopwatch:
         return self._parts
 
     def around(self, run: Callable[..., Any], before: str, within: str) -> Callable[..., Any]:
-        """Wraps `run`: ends the part `before` when the arguments are ready, then the part `within`."""
+        """Wraps `run`: ends the part `before` once its inputs are ready, then `within`."""
 
         def timed(*arguments: Any) -> Any:
             self.lap(before, arguments)

@@ -26,7 +26,7 @@ def fill_equal_groups(
     Args:
       rollout: B answers `[B, T]`.
       other: answers to other prompts, `[C, S]`, with the same fields.
-      samples: answers a prompt.
+      samples: answers per prompt.
 
     Returns:
       A rollout of B answers and max(T, S) columns, and how many of its groups still have zero

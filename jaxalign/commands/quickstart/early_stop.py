@@ -71,7 +71,7 @@ class EarlyStop:
         Args:
           params: that policy's parameters, before the iteration's updates; copied if kept.
           score: the judge's mean.
-          kl: from the reference, nats an answer.
+          kl: KL from the reference, nats per answer.
           error: standard error of `score`: a mean within it of the best is as good.
         """
         self.judged.append(score)
