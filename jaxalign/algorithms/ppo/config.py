@@ -42,39 +42,42 @@ class Config:
 
       missing_eos_penalty: subtracted from the score of an answer without a stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
-      reward_clip: after normalising, clip scores to ± this; None: no clipping. score_at: "eos"
-      (last token of the answer) or "after_eos" (the position after, as TRL). whiten_rewards: divide
-      rewards by their standard deviation, keeping the mean.
+      reward_clip: after normalising, clip scores to ± this; None: no clipping.
+      score_at: "eos" (last token of the answer) or "after_eos" (the position after, as TRL).
+      whiten_rewards: divide rewards by their standard deviation, keeping the mean.
 
       kl_coef: β ≥ 0, the penalty per nat of KL to the reference, in units of the score.
-      kl_estimator: "k1", "k2" or "k3". kl_in: "reward" (shaped into the rewards) or "loss" (a term
-      of its own). kl_target: if set, β is adapted to keep this KL (nats per answer), see
-      `losses.ppo`. kl_horizon: the controller's horizon, in answers.
+      kl_estimator: "k1", "k2" or "k3".
+      kl_in: "reward" (shaped into the rewards) or "loss" (a term of its own).
+      kl_target: if set, β is adapted to keep this KL (nats per answer), see `losses.ppo`.
+      kl_horizon: the controller's horizon, in answers.
 
       advantage_estimator: "gae" has a critic; "rloo", "grpo", "reinforce++" (Hu et al. 2025) and
         "reinforce++_baseline" have none.
-      gamma, lam: in [0, 1]: γ and λ of the advantage estimate; λ of "gae" only. scale_rewards: for
-      "grpo": divide an advantage by the standard deviation of its "group", of the "batch", or by
-      nothing ("none": Dr. GRPO). whiten_advantages: normalise advantages over the answers' tokens
-      of the whole rollout. None: as published, that is for "gae" and both REINFORCE++ estimators.
-      whiten_ddof: 0 for the biased variance, 1 for the unbiased. mask_truncated: exclude answers
-      without a stop token from the loss (DAPO). skip_equal_groups: exclude prompts whose answers
-      all have the same score from the loss (DAPO). They are counted in `groups/equal`, not
-      replaced.
+      gamma, lam: in [0, 1]: γ and λ of the advantage estimate; λ of "gae" only.
+      scale_rewards: for "grpo": divide an advantage by the standard deviation of its "group", of
+        the "batch", or by nothing ("none": Dr. GRPO).
+      whiten_advantages: normalise advantages over the answers' tokens of the whole rollout. None:
+        as published, that is for "gae" and both REINFORCE++ estimators.
+      whiten_ddof: 0 for the biased variance, 1 for the unbiased.
+      mask_truncated: exclude answers without a stop token from the loss (DAPO).
+      skip_equal_groups: exclude prompts whose answers all have the same score from the loss (DAPO).
+        They are counted in `groups/equal`, not replaced.
 
       clip_range, clip_range_high, dual_clip: bounds of the ratio, see `losses.ppo.policy_loss`.
       importance_sampling_level: "token", or "sequence": one ratio per answer, the geometric mean of
-      its tokens' ratios (GSPO, Zheng et al. 2025); typical clip ranges are then of order 1e-4.
+        its tokens' ratios (GSPO, Zheng et al. 2025); typical clip ranges are then of order 1e-4.
       loss_aggregation: how the policy's loss, with its entropy and KL terms, is averaged: "token",
-      "sequence" or "constant", see `losses.aggregate`. entropy_coef: weight of the entropy bonus; 0
-      is off.
+        "sequence" or "constant", see `losses.aggregate`.
+      entropy_coef: weight of the entropy bonus; 0 is off.
 
-      vf_coef: c_v, weight of the critic's loss. clip_range_value: bound on the change of a value;
-      None for no bound. shared_critic: the critic is a head on the policy's hidden states.
-      `params["critic"]` holds only that head, and its loss also trains the policy's trunk.
+      vf_coef: c_v, weight of the critic's loss.
+      clip_range_value: bound on the change of a value; None for no bound.
+      shared_critic: the critic is a head on the policy's hidden states. `params["critic"]` holds
+        only that head, and its loss also trains the policy's trunk.
 
       ptx_coef: weight of the mean −log π per token of `RolloutBatch.ptx`, pre-training text (Ouyang
-      et al. 2022, eq. 2, which instead weights the sum over a text); 0 is off.
+        et al. 2022, eq. 2, which instead weights the sum over a text); 0 is off.
     """
 
     # Sampling.
