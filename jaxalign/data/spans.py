@@ -11,10 +11,10 @@ applicable rule is used:
 
 1. If the template marks turns with `{% generation %}`, the marks are used.
 2. The turn becomes a separate document: what the model sees when it answers. If `done` does not
-  begin with `head` (DeepSeek-R1 drops reasoning; others put the system text into the last user
-  turn), the document is head + reasoning and answer + the template's end of turn.
+   begin with `head` (DeepSeek-R1 drops reasoning; others put the system text into the last user
+   turn), the document is head + reasoning and answer + the template's end of turn.
 3. If several turns must share one document (preferences), the turn is used as rendered there,
-  provided that all its text except reasoning is found in place, character for character.
+   provided that all its text except reasoning is found in place, character for character.
 
 Otherwise it is an error: a mask is never guessed. Every turn up to the last trained one must be
 found in the text, in order (`jaxalign.data.presence`).
