@@ -80,7 +80,7 @@ def _sharding_on(x: Any, mesh: Mesh) -> NamedSharding:
         return replicated(mesh)
     if sharding.mesh != mesh:
         raise ValueError(
-            f"compile_step on mesh {describe(mesh.shape)}: the state lies on another mesh, "
+            f"compile_step on mesh {describe(mesh.shape)}: the state is on another mesh, "
             f"{describe(sharding.mesh.shape)}; make both with one mesh"
         )
     return sharding
@@ -118,5 +118,5 @@ def compile_step(
     mesh = mesh_of(state) if mesh is None else mesh
     compiled = CompiledStep(step, state, make_mesh() if mesh is None else mesh)
     if mesh is None and compiled.mesh.size > 1:
-        print(f"compile_step: the state lies on no mesh, and goes to {compiled.placement}")
+        print(f"compile_step: the state is on no mesh; it is placed on {compiled.placement}")
     return compiled

@@ -91,7 +91,7 @@ def _weighted(parsed: argparse.Namespace) -> tuple[tuple[str, float], ...]:
     weights = parsed.weights or [1.0] * len(parsed.adapter)
     if len(weights) != len(parsed.adapter):
         raise ValueError(
-            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted as many"
+            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted one each"
         )
     if parsed.adapter and parsed.base is not None:
         raise ValueError("--adapter puts adapters on a model, --base extracts one; give either")

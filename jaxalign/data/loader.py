@@ -179,7 +179,7 @@ class Batches(Generic[Batch]):
             raise ValueError(
                 f"state: it belongs to other data or settings (checksum {state['checksum']}, here "
                 f"{self._checksum}); resume with the same files, tokenizer, rows, length, packing, "
-                "seed and shuffle, or start anew"
+                "seed and shuffle, or start a new run"
             )
         self._start = dict(state["position"])
 

@@ -141,7 +141,7 @@ class BatchOptions:
             0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))
         ):
             raise ValueError(
-                f"validation: got {held_out!r}, wanted a part in (0, 1) or a number of rows"
+                f"validation: got {held_out!r}, wanted a fraction in (0, 1) or a number of rows"
             )
         if self.buckets is not None:
             widths = list(self.buckets)
@@ -170,7 +170,7 @@ class BatchOptions:
             (
                 streaming and by_count,
                 "validation",
-                "as a part in (0, 1) when streaming, where the number of rows is unknown",
+                "as a fraction in (0, 1) when streaming, where the number of rows is unknown",
             ),
             (streaming and self.buckets is not None, "buckets", "without streaming; pack instead"),
             (

@@ -51,8 +51,8 @@ def bradley_terry(
         raise ValueError(f"center_coef={center_coef}: wanted a number ≥ 0; 0 switches it off")
     if outside(label_smoothing, lambda x: 0 <= x < 0.5):
         raise ValueError(
-            f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 a "
-            "label says nothing"
+            f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 "
+            "labels carry no information"
         )
     if margin is None:
         chosen, rejected = as_float32(chosen_scores=chosen_scores, rejected_scores=rejected_scores)

@@ -340,8 +340,8 @@ def _check_together(model: Decoder, config: LoraConfig, matrices: dict[Path, Ada
         name = module_name(path)
         if is_saved(path, config):
             raise ValueError(
-                f"lora modules_to_save={config.modules_to_save}: {name} has adapters too; take it "
-                "from one of the two"
+                f"lora modules_to_save={config.modules_to_save}: {name} has adapters too; "
+                "remove it from one of the two"
             )
         if config.dora and model.config.num_experts and path[:2] == ("blocks", "mlp"):
             raise ValueError(

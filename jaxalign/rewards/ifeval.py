@@ -70,7 +70,7 @@ def ifeval_accuracy(
       ValueError: as `ifeval_constraints`; no rows, or not as many completions.
     """
     if not rows or len(rows) != len(completions):
-        raise ValueError(f"{len(completions)} completions for {len(rows)} rows: wanted as many")
+        raise ValueError(f"{len(completions)} completions for {len(rows)} rows: wanted one each")
     figures = {}
     for mode in MODES:
         followed = [

@@ -92,7 +92,7 @@ class TextReward:
         except OutOfTime as error:
             raise RewardError(
                 f"reward {name!r} took longer than its timeout for {len(cases)} answers, the first "
-                f"of them {cases[0]}{origin_in(error)}; raise it, or mend the function"
+                f"of them {cases[0]}{origin_in(error)}; raise it, or fix the function"
             ) from error
         except (Exception, SystemExit) as error:
             raise RewardError(
@@ -227,7 +227,7 @@ class _CaseFailed(Exception):
     """A reward function raised for one case."""
 
     def __init__(self, case: Case, error: BaseException, timeout: float | None):
-        what = f"no score within timeout={timeout} s; raise it, or mend the function"
+        what = f"no score within timeout={timeout} s; raise it, or fix the function"
         out = isinstance(error, OutOfTime)
         super().__init__(f"{what}{origin_in(error)}" if out else _describe(error))
         self.case = case

@@ -101,7 +101,7 @@ class BadSteps:
         if bad:
             raise FloatingPointError(
                 f"after the last step {bad[0]}={figures[bad[0]]} on held-out data: the weights are "
-                "spoilt and are not exported; resume from an earlier checkpoint with a lower "
+                "unusable and are not exported; resume from an earlier checkpoint with a lower "
                 "learning rate"
             )
 

@@ -160,8 +160,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     alone = [name for name in options.formats if FORMATS[name].counts is not None]
     if options.dequantize and alone:
         raise ValueError(
-            f"--dequantize --to {alone[0]}: adapters alone hold no base, and who loads them gets "
-            "the floats; leave one of the two out"
+            f"--dequantize --to {alone[0]}: adapters alone hold no base, and whoever loads them "
+            "gets the unquantised base; leave one of the two out"
         )
     places = places_of(out, options.formats)
     loaded = _load(source, options, [str(place) for place in places.values()])

@@ -33,7 +33,7 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
     if bad:
         values = ", ".join(f"{k}={metrics[k]}" for k in bad)
         raise FloatingPointError(
-            f"step {step}: {values}; the weights are spoilt from here on. Resume from the last "
+            f"step {step}: {values}; the weights are unusable from here on. Resume from the last "
             "checkpoint with a lower learning rate, or look at the batch of this step"
         )
 

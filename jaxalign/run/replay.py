@@ -135,9 +135,9 @@ def checkpoints_of(folder: str | pathlib.Path) -> list[int]:
 def _settle(past: Past, changes: list[Any], allow_changes: bool) -> None:
     if changes and not allow_changes:
         raise ValueError(
-            f"{past.folder}: the run read something else than is there now:\n"
+            f"{past.folder}: the run's inputs have changed since:\n"
             + "".join(f"  {change}\n" for change in changes)
-            + "restore it, or go on in spite of it with --allow-changes"
+            + "restore them, or continue anyway with --allow-changes"
         )
 
 

@@ -288,7 +288,7 @@ def expect_decoder(model: Any, what: str) -> None:
     raise ValueError(
         f"{what}: got a model of type {type(model).__name__}, wanted a Decoder, as "
         "ja.load_pretrained gives one: sampling reads its key-value cache. With a model of your "
-        "own, sample by its own means; ppo.make_experience takes such answers"
+        "own, sample with its own code; ppo.make_experience accepts such answers"
     )
 
 

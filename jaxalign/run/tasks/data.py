@@ -114,6 +114,6 @@ def total_of(config: Any, batches: Batches[Any]) -> int:
     if run.steps is not None and run.steps > have and distributed.is_main():
         print(
             f"run.steps={run.steps}: the data ends after {have} steps, and the run with it "
-            f"(data.epochs={config.data.epochs}); data.epochs=null goes round the data"
+            f"(data.epochs={config.data.epochs}); data.epochs=null repeats the data"
         )
     return have if run.steps is None else min(run.steps, have)
