@@ -21,7 +21,7 @@ Params = Any
 
 
 class Weighted(NamedTuple):
-    """A sum and the weight it is to be divided by, once, after all parts were added.
+    """A sum and the weight to divide it by, once, after all parts are added.
 
     Averages of averages depend on how the work was split. A `Weighted` does not: the parts of
     a batch (micro-batches, devices, hosts) add up leaf by leaf, and `mean` divides at the end.
@@ -35,9 +35,9 @@ class Weighted(NamedTuple):
     weight: Array
 
     def mean(self) -> jax.Array:
-        """`total / weight`; 0 where nothing was weighed, so that an empty batch moves nothing."""
+        """`total / weight`; 0 if the weight is 0, so that an empty batch changes nothing."""
         weight = jax.numpy.asarray(self.weight, jax.numpy.float32)
-        empty = weight <= 0  # false of NaN, which then shows
+        empty = weight <= 0  # False for NaN, so that a NaN weight shows in the result
         return jax.numpy.where(empty, 0, self.total / jax.numpy.where(empty, 1, weight))
 
 
@@ -46,9 +46,9 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: number of optimizer updates done, int32 scalar.
-      params: what is differentiated. A nested dict; for PPO `{"policy": …, "critic": …}`.
-      frozen: what the forward pass needs besides, not differentiated: a nested dict with the same
-        nesting, merged into `params` leaf by leaf (the base under LoRA; `{}` otherwise).
+      params: the trained parameters, a nested dict; for PPO `{"policy": …, "critic": …}`.
+      frozen: parameters that the forward pass also needs but that have no gradient: a dict with the
+        same nesting, merged into `params` leaf by leaf (the base model under LoRA; `{}` otherwise).
       opt_state: the optax state for `params`.
     """
 
@@ -62,8 +62,9 @@ class EmbeddingNoise(NamedTuple):
     """Uniform noise for the embeddings of a batch's tokens (NEFTune), all arrays `[B, T]`.
 
     Attributes:
-      seeds: uint32, of a token's random numbers; see `algorithms.neftune`.
-      scale: float32, largest magnitude times √D, D the width of an embedding; 0 on padding.
+      seeds: uint32, the seed of each token's random numbers; see `algorithms.neftune`.
+      scale: float32, the noise's largest magnitude times √D, for embeddings of width D; 0 on
+        padding.
     """
 
     seeds: Array
@@ -79,18 +80,18 @@ class TokenBatch(NamedTuple):
 
     Attributes:
       inputs: int32 token ids.
-      targets: int32 token ids that `inputs` are to predict.
+      targets: int32 token ids that `inputs` should predict.
       positions: int32, from 0 in each document (rotary positions).
-      segment_ids: int32, 0 on padding, 1, 2, … for the documents of a row. A token attends to
-        earlier tokens of its own segment only.
-      loss_mask: bool, True where `targets` is trained. Floats are refused: see `weights`.
-      branch_ids: int32, which continuation of its segment a token belongs to: 0 for the part that
-        all share, 1, 2, … for continuations of it. A token sees branch 0 and its own. None: rows
-        without branches.
+      segment_ids: int32, 0 on padding, 1, 2, … for the documents of a row. A token attends only to
+        earlier tokens of its own segment.
+      loss_mask: bool, True where `targets` is trained. Floats are an error: use `weights`.
+      branch_ids: int32, which continuation of its segment a token belongs to: 0 for the shared
+        part, 1, 2, … for its continuations. A token attends to branch 0 and to its own branch.
+        None: no branches.
       source_ids: int32, which source of a mixture a token came from, from 0. None: not recorded.
-      weights: float32 ≥ 0, how much a trained token counts in a likelihood (SFT, and PPO's text):
-        Σ w·ℓ / Σ w. None: 1 each. Losses of whole answers refuse it.
-      noise: added to the embeddings. None: nothing is.
+      weights: float32 ≥ 0, the weight of each trained token in the likelihood (SFT, and PPO's `ptx`
+        text): Σ w·ℓ / Σ w. None: 1 each. Losses on whole answers raise an error if it is set.
+      noise: noise to add to the embeddings. None: no noise.
       experts: integers `[B, T, L, k]`, the k experts that each token takes in each layer of a
         mixture (router replay). None: the router chooses.
     """
@@ -110,17 +111,17 @@ class TokenBatch(NamedTuple):
 class PairBatch(NamedTuple):
     """Preference pairs.
 
-    Unpacked (`mask` None): row b of `chosen` and of `rejected` is one pair, `[B]` everywhere
-    else. Packed: segment s (counted from 1) of row b in `chosen` and in `rejected` are one pair,
-    and the per-pair arrays are `[B, S]`.
+    Unpacked (`mask` None): row b of `chosen` and row b of `rejected` form one pair, and the
+    per-pair arrays are `[B]`. Packed: segment s (counted from 1) of row b in `chosen` and in
+    `rejected` form one pair, and the per-pair arrays are `[B, S]`.
 
     Attributes:
       chosen: the preferred answers after their prompts; `loss_mask` marks the answer.
-      rejected: the others.
+      rejected: the rejected answers, in the same form.
       ref_chosen_logps: float32 summed log-probability of the answer under the frozen reference;
         added by `dpo.make_prepare`.
       ref_rejected_logps: the same for the rejected answers.
-      margin: float32, how much better chosen is (reward loss with margin), or None.
+      margin: float32, how much better the chosen answer is (reward loss with margin), or None.
       mask: bool `[B, S]`, which pairs exist in a packed row; its shape also tells S. None when
         every row is one pair.
       weights: float32 ≥ 0, how much a pair counts in the loss (DPO, reward): Σ w·ℓ / Σ w. None: 1.
@@ -136,16 +137,15 @@ class PairBatch(NamedTuple):
 
 
 class SharedPairBatch(NamedTuple):
-    """Preference pairs whose prompt stands in the row once, followed by both answers.
+    """Preference pairs whose prompt is stored once in the row, followed by both answers.
 
-    Segment s (counted from 1) of row b is one pair: its prompt but for the last token in branch 0,
-    then, in branch 1, the prompt's last token and the chosen answer, then, in branch 2, the
-    prompt's last token again and the rejected answer. Both branches have the positions that they
-    would have right after the prompt.
+    Segment s (counted from 1) of row b is one pair. Branch 0 is the prompt without its last token.
+    Branch 1 is that last token and the chosen answer; branch 2 is the last token again and the
+    rejected answer. The positions in both branches continue from the prompt.
 
     Attributes:
       tokens: prompts and answers, with `branch_ids`; `loss_mask` marks both answers.
-      ref_chosen_logps: float32 `[B, S]`, as in `PairBatch`, and so the following.
+      ref_chosen_logps: float32 `[B, S]`, as in `PairBatch`.
       ref_rejected_logps: the same for the rejected answers.
       margin: float32 `[B, S]`, or None.
       mask: bool `[B, S]`, which pairs exist.
@@ -164,13 +164,13 @@ class UnpairedBatch(NamedTuple):
     """Single answers marked as desirable or not (KTO).
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`; `loss_mask` marks the answer.
+      tokens: prompts and answers, one per row, `[B, T]`; `loss_mask` marks the answer.
       desirable: bool `[B]`.
-      mismatched: the same prompts, each with the answer of another row of the batch: how far the
-        policy has moved from the reference is estimated on them.
+      mismatched: the same prompts, each with another row's answer; the KL between policy and
+        reference is estimated on them.
       ref_logps: float32 `[B]`, summed log-probability of the answer under the reference.
-      kl: float32 `[B]`, how far the policy is from the reference, estimated over the whole batch
-        (the same number in every row); added, like `ref_logps`, by `kto.make_prepare`.
+      kl: float32 `[B]`, the KL from policy to reference, estimated over the whole batch (the same
+        number in every row). `kto.make_prepare` adds it and `ref_logps`.
     """
 
     tokens: TokenBatch
@@ -184,7 +184,7 @@ class RankedBatch(NamedTuple):
     """Several answers to one prompt, in an order of preference.
 
     Attributes:
-      answers: prompts with answers; every leaf is `[B, K, T]`, one answer a row of the last axis.
+      answers: prompts with answers; every leaf is `[B, K, T]`, with K answers per prompt.
       ranks: float32 `[B, K]`, larger is better; equal ranks are not compared.
       mask: bool `[B, K]`, which answers exist.
     """
@@ -198,8 +198,8 @@ class GradedBatch(NamedTuple):
     """Answers with graded scores, such as helpfulness from 0 to 4.
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`.
-      scores: float32 `[B, A]`, one column an attribute.
+      tokens: prompts and answers, one per row, `[B, T]`.
+      scores: float32 `[B, A]`, one column per attribute.
       mask: bool `[B, A]`, which scores were given.
     """
 
@@ -212,7 +212,7 @@ class StepBatch(NamedTuple):
     """Answers whose steps of reasoning are labelled (process rewards).
 
     Attributes:
-      tokens: prompts and answers, one a row, `[B, T]`.
+      tokens: prompts and answers, one per row, `[B, T]`.
       labels: float32 `[B, T]` in [0, 1], at the last token of each step.
       mask: bool `[B, T]`, True at the last token of each labelled step.
     """
@@ -228,8 +228,8 @@ class PromptBatch(NamedTuple):
     Attributes:
       tokens: int32 `[B, P]`.
       mask: bool `[B, P]`, True on the prompt's tokens.
-      index: int32 `[B]`, which row of the data the prompt came from (-1: none, an empty row): its
-        place in `Batches.examples`, where reward functions find the row's other columns.
+      index: int32 `[B]`, the prompt's row in `Batches.examples`, where reward functions find the
+        row's other columns; -1 for an empty row.
     """
 
     tokens: Array
@@ -242,9 +242,9 @@ class Scores(NamedTuple):
 
     Attributes:
       values: float32 `[B]`.
-      applies: bool `[B]`, False where the reward does not apply to a row (its value is then 0 and
-        counts nowhere). None: it applies to every row.
-      parts: name → scores of the rewards that `values` combines; None: of a single reward.
+      applies: bool `[B]`, False where the reward does not apply to a row; its value is then 0 and
+        is not counted. None: the reward applies to every row.
+      parts: name → scores of the rewards that `values` combines; None for a single reward.
     """
 
     values: Array
@@ -253,18 +253,18 @@ class Scores(NamedTuple):
 
 
 class RolloutBatch(NamedTuple):
-    """Sampled answers with all that a PPO update needs; made by `ppo.make_prepare`.
+    """Sampled answers with everything a PPO update needs; made by `ppo.make_prepare`.
 
     Per-token arrays are `[B, T]` and aligned with `tokens.targets`: entry t belongs to the
     action of sampling `targets[b, t]` after `inputs[b, :t + 1]`.
 
     Attributes:
       tokens: prompts and answers; `loss_mask` marks the answer's tokens, stop token included.
-      old_logprobs: log π_old of the targets, by the trainer's own code, float32.
+      old_logprobs: log π_old of the targets, computed by the trainer (not the sampler), float32.
       ref_logprobs: the same under the frozen reference policy.
-      old_values: the critic's values before the update. None, as `returns`: there is no critic.
-      advantages: of each token, whitened if configured.
-      returns: unwhitened advantages plus old values.
+      old_values: the critic's values before the update. None, like `returns`, without a critic.
+      advantages: per-token advantages, whitened if configured.
+      returns: advantages before whitening, plus old values.
       value_mask: bool, where the critic is trained: `loss_mask`, plus one position when the score
         is placed after the stop token. None: `loss_mask`.
       rewards: float32 per-token reward before any whitening: −β·KL, and the score at its position.
@@ -273,18 +273,18 @@ class RolloutBatch(NamedTuple):
         `old_logprobs`.
       finished: bool `[B]`, whether the answer ended with a stop token.
       valid: bool `[B]`, False for empty rows that fill up a batch.
-      answer_mask: bool, the answers' tokens, where some answers were taken out of `loss_mask`.
+      answer_mask: bool, the tokens of all answers, if some answers are left out of `loss_mask`.
         None: `loss_mask`.
       scaled_scores: float32 `[B]`, the scores as they enter the rewards, after normalisation and
         clipping. None: `scores`.
-      temperature: float32 `[B]`, at which the answers were sampled, the same in every row. None:
-        the configured one.
+      temperature: float32 `[B]`, the sampling temperature, the same in every row. None: the
+        configured one.
       kl_coef: float32 `[B]`, β of the KL term of the loss, the same in every row. None: the
         configured one.
-      ptx: rows of text whose likelihood is part of the loss. None: no such part.
+      ptx: rows of text whose likelihood is part of the loss. None: no such term.
       reward_parts: name → the scores of each of several rewards, before weights and penalties.
-      non_score_rewards: float32 `[B]`, −β Σ_t kl_t: an answer's rewards but for its score.
-        None: the rewards less the scores.
+      non_score_rewards: float32 `[B]`, −β Σ_t kl_t: the sum of an answer's rewards without its
+        score. None: rewards minus scores.
     """
 
     tokens: TokenBatch

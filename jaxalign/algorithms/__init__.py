@@ -1,1 +1,1 @@
-"""One file an algorithm: Config, make_prepare (DPO, KTO, PPO), make_loss, make_step."""
+"""One file per algorithm: Config, make_prepare (DPO, KTO, PPO), make_loss, make_step."""

@@ -4,9 +4,9 @@
     u = g / √(r cᵀ / mean(r)),   update = u / max(1, rms(u))
 
 (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235, algorithms 4 and 5, without momentum and
-with the learning rate of the schedule instead of one relative to the weights, which is what
-Hugging Face's trainers use too.) Parameters with fewer than 128 rows or columns keep a full second
-moment. A stack of layers is many matrices: means and `rms` are those of each.
+with the schedule's learning rate instead of one relative to the weights, as in Hugging Face's
+trainers.) Parameters with fewer than 128 rows or columns keep a full second moment. A stack of
+layers is many matrices: each has its own means and `rms`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jax.sharding import PartitionSpec
 from jaxalign.algorithms.matrices import matrix_axes
 
 MIN_FACTORED = 128
-"""Both sides of a matrix must be at least so long."""
+"""The shorter side of a factored matrix is at least this long."""
 
 _CLIP = 1.0
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
-    """Updates before weight decay and learning rate. Its state is `optax.FactoredState`."""
+    """Updates before weight decay and learning rate; the state is `optax.FactoredState`."""
     scale: Any = optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED)
     clip: Any = optax.clip_by_block_rms(_CLIP)
 
@@ -66,12 +66,12 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 def factored_spec(
     path: tuple[Any, ...], spec: PartitionSpec, shape: tuple[int, ...]
 ) -> PartitionSpec | None:
-    """How a factored moment is sharded: as the rows or columns that it belongs to.
+    """How a factored moment is sharded: like the rows or columns that it belongs to.
 
     Args:
-      path: of a leaf in an optimizer's state.
-      spec: of its parameter.
-      shape: of its parameter.
+      path: path of a leaf in an optimizer's state.
+      spec: the parameter's sharding spec.
+      shape: the parameter's shape.
 
     Returns:
       None for any other leaf, and for the placeholders of parameters that are not factored.
@@ -93,7 +93,7 @@ def _is(key: Any, name: str) -> bool:
 
 
 def _each(path: tuple[Any, ...], leaf: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of one matrix or vector, for a stack of them."""
+    """Turns a function of one matrix or vector into a function of a stack of them."""
     for _ in range(len(leaf.shape) - matrix_axes(path, len(leaf.shape))):
         function = jax.vmap(function)
     return function

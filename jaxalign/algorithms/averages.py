@@ -1,11 +1,11 @@
-"""Averages of the weights over the updates, which are evaluated and exported in their place.
+"""Averages of the weights over the updates, to be evaluated or exported in place of the weights.
 
 The exponential moving average (Polyak averaging with a horizon), part of the optimizer's state:
 
     θ̄ ← d θ̄ + (1 − d) θ                after every update; θ̄ starts as θ
 
 It is float32, sharded like the parameters, saved, and resumed exactly. Schedule-free optimizers
-have an average of their own: they train at y, step z, and are evaluated at
+have their own average: they take gradients at y, step z, and are evaluated at
 
     x = (y − (1 − β₁) z) / β₁
 
@@ -36,11 +36,11 @@ class AveragedState(NamedTuple):
 
 
 def with_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """The same optimizer with a moving average of the weights in its state.
+    """Wraps an optimizer to keep a moving average of the weights in its state.
 
     Args:
-      tx: all that makes the update.
-      decay: d in (0, 1); the average reaches back about 1 / (1 − d) updates.
+      tx: the complete optimizer, with clipping and learning rate.
+      decay: d in (0, 1); the average spans about the last 1 / (1 − d) updates.
     """
 
     def init(params: Params) -> AveragedState:
@@ -70,7 +70,7 @@ def averaged_params(state: TrainState) -> Params:
       state: a train state with concrete arrays.
 
     Returns:
-      The parameters, in their own dtypes and layouts; those without an average as they are.
+      The parameters, in their own dtypes and layouts; those without an average are unchanged.
     """
     params = dict(jax.tree_util.tree_leaves_with_path(state.params))
     for found in jax.tree.leaves(state.opt_state, is_leaf=_has_average):
@@ -89,7 +89,7 @@ def _has_average(x: Any) -> bool:
 
 
 def _averages(found: Any, params: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
-    """Path → average, laid out as the parameter; parameters of other optimizers are masked out."""
+    """Path → average, sharded like the parameter; parameters of other optimizers are masked out."""
     tree = found.average if isinstance(found, AveragedState) else found.z
     result = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

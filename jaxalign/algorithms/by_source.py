@@ -1,4 +1,4 @@
-"""Figures by source: the sums of the whole batch again, for the tokens or pairs of one source.
+"""Metrics by data source: the loss's sums again, over the tokens or pairs of each source alone.
 
 loss = by_source(loss, ("chat", "code"))
 """
@@ -17,11 +17,12 @@ from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 
 def by_source(loss: HiddenLoss, names: Sequence[str]) -> HiddenLoss:
-    """The same loss, with figures for each of several data sources among its metrics.
+    """Adds metrics for each of several data sources to a loss.
 
     Args:
-      loss: one that gives `Terms.entries`.
-      names: of the sources, in the order of the rows' `source_ids`. One or none: the loss itself.
+      loss: a loss that returns `Terms.entries`.
+      names: the sources' names, in the order of the rows' `source_ids`. With fewer than two names
+        the loss is returned unchanged.
     """
     if len(names) < 2:
         return loss
@@ -34,11 +35,11 @@ def by_source(loss: HiddenLoss, names: Sequence[str]) -> HiddenLoss:
 
 
 def figures_by_source(entries: Entries | None, names: Sequence[str]) -> Figures:
-    """`{term}/{source}` for each source; nothing where sources are not recorded.
+    """`{term}/{source}` for each source; empty if sources are not recorded.
 
     Returns:
-      Sums with their weights. Also `share/{source}`, the source's part of what counts: it tells a
-      source that is missing from one whose mean is 0.
+      Sums with their weights. Also `share/{source}`, the source's share of the entries that count:
+      it distinguishes a missing source from one whose mean is 0.
     """
     if entries is None or entries.source_ids is None:
         return {}
@@ -56,9 +57,9 @@ def source_of_sequences(tokens: TokenBatch, sequences: Array, count: int = 1) ->
     """The data source of each sequence of a row: `[B, count]`; None if not recorded.
 
     Args:
-      tokens: rows; all tokens of a sequence are of one source.
+      tokens: rows; all tokens of a sequence come from one source.
       sequences: int `[B, T]`, which sequence a token belongs to: 0 for none, 1 … `count`.
-      count: how many sequences a row has at most.
+      count: the largest number of sequences in a row.
     """
     if tokens.source_ids is None:
         return None
@@ -66,6 +67,6 @@ def source_of_sequences(tokens: TokenBatch, sequences: Array, count: int = 1) ->
 
 
 def source_of_rows(tokens: TokenBatch) -> jax.Array | None:
-    """The data source of rows of one sequence each: `[B]`; None if not recorded."""
+    """The data source of each row, if a row is one sequence: `[B]`; None if not recorded."""
     source = source_of_sequences(tokens, tokens.segment_ids)
     return None if source is None else source[:, 0]

@@ -25,7 +25,7 @@ class CompiledStep:
         self._shardings = jax.tree.map(lambda x: _sharding_on(x, mesh), state)
         trained, frozen = _part(self._shardings)
 
-        # Only what the step replaces is donated: frozen parameters are shared with their owner.
+        # Donate only what the step replaces: the caller still uses the frozen parameters.
         def run(trained: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Any]:
             state, metrics = step(trained._replace(frozen=frozen), batch)
             return state._replace(frozen={}), metrics
@@ -38,7 +38,7 @@ class CompiledStep:
         )
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Runs one step; `state` is donated (all but `frozen`) and must not be used again."""
+        """Runs one step. `state`, except `frozen`, is donated and must not be used again."""
         trained, frozen = _part(jax.tree.map(_place, state, self._shardings))
         with jax.set_mesh(self.mesh), self._rules():
             trained, metrics = self._jitted(trained, frozen, shard_batch(batch, self.mesh))
@@ -46,7 +46,7 @@ class CompiledStep:
 
     @property
     def placement(self) -> str:
-        """A sentence: which devices hold the state, and how much of it is split."""
+        """Describes in a sentence which devices hold the state, and how much of it is sharded."""
         shardings = jax.tree.leaves(self._shardings)
         split = sum(not x.is_fully_replicated for x in shardings)
         devices = self.mesh.devices.ravel()
@@ -60,13 +60,13 @@ class CompiledStep:
         return f"CompiledStep({self.placement})"
 
     def lower(self, state: Any, batch: Any) -> Any:
-        """Lowers for abstract or concrete arguments, without running."""
+        """Lowers the step for abstract or concrete arguments, without running it."""
         with jax.set_mesh(self.mesh), self._rules():
             return self._jitted.lower(*_part(state), batch)
 
     @property
     def compiles(self) -> int:
-        """How many times the step was compiled. More than 1 in steady state is a bug."""
+        """How often the step has been compiled. A count that grows in steady state is a bug."""
         return count_compiled(self._jitted)
 
 
@@ -80,7 +80,7 @@ def _sharding_on(x: Any, mesh: Mesh) -> NamedSharding:
         return replicated(mesh)
     if sharding.mesh != mesh:
         raise ValueError(
-            f"compile_step on mesh {describe(mesh.shape)}: the state lies on another mesh, "
+            f"compile_step on mesh {describe(mesh.shape)}: the state is on another mesh, "
             f"{describe(sharding.mesh.shape)}; make both with one mesh"
         )
     return sharding
@@ -102,15 +102,15 @@ def compile_step(
     """Compiles a pure train step: jit, donated state, pinned shardings.
 
     The state keeps the layout it has in `state` (see `load_pretrained(mesh=…)` and `init_state`);
-    leaves that are not on the mesh are replicated. Batches may be host arrays: their rows are
-    split over `data × fsdp × expert`. Metrics come back replicated. `step.placement` says on which
-    devices the state lies; where several were chosen for a state that lay on no mesh, that is
-    printed.
+    leaves that are not on the mesh are replicated. Batches may be host arrays: their rows are split
+    over `data × fsdp × expert`. Metrics come back replicated. `step.placement` says which devices
+    hold the state. If the state is on no mesh and several devices are chosen for it, the placement
+    is printed.
 
     Args:
       step: `(state, batch) -> (state, metrics)`, as the algorithms' `make_step` returns.
       state: concrete arrays or `ShapeDtypeStruct`s that carry shardings.
-      mesh: by default the state's, or else all devices along `fsdp`.
+      mesh: None: the state's mesh, or if it has none, all devices along `fsdp`.
 
     Raises:
       ValueError: the state is on another mesh.
@@ -118,5 +118,5 @@ def compile_step(
     mesh = mesh_of(state) if mesh is None else mesh
     compiled = CompiledStep(step, state, make_mesh() if mesh is None else mesh)
     if mesh is None and compiled.mesh.size > 1:
-        print(f"compile_step: the state lies on no mesh, and goes to {compiled.placement}")
+        print(f"compile_step: the state is on no mesh; it is placed on {compiled.placement}")
     return compiled

@@ -1,9 +1,9 @@
-"""Direct preference optimisation: the preference loss of the policy itself, without a reward model.
+"""Direct preference optimisation: a preference loss on the policy itself, without a reward model.
 
     L = − log σ(β · (log π(y_c|x)/π_ref(y_c|x) − log π(y_r|x)/π_ref(y_r|x)))
 
 averaged over pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7); other
-forms by `loss_type`, see `losses.preference`. The frozen reference acts in `prepare`: the step
+forms by `loss_type`, see `losses.preference`. The frozen reference runs only in `prepare`: the step
 holds one model. SimPO, ORPO and CPO have no reference, and no `prepare`.
 
 Batch: `PairBatch` or `SharedPairBatch`, with `ref_*_logps` added by `prepare`.
@@ -55,27 +55,27 @@ AnyPairs = TypeVar("AnyPairs", PairBatch, SharedPairBatch)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of DPO. One that has no effect on the chosen `loss_type` is refused.
+    """Options of DPO. An option without effect on the chosen `loss_type` is an error.
 
     Attributes:
       beta: β > 0, how closely the policy is held to the reference (τ in IPO, λ in ORPO).
-      loss_type: see `losses.preference`; several are added up.
-      loss_weights: the weight of each of several types; None: 1 each.
+      loss_type: one loss, or several to be added up; see `losses.preference`.
+      loss_weights: one weight per loss type, if there are several; None: 1 each.
       label_smoothing: in [0, 0.5): the assumed fraction of flipped labels, for the types that use
         it.
-      ipo_normalize: `ipo` only: divide log-ratios by answer length (as TRL).
+      ipo_normalize: `ipo` only: divide log-ratios by answer length, as TRL does.
       f_divergence: the divergence between policy and reference, see `losses.divergence`.
       f_alpha: α of `f_divergence="alpha_divergence"`.
       discopop_tau: `discopop` only: temperature of the switch between its halves.
       simpo_gamma: `simpo` only: the margin γ ≥ 0.
-      loss_options: options of the loss types that have no field here, by name; for losses added
-        with `losses.preference.register`.
-      ld_alpha: in [0, 1]: weight in log-ratios of the tokens beyond the shorter answer's length
+      loss_options: by name, options without a field here, for losses that were added with
+        `losses.preference.register`.
+      ld_alpha: in [0, 1]: the weight, in log-ratios, of tokens beyond the shorter answer's length
         (LD-DPO, see `losses.tokens`); None: 1.
       wpo_weighting: multiply a pair's loss by how likely its answers are under the policy (WPO,
         see `losses.tokens`).
-      sft_coef: weight of the chosen answers' negative log-likelihood a token, added to the loss;
-        None: what the published loss has, 1 for `orpo` and `cpo`, 0 for the others.
+      sft_coef: weight of the chosen answers' negative log-likelihood per token, which is added to
+        the loss. None: as published, 1 for `orpo` and `cpo`, 0 for the others.
     """
 
     beta: float = 0.1
@@ -135,12 +135,12 @@ class Config:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares with a reference, so that batches need `make_prepare`."""
+        """Whether the loss uses a reference, so that batches need `make_prepare`."""
         return needs_reference(self.types)
 
     @property
     def sft_weight(self) -> float:
-        """The weight of the negative log-likelihood a token in the loss."""
+        """The weight of the negative log-likelihood per token in the loss."""
         if self.sft_coef is not None:
             return self.sft_coef
         weights = as_weights(self.types, self.loss_weights)
@@ -149,7 +149,7 @@ class Config:
 
 
 def _loss_options(config: Config) -> dict[str, Any]:
-    """The arguments of `preference_loss` that a config holds: its fields of the same names."""
+    """The config's fields that are arguments of `preference_loss`, by name."""
     fields = {name: getattr(config, name) for name in option_names() if hasattr(config, name)}
     return {
         "beta": config.beta,
@@ -173,12 +173,12 @@ def make_prepare(
 ) -> Prepare[[Params, AnyPairs], AnyPairs]:
     """Builds `prepare(ref_params, batch) -> batch` with the reference's log-probabilities added.
 
-    The reference may be any parameters of `model`; run it once an epoch, or once and keep the
-    result: it never changes.
+    The reference may be any parameters of `model`. It never changes, so run `prepare` once and keep
+    the result, or run it once per epoch.
 
     Args:
       model: the reference.
-      config: of the step; its `ld_alpha` holds for the reference too.
+      config: the step's config; its `ld_alpha` applies to the reference too.
 
     Raises:
       ValueError: the loss has no reference.
@@ -210,9 +210,10 @@ def make_prepare(
 def make_loss(
     model: LanguageModel, config: Config | None = None, *, sources: Sequence[str] = ()
 ) -> Loss:
-    """The DPO loss: `preference`, averaged over pairs, and `sft`, over the chosen answers' tokens.
+    """The DPO loss: `preference` is averaged over pairs, `sft` over the chosen answers' tokens.
 
-    With several `sources`, the names of the rows' `source_ids`, also `preference/<source>` of each.
+    With several `sources` (the names for the rows' `source_ids`), it also logs
+    `preference/<source>`.
     """
     config = Config() if config is None else config
     sft_weight = config.sft_weight
@@ -276,7 +277,7 @@ def _pair_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`preference_loss` without its `sft` part: (losses, chosen rewards, rejected rewards).
 
-    That part is an average over tokens, not pairs: it is a term of its own.
+    The `sft` part is an average over tokens, not pairs, so it is a separate term.
     """
     weights = zip(config.types, as_weights(config.types, config.loss_weights), strict=True)
     pairwise = {name: weight for name, weight in weights if name != "sft"}
@@ -314,7 +315,7 @@ def make_step(
 
 
 def check_micro_batches(config: Config, micro_batches: int) -> None:
-    """Refuses to cut a batch whose loss sorts all of its pairs: the result would depend on it."""
+    """Raises ValueError if a loss that sorts the whole batch is to be split into micro-batches."""
     if micro_batches > 1 and needs_whole_batch(config.types):
         raise ValueError(
             f"micro_batches={micro_batches} with loss_type={config.loss_type!r}: it compares all "

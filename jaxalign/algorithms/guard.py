@@ -1,14 +1,14 @@
-"""The numeric guard of a train step: what is not finite, or jumps, leaves the state as it was.
+"""The numeric guard of a train step: a non-finite or spiking update leaves the state unchanged.
 
     ok = finite(loss) and finite(‖g‖) and finite(θ + u) and ‖g‖ ≤ k · median of the last ‖g‖
     state ← ok ? new state : old state
 
-All of it runs on the devices, in the step's own program: nothing is read back. The metric
-`bad_steps` is 1 if the state was left unchanged, and 0 otherwise.
+The guard runs on the devices, in the step's own program: nothing is read back to the host. The
+metric `bad_steps` is 1 if the state was left unchanged, and 0 otherwise.
 
-A select needs no extra memory, since the compiler fuses it into the loop that updates an array. The
-check of the weights cannot be fused: its result is known only after the last one. So the update is
-computed once more beforehand, in a branch that returns one bit and keeps no array.
+The select needs no extra memory, since the compiler fuses it into the loop that updates an array.
+The check of the new weights cannot be fused: its result is known only after the last array. So the
+update is computed an extra time beforehand, in a branch that returns one bit and keeps no array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import optax
 from jaxalign.types import Array, Params, TrainState
 
 WARM_UP = 10
-"""So many norms must be known before one can be a spike."""
+"""The number of norms that must be known before one can count as a spike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class SpikeConfig:
     """When the norm of a gradient is a spike.
 
     Attributes:
-      factor: k > 1; above k times the running median the update is skipped.
-      window: number of recent norms in the median, spikes included: a run whose gradients have
-        grown for good continues after half a window.
+      factor: k > 1; an update with a norm above k times the running median is skipped.
+      window: number of recent norms in the median. Spikes are included, so that a run whose
+        gradients have grown for good continues after half a window.
     """
 
     factor: float = 10.0
@@ -51,10 +51,10 @@ class SpikeState(NamedTuple):
     """State of an optimizer that `skip_spikes` wraps.
 
     Attributes:
-      inner: the optimizer's own.
+      inner: the state of the wrapped optimizer.
       norms: float32 `[window]`, the last gradient norms, in any order; NaN where there is none yet.
       count: int32, norms so far.
-      limit: float32 scalar, the largest norm that is no spike.
+      limit: float32 scalar, the largest norm that is not a spike.
     """
 
     inner: Any
@@ -66,10 +66,10 @@ class SpikeState(NamedTuple):
 def skip_spikes(
     tx: optax.GradientTransformation, config: SpikeConfig
 ) -> optax.GradientTransformation:
-    """An optimizer with the last gradient norms in its state, for steps of `make_step`.
+    """Wraps an optimizer to keep the last gradient norms in its state, for steps of `make_step`.
 
-    It changes no update: the step compares its gradient's norm with `SpikeState.limit`. Wrap it
-    around all that clips or scales.
+    It changes no update itself: the step compares its gradient's norm with `SpikeState.limit`. Make
+    it the outermost wrapper, around everything that clips or scales.
     """
 
     def init(params: Params) -> SpikeState:
@@ -95,7 +95,7 @@ class Guarded(NamedTuple):
 
     Attributes:
       state: the new train state, or the old one.
-      bad: float32 scalar, 1 where it is the old one.
+      bad: float32 scalar, 1 if `state` is the old one, else 0.
     """
 
     state: TrainState
@@ -105,16 +105,16 @@ class Guarded(NamedTuple):
 def guarded_update(
     tx: optax.GradientTransformation, state: TrainState, grads: Params, loss: Array, norm: Array
 ) -> Guarded:
-    """One optimizer step, if loss, gradient and new weights are finite and the norm is no spike.
+    """One optimizer step, if loss, gradient and new weights are finite and the norm is not a spike.
 
-    Optimizer state in host memory goes to the device one array at a time; there the new weights are
-    not looked at beforehand.
+    Optimizer state in host memory goes to the device one array at a time. In that case the new
+    weights are not checked beforehand.
 
     Args:
       tx: the optimizer.
-      state: to be updated.
-      grads: like its parameters.
-      loss: scalar.
+      state: the state to update.
+      grads: gradients, a tree like the state's parameters.
+      loss: the loss, a scalar.
       norm: global 2-norm of `grads`. One that overflows float32 counts as not finite.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -146,7 +146,7 @@ def _is_spike_state(x: Any) -> bool:
 
 
 def _limits(opt_state: Any) -> list[jax.Array]:
-    """The largest norm that is no spike, where an optimizer of `skip_spikes` is in use."""
+    """The largest norm that is not a spike, if an optimizer of `skip_spikes` is in use."""
     found = jax.tree.leaves(opt_state, is_leaf=_is_spike_state)
     return [jnp.asarray(x.limit) for x in found if isinstance(x, SpikeState)]
 

@@ -3,8 +3,8 @@
     L = mean of λ_D (1 − σ(β(s − z)))  over desirable answers,  λ_U (1 − σ(β(z − s)))  over the rest
 
 with s = log π(y|x)/π_ref(y|x) and z an estimate of how far the policy is from the reference
-(Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 7). z belongs to the whole batch
-and has no gradient: `prepare` computes it with the current policy, together with the frozen
+(Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 7). z is one number for the
+whole batch and has no gradient. `prepare` computes it with the current policy, and adds the frozen
 reference's log-probabilities.
 
 Batch: `UnpairedBatch`, with `ref_logps` and `kl` added by `prepare`.
@@ -75,12 +75,12 @@ def make_prepare(
 ) -> Prepare[[TrainState, Params, UnpairedBatch], UnpairedBatch]:
     """Builds `prepare(state, ref_params, batch) -> batch` with `ref_logps` and `kl` added.
 
-    The estimate is over the whole batch, however the step may cut it. It takes one more forward
-    pass of the policy, without a gradient. Run it for every batch: the policy moves.
+    The estimate is over the whole batch, even if the step splits it. It takes one more forward pass
+    of the policy, without a gradient. The policy moves, so run `prepare` on every batch.
 
     Args:
       model: the policy.
-      reference: the model of `ref_params`; None: the same.
+      reference: the model of `ref_params`; None: the policy's model.
     """
     reference = model if reference is None else reference
 
@@ -117,7 +117,7 @@ def make_loss(
 ) -> Loss:
     """The KTO loss: `kto`, averaged over answers.
 
-    With several `sources`, the names of the rows' `source_ids`, also `kto/<source>` of each.
+    With several `sources` (the names for the rows' `source_ids`), it also logs `kto/<source>`.
     """
     config = Config() if config is None else config
 

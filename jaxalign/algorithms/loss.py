@@ -1,12 +1,12 @@
-"""Losses as values that combine, the way optax transformations do.
+"""Losses as values that combine, like optax's transformations.
 
     sft = HiddenLoss(tokens, count, terms)                    # the mathematics of one algorithm
     loss = with_model_terms(by_source(sft, names), model)     # a Loss, for make_step and make_eval
 
-The mathematics of a loss begins at the hidden states of the rows it reads. `with_model_terms` runs
-the model over those rows, once, and adds the terms that the model itself brings, such as the router
-balance of a mixture of experts. `by_source` (its own file) adds figures for each data source.
-`join_losses` puts several losses on the same hidden states; `add_losses` adds whole losses.
+The mathematics of a loss starts from the hidden states of its rows. `with_model_terms` runs the
+model over those rows once, and adds the model's own terms, such as the router balance of a mixture
+of experts. `by_source` (in its own file) adds metrics for each data source. `join_losses` puts
+several losses on the same hidden states; `add_losses` adds whole losses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxalign.models.base import LanguageModel, ScalarModel, read, read_counts
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 Sums = dict[str, Array]
-"""Term → Σ of its losses over a batch, not divided yet."""
+"""Term → the sum of its losses over a batch, before division."""
 
 Figures = dict[str, Weighted]
 """Metric → its sum and weight."""
@@ -33,10 +33,10 @@ class Loss(NamedTuple):
         L = Σ_term sum / weight
 
     Attributes:
-      count: batch → `{term: weight}`, float32 scalars. It sees the whole batch and reads masks
-        only.
-      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`), float32 scalars. It sees
-        one micro-batch at a time; the step adds the parts up before it divides.
+      count: batch → `{term: weight}`, float32 scalars. It gets the whole batch and reads only masks
+        and weights.
+      terms: (parameters, batch) → (`{term: sum}`, `{metric: Weighted}`), float32 scalars. It gets
+        one micro-batch at a time; the step adds the parts before it divides.
     """
 
     count: Callable[[Any], Sums]
@@ -44,14 +44,14 @@ class Loss(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The losses of a term before they are summed; what `by_source` splits.
+    """The losses of a term before they are summed; `by_source` splits them.
 
     Attributes:
-      name: of the term, such as "nll".
-      losses: a loss for each token, answer or pair; any shape.
-      mask: the same shape, which of them count.
+      name: the term's name, such as "nll".
+      losses: one loss per token, answer or pair; any shape.
+      mask: the same shape; which losses count.
       source_ids: int, the same shape, from 0: the data source. None: not recorded.
-      weights: float32, the same shape, how much each counts. None: 1 each.
+      weights: float32, the same shape, the weight of each loss. None: 1 each.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Entries(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a `HiddenLoss` makes of a batch.
+    """What a `HiddenLoss` computes from a batch.
 
     Attributes:
       sums: `{term: sum}`.
-      metrics: `{metric: Weighted}`; nothing flows back from them.
-      entries: the main term before the sum; None: there are no figures by source.
-      outputs: what the head gave, such as scores, for an evaluation of single examples.
+      metrics: `{metric: Weighted}`; no gradient flows through them.
+      entries: the main term before the sum; None: no metrics by source.
+      outputs: the head's outputs, such as scores, for evaluations of single examples.
     """
 
     sums: Sums
@@ -78,13 +78,14 @@ class Terms(NamedTuple):
 
 
 class HiddenLoss(NamedTuple):
-    """A loss as mathematics on the hidden states of a model.
+    """A loss as a function of a model's hidden states.
 
     Attributes:
-      tokens: batch → the rows that the model reads, `[R, T]`.
+      tokens: batch → the rows to run the model on, `[R, T]`.
       count: as in `Loss`.
       terms: (parameters, hidden states `[R, T, D]`, batch) → `Terms`.
-      token_weights: whether it reads `TokenBatch.weights`; else rows with such are refused.
+      token_weights: whether the loss uses `TokenBatch.weights`; if not, rows with weights are an
+        error.
     """
 
     tokens: Callable[[Any], TokenBatch]
@@ -129,15 +130,16 @@ def with_model_terms(
     part: str | None = None,
     prefix: str = "",
 ) -> Loss:
-    """The loss of a model's parameters, with the terms that the model itself adds to any loss.
+    """Turns a `HiddenLoss` into a `Loss` of a model's parameters, and adds the model's own terms.
 
-    A model names them in `extra_terms` (see `models.base.read`); each is averaged over all tokens
-    but padding, and logged under its name.
+    A model names its terms in `extra_terms` (see `models.base.read`). Each is averaged over all
+    tokens except padding, and logged under its name.
 
     Args:
       loss: the mathematics.
       model: a `LanguageModel` or `ScalarModel`.
-      part: the model's parameters are `params[part]`; None: all of them. The loss sees all.
+      part: the model's parameters are `params[part]`; None: all of `params`. The loss always gets
+        all.
       prefix: put before the names of the model's terms.
     """
     run = run_model(loss, model, part=part, prefix=prefix)
@@ -154,7 +156,7 @@ def with_model_terms(
 
 
 def join_losses(*losses: HiddenLoss) -> HiddenLoss:
-    """Several losses on the hidden states of the same rows, those of the first."""
+    """Joins several losses on the hidden states of the same rows, which the first loss selects."""
 
     def count(batch: Any) -> Sums:
         return _added(loss.count(batch) for loss in losses)
@@ -170,7 +172,7 @@ def join_losses(*losses: HiddenLoss) -> HiddenLoss:
 
 
 def add_losses(*losses: Loss) -> Loss:
-    """The sum of several losses; terms of one name are averaged over their common weight."""
+    """The sum of several losses; terms of the same name are averaged over their combined weight."""
 
     def count(batch: Any) -> Sums:
         return _added(loss.count(batch) for loss in losses)

@@ -1,22 +1,23 @@
-"""Adam whose two moments take 2 bytes each (bfloat16) or 1 (int8), with stochastic rounding.
+"""Adam with moments of 2 bytes (bfloat16) or 1 byte (int8) each, stochastically rounded.
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   update = m̂ / (√v̂ + ε)
 
 (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1). The arithmetic is float32; only
-the moments between two updates are small. With β₂ = 0.999 a step changes v by a thousandth of
-itself, less than half a step of either format: rounded to nearest, v would never move. Values are
-therefore rounded up or down at random, with odds that make the expectation exact (Gupta et al.
-2015, https://arxiv.org/abs/1502.02551, §3.1). The random numbers are a function of the update's
-number: a resumed run rounds alike, on any mesh.
+the moments stored between two updates have low precision. With β₂ = 0.999, v decays by a thousandth
+per update, less than half the spacing of either format: rounded to nearest, v would never decay.
+Values are therefore rounded up or down at random, with probabilities that make the expectation
+exact (Gupta et al. 2015, https://arxiv.org/abs/1502.02551, §3.1). The random numbers depend only on
+the update's number: a resumed run rounds the same way, on any mesh.
 
 int8 is a logarithmic form over a float32 scale s, the largest magnitude of each row (the last axis
-of a parameter): block-wise quantisation with a non-linear map, as 8-bit Adam has it (Dettmers et
-al. 2022, https://arxiv.org/abs/2110.02861, §2), with these maps:
+of a parameter): block-wise quantisation with a non-linear map, as in 8-bit Adam (Dettmers et al.
+2022, https://arxiv.org/abs/2110.02861, §2), with these maps:
 
     m = sign(c) · s · 2^((|c| − 127) / 6),   c ∈ −127 … 127      21 octaves, steps of 12 %
     v = s · 2^((c − 255) / 8),               c ∈ 0 … 255         32 octaves, steps of 9 %
 
-c = 0 is zero. A v below the last octave is rounded up, so that no update is divided by too little.
+c = 0 encodes zero. A v below the last octave is rounded up, so that no update is divided by too
+small a number.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SmallMoments(NamedTuple):
     Attributes:
       count: updates so far, int32.
       mu, nu: m and v, shaped as the parameters: bfloat16, or the codes, int8 and uint8.
-      mu_scale, nu_scale: s of each row, float32 `[…, 1]`; None in bfloat16.
+      mu_scale, nu_scale: s of each row, float32 `[…, 1]`; None for bfloat16.
     """
 
     count: Array
@@ -54,11 +55,11 @@ class SmallMoments(NamedTuple):
 
 
 def row_scale_spec(path: tuple[Any, ...], spec: PartitionSpec, rank: int) -> PartitionSpec | None:
-    """How int8's scales are sharded: `[…, 1]`, one a row of the parameter, as those rows are.
+    """How int8's scales `[…, 1]` are sharded: like the parameter's rows, one scale per row.
 
     Args:
-      path: of a leaf in an optimizer's state.
-      spec: of its parameter.
+      path: path of a leaf in an optimizer's state.
+      spec: the parameter's sharding spec.
       rank: number of the parameter's dimensions.
 
     Returns:
@@ -76,7 +77,7 @@ def scale_by_small_adam(
     """Like `optax.scale_by_adam`, with moments in "bfloat16" or "int8".
 
     Raises:
-      ValueError: another kind.
+      ValueError: an unknown kind.
     """
     if kind not in ("bfloat16", "int8"):
         raise ValueError(f"moments={kind!r}: wanted bfloat16 or int8")
@@ -112,7 +113,7 @@ def scale_by_small_adam(
             v = b2 * _decode_v(nu, nu_scale) + (1 - b2) * jnp.square(g)
             step = (m / first) / (jnp.sqrt(v / second) + eps)
             m_key, v_key, step_key = jax.random.split(key, 3)
-            if narrow:  # of bfloat16 weights: an update takes no more memory than its gradient
+            if narrow:  # for bfloat16 weights: an update takes no more memory than its gradient
                 step = to_bfloat16(step_key, step)
             if kind == "bfloat16":
                 return step, (to_bfloat16(m_key, m), to_bfloat16(v_key, v), None, None)
@@ -186,7 +187,7 @@ def _value(code: jax.Array, levels: int, octave: int) -> jax.Array:
 
 
 def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor: int) -> jax.Array:
-    """Fraction of the scale, 0 to 1 → 0 … levels; only 0 falls below `floor`."""
+    """Fraction of the scale, 0 to 1 → code, 0 … levels; only 0 gets a code below `floor`."""
     exact = levels + octave * jnp.log2(jnp.where(part > 0, part, 1.0))
     lower = jnp.clip(jnp.floor(exact), 0, levels - 1)
     low, high = (_value(x, levels, octave) for x in (lower, lower + 1))
@@ -197,10 +198,10 @@ def _levels(key: jax.Array, part: jax.Array, levels: int, octave: int, *, floor:
 def round_weights_at_random() -> optax.GradientTransformation:
     """Stochastic rounding of bfloat16 weights; other updates pass unchanged.
 
-    A step of 1e-6 is less than half the spacing of bfloat16 at a weight of 0.001 or more: rounded
-    to nearest, the weight never moves. The sum is computed in float32 and rounded up or down, with
-    odds that make its expectation exact. The update is the difference, which bfloat16 holds
-    exactly. Comes last in a chain, and needs the parameters.
+    An update of 1e-6 is less than half the spacing of bfloat16 at a weight of 0.001 or more:
+    rounded to nearest, the weight never moves. The sum is computed in float32 and rounded up or
+    down, with probabilities that make its expectation exact. The returned update is the difference,
+    which bfloat16 holds exactly. Put it last in a chain; it needs the parameters.
     """
 
     def narrow(leaf: Any) -> bool:
@@ -230,8 +231,8 @@ def round_weights_at_random() -> optax.GradientTransformation:
 def to_bfloat16(key: jax.Array, x: jax.Array) -> jax.Array:
     """float32 → bfloat16, rounded up or down at random; the expectation is x.
 
-    A random number is added to the 16 bits that are cut off: their carry rounds up. What bfloat16
-    holds exactly stays.
+    A random number is added to the 16 bits that will be cut off; a carry rounds up. Values that
+    bfloat16 holds exactly are unchanged.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)

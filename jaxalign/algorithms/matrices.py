@@ -1,7 +1,8 @@
-"""Which parameters are matrices to an optimizer: a stack of layers is many of them, not one array.
+"""Which parameters an optimizer treats as matrices: a stack of layers is many matrices, not one.
 
 Blocks are stacked along a leading axis (and experts along a second one), so that a bias is `[L, D]`
-and a kernel `[L, in, out]`. The last two axes of a kernel are the matrix; all before are a stack.
+and a kernel `[L, in, out]`. The last two axes of a kernel are the matrix; the axes before are
+stacks.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ def _keys(path: tuple[Any, ...]) -> set[str]:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The last key of a path, "" if it is none of a dict."""
+    """The last key of a path; "" if it is not a dict key."""
     return str(getattr(path[-1], "key", "")) if path else ""
 
 
 def is_vector(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is a norm's scale or a bias, or a stack of such."""
+    """Whether a parameter is a norm's scale, a bias, or a stack of either."""
     return leaf_name(path) in _VECTORS
 
 
 def matrix_axes(path: tuple[Any, ...], rank: int) -> int:
-    """How many of a parameter's last axes belong together: 2 of a matrix, 1 of a vector, or 0.
+    """How many of a parameter's last axes belong together: 2 for a matrix, 1 for a vector, or 0.
 
     Args:
-      path: of the parameter.
-      rank: number of its axes.
+      path: the parameter's path.
+      rank: the number of the parameter's axes.
     """
     if is_vector(path):
         return min(rank, 1)

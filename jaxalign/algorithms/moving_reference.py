@@ -1,11 +1,12 @@
 """A moving reference (TR-DPO): an optax wrapper with the reference in the optimizer's state.
 
-Gorbatovski et al. 2024 (https://arxiv.org/abs/2404.09656): every so many updates
+Gorbatovski et al. 2024 (https://arxiv.org/abs/2404.09656): every `every` updates
 
     θ_ref ← α θ + (1 − α) θ_ref
 
-α < 1 is their soft update (with `every: 1` a moving average), α = 1 the hard one. As part of the
-optimizer's state the reference is sharded like the parameters, saved, and resumed exactly.
+α < 1 is their soft update (with `every: 1` a moving average), α = 1 their hard update. The
+reference is part of the optimizer's state, so it is sharded like the parameters, saved, and resumed
+exactly.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from jaxalign.types import Array, Params, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferenceSync:
-    """When and how far the reference moves to the policy.
+    """How often and how far the reference moves towards the policy.
 
     Attributes:
       every: updates between two moves of the reference.
-      alpha: α in (0, 1], how far it moves: 1 copies the policy.
+      alpha: α in (0, 1], how far the reference moves: 1 copies the policy.
     """
 
     every: int = 512
@@ -56,7 +57,7 @@ class MovingReferenceState(NamedTuple):
 def with_moving_reference(
     tx: optax.GradientTransformation, sync: ReferenceSync
 ) -> optax.GradientTransformation:
-    """The same optimizer with a reference in its state, which starts as the parameters."""
+    """Wraps an optimizer to keep a reference in its state, which starts as the parameters."""
 
     def init(params: Params) -> MovingReferenceState:
         return MovingReferenceState(
@@ -94,7 +95,7 @@ def reference_of(state: TrainState) -> Params:
 
 
 def start_reference(state: TrainState, ref_params: Params) -> TrainState:
-    """The state with another model's parameters as the reference to start from (copied).
+    """The state with another model's parameters, copied, as the initial reference.
 
     Raises:
       ValueError: they differ in structure or shape from the trained parameters.
@@ -102,7 +103,7 @@ def start_reference(state: TrainState, ref_params: Params) -> TrainState:
     shapes, ref_shapes = (jax.tree.map(jnp.shape, x) for x in (reference_of(state), ref_params))
     if shapes != ref_shapes:
         raise ValueError(
-            "the reference has another shape than the policy, so that it cannot move to it; use "
+            "the reference differs in shape from the policy, so it cannot move towards it; use "
             "the model that the policy started from, or no reference_sync"
         )
     copy = jax.tree.map(

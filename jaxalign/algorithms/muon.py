@@ -1,13 +1,12 @@
 """Muon for the matrices between hidden layers, and Adam for all other parameters.
 
-    m ← β m + (1 − β) g
-    u = β m̂ + (1 − β) ĝ                                 Nesterov; ^ corrects the start from 0
-    O = NewtonSchulz₅(u) ≈ U Vᵀ,  where u = U Σ Vᵀ
-    update = s · O,   s = rms · √max(in, out)   or, with rms None,   √max(1, out / in)
+    m ← β m + (1 − β) g u = β m̂ + (1 − β) ĝ                                 Nesterov; ^ is bias
+    correction O = NewtonSchulz₅(u) ≈ U Vᵀ,  where u = U Σ Vᵀ update = s · O,   s = rms · √max(in,
+    out)   or, with rms None,   √max(1, out / in)
 
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale with `rms`: Liu et al.
-2025, https://arxiv.org/abs/2502.16982, eq. 4.) With rms = 0.2 the entries of an update are as large
-as AdamW's usually are, so that one learning rate and weight decay serve both.
+2025, https://arxiv.org/abs/2502.16982, eq. 4.) With rms = 0.2 the entries of an update have about
+the size of AdamW's, so that both can share one learning rate and weight decay.
 
 A stack of layers or experts is orthogonalised matrix by matrix, over its last two axes.
 """
@@ -30,12 +29,12 @@ _LAST_TWO = optax.contrib.MuonDimensionNumbers(-2, -1)
 def scale_by_muon(
     *, momentum: float, rms: float | None, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Updates before weight decay and learning rate.
+    """Muon's updates, before weight decay and learning rate.
 
     Args:
       momentum: β of Muon.
-      rms: root mean square that the entries of an update are scaled to; None: Jordan's scale.
-      b1, b2, eps: Adam's, of embeddings, heads, norms and biases.
+      rms: root mean square to which the entries of an update are scaled; None: Jordan's scale.
+      b1, b2, eps: Adam's, for embeddings, heads, norms and biases.
 
     Raises:
       ValueError: (when initialised) no parameter is a hidden matrix.

@@ -3,10 +3,10 @@
     X ← X + α / √(L·D) · ε,   ε ~ Uniform(−1, 1)
 
 (Jain et al. 2023, https://arxiv.org/abs/2310.05914, algorithm 1), with L the tokens of the document
-and D the width of an embedding. L counts no padding and no other document of the row.
+and D the width of an embedding. L does not count padding or the row's other documents.
 
-The noise of a token is a function of the update's seed, its document's tokens and its position.
-Padding, packing, micro-batches and devices therefore change none of it; documents with the same
+The noise of a token depends only on the update's seed, its document's tokens and its position.
+Padding, packing, micro-batches and devices therefore do not change it. Documents with the same
 tokens get the same noise within an update.
 """
 
@@ -21,12 +21,12 @@ from jaxalign.types import EmbeddingNoise, TokenBatch
 
 
 def add_noise(batch: TokenBatch, alpha: float, seed: Sequence[int]) -> TokenBatch:
-    """The batch with noise for its embeddings.
+    """Adds noise for the embeddings to a batch.
 
     Args:
       batch: `[B, T]` arrays in numpy, padded or packed.
       alpha: α; the paper uses 5, 10 and 15.
-      seed: non-negative integers, such as those of the run and the update.
+      seed: non-negative integers, such as the run's seed and the update's number.
     """
     segments = np.asarray(batch.segment_ids)
     base = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)
@@ -37,7 +37,7 @@ def add_noise(batch: TokenBatch, alpha: float, seed: Sequence[int]) -> TokenBatc
     position = np.asarray(batch.positions).astype(np.uint64)
     tokens = _mix(_mix(position) + np.asarray(batch.inputs).astype(np.uint64))
     sums = np.zeros(count, np.uint64)
-    np.add.at(sums, document, tokens)  # in whatever order: wraps around
+    np.add.at(sums, document, tokens)  # the sum wraps around, so its order does not matter
     seeds = _mix(_mix(sums[document] + base) + position) >> np.uint64(32)
     scale = np.where(segments > 0, alpha / np.sqrt(np.maximum(lengths, 1)), 0.0)
     noise = EmbeddingNoise(seeds.astype(np.uint32), scale.astype(np.float32))

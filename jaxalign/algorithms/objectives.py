@@ -1,7 +1,7 @@
 """What a reward model can learn from: pairs, rankings, grades, or labelled steps.
 
-An objective is a loss on hidden states, and the arrays that an evaluation of single examples needs.
-`algorithms.reward` picks one and makes a train step of it.
+An objective is a loss on hidden states plus the arrays for evaluating single examples.
+`algorithms.reward` picks one and builds a train step from it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Objective(NamedTuple):
     """One way to train a reward model.
 
     Attributes:
-      loss: its mathematics; `Terms.outputs` are the scores.
-      examples: (scores, batch) → arrays with a row for each row of the batch: the scores, the
-        labels, `mask` for the entries that exist, and `source` where it is recorded.
+      loss: the loss on hidden states; its `Terms.outputs` are the scores.
+      examples: (scores, batch) → arrays with one row per row of the batch: the scores, the labels,
+        `mask` for the entries that exist, and `source` if it is recorded.
     """
 
     loss: HiddenLoss
@@ -43,7 +43,7 @@ class Objective(NamedTuple):
 def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Objective:
     """`PairBatch`, `SharedPairBatch`: −log σ(r_chosen − r_rejected − margin), averaged over pairs.
 
-    A pair whose prompt stands in the row once has its two scores at the ends of its branches.
+    If a pair's prompt is stored once in the row, the two scores are at the ends of its branches.
     """
 
     def count(batch: Pairs) -> Sums:
@@ -51,7 +51,7 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         return {"preference": weighted(mask, mask, batch.weights).weight}
 
     def sides(scores: jax.Array, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Masked before the arithmetic: NaN in an empty slot must not reach a gradient.
+        # Mask before the arithmetic: a NaN in an empty slot must not reach a gradient.
         mask = pair_mask(batch)
         chosen, rejected = layout(batch).split(scores)
         return keep(chosen, mask), keep(rejected, mask), mask
@@ -85,7 +85,7 @@ def ranking(
     """`RankedBatch`: the order of a prompt's answers, averaged over prompts."""
 
     def order(batch: RankedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Which answers exist, `[B, K]`; which is better than which; which rows rank any."""
+        """Which answers exist, which answer beats which (`[B, K, K]`), and which rows rank any."""
         exists = as_bool(batch.mask)
         pairs = better(batch.ranks, exists)  # [B, K, K]
         return exists, pairs, jnp.any(pairs, axis=(1, 2))

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: optax, combined as alignment recipes do."""
+"""Optimizers and learning-rate schedules: optax, combined as in alignment recipes."""
 
 from __future__ import annotations
 
@@ -34,48 +34,48 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "schedule_free": ("b1", "b2", "eps"),
     "sgd": ("momentum",),
 }
-"""Name → which options it reads, of those that not all read."""
+"""Optimizer name → the options it reads, among those that not every optimizer reads."""
 
 USES = ("eval", "export")
-"""What a moving average of the weights may be for."""
+"""What a moving average of the weights may be used for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """An optimizer behind gradient clipping, by default AdamW (Loshchilov and Hutter 2019).
+    """Gradient clipping followed by an optimizer, by default AdamW (Loshchilov and Hutter 2019).
 
     Attributes:
       name: "adamw"; "adafactor" (Shazeer and Stern 2018), "lion" (Chen et al. 2023), "muon" (Jordan
         et al. 2024; embeddings, heads, norms and biases by Adam), "schedule_free" (Defazio et al.
         2024: AdamW, evaluated and exported as an average of its weights), "sgd" (with momentum).
       learning_rate: peak rate, after warm-up.
-      learning_rates: pattern → peak rate of the parameters whose path it is found in: a number, or
-        a multiple of `learning_rate` as "10x"; 0 leaves them as they are. Patterns are regular
-        expressions, the first that is found decides.
+      learning_rates: pattern → peak rate of the parameters whose path contains a match: a number,
+        or a multiple of `learning_rate` such as "10x"; 0 leaves them unchanged. Patterns are
+        regular expressions; the first one that matches decides.
       schedule: "constant"; "linear" or "cosine" decay to `end_fraction` of the peak; or "wsd": warm
         up, stay, then linear decay over the last `decay_ratio` of all updates.
       warmup_steps: updates of linear rise from 0; the first update's rate is 0, as in
         Hugging Face's schedules.
-      warmup_ratio: in place of `warmup_steps`: their fraction of all updates, in [0, 1), rounded
-        up.
-      decay_ratio: wsd: the fraction of all updates that decays, in (0, 1], rounded up; not more
-        than warm-up leaves.
+      warmup_ratio: in place of `warmup_steps`: the fraction of all updates to warm up for, in [0,
+        1); the number of updates is rounded up.
+      decay_ratio: wsd: the fraction of all updates to decay over, in (0, 1], rounded up to whole
+        updates; at most the updates after warm-up.
       total_steps: updates in all, warm-up included; the training loop fills it in.
       end_fraction: last rate as a fraction of the peak.
-      b1, b2, eps: Adam's; b1 and b2 also Lion's, whose authors advise b2 = 0.99.
+      b1, b2, eps: Adam's; Lion also uses b1 and b2, and its authors advise b2 = 0.99.
       momentum: Muon's and SGD's.
-      muon_rms: root mean square of an update of Muon, which 0.2 makes like AdamW's, so that they
-        share rates; null: Jordan's scale, √max(1, out / in).
+      muon_rms: root mean square of Muon's updates; 0.2 makes them like AdamW's, so that both can
+        share a learning rate; null: Jordan's scale, √max(1, out / in).
       weight_decay: on matrices (embeddings and heads too), not on norms and biases.
-      weight_decays: pattern → weight decay of the parameters whose path it is found in, norms and
-        biases too.
+      weight_decays: pattern → weight decay of the parameters whose path contains a match, including
+        norms and biases.
       max_grad_norm: gradients are scaled down to this global 2-norm; None for no clipping.
-      moments: the type of Adam's two moments between updates: "float32" (8 bytes a parameter,
+      moments: the type of Adam's two moments between updates: "float32" (8 bytes per parameter,
         whatever the parameters' type), "bfloat16" (4) or "int8" (2); see
         `jaxalign.algorithms.low_precision_adam`.
       offload: keep the moments in host memory between updates.
       ema: decay of an exponential moving average of the weights, such as 0.999; None: none. It
-        takes 4 bytes a parameter.
+        takes 4 bytes per parameter.
       ema_for: what the average is used for: "eval", "export" or both.
     """
 
@@ -162,7 +162,7 @@ class OptimizerConfig:
 
 
 def rate_factor(value: float | str, learning_rate: float) -> float | None:
-    """A value of `learning_rates` as a multiple of `learning_rate`; None: it is no such value."""
+    """A value of `learning_rates` as a multiple of `learning_rate`; None if it is not valid."""
     if not isinstance(value, str):
         return value / learning_rate
     try:
@@ -179,7 +179,7 @@ def averages_for(config: OptimizerConfig) -> tuple[str, ...]:
 
 
 def _warmup(config: OptimizerConfig) -> int:
-    """Updates of warm-up."""
+    """The number of warm-up updates."""
     if not config.warmup_ratio:
         return config.warmup_steps
     if config.total_steps is None:
@@ -233,12 +233,12 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def decays(params: Params) -> Any:
-    """Which parameters weight decay applies to: all but norms' scales and biases."""
+    """Which parameters have weight decay: all except norms' scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` with float32 gradients, parameters and moments; without it, moments have their type."""
+    """`tx` with float32 gradients, parameters and moments, instead of the parameters' type."""
 
     def cast(tree: Any) -> Any:
         return optax.tree.cast(tree, jnp.float32)
@@ -250,7 +250,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adds weight decay to an update that the learning rate then scales."""
+    """Adds weight decay to an update, before the learning rate scales it."""
     if not config.weight_decays:
         return optax.add_decayed_weights(config.weight_decay, decays)
 
@@ -288,11 +288,11 @@ def _core(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
     decay, rate = _decay(config), _rate(config, schedule)
     adam = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     if config.name == "schedule_free":
-        # Adam without first moment: the average takes its place.
+        # Adam without a first moment: schedule-free's average replaces it.
         direction = optax.scale_by_rms(
             config.b2, config.eps, eps_in_sqrt=False, bias_correction=True
         )
-        # optax counts from 1 there and from 0 in the chain; both are to see one rate.
+        # optax counts from 1 there and from 0 in the chain; both must use the same rate.
         return optax.contrib.schedule_free(
             optax.chain(direction, decay, rate), lambda count: schedule(count - 1), b1=config.b1
         )
@@ -310,7 +310,7 @@ def _core(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 
 
 def make_optimizer(config: OptimizerConfig | None = None) -> optax.GradientTransformation:
-    """Clipping, then the named optimizer with its schedule, and an average of the weights if asked.
+    """Clipping, the named optimizer with its schedule, and optionally an average of the weights.
 
     bfloat16 weights are rounded stochastically.
     """

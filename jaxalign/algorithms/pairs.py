@@ -43,7 +43,7 @@ def pairs_in_row(batch: Pairs) -> int | None:
 
 
 def pair_mask(batch: Pairs) -> jax.Array:
-    """Which pairs count: `[B]`, or `[B, S]` packed. Rows that only fill up a batch don't count."""
+    """Which pairs count: `[B]`, or `[B, S]` if packed. Rows that only fill a batch do not count."""
     if batch.mask is not None:
         return jnp.asarray(batch.mask)
     if isinstance(batch, SharedPairBatch):
@@ -52,15 +52,15 @@ def pair_mask(batch: Pairs) -> jax.Array:
 
 
 class Layout(NamedTuple):
-    """Rows to be read, and where in them the two sides of each pair stand.
+    """The rows to run the model on, and where they hold the two sides of each pair.
 
     Attributes:
       tokens: `[R, T]`.
-      sides: int32 `[R, T]`, which side of which pair of its row a token belongs to: 0 for none (and
-        for a shared prompt), 1 … `count`.
-      count: how many sides a row has at most.
+      sides: int32 `[R, T]`, the side (of a pair in the row) that a token belongs to: 1 … `count`,
+        or 0 for none and for a shared prompt.
+      count: the largest number of sides in a row.
       split: `[R, count]` → (chosen, rejected), each of the batch's pairs: `[B]` or `[B, S]`.
-      join: the way back.
+      join: the inverse of `split`.
     """
 
     tokens: TokenBatch
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
 
 
 def layout(batch: Pairs) -> Layout:
-    """How to read a pair batch, whatever its form."""
+    """The `Layout` of a pair batch of any form."""
     if isinstance(batch, SharedPairBatch):
         pairs, tokens = pair_mask(batch).shape[1], batch.tokens
         if tokens.branch_ids is None:
@@ -125,14 +125,14 @@ def pair_sources(batch: Pairs) -> jax.Array | None:
 
 
 class Answers(NamedTuple):
-    """Both answers of each pair as a model sees them; every array is `[B]` or `[B, S]`.
+    """What a model computes for both answers of each pair; every array is `[B]` or `[B, S]`.
 
     Attributes:
-      chosen: Σ_t log π of the chosen answer in nats, its tail counted `ld_alpha` times.
-      rejected: the same of the rejected one.
+      chosen: Σ_t log π of the chosen answer in nats, with weight `ld_alpha` on its tail.
+      rejected: the same for the rejected answer.
       plain_chosen: Σ_t log π of the chosen answer.
-      chosen_lengths: its tokens, float32.
-      rejected_lengths: the same of the rejected one.
+      chosen_lengths: the number of its tokens, float32.
+      rejected_lengths: the same for the rejected answer.
       weights: the WPO weight of the pair, or None.
     """
 
@@ -197,8 +197,8 @@ def answers_of(
         logps = where.sum_answers(length_desensitised(logprobs, ranks, shared, ld_alpha))
     weights = None
     if wpo_weighting:
-        # log Σ_v p(v)² = 2 log p(y) − log q(y), where q has the logits doubled: no other pass over
-        # the vocabulary is needed than that which gives log-probabilities.
+        # log Σ_v p(v)² = 2 log p(y) − log q(y), where q has doubled logits: this needs no pass over
+        # the vocabulary beyond the kind that gives log-probabilities.
         fixed = jax.lax.stop_gradient(hidden)
         doubled = target_logprobs(model, params, fixed, tokens.targets, 0.5, mask=mask)
         squares = where.sum_answers(jax.lax.stop_gradient(2 * logprobs - doubled))
@@ -208,7 +208,7 @@ def answers_of(
 
 
 def _ranks(where: Layout) -> jax.Array:
-    """Which token of its answer each one is, from 1; anything outside the answers."""
+    """Each token's index in its answer, from 1; arbitrary values outside the answers."""
     ids = jnp.arange(1, where.count + 1, dtype=jnp.int32)
     member = where.answers[:, :, None] == ids[None, None, :]
     return jnp.sum(jnp.where(member, jnp.cumsum(member, axis=1), 0), axis=2)

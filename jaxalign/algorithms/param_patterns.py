@@ -1,7 +1,7 @@
-"""Options by pattern: regular expressions that are searched in the paths of parameters.
+"""Options by pattern: regular expressions that are searched for in parameter paths.
 
 A path is the keys of the nested dict, such as `blocks/attention/query/lora_a` or `embed/embedding`.
-The first pattern that is found in a path decides.
+The first pattern that matches a path decides.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import optax
 from jaxalign.types import Params
 
 _SHOWN = 40
-"""So many paths an error message lists at most."""
+"""The most paths that an error message lists."""
 
 
 def path_of(path: tuple[Any, ...]) -> str:
-    """JAX's path of a leaf as one text: `blocks/mlp/up/kernel`."""
+    """JAX's path of a leaf as one string: `blocks/mlp/up/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -28,7 +28,7 @@ def check_patterns(patterns: Mapping[str, Any], option: str) -> None:
     """Checks that every pattern is a regular expression.
 
     Raises:
-      ValueError: one is not; names it and what is wrong.
+      ValueError: one is not; the message names it and what is wrong.
     """
     for pattern in patterns:
         try:
@@ -41,7 +41,7 @@ def check_patterns(patterns: Mapping[str, Any], option: str) -> None:
 
 
 def by_pattern(params: Params, patterns: Mapping[str, Any], option: str) -> Any:
-    """What the patterns say of each parameter: a tree like `params`, None where none matches.
+    """The value for each parameter, by its pattern: a tree like `params`; None where none matches.
 
     Args:
       params: nested dict of arrays or shapes.
@@ -85,12 +85,12 @@ def update_by_pattern(
     update_leaf: Callable[[Any, Any, Any], Any],
     default: Callable[[Params], Any],
 ) -> optax.GradientTransformation:
-    """A transformation without state: (update, parameter, value) → update, of each parameter.
+    """A stateless transformation: (update, parameter, value) → update, for each parameter.
 
     Args:
       patterns: regular expression → value.
       option: name of the option, for messages.
-      update_leaf: what becomes of one parameter's update.
+      update_leaf: transforms one parameter's update.
       default: parameters → a tree of the values where no pattern matches.
     """
 

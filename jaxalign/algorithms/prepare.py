@@ -1,4 +1,4 @@
-"""`prepare`: what frozen models add to a batch before the step; can be lowered for `plan`."""
+"""`prepare`: adds frozen models' outputs to a batch before the step; can be lowered for `plan`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Arguments = ParamSpec("Arguments")
 Batch = TypeVar("Batch")
 
 ARGUMENTS = ("key", "state", "ref_params", "batch")
-"""What a `prepare` may take, in order."""
+"""The arguments that a `prepare` may take, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(Generic[Arguments, Batch]):
-    """What every `make_prepare` returns. Call it like a function.
+    """The result of every `make_prepare`. Call it like a function.
 
-    Arguments come in one order: PRNG key, train state, reference parameters, batch. An algorithm
-    may be called without those that it has no use for; given all four, it leaves them aside, so
-    that one loop serves all algorithms.
+    Arguments come in one order: PRNG key, train state, reference parameters, batch. You may leave
+    out arguments that the algorithm does not use. If all four are given, it ignores those, so that
+    one loop serves all algorithms.
 
         batch = prepare(key, state, ref_params, batch)
 
     Attributes:
-      run: the arguments → the batch with what the frozen models add.
-      lower: lowers the program that `run` compiles, without running it. Takes the same arguments,
-        but abstract: `ShapeDtypeStruct`s with the shardings of the arrays.
-      reads: which of `ARGUMENTS` `run` takes; None: it has arguments of its own.
+      run: the arguments → the batch with the frozen models' outputs added.
+      lower: lowers the program that `run` compiles, without running it. It takes the same arguments
+        as abstract values: `ShapeDtypeStruct`s with the arrays' shardings.
+      reads: which of `ARGUMENTS` `run` takes; None: it has its own arguments.
     """
 
     run: Callable[Arguments, Batch]
@@ -37,7 +37,7 @@ class Prepare(Generic[Arguments, Batch]):
     reads: tuple[str, ...] | None = None
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Batch:
-        """Runs it."""
+        """Runs `prepare`."""
         if self.reads is None:
             return self.run(*args, **kwargs)
         unread = set(ARGUMENTS) - set(self.reads)

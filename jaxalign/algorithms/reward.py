@@ -1,12 +1,12 @@
 """Reward model: a score for an answer, learned from people's judgements.
 
-Four objectives, by what was judged (the mathematics is in `jaxalign.losses`):
+There are four objectives, by the kind of judgement (the mathematics is in `jaxalign.losses`):
 
 | objective | batch | loss | averaged over |
 | --- | --- | --- | --- |
 | "pairs" | `PairBatch`, `SharedPairBatch` | − log σ(r_chosen − r_rejected − margin) | pairs |
 | "ranking" | `RankedBatch` | Plackett–Luce, or the mean over all pairs | prompts |
-| "regression" | `GradedBatch` | (r − grade)², one output an attribute | grades |
+| "regression" | `GradedBatch` | (r − grade)², one output per attribute | grades |
 | "steps" | `StepBatch` | binary cross-entropy at the end of each step | steps |
 
 Pairs: Bradley and Terry 1952; Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155), equation 1,
@@ -46,13 +46,13 @@ class Config:
     """Options of reward modelling.
 
     Attributes:
-      objective: what is learned from, one of `OBJECTIVES`.
+      objective: the kind of judgements to learn from, one of `OBJECTIVES`.
       center_coef: c ≥ 0, pulls the mean score of a pair to 0 (TRL: center_rewards_coefficient).
-        With pairs, and with all pairs of a ranking.
-      label_smoothing: ε, 0 ≤ ε < ½, the assumed fraction of flipped labels. With pairs, and with
+        Only for pairs, and for all pairs of a ranking.
+      label_smoothing: ε, 0 ≤ ε < ½, the assumed fraction of flipped labels. Only for pairs, and for
         all pairs of a ranking.
-      ranking: how a ranking is learned, one of `RANKINGS`.
-      attributes: of a regression: the names of the grades, in the order of the head's outputs.
+      ranking: the loss of a ranking, one of `RANKINGS`.
+      attributes: for a regression: the names of the grades, in the order of the head's outputs.
     """
 
     objective: str = "pairs"
@@ -99,11 +99,11 @@ def make_loss(
 ) -> Loss:
     """The loss of the configured objective.
 
-    Its term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With several
-    `sources`, the names of the rows' `source_ids`, also that term of each source.
+    Its term is `preference` (pairs, ranking), `mse` (regression) or `steps`. With several `sources`
+    (the names for the rows' `source_ids`), also that term for each source.
 
     Raises:
-      ValueError: a regression with a scorer whose attributes are others than the config's.
+      ValueError: a regression with a scorer whose attributes differ from the config's.
     """
     objective = _objective(scorer, Config() if config is None else config)
     return with_model_terms(by_source(objective.loss, sources), scorer)
@@ -115,8 +115,8 @@ def make_measure(
     """Builds `measure(state, batch) -> ({metric: Weighted}, examples)`, jitted, for held-out data.
 
     Metrics are those of `algorithms.step.make_eval`, to be added up over batches. Examples are the
-    scores with what they are compared with; `jaxalign.rewards.evaluation` makes intervals,
-    calibration and histograms of them. On a mesh every device holds all of them.
+    scores and the labels they are compared with; `jaxalign.rewards.evaluation` computes intervals,
+    calibration and histograms from them. On a mesh every device holds all examples.
     """
     objective = _objective(scorer, Config() if config is None else config)
     run = run_model(objective.loss, scorer)

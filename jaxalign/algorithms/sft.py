@@ -63,17 +63,17 @@ class Config:
 
 
 def token_weight(tokens: TokenBatch) -> Array:
-    """Σ m · w, how much the trained tokens of a batch weigh together: a float32 scalar."""
+    """Σ m · w, the total weight of the trained tokens of a batch: a float32 scalar."""
     return weighted(tokens.loss_mask, tokens.loss_mask, tokens.weights).weight
 
 
 def add_noise(batch: TokenBatch, config: Config, seed: Sequence[int]) -> TokenBatch:
-    """A training batch with NEFTune's noise, if the options want it; for held-out data, leave it.
+    """Adds NEFTune's noise to a training batch, if configured. Do not use it on held-out data.
 
     Args:
-      batch: in numpy.
-      config: with `neftune_alpha`.
-      seed: non-negative integers that no other update has, such as (seed of the run, update).
+      batch: the batch, in numpy.
+      config: the options, with `neftune_alpha`.
+      seed: non-negative integers, unique to the update, such as (seed of the run, update).
     """
     if config.neftune_alpha is None:
         return batch
@@ -85,8 +85,8 @@ def make_loss(
 ) -> Loss:
     """The SFT loss: `nll` or `dft`, averaged over trained tokens.
 
-    With several `sources`, the names of `batch.source_ids`, also `nll/<source>` of each. With `dft`
-    the likelihood is a metric beside it, `nll`.
+    With several `sources` (the names for `batch.source_ids`), it also logs `nll/<source>`. With
+    `dft`, the likelihood is logged as the metric `nll`.
     """
     config = Config() if config is None else config
 

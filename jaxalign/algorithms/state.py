@@ -1,4 +1,4 @@
-"""Train states: their first values, and the shardings of the optimizer's state."""
+"""Train states: their initial values, and the shardings of the optimizer's state."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def init_state(
     """Makes a train state; copies the parameters, because steps donate their state.
 
     Args:
-      params: what is trained. Where they are on a mesh, the optimizer's state is sharded like them.
+      params: the trained parameters. If they are on a mesh, the optimizer's state is sharded like
+        them.
       tx: any optax transformation.
-      frozen: parameters the forward pass needs but that are not trained (shared, not copied).
+      frozen: untrained parameters that the forward pass needs (shared, not copied).
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     mesh = mesh_of(params)
@@ -40,7 +41,8 @@ def init_state(
 def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any:
     """Shardings of `tx`'s state: moments like their parameters, the rest replicated.
 
-    An optimizer may say more of a leaf: `row_scale_spec`, `factored_spec`, `is_offloaded`.
+    Some optimizers shard leaves in their own way: `row_scale_spec`, `factored_spec`,
+    `is_offloaded`.
 
     Args:
       params: arrays, or `ShapeDtypeStruct`s with shardings, on one mesh.
@@ -55,7 +57,7 @@ def opt_state_shardings(params: Params, tx: optax.GradientTransformation) -> Any
     by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        # A moment sits in the optimizer's state under the path of its parameter. (optax's own
+        # A moment has its parameter's path within the optimizer's state. (optax's own
         # tree_map_params cannot see through `optax.partition`.)
         for start in range(len(path)):
             param = by_path.get(path[start:])

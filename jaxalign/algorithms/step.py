@@ -2,10 +2,10 @@
 
     step(state, batch) -> (state, metrics)
 
-An algorithm gives a `Loss` (`algorithms.loss`): how much each of its terms weighs in a batch
-(`count`), and the sums themselves (`terms`). The step divides every sum by the weight of the
-*whole* batch, so that loss, gradient and metrics are the same however the batch is cut into
-micro-batches or spread over devices.
+An algorithm defines a `Loss` (`algorithms.loss`): the weight of each term in a batch (`count`), and
+the sums themselves (`terms`). The step divides every sum by the weight of the *whole* batch, so
+that loss, gradient and metrics are the same however the batch is split into micro-batches or over
+devices.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 def split_rows(batch: Any, parts: int) -> Any:
     """`[B, …]` leaves → `[parts, B / parts, …]`; row r goes to part r mod parts.
 
-    The stride keeps every part spread over all devices that hold rows.
+    The stride spreads every part over all devices that hold rows.
 
     Raises:
-      ValueError: the rows do not divide into the parts, or a part's rows not over the devices.
+      ValueError: the rows do not divide into the parts, or a part's rows do not divide over the
+        devices.
     """
     shards = row_shards()
 
@@ -61,21 +62,21 @@ def make_step(
 ) -> Step:
     """Builds a pure train step from a loss and an optimizer.
 
-    A loss, gradient or new weight that is not finite leaves the state as it was, and so does a
-    spike of the gradient's norm, with an optimizer of `guard.skip_spikes`; see `algorithms.guard`.
+    A non-finite loss, gradient or new weight leaves the state unchanged. With an optimizer of
+    `guard.skip_spikes`, so does a spike of the gradient's norm; see `algorithms.guard`.
 
     Args:
       loss: terms and their weights.
       tx: any optax transformation, for the parameters the state holds.
-      micro_batches: how many parts of the batch are computed one after the other, with one
-        accumulated gradient; changes memory, not results.
-      parts: keys of the parameters whose gradients' norms are logged by themselves.
+      micro_batches: how many parts the batch is split into; they run one after the other, and their
+        gradients accumulate. This changes memory, not results.
+      parts: keys of the parameters whose gradient norms are also logged separately.
 
     Returns:
       `step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated (see
-      `compile_step`). Metrics are float32 scalars: those of the loss; `loss`; `grad_norm` (global
-      2-norm before any clipping in `tx`) and `grad_norm/<part>`; `bad_steps`, 1 where the state was
-      left as it was, else 0; and `weight/<term>`, the tokens or pairs that counted.
+      `compile_step`). Metrics are float32 scalars: the loss's own metrics; `loss`; `grad_norm`
+      (global 2-norm before any clipping in `tx`) and `grad_norm/<part>`; `bad_steps`, 1 if the
+      state was left unchanged, else 0; and `weight/<term>`, the tokens or pairs that counted.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches={micro_batches}: wanted a positive integer")
@@ -128,7 +129,7 @@ def _accumulate(gradient: Any, params: Params, parts: Any) -> tuple[jax.Array, A
 
 
 def make_eval(loss: Loss) -> Callable[[TrainState, Any], Figures]:
-    """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add them up over batches.
+    """Builds `evaluate(state, batch) -> {metric: Weighted}`, jitted; add results up over batches.
 
     Includes `loss/<term>` for each term of the loss.
     """

@@ -1,4 +1,4 @@
-"""`--adapter`: adapters of the commands `generate`, `chat` and `score`, by name on one base."""
+"""`--adapter`: named adapters on one base, for the commands `generate`, `chat` and `score`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def adapter_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
-    """Name → adapter, of what `--adapter` was given; without a name, that of its folder.
+    """Name → adapter, from the values of `--adapter`; the default name is the folder's.
 
     Raises:
-      ValueError: a name that is taken, or that of the base.
+      ValueError: a duplicate name, or the base's name.
     """
     from jaxalign.hf.named_adapters import BASE
 
@@ -50,13 +50,13 @@ def named_adapters(texts: Sequence[str] | None) -> dict[str, str]:
 def load_writers(
     source: str, texts: Sequence[str] | None, option: str, *, with_base: bool = False
 ) -> dict[str, Loaded]:
-    """The language models that answer: one for each adapter, or the model itself without any.
+    """Loads the language models that answer: one per adapter, or the model itself without any.
 
     Args:
       source: the model.
       texts: of `--adapter`.
       option: the user's name for `source`, for messages.
-      with_base: whether the model itself is there besides its adapters, as the last.
+      with_base: whether to include the model itself, last, besides its adapters.
 
     Raises:
       ValueError: a reward model, or as `load_with_adapters`.

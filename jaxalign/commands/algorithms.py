@@ -1,4 +1,4 @@
-"""The algorithms as commands know them: their names, and configurations that name one."""
+"""The algorithms for commands: their names, and the algorithm of a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def algorithms() -> dict[str, str]:
 def load_any_config(parsed: argparse.Namespace) -> tuple[str, Any]:
     """The algorithm and the configuration of a YAML file.
 
-    The algorithm's name may stand before the file; otherwise the file's sections tell.
+    The algorithm's name may precede the file; otherwise the file's sections determine it.
 
     Raises:
       ValueError: a wrong file, or one that fits several algorithms.

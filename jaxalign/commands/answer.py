@@ -1,7 +1,7 @@
-"""The commands `generate` and `score`, in which a model answers or judges.
+"""The commands `generate` (a model answers) and `score` (a reward model scores).
 
-`generate`, and `chat` beside it, take the sampling options of `jaxalign.generate` as flags. Names,
-types, defaults and help come from its signature and docstring: a new option there is a new flag
+`generate` and `chat` take the sampling options of `jaxalign.generate` as flags. Names, types,
+defaults and help come from its signature and docstring, so a new option there becomes a new flag
 here.
 """
 
@@ -19,8 +19,8 @@ from jaxalign.commands.command import Command
 from jaxalign.commands.going_on import overwrite_argument
 from jaxalign.data.bounds import parse_json
 
-_NOT_FLAGS = ("key", "rows", "on_text")  # --seed makes the key; rows are as many as fit
-_DEFAULTS = {"max_new_tokens": 128}  # where the command's differs from the function's
+_NOT_FLAGS = ("key", "rows", "on_text")  # --seed makes the key; as many rows as fit
+_DEFAULTS = {"max_new_tokens": 128}  # defaults that differ from the function's
 
 
 def _object(text: str) -> dict[str, Any]:

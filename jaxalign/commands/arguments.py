@@ -1,4 +1,4 @@
-"""The command line itself: help with defaults, versions, and options that are none."""
+"""The argument parser: help with defaults, versions, and unknown options."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help may go on behind the arguments.
+    """An argument parser whose help may have more text after the arguments.
 
     Attributes:
-      more_help: makes the text behind the arguments; None: there is none.
+      more_help: makes the text after the arguments; None: no text.
     """
 
     more_help: Callable[[], str] | None = None
@@ -36,19 +36,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": _Formatter} | options)
 
     def error(self, message: str) -> NoReturn:
-        """Ends with the message, and what to do where a configuration is missing."""
+        """Exits with the message, and a remedy if a configuration is missing."""
         if message.endswith("required: CONFIG"):
             message += "; give a YAML file (`jaxalign init` writes one) or recipe:NAME"
         super().error(message)
 
     def format_help(self) -> str:
-        """The help, with `more_help` where there is some."""
+        """The help, with the text of `more_help` if there is any."""
         text = super().format_help()
         return text if self.more_help is None else f"{text}\n{self.more_help()}\n"
 
 
 def version() -> str:
-    """Versions of this package and of what it computes with, on one line."""
+    """Versions of this package and of its main dependencies, on one line."""
     try:
         own = importlib.metadata.version("jaxalign")
     except importlib.metadata.PackageNotFoundError:
@@ -60,11 +60,11 @@ def version() -> str:
 def unrecognized(
     command: str, rest: Sequence[str], given: Sequence[str], takes_overrides: bool
 ) -> str:
-    """What to say of arguments that a command does not know.
+    """The message for arguments that a command does not know.
 
     Args:
       command: its name.
-      rest: what was left over.
+      rest: the unknown arguments.
       given: all arguments.
       takes_overrides: whether it takes `key=value`.
     """

@@ -1,4 +1,4 @@
-"""`jaxalign chat`: a conversation with a model, or with two of them side by side."""
+"""`jaxalign chat`: a conversation with a model, or with two models side by side."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Speaker(NamedTuple):
     """A model in the conversation, which remembers its own answers.
 
     Attributes:
-      name: shown above its answers; "": nothing is shown.
-      answer: gives its answers.
+      name: shown above its answers; "": not shown.
+      answer: generates its answers.
       messages: the conversation so far, without the system prompt.
     """
 
@@ -31,17 +31,17 @@ class Speaker(NamedTuple):
 
 
 class Chat:
-    """A conversation: takes lines, gives lines.
+    """A conversation: input lines to output lines.
 
     Args:
-      speakers: who answers.
+      speakers: the models that answer.
       options: keyword arguments of `jaxalign.generate`, without its key.
-      seed: of sampling; each turn has a key of its own.
+      seed: the sampling seed; each turn has its own key.
       system: the system prompt; None: none.
-      show: gets the answer piece by piece while it is sampled, if one model answers; None: `reply`
-        returns it whole.
-      adapters: name → what the first speaker answers with under that name, for `/adapter`; the
-        first is in use.
+      show: called with pieces of the answer while it is sampled, if only one model answers; None:
+        `reply` returns the whole answer.
+      adapters: name → the first speaker's answer function with that adapter, for `/adapter`; the
+        first is active.
     """
 
     def __init__(
@@ -56,19 +56,20 @@ class Chat:
         self._speakers, self._options = list(speakers), dict(options)
         self._seed, self._turns, self._system = seed, 0, system
         self._answered = False
-        # Two answers stand one under the other: the second could not begin before the first ends.
+        # Two answers are shown one below the other, so the second could not start before the first
+        # ends.
         self._streamed = {} if show is None or len(speakers) > 1 else {"on_text": self._piece}
         self._show, self._was_shown = show, False
         self._adapters = dict(adapters or {})
         self._adapter = next(iter(self._adapters), None)
 
     def reply(self, line: str) -> str:
-        """What is shown after a line of the person's: answers, or the result of a command.
+        """The output for a line of the user: answers, or the result of a command.
 
-        An answer that was shown piece by piece is not returned again: "".
+        If the answer was already shown in pieces, it returns "".
 
         Raises:
-          ValueError: the first message cannot be answered, so that no other could be.
+          ValueError: the first message cannot be answered, so no other message could be.
         """
         if line.startswith("/") and not line.startswith("//"):
             name, _, value = line[1:].partition(" ")
@@ -76,7 +77,7 @@ class Chat:
                 return self._command(name, value.strip())
             except (ValueError, OSError) as error:
                 return f"/{name}: {error}"
-        # Two slashes begin a message that begins with one.
+        # Two slashes start a message that begins with a slash.
         return self._say(line[1:] if line.startswith("//") else line)
 
     def _say(self, text: str) -> str:
@@ -143,7 +144,7 @@ class Chat:
         return f"{name} answers from here on; the conversation stays"
 
     def _numbers(self) -> dict[str, Any]:
-        """The options that a command may set."""
+        """The numeric options that a command may set."""
         return {k: v for k, v in self._options.items() if type(v) in (int, float)}
 
     def _set(self, option: str, value: str) -> str:
@@ -224,7 +225,7 @@ def _run(parsed: argparse.Namespace) -> None:
     answers = [next(iter(adapters.values()))]
     names = [""]
     if parsed.versus is not None:
-        # A model against itself answers twice, and two names tell the answers apart.
+        # A model compared with itself answers twice, under two names.
         names = [f"A {parsed.model}", f"B {parsed.versus}"]
         answers += _answerers(parsed.versus, None, "--versus").values()
     speakers = [Speaker(name, answer, []) for name, answer in zip(names, answers, strict=True)]
@@ -243,12 +244,12 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _show(piece: str) -> None:
-    """Prints at once, also into a pipe."""
+    """Prints without buffering, even into a pipe."""
     print(piece, end="", flush=True)
 
 
 def _answerers(source: str, adapters: Sequence[str] | None, option: str) -> dict[str, Answer]:
-    """Loads a model once; name → what answers with that adapter, and last without one."""
+    """Loads a model once; name → answer function with that adapter, and last without adapter."""
     from jaxalign.sampling.generate import generate
 
     def answerer(model: Any, params: Any, tok: Any) -> Answer:

@@ -1,7 +1,7 @@
 """Commands: `jaxalign sft|reward|dpo|kto|ppo|pipeline CONFIG [key=value …]`, `quickstart`, …
 
-Each command's file declares its arguments and what it runs; here is the table of them. Wrong input
-ends with one message and exit status 2; `JAXALIGN_TRACEBACK=1` shows where it arose.
+Each command's file declares its arguments and its function; this file has the table of commands.
+Invalid input ends with one message and exit status 2; `JAXALIGN_TRACEBACK=1` shows the traceback.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(version())
         return 0
-    # Only the tokenizers of transformers are used, so its advice to install torch is no use here.
+    # Only transformers' tokenizers are used, so hide its advice to install torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parsed = parse(given)
     command: Command = parsed.subcommand
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command; `subcommand` is the `Command`. A wrong command line exits."""
+    """The parsed arguments; `subcommand` is the `Command`. Exits on an invalid command line."""
     parser = Parser(prog="jaxalign", description="Align language models with people, in JAX.")
     parser.add_argument("--version", action="store_true", help="print versions and end")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         subparser.set_defaults(subcommand=command)
     parsed, rest = parser.parse_known_args(arguments)
     takes_overrides = hasattr(parsed, "overrides")
-    # argparse ends a list of arguments at the first option; those after it belong to it too.
+    # argparse ends a list of arguments at the first option; later arguments belong to the list too.
     for name in ("overrides", "prompts"):
         if rest and hasattr(parsed, name) and not any(text.startswith("-") for text in rest):
             setattr(parsed, name, getattr(parsed, name) + rest)

@@ -1,4 +1,4 @@
-"""What a subcommand of `jaxalign` consists of: each command's file declares its own."""
+"""The definition of a subcommand of `jaxalign`; each command's file declares its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Command(NamedTuple):
       name: the word on the command line.
       help: one line for `jaxalign --help`.
       add_arguments: adds its arguments to its parser.
-      run: does the work, given the parsed arguments; its result is the exit status, None is 0.
-      compiles: whether it compiles programs that are worth a cache on disk.
-      more_help: what `--help` shows behind the arguments; made only when it is asked for.
+      run: runs the command with the parsed arguments; returns the exit status, None for 0.
+      compiles: whether it compiles programs worth caching on disk.
+      more_help: the text that `--help` shows after the arguments; made only when needed.
     """
 
     name: str

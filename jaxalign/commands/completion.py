@@ -19,12 +19,12 @@ _IN_LISTS = re.compile(r"(data|ptx)\.(train|eval)\.|rewards\.")  # no key=value 
 
 
 class Words(NamedTuple):
-    """What may stand behind a command.
+    """The words that may follow a command.
 
     Attributes:
-      help: of the command, one line.
+      help: the command's help, one line.
       flags: such as `--out`, and the words of an argument that takes one of a few.
-      values: flag → the values that it takes, where they are few.
+      values: flag → the values that it accepts, if they are few.
       keys: options of its YAML as `section.option=`.
     """
 
@@ -49,7 +49,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def words_of(command: Command) -> Words:
-    """What may stand behind a command: read from its help, and from the options of its YAML."""
+    """The words that may follow a command, from its help and from the options of its YAML."""
     from jaxalign.commands.options.table import sections_of_command
     from jaxalign.run.config.runs import RUNS
 
@@ -188,5 +188,5 @@ def _fish(table: dict[str, Words], recipes: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text in single quotes, as all three shells read it."""
+    """Text in single quotes, quoted for all three shells."""
     return "'" + text.replace("\\", "\\\\").replace("'", "’") + "'"

@@ -91,7 +91,7 @@ def _weighted(parsed: argparse.Namespace) -> tuple[tuple[str, float], ...]:
     weights = parsed.weights or [1.0] * len(parsed.adapter)
     if len(weights) != len(parsed.adapter):
         raise ValueError(
-            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted as many"
+            f"--weights: got {len(weights)} for {len(parsed.adapter)} --adapter, wanted one each"
         )
     if parsed.adapter and parsed.base is not None:
         raise ValueError("--adapter puts adapters on a model, --base extracts one; give either")
@@ -124,7 +124,7 @@ def _export(parsed: argparse.Namespace) -> None:
             _check_push(parsed)
         done = export(parsed.folder, parsed.out, options)
         print("\n".join(done.tables))
-        # A plain export prints the table and where it went, as scripts read it.
+        # A plain export prints the table and its path, which scripts may parse.
         checks = sys.stdout if options.record else sys.stderr
         if distributed.is_main():
             print("\n".join(done.checks), file=checks, flush=True)

@@ -1,4 +1,4 @@
-"""The command `fetch`: downloads what a run reads from the hub, once, before many hosts need it."""
+"""The command `fetch`: downloads a run's hub files once, before many hosts need them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _unique(found: Iterator[Iterator[tuple[str, str]]]) -> list[tuple[str, str]]
 
 
 def may_be_on_the_hub(source: str) -> bool:
-    """`owner/name` that is no path here; a run's own folders lie deeper or are there already."""
+    """Whether a source looks like `owner/name` and is not a local path."""
     name = source.partition(":")[0].partition("@")[0]
     path = pathlib.Path(source).expanduser()
     return name.count("/") == 1 and not path.exists() and not os.path.isabs(name)

@@ -1,4 +1,4 @@
-"""Going on with a stopped run: the flags that allow it, and the very command that does it."""
+"""Resuming a stopped run: the flags for it, and the exact command to do it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_new(file: pathlib.Path, text: str) -> None:
     """Writes a file that `--out` names.
 
     Raises:
-      ValueError: it is there already, or its folder is not.
+      ValueError: the file exists already, or its folder does not.
     """
     try:
         with file.open("x", encoding="utf-8") as handle:
@@ -47,11 +47,11 @@ def run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def with_flags(parsed: argparse.Namespace, section: str = "run") -> list[str]:
-    """The overrides on the command line, with the flags among them.
+    """The overrides on the command line, including those from the flags.
 
     Args:
       parsed: from a parser with `run_flags`.
-      section: where the options of a run are.
+      section: the section of the run's options.
     """
     given = [f"{section}.{name}=true" for name in _FLAGS if getattr(parsed, name)]
     return [*parsed.overrides, *given]
@@ -59,7 +59,7 @@ def with_flags(parsed: argparse.Namespace, section: str = "run") -> list[str]:
 
 @contextlib.contextmanager
 def say_how_to_go_on(parsed: argparse.Namespace, section: str = "run") -> Iterator[None]:
-    """Adds to the message of a stopped run the command that goes on with it."""
+    """Adds the command that resumes the run to the message of a stopped run."""
     from jaxalign.parallel import distributed
     from jaxalign.run.storage import StorageError
 
@@ -72,9 +72,9 @@ def say_how_to_go_on(parsed: argparse.Namespace, section: str = "run") -> Iterat
 
 
 def command_to_go_on(parsed: argparse.Namespace, section: str = "run") -> str:
-    """The command line that resumes the run of this one.
+    """The command line that resumes this command's run.
 
-    It goes on where there is a checkpoint, and starts where the run was stopped before its first.
+    It resumes if there is a checkpoint, and starts anew if the run stopped before its first one.
     """
     resume = f"{section}.resume"
     one_off = tuple(f"{section}.{name}=" for name in ("resume", *_FLAGS))

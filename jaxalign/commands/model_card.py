@@ -27,14 +27,13 @@ def model_card(
 ) -> str:
     """The text of `README.md` of a repository.
 
-    Paths of this machine are cut to their last part, and addresses of servers left out: the card is
-    for everybody.
+    The card is public, so local paths are cut to their last part and server addresses left out.
 
     Args:
-      name: of the repository, `owner/name`.
-      source: the run's folder, or the model that was written in another format.
-      formats: what `export.json` notes about each.
-      step: of the checkpoint; 0 for a model.
+      name: the repository, `owner/name`.
+      source: the run's folder, or the model that was converted.
+      formats: format → its entry in `export.json`.
+      step: the checkpoint's step; 0 for a model.
       scorer: whether it is a reward model or critic.
     """
     folder = _folder(source)
@@ -60,7 +59,7 @@ def model_card(
 
 
 def _folder(source: str) -> pathlib.Path:
-    """A run's folder, or the files of one in a bucket that the card is made of."""
+    """A run's folder, or a local copy of the files that the card needs, from a bucket."""
     if is_address(source):
         return fetch(source, "folder", ("config.yaml", "metrics.jsonl"))
     return pathlib.Path(source).expanduser()
@@ -69,7 +68,7 @@ def _folder(source: str) -> pathlib.Path:
 def _front(
     base: str, data: Sequence[str], algorithm: str | None, library: str, *, scorer: bool
 ) -> str:
-    """The header that the hub reads."""
+    """The metadata header for the hub."""
     facts: dict[str, Any] = {"library_name": library}
     facts["pipeline_tag"] = "text-classification" if scorer else "text-generation"
     facts["tags"] = ["jaxalign", *([algorithm] if algorithm else [])]
@@ -95,7 +94,7 @@ def _files(formats: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _results(folder: pathlib.Path) -> str:
-    """Held-out figures before and after, and the curves as a table of some steps."""
+    """Held-out metrics before and after, and the curves as a table of some steps."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return ""
@@ -116,7 +115,7 @@ def _results(folder: pathlib.Path) -> str:
 
 
 def _curve_table(curves: Mapping[str, Curve]) -> str:
-    """Some steps of the curves: their extremes are among them."""
+    """Some steps of the curves, including their extremes."""
     shown = [step for step, _ in thin(next(iter(curves.values())), _ROWS)]
     by_step = {name: dict(curve) for name, curve in curves.items()}
     rows = [
@@ -134,7 +133,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _public(text: str) -> str:
-    """A source as others may see it: no folder of this machine, and no address."""
+    """A source without local folders and addresses, for the public."""
     text = _ADDRESS.sub("(an address)", text)
     path = os.path.expanduser(text)
     if os.path.isabs(path) or pathlib.Path(path).exists():

@@ -1,4 +1,4 @@
-"""A device that runs out of memory: what takes how much, by the plan, and what makes it less."""
+"""Explains a device's out-of-memory error: each part's size, by the plan, and how to reduce it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def explain_out_of_memory(config: Any) -> Iterator[None]:
     """Turns a device's "out of memory" into a message with sizes and options.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Raises:
-      ValueError: in place of JAX's error; see `message`.
+      ValueError: replaces JAX's error; see `message`.
     """
     import jax
 
@@ -34,15 +34,14 @@ def explain_out_of_memory(config: Any) -> Iterator[None]:
 
 
 def message(config: Any, error: str) -> str:
-    """What took the memory, and what makes each part smaller.
+    """What takes the memory, and how to reduce each part.
 
-    The plan of the run is made for the devices that are there: its programs are compiled, or come
-    from the cache. On several processes, and where they do not compile, only what stays in memory
-    all the time is known.
+    It makes the run's plan for the present devices: programs are compiled or come from the cache.
+    With several processes, or if programs do not compile, only the resident memory is known.
 
     Args:
-      config: of the run.
-      error: JAX's.
+      config: the run's config.
+      error: JAX's error.
     """
     import jax
 
@@ -76,7 +75,7 @@ def message(config: Any, error: str) -> str:
 
 
 def _sizes(config: Any) -> tuple[dict[str, int], str, str]:
-    """(kind → bytes on a device, when, what else is to be said)."""
+    """(kind → bytes on a device, at which moment, remarks)."""
     import jax
 
     from jaxalign.plan import make_plan
@@ -86,9 +85,9 @@ def _sizes(config: Any) -> tuple[dict[str, int], str, str]:
         try:
             plan = make_plan(config.algorithm, config)
             return _parts(plan, config), f"while “{plan.peak}” runs, by the plan", ""
-        except ValueError as error:  # the compiler says itself how much is too much
+        except ValueError as error:  # the compiler itself reports the excess
             note = str(error)
-        except jax.errors.JaxRuntimeError:  # compiling wants memory of the device too
+        except jax.errors.JaxRuntimeError:  # compiling also needs device memory
             note = "the programs could not be compiled for want of memory"
     try:
         return _resident(config), "all the time, without what programs need", note
@@ -113,10 +112,10 @@ def _named(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _parts(plan: Any, config: Any) -> dict[str, int]:
-    """A plan's kinds, with the compiler's temporary memory told apart as far as it is known.
+    """A plan's kinds of memory, with the compiler's temporaries split as far as known.
 
     Gradients are as large as the parameters; logits are float32, a chunk of positions at a time.
-    What is left are activations, and whatever else the compiler keeps.
+    The rest is activations and other temporaries.
     """
     kinds = ("params", "frozen", "optimizer", "models", "batch", "cache", "other")
     found = _named({kind: getattr(plan, kind) for kind in kinds})
@@ -141,7 +140,7 @@ def _logits(plan: Any, config: Any) -> int:
 
 
 def _remedies(kind: str, config: Any) -> list[str]:
-    """Options that make a kind smaller and are not taken yet."""
+    """Options that reduce a kind of memory and are not yet in use."""
     optimizer, model, parts = config.optimizer, config.model, config.run.micro_batches
     lora = ["model.lora={rank: 16}"] if model.lora is None else []
     dtype = ["model.dtype=bfloat16"] if model.dtype == "float32" else []

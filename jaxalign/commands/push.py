@@ -1,4 +1,4 @@
-"""Uploads what was exported to the hub: one commit, with a model card."""
+"""Uploads an export to the hub, as one commit with a model card."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARD = "README.md"
-_GIVEN = (".gitattributes",)  # what the hub itself puts into a new repository
+_GIVEN = (".gitattributes",)  # files that the hub itself puts into a new repository
 
 
 def check_repository(name: str, *, overwrite: bool, api: Any) -> None:
-    """Refuses a repository that holds anything, before hours are spent on an export.
+    """Raises ValueError for a repository that is not empty, before a long export starts.
 
     Args:
       name: `owner/name`.
-      overwrite: it may hold something; files of the same names are replaced.
+      overwrite: allow a non-empty repository; files of the same names are replaced.
       api: a `huggingface_hub.HfApi`.
 
     Raises:
@@ -41,13 +41,13 @@ def files_to_push(
 ) -> dict[str, pathlib.Path]:
     """Path in the repository → file.
 
-    Hugging Face files and GGUF files lie at its top, where their readers look; an Orbax folder lies
-    in `orbax/`, and an adapter beside one of these in `peft/`.
+    Hugging Face files and GGUF files are at the top, where readers look for them. An Orbax folder
+    is in `orbax/`, and an adapter beside one of these in `peft/`.
 
     Args:
       places: format → its folder.
-      names: format → patterns of its files, where its folder may hold other things too; None: all
-        files are its own.
+      names: format → patterns of its files, if its folder may hold other files; None: all files
+        belong to it.
     """
     files = {}
     for name, place in places.items():
@@ -65,10 +65,10 @@ def push(name: str, files: Mapping[str, pathlib.Path], card: str, *, public: boo
     """Uploads files and a card as one commit; returns the address.
 
     Args:
-      name: `owner/name`. A repository that is not there is made.
+      name: `owner/name`. A missing repository is created.
       files: path in the repository → file.
       card: `README.md`, unless it is among the files.
-      public: whether a new repository is for everybody.
+      public: whether a new repository is public.
       api: a `huggingface_hub.HfApi`.
 
     Raises:

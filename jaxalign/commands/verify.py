@@ -44,7 +44,7 @@ def verify(folder: str, steps: int = 2, *, allow_changes: bool = False) -> dict[
     """Reruns recorded steps of a run, without changing anything in its folder.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       steps: how many to rerun from the start, and from each sound checkpoint.
       allow_changes: rerun although what the run read has changed.
 

@@ -1,7 +1,7 @@
 """Data: files and hub data sets → messages → tokens and masks → packed or padded batches.
 
-Everything here is numpy on the host; nothing touches a device. A module is loaded at its first use:
-code that only lays out rows does not load grain.
+Everything here is numpy on the host; nothing touches a device. Modules are imported at first use:
+code that only packs rows does not load grain.
 """
 
 from __future__ import annotations

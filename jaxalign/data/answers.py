@@ -34,11 +34,11 @@ def unpaired_batches(
     options: Options | None = None,
     **fields: Any,
 ) -> Batches[UnpairedBatch]:
-    """Single answers marked good or bad; one a row.
+    """Single answers marked good or bad; one per row.
 
-    `mismatched` holds each prompt with the answer of the next row of the batch (of the whole
-    batch, over all hosts; the last takes the first's), cut where the row ends. A batch of a single
-    row has no other answer: its mismatched row is empty.
+    `mismatched` pairs each prompt with the answer of the next row of the global batch (the last row
+    takes the first row's answer), truncated to the row's length. A batch of a single row has no
+    other answer: its mismatched row is empty.
 
     Args:
       sources: as `sft_batches`.
@@ -99,8 +99,8 @@ def ranked_batches(
       tok: a fast transformers tokenizer.
       options: as `sft_batches`, without packing; `rows` counts prompts,
         `length` the positions of a prompt with one answer.
-      answers: K, answers that a prompt may have at most; a row with more is an error. None: as
-        many as any row has.
+      answers: K, the largest number of answers to a prompt; a row with more is an error. None: the
+        largest number in any row.
       **fields: as `sft_batches`.
 
     Returns:
@@ -171,14 +171,14 @@ def graded_batches(
     attributes: Sequence[str] | None = None,
     **fields: Any,
 ) -> Batches[GradedBatch]:
-    """Answers with a score for each of several attributes; one a row.
+    """Answers with a score for each of several attributes; one answer per row.
 
     Args:
       sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
       options: as `sft_batches`, without packing; `rows` counts answers.
-      attributes: the columns of `scores`, in this order; a row without any of them is an error.
-        None: all that rows have, in alphabetical order (not when streaming).
+      attributes: the columns of `scores`, in this order; a row with none of them is an error. None:
+        all attributes in the data, in alphabetical order (not when streaming).
       **fields: as `sft_batches`.
 
     Raises:
@@ -236,10 +236,10 @@ def step_batches(
     options: Options | None = None,
     **fields: Any,
 ) -> Batches[StepBatch]:
-    """Answers in labelled steps; one a row.
+    """Answers in labelled steps; one answer per row.
 
-    A step's label stands at the token that holds its last character. Steps are written on lines of
-    their own. Those that a cut took away have no label.
+    A step's label is at the token that holds the step's last character. Each step is written on its
+    own line. Steps that truncation removes have no label.
 
     Args:
       sources: as `sft_batches`.
@@ -294,7 +294,7 @@ def single(
     options: Options,
     style: Style,
 ) -> list[Made]:
-    """One document an example."""
+    """Builds rows with one document per example."""
     found = encode_conversations(tok, conversations, options.chat_template, style=style)
     return [Made(i, [document]) for i, document in enumerate(found)]
 

@@ -1,8 +1,8 @@
 """The batches that algorithms take: files → examples → tokens → rows of static shapes.
 
-One function for each kind of example. They share their options (`jaxalign.data.options.Options`),
-and what becomes of rows on the way (`jaxalign.data.prepare`); what was cut and what was dropped is
-counted and printed.
+There is one function for each kind of example. They share their options
+(`jaxalign.data.options.Options`) and the processing of rows (`jaxalign.data.prepare`). Truncated
+and dropped rows are counted and printed.
 """
 
 from __future__ import annotations
@@ -48,25 +48,27 @@ def sft_batches(
 ) -> Batches[TokenBatch]:
     """Conversations and plain texts as token batches.
 
-    A row ends with the end token of its last answer: what a template writes after it is left out.
-    Rows that are too long are cut, and those that keep no trained token are dropped (counted).
+    A row ends with the end token of its last answer; text that a template writes after it is left
+    out. Rows that are too long are truncated, and rows left without a trained token are dropped;
+    both are counted.
 
     Args:
       sources: one or several of: a file, folder, glob or hub id (see `jaxalign.data.read_rows`), a
         `jaxalign.data.Source` with a weight or a number of rows, or rows as dicts.
       tok: a fast transformers tokenizer.
       options: how rows become batches; None: all at their defaults.
-      train_on: which tokens of a conversation are trained: "all" answers, the "last" one, "split"
-        (an example an answer), or "everything"; see `jaxalign.data.train_on`.
-      **fields: fields of `jaxalign.data.Options`, in place of those of `options`: `rows=64,
-        length=2048, packing=False`. Rows are packed by default, kept apart by segment ids.
+      train_on: which tokens of a conversation are trained: "all" answers, the "last" answer,
+        "split" (one example per answer), or "everything"; see `jaxalign.data.train_on`.
+      **fields: fields of `jaxalign.data.Options` that override `options`: `rows=64, length=2048,
+        packing=False`. Rows are packed by default, separated by segment ids.
 
     Returns:
-      `Batches` of TokenBatch, numpy `[rows, width]`; `source_ids` where there are several sources.
+      `Batches` of TokenBatch, numpy `[rows, width]`; with `source_ids` if there are several
+      sources.
 
     Raises:
-      ValueError: an unreadable or wrong row, an unusable template, options that do not go
-        together, or no row left to train on.
+      ValueError: an unreadable or invalid row, an unusable template, options that conflict, or no
+        row left to train on.
     """
     options = options_of(options, fields).layout(default="best_fit")
     entries = entries_of(sources)
@@ -102,18 +104,18 @@ def preference_batches(
 ) -> Batches[Any]:
     """Preference pairs as pair batches; `loss_mask` marks the answers.
 
-    Each side ends with the end token of its answer, where a reward model's score is read. A pair
-    of which a side keeps no token of its answer is dropped. Unpacked, a pair is a row of both
+    Each side ends with the end token of its answer, where a reward model's score is read. A pair is
+    dropped if either side keeps no token of its answer. Unpacked, a pair is the same row of both
     sides, and `mask` is None; rows that fill up the last batch are all False in both loss masks.
     Packed, a pair has the same row and segment on both sides; `mask` (and `margin`) are `[rows,
-    S]`, S the most pairs that share a row of this data (when streaming, `length` // 32 at most).
-    `margin` is there if the rows have one.
+    S]`, where S is the largest number of pairs in a row (when streaming, at most `length` // 32).
+    `margin` is set if the rows have one.
 
     Args:
       sources: as `sft_batches`.
       tok: a fast transformers tokenizer.
-      options: as `sft_batches`. `length` is that of each side, or of both together with
-        `shared_prefix`. Pairs are packed only with `packing=True`.
+      options: as `sft_batches`. `length` is the length of each side, or with `shared_prefix` of
+        both together. Pairs are packed only with `packing=True`.
       shared_prefix: both answers of a pair follow one copy of their prompt, in one row
         (`SharedPairBatch`): fewer tokens, the same losses for models that read `branch_ids`.
       **fields: as `sft_batches`.
@@ -127,7 +129,7 @@ def preference_batches(
     options = _no_wrapping(options_of(options, fields).layout(), "pairs")
     entries = entries_of(sources)
     pad = pad_id(tok)
-    margins: list[tuple[bool, str]] = []  # whether the first row has one, and which row that is
+    margins: list[tuple[bool, str]] = []  # does the first row have one; its origin
 
     def read(row: Row, columns: Any, form: str | None) -> Preference:
         pair = to_preference(row, columns, form)
@@ -195,10 +197,10 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
     """Prompts as left-padded batches for rollouts, ending where the answer begins.
 
-    Prompts longer than `length` lose their start (counted), so that the question and the header of
-    the answer stay; `keep="whole"` drops them. `PromptBatch.index` is the place in
-    `Batches.examples`: the prompt's messages and its whole row. Rows that fill up the last batch
-    have index -1 and mask False.
+    Prompts longer than `length` lose their start, so that the question and the header of the answer
+    stay; `keep="whole"` drops them instead. Both are counted. `PromptBatch.index` is the index into
+    `Batches.examples`, which has the prompt's messages and its whole row. Rows that fill up the
+    last batch have index -1 and mask False.
 
     Args:
       sources: as `sft_batches`.
@@ -208,7 +210,7 @@ def prompt_batches(
 
     Raises:
       ValueError: as `sft_batches`; `packing`, `streaming`, `buckets` or `keep="answer_start"`,
-        which prompts have no use for.
+        which do not apply to prompts.
     """
     options = options_of(options, fields).layout()
     for name, wrong, wanted in (
@@ -240,7 +242,7 @@ def prompt_batches(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
     ) -> PromptBatch:
         mine = groups[options.part]
-        which: list[Any] = [group[0] for group in mine if group]  # empty rows are the last ones
+        which: list[Any] = [group[0] for group in mine if group]  # empty rows come last
         documents: Any = kept.sides[0]
         return prompt_rows({i: documents[i].ids for i in which}, which, len(mine), width, pad)
 
@@ -248,21 +250,22 @@ def prompt_batches(
     return load(recipe, entries_of(sources), options, tok)
 
 
-# What the functions here, and those of `jaxalign.data.answers`, share
+# Shared with `jaxalign.data.answers`
 
 
 def load(
     recipe: Recipe, entries: Sequence[Entry], options: Options, tok: PreTrainedTokenizerBase
 ) -> Batches[Any]:
-    """All data at once, or a window at a time."""
+    """Loads all data at once, or a window at a time."""
     make = streamed if options.streaming else in_memory
     return make(recipe, entries, options, tok)
 
 
 def answered(example: Any, answer: Any, answers: Sequence[Any] = ()) -> Conversation:
-    """A prompt with one of its answers, of which the answer is trained.
+    """A prompt with one of its answers; only the answer is trained.
 
-    All of several `answers` follow the same prompt: that of reasoning, if one begins with it.
+    Several `answers` all follow the same prompt: the reasoning prompt, if any of them begins with
+    reasoning.
     """
     tools = getattr(example, "tools", ())
     kwargs = getattr(example, "template_kwargs", None)
@@ -280,7 +283,7 @@ def answered(example: Any, answer: Any, answers: Sequence[Any] = ()) -> Conversa
 
 
 def token_builder(entries: Sequence[Entry], pad: int) -> Any:
-    """`Recipe.build` of one document a place."""
+    """`Recipe.build` for one document per example."""
 
     def build(
         kept: Kept, groups: Sequence[Group], options: Options, width: int, slots: int
@@ -310,7 +313,7 @@ _PROMPTS = ("prompt", "instruction", "question")
 
 
 def no_packing(options: Options, what: str) -> Options:
-    """Refuses packing of what is not packed."""
+    """Raises ValueError for `packing` where rows are not packed."""
     if options.packing is not None:
         raise ValueError(
             f"packing: got {options.packing!r} for {what}, which are not packed; use False"

@@ -1,8 +1,8 @@
-"""What comes in stays within bounds: plain files, and JSON whose depth and numbers are limited.
+"""Limits on input: only plain files, and JSON with limited depth and number length.
 
-Files that people give may be wrong or hostile. A named pipe would block for ever, a device never
-ends, and JSON that is nested too deep or holds a number of a thousand digits fails far from the
-place where it was read.
+Files from users may be wrong or hostile. Reading a named pipe would block forever, and a device
+never ends. JSON that is nested too deeply or holds a number of a thousand digits fails far from
+where it was read.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects within each other in a JSON text."""
+"""The maximum nesting depth of a JSON text."""
 MAX_DIGITS = 300
-"""Digits of a whole number in a JSON text; beyond 308 it fits no float."""
+"""The maximum number of digits of an integer in a JSON text; above 308 it fits no float."""
 MAX_JSON_BYTES = 256 * 2**20
-"""Bytes of a JSON file that is read at once, such as `config.json`."""
+"""The maximum size in bytes of a JSON file that is read whole, such as `config.json`."""
 
 
 def check_plain(path: pathlib.Path) -> None:
-    """Refuses a path that opening could block on: a named pipe, a device, a socket.
+    """Raises ValueError for a path that could block when opened: a named pipe, a device, a socket.
 
-    What does not exist passes, and so do folders: who opens them says it better.
+    A missing path passes, and so does a folder: the code that opens them has a better error.
 
     Raises:
-      ValueError: it is one of these, also through a link.
+      ValueError: it is one of these, directly or through a link.
     """
     try:
         mode = path.stat().st_mode
@@ -42,10 +42,10 @@ def check_plain(path: pathlib.Path) -> None:
 
 
 def check_plain_folder(folder: pathlib.Path) -> None:
-    """`check_plain` of everything that lies directly in a folder.
+    """`check_plain` for each direct entry of a folder.
 
     Raises:
-      ValueError: an entry is no file and no folder.
+      ValueError: an entry is neither a file nor a folder.
     """
     for path in sorted(folder.iterdir()):
         check_plain(path)
@@ -55,8 +55,8 @@ def read_json_file(path: pathlib.Path) -> Any:
     """Reads a JSON file whole.
 
     Raises:
-      ValueError: not a plain file, larger than `MAX_JSON_BYTES`, or as `parse_json` has it. The
-        message names the file.
+      ValueError: not a plain file, larger than `MAX_JSON_BYTES`, or as `parse_json`. The message
+        names the file.
       OSError: it cannot be opened.
     """
     check_plain(path)
@@ -72,13 +72,13 @@ def read_json_file(path: pathlib.Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` that fails with a `ValueError` alone.
+    """`json.loads` whose only exception is `ValueError`.
 
-    NaN and Infinity are read as Python reads them; who wants a finite number checks that.
+    NaN and Infinity are read as Python reads them; callers that need finite numbers must check.
 
     Raises:
-      ValueError: not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or a whole number of more
-        than `MAX_DIGITS` digits.
+      ValueError: not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or an integer of more than
+        `MAX_DIGITS` digits.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
@@ -96,7 +96,7 @@ def check_depth(value: Any, text: str | bytes) -> None:
     Raises:
       ValueError: it is nested deeper than `MAX_DEPTH`.
     """
-    # Few texts have so many brackets that the value must be looked at.
+    # Few texts have so many brackets that the value's depth must be measured.
     marks = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if sum(text.count(mark) for mark in marks) <= MAX_DEPTH:  # pyrefly: ignore[bad-argument-type]
         return
@@ -109,7 +109,7 @@ def check_depth(value: Any, text: str | bytes) -> None:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that are there more than once, in order, found in linear time."""
+    """The names that occur more than once, in order, in linear time."""
     return [name for name, count in collections.Counter(names).items() if count > 1]
 
 

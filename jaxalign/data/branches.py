@@ -9,9 +9,9 @@ A prompt `p0 p1 p2`, a chosen answer `c0 e`, a rejected answer `r0 r1 e`:
     segment_ids    1  1   1  1  1  1  1  1  1   (the next pair of the row: 2)
     loss_mask      0  0   1  1  0  1  1  1  0
 
-The prompt's last token stands in both branches because both answers' first tokens are read from
-it. What is shared is a common start of the *token ids*: where tokenizing the two sides differs
-within the prompt, less of it is shared.
+The prompt's last token is in both branches because each answer's first token is predicted from it.
+The shared part is the common prefix of the *token ids*: if the two sides tokenize the prompt
+differently, less of it is shared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxalign.types import TokenBatch
 
 
 def shared_size(chosen: Encoded, rejected: Encoded) -> int:
-    """Positions that a pair takes when its prompt is held once."""
+    """The number of positions that a pair takes when its prompt is stored once."""
     return len(chosen.ids) + len(rejected.ids) - branch_point((chosen, rejected))
 
 

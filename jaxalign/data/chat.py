@@ -1,9 +1,10 @@
-"""Conversations to tokens under a chat template, with an exact mask of what is trained.
+"""Conversations to tokens under a chat template, with an exact mask of the trained tokens.
 
 Training uses the tokens of each assistant turn: its content and its end token (such as
 `<|im_end|>`), not the header before it and not the newline after it. `jaxalign.data.spans` finds
-the turns in the rendered text; the text is then tokenised once (with a border before a turn where a
-token would straddle it), and every token that holds a character of a turn is trained.
+the turns in the rendered text; the text is then tokenised once, and every token that holds a
+character of a turn is trained. If a token would straddle the start of a turn, the text is split
+there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 OnFault = Callable[[RowError], None] | None
 
-# Documents that are tokenised together: their offsets take many times the memory of their texts.
+# Documents tokenised at a time: offsets take many times the memory of the texts.
 _MOST, _CHARACTERS = 256, 1 << 20
 
 
@@ -43,7 +44,7 @@ class Encoded(NamedTuple):
 
     Attributes:
       ids: int32 `[n]`.
-      trained: bool `[n]`, which of these tokens are to be learnt (as targets).
+      trained: bool `[n]`, which tokens are trained as targets.
     """
 
     ids: np.ndarray
@@ -61,21 +62,21 @@ def encode_conversations(
     *,
     style: Style | None = None,
 ) -> list[Encoded]:
-    """Tokens and mask of each conversation, one document each.
+    """Encodes each conversation as one document of tokens with a mask.
 
     Args:
       tok: a fast transformers tokenizer.
-      conversations: what to encode.
-      chat_template: see `resolve_chat_template`. Under "none" a conversation is one prompt and
-        one completion: [bos] prompt completion eos, completion and eos trained. The bos token is
-        there if the tokenizer has one that is not also its eos.
-      on_fault: called with the error of a conversation that cannot be encoded, which then gives a
-        document of no tokens; None raises it.
+      conversations: the conversations to encode.
+      chat_template: see `resolve_chat_template`. Under "none" a conversation is one prompt and one
+        completion: [bos] prompt completion eos, where completion and eos are trained. The bos token
+        is added if the tokenizer has one that is not also its eos.
+      on_fault: called with the error if a conversation cannot be encoded; its document is then
+        empty. None: raise the error.
       style: variables of the template, and what becomes of special tokens in people's words.
 
     Raises:
-      ValueError: the template refuses a conversation, cannot mark its assistant turns, or ends
-        them without a token to stop at. It names the row.
+      ValueError: the template rejects a conversation, cannot mark its assistant turns, or ends them
+        without a stop token. The message names the row.
     """
     made = [_NOTHING] * len(conversations)
     encoded = _encode(tok, conversations, chat_template, on_fault, one_each=True, style=style)
@@ -93,19 +94,19 @@ def encode_training(
     *,
     style: Style | None = None,
 ) -> list[tuple[int, Encoded]]:
-    """Tokens and masks for SFT: one document a conversation, or several.
+    """Tokens and masks for SFT: one document per conversation, or several.
 
-    Several where `train_on="split"`, and where the template writes an answer anew once more turns
-    follow (see `jaxalign.data.spans`): each such answer then has a document of its own, in which
-    it is what the model sees and says when it answers.
+    There are several with `train_on="split"`, and if the template rewrites an answer once more
+    turns follow (see `jaxalign.data.spans`). Each such answer then has its own document: the text
+    that the model sees and writes when it gives this answer.
 
     Args:
       tok: a fast transformers tokenizer.
-      conversations: what to encode.
+      conversations: the conversations to encode.
       chat_template: see `encode_conversations`.
       train_on: see `jaxalign.data.train_on`.
-      on_fault: called with the error of a conversation that cannot be encoded, which then gives no
-        document; None raises it.
+      on_fault: called with the error if a conversation cannot be encoded; it then has no document.
+        None: raise the error.
       style: variables of the template, and what becomes of special tokens in people's words.
 
     Returns:
@@ -142,7 +143,7 @@ def encode_training(
 
 
 def encode_texts(tok: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
-    """Plain texts, [bos] text eos, every token trained; bos and eos only where they are missing.
+    """Plain texts as [bos] text eos, all trained; bos and eos are added only if missing.
 
     Raises:
       ValueError: the tokenizer has no eos token.
@@ -168,7 +169,7 @@ def encode_prompts(
 
     Args:
       tok: a transformers tokenizer.
-      prompts: messages of each prompt.
+      prompts: the messages of each prompt.
       chat_template: see `resolve_chat_template`.
       origins: where the prompts came from, for errors.
       tools: functions that the template describes to the model in each prompt.
@@ -176,7 +177,7 @@ def encode_prompts(
       style: variables of the template, and what becomes of special tokens in people's words.
 
     Returns:
-      An int32 array a prompt, of its own length.
+      One int32 array per prompt, each of its own length.
     """
     names = origins if origins is not None else [f"prompt {n + 1}" for n in range(len(prompts))]
     given = tools if tools is not None else [()] * len(prompts)
@@ -207,8 +208,8 @@ def encode_prompt(
       tok: a transformers tokenizer.
       messages: the turns so far; a string is one user message.
       chat_template: see `resolve_chat_template`.
-      thinking: "on" for the prompt of answers that begin with reasoning; "auto" and "off" for the
-        other.
+      thinking: "on" for the prompt that precedes answers with reasoning; "auto" and "off" for the
+        other prompt.
       chat_template_kwargs: further variables of the template.
     """
     style = Style(chat_template_kwargs, thinking=thinking)
@@ -224,19 +225,19 @@ def stop_token_ids(
     *,
     listed: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """The tokens at which an answer ends, ascending: for training, sampling, scoring and exports.
+    """The ids of tokens that end an answer, ascending: for training, sampling, scoring and exports.
 
-    They are the template's end of turn, the tokenizer's eos, what the source's generation config
-    lists, and what publishers list beside these (`jaxalign.data.ends.BESIDE`).
+    They are the template's end of turn, the tokenizer's eos, the ids in the source's generation
+    config, and the ids that publishers list beside these (`jaxalign.data.ends.BESIDE`).
 
     Args:
       tok: a transformers tokenizer; `load_tokenizer` reads what its source lists.
       chat_template: see `resolve_chat_template`.
-      model: a model whose source's generation config counts too; None: none does.
-      listed: further ids.
+      model: a model whose source's generation config is also used; None: no model.
+      listed: additional ids.
 
     Raises:
-      ValueError: no such template, or one under which an answer ends without a token to stop at.
+      ValueError: no such template, or a template under which an answer ends without a stop token.
     """
     template = resolve_chat_template(tok, chat_template)
     ends = {*listed, *getattr(getattr(model, "config", None), "listed_stops", ())}
@@ -297,7 +298,7 @@ def _encode(
 def _check_end_tokens(
     tok: PreTrainedTokenizerBase, encoded: Encoded, origin: str, ends: set[int]
 ) -> None:
-    """Refuses templates under which a model would never learn to stop."""
+    """Raises ValueError for templates under which a model would never learn to stop."""
     trained = encoded.trained
     last = np.flatnonzero(trained & ~np.append(trained[1:], False))
     for token in encoded.ids[last].tolist():
@@ -328,7 +329,7 @@ def plain_prompt(messages: Messages, origin: str, tools: Tools = ()) -> str:
 
 
 def _encode_plain(tok: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
-    """[bos] prompt completion eos; bos and eos only where they are missing."""
+    """[bos] prompt completion eos; bos and eos are added only if missing."""
     messages, origin = conversation.messages, conversation.origin
     prompt = plain_prompt(messages[:-1], origin, conversation.tools)
     if messages[-1]["role"] != "assistant":
@@ -344,14 +345,14 @@ def _encode_plain(tok: PreTrainedTokenizerBase, conversation: Conversation) -> E
         )
     answer = messages[-1]["content"]
     if blank_first(tok):
-        # Answers tokenised apart would get a blank: the ids are those of the whole text.
+        # An answer tokenised separately would get a leading space, so tokenise the whole text.
         ids, trained = tokens_of(tok, prompt + answer, [(len(prompt), len(prompt + answer))], None)
         before = len(with_begin(tok, ids)) - len(ids)
         ids, trained = with_begin(tok, ids), np.append(np.zeros(before, np.bool_), trained)
     else:
         head, whole = plain_ids(tok, [prompt, prompt + answer])
-        # Where a token would straddle the border, the two parts are tokenised apart: generation
-        # will go on from exactly the prompt's tokens.
+        # If a token would straddle the border, tokenise the two parts separately: generation
+        # continues from exactly the prompt's tokens.
         ids = (
             whole if whole[: len(head)] == head else head + tokenize(tok, [answer])["input_ids"][0]
         )

@@ -1,9 +1,9 @@
-"""Which form a row has: by its columns, by a map of columns, or by a name.
+"""Recognises a row's form: by its columns, by a map of columns, or by name.
 
-A form is recognised by the first entry of a table whose columns the row has (null counts as
-absent). `columns` maps our names to a data set's; `form` decides where two forms would fit. The
-columns that a reader reads are recorded, so a column with a known meaning is never silently
-ignored: it is read, or it is an error that says how to map it.
+A row has the first form in a table whose columns it has (null counts as absent). `columns` maps our
+names to the data set's; `form` decides if two forms would fit. The columns that a reader uses are
+recorded, so a column with a known meaning is never silently ignored: either it is read, or an error
+says how to map it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ KNOWN = (
     *("rejected", "margin", "label", "tools", "answers", "completions", "scores", "ranks"),
     *("steps", "labels", "instances", "thinking", "weight", "chat_template_kwargs"),
 )
-"""Our names of columns, which `columns` may map."""
+"""Our column names, which `columns` can map."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Columns of messages and tools: tables fill what other rows have with nulls.
+# Columns of messages and tools: tables fill keys that only other rows have with nulls.
 _NESTED = (
     *("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools"),
     *("chosen_messages", "rejected_messages"),
@@ -42,12 +42,12 @@ _NESTED = (
 
 @dataclasses.dataclass
 class Reading:
-    """What was read of one row.
+    """Records what was read from one row.
 
     Attributes:
       form: the name of its form.
-      columns: our name → the data set's, of the columns that were read.
-      unused: columns of the data set that nothing read.
+      columns: our name → the data set's name, for the columns that were read.
+      unused: columns of the data set that were not read.
       nulls: null-filled keys of messages and tools that were left out.
     """
 
@@ -58,11 +58,11 @@ class Reading:
 
 
 class Recorded(dict[str, Any]):
-    """The columns of a row, under our names; `read` collects those that were looked up."""
+    """The columns of a row, under our names; `read` collects the columns that were looked up."""
 
     def __init__(self, data: Mapping[str, Any], source: Mapping[str, Any], reading: Reading):
         super().__init__(data)
-        self.source = source  # as it was read
+        self.source = source  # the row as read
         self.theirs = {name: name for name in data}
         self.ignored: set[str] = set()
         self.reading = reading
@@ -73,7 +73,7 @@ class Recorded(dict[str, Any]):
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value under one of our names, recorded as read."""
+        """The value under one of our names; records the column as read."""
         if name in self:
             self._record(name)
         return super().get(name, default)
@@ -83,11 +83,11 @@ class Recorded(dict[str, Any]):
             self.reading.columns[name] = self.theirs.get(name, name)
 
     def has(self, name: str) -> bool:
-        """Whether there is a value, without reading it."""
+        """Whether there is a value, without recording the column as read."""
         return dict.get(self, name) not in (None, "", [])
 
     def changed(self, changes: Mapping[str, Any]) -> Recorded:
-        """A copy with other values in some columns, whose reading is recorded in the same place."""
+        """A copy with other values in some columns; reads are recorded in the same place."""
         copy = Recorded({**self, **changes}, self.source, self.reading)
         copy.theirs |= self.theirs
         copy.ignored = self.ignored
@@ -103,10 +103,10 @@ class Form(NamedTuple):
     """A form of rows.
 
     Attributes:
-      name: what `form` calls it.
-      needs: the columns it is recognised by, all of them; "a|b" is one of two.
+      name: the form's name in the option `form`.
+      needs: the columns that the row must have; "a|b" means one of the two.
       read: row → example.
-      by_name: it is never recognised, only named: its columns may mean something else.
+      by_name: the form is only used when named, because its columns could mean something else.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Form(NamedTuple):
     by_name: bool = False
 
     def fits(self, columns: Collection[str]) -> bool:
-        """Whether all columns that it needs are there."""
+        """Whether the row has all the columns that the form needs."""
         return all(any(c in columns for c in need.split("|")) for need in self.needs)
 
 
@@ -128,20 +128,20 @@ def read_form(
     *,
     trained: bool = False,
 ) -> Any:
-    """Reads a row by the form that its columns, or `form`, name.
+    """Reads a row in the form that its columns, or the option `form`, determine.
 
     Args:
-      row: as it was read.
+      row: the row as read.
       forms: the forms to choose from; the first that fits is taken.
-      columns: our column → theirs.
-      form: the name of the form, where several would fit.
-      hint: what to add to the error where none fits.
-      trained: the row's one answer is trained (SFT): a second column with an answer, or with
-        reasoning, that is not read is an error.
+      columns: our column → the data set's.
+      form: the name of the form, if several would fit.
+      hint: added to the error if no form fits.
+      trained: the row's one answer is trained (SFT). An unread second column with an answer or
+        reasoning is then an error.
 
     Raises:
-      ValueError: an unknown form or column, a row of no form, a column that means something and is
-        not read, or what the form's reader finds.
+      ValueError: an unknown form or column, a row of no form, a column with a known meaning that is
+        not read, or an error of the form's reader.
     """
     row = renamed(row, columns)
     data: Any = row.data
@@ -163,7 +163,7 @@ def read_form(
 
 
 def _in_their_words(error: RowError, data: Recorded) -> RowError:
-    """The error of a column under our name, with the name that the data set gives it."""
+    """Adds the data set's column name to an error that uses our name."""
     ours = re.match(r"\w+", error.reason)
     theirs = data.theirs.get(ours[0], ours[0]) if ours else None
     if ours is None or theirs == ours[0]:
@@ -209,9 +209,9 @@ def _unknown(row: Row, wanted: str) -> RowError:
 
 
 def renamed(row: Row, columns: Columns) -> Row:
-    """The row with our names of columns, checked to be one that can be trained as text."""
+    """The row under our column names, checked to contain only text."""
     if isinstance(row.data, Recorded) and row.data.reading.form:
-        return row  # a form that reads a row by another form
+        return row  # a form that delegates to another form
     given = row.data.reading if isinstance(row.data, Recorded) else Reading()
     data = Recorded(row.data, dict(row.data), given)
     row = Row(data, row.origin)
@@ -236,7 +236,7 @@ def renamed(row: Row, columns: Columns) -> Row:
 
 
 def _apply(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
-    """Renames as `columns` says; returns its entries for fields of messages and speakers."""
+    """Renames columns by `columns`; returns its entries for message fields and speakers."""
     data: Any = row.data
     source = data.source
     fields = {ours: theirs for ours, theirs in columns.items() if "." in ours}
@@ -292,7 +292,7 @@ def _column(row: Row, name: str) -> Any:
 
 
 def _adopt(data: Recorded) -> None:
-    """Gives columns with other names in use ours, where the row has no column of that kind."""
+    """Gives columns with other common names our names, if the row has no column of that kind."""
     for name in [name for name in data if isinstance(name, str) and name not in KNOWN]:
         if plain(name) in KNOWN and plain(name) not in data:
             data.rename(name, plain(name))
@@ -310,7 +310,7 @@ def _adopt(data: Recorded) -> None:
     if not conversation and not any(name in data for name in PROMPTS):
         _adopt_first(data, "prompt", PROMPTS)
         if "prompt" not in data and (pairs or any(name in data for name in answered)):
-            # A context alone is what the answer answers.
+            # A context without a prompt is itself the prompt.
             _adopt_first(data, "context", ("context",))
             for name in ("input", "context"):
                 if "prompt" not in data and data.has(name) and "instances" not in data:
@@ -325,7 +325,7 @@ def _adopt_first(
     present: Collection[str],
     fits: Callable[[Any], bool] = lambda value: isinstance(value, str) or is_messages(value),
 ) -> None:
-    """Renames the first column of a meaning, unless one of `present` is there."""
+    """Renames the first column with a given meaning, unless one of `present` exists."""
     if any(data.has(name) for name in present):
         return
     for name in list(data):
@@ -348,7 +348,7 @@ def _without_nulls(value: Any, reading: Reading) -> Any:
 
 
 def _mapped(value: Any, fields: Mapping[str, str]) -> Any:
-    """Messages with our names of fields and roles, as `message.FIELD` and `role.ROLE` map them."""
+    """Messages with our names of fields and roles, mapped by `message.FIELD` and `role.ROLE`."""
     if isinstance(value, list):
         return [_mapped(message, fields) for message in value]
     if not isinstance(value, dict):
@@ -392,7 +392,7 @@ def template_kwargs_of(row: Row) -> dict[str, Any] | None:
 
 
 def with_system(row: Row, messages: Messages) -> Messages:
-    """The messages after the column `system`, where the row has one."""
+    """The messages, preceded by the column `system` if the row has one."""
     if row.data.get("system") in (None, ""):
         return messages
     system = text(row.data["system"], "system", row.origin)
@@ -404,7 +404,7 @@ def with_system(row: Row, messages: Messages) -> Messages:
 
 
 def is_listed(value: Any) -> bool:
-    """Whether a field holds a list, also as the JSON text of a table's cell."""
+    """Whether a field holds a list, or a table cell with a list as JSON text."""
     return isinstance(value, list | tuple) or (
         isinstance(value, Cell) and value.lstrip().startswith("[")
     )

@@ -1,4 +1,4 @@
-"""Counting what becomes of rows, by source, in numbers that can be added up and saved."""
+"""Counts of what happens to rows, by source, in numbers that can be added up and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNTED = (
 
 
 class Counts:
-    """Numbers by source, what was counted, and (of dropped rows) the reason."""
+    """Numbers by source, kind of count, and (for dropped rows) the reason."""
 
     def __init__(self, values: Mapping[str, int] | Iterable[tuple[str, int]] = ()):
         self._values: Counter[str] = Counter(dict(values))
@@ -30,7 +30,7 @@ class Counts:
         return Counts(self._values + other._values)
 
     def values(self) -> dict[str, int]:
-        """As plain data; `Counts(values)` gives it back."""
+        """The counts as plain data; `Counts(values)` restores them."""
         return dict(self._values)
 
     def stats(self, sources: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which tokens end an answer: eos, the template's end of turn, and what publishers list beside.
+"""Which tokens end an answer: eos, the template's end of turn, and ids that publishers list.
 
-`jaxalign.data.stop_token_ids` unites them with what a source's generation config lists. Training,
-sampling, scoring and exports all use it.
+`jaxalign.data.stop_token_ids` adds the ids in a source's generation config. Training, sampling,
+scoring and exports all use it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Beside(NamedTuple):
-    """Tokens that generation configs list beside an end, where the tokenizer has them.
+    """Tokens that generation configs list beside an end token, if the tokenizer has them.
 
     Attributes:
       end: the end of turn, or eos.
-      others: what else ends an answer.
-      where: a token by which the tokenizer of that publisher is known; None: any.
+      others: the other tokens that end an answer.
+      where: a token that identifies the publisher's tokenizer; None: any tokenizer.
     """
 
     end: str
@@ -28,9 +28,9 @@ class Beside(NamedTuple):
 
 
 BESIDE = (
-    # Llama 3: texts, and messages that wait for a tool's answer.
+    # Llama 3: end of text, and end of a message that waits for a tool's answer.
     Beside("<|eot_id|>", ("<|end_of_text|>", "<|eom_id|>")),
-    # gpt-oss: calls of tools, and texts. `<|end|>` ends a message within an answer there.
+    # gpt-oss: end of a tool call, and end of text. There `<|end|>` ends a message within an answer.
     Beside("<|return|>", ("<|call|>", "<|endoftext|>")),
     # Phi 3 and 3.5, but not Phi 4.
     Beside("<|end|>", ("<|assistant|>",), where="<|placeholder1|>"),
@@ -40,10 +40,10 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 def united_ends(tok: PreTrainedTokenizerBase, ends: Iterable[int]) -> tuple[int, ...]:
-    """Ids that end an answer, ascending: `ends`, eos, and what publishers list beside them.
+    """Ids that end an answer, ascending: `ends`, eos, and the ids that publishers list beside them.
 
-    What the tokenizer's source lists counts, if `load_tokenizer` read it. Ids that are no token are
-    left out.
+    If `load_tokenizer` read the ids that the tokenizer's source lists, they are included. Ids that
+    are not tokens are left out.
     """
     size = len(tok)
     found = {*ends, *getattr(tok, "source_stops", ())}
@@ -62,7 +62,7 @@ def united_ends(tok: PreTrainedTokenizerBase, ends: Iterable[int]) -> tuple[int,
 
 
 def end_tokens(tok: PreTrainedTokenizerBase, end_of_turn: str | None) -> tuple[str, ...]:
-    """The same as text, of a template that ends turns with `end_of_turn`; added tokens only."""
+    """The same tokens as text, if turns end with `end_of_turn`; added tokens only."""
     end: Any = None if end_of_turn is None else tok.convert_tokens_to_ids(end_of_turn)
     ends = () if end is None else (int(end),)
     added = {*tok.added_tokens_decoder, *tok.all_special_ids}

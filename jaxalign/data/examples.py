@@ -1,6 +1,6 @@
-"""Examples: what a row of data means, whatever form it came in.
+"""Examples: the meaning of a data row, independent of its form.
 
-One type for each thing that can be learnt from. `jaxalign.data.rows` reads rows into them,
+There is one type for each kind of training signal. `jaxalign.data.rows` reads rows into them,
 `jaxalign.data.chat` turns them into tokens. `origin` is always `file:line`.
 """
 
@@ -20,18 +20,18 @@ TRAIN_ON: tuple[TrainOn, ...] = ("all", "last", "split", "everything")
 
 
 class Conversation(NamedTuple):
-    """Messages of which the assistant's are trained.
+    """Messages; the assistant's turns are trained.
 
     Attributes:
       messages: the turns.
       origin: `file:line`.
-      trained_from: assistant turns before this index are context only (turns of a prompt).
+      trained_from: assistant turns before this index are only context (turns of a prompt).
       tools: descriptions of functions that the template shows to the model.
-      untrained: indices of further assistant turns that are context only (`weight: 0`).
-      everything: all tokens are trained, those of prompts and headers too.
+      untrained: indices of other assistant turns that are only context (`weight: 0`).
+      everything: all tokens are trained, including prompts and headers.
       template_kwargs: variables that the chat template gets for this row, or None.
-      thinking: whether the answers follow the prompt of answers that begin with reasoning; None:
-        each as it begins itself.
+      thinking: whether the answers follow the template's prompt for reasoning; None: each answer
+        that begins with reasoning does.
     """
 
     messages: Messages
@@ -58,8 +58,8 @@ class Preference(NamedTuple):
     Attributes:
       prompt: the messages before the answers.
       chosen: the preferred answer, one or more messages.
-      rejected: the other.
-      margin: how much better chosen is, or None where the row does not say.
+      rejected: the other answer.
+      margin: how much better the chosen answer is; None if the row does not say.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
       template_kwargs: variables that the chat template gets for this row, or None.
@@ -75,7 +75,7 @@ class Preference(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Messages that await an answer.
+    """Messages that wait for an answer.
 
     Attributes:
       messages: the turns; the last is not the assistant's.
@@ -130,7 +130,7 @@ class Ranked(NamedTuple):
     Attributes:
       prompt: the messages before the answers.
       answers: two or more answers, each one or more messages.
-      ranks: one number an answer, larger is better; equal ones say nothing about each other.
+      ranks: one number per answer, larger is better; answers with equal ranks are not compared.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
       template_kwargs: variables that the chat template gets for this row, or None.
@@ -150,7 +150,7 @@ class Graded(NamedTuple):
     Attributes:
       prompt: the messages before the answer.
       answer: one or more messages.
-      scores: attribute → score, those that the row gives.
+      scores: attribute → score, for the attributes that the row has.
       origin: `file:line`.
       tools: descriptions of functions that the template shows to the model.
       template_kwargs: variables that the chat template gets for this row, or None.
@@ -170,7 +170,7 @@ class Steps(NamedTuple):
     Attributes:
       prompt: the messages before the answer.
       steps: the texts of the steps, in order; together they are the answer.
-      labels: one number in [0, 1] a step; 1 is right.
+      labels: one number in [0, 1] per step; 1 is right.
       origin: `file:line`.
       template_kwargs: variables that the chat template gets for this row, or None.
     """
@@ -186,11 +186,11 @@ Example = Conversation | Preference | Prompt | Text | Unpaired | Ranked | Graded
 
 
 class RowError(ValueError):
-    """What is wrong with one row; the rows after it can still be read.
+    """A fault in one row; the rows after it can still be read.
 
     Attributes:
       origin: `file:line`.
-      reason: the fault without place and values, for counting: `completion: empty text`.
+      reason: the fault without location and values, for counting: `completion: empty text`.
     """
 
     def __init__(self, origin: str, reason: str, message: str):

@@ -1,4 +1,4 @@
-"""How far token ids and documents reach, against what a model has rows and positions for."""
+"""Checks token ids and document lengths against a model's embedding rows and positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxalign.types import PromptBatch, TokenBatch
 
 
 class Extent(NamedTuple):
-    """What some documents need of a model.
+    """The largest token id and length of some documents.
 
     Attributes:
       longest: tokens of the longest document.
@@ -23,11 +23,12 @@ class Extent(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a model has.
+    """The largest token id and length that a model can read.
 
     Attributes:
-      rows: of its embedding.
-      positions: of its learned position embeddings; None: it has none, and takes any length.
+      rows: the rows of its embedding.
+      positions: the rows of its learned position embedding; None: it has none, and takes any
+        length.
       answer: tokens that are sampled after a document.
       tok: the tokenizer, to name a token; or None.
     """
@@ -39,22 +40,23 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, answer: int = 0, tok: Any = None) -> Limits:
-        """Those of a decoder or scorer."""
+        """The limits of a decoder or scorer."""
         config = model.config
         positions = config.max_positions if config.learned_positions else None
         return cls(config.vocab_size, positions, answer, tok)
 
     def check(self, extent: Extent, name: str) -> None:
-        """Refuses ids and positions that the model has no embedding for.
+        """Raises ValueError for ids and positions for which the model has no embedding.
 
         JAX would read another row for such an id, and NaN beyond the last position.
 
         Args:
-          extent: of the documents.
-          name: what they are, for the message.
+          extent: the documents' extent.
+          name: what the documents are, for the message.
 
         Raises:
-          ValueError: names the token, or the lengths.
+          ValueError: an id or a position is out of range; the message names the token or the
+            lengths.
         """
         if extent.largest >= self.rows:
             token = None if self.tok is None else self.tok.convert_ids_to_tokens(extent.largest)
@@ -86,7 +88,7 @@ def extent_of(documents: Iterable[Sequence[int] | np.ndarray]) -> Extent:
 
 
 def extent_of_batch(batch: Any) -> Extent:
-    """The extent of what a batch of any kind holds, but for padding."""
+    """The extent of a batch of any kind, without its padding."""
     found = Extent(0, 0)
     todo = [batch]
     while todo:

@@ -1,4 +1,4 @@
-"""What to do with rows that cannot be used: stop at the first, or drop, count and print them."""
+"""Handles rows that cannot be used: stops at the first, or drops, counts and prints them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Faults:
     """Counts rows: `read` is always `kept` plus all of `dropped`.
 
     Pass it as `on_fault` wherever rows are read or encoded. With `on_error="stop"` it raises the
-    first error; with "drop" it counts them by reason.
+    first error; with "drop" it counts errors by reason.
 
     Attributes:
       on_error: "stop" or "drop".
-      read: rows of the sources, bad ones too.
+      read: rows of the sources, including bad rows.
       dropped: reason → rows.
       first: reason → the first error of this reason, with its `file:line` and remedy.
     """
@@ -40,7 +40,7 @@ class Faults:
     def __call__(self, fault: RowError) -> None:
         """Raises the fault, or counts its row as dropped.
 
-        Rows that say of themselves that they are not to be trained are always dropped.
+        Rows that are flagged as not to be trained are always dropped.
         """
         if self.on_error == "stop" and not isinstance(fault, Untrained):
             raise fault
@@ -49,11 +49,11 @@ class Faults:
 
     @property
     def kept(self) -> int:
-        """Rows that were read and not dropped."""
+        """The number of rows that were read and not dropped."""
         return self.read - sum(self.dropped.values())
 
     def describe(self) -> str:
-        """A line a reason, with the first row that it dropped; empty if none was."""
+        """One line per reason, with the first row dropped for it; empty if no row was dropped."""
         return "\n".join(
             f"  dropped {count}: {why} (first: {self.first[why]})"
             for why, count in self.dropped.items()
@@ -75,9 +75,9 @@ def read_examples(
       sources: see `jaxalign.data.sources.read_rows`.
       reader: one of `jaxalign.data.rows`, such as `to_conversation`.
       columns: our column → theirs.
-      form: the form of the rows, where several would fit.
+      form: the form of the rows, if several would fit.
       faults: what to do with a bad row, and where rows are counted; None stops at the first.
-      on_read: called with what was read of each row that gave an example.
+      on_read: called with the `Reading` of each row that gave an example.
 
     Raises:
       ValueError: as `read_rows`; a bad row, unless `faults` drops it.

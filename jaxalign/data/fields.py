@@ -1,4 +1,4 @@
-"""One field of a row at a time: text, number, truth or list, or an error that names it."""
+"""Reads one field of a row as text, number, boolean or list, or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ CORRECT = "correct or remove the row"
 
 
 class Cell(str):
-    """A field of a table that knows text only (CSV).
+    """A field of a table that holds only text (CSV).
 
-    Where a column wants a number, a truth or a list, the text is read as JSON; where it wants text
-    it stays as it is.
+    If a number, a boolean or a list is expected, the text is parsed as JSON; otherwise it is used
+    as it is.
     """
 
     __slots__ = ()
 
 
 def fail(origin: str, key: str, got: str, wanted: str, remedy: str = CORRECT) -> NoReturn:
-    """Raises the error of a field that is not what it should be."""
+    """Raises the error for a field of the wrong type or value."""
     raise RowError(
         origin, f"{_column(key)}: wanted {wanted}", f"{key}: got {got}, wanted {wanted}; {remedy}"
     )
 
 
 def fail_with(origin: str, key: str, fault: str, remedy: str = CORRECT) -> NoReturn:
-    """Raises the error of a field that has a fault of another kind."""
+    """Raises the error for a field with another kind of fault."""
     raise RowError(origin, f"{_column(key)}: {fault}", f"{key}: {fault}; {remedy}")
 
 
 def text(value: Any, key: str, origin: str, may_be_empty: bool = False) -> str:
-    """Checks a string: no lone surrogates, and something to read unless it may be empty."""
+    """Checks a string: no lone surrogates, and not blank unless it may be empty."""
     if not isinstance(value, str):
         fail(origin, key, short(value), "text")
     if not may_be_empty and not value.strip():
@@ -87,7 +87,7 @@ def items(value: Any, key: str, origin: str, of: str) -> list[Any]:
 
 
 def untyped(value: Any) -> Any:
-    """What the text of a `Cell` means as JSON; itself where it is no JSON, or no `Cell`."""
+    """A `Cell`'s text parsed as JSON; any other value, or text that is not JSON, is unchanged."""
     if not isinstance(value, Cell):
         return value
     found = parsed(value)
@@ -95,7 +95,7 @@ def untyped(value: Any) -> Any:
 
 
 def parsed(value: str) -> Any:
-    """The JSON in a text, or None where it is none."""
+    """The value of a JSON text, or None if the text is not JSON."""
     try:
         return parse_json(value)
     except ValueError:
@@ -103,13 +103,13 @@ def parsed(value: str) -> Any:
 
 
 def keys(data: Mapping[str, Any]) -> str:
-    """The columns of a row, as they appear in an error."""
+    """The columns of a row, for an error message."""
     found = ", ".join(str(key)[:40] for key in list(data)[:20])
     return (found + (", …" if len(data) > 20 else "")) if data else "none"
 
 
 def short(value: Any) -> str:
-    """A value as it appears in an error."""
+    """A value, for an error message."""
     if isinstance(value, str):
         return repr(str(value) if len(value) <= 30 else value[:30] + "…")
     if isinstance(value, list | tuple | dict):
@@ -120,5 +120,5 @@ def short(value: Any) -> str:
 
 
 def _column(key: str) -> str:
-    """A field without its place in a list, for counting."""
+    """A field's name without list indices, for counting."""
     return re.sub(r"\[\d+\]", "[]", key)

@@ -1,8 +1,8 @@
 """Files of rows, read row by row: JSON, JSONL, CSV (plain or gzip), Parquet, text.
 
-A reader yields a `Row` for each row, and a `RowError` for a row that cannot be read if those after
-it still can. Faults of a whole file are raised. JSON and CSV are read here, on top of `json` and
-`csv`, since no library that reads tables reports the line of a row.
+A reader yields a `Row` for each row. It yields a `RowError` for a row that cannot be read if the
+rows after it still can; faults of a whole file are raised. JSON and CSV are read here with `json`
+and `csv`, because no table library reports the line of a row.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _CSV = (".csv", ".csv.gz")
 _PARQUET = (".parquet",)
 _TEXT = (".txt", ".txt.gz")
 ROW_SUFFIXES = (*_JSON, *_CSV, *_PARQUET)
-"""The file names that are read in folders."""
+"""The suffixes of the files that are read in folders."""
 SUFFIXES = (*ROW_SUFFIXES, *_TEXT)
-"""The file names that are read."""
+"""The suffixes of the files that can be read."""
 
-_MARK = b"\xef\xbb\xbf"  # the byte-order mark that some editors write
+_MARK = b"\xef\xbb\xbf"  # the byte-order mark, which some editors write
 _END_OF_TEXT = "<|endoftext|>"
 
 MAX_UNPACKED = 2**30
-"""Bytes of a line, list or document that a gzip file may unpack to."""
+"""The maximum size in bytes of a line, list or document unpacked from gzip."""
 
 
 class Row(NamedTuple):
@@ -42,8 +42,8 @@ class Row(NamedTuple):
 
     Attributes:
       data: its columns.
-      origin: where it is: `file:line` (of a list `file:line (row N)`), `file: row N` in Parquet and
-        on the hub. Lines and rows count from 1.
+      origin: its location: `file:line` (in a JSON list `file:line (row N)`), or `file: row N` in
+        Parquet and on the hub. Lines and rows count from 1.
     """
 
     data: dict[str, Any]
@@ -51,15 +51,15 @@ class Row(NamedTuple):
 
 
 def read_file(path: pathlib.Path, *, may_be_empty: bool = False) -> Iterator[Row | RowError]:
-    """Rows of one file, by its suffix.
+    """Reads the rows of one file, by its suffix.
 
     Args:
-      path: of the file.
-      may_be_empty: it is one of several, such as the shards of a data set.
+      path: the file's path.
+      may_be_empty: the file is one of several, such as the shards of a data set.
 
     Raises:
-      ValueError: an unknown suffix, no plain file, an empty one, or one that cannot be read (any
-        further).
+      ValueError: an unknown suffix, not a plain file, an empty file, or a file that cannot be read
+        (to its end).
     """
     check_plain(path)
     readers = ((_JSON, _json), (_CSV, _csv), (_PARQUET, _parquet), (_TEXT, _text))
@@ -98,7 +98,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         packed = path.name.endswith(".gz")
         opened: Any = gzip.open if packed else open
         with opened(path, "rb") as file:
-            # A few MiB of gzip may unpack to a line of many GiB.
+            # A few MiB of gzip can unpack to a line of many GiB.
             read = functools.partial(file.readline, MAX_UNPACKED + 1 if packed else -1)
             # In bytes only \n ends a line: JSON strings may hold Unicode's other separators.
             for number, line in enumerate(iter(read, b""), start=1):
@@ -123,7 +123,7 @@ def _check_unpacked(path: pathlib.Path, line: int, size: int) -> None:
 
 
 def _json(path: pathlib.Path) -> Iterator[Row | RowError]:
-    """A list of objects, or one object a line; blank lines are passed over."""
+    """A list of objects, or one object per line; blank lines are skipped."""
     lines = _lines(path)
     first = True
     for number, line in lines:
@@ -139,7 +139,7 @@ def _json(path: pathlib.Path) -> Iterator[Row | RowError]:
 def _joined(
     path: pathlib.Path, number: int, line: bytes, lines: Iterator[tuple[int, bytes]]
 ) -> bytes:
-    """A file from line `number` on, with blank lines in front for those before."""
+    """A file from line `number` on, preceded by one blank line for each earlier line."""
     parts = [b"\n" * (number - 1), line]
     size = len(line)
     for number, following in lines:
@@ -166,7 +166,7 @@ def _row(value: Any, text: str | bytes, origin: str) -> Row | RowError:
 
 
 def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
-    """The objects of one list, each with the line it begins in."""
+    """The objects of one list, each with the line on which it begins."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -184,7 +184,7 @@ def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
         try:
             value, at = _DECODER.raw_decode(text, start)
         except _Twice as error:
-            # Where the object ends only a decoder tells that does not mind.
+            # Only a decoder that accepts duplicate keys can tell where the object ends.
             try:
                 _, at = _PLAIN.raw_decode(text, at)
             except (ValueError, RecursionError) as worse:
@@ -204,11 +204,11 @@ def _list_rows(path: pathlib.Path, raw: bytes) -> Iterator[Row | RowError]:
 
 
 class _Twice(ValueError):
-    """An object has a key twice."""
+    """A key occurs twice in an object."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ: of a key given twice one value would be lost."""
+    """Builds an object; raises if a key occurs twice, since one value would be lost."""
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = repeated(key for key, _ in pairs)[0]
@@ -222,7 +222,7 @@ _BLANK: Any = re.compile(r"[ \t\r\n]*")
 
 
 def _json_fault(error: Exception) -> tuple[str, str]:
-    """The reason and the message of what is wrong with a JSON text."""
+    """The reason and the message for a fault in a JSON text."""
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
         return "invalid UTF-8", (
@@ -240,7 +240,7 @@ def _json_fault(error: Exception) -> tuple[str, str]:
 
 
 def _stop(path: pathlib.Path, line: int, error: Exception) -> NoReturn:
-    """Raises for a list after whose fault nothing can be read."""
+    """Raises for a list that cannot be read beyond its fault."""
     if isinstance(error, json.JSONDecodeError):
         line = error.lineno
     raise ValueError(f"{path}:{line}: {_json_fault(error)[1]}") from None
@@ -250,8 +250,8 @@ def _stop(path: pathlib.Path, line: int, error: Exception) -> NoReturn:
 
 
 def _csv(path: pathlib.Path) -> Iterator[Row | RowError]:
-    """A header and one row of cells a record (RFC 4180: commas, cells in quotes may hold lines)."""
-    # The library's limit of 128 KiB a cell guards against a stray quote, which strict mode finds.
+    """A header, then one record per row (RFC 4180: commas; quoted cells may hold lines)."""
+    # The library limits cells to 128 KiB because of stray quotes, but strict mode finds those.
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
     reader = csv.reader(_decoded(path), strict=True)
     header: list[str] = []
@@ -292,7 +292,7 @@ def _decoded(path: pathlib.Path) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            # In the middle of a record no later one can be told from this.
+            # After an error inside a record, the start of the next record is unknown.
             _stop(path, number, error)
 
 
@@ -300,7 +300,7 @@ def _decoded(path: pathlib.Path) -> Iterator[str]:
 
 
 class _ColumnTwice(Exception):
-    """A table has two columns of one name."""
+    """A table has two columns with the same name."""
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
@@ -309,7 +309,7 @@ def _parquet(path: pathlib.Path) -> Iterator[Row | RowError]:
 
     number = 0
     try:
-        # A file that lies about its lengths must not take the memory that it names.
+        # A file with false lengths must not make us allocate that much memory.
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             twice = repeated(file.schema_arrow.names)
             if twice:
@@ -343,7 +343,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _text(path: pathlib.Path) -> Iterator[Row | RowError]:
-    """Documents between lines of `<|endoftext|>`; without such lines the file is one document."""
+    """Documents separated by lines of `<|endoftext|>`; without them the file is one document."""
     first, held, size = 1, [], 0
     for number, line in enumerate(_decoded(path), start=1):
         if line.strip() != _END_OF_TEXT:

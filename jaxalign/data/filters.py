@@ -1,7 +1,7 @@
-"""What is left out before tokenising: held-out rows, other scripts, copies and near-copies.
+"""Filters before tokenising: held-out rows, other scripts, duplicates and near-duplicates.
 
-All of it depends on the text of rows, never on their position, so adding a file or running on other
-hosts changes nothing for the other rows.
+Filters depend on the text of rows, never on their position. Adding a file or using more hosts
+therefore does not change the result for other rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
     """Applies the split, the script filter and de-duplication, in this order.
 
     Args:
-      examples: of any of the types in `jaxalign.data.examples`, in the order of the data.
+      examples: examples of any type in `jaxalign.data.examples`, in the order of the data.
       options: `validation`, `split`, `scripts`, `script_share`, `dedup`, `dedup_threshold`.
 
     Returns:
-      The indices of the examples that stay, and why the others do not.
+      The indices of the examples to keep, and the reasons for dropping the others.
     """
     dropped: dict[int, str] = {}
     stay = list(range(len(examples)))
@@ -65,13 +65,13 @@ def sift(examples: Sequence[Any], options: Options) -> tuple[list[int], dict[int
 
 
 def held_out(keys: Sequence[str], validation: float) -> list[bool]:
-    """Which rows are held out, by their keys alone.
+    """Which rows are held out, based only on their keys.
 
     Args:
       keys: equal for rows that must stay together.
-      validation: a part in (0, 1): every key whose hash, as a number in [0, 1), is below it. A
-        number of rows: keys in the order of their hashes, each with all its rows, as long as no
-        more than that many come together.
+      validation: a fraction in (0, 1) selects every key whose hash, as a number in [0, 1), is below
+        it. A number of rows selects keys in the order of their hashes, each with all its rows,
+        while the total is at most that number.
     """
     hashes = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys]
     if validation < 1:
@@ -89,9 +89,9 @@ def held_out(keys: Sequence[str], validation: float) -> list[bool]:
 
 
 def prompt_key(example: Any) -> str:
-    """What rows with the same prompt have in common: all messages before the first answer.
+    """A key that rows with the same prompt share: all messages before the first answer.
 
-    Of a plain text, the text.
+    For a plain text, the text itself.
     """
     if hasattr(example, "text"):
         return example.text
@@ -108,7 +108,7 @@ def _content(example: Any) -> str:
     """All texts and labels of an example, without its origin."""
     fields = example._asdict()
     fields.pop("origin")
-    if "row" in fields:  # a prompt's other columns are not part of the prompt
+    if "row" in fields:  # a prompt's other columns do not belong to the prompt
         fields.pop("row")
     text = json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,8 +1,9 @@
-"""What becomes of documents that are too long: which tokens stay, which rows are dropped, and why.
+"""Truncates documents that are too long: which tokens stay, which rows are dropped, and why.
 
-A row ends with the end token of its last answer; what a template writes after that (a newline) is
-no loss and is not counted as a cut. Tokens at the start of a prompt go together on all sides of a
-row, so that the answers compared still follow the same prompt. The beginning-of-text token stays.
+A row ends with the end token of its last answer; leaving out what a template writes after it (a
+newline) is not counted as truncation. When the start of a prompt is cut, all sides of a row lose
+the same tokens, so that the compared answers still follow the same prompt. The beginning-of-text
+token stays.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ class Fitted(NamedTuple):
     """The documents of a row that was kept.
 
     Attributes:
-      documents: as they will be trained.
-      marks: per-token arrays that came along, cut in the same places.
-      cut: whether any token was lost.
+      documents: the documents to train on.
+      marks: per-token arrays, truncated in the same places.
+      cut: whether any token was removed.
     """
 
     documents: list[Encoded]
@@ -41,18 +42,18 @@ def fit(
     """Cuts the documents of one row to `length`.
 
     Args:
-      documents: the sides of a row (one, or both of a pair, or all answers to a prompt).
-      length: positions that each has, or, if `shared`, that both sides of a pair have together
-        when their common prompt is held once.
-      keep: as `Options.keep`, not None. A document that is all trained (plain text) has no prompt:
-        it keeps its start, unless `keep` is "whole".
-      bos: id of the beginning-of-text token; where a document starts with it, it stays.
+      documents: the sides of a row (one side, both of a pair, or all answers to a prompt).
+      length: the positions available to each side, or, if `shared`, to both sides of a pair
+        together, with their common prompt stored once.
+      keep: as `Options.keep`, not None. A fully trained document (plain text) has no prompt: it
+        keeps its start, unless `keep` is "whole".
+      bos: id of the beginning-of-text token; a document that starts with it keeps it.
       shared: see `length`.
-      marks: one array a document (or none), aligned with its tokens.
+      marks: one array per document (or none), aligned with its tokens.
 
     Returns:
-      What is kept, or why the row is dropped. The first token of a row is predicted by nothing, so
-      a row needs a trained token after it.
+      The kept documents, or why the row is dropped. Nothing predicts the first token of a row, so a
+      row needs a trained token after it.
     """
     documents = [to_last_answer(document) for document in documents]
     if not all(document.trained[1:].any() for document in documents):
@@ -80,12 +81,12 @@ def _without_prompt_start(
     length: int,
     bos: int | None,
 ) -> Fitted | str:
-    """Cuts the same `excess` tokens off the start of all prompts, but for a common bos token."""
+    """Removes the same `excess` tokens from the start of all prompts, after a common bos token."""
     with_bos = bos is not None and all(document.ids[0] == bos for document in documents)
     if excess + with_bos >= min(_last_answer(document) for document in documents):
         return f"the answer alone is longer than {length} tokens"
     kept = []
-    # The bos token stays where a document has it, also if the other side has none.
+    # A document that has the bos token keeps it, even if the other side has none.
     starts = [int(bos is not None and document.ids[0] == bos) for document in documents]
     for document, start in zip(documents, starts, strict=True):
         trained = _whole_turns(document.trained, start + excess)
@@ -105,7 +106,7 @@ def _without_answer_end(
 
 
 def fit_prompt(ids: np.ndarray, length: int, keep: str, bos: int | None) -> np.ndarray | str:
-    """Cuts a prompt to its last `length` tokens; a beginning-of-text token stays before them."""
+    """Cuts a prompt to its last `length` tokens, keeping a beginning-of-text token in front."""
     if len(ids) <= length:
         return ids
     if keep == "whole":
@@ -117,8 +118,8 @@ def fit_prompt(ids: np.ndarray, length: int, keep: str, bos: int | None) -> np.n
 def branch_point(documents: Sequence[Encoded]) -> int:
     """How many tokens the two sides of a pair can share in one row.
 
-    Their common start, at most up to the token before either's first trained one: that token is
-    needed on both sides, to read the first token of its answer from.
+    It is their common prefix, up to at most the token before either side's first trained token.
+    That token must be on both sides, because it predicts the first token of each answer.
     """
     chosen, rejected = documents
     size = min(len(chosen.ids), len(rejected.ids))
@@ -151,7 +152,7 @@ def _without(x: np.ndarray, start: int, count: int) -> np.ndarray:
 
 
 def _whole_turns(trained: np.ndarray, first: int) -> np.ndarray:
-    """An answer that loses its start is context: its rest is not trained."""
+    """An answer that loses its start becomes context: the rest of it is not trained."""
     if first == 0 or not (trained[first] and trained[first - 1]):
         return trained
     trained = trained.copy()
@@ -161,7 +162,7 @@ def _whole_turns(trained: np.ndarray, first: int) -> np.ndarray:
 
 
 def _last_answer(document: Encoded) -> int:
-    """Where the last run of trained tokens begins."""
+    """The index at which the last run of trained tokens begins."""
     trained = np.flatnonzero(document.trained)
     breaks = np.flatnonzero(np.diff(trained) > 1)
     return int(trained[breaks[-1] + 1 if breaks.size else 0])

@@ -1,8 +1,8 @@
 """Batches in an order whose position can be saved and resumed.
 
-`grain` iterates: it makes batches ahead in a thread, and its position can be saved. Which rows
-belong to batch k is known from k alone, so a position counts whole batches and does not depend on
-how many hosts share them.
+`grain` iterates: it prefetches batches in a thread, and its position can be saved. The rows of
+batch k depend only on k, so a position counts global batches and does not depend on the number of
+hosts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Batch = TypeVar("Batch")
 class Batches(Generic[Batch]):
     """An iterable of batches with a position that can be saved.
 
-    `iter()` starts at the beginning, or, once after `set_state`, at the position given there.
+    `iter()` starts at the beginning; the first `iter()` after `set_state` starts at that position.
     Every pass gives the same batches.
 
     Attributes:
-      examples: the kept rows as read (such as `Conversation`); empty when streaming.
+      examples: the kept rows as examples (such as `Conversation`); empty when streaming.
       sources: names of the sources, in the order of `source_ids`.
       widths: the widths that batches may have.
-      per_epoch: batches that one pass over the data fills, a fraction where a batch runs on into
-        the next pass; None when streaming, where it is not known.
+      per_epoch: batches per pass over the data; a fraction if a batch continues into the next pass;
+        None (unknown) when streaming.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Batches(Generic[Batch]):
 
     @property
     def usage(self) -> tuple[str, ...]:
-        """What became of the columns of each source, a line each.
+        """How the columns of each source were used, one line per source.
 
-        Printed at the first `iter()`; when streaming, after a source's first window, and here of
-        the windows that were read.
+        It is printed at the first `iter()`, or when streaming after a source's first window. When
+        streaming, it covers the windows read so far.
         """
         return tuple(self._usage())
 
@@ -96,15 +96,15 @@ class Batches(Generic[Batch]):
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was counted.
+        """Counts of rows and tokens.
 
-        `read` rows; `kept` rows; `dropped` rows by reason; `cut` rows; `repeated` rows, kept once
-        more to reach a number of rows; `added` examples of rows that gave several; `tokens` and
-        `trained` tokens kept; `saved` tokens, those of prompts that pairs share; `rows` that they
-        fill (in a pass without mixing); `fill`, the part of those rows' positions that holds
-        tokens, in (0, 1]; and under `sources` the same by source, with its `share`, the rows that
-        a pass over a mixture takes. read + added + repeated = kept + dropped. When streaming, of
-        the windows that were begun, over all passes.
+        `read` rows; `kept` rows; `dropped` rows by reason; `cut` rows; `repeated` rows, used again
+        to reach a number of rows; `added`, the extra examples of rows that gave several; `tokens`
+        and `trained` tokens that were kept; `saved` tokens, from prompts that pairs share; `rows`
+        of batches that the tokens fill (in a pass without mixing); `fill`, the fraction of those
+        rows' positions that hold tokens, in (0, 1]; and under `sources` the same by source, with
+        its `share`, the rows per pass over a mixture. read + added + repeated = kept + dropped.
+        When streaming, the counts cover the windows begun so far, over all passes.
         """
         counts = self._counts
         if counts is None:
@@ -116,13 +116,13 @@ class Batches(Generic[Batch]):
         return [] if self._rows_of is None else self._rows_of(batch)
 
     def check_model(self, limits: Limits) -> None:
-        """Refuses documents that a model cannot read: at once, or batch by batch when streaming.
+        """Rejects documents that a model cannot read: now, or batch by batch when streaming.
 
         Args:
-          limits: what the model has rows and positions for.
+          limits: the model's embedding rows and positions.
 
         Raises:
-          ValueError: a token without a row, or a document beyond the learned positions.
+          ValueError: a token without an embedding row, or a document beyond the learned positions.
         """
         self._limits = limits
         if self._extent is not None:
@@ -155,7 +155,7 @@ class Batches(Generic[Batch]):
             self._limits.check(extent_of_batch(batch), self._name)
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch given out, as JSON-able data."""
+        """The position after the last batch that was returned, as JSON-able data."""
         if self._start is not None:
             position = self._start
         else:
@@ -167,8 +167,8 @@ class Batches(Generic[Batch]):
         """Makes the next `iter()` start at a saved position.
 
         Raises:
-          ValueError: the state was saved over other data or other settings (tokenizer, template,
-            rows, length, packing, mixture, seed, shuffle): its position would mean other batches.
+          ValueError: the state was saved with other data or settings (tokenizer, template, rows,
+            length, packing, mixture, seed, shuffle), so its position would mean other batches.
         """
         if set(state) != {"position", "checksum"}:
             raise ValueError(
@@ -179,19 +179,19 @@ class Batches(Generic[Batch]):
             raise ValueError(
                 f"state: it belongs to other data or settings (checksum {state['checksum']}, here "
                 f"{self._checksum}); resume with the same files, tokenizer, rows, length, packing, "
-                "seed and shuffle, or start anew"
+                "seed and shuffle, or start a new run"
             )
         self._start = dict(state["position"])
 
     def close(self) -> None:
-        """Stops the thread that makes batches ahead, and closes files; `iter()` restarts."""
+        """Stops the prefetching thread and closes files; `iter()` starts again."""
         if isinstance(self._iterator, _Running):
             self._announce()
         if self._iterator is not None:
             self._iterator.close()
 
     def _announce(self) -> None:
-        """Prints what was cut and dropped, and what became of columns, once."""
+        """Prints once what was truncated and dropped, and how columns were used."""
         stats = self.stats
         lost = (stats["cut"], stats["dropped"])
         if any(lost) and self._announced != lost:
@@ -206,7 +206,7 @@ class Batches(Generic[Batch]):
 
     @property
     def report(self) -> str:
-        """What was read, cut, dropped, what became of columns, and how full the rows are."""
+        """A text: rows read, truncated and dropped, the use of columns, and how full rows are."""
         if self._options.streaming and self._iterator is None:
             return f"{self._name}: a stream; nothing was read yet"
         return "\n".join([self._summary(), *(f"  {line}" for line in self.usage)])
@@ -240,13 +240,14 @@ class Batches(Generic[Batch]):
 
 
 class _Running(Iterator[Any]):
-    """A grain iterator with a thread: prints a report at its end, and stops before Python exits."""
+    """A grain iterator with a thread; prints a report at its end, and stops before Python exits."""
 
     def __init__(self, iterator: Any, say: Callable[[], None], check: Callable[[Any], None]):
         self._say, self._check = say, check
         self._last: Any = None
         self._box = [iterator]
-        # grain's iterators close themselves, but fail at it once Python takes modules apart.
+        # grain's iterators close themselves, but this fails while Python tears down modules at
+        # exit.
         weakref.finalize(self, _end, self._box)
 
     def __next__(self) -> Any:
@@ -332,7 +333,7 @@ def in_memory(
         members = [member for i in chosen.rows for member in groups[i]]
         return [member.document if isinstance(member, Piece) else member for member in members]
 
-    # One thread: rows are assembled in microseconds, but not while a step waits for them.
+    # One thread is enough: assembling rows takes microseconds; it only must not delay a step.
     ahead = grain.ReadOptions(
         num_threads=min(options.prefetch, 1), prefetch_buffer_size=options.prefetch
     )
@@ -361,8 +362,8 @@ def _per_epoch(shares: Sequence[int], options: Options) -> float:
 def count_samples(batch: Any) -> int:
     """How many samples a batch on this host holds: documents, pairs, rankings or prompts.
 
-    Rows that fill up the last batch hold none. Of a document that `packing="wrapped"` cuts, each
-    piece counts.
+    Rows that fill up the last batch hold none. If `packing="wrapped"` cuts a document, each piece
+    counts.
     """
     for part in batch if isinstance(batch, tuple) else ():
         if isinstance(part, TokenBatch | PromptBatch):
@@ -378,7 +379,7 @@ def count_samples(batch: Any) -> int:
 
 
 def filled(batch: Any) -> tuple[int, int]:
-    """How many of a batch's positions hold tokens, and how many there are."""
+    """How many of a batch's positions hold tokens, and the total number of positions."""
     full, room = 0, 0
     todo = [batch]
     while todo:
@@ -395,7 +396,7 @@ def filled(batch: Any) -> tuple[int, int]:
 def count_rows(
     counts: Counts, recipe: Recipe, kept: Kept, sizes: Sequence[int], options: Options
 ) -> None:
-    """Counts rows and the positions in them, for no single source: documents share rows."""
+    """Counts rows and their positions; not by source, because documents of several share rows."""
     widths = np.asarray(options.widths)
     room = int(widths[np.searchsorted(widths, np.asarray(sizes))].sum())
     counts.add("", "rows", len(sizes))

@@ -1,4 +1,4 @@
-"""Columns whose names mean something: weights of rows, and what is lost if nothing reads it."""
+"""Columns whose names have a meaning: row weights, and data that must not be lost unread."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from jaxalign.data.files import Row
 from jaxalign.data.names import flag, meaning_of
 
 IGNORE = "ignore"
-"""What `columns` maps a column to that is not to be read, nor to be missed."""
+"""What `columns` maps a column to if it should be ignored without an error."""
 
 PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")
-"""The columns that may hold a prompt; the first that a row has is taken."""
+"""The columns that can hold a prompt; the first one in a row is used."""
 ANSWERS = ("completion", "response", "output", "answer")
 
 
 def check_weight(row: Row, trained: bool) -> None:
-    """Refuses rows that are flagged as not to be trained."""
+    """Raises `Untrained` for rows that are flagged as not to be trained."""
     data: Any = row.data
     for name in list(data):
         meaning = meaning_of(name)
@@ -30,7 +30,7 @@ def check_weight(row: Row, trained: bool) -> None:
             continue  # one for each message
         on = flag(value)
         if on is None:
-            continue  # reported, or refused, as not read
+            continue  # not read; reported, or an error, later
         data.get(name)
         if on != (meaning == "weight"):
             raise Untrained(
@@ -45,10 +45,10 @@ class Untrained(RowError):
 
 
 def check_unused(row: Row, name: str, example: Any, *, trained: bool, by_columns: bool) -> None:
-    """Refuses a column with a known meaning that was not read.
+    """Raises an error for a column with a known meaning that was not read.
 
-    Of the columns of our own forms, such as `prompt` beside `instruction`, the form decides which
-    are read. A prompt or an answer under another name is no loss where it repeats what was read.
+    For columns of our own forms, such as `prompt` beside `instruction`, the form decides which are
+    read. A prompt or an answer under another name may be ignored if it repeats what was read.
     """
     data: Any = row.data
     value, meaning = data.source[name], meaning_of(name)
@@ -82,7 +82,7 @@ def check_unused(row: Row, name: str, example: Any, *, trained: bool, by_columns
 
 
 def _words(example: Any, roles: tuple[str, ...] | None) -> list[str]:
-    """The texts of an example's messages, of some roles."""
+    """The texts of an example's messages with certain roles."""
     if not hasattr(example, "_asdict"):
         return []
     texts: list[str] = []

@@ -1,12 +1,12 @@
-"""Turns of a conversation, in any spelling in use, checked and brought to one form.
+"""Turns of a conversation, in any common spelling, checked and converted to one form.
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Calls of tools
-are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning
-apart from the answer is in `reasoning_content`. ShareGPT's `{"from": "human", "value": str}`
-becomes the same; its turns `function_call` hold calls as JSON and `observation` what the tools
-answered. Content may be a list of parts; parts of text are joined, reasoning goes before them in
-`<think>`, anything but text is an error. `jaxalign.data.names` lists what fields and speakers may
-be called.
+are in an assistant's `tool_calls`, as OpenAI writes them, with arguments as an object; reasoning in
+a separate field is in `reasoning_content`. ShareGPT's `{"from": "human", "value": str}` is
+converted; its `function_call` turns hold calls as JSON, and its `observation` turns hold the tools'
+answers. Content may be a list of parts: text parts are joined, reasoning goes before them in
+`<think>`, and any other kind of part is an error. `jaxalign.data.names` lists the accepted names of
+fields and speakers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def read_messages(value: Any, key: str, origin: str) -> Messages:
     """Checks a list of messages.
 
     Args:
-      value: what the row holds: a list of messages in OpenAI's or ShareGPT's form. A single
-        message counts as a list of one.
+      value: the row's value: a list of messages in OpenAI's or ShareGPT's form. A single message
+        counts as a list of one.
       key: the column, for errors.
       origin: `file:line`, for errors.
 
     Raises:
       ValueError: not a list of objects with a known role and text as content; a user or assistant
-        turn without text; a call that is no JSON.
+        turn without text; a call that is not JSON.
     """
     if isinstance(value, Cell):
         found = parsed(value)
@@ -50,7 +50,7 @@ def read_messages(value: Any, key: str, origin: str) -> Messages:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a field that may be text or messages holds messages."""
+    """Whether a field holds messages rather than text."""
     if isinstance(value, Cell):
         if not value.lstrip().startswith(("[", "{")):
             return False
@@ -61,15 +61,15 @@ def is_messages(value: Any) -> bool:
 
 
 def _speaks(value: Any) -> bool:
-    """Whether a value is a single message: an object that says who speaks."""
+    """Whether a value is a single message: an object with a role."""
     return isinstance(value, dict) and any(field_of(name) == "role" for name in value)
 
 
 def read_tools(value: Any, key: str, origin: str) -> Tools:
-    """Checks descriptions of functions: a list, or JSON text of one (LLaMA-Factory).
+    """Checks descriptions of functions: a list, or a list as JSON text (LLaMA-Factory).
 
     A bare function (`name`, `parameters`) is wrapped as OpenAI does: `{"type": "function",
-    "function": …}`. Null, an empty text and an empty list are no tools.
+    "function": …}`. Null, an empty text and an empty list mean no tools.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -94,7 +94,7 @@ def untrained(messages: Messages, origin: str) -> tuple[int, ...]:
     """Indices of the assistant turns that the row marks as context (`weight: 0`).
 
     Raises:
-      ValueError: a weight other than 0 and 1, or one on a turn that is not the assistant's.
+      ValueError: a weight other than 0 and 1, or a weight on a turn that is not the assistant's.
     """
     context = []
     for at, message in enumerate(messages):
@@ -117,7 +117,7 @@ def untrained(messages: Messages, origin: str) -> tuple[int, ...]:
 
 
 def same_turn(a: Message, b: Message) -> bool:
-    """Whether two messages say the same: role, content, calls and reasoning, not their ids."""
+    """Whether two messages have the same role, content, calls and reasoning; ids may differ."""
 
     def calls(message: Message) -> list[Any]:
         return [call["function"] for call in message.get("tool_calls", ())]
@@ -131,7 +131,7 @@ def _message(message: Any, at: str, origin: str) -> Message:
     """One checked message, in OpenAI's form."""
     if not isinstance(message, dict):
         fail(origin, at, short(message), "an object with role and content")
-    # Tables have every column in every row: what is null is not there.
+    # Tables have every column in every row: null means absent.
     message = {key: value for key, value in message.items() if value is not None}
     names = _names(message)
     speaker_key = names.get("role", "role")
@@ -150,7 +150,7 @@ def _message(message: Any, at: str, origin: str) -> Message:
         )
     content_key = names.get("content", "content" if speaker_key == "role" else "value")
     given = message.get(content_key)
-    # Fields that no template reads, such as times, do not matter.
+    # Ignore fields that no template reads, such as times.
     rest = {
         key: value
         for key, value in message.items()
@@ -193,7 +193,7 @@ def _names(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _thinking(message: Mapping[str, Any], at: str, origin: str) -> str:
-    """The reasoning in a field of its own, whatever its name."""
+    """The reasoning in a separate field, under any of its names."""
     texts = {}
     for key, value in message.items():
         if field_of(key) == "reasoning_content":
@@ -220,7 +220,7 @@ def _weight(message: Mapping[str, Any], at: str, origin: str, role: str) -> floa
             continue
         trained = flag(value)
         if trained is None and plain(key) in ("weight", "loss_weight"):
-            return value  # refused where it is known what is trained
+            return value  # rejected later, where it is known what is trained
         if trained is None:
             fail(origin, f"{at}.{key}", short(value), "true, false, 1 or 0")
         trained = trained if field == "weight" else not trained
@@ -233,7 +233,7 @@ def _weight(message: Mapping[str, Any], at: str, origin: str, role: str) -> floa
 def _calls_of(
     message: Mapping[str, Any], names: Mapping[str, str], at: str, origin: str
 ) -> list[Any]:
-    """Calls in fields of their own: `tool_calls`, and `function_call` of OpenAI's older form."""
+    """Calls in separate fields: `tool_calls`, and `function_call` of OpenAI's older form."""
     calls: list[Any] = []
     for field in ("tool_calls", "function_call"):
         given = message.get(names.get(field, field))
@@ -253,7 +253,7 @@ def _content_of_calls(value: Any, key: str, origin: str) -> tuple[str, list[Any]
 def _content(
     value: Any, key: str, origin: str, role: str, calls_apart: bool
 ) -> tuple[str, list[Any]]:
-    """What a turn says as one text, and the calls among its parts."""
+    """A turn's content as one text, and the calls among its parts."""
     may_be_empty = calls_apart or role in ("system", "tool")
     if value is None:
         if not calls_apart:
@@ -312,7 +312,7 @@ def _calls(value: Any, key: str, origin: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             fail(origin, f"{at}.arguments", short(given), "an object, or its JSON")
         _check_json(arguments, f"{at}.arguments", origin)
-        # Arguments as an object: templates that write them by `tojson` would quote a text twice.
+        # Arguments as an object: templates that write them with `tojson` would quote a text twice.
         made = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         found.append(({"id": call["id"]} if call.get("id") is not None else {}) | made)
     if not found:
@@ -321,7 +321,7 @@ def _calls(value: Any, key: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a template could write a value; dates and bytes of tables it could not."""
+    """Whether a template can write a value as JSON; a table's dates and bytes it cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError, UnicodeEncodeError):
@@ -330,7 +330,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _check_json(value: Any, key: str, origin: str) -> None:
-    """Refuses what a template could not write: dates and bytes of tables, half characters."""
+    """Raises an error for values that a template cannot write: dates, bytes, half characters."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError, UnicodeEncodeError) as error:

@@ -1,11 +1,11 @@
-"""Near-copies of texts: MinHash signatures, bands, and an exact check of what they find.
+"""Near-duplicate texts: MinHash signatures, bands, and an exact check of the candidates.
 
 The Jaccard similarity of two sets is the probability that a random hash has its minimum over both
-at the same element (Broder 1997). A signature holds 128 such minima; texts that agree in all of
-some band of it become candidates, and only a candidate whose sets really are that similar counts.
-So nothing is called a near-copy that is not; one may be missed, with probability
-(1 − s^r)^b for similarity s and b bands of r minima: for a threshold of 0.8 (16 bands of 8) that is
-0.05 at s = 0.8 and 0.006 at s = 0.85.
+at the same element (Broder 1997). A signature holds 128 such minima, split into bands. Texts that
+agree in a whole band become candidates, and only a candidate whose sets really are that similar
+counts. So there are no false positives. A near-duplicate is missed with probability (1 − s^r)^b for
+similarity s and b bands of r minima: for a threshold of 0.8 (16 bands of 8) that is 0.05 at s = 0.8
+and 0.006 at s = 0.85.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _SHINGLE = 5
 
 
 class NearCopies:
-    """Remembers texts and says whether a new one is nearly the same as one of them.
+    """Remembers texts and tells whether a new one is a near-duplicate of one of them.
 
     Args:
       threshold: the Jaccard similarity of character 5-grams (of the case-folded text with single
-        blanks) from which on two texts are nearly the same, in (0, 1].
+        spaces), in (0, 1], at or above which two texts are near-duplicates.
     """
 
     def __init__(self, threshold: float):
@@ -34,7 +34,7 @@ class NearCopies:
         self._kept: list[np.ndarray] = []
 
     def add(self, text: str) -> bool:
-        """Remembers a text unless it is nearly the same as one remembered; says whether it did."""
+        """Remembers a text unless it is a near-duplicate; returns whether it was remembered."""
         grams = shingles(text)
         minima = self._signature(grams)
         keys = [
@@ -54,7 +54,7 @@ class NearCopies:
         return True
 
     def _signature(self, grams: np.ndarray) -> np.ndarray:
-        """uint32 `[128]`: for each hash, its least value over the shingles."""
+        """uint32 `[128]`: the minimum of each hash over the shingles."""
         least = np.full(_MINIMA, np.iinfo(np.uint32).max, np.uint32)
         for at in range(0, len(grams), 4096):  # bounds the memory of long texts
             values = grams[None, at : at + 4096] * self._scale + self._shift
@@ -63,7 +63,7 @@ class NearCopies:
 
 
 def shingles(text: str) -> np.ndarray:
-    """Hashes of the different character 5-grams of a text, uint64, sorted.
+    """Hashes of the distinct character 5-grams of a text, uint64, sorted.
 
     A shorter text is one shingle.
     """
@@ -81,14 +81,14 @@ def shingles(text: str) -> np.ndarray:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """|A ∩ B| / |A ∪ B| of two sets given as arrays of different values; 1 of two empty sets."""
+    """|A ∩ B| / |A ∪ B| of two sets given as arrays of distinct values; 1 for two empty sets."""
     both = len(np.intersect1d(a, b, assume_unique=True))
     either = len(a) + len(b) - both
     return both / either if either else 1.0
 
 
 def _band_size(threshold: float) -> int:
-    """The longest band with which a pair at the threshold is still found 9 times in 10."""
+    """The longest band that still finds a pair at the threshold 9 times in 10."""
     sizes = [r for r in range(1, _MINIMA + 1) if _MINIMA % r == 0]
     found = [r for r in sizes if 1 - (1 - threshold**r) ** (_MINIMA // r) >= 0.9]
     return max(found, default=1)

@@ -19,23 +19,23 @@ from jaxalign.data.order import Pool
 class Source:
     """One source of a mixture.
 
-    `weight`, `rows` and `epochs` say how much of it a pass over the mixture takes; without them,
-    all rows once.
+    `weight`, `rows` and `epochs` set how much of the source a pass over the mixture takes. Without
+    them it takes all rows once.
 
     Attributes:
       path: file, folder, glob or hub id.
-      name: what it is called in counts and metrics; None: from the path.
-      split: of a hub data set, such as "train[:1000]".
-      form: the form of its rows, where their columns leave it open; None: recognised.
-      columns: name of a column as the form knows it → name in the file.
-      weight: its share of the mixture's rows, relative to those of the others, > 0. All sources
-        have one, or none. A pass has as many rows as all sources together; a source whose share is
-        larger than it is comes round more than once. Packed rows count, so that shares are of
-        tokens rather than of documents.
-      rows: how many of its rows are used, drawn once by the seed; more than there are repeats some.
-        When streaming, its first ones.
-      epochs: how often a pass of the mixture goes over it, > 0: 2.0 repeats each row, with 0.5
-        every other pass uses a row. Not with weights.
+      name: its name in counts and metrics; None: taken from the path.
+      split: the split of a hub data set, such as "train[:1000]".
+      form: the form of its rows, if their columns are ambiguous; None: recognised from the columns.
+      columns: the form's column name → the name in the file.
+      weight: its share of the mixture's rows, relative to the other sources' weights, > 0. Either
+        all sources have a weight or none. A pass has as many rows as all sources together; a source
+        with fewer rows than its share is repeated. The rows are packed rows, so that shares are
+        shares of tokens rather than of documents.
+      rows: how many of its rows to use, sampled once with the seed; a number above the source's
+        size repeats some. When streaming, the first rows are used.
+      epochs: how often a pass over the mixture goes over the source, > 0: 2.0 uses each row twice,
+        0.5 uses each row in every other pass. Not with weights.
     """
 
     path: str
@@ -57,13 +57,13 @@ class Source:
 
     @property
     def where(self) -> str:
-        """The path with the split, as sources are read."""
+        """The path with the split, as `read_rows` takes it."""
         return self.path if self.split is None else f"{self.path}:{self.split}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A source as it is read: `what` is a path, or rows given as dicts."""
+    """A source to read: `what` is a path, or rows given as dicts."""
 
     what: Any
     name: str
@@ -71,9 +71,9 @@ class Entry:
 
 
 def entries_of(sources: Any) -> list[Entry]:
-    """One source or several → entries with different names.
+    """Turns one source or several into entries with distinct names.
 
-    Rows given as dicts are one source together, wherever they stand in the list.
+    All rows given as dicts form one source, wherever they are in the list.
     """
     if isinstance(sources, str | os.PathLike | Mapping | Source):
         sources = [sources]
@@ -90,7 +90,7 @@ def entries_of(sources: Any) -> list[Entry]:
         elif isinstance(item, str | os.PathLike):
             found.append((item, Source(path=os.fspath(item)), None))
         else:
-            found.append((item, Source(path=repr(item)), None))  # refused where it is read
+            found.append((item, Source(path=repr(item)), None))  # rejected when it is read
     short = [_short_name(what) for what, _, _ in found]
     entries: list[Entry] = []
     for (what, options, name), brief in zip(found, short, strict=True):
@@ -139,9 +139,9 @@ def _check_weights(entries: Sequence[Entry]) -> None:
 
 
 def pools_of(entries: Sequence[Entry], temperature: float | None) -> list[list[int]]:
-    """Which sources are shuffled and packed together: those of which all rows are taken once.
+    """Which sources are shuffled and packed together: those that give each row once.
 
-    Sources with a weight or epochs, and all under a temperature, are by themselves.
+    A source with a weight or epochs has its own pool, and with a temperature every source has.
 
     Returns:
       The sources of each pool, as indices into `entries`.
@@ -166,12 +166,12 @@ def shares_of(
     rows: Sequence[int],
     temperature: float | None,
 ) -> list[Pool]:
-    """How many rows each pool gives in a pass.
+    """How many rows each pool contributes to a pass.
 
     Args:
       entries: the sources.
       pools: from `pools_of`.
-      rows: of each pool, at least 1.
+      rows: the rows of each pool, at least 1.
       temperature: see `Options`.
     """
     weighted = temperature is not None or entries[0].options.weight is not None
@@ -196,7 +196,7 @@ def flatten(weights: Sequence[float], temperature: float) -> list[float]:
 
 
 def apportion(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to shares, at least 1 each: largest remainders first."""
+    """Integers in proportion to shares, at least 1 each, by largest remainders."""
     exact = np.asarray(shares, np.float64) * total
     counts = np.floor(exact).astype(int)
     for number in np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]:
@@ -205,7 +205,7 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
 
 
 def choose(count: int, wanted: int, key: Sequence[int]) -> list[int]:
-    """`wanted` of `count` rows, sampled by a key, in order; more than `count` repeats some."""
+    """`wanted` of `count` rows, sampled with a key, in order; more than `count` repeats some."""
     whole, rest = divmod(wanted, count)
     drawn = np.random.default_rng(list(key)).permutation(count)[:rest]
     return sorted([*list(range(count)) * whole, *drawn.tolist()])

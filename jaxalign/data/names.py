@@ -1,7 +1,7 @@
-"""The names that data sets in use give to columns, to fields of messages, and to speakers.
+"""The names that common data sets give to columns, message fields and speakers.
 
-One table, documented in docs/data.md. Names are compared in lower case with `_` between words, so
-that `systemPrompt`, `System Prompt` and `system-prompt` are all `system_prompt`.
+docs/data.md documents the tables. Names are compared in lower case with `_` between words, so that
+`systemPrompt`, `System Prompt` and `system-prompt` are all `system_prompt`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "tools": ("tools", "functions", "available_tools", "tool_list"),
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
 }
-"""What a column is for → its names. `input` is a context beside a prompt, else the prompt.
+"""The meaning of a column → its names. `input` is a context if there is a prompt, else the prompt.
 
 `weight` false or 0, and `no_weight` true or 1, keep a row, or a message, from being trained.
 """
@@ -59,7 +59,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "weight": COLUMNS["weight"],
     "no_weight": COLUMNS["no_weight"],
 }
-"""A field of a message → its names, of which the first that a message has is read."""
+"""A field of a message → its names; the first that a message has is read."""
 
 SPEAKERS: dict[str, tuple[str, ...]] = {
     "system": ("system", "developer"),
@@ -73,7 +73,7 @@ SPEAKERS: dict[str, tuple[str, ...]] = {
         "tool_result",
     ),
 }
-"""Role → what speakers are called. Turns of `function_call` and `tool_call` hold calls as JSON."""
+"""Role → names of speakers. `function_call` and `tool_call` turns hold calls as JSON."""
 
 CALLING = ("function_call", "tool_call")
 
@@ -91,7 +91,7 @@ def plain(name: str) -> str:
 
 
 def meaning_of(column: str) -> str | None:
-    """What a column of this name is for: a key of `COLUMNS`, or None."""
+    """The meaning of a column with this name: a key of `COLUMNS`, or None."""
     return _MEANING.get(plain(column)) if isinstance(column, str) else None
 
 
@@ -106,7 +106,7 @@ def field_of(name: Any) -> str | None:
 
 
 def flag(value: Any) -> bool | None:
-    """A flag in any spelling: true, 1, 1.0, "true", "yes", "on"; None where it is none of these."""
+    """A flag in any spelling: true, 1, 1.0, "true", "yes", "on"; None if it is not a flag."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):

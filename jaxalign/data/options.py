@@ -1,4 +1,4 @@
-"""The options of all batch functions and of a YAML's section `data`: declared and checked once."""
+"""The options of all batch functions and of a config's `data` section, checked in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxalign.data.scripts import check_scripts
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEEP = ("answer_start", "prompt_end", "whole")
-"""What stays of a row that is too long."""
+"""What to keep of a row that is too long."""
 PACKING = ("best_fit", "best_fit_split", "wrapped")
 SPLITS = ("train", "validation")
 DEDUP = ("exact", "near")
@@ -23,54 +23,57 @@ THINKING = ("auto", "on", "off")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How rows become batches: what a YAML's section `data` and Python have in common.
+    """How rows become batches: the options that a config's `data` section and Python share.
 
     Attributes:
       rows: B, rows of every batch, over all hosts.
       length: T, positions of a row (of a prompt, in PPO).
-      packing: True or "best_fit": several documents (or pairs) a row, decided once.
-        "best_fit_split": documents that are too long continue in a further piece instead of losing
-        their end (SFT). "wrapped": plain texts laid end to end and cut where a row ends (SFT).
-        False: one a row. None: SFT packs, unless it has `buckets`; everything else holds one a row.
+      packing: True or "best_fit": several documents (or pairs) per row, assigned once.
+        "best_fit_split": documents that are too long continue in another piece instead of losing
+        their end (SFT). "wrapped": plain texts are concatenated and cut where a row ends (SFT).
+        False: one per row. None: SFT packs, unless it has `buckets`; everything else has one per
+        row.
       epochs: passes over the data; None: forever.
-      shuffle: a fresh order in every pass; False keeps the order of the rows.
-      keep: what stays of a row that is too long. "answer_start": its first `length` tokens, so that
-        the answer loses its end. "prompt_end": the prompt loses its start, both sides of a pair the
-        same tokens, and a row whose answer alone is too long is dropped. "whole": the row is
-        dropped. None: "answer_start", and "prompt_end" for prompts.
-      buckets: widths, ascending: each batch has the smallest one that holds its rows, and rows of
-        similar length share a batch. `length` is the last width, given or not. Without packing
-        only. None: every batch is `length` wide.
-      temperature: τ > 0, flattens the shares of a mixture: share ∝ weight^(1/τ), a source's weight
-        being its number of rows where it gives none. 1 mixes in proportion; ∞ evenly. None: as 1,
-        and sources without weights are simply read one after the other.
-      validation: what is held out of the sources: a fraction in (0, 1) or a number of rows. Which
-        rows these are depends on their prompts alone, so rows with the same prompt stay together.
-      dedup: "exact" drops a row with the same text as an earlier one, "near" also one whose
-        character 5-grams have a Jaccard similarity of `dedup_threshold` with an earlier one.
+      shuffle: use a new order in every pass; False keeps the order of the rows.
+      keep: what to keep of a row that is too long. "answer_start": its first `length` tokens, so
+        that the answer loses its end. "prompt_end": the prompt loses its start (the same tokens on
+        both sides of a pair), and a row whose answer alone is too long is dropped. "whole": the row
+        is dropped. None: "prompt_end" for prompts, else "answer_start".
+      buckets: row widths, ascending. Each batch has the smallest width that holds its rows, and
+        rows of similar length share a batch. `length` is always the last width, even if not listed.
+        Only without packing. None: every batch is `length` wide.
+      temperature: τ > 0, flattens the shares of a mixture: share ∝ weight^(1/τ), where the default
+        weight is the source's number of rows. 1 mixes in proportion; ∞ evenly. None: as 1, but
+        sources without weights are simply concatenated.
+      validation: how much of the sources to hold out: a fraction in (0, 1) or a number of rows. The
+        choice depends only on prompts, so rows with the same prompt stay together.
+      dedup: "exact" drops a row with the same text as an earlier row. "near" also drops a row whose
+        character 5-grams have a Jaccard similarity of at least `dedup_threshold` with an earlier
+        row.
       dedup_threshold: in (0, 1].
-      scripts: writing systems (see `jaxalign.data.scripts.SCRIPTS`) of which at least
-        `script_share` of a row's letters must be. A script is not a language: Latin is the script
-        of English and French alike. None or empty: any.
+      scripts: writing systems (see `jaxalign.data.scripts.SCRIPTS`); at least `script_share` of a
+        row's letters must belong to them. A script is not a language: English and French both use
+        Latin. None or empty: any script.
       script_share: in (0, 1].
-      min_tokens: rows of fewer tokens, counted before cutting, are dropped.
-      max_tokens: rows of more tokens, counted before cutting, are dropped; None: none are.
-      on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" leaves bad
-        rows out, counted by reason. What makes a whole file unreadable stops either way.
-      special_tokens_in_text: what becomes of text in messages that spells a special token of the
-        tokenizer. "escape": it is tokenised as plain characters, so that no text can forge a turn;
-        counted. "error": the row is bad. "keep": it becomes the special token. Plain texts keep
-        theirs.
-      thinking: which prompt answers follow under templates that have two. "auto": answers that
-        begin with reasoning follow the prompt that leaves reasoning open, others (and prompts of
-        rollouts) the one that closes it; both sides of a pair follow the same. "on": all follow the
-        first. "off": all follow the second, and reasoning is removed from what is trained
-        (counted).
-      chat_template_kwargs: variables for the chat template, such as `enable_thinking`; those in a
-        row's column of this name take precedence.
-      streaming: reads, renders, tokenises and packs during training, a window at a time, for data
+      min_tokens: rows with fewer tokens, counted before truncation, are dropped.
+      max_tokens: rows with more tokens, counted before truncation, are dropped; None: no limit.
+      on_error: "stop" stops at the first bad row, naming file, line and remedy; "drop" drops bad
+        rows and counts them by reason. A fault that makes a whole file unreadable always stops.
+      special_tokens_in_text: how to treat message text that spells a special token of the
+        tokenizer. "escape": tokenise it as plain characters, so that no text can forge a turn; this
+        is counted. "error": the row is bad. "keep": it becomes the special token. Plain texts
+        always keep special tokens.
+      thinking: which generation prompt answers follow, if the template has two: one that leaves
+        reasoning open, and one that closes it. "auto": answers that begin with reasoning follow the
+        open prompt; others, and rollouts, follow the closed one; both sides of a pair follow the
+        same. "on": all follow the open prompt. "off": all follow the closed prompt, and reasoning
+        is removed from the training text (counted).
+      chat_template_kwargs: variables for the chat template, such as `enable_thinking`; a row's
+        column of this name takes precedence.
+      streaming: read, render, tokenise and pack during training, one window at a time, for data
         that does not fit in memory.
-      window: rows that are kept in memory, shuffled and packed together when streaming.
+      window: when streaming, the number of rows that are held in memory, shuffled and packed
+        together.
       prefetch: batches prepared ahead in a thread; 0: none.
     """
 
@@ -138,7 +141,7 @@ class BatchOptions:
             0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))
         ):
             raise ValueError(
-                f"validation: got {held_out!r}, wanted a part in (0, 1) or a number of rows"
+                f"validation: got {held_out!r}, wanted a fraction in (0, 1) or a number of rows"
             )
         if self.buckets is not None:
             widths = list(self.buckets)
@@ -153,7 +156,7 @@ class BatchOptions:
                 )
 
     def _clashes(self) -> tuple[tuple[bool, str, str], ...]:
-        """Options of which one would be ignored: (whether they are given, a name, the remedy)."""
+        """Option pairs in which one would be ignored: (whether they clash, a name, the remedy)."""
         streaming = self.streaming
         by_count = self.validation is not None and self.validation >= 1
         return (
@@ -167,7 +170,7 @@ class BatchOptions:
             (
                 streaming and by_count,
                 "validation",
-                "as a part in (0, 1) when streaming, where the number of rows is unknown",
+                "as a fraction in (0, 1) when streaming, where the number of rows is unknown",
             ),
             (streaming and self.buckets is not None, "buckets", "without streaming; pack instead"),
             (
@@ -179,14 +182,14 @@ class BatchOptions:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths that batches may have, ascending."""
+        """The possible widths of batches, ascending."""
         return tuple(sorted({*(self.buckets if self.buckets is not None else ()), self.length}))
 
     def layout(self, default: str | None = None) -> Self:
-        """The options with `packing` by name: "best_fit", "wrapped", or None for one a row.
+        """The options with `packing` as a name: "best_fit", "wrapped", …, or None for one per row.
 
         Args:
-          default: what None becomes; None where there are `buckets`.
+          default: the value that replaces None, unless there are `buckets`.
         """
         packing = self.packing
         if packing is None:
@@ -198,15 +201,15 @@ class BatchOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(BatchOptions):
-    """`BatchOptions`, and what a run sets outside its section `data`.
+    """`BatchOptions`, and the options that a run sets outside its `data` section.
 
     Attributes:
-      seed: of the order, in [0, 2³²).
+      seed: the seed of the order, in [0, 2³²).
       chat_template: None (the tokenizer's), "chatml", "none", a jinja file or text; see
         `jaxalign.data.resolve_chat_template`.
-      split: "train" leaves out what `validation` holds out, "validation" gives only that.
+      split: "train" leaves out the rows that `validation` holds out; "validation" gives only those.
       host: (index, count): this host builds its part of each batch, rows index · rows / count and
-        following. Positions count whole batches, so a run can resume with another number of hosts.
+        following. Positions count global batches, so a run can resume with another number of hosts.
     """
 
     seed: int = 0
@@ -242,20 +245,20 @@ class Options(BatchOptions):
 
 
 def options_of(options: Options | None, fields: Mapping[str, Any]) -> Options:
-    """`options` with `fields` in place of its own, as every batch function takes them.
+    """`options` with `fields` as overrides, as every batch function takes them.
 
     Raises:
-      TypeError: a keyword that is no option.
+      TypeError: a keyword that is not an option.
       ValueError: a value that an option does not take.
     """
     return Options(**fields) if options is None else dataclasses.replace(options, **fields)
 
 
 def spelled_out(function: F) -> F:
-    """Decorator: `help` and editors show each option of `**fields` with its default.
+    """Decorator that makes `help` and editors show each option of `**fields` with its default.
 
-    Python reads the names that a function takes from its own signature, where `**fields` hides
-    them; this one lists the fields of `Options` in its place.
+    `**fields` hides the accepted names from a function's signature. The new signature lists the
+    fields of `Options` instead.
     """
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -269,10 +272,11 @@ def spelled_out(function: F) -> F:
     return function
 
 
-# These change how batches are made or shared, not what is in them.
+# These change how batches are made or split over hosts, not their contents.
 _NOT_IN_CHECKSUM = ("epochs", "host", "prefetch", "on_error")
-# Values of these always enter the checksum of a saved position, in this order. An option that came
-# later enters with its name, where it is not at its default: positions saved before it stay valid.
+# These values always enter the checksum of a saved position, in this order. An option that was
+# added later enters with its name, and only if it is not the default, so that positions saved
+# before it stay valid.
 _IN_CHECKSUM = (
     *("buckets", "chat_template", "dedup", "dedup_threshold", "keep", "length", "max_tokens"),
     *("min_tokens", "packing", "rows", "script_share", "scripts", "seed", "shuffle", "split"),
@@ -281,7 +285,7 @@ _IN_CHECKSUM = (
 
 
 def settings_of(options: Options) -> list[Any]:
-    """What a saved position depends on besides the data, as JSON-able values."""
+    """The settings, besides the data, that a saved position depends on, as JSON-able values."""
     later = [
         [field.name, getattr(options, field.name)]
         for field in sorted(dataclasses.fields(options), key=lambda field: field.name)
@@ -299,7 +303,7 @@ def _check_integer(name: str, value: Any, least: int, optional: bool) -> None:
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str], otherwise: str = "") -> None:
-    """Refuses what is none of the choices, nor None where `otherwise` has a word for it."""
+    """Raises ValueError for a value that is no choice, and for None unless `otherwise` names it."""
     if value in choices or (value is None and otherwise):
         return
     wanted = ", ".join(choices) + (f" or {otherwise}" if otherwise else "")

@@ -1,9 +1,9 @@
 """Which rows make up batch k: mixing, shuffling and bucketing as arithmetic on indices, with grain.
 
 Nothing here knows what a row holds. Rows are numbered, first those of pool 0, then those of pool 1
-and so on. A pool is mixed as a whole: the rows of one weighted source, or of all sources without
-weights together. In one pass pool p gives `share` of its rows: the next ones of its own endless,
-reshuffled sequence, so that over the passes each of its rows is seen equally often.
+and so on. A pool is the unit of mixing: the rows of one weighted source, or of all sources without
+weights together. In one pass pool p gives `share` of its rows, the next ones of its own endless,
+reshuffled sequence. Over many passes each of its rows is therefore seen equally often.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Pool(NamedTuple):
     """A part of a mixture.
 
     Attributes:
-      rows: how many there are.
-      share: how many of them one pass takes; more than there are repeats some.
+      rows: the number of rows.
+      share: how many rows one pass takes; a number above `rows` repeats some.
     """
 
     rows: int
@@ -30,11 +30,11 @@ class Pool(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A batch before it is built.
+    """The rows chosen for a batch, before it is built.
 
     Attributes:
-      rows: numbers of its rows; fewer than a batch has only where data ends.
-      width: positions.
+      rows: its row numbers; fewer than a full batch only where the data ends.
+      width: the width of its rows, in positions.
     """
 
     rows: list[int]
@@ -54,18 +54,18 @@ def batches_of(
     """All batches of a run, in order.
 
     Args:
-      pools: what is mixed.
-      sizes: tokens of every row, to sort rows into buckets.
+      pools: the pools to mix.
+      sizes: the tokens of every row, for choosing its bucket.
       rows: B.
-      widths: of the buckets, ascending; every size is at most the last.
-      passes: over the mixture; None: forever.
-      seed: of the order.
-      shuffle: whether there is a fresh order in every pass.
+      widths: the buckets' widths, ascending; every size is at most the last one.
+      passes: passes over the mixture; None: forever.
+      seed: the seed of the order.
+      shuffle: whether every pass has a new order.
 
     Returns:
-      A dataset of `Chosen`. With one width, batches run across the ends of passes and only the
-      very last may be short. With several, each pass ends with at most one short batch: what is
-      left over in a bucket joins the next wider one.
+      A dataset of `Chosen`. With one width, batches continue across the ends of passes, and only
+      the very last may be short. With several widths, rows left over in a bucket move to the next
+      wider one, so each pass ends with at most one short batch.
     """
     stream = _rows(pools, passes, seed, shuffle)
     if len(widths) == 1:
@@ -103,7 +103,7 @@ class _Mixture:
     def __init__(self, pools: Sequence[Pool], passes: int | None, seed: int, shuffle: bool):
         shares = [pool.share for pool in pools]
         self._turns = spread(shares)
-        # How often the pool of each turn has had a turn before in this pass.
+        # For each turn: how many earlier turns its pool has had in this pass.
         self._before = np.empty(len(self._turns), np.int64)
         for number in range(len(pools)):
             mine = np.flatnonzero(self._turns == number)
@@ -128,7 +128,7 @@ class _Mixture:
 
 
 class _Buckets:
-    """Batches of rows of similar size, planned a pass at a time."""
+    """Batches of rows of similar size, planned one pass at a time."""
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
-"""Batches from token ids: for research code that has its own tokens and no files.
+"""Batches from token ids, for research code that tokenizes its own data.
 
     batches, counts = ja.pack_tokens(input_ids, labels=labels, rows=8, length=512)
     batches, counts = ja.pack_pairs(chosen, rejected, prompts=prompts, rows=8, length=512)
 
-Ids may be ragged lists, or rectangular arrays with an `attention_mask`, padded on either side. The
-layout of the rows is that of `jaxalign.data.packing`.
+Ids may be ragged lists, or rectangular arrays with an `attention_mask`, padded on either side.
+`jaxalign.data.packing` shows the layout of the rows.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ Lists = Sequence[Any] | np.ndarray
 
 
 class PackCounts(NamedTuple):
-    """What became of the documents (or pairs).
+    """Counts of the documents (or pairs).
 
     Attributes:
-      given: documents.
-      kept: of these, in a batch.
-      cut: of the kept, those that lost their end: they are longer than a row.
-      dropped: those without a trained token, cut ones among them. given = kept + dropped.
-      tokens: kept, padding not counted; of pairs, both sides.
-      trained: of these.
-      rows: filled by them, before empty rows fill up the last batch.
+      given: documents passed in.
+      kept: documents that are in a batch.
+      cut: kept documents that lost their end because they are longer than a row.
+      dropped: documents without a trained token, possibly because of truncation. given = kept +
+        dropped.
+      tokens: kept tokens, without padding; for pairs, of both sides.
+      trained: trained tokens among these.
+      rows: rows with documents, before empty rows fill up the last batch.
     """
 
     given: int
@@ -46,7 +47,7 @@ class PackCounts(NamedTuple):
 
 
 class _Document(NamedTuple):
-    """Tokens `[n]`, which of them are trained, and how much each counts."""
+    """Tokens `[n]`, which of them are trained, and the weight of each."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -69,22 +70,23 @@ def pack_tokens(
 
     Args:
       input_ids: N documents: lists of ids, or an array `[N, n]`.
-      attention_mask: the same shape, 0 on padding, which is taken out; None: there is none.
+      attention_mask: the same shape, 0 on padding, which is removed; None: no padding.
       labels: the same shape, not shifted: a token's own id where it is trained, −100 elsewhere.
-      trained: in place of `labels`: True where a token is trained. Without either all are. A
-        document's first token is never a target.
-      weights: how much each token counts as a target, ≥ 0, the same shape; or a number a document.
+      trained: alternative to `labels`: True where a token is trained. Without either, all tokens
+        are. A document's first token is never a target.
+      weights: the weight of each token as a target, ≥ 0, the same shape; or one number per
+        document.
       rows: B of each batch; empty rows fill up the last one. None: one batch for all.
       length: T. A longer document loses its end.
-      packing: several documents a row (best fit); False: a row each.
-      pad_id: what stands where there is no token. Masks do not depend on it.
+      packing: put several documents in a row (best fit); False: one per row.
+      pad_id: the id on padding. Masks do not depend on it.
 
     Returns:
       (batches of numpy arrays `[rows, length]`, `PackCounts`). What was cut or dropped is also
       printed.
 
     Raises:
-      ValueError: shapes that differ, labels that are other tokens, ids that are no integers, or no
+      ValueError: shapes that differ, labels that are other tokens, ids that are not integers, or no
         document left.
     """
     _check_shape(rows, length)
@@ -126,21 +128,22 @@ def pack_pairs(
     Args:
       chosen: N preferred answers: lists of ids, all trained; or a mapping with `input_ids`,
         `labels` and, for arrays, `attention_mask`, as for `pack_tokens`: prompts with answers.
-      rejected: the others, in the same form.
-      prompts: N lists of ids that come before both answers; None with mappings.
-      weights: how much each pair counts, `[N]`, ≥ 0.
-      margins: how much better chosen is, `[N]`, for the reward loss with margin.
+      rejected: N rejected answers, in the same form.
+      prompts: N lists of ids that precede both answers; None with mappings.
+      weights: the weight of each pair, `[N]`, ≥ 0.
+      margins: how much better the chosen answer is, `[N]`, for the reward loss with margin.
       rows: B of each batch; empty rows fill up the last one. None: one batch for all.
       length: T. A longer side loses its end; a pair without a trained token on either side is
         dropped.
-      packing: several pairs a row, each in the same row and segment on both sides.
-      pad_id: what stands where there is no token.
+      packing: put several pairs in a row; a pair has the same row and segment on both sides.
+      pad_id: the id on padding.
 
     Returns:
       (batches of numpy arrays, `PackCounts`). What was cut or dropped is also printed.
 
     Raises:
-      ValueError: as for `pack_tokens`; sides of different numbers; or a side without a prompt.
+      ValueError: as for `pack_tokens`; different numbers of chosen and rejected answers; or a
+        missing prompt.
     """
     _check_shape(rows, length)
     sides = [_side(*named, prompts) for named in (("chosen", chosen), ("rejected", rejected))]
@@ -173,7 +176,7 @@ def pack_pairs(
 
 
 def _side(name: str, given: Any, prompts: Lists | None) -> list[_Document]:
-    """The prompts with one side's answers."""
+    """The prompts joined with one side's answers."""
     if isinstance(given, Mapping):
         known = {"input_ids", "attention_mask", "labels"}
         unknown = sorted(set(given) - known)
@@ -255,7 +258,7 @@ def _int_lists(name: str, given: Any) -> list[np.ndarray]:
 
 
 def _aligned(name: str, given: Any, ids: list[np.ndarray]) -> list[np.ndarray]:
-    """What stands beside the ids, a list for each document."""
+    """Values aligned with the ids, one list per document."""
     if len(given) != len(ids):
         raise ValueError(f"{name}: got {len(given)} lists for {len(ids)} documents")
     found = [np.asarray(row) for row in given]

@@ -1,4 +1,4 @@
-"""Documents into rows: which go together (best fit), and the arrays of a row.
+"""Packs documents into rows: which documents share a row (best fit), and the arrays of a row.
 
 A document of n tokens takes n positions of a row:
 
@@ -33,14 +33,14 @@ class Piece(NamedTuple):
 def best_fit(lengths: Sequence[int], capacity: int, most: int | None = None) -> list[list[int]]:
     """Packs documents into rows by best-fit decreasing.
 
-    The longest document first, each into the row that it leaves with the least space; documents
-    of equal length in their order. Deterministic; at most 11/9 of the optimal number of rows, and
-    one (Johnson et al., 1974).
+    The longest document comes first; each goes into the row that it leaves with the least space.
+    Documents of equal length keep their order. The result is deterministic, with at most 11/9 of
+    the optimal number of rows plus one (Johnson et al., 1974).
 
     Args:
-      lengths: tokens of each document, in [1, capacity].
+      lengths: the number of tokens of each document, in [1, capacity].
       capacity: tokens that fit into a row.
-      most: documents that a row may hold; None: any number.
+      most: the most documents in a row; None: any number.
 
     Returns:
       The documents of each row, as indices into `lengths`.
@@ -76,11 +76,11 @@ def best_fit(lengths: Sequence[int], capacity: int, most: int | None = None) -> 
 
 
 def wrapped(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
-    """Packs plain texts by laying them end to end and cutting where a row ends.
+    """Packs plain texts by concatenating them and cutting where a row ends.
 
-    Every row but the last is full. A document that is cut goes on in the next row, as a segment of
-    its own that does not see what came before; the token that it goes on with is still a target,
-    so that no token is lost to training but the first of each document.
+    Every row except the last is full. A document that is cut continues in the next row as a
+    separate segment, which does not attend to the first part. Its first token there is still a
+    target of the previous row, so that only the first token of each document is not trained.
 
     Args:
       lengths: tokens of each document, at least 1.
@@ -107,10 +107,10 @@ def wrapped(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
 
 
 def best_fit_split(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
-    """Packs by best fit after cutting what is longer than a row into pieces of a full row.
+    """Packs by best fit, after splitting documents longer than a row into pieces of a full row.
 
-    Only documents that are too long are cut. A piece is a segment of its own that does not see
-    what came before; its last token is trained on the one that the next piece begins with.
+    Only documents that are too long are split. A piece is a separate segment that does not attend
+    to earlier pieces; its last token has the next piece's first token as its target.
 
     Args:
       lengths: tokens of each document, at least 1.
@@ -140,11 +140,11 @@ def token_rows(
 
     Args:
       documents: documents by number.
-      groups: which documents, or pieces of them, each row holds, in order; rows beyond them stay
-        empty. The last token of a piece has the document's next one as its target.
+      groups: the documents, or pieces of them, in each row, in order; any further rows stay empty.
+        The last token of a piece has the document's next one as its target.
       rows: B.
       length: T; every group fits.
-      pad_id: what stands where there is no token. Masks do not depend on it.
+      pad_id: the id on padding. Masks do not depend on it.
       sources: the source of each document, for `source_ids`; None leaves them out.
 
     Returns:
@@ -177,7 +177,7 @@ def token_rows(
 
 
 def bucket(size: int) -> int:
-    """The width of a row for so many tokens, of few: the next of 32, 48, 64, 96, 128, 192, …"""
+    """Rounds a number of tokens up to one of few row widths: 32, 48, 64, 96, 128, 192, …"""
     width = 32
     while width < size:
         width = width * 3 // 2 if width & (width - 1) == 0 else width // 3 * 4
@@ -195,10 +195,10 @@ def prompt_rows(
 
     Args:
       prompts: token ids of prompts by number, each at most `length`.
-      which: the prompt of each row; rows beyond them stay empty (index -1).
+      which: the prompt of each row; any further rows stay empty (index -1).
       rows: B.
       length: P.
-      pad_id: what stands where there is no token.
+      pad_id: the id on padding.
     """
     tokens = np.full((rows, length), pad_id, np.int32)
     mask = np.zeros((rows, length), np.bool_)

@@ -1,6 +1,6 @@
-"""Paths from users: `~` is expanded, addresses are refused, existing files are kept.
+"""Paths from users: expands `~`, rejects bucket addresses, protects existing files.
 
-One function for all paths that are read or written, and one for all that is written.
+One function handles every path that is read or written; another checks every output path.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _SHOWN = 4
 
 
 def local_path(path: str | os.PathLike[str], option: str) -> pathlib.Path:
-    """A path as a person wrote it, with `~` expanded.
+    """A path as the user wrote it, with `~` expanded.
 
     Args:
       path: a file or folder, which need not exist.
-      option: what the path was given for, for the message.
+      option: the option that holds the path, for the message.
 
     Raises:
       ValueError: an address such as `gs://…`, or the home of a user that does not exist.
@@ -47,24 +47,25 @@ def check_free(
     names: Sequence[str] | None = None,
     remedy: str = "give another path, or replace it with --overwrite",
 ) -> pathlib.Path:
-    """Refuses to write over what is there already.
+    """Raises ValueError if writing would overwrite something.
 
     An empty file or folder counts as free.
 
     Args:
-      path: the file or folder that is going to be written.
-      option: what it was given for, for the messages.
-      overwrite: its content may be replaced.
-      sources: models and data that are read for it; not even `overwrite` replaces those. What is
-        no path of this machine, such as a hub id, passes.
-      names: of the entries of a folder that would be replaced; others do not count. None: all.
+      path: the file or folder to be written.
+      option: the option that holds the path, for the messages.
+      overwrite: whether its content may be replaced.
+      sources: models and data that are read to make it; not even `overwrite` replaces them. Sources
+        that are not local paths, such as hub ids, are ignored.
+      names: the names of the folder's entries that would be replaced; others may exist. None: all
+        entries.
       remedy: what to do, for the message.
 
     Returns:
       The path, with `~` expanded.
 
     Raises:
-      ValueError: there is something, or a source would be replaced.
+      ValueError: the path is not empty, or a source would be replaced.
     """
     target = local_path(path, option)
     written = [target] if names is None else [target / name for name in names]
@@ -86,10 +87,10 @@ def check_free(
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: if the process is killed, the old one stays.
+    """Writes a file atomically: if the process is killed, the old file stays.
 
     Raises:
-      OSError: with the file's name, which a failed write alone does not tell.
+      OSError: with the file's name, which the error of a failed write lacks.
     """
     fresh = path.with_name(f".{path.name}.tmp")
     try:
@@ -102,7 +103,7 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 
 def is_empty(path: pathlib.Path) -> bool:
-    """Whether there is no such path, or nothing in it."""
+    """Whether the path does not exist or is empty."""
     if path.is_dir():
         return next(path.iterdir(), None) is None
     return not path.exists() or (path.is_file() and not path.stat().st_size)

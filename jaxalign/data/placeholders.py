@@ -1,8 +1,8 @@
-"""Conversations in which placeholders replace the messages' texts.
+"""Conversations with placeholders in place of the messages' texts.
 
-What a template does to a conversation depends on its shape (roles, calls, blanks around texts) and
-hardly ever on the words. So the shape is rendered once, with short placeholders, and the words are
-filled in. If the real text differs from the filled placeholders, the result is not used.
+What a template does to a conversation depends on its shape (roles, calls, whitespace around texts)
+and hardly ever on its words. So each shape is rendered once with short placeholders, and the words
+are filled in. If the rendered text differs from the filled placeholders, the shortcut is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Placeholders(NamedTuple):
 
     Attributes:
       chat: the conversation; its `keys` tell its shape.
-      values: placeholder → what it stands for.
+      values: placeholder → the text that it replaces.
     """
 
     chat: Chat
@@ -31,12 +31,12 @@ class Placeholders(NamedTuple):
 
     @property
     def short(self) -> bool:
-        """Whether some text is too short to be distinguished from other text."""
+        """Whether some text is too short to be found unambiguously."""
         return any(len(value) < 12 for value in self.values.values())
 
 
 def placeholders_of(chat: Chat) -> Placeholders:
-    """The shape of a conversation: contents and reasoning as placeholders, all else as it is."""
+    """The shape of a conversation: placeholders for contents and reasoning, the rest unchanged."""
     values: dict[str, str] = {}
 
     def hide(text: str) -> str:
@@ -55,7 +55,7 @@ def placeholders_of(chat: Chat) -> Placeholders:
     messages: list[Message] = []
     for message in chat.messages:
         changed = dict(message)
-        # Templates may read what tools answer as JSON.
+        # Templates may parse tools' answers as JSON.
         if not message["content"].lstrip().startswith(("{", "[")):
             changed["content"] = hide(message["content"])
         if isinstance(message.get("reasoning_content"), str):
@@ -69,10 +69,10 @@ def placeholders_of(chat: Chat) -> Placeholders:
 def filled(
     text: str, spans: Sequence[tuple[int, int]], shape: Placeholders, words: str
 ) -> list[tuple[int, int]] | None:
-    """The spans of a text of words, by those of the text of its placeholders.
+    """The spans of the real text, computed from the spans of the placeholder text.
 
     Returns:
-      The spans, or None where the words are not those of the filled placeholders.
+      The spans, or None if the real text is not the filled placeholder text.
     """
     borders = sorted({border for span in spans for border in span})
     places: dict[int, int] = {}
@@ -93,7 +93,7 @@ def filled(
         if not words.startswith(value, written):
             return None
         if border is not None and border < match.end():
-            return None  # within what is said
+            return None  # inside a replaced text
         at, written = match.end(), written + len(value)
     if written != len(words):
         return None

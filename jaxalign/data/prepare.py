@@ -1,7 +1,7 @@
-"""From rows to documents that can be laid out: read, filter, tokenise, filter by length, fit.
+"""From rows to documents ready to pack: read, filter, tokenise, filter by length, truncate.
 
-What happens to rows is the same for all algorithms, and the same whether all data is prepared at
-the start or a window at a time; a `Recipe` says what differs.
+The steps are the same for all algorithms, whether all data is prepared at the start or one window
+at a time. A `Recipe` holds what differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxalign.data.usage import Usage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # examples tokenised at once: bounds the memory of offsets, and paces the bar
+_CHUNK = 1024  # examples tokenised at a time: bounds offsets' memory, and paces the bar
 _BAR_AFTER = 10.0  # seconds of tokenising after which its progress is shown
 
 Sides = list[list[Encoded | None]]
@@ -35,10 +35,10 @@ Group = Sequence[int | Piece]
 
 
 class Made(NamedTuple):
-    """What an example becomes, or one of several things.
+    """One encoded result of an example, which may have several.
 
     Attributes:
-      example: its place among those that were encoded.
+      example: its index among the encoded examples.
       documents: its sides: one, both of a pair, or all answers to a prompt.
       marks: per-token marks of the only side, or None.
     """
@@ -49,16 +49,16 @@ class Made(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What differs from one kind of batch to the next.
+    """What differs between kinds of batches.
 
     Attributes:
-      name: of the function that users call.
+      name: the name of the function that users call.
       read: (row, columns, form) → its example.
-      encode: examples → what they become, in their order.
-      build: (kept, groups, options, width, slots) → the rows of this host.
-      prompts: documents are prompts, of which nothing is trained.
-      shared: both sides of a pair stand in one row, with one copy of their prompt.
-      notes: lines on what was found while encoding.
+      encode: examples → their encoded results, in order.
+      build: (kept, groups, options, width, slots) → this host's rows.
+      prompts: whether documents are prompts, in which nothing is trained.
+      shared: whether both sides of a pair share one row, with one copy of their prompt.
+      notes: returns lines to print about what was found while encoding.
     """
 
     name: str
@@ -71,11 +71,11 @@ class Recipe(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is left of the data.
+    """The data that was kept.
 
     Attributes:
       examples: the rows as read.
-      sides: their documents, one list a side; None where an example has fewer.
+      sides: their documents, one list per side; None where an example has fewer sides.
       sources: int32, the source of each.
       marks: per-token marks of each, or None.
     """
@@ -97,12 +97,12 @@ class SourceReader:
     """The examples of a source, row by row, counted.
 
     Args:
-      recipe: whose `read` makes examples of a row.
+      recipe: its `read` makes an example from a row.
       entry: the source.
-      options: of the user: `on_error` says what to do with bad rows.
+      options: the user's options; `on_error` decides what to do with bad rows.
 
     Attributes:
-      usage: what became of the source's columns, in the rows read so far.
+      usage: how the source's columns were used, in the rows read so far.
     """
 
     def __init__(self, recipe: Recipe, entry: Entry, options: Options):
@@ -121,20 +121,20 @@ class SourceReader:
 
     @property
     def rows(self) -> int:
-        """Rows read so far, bad ones too."""
+        """The number of rows read so far, including bad rows."""
         return self._faults.read
 
     def skip(self, rows: int) -> None:
-        """Skips rows that were counted before."""
+        """Skips rows that were already counted."""
         while self.rows < rows and next(self._rows, None) is not None:
             pass
         self._counted = Counter(self._faults.dropped)
 
     def take(self, rows: int | None, counts: Counts) -> list[Any] | None:
-        """The examples of the next rows (None: of all); None at the end.
+        """The examples of the next `rows` rows (None: of all rows); returns None at the end.
 
         Raises:
-          ValueError: a source that cannot be read; a bad row, unless it is to be dropped.
+          ValueError: a source that cannot be read; a bad row, unless `on_error` drops it.
         """
         examples: list[Any] = []
         before = self.rows
@@ -162,18 +162,18 @@ def prepare(
     *,
     choosing: bool = True,
 ) -> Kept:
-    """Sifts, tokenises and fits examples, and counts.
+    """Filters, tokenises and truncates examples, and counts them.
 
     Args:
-      recipe: what they become.
-      examples: as read.
-      sources: the entry of each.
-      entries: of the data.
-      options: of the user.
+      recipe: the kind of batch.
+      examples: the examples as read.
+      sources: the index of each example's entry.
+      entries: the data's sources.
+      options: the user's options.
       tok: the tokenizer, for its beginning-of-text token.
-      counts: is added to.
-      choosing: all data is there: sources with a number of rows give that many of what is sifted,
-        and it is an error if nothing is kept.
+      counts: the counts to add to.
+      choosing: whether this is all the data: sources with a number of rows then give that many of
+        the filtered rows, and it is an error if nothing is kept.
     """
     stay = _sifted(examples, sources, entries, options, counts)
     if choosing:
@@ -223,11 +223,11 @@ def grouped(
     """Which examples share a row, and the tokens of each row.
 
     Args:
-      recipe: of the batches.
-      kept: what is left of the data.
-      which: the examples to lay out.
-      options: of the user.
-      most: pairs that a row may hold; None: any number.
+      recipe: the kind of batch.
+      kept: the data that was kept.
+      which: the examples to pack.
+      options: the user's options.
+      most: the most pairs in a row; None: any number.
     """
     lengths = kept.lengths()
     if recipe.shared:
@@ -257,7 +257,7 @@ def grouped(
 def _of_pieces(
     rows: Sequence[Sequence[Piece]], which: Sequence[int]
 ) -> tuple[list[Group], list[int]]:
-    """Rows of pieces with the examples' own numbers, and the tokens of each row."""
+    """Rows of pieces, numbered by example, and the tokens of each row."""
     named = [[p._replace(document=which[p.document]) for p in row] for row in rows]
     return list(named), [sum(p.end - p.start for p in row) for row in named]
 
@@ -265,7 +265,7 @@ def _of_pieces(
 def nothing_left(
     recipe: Recipe, options: Options, counts: Counts, lengths: Sequence[int] = ()
 ) -> str:
-    """The message of an error: all rows were dropped."""
+    """The error message for data of which all rows were dropped."""
     stats = counts.stats(())
     ordered = sorted(lengths)
     summary = ""
@@ -299,7 +299,7 @@ def _chosen(
     options: Options,
     counts: Counts,
 ) -> list[int]:
-    """Of sources with a number of rows, that many."""
+    """Selects the configured number of rows from sources that have one."""
     by_source: dict[int, list[int]] = {}
     for i in stay:
         by_source.setdefault(sources[i], []).append(i)
@@ -328,13 +328,13 @@ def _encoded(
     options: Options,
     counts: Counts,
 ) -> Iterator[Made]:
-    """What some examples become; those that cannot be encoded are dropped if they may be."""
+    """Encodes some examples; those that cannot be encoded are dropped if `on_error` allows it."""
     try:
         yield from recipe.encode([examples[i] for i in which])
     except RowError:
         if options.on_error == "stop":
             raise
-        for number, i in enumerate(which):  # one by one, to tell which these are
+        for number, i in enumerate(which):  # one by one, to find the faulty ones
             try:
                 found = recipe.encode([examples[i]])
             except RowError as error:
@@ -344,7 +344,7 @@ def _encoded(
 
 
 class _Fitted(NamedTuple):
-    """Documents that were kept, or why they were not."""
+    """Kept documents, or the reason why they were dropped."""
 
     longest: int
     reason: str | None = None
@@ -370,9 +370,9 @@ def _fitted(recipe: Recipe, made: Made, options: Options, bos: int | None) -> _F
             return _Fitted(longest, ids)
         document = Encoded(ids, np.zeros(len(ids), np.bool_))
         return _Fitted(longest, None, [document], cut=len(ids) < longest)
-    if options.packing == "wrapped":  # nothing is too long for rows at whose ends it is cut
+    if options.packing == "wrapped":  # nothing is too long if documents are cut at the ends of rows
         return _Fitted(longest, None, documents)
-    if options.packing == "best_fit_split":  # nor for rows that go on in others
+    if options.packing == "best_fit_split":  # nor if documents continue in other rows
         trains = all(document.trained[1:].any() for document in documents)
         return _Fitted(longest, None if trains else "no token to train", documents)
     marks = () if made.marks is None else [made.marks]
@@ -401,7 +401,7 @@ def _count_tokens(counts: Counts, source: str, documents: Sequence[Encoded], sha
 
 
 def _chunks(size: int, name: str) -> Iterator[int]:
-    """Starts of chunks; a bar on the terminal when they take long."""
+    """Starts of chunks, with a progress bar if they take long."""
     starts = range(0, size, _CHUNK)
     if len(starts) < 2:
         yield from starts

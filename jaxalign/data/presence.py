@@ -1,4 +1,4 @@
-"""Checks that every turn of a conversation is in its rendered text: no template may omit one."""
+"""Checks that every turn of a conversation is in its rendered text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
-    """Reasoning and answer of a message, without blanks around them."""
+    """Reasoning and answer of a message, stripped of whitespace."""
     before, closing, after = message["content"].rpartition(_CLOSE)
     apart = message.get("reasoning_content", "").strip()
     if not closing:
@@ -32,26 +32,27 @@ def reasons(message: Message) -> bool:
 
 
 def without_reasoning(message: Message) -> Message:
-    """An answer without its reasoning, in a field of its own or in `<think>`."""
+    """An answer without its reasoning, whether in a separate field or in `<think>`."""
     answer = {key: value for key, value in message.items() if key != "reasoning_content"}
     return answer | {"content": split_reasoning(message)[1]}
 
 
 def check_turns(chat: Chat, size: int, text: str) -> None:
-    """Refuses a text in which a turn is missing.
+    """Raises an error for a text in which a turn is missing.
 
     Args:
       chat: the conversation.
-      size: how many of its messages the text is to hold. Reasoning of earlier answers may be left
-        out: generation does not see it either.
-      text: what the template wrote.
+      size: how many of its messages the text should hold. Reasoning of earlier answers may be
+        missing, because generation does not see it either.
+      text: the rendered text.
 
     Raises:
-      RowError: it names the first turn that is not found after the one before it.
+      RowError: a turn is missing; the message names the first turn not found after the turn before
+        it.
     """
     at = 0
     for number, message in enumerate(chat.messages[:size]):
-        # Some templates write the system text into another turn.
+        # Some templates put the system text into another turn.
         end = find_content(message, text, 0 if message["role"] == "system" else at)
         if end is None:
             raise RowError(
@@ -64,10 +65,10 @@ def check_turns(chat: Chat, size: int, text: str) -> None:
 
 
 def find_content(message: Message, text: str, start: int) -> int | None:
-    """Where a message ends that occurs in a text from `start` on; None if it does not.
+    """The end of a message in a text, searched from `start` on; None if it is not found.
 
-    The content, or the answer after its reasoning, and the names and arguments of calls, each
-    character for character, as JSON writes it, or word for word.
+    It looks for the content (or the answer after its reasoning) and the names and arguments of
+    calls, each character for character, as JSON writes it, or word for word.
     """
     content = message["content"]
     if message["role"] == "assistant":

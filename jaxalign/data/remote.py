@@ -1,8 +1,8 @@
-"""Addresses such as gs://bucket/folder: read through fsspec, into a cache of this machine.
+"""Addresses such as gs://bucket/folder: read through fsspec into a local cache.
 
-A file is kept under its address and its version in the bucket: one that changes there is fetched
-again, any other once. What is read together, such as a model's folder, lies together in a folder of
-links to such files.
+A file is cached under its address and its version in the bucket: it is fetched once, and again if
+it changes there. Files that are read together, such as a model's folder, get a folder of links to
+the cached files.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 FOLDER = "JAXALIGN_STAGE"
-"""Environment variable: the folder in which files of buckets lie on this machine."""
+"""Environment variable: the local cache folder for files from buckets."""
 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-"""Scheme → the extra that installs what reads it."""
+"""Scheme → the extra that installs its reader."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _VERSION = (
     *("generation", "ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified"),
     *("last_modified", "updated", "created", "size"),
 )
-"""What file systems call the facts by which a changed file is known."""
+"""The file systems' names for the metadata that reveals a changed file."""
 
 _RIGHTS = {
     "gs": "log in (gcloud auth application-default login), or give the machine's account the role "
@@ -50,9 +50,9 @@ class Place(NamedTuple):
 
     Attributes:
       fs: its fsspec file system.
-      path: its path there.
-      address: as a person wrote it.
-      option: what it was given for, for messages.
+      path: its path in the file system.
+      address: the address as the user wrote it.
+      option: the option that holds it, for messages.
     """
 
     fs: Any
@@ -80,10 +80,10 @@ class Entry(NamedTuple):
 
 
 def is_address(text: str | os.PathLike[str]) -> bool:
-    """Whether a text is an address of a bucket that fsspec knows: `gs://…`, `s3://…`, `memory://…`.
+    """Whether a text is a bucket address that fsspec knows: `gs://…`, `s3://…`, `memory://…`.
 
-    What packages beside fsspec bring counts as one, and of its own file systems only the memory. So
-    it is False for paths, hub ids, `https://…`, `file://…` and `hf://…`.
+    File systems from separate packages count; of fsspec's own, only `memory` does. So it is False
+    for paths, hub ids, `https://…`, `file://…` and `hf://…`.
     """
     scheme = scheme_of(text)
     if scheme is None or scheme == "hf":
@@ -101,13 +101,13 @@ def is_address(text: str | os.PathLike[str]) -> bool:
 
 
 def scheme_of(text: str | os.PathLike[str]) -> str | None:
-    """What stands before `://`, in lower case, or None."""
+    """The part before `://`, in lower case, or None."""
     match = _SCHEME.match(os.fspath(text))
     return None if match is None else match[1].lower()
 
 
 def check_address(address: str, option: str) -> str:
-    """An address in its usual form, without a slash at its end; asks nobody.
+    """An address in its normal form, without a trailing slash; makes no request.
 
     Raises:
       ValueError: the package that reads it is missing, or it names nothing within a bucket.
@@ -134,7 +134,7 @@ def place_of(address: str, option: str) -> Place:
     """Opens the file system of an address.
 
     Raises:
-      ValueError: as `check_address`, or nobody may log in there.
+      ValueError: as `check_address`, or the login fails.
     """
     import fsspec
 
@@ -146,14 +146,14 @@ def place_of(address: str, option: str) -> Place:
 
 @contextlib.contextmanager
 def explained(address: str, option: str) -> Iterator[None]:
-    """Turns a refusal of the storage into one message with its remedy.
+    """Turns an error of the storage into one message with its remedy.
 
     Raises:
-      ValueError: no such bucket, or no right to what was tried.
+      ValueError: no such bucket, or no permission for the operation.
     """
     try:
         yield
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system has its own errors
         if lacks_rights(error):
             known = {"gcs": "gs", "s3a": "s3"}
             scheme = known.get(str(scheme_of(address)), str(scheme_of(address)))
@@ -165,7 +165,7 @@ def explained(address: str, option: str) -> Iterator[None]:
 
 
 def lacks_rights(error: BaseException) -> bool:
-    """Whether storage refused because of who asked."""
+    """Whether the storage refused for lack of permission."""
     if isinstance(error, PermissionError) or type(error).__name__ in _WITHOUT_LOGIN:
         return True
     if getattr(error, "code", None) in (401, 403) or getattr(error, "status", None) in (401, 403):
@@ -180,7 +180,7 @@ def reason(error: BaseException) -> str:
 
 
 def list_files(place: Place) -> dict[str, Entry]:
-    """All files of a folder by their names below it; {"": …} of a file; {} where nothing is.
+    """All files of a folder by their names below it; {"": …} for a file; {} if nothing exists.
 
     Raises:
       ValueError: see `explained`.
@@ -189,7 +189,7 @@ def list_files(place: Place) -> dict[str, Entry]:
         place.fs.invalidate_cache()
         try:
             found: dict[str, Any] = dict(place.fs.find(place.path, detail=True))
-            if list(found) in ([], [place.path]):  # some say nothing of what is no folder
+            if list(found) in ([], [place.path]):  # some list nothing for a file
                 found = {place.path: place.fs.info(place.path)}
         except FileNotFoundError:
             return {}
@@ -212,19 +212,19 @@ def fetch(
     *,
     accept: Callable[[str], bool] | None = None,
 ) -> pathlib.Path:
-    """Makes a local copy of a file or folder in a bucket, or finds the one that there is.
+    """Makes a local copy of a file or folder in a bucket, or finds the existing copy.
 
     Args:
-      address: of the file or folder.
-      option: what it was given for, for the messages.
+      address: the address of the file or folder.
+      option: the option that holds it, for the messages.
       patterns: glob patterns of the files to fetch, by their names below the folder; None: all.
-      accept: more than patterns can say: of which names to fetch.
+      accept: name → whether to fetch it, for rules beyond patterns.
 
     Returns:
       Path of the copy, under the last name of the address. It must not be written to.
 
     Raises:
-      ValueError: nothing is there, no right to read it, or it keeps changing.
+      ValueError: it does not exist, may not be read, or keeps changing.
     """
     place = place_of(address, option)
     for _ in range(_TRIES):
@@ -244,7 +244,7 @@ def fetch(
 
 
 def fetch_matches(pattern: str, option: str) -> pathlib.Path:
-    """Fetches what a glob such as `s3://bucket/data/*.jsonl` matches.
+    """Fetches the files that a glob such as `s3://bucket/data/*.jsonl` matches.
 
     Returns:
       The same pattern over the copies.
@@ -268,24 +268,24 @@ def fetch_matches(pattern: str, option: str) -> pathlib.Path:
 
 
 def name_of(file: pathlib.Path) -> str:
-    """A file's path; of a copy that `fetch` made, without the folder of this machine."""
+    """A file's path; for a copy that `fetch` made, without the local cache folder."""
     with contextlib.suppress(ValueError):
         return "/".join(file.relative_to(stage() / "folders").parts[1:])
     return str(file)
 
 
 def stage() -> pathlib.Path:
-    """The folder of this machine for what lies in buckets."""
+    """The local cache folder for files from buckets."""
     chosen = os.environ.get(FOLDER)
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(chosen or f"{home}/jaxalign/stage").expanduser()
 
 
 def download(fs: Any, entry: Entry, target: pathlib.Path) -> None:
-    """Copies one file from a bucket; whole or not at all.
+    """Copies one file from a bucket atomically.
 
     Raises:
-      OSError: what arrived has not the size that the bucket told.
+      OSError: the copy's size differs from the size that the bucket reported.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -303,7 +303,7 @@ def download_all(place: Place, targets: Mapping[str, tuple[Entry, pathlib.Path]]
 
     Raises:
       ValueError: see `explained`.
-      OSError: a file changed or went away meanwhile.
+      OSError: a file changed or was deleted meanwhile.
     """
     with (
         explained(place.address, place.option),
@@ -313,11 +313,11 @@ def download_all(place: Place, targets: Mapping[str, tuple[Entry, pathlib.Path]]
 
 
 class _Changed(OSError):
-    """A file is another than was listed."""
+    """A file changed since it was listed."""
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    """Whether a name fits a pattern; `**/` also stands for no folder at all."""
+    """Whether a name matches a pattern; `**/` also matches no folder."""
     if patterns is None:
         return True
     every = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
@@ -325,7 +325,7 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
 
 
 def _gathered(place: Place, entries: Mapping[str, Entry]) -> pathlib.Path:
-    """A folder of links to the copies of files, fetched where they are not there yet."""
+    """A folder of links to the cached files; fetches missing files."""
     root = stage()
     keys = {name: _key(place.address, name, entry.version) for name, entry in entries.items()}
     absent = {
@@ -351,7 +351,7 @@ def _gathered(place: Place, entries: Mapping[str, Entry]) -> pathlib.Path:
             (fresh / last).mkdir(exist_ok=True)
         try:
             fresh.rename(folder)
-        except OSError:  # another process was quicker
+        except OSError:  # another process was faster
             shutil.rmtree(fresh, ignore_errors=True)
     return folder / last
 
@@ -361,7 +361,7 @@ def _key(*parts: str) -> str:
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Gives a file a second name, or copies it where the file system has no such names."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

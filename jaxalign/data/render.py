@@ -1,4 +1,4 @@
-"""Chat templates: which one, and conversations as text under it."""
+"""Chat templates: choosing one, and rendering conversations with it."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE = "none"
-"""The chat template of no template: prompt and completion as plain text."""
+"""The name for no template: prompt and completion as plain text."""
 
-# Templates of reasoning models close an empty reasoning block in the generation prompt when told
-# that no reasoning is wanted. Answers without reasoning are trained, and generated, after that;
-# answers with reasoning after the open header. Other templates ignore these variables.
+# With these variables, templates of reasoning models put an empty, closed reasoning block in the
+# generation prompt. Answers without reasoning are trained and generated after it, answers with
+# reasoning after the open header. Other templates ignore these variables.
 ANSWER_AT_ONCE = {"enable_thinking": False, "thinking": False}
 THINK_FIRST = {"enable_thinking": True, "thinking": True, "open_thinking": True}
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATES = "templates"
-_CACHED = 20_000  # texts of placeholders that a renderer keeps
+_CACHED = 20_000  # renderings of placeholders that a renderer caches
 
 
 class Chat(NamedTuple):
-    """What a template writes.
+    """The input of a template.
 
     Attributes:
       messages: the turns.
       tools: functions that the template describes to the model.
       origin: `file:line`, for errors.
       kwargs: further variables of the template.
-      keys: of a conversation of placeholders: a text for tools and variables, then one for each
-        message. Renderings of such conversations are kept.
-      thinking: whether its answers follow the prompt of answers that begin with reasoning; None:
-        each as it begins itself.
+      keys: for a conversation of placeholders: one text for tools and variables, then one for each
+        message. Renderings of such conversations are cached.
+      thinking: whether its answers follow the prompt for reasoning; None: each answer that begins
+        with reasoning does.
     """
 
     messages: Messages
@@ -70,8 +70,9 @@ def resolve_chat_template(
     Args:
       tok: a transformers tokenizer.
       chat_template: None for the tokenizer's own, the name of a built-in template ("chatml",
-        "alpaca"), "none" for plain text without a template, a path of a jinja file, or jinja text.
-      tools: take the tokenizer's own template for tools (`tool_use`), where it has one.
+        "alpaca"), "none" for plain text without a template, the path of a jinja file, or jinja
+        text.
+      tools: use the tokenizer's own template for tools (`tool_use`), if it has one.
 
     Returns:
       Jinja text, or "none".
@@ -108,7 +109,7 @@ def resolve_chat_template(
 
 
 class Renderer:
-    """A chat template with a tokenizer's special tokens, which it may write.
+    """A chat template together with the tokenizer's special tokens, which it may use.
 
     Args:
       tok: a transformers tokenizer.
@@ -117,8 +118,8 @@ class Renderer:
 
     Attributes:
       template: jinja text.
-      added: the tokens that stand outside the tokenizer's model, special ones among them.
-      cache: for whoever renders: what is known of conversations of one shape.
+      added: the tokens added to the tokenizer's model, including special tokens.
+      cache: for callers: results for conversations of one shape.
     """
 
     def __init__(
@@ -142,10 +143,10 @@ class Renderer:
         origin: str,
         kwargs: Mapping[str, Any] | None = None,
     ) -> Chat:
-        """A conversation as this template can show it.
+        """A conversation in a form that this template can render.
 
-        Reasoning in a field of its own goes into the content, in `<think>`, where the template
-        does not know that field.
+        If the template does not read the field of reasoning, the reasoning moves into the content,
+        in `<think>`.
 
         Raises:
           ValueError: the template would leave out tools, or calls of tools.
@@ -170,13 +171,13 @@ class Renderer:
     def one(
         self, chat: Chat, *, generation_prompt: bool = False, thinking: bool | None = False
     ) -> str:
-        """The text of a chat; an error of the template names the row.
+        """Renders a chat; an error of the template names the row.
 
         Args:
-          chat: what is rendered.
+          chat: the chat to render.
           generation_prompt: whether the header of the next answer follows.
-          thinking: whether that answer, or the answers of the chat, begin with reasoning; None
-            leaves it to the template.
+          thinking: whether that answer, or the chat's answers, begin with reasoning; None: the
+            template's default.
         """
         if chat.keys is None:
             return self._run(chat, generation_prompt, thinking)[0][0]
@@ -193,22 +194,22 @@ class Renderer:
         generation_prompt: bool = False,
         thinking: bool | None = False,
     ) -> list[str]:
-        """Texts of chats; an error of the template names the row."""
+        """Renders chats; an error of the template names the row."""
         return [
             self.one(chat, generation_prompt=generation_prompt, thinking=thinking) for chat in chats
         ]
 
     def marked(self, chat: Chat, thinking: bool) -> tuple[str, list[tuple[int, int]]]:
-        """A text, and the passages in it that the template marks by `{% generation %}`."""
+        """A text, and the passages in it that the template marks with `{% generation %}`."""
         texts, marks = self._run(chat, False, thinking, return_assistant_tokens_mask=True)
         return texts[0], marks[0]
 
     @functools.cached_property
     def end_of_turn(self) -> str | None:
-        """The token that ends an answer under this template; None where it writes none.
+        """The token that ends an answer under this template; None if it writes none.
 
-        The first of the tokenizer's added tokens after the content of an answer. What a template
-        writes after it (a newline, the end of the text, the next header) belongs to no answer.
+        It is the first added token after the content of an answer. Text that a template writes
+        after it (a newline, the end of the text, the next header) belongs to no answer.
         """
         content = "An answer of some words."
         turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": content})
@@ -222,11 +223,11 @@ class Renderer:
 
     @functools.cached_property
     def ends(self) -> tuple[str, ...]:
-        """The tokens at which an answer may end: this template's, and those of its tokenizer."""
+        """The tokens at which an answer can end: this template's and the tokenizer's."""
         return end_tokens(self._tok, self.end_of_turn)
 
     def find_end(self, text: str, start: int) -> int | None:
-        """Where the first of `ends` from `start` on is over; None where there is none."""
+        """The end of the first of `ends` found from `start` on; None if there is none."""
         places = [(text.find(end, start), end) for end in self.ends]
         found = [(place, len(end)) for place, end in places if place >= 0]
         return sum(min(found)) if found else None
@@ -244,7 +245,7 @@ class Renderer:
                 add_generation_prompt=generation_prompt,
                 **variables,
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates can raise anything
             raise RowError(
                 chat.origin,
                 "the chat template refuses it",

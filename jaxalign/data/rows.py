@@ -1,11 +1,11 @@
-"""From rows to examples: the forms that alignment data comes in, recognised by their columns.
+"""From rows to examples: the common forms of alignment data, recognised by their columns.
 
-Each `to_*` reads the forms of its table below, tried from top to bottom, into one type of
-`jaxalign.data.examples`. docs/data.md shows them with examples. A row that fits no form is an
-error, never skipped; every error is a `RowError` that names `file:line`, the column and a remedy.
+Each `to_*` reads the forms of its table below into one type of `jaxalign.data.examples`, trying
+them from top to bottom. docs/data.md shows them with examples. A row that fits no form is an error,
+never skipped; every error is a `RowError` that names `file:line`, the column and a remedy.
 
-Arguments of all `to_*`: `row`; `columns`, a map from our names of columns to the data set's
-(`{"prompt": "query", "completion": "reply"}`); `form`, the name of a form where several would fit.
+Arguments of all `to_*`: `row`; `columns`, a map from our column names to the data set's
+(`{"prompt": "query", "completion": "reply"}`); `form`, the name of a form if several would fit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity
 
 
 def to_conversation(row: Row, columns: Columns = None, form: str | None = None) -> Conversation:
-    """Reads a row to be trained by SFT: messages, prompt and completion, Alpaca, GSM8K, ….
+    """Reads a row for SFT: messages, prompt and completion, Alpaca, GSM8K, ….
 
     Raises:
       ValueError: the row has none of these forms, a column is missing, of the wrong type or empty,
@@ -64,10 +64,10 @@ def to_conversation(row: Row, columns: Columns = None, form: str | None = None) 
 def to_preference(row: Row, columns: Columns = None, form: str | None = None) -> Preference:
     """Reads a preference row.
 
-    The prompt is a column of its own (`prompt`, `instruction` + `input`, `question`,
-    `conversations` or `messages`), else what `chosen` and `rejected` have in common at their start:
-    whole turns of lists and of HH-RLHF transcripts, whole words of other text. Lists that repeat
-    the given prompt at their start are accepted.
+    The prompt is a separate column (`prompt`, `instruction` + `input`, `question`, `conversations`
+    or `messages`), or else the common prefix of `chosen` and `rejected`: whole turns for lists and
+    HH-RLHF transcripts, whole words for other text. Lists may repeat the given prompt at their
+    start.
 
     Raises:
       ValueError: a column is missing, of the wrong type or empty. It names `file:line` and column.
@@ -81,7 +81,8 @@ def to_prompt(row: Row, columns: Columns = None, form: str | None = None) -> Pro
     """Reads the prompt of a row; its other columns stay available in `Prompt.row`.
 
     Raises:
-      ValueError: no prompt column, of the wrong type or empty, or the assistant has the last word.
+      ValueError: the prompt column is missing, empty or of the wrong type, or the last turn is the
+        assistant's.
     """
     prompt: Prompt = read_form(row, _PROMPTS, columns, form)
     if prompt.messages[-1]["role"] == "assistant":
@@ -100,9 +101,9 @@ def to_text(row: Row, columns: Columns = None, form: str | None = None) -> Text:
 
 
 def to_unpaired(row: Row, columns: Columns = None, form: str | None = None) -> Unpaired:
-    """Reads an answer with a mark, good or bad (`label` or `kto_tag`: true, false, 1, 0).
+    """Reads an answer labelled good or bad (`label` or `kto_tag`: true, false, 1, 0).
 
-    Of `messages` the last assistant turn is the answer.
+    In `messages`, the last assistant turn is the answer.
     """
     return read_form(row, _UNPAIRED, columns, form)
 
@@ -118,7 +119,7 @@ def to_ranked(row: Row, columns: Columns = None, form: str | None = None) -> Ran
 def to_graded(row: Row, columns: Columns = None, form: str | None = None) -> Graded:
     """Reads an answer with scores: an object `scores`, or HelpSteer's columns.
 
-    Columns of other names: `columns={"scores": "helpful, honest"}`. What is null was not given.
+    For columns with other names: `columns={"scores": "helpful, honest"}`. Null scores are absent.
     """
     return read_form(row, _GRADED, columns, form)
 
@@ -160,7 +161,7 @@ def _flagged(row: Row, messages: Messages) -> Messages:
 
 
 def _answered(row: Row, key: str, prompt: Messages) -> Messages:
-    """The answer in a column, with the reasoning of a column of its own."""
+    """The answer in a column, with the reasoning of a separate column."""
     thinking = text(row.data.get("thinking") or "", "thinking", row.origin, may_be_empty=True)
     return answer_of(row.data[key], key, row.origin, prompt, thinking)
 
@@ -234,7 +235,7 @@ _CONVERSATIONS = (
     Form("seed_task", ("instruction", "instances"), _seed_task),
     Form("completion", (f"{_PROMPT}|conversations|messages", "|".join(ANSWERS)), _completion),
 )
-# A transcript is text too: only a name tells that its turns are meant.
+# A transcript is also plain text, so this form must be named.
 _CONVERSATIONS += (Form("hh", ("text",), _transcript, by_name=True),)
 
 
@@ -264,9 +265,9 @@ def _preference(row: Row) -> Preference:
 
 
 def _shared_prompt(row: Row, prompt: Messages) -> Messages:
-    """The prompt, or what both sides begin with where that says the prompt and more before it.
+    """The prompt, or the sides' common prefix if it contains the prompt and more before it.
 
-    A text as prompt beside whole conversations may lack their system turn.
+    If the sides are whole conversations, a prompt given as text may lack their system turn.
     """
     sides = [dict.get(row.data, side) for side in SIDES]
     if len(prompt) != 1 or not all(is_messages(side) for side in sides):

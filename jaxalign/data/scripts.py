@@ -1,4 +1,4 @@
-"""Writing systems: which there are, and how much of a text is in some of them."""
+"""Writing systems: the known ones, and the share of a text that is written in them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ and `kana`, Korean `hangul`."""
 
 
 def check_scripts(scripts: Sequence[str] | None) -> None:
-    """Refuses unknown names."""
+    """Raises ValueError for unknown names."""
     for name in scripts if scripts is not None else ():
         if name not in SCRIPTS:
             raise ValueError(f"scripts: got {name!r}, wanted some of {', '.join(SCRIPTS)}")
 
 
 def script_share(text: str, scripts: Sequence[str]) -> float:
-    """The part of a text's letters that belong to some scripts; 1 of a text without letters."""
+    """The fraction of a text's letters in some scripts; 1 for a text without letters."""
     letters = np.frombuffer(
         "".join(c for c in text if unicodedata.category(c)[0] == "L").encode("utf-32-le"), np.uint32
     )

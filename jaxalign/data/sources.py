@@ -1,7 +1,7 @@
 """Sources of rows: files, folders, globs, buckets, hub data sets, dicts.
 
-Every row remembers where it came from, so that whatever is wrong with it can be reported as
-`file:line`. `jaxalign.data.files` reads files, row by row; the hub is read by `datasets`.
+Every row keeps its origin, so that any fault can be reported as `file:line`. `jaxalign.data.files`
+reads files, row by row; the hub is read by `datasets`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxalign.data.paths import local_path
 from jaxalign.data.remote import fetch, fetch_matches, is_address
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(?=:))?(:[\w.\[\]%+:-]+)?")
-# Indices of data sets (LLaMA-Factory's, the hub's) lie beside them and hold no rows.
+# Index files of data sets (LLaMA-Factory's, the hub's) hold no rows.
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-# What `save_to_disk` writes beside its tables.
+# The files that `save_to_disk` writes beside its tables.
 _SAVED = ("dataset_dict.json", "state.json")
 _SPLIT_NAMES = {
     "train": "train",
@@ -36,7 +36,7 @@ _SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-"""Words in the names of files and folders → the split that they hold."""
+"""Words in the names of files and folders → the split that they name."""
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A path, glob, folder or hub id (`owner/name[:config][:split]`), or a row itself."""
@@ -44,7 +44,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 Sources = Source | Iterable[Source]
 
 OnFault = Callable[[RowError], None] | None
-"""What to do with a bad row, instead of raising its error."""
+"""Called for a bad row, instead of raising its error."""
 
 
 def read_rows(sources: Sources, on_fault: OnFault = None) -> list[Row]:
@@ -52,22 +52,22 @@ def read_rows(sources: Sources, on_fault: OnFault = None) -> list[Row]:
 
     Args:
       sources: one source or several: a file (`SUFFIXES`; JSON is a list of objects, or one object
-        a line, whatever its suffix), a folder of such files (searched recursively, in the order of
-        their names; `.txt`, `dataset_info.json` and names that begin with `.` or `__` are passed
-        over; where names tell splits, train is read unless `folder:split` names one), a folder
-        that `save_to_disk` of `datasets` wrote, a glob, a hub id
-        `owner/name`, `owner/name:split` or `owner/name:config:split` (split: train unless named,
-        slices as `train[:1000]`), or a row as a dict. Columns of tables and hub data sets that
-        are null, or empty cells of CSV, count as absent.
-      on_fault: called with the error of a row that cannot be read, which is then passed over;
-        None raises it. What makes a whole file unreadable always raises.
+        per line, with any suffix), a folder of such files (searched recursively, in the order of
+        their names; `.txt`, `dataset_info.json` and names that begin with `.` or `__` are skipped;
+        if names show splits, train is read unless `folder:split` names one), a folder that
+        `save_to_disk` of `datasets` wrote, a glob, a hub id `owner/name`, `owner/name:split` or
+        `owner/name:config:split` (split: train unless named, slices as `train[:1000]`), or a row as
+        a dict. Columns of tables and hub data sets that are null, or empty cells of CSV, count as
+        absent.
+      on_fault: called with the error if a row cannot be read; the row is then skipped. None: raise
+        the error. A fault that makes a whole file unreadable always raises.
 
     Returns:
       The rows with their origins.
 
     Raises:
       ValueError: a missing, empty or unreadable file, invalid UTF-8, malformed JSON, a row that is
-        not an object. It names the file, the line and what to do.
+        not an object. The message names the file, the line and the remedy.
     """
     return list(_rows(sources, on_fault, streaming=False))
 
@@ -77,7 +77,7 @@ def iter_rows(sources: Sources, on_fault: OnFault = None) -> Iterator[Row]:
 
     Files are read line by line (JSONL, CSV, also as gzip) or row group by row group (Parquet); the
     hub by `datasets` in streaming mode (slices of a split are downloaded and mapped instead). A
-    JSON file that is one list is held as text while its rows are read.
+    JSON file with one list is held in memory as text while its rows are read.
 
     Arguments and errors as `read_rows`; an error is raised when its row is reached.
     """
@@ -167,7 +167,7 @@ def _read_named(name: str, streaming: bool) -> Iterator[Row | RowError]:
 
 
 def split_path(name: str) -> tuple[pathlib.Path, str | None]:
-    """`folder:split` apart, with `~` expanded; a hub id keeps its split, a bucket's are copied."""
+    """Splits `folder:split` and expands `~`; a hub id keeps its split, bucket files are copied."""
     if is_address(name):
         return _split_address(name)
     path = local_path(name, "data")
@@ -180,7 +180,7 @@ def split_path(name: str) -> tuple[pathlib.Path, str | None]:
 
 
 def _split_address(name: str) -> tuple[pathlib.Path, str | None]:
-    """The same of an address, whose files are fetched."""
+    """The same for a bucket address, whose files are fetched."""
     if glob.has_magic(name):
         return fetch_matches(name, "data"), None
     before, colon, split = name.rpartition(":")
@@ -190,12 +190,12 @@ def _split_address(name: str) -> tuple[pathlib.Path, str | None]:
 
 
 def _hidden(parts: Iterable[str]) -> Iterator[bool]:
-    """Of parts of a path, whether they are hidden or a tool's own, as `.git` and `__MACOSX`."""
+    """Whether parts of a path are hidden or belong to a tool, such as `.git` and `__MACOSX`."""
     return (part.startswith((".", "__")) for part in parts)
 
 
 def _files_of(folder: pathlib.Path, name: str, split: str | None) -> list[pathlib.Path]:
-    """The files of a folder that are read: those of one split if their names have it."""
+    """The files of a folder to read: those of one split, if their names show splits."""
     inside = sorted(
         file.relative_to(folder)
         for file in folder.rglob("*")
@@ -219,7 +219,7 @@ def _files_of(folder: pathlib.Path, name: str, split: str | None) -> list[pathli
                 "name one by `split:`"
             )
     chosen = by_split.get(wanted, [])
-    if wanted == "train":  # files whose names tell no split are trained
+    if wanted == "train":  # files whose names show no split belong to train
         chosen = sorted([*chosen, *by_split.get(None, [])])
     if not chosen:
         got = ", ".join(sorted(named)) if named else "files that name no split"
@@ -232,7 +232,7 @@ def _files_of(folder: pathlib.Path, name: str, split: str | None) -> list[pathli
 
 
 def split_of(path: str) -> str | None:
-    """Which split a file holds, by the usual words in its path; None where none is there.
+    """The split that a file holds, by the usual words in its path; None if there are none.
 
     >>> split_of("data/test-00000-of-00001.parquet"), split_of("latest.jsonl")
     ('test', None)
@@ -253,7 +253,7 @@ def _read_saved(path: pathlib.Path, name: str, split: str | None) -> Iterator[Ro
 
     try:
         found: Any = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the library finds
+    except Exception as error:  # any error of the library
         raise ValueError(
             f"{name}: `save_to_disk` wrote this folder, but `datasets` cannot read it "
             f"({type(error).__name__}: {error}); write it again"

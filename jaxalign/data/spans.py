@@ -1,26 +1,27 @@
-"""Where the trained turns of a conversation are in its text, by rendering what precedes them.
+"""Finds the trained turns of a conversation in its text, by rendering the turns before them.
 
     head = render(messages[:i], add_generation_prompt=True)     what generation starts from
     done = render(messages[:i + 1])
     whole = render(messages)            must start with done, and done with head
 
-The turn is the text between, up to the token that ends a turn, so training sees an answer after
-exactly the header that generation gives it. Templates that rewrite earlier turns fail this check
-(Qwen3 drops their reasoning, or the empty block in its place). Then the first of these applies:
+The turn is the text between `head` and `done`, up to the token that ends a turn, so that training
+sees an answer after exactly the header that generation writes. Templates that rewrite earlier turns
+fail this check (Qwen3 drops their reasoning, or the empty block in its place). Then the first
+applicable rule is used:
 
-1. The template marks turns by `{% generation %}`: the marks count.
-2. The turn becomes a document of its own: what the model sees when it answers. Where `done` does
-   not begin with `head` (DeepSeek-R1 drops reasoning; others write the system text into the last
-   user turn), the document is head + reasoning and answer + the template's end of turn.
-3. One document is wanted for several turns (a preference's): the turn is taken as it stands there,
-   if all that it says, but for reasoning, is found at its place, character for character.
+1. If the template marks turns with `{% generation %}`, the marks are used.
+2. The turn becomes a separate document: what the model sees when it answers. If `done` does not
+   begin with `head` (DeepSeek-R1 drops reasoning; others put the system text into the last user
+   turn), the document is head + reasoning and answer + the template's end of turn.
+3. If several turns must share one document (preferences), the turn is used as rendered there,
+   provided that all its text except reasoning is found in place, character for character.
 
-Failing that, there is an error: no mask is ever guessed. Every turn up to the last trained one must
-be found in the text, in order (`jaxalign.data.presence`).
+Otherwise it is an error: a mask is never guessed. Every turn up to the last trained one must be
+found in the text, in order (`jaxalign.data.presence`).
 
-The prefixes of a conversation of n answers hold n / 2 times its text. They are rendered with
-placeholders for what is said (`jaxalign.data.placeholders`), once for all conversations of one
-shape; a conversation whose text is that of its placeholders, filled in, takes their spans.
+The prefixes of a conversation with n answers have n / 2 times its text. So they are rendered with
+placeholders for the messages (`jaxalign.data.placeholders`), once for all conversations of one
+shape. If a conversation's text equals the filled placeholders, it takes their spans.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ _BLOCK = re.compile(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?$")
 
 
 class Document(NamedTuple):
-    """A text to be trained.
+    """A text to train on.
 
     Attributes:
-      row: which conversation it came from.
-      text: as the template wrote it.
+      row: the index of its conversation.
+      text: the rendered text.
       spans: the characters that are trained, in order.
     """
 
@@ -67,11 +68,11 @@ def find_documents(
 
     Args:
       render: the template.
-      conversations: what to train.
-      one_each: one document a conversation, whatever the template does to earlier turns.
+      conversations: the conversations to train on.
+      one_each: one document per conversation, whatever the template does to earlier turns.
 
     Raises:
-      RowError: a turn's tokens cannot be told exactly, or a turn is not in the text.
+      RowError: a turn's tokens cannot be determined exactly, or a turn is not in the text.
     """
     for row, c in enumerate(conversations):
         chat = render.chat(c.messages, c.tools, c.origin, c.template_kwargs)
@@ -94,7 +95,7 @@ def _documents(
         try:
             found = _exact(render, shape.chat, trained, one_each, everything)
         except RowError as error:
-            found = error  # the row's own text decides, and is what an error should speak of
+            found = error  # the row's own text decides, and an error should quote it
         render.cache[key] = found
     documents = render.cache[key]
     if not isinstance(documents, RowError) and len(documents) == 1:
@@ -104,7 +105,7 @@ def _documents(
             return [Document(0, text, mapped)]
     exact = _exact(render, chat, trained, one_each, everything)
     if isinstance(documents, RowError) and documents.reason == LEFT_OUT and shape.short:
-        # A turn of a few letters is found in any text; its placeholder is not.
+        # A turn of a few letters occurs in any text; its placeholder does not.
         raise RowError(chat.origin, LEFT_OUT, str(documents).removeprefix(f"{documents.origin}: "))
     return exact
 
@@ -125,7 +126,7 @@ def _exact(
         span = _stable(render, chat, at, whole, heads[0], done)
         if span is None and GENERATION.search(render.template):
             spans = _marked(render, chat, trained, whole, thinking, one_each)
-            # Answers whose reasoning the whole leaves out are read where it stands.
+            # Answers whose reasoning the whole text leaves out come from the prefix that has it.
             for lacking in [at for at in trained if at not in spans]:
                 head = _heads(render, chat, lacking, whole)[0]
                 done = _done(render, chat, lacking, thinking)
@@ -152,12 +153,12 @@ def _exact(
 
 
 def _thinks(chat: Chat, trained: Sequence[int]) -> bool:
-    """Whether some of the answers that are trained follow the prompt of reasoning."""
+    """Whether some trained answers follow the prompt for reasoning."""
     return any(_reasons(chat, at) for at in trained)
 
 
 def _reasons(chat: Chat, at: int) -> bool:
-    """Whether an answer follows the prompt of answers that begin with reasoning."""
+    """Whether an answer follows the prompt for reasoning."""
     message = chat.messages[at]
     if chat.thinking is not None:
         return chat.thinking
@@ -170,7 +171,7 @@ def _done(render: Renderer, chat: Chat, at: int, thinking: bool) -> str:
 
 
 def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
-    """Texts up to a turn: as generation begins an answer of its kind, then of the other kind."""
+    """Texts up to a turn, with the generation prompt for its kind of answer, then for the other."""
     mine = _reasons(chat, at)
     before = chat.upto(at)
     heads = [render.one(before, generation_prompt=True, thinking=mine)]
@@ -180,7 +181,7 @@ def _heads(render: Renderer, chat: Chat, at: int, whole: str) -> list[str]:
 
 
 def _after_any(text: str, heads: Sequence[str]) -> int | None:
-    """Where a text continues after one of its prefixes (up to blanks at their end)."""
+    """Where a text continues after one of its prefixes (ignoring whitespace at their ends)."""
     for whole_head in heads:
         for head in (whole_head, whole_head.rstrip()):
             if text.startswith(head):
@@ -191,8 +192,8 @@ def _after_any(text: str, heads: Sequence[str]) -> int | None:
 def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> int:
     """Where a turn that begins at `start` ends: after the token that ends turns.
 
-    It is sought after all that the turn says. Blanks, the end of the text, and the next turn's
-    header may follow it.
+    The token is searched for after the turn's whole text. Whitespace, the end of the text, or the
+    next turn's header may follow it.
     """
     content = find_content(chat.messages[at], done, start)
     end = None if content is None else render.find_end(done, content)
@@ -200,7 +201,7 @@ def _turn_end(render: Renderer, chat: Chat, at: int, done: str, start: int) -> i
 
 
 def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: str) -> Span | None:
-    """The turn, if the whole starts with the text as it was at that turn."""
+    """The turn, if the whole text starts with the rendering up to that turn."""
     start = _after_any(whole, [head])
     if start is None or not done.startswith(whole[:start]):
         return None
@@ -211,7 +212,7 @@ def _stable(render: Renderer, chat: Chat, at: int, whole: str, head: str, done: 
 
 
 def _shows(chat: Chat, at: int, text: str) -> bool:
-    """Whether a text contains the whole turn: reasoning (but for its tags), and answer."""
+    """Whether a text contains the whole turn: reasoning (without its tags) and answer."""
     message = chat.messages[at]
     thought, answer = split_reasoning(message)
     inside = split_reasoning({"content": message["content"]})[0]
@@ -219,7 +220,7 @@ def _shows(chat: Chat, at: int, text: str) -> bool:
 
 
 def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: bool) -> Document:
-    """The turn as the end of a document of its own."""
+    """The turn as the end of a separate document."""
     message = chat.messages[at]
     if thinking != _reasons(chat, at):
         done = _done(render, chat, at, not thinking)
@@ -231,7 +232,7 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
             return Document(0, done, [(start, end)])
     thought, answer = split_reasoning(message)
     opened = head.rstrip().endswith(_OPEN)
-    # A short answer may also be found in the end token.
+    # A short answer could also occur in the end token.
     limit = done.rfind(render.end_of_turn) if render.end_of_turn is not None else -1
     place = done.rfind(answer, 0, limit if limit >= 0 else len(done)) if answer else -1
     if _CLOSE in thought or (start is not None and not thought):
@@ -273,9 +274,9 @@ def _own_calls(render: Renderer, chat: Chat, at: int, head: str, done: str) -> D
 
 
 def _blanks_before(written: str, head: str) -> str:
-    """Blanks that a template writes between the header and the answer.
+    """The whitespace that a template writes between the header and the answer.
 
-    They are told apart from the header's own where both texts end alike before their blanks.
+    It can be separated from the header's own whitespace if both texts are equal before it.
     """
     text, header = written.rstrip(), head.rstrip()
     if not header or not text.endswith(header[-4:]):
@@ -284,9 +285,9 @@ def _blanks_before(written: str, head: str) -> str:
 
 
 def _after_turn(whole: str, end: int, heads: list[str], earlier: str) -> int | None:
-    """Where a turn starts, by what lies between it and the turn that ends at `end`.
+    """Where a turn starts, by the text between it and the previous turn, which ends at `end`.
 
-    For answers of tools: reasoning before them is dropped only when more is asked later.
+    For turns after tools' answers, whose reasoning is dropped only after a later user turn.
     """
     for head in heads:
         if head.startswith(earlier) and whole.startswith(head[len(earlier) :], end):
@@ -303,12 +304,12 @@ def _in_place(
     heads: list[str],
     done: str,
 ) -> Span:
-    """The turn as later turns leave it: the same text, or the same but for its reasoning."""
+    """The turn as rendered with later turns: the same text, or the same without its reasoning."""
     content = _after_any(done, heads)
-    later = at + 1 < len(chat.messages)  # what the last turn says must be there whole
+    later = at + 1 < len(chat.messages)  # the last turn's text must be complete
     if later and start is not None and content is not None:
         produced = done[content : _turn_end(render, chat, at, done, content)]
-        # An empty block that the template puts before an answer goes with the reasoning.
+        # An empty block that the template puts before an answer counts as reasoning.
         for text in (produced, produced.rpartition(_CLOSE)[2].lstrip("\n")):
             _, answer = split_reasoning(chat.messages[at])
             if text and answer in text and whole.startswith(text, start):
@@ -335,10 +336,10 @@ def _marked(
     thinking: bool,
     one_each: bool,
 ) -> dict[int, Span]:
-    """Spans that the template marks, without the blanks after them.
+    """The spans that the template marks, without trailing whitespace.
 
-    Turns of which the reasoning is not there, and those whose header is marked too, are left out,
-    unless one document is wanted.
+    Turns whose reasoning is missing, and turns whose header is marked too, are left out, unless one
+    document is required.
     """
     text, marks = render.marked(chat, thinking)
     answers = [at for at, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -372,7 +373,7 @@ def _marked(
 
 
 def _marked_header(render: Renderer, chat: Chat, at: int, whole: str, first: int) -> str:
-    """The header of an answer, where a template marks it too; generation is given it."""
+    """The header of an answer, if a template marks it too; generation starts after it."""
     head = _heads(render, chat, at, whole)[0]
     if not head.startswith(whole[:first]):
         return ""

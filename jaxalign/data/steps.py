@@ -1,4 +1,4 @@
-"""Answers in steps of reasoning to tokens, with the place where each step ends."""
+"""Encodes answers in steps of reasoning, with the position at which each step ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EncodedSteps(NamedTuple):
     Attributes:
       ids: int32 `[n]`, prompt and answer.
       trained: bool `[n]`, the answer.
-      ends: int32 `[steps]`, where the last token of each step is in `ids`.
+      ends: int32 `[steps]`, the index in `ids` of each step's last token.
     """
 
     ids: np.ndarray
@@ -41,14 +41,15 @@ def encode_steps(
 ) -> list[EncodedSteps]:
     """Tokens of answers in steps, and where each step ends.
 
-    A step ends in the token of its last character, which may hold the separator's first too.
+    A step ends at the token of its last character; the token may also hold the start of the
+    separator.
 
     Args:
       tok: a fast transformers tokenizer.
       examples: prompts with steps.
       chat_template: see `jaxalign.data.chat.encode_conversations`. Under "none" the prompt and each
-        step are tokenised apart: [bos] prompt step separator step … eos.
-      separator: what is written between two steps.
+        step are tokenised separately: [bos] prompt step separator step … eos.
+      separator: the text between two steps.
       style: see `encode_conversations`.
 
     Raises:

@@ -1,8 +1,9 @@
-"""Batches of data that is read during training.
+"""Batches from data that is read during training (streaming).
 
-Sources are read a window of rows at a time. A window is read, tokenised, packed and shuffled by
-itself, so that it can be made again from where it begins: a position is the window's first row and
-how many of its rows were given out. Memory holds one window and the batches made ahead.
+Sources are read one window of rows at a time. A window is read, tokenised, packed and shuffled
+independently, so that it can be rebuilt from its first row. A position is therefore the window's
+first row and the number of its rows used so far. Memory holds one window and the prefetched
+batches.
 
 Sources without weights are read one after the other; sources with weights each repeat forever, and
 take turns in proportion.
@@ -31,12 +32,12 @@ from jaxalign.data.usage import Usage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_AHEAD = 16  # batches made ahead at least, so that the next window is ready in time
-_LEAST_PAIR = 32  # tokens: so many pairs of this size are thought to fit into a packed row
+_AHEAD = 16  # the minimum number of prefetched batches, so that the next window is ready in time
+_LEAST_PAIR = 32  # tokens per pair, to estimate how many pairs fit into a packed row
 
 
 class _Row(NamedTuple):
-    """A row before it is built: the window it is of, and its documents."""
+    """A row before it is built: its window and its documents."""
 
     kept: Kept
     group: Group
@@ -45,7 +46,7 @@ class _Row(NamedTuple):
 def streamed(
     recipe: Recipe, entries: Sequence[Entry], options: Options, tok: PreTrainedTokenizerBase
 ) -> Batches[Any]:
-    """`loader.in_memory` for data that does not fit there."""
+    """`loader.in_memory`, but for data that does not fit in memory."""
     for entry in entries:
         if entry.options.epochs is not None:
             raise ValueError(
@@ -87,7 +88,7 @@ class _Stream(grain.IterDataset):
 
 
 class _Batcher(grain.DatasetIterator):
-    """Takes rows of the lanes in turn, and counts."""
+    """Takes rows from the lanes in turn, and counts them."""
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class _Batcher(grain.DatasetIterator):
     def __next__(self) -> Any:
         rows: list[_Row] = []
         while len(rows) < self._options.rows:
-            # The lane that is furthest behind its share; between equals the first.
+            # The lane that is furthest behind its share; the first one on a tie.
             given = np.asarray([lane.given for lane in self._lanes])
             turn = int(np.argmin((given + 0.5) / self._weights))
             row = self._lanes[turn].next_row()
@@ -123,7 +124,7 @@ class _Batcher(grain.DatasetIterator):
         return self._build(rows)
 
     def _build(self, rows: Sequence[_Row]) -> Any:
-        """Rows of one batch may be of several windows: their documents are joined first."""
+        """Rows of one batch can come from several windows, so their documents are joined first."""
         examples: list[Any] = []
         sides: list[list[Any]] = [[] for _ in range(max(len(row.kept.sides) for row in rows))]
         sources: list[int] = []
@@ -148,7 +149,7 @@ class _Batcher(grain.DatasetIterator):
         return self._recipe.build(kept, groups, self._options, self._options.length, self._slots)
 
     def get_state(self) -> dict[str, Any]:
-        """The position of each lane, and what was counted up to it."""
+        """The position of each lane, and the counts up to it."""
         counts = Counts()
         for lane in self._lanes:
             counts = counts + lane.counts
@@ -184,7 +185,7 @@ class _Lane:
         self._number, self._options, self._tok, self._most = number, options, tok, most
         self._usages = usages  # source → what became of its columns
         self.close()
-        # Where the window in hand begins: the pass, the source, its rows read before.
+        # The start of the current window: the pass, the source, and its rows read before.
         self._at = (0, 0, 0)
         self._next = (0, 0, 0)
         self._kept_in_pass = 0
@@ -197,7 +198,7 @@ class _Lane:
 
     @property
     def counts(self) -> Counts:
-        """Of the windows that were begun."""
+        """The counts of the windows begun so far."""
         return self._before + self._window
 
     def next_row(self) -> _Row | None:
@@ -269,7 +270,7 @@ class _Lane:
         return rows
 
     def get_state(self) -> dict[str, Any]:
-        """Where the window begins, what was given of it, and the counts before it."""
+        """The window's start, how much of it was used, and the counts before it."""
         return {
             "at": list(self._at),
             "next": list(self._next),
@@ -305,7 +306,7 @@ def _checksum(
 ) -> int:
     """A number that changes with the settings, the tokenizer, the template or a file's size.
 
-    What files say is not read for it.
+    It does not read the files' contents.
     """
     settings = [recipe.name, *settings_of(options), _template(tok, options), len(tok)]
     for entry in entries:
@@ -319,7 +320,7 @@ def _checksum(
 
 
 def _template(tok: PreTrainedTokenizerBase, options: Options) -> str | None:
-    """The chat template, or None where there is none (plain texts need none)."""
+    """The chat template, or None if there is none (plain texts need none)."""
     try:
         return resolve_chat_template(tok, options.chat_template)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From texts to token ids: whole, in pieces with borders, and as plain text between bos and eos."""
+"""From texts to token ids: whole, split at borders, and as plain text between bos and eos."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
-# A special token in people's words stands as one character of a private area while a text is
-# rendered, and is then tokenised as the characters that it is written with.
+# While a text is rendered, one private-use character replaces each special token in message text.
+# The token is then tokenised as ordinary characters.
 _FIRST, _LAST = 0xF0000, 0xF0FFF
 _LITERAL = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
-# Tokens around reasoning and calls are part of what an assistant says.
+# The tokens around reasoning and calls belong to the assistant's text.
 _SPOKEN = re.compile(r"think|tool|call|reason|response|function|python", re.IGNORECASE)
 
 _WITHOUT_SPECIAL: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def tokenize(tok: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
-    """Tokenises rendered texts as they are: special tokens are in the text."""
+    """Tokenises rendered texts without adding special tokens: the text has them already."""
     if not tok.is_fast:
         raise ValueError(
             f"tokenizer {tok.name_or_path!r} has no fast version, wanted one (tokenizer.json): "
@@ -43,7 +43,7 @@ def tokenize(tok: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> 
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer that may not be in messages' texts.
+    """The special tokens of a tokenizer, which may not occur in messages' texts.
 
     Args:
       tok: a fast transformers tokenizer.
@@ -56,11 +56,11 @@ class SpecialTokens:
         self._found = re.compile("|".join(map(re.escape, self.names))) if self.names else None
 
     def find(self, text: str) -> list[str]:
-        """Those in a text, in order."""
+        """The special tokens in a text, in order."""
         return [] if self._found is None else self._found.findall(text)
 
     def hide(self, text: str) -> str:
-        """A text in which characters of a private area stand for special tokens."""
+        """Replaces special tokens in a text with private-use characters."""
         if self._found is None:
             return text
         return self._found.sub(lambda m: chr(_FIRST + self.names.index(m[0])), text)
@@ -75,16 +75,16 @@ def tokens_of(
 ) -> tuple[list[int], np.ndarray]:
     """Token ids of a text, and which of them hold a character of a span.
 
-    No token straddles the start of a span: generation goes on from the header's own tokens, so
-    training separates them too. (Tokenizers that put a blank before every text, such as those of
-    SentencePiece, are not asked to: they would put it in the middle of a word.)
+    No token straddles the start of a span: generation continues from the header's own tokens, so
+    training splits there too. (The exception is tokenizers that put a space before every text, such
+    as SentencePiece's: they would put it in the middle of a word.)
 
     Args:
       tok: a fast transformers tokenizer.
-      text: as a template wrote it; characters that `special` hid stand for themselves.
-      spans: characters that are trained.
-      special: the tokens that were hidden; None: none were.
-      encoding: the tokenizer's, of the whole text; None: it is made here.
+      text: the rendered text; hidden characters of `special` are read as the tokens' characters.
+      spans: the trained characters.
+      special: the hidden tokens; None: no tokens are hidden.
+      encoding: the tokenizer's encoding of the whole text; None: it is computed here.
     """
     hidden = [m.start() for m in _LITERAL.finditer(text)] if special is not None else []
     if hidden:
@@ -125,15 +125,15 @@ def places_of(
 
 
 def _blanks(text: str, spans: Sequence[Span]) -> bool:
-    """Whether a header ends in several blanks before a word.
+    """Whether a header ends in several spaces before a word.
 
-    Of these, many tokenizers give the last one to the word; at the end of a prompt they do not.
+    Many tokenizers join the last of these spaces to the word, but not at the end of a prompt.
     """
     return any(text[first - 2 : first].isspace() and first > 1 for first, _ in spans)
 
 
 def _whole_tokens(encoding: Any, spans: Sequence[Span], length: int) -> np.ndarray | None:
-    """Which tokens lie in spans, if tokens begin at all their borders; else None."""
+    """Which tokens are in spans, if a token begins at every span's border; else None."""
     count = len(encoding.ids)
     trained = np.zeros(count, np.bool_)
     for first, last in spans:
@@ -181,7 +181,7 @@ def _without_special(tok: Any) -> Any:
 
 
 def blank_first(tok: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts a blank before every text, as those of SentencePiece do."""
+    """Whether a tokenizer puts a space before every text, as SentencePiece's do."""
     first = tok.convert_ids_to_tokens(tokenize(tok, ["a"])["input_ids"][0])
     return bool(first) and str(first[0]).startswith("▁")
 
@@ -200,7 +200,7 @@ def end_id(tok: PreTrainedTokenizerBase) -> int:
 
 
 def begin_id(tok: PreTrainedTokenizerBase) -> int | None:
-    """The bos token, where the tokenizer itself puts it before a text."""
+    """The bos token, if the tokenizer itself puts it before a text."""
     bos = tok.bos_token_id
     if bos is None or bos == tok.eos_token_id:
         return None
@@ -209,13 +209,13 @@ def begin_id(tok: PreTrainedTokenizerBase) -> int | None:
 
 
 def with_begin(tok: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Token ids after the bos token, unless they begin with it."""
+    """Puts the bos token before token ids, unless they begin with it."""
     bos = begin_id(tok)
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def plain_ids(tok: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Plain texts, after the bos token where the tokenizer puts one and the text has none."""
+    """Plain texts, after a bos token if the tokenizer adds one and the text has none."""
     bos = begin_id(tok)
     return [
         ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -224,7 +224,7 @@ def plain_ids(tok: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]
 
 
 def with_end(tok: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[int]:
-    """Token ids before the eos token, unless the text ends with it (but for blanks)."""
+    """Puts the eos token after token ids, unless the text ends with it (ignoring whitespace)."""
     end = end_id(tok)
     ends = text.rstrip().endswith(str(tok.eos_token))
     return [*ids] if ends else [*ids, end]

@@ -1,14 +1,14 @@
-"""Which answers of a conversation are trained: the constructions of the literature, by name.
+"""Which answers of a conversation are trained: the methods of the literature, by name.
 
 | `train_on` | what is trained |
 | --- | --- |
 | `all` | every assistant turn, each after the turns before it (Vicuna; the default) |
 | `last` | only the last assistant turn; what came before is its prompt |
-| `split` | every assistant turn as an example of its own, with the turns before it as its prompt |
-| `everything` | all tokens: those of prompts, headers and ends of turns too |
+| `split` | every assistant turn as a separate example, with the turns before it as its prompt |
+| `everything` | all tokens, including prompts, headers and ends of turns |
 
-`all` and `split` train the same answers with the same weight a token. `all` reads a conversation
-once, `split` once a turn, which is what a template needs that writes earlier turns anew.
+`all` and `split` train the same answers with the same weight per token. `all` reads a conversation
+once, `split` once per turn, which templates that rewrite earlier turns need.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxalign.data.examples import TRAIN_ON, Conversation, TrainOn
 
 
 def select(conversation: Conversation, train_on: TrainOn = "all") -> list[Conversation]:
-    """The conversations to train instead of one, by `train_on`.
+    """The conversations to train on in place of one, by `train_on`.
 
-    Turns that the row itself keeps from training (`weight: 0`, a prompt's) stay untrained, but for
-    "everything".
+    Turns that the row excludes from training (`weight: 0`, or turns of a prompt) stay untrained,
+    except with "everything".
 
     Raises:
       ValueError: an unknown `train_on`.
@@ -38,5 +38,5 @@ def select(conversation: Conversation, train_on: TrainOn = "all") -> list[Conver
 
 
 def up_to(conversation: Conversation, at: int) -> Conversation:
-    """The conversation that ends with one turn, the only one that is trained."""
+    """The conversation up to one turn, which is the only one that is trained."""
     return conversation._replace(messages=conversation.messages[: at + 1], trained_from=at)

@@ -1,4 +1,4 @@
-"""Prompts without a column of their own: transcripts, and the common start of two texts."""
+"""Prompts without a separate column: transcripts, and the common prefix of two texts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a text is an HH-RLHF transcript: it starts with a turn of one of its two speakers."""
+    """Whether a text is an HH-RLHF transcript: it starts with a turn of either speaker."""
     return isinstance(value, str) and bool(re.match(r"\s*(Human|Assistant):", value))
 
 
 def read_transcript(value: Any, key: str, origin: str) -> Messages:
     r"""Turns of `\n\nHuman: … \n\nAssistant: …` (Bai et al. 2022, arXiv:2204.05862).
 
-    Turns may be empty, and a speaker may have several in a row: both are in the published data.
-    A last `Assistant:` without text is no turn, but the place of the answer.
+    Turns may be empty, and a speaker may have several in a row: both are in the published data. A
+    last `Assistant:` without text is not a turn but the place for the answer.
     """
     whole = text(value, key, origin).strip()
     marks = list(_TURN.finditer(whole))
@@ -36,7 +36,7 @@ def read_transcript(value: Any, key: str, origin: str) -> Messages:
 
 
 def without_open_answer(messages: Messages) -> Messages:
-    """A transcript as a prompt: without the empty turn at its end that the answer is to fill."""
+    """A transcript as a prompt: without the empty turn at its end."""
     last: Message = messages[-1]
     open_ = last["role"] == "assistant" and not last["content"]
     return messages[:-1] if open_ and len(messages) > 1 else messages
@@ -45,7 +45,7 @@ def without_open_answer(messages: Messages) -> Messages:
 def split_messages(chosen: Messages, rejected: Messages, origin: str) -> int:
     """How many turns two conversations have in common.
 
-    Each keeps its last turn: that is the answer, even where both are the same.
+    The last turn of each is excluded: it is the answer, even if both are the same.
     """
     common, least = 0, min(len(chosen), len(rejected)) - 1
     while common < least and same_turn(chosen[common], rejected[common]):
@@ -63,9 +63,9 @@ def split_messages(chosen: Messages, rejected: Messages, origin: str) -> int:
 def split_texts(chosen: str, rejected: str, origin: str) -> int:
     """Where two texts diverge, cut back to the border of a word.
 
-    A border has a character on one of its sides that is neither letter nor digit. A blank before
-    an answer belongs to the answer, where tokenizers put it. Chinese, which does not part words,
-    is cut back to the last mark or blank.
+    At a border, a character on one side is neither letter nor digit. A space before an answer
+    belongs to the answer, where tokenizers put it. Chinese, which does not separate words, is cut
+    back to the last punctuation mark or space.
     """
     pairs = enumerate(zip(chosen, rejected, strict=False))
     least = min(len(chosen), len(rejected)) - 1
@@ -86,5 +86,5 @@ def split_texts(chosen: str, rejected: str, origin: str) -> int:
 
 
 def _border(words: str, at: int) -> bool:
-    """Whether no word crosses this place, and the rest is more than blanks."""
+    """Whether no word crosses this position, and the rest is not only whitespace."""
     return not (words[at - 1].isalnum() and words[at].isalnum()) and bool(words[at:].strip())

@@ -14,18 +14,18 @@ from jaxalign.data.transcripts import is_transcript, read_transcript, without_op
 
 
 def has_prompt(row: Row) -> bool:
-    """Whether a row has a prompt in a column of its own."""
+    """Whether a row has a prompt in a separate column."""
     return any(dict.get(row.data, column) is not None for column in PROMPTS)
 
 
 def pick(data: dict[str, Any], *names: str) -> str:
-    """Which of several columns a row uses: the first that is not null, else the first there."""
+    """Which of several columns a row uses: the first that is not null, else the first existing."""
     filled = [name for name in names if dict.get(data, name) is not None]
     return next(iter(filled or [name for name in names if name in data]))
 
 
 def prompt_of(row: Row, *first: str) -> Messages:
-    """The messages of a row's prompt; of several columns, `first` stand before the others."""
+    """The messages of a row's prompt; columns in `first` take precedence over the others."""
     data, origin = row
     key = pick(data, *first, *PROMPTS)
     if key == "instruction":
@@ -51,7 +51,7 @@ def alpaca_prompt(row: Row) -> Messages:
         for role, turn in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": text(turn, f"history[{number}]", origin)})
     parts = _contexts(row)
-    # Some write the whole task into `input`, and leave the instruction empty.
+    # Some data sets put the whole task into `input` and leave the instruction empty.
     instruction = text(data["instruction"], "instruction", origin, may_be_empty=bool(parts))
     parts = [instruction, *parts] if instruction.strip() else parts
     messages.append({"role": "user", "content": "\n".join(parts)})
@@ -59,7 +59,7 @@ def alpaca_prompt(row: Row) -> Messages:
 
 
 def _contexts(row: Row) -> list[str]:
-    """What stands in `input` and `context` beside a prompt; both the same count once."""
+    """The texts in `input` and `context` beside a prompt; equal texts count once."""
     parts: list[str] = []
     for key in ("input", "context"):
         if dict.get(row.data, key) is None:
@@ -89,7 +89,7 @@ def answer_of(
 ) -> Messages:
     """An answer as a string or messages; a prompt repeated before it is removed.
 
-    `thinking` is the reasoning that stands in a column of its own.
+    `thinking` is the reasoning from a separate column.
     """
     if not is_messages(value):
         message: Message = {"role": "assistant", "content": text(value, key, origin)}
@@ -108,7 +108,7 @@ def answer_of(
 
 
 def check_last(messages: Messages, key: str, origin: str) -> None:
-    """Refuses an answer that ends with someone else's turn."""
+    """Raises an error if the answer does not end with an assistant turn."""
     role = messages[-1]["role"]
     if role != "assistant":
         fail_with(origin, key, f"ends with a {role} turn, wanted the assistant's answer")

@@ -1,4 +1,4 @@
-"""What became of a source's columns, in one line that is printed once."""
+"""How a source's columns were used, in one line that is printed once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from jaxalign.data.columns import Reading
 from jaxalign.data.names import meaning_of
 
-_MOST = 30  # columns named in a line
+_MOST = 30  # the most columns named in a line
 
 
 class Usage:
-    """Collects what was read of a source's rows.
+    """Collects what was read from a source's rows.
 
     Attributes:
       source: its name.
@@ -25,7 +25,7 @@ class Usage:
         self._nulls = 0
 
     def __call__(self, reading: Reading) -> None:
-        """Adds what was read of one row."""
+        """Adds the reading of one row."""
         self._forms[reading.form] += 1
         for ours, theirs in reading.columns.items():
             self._columns[theirs, meaning_of(ours) or ours] = None

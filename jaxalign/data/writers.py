@@ -26,14 +26,14 @@ class Style:
     """How a chat template is used.
 
     Attributes:
-      kwargs: variables of the template, for all conversations; a row's own stand above them.
-      special_tokens: what becomes of special tokens in people's words. "escape": they are read as
-        the characters that they are written with, so that nobody's words can forge a turn.
-        "error": such a row is a bad row. "keep": they are the tokens.
-      rendered: whether a prompt that is rendered already, in rows of prompt and completion, is
-        taken as it is rather than wrapped again.
+      kwargs: variables of the template, for all conversations; a row's own take precedence.
+      special_tokens: how to treat special tokens in message text. "escape": tokenise them as
+        ordinary characters, so that no text can forge a turn. "error": the row is bad. "keep": they
+        become the special tokens.
+      rendered: whether an already rendered prompt, in rows of prompt and completion, is used as it
+        is rather than wrapped again.
       thinking: "auto", "on" or "off"; see `jaxalign.data.options.BatchOptions`.
-      found: token → how often it was in people's words; is added to.
+      found: token → how often it occurred in message text; updated while encoding.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -50,12 +50,12 @@ class Style:
 
     @classmethod
     def of(cls, options: Options) -> Style:
-        """As the options of a batch function say; rows may be rendered already."""
+        """The style for a batch function's options; rows may be already rendered."""
         kwargs, special = options.chat_template_kwargs, options.special_tokens_in_text
         return cls(kwargs, special, rendered=True, thinking=options.thinking)
 
     def notes(self) -> list[str]:
-        """Lines on special tokens in messages' texts, and on reasoning that was left out."""
+        """Lines to print about special tokens in message text and about reasoning left out."""
         lost = self.left_out["reasoning"]
         lines = [f"reasoning left out of {lost} answers (thinking: off)"] if lost else []
         if not self.found:
@@ -73,8 +73,8 @@ class Writers:
 
     Args:
       tok: a fast transformers tokenizer.
-      chat_template: see `resolve_chat_template`; None takes the tokenizer's own, and for rows with
-        tools its own for tools.
+      chat_template: see `resolve_chat_template`; None: the tokenizer's own template, or its
+        template for tools for rows with tools.
       style: how the template is used.
     """
 
@@ -97,7 +97,7 @@ class Writers:
         return self._renderers[template]
 
     def encode(self, documents: Sequence[Document]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """(token ids, which are trained) of each document; texts are tokenised together."""
+        """(token ids, trained mask) of each document; texts are tokenised together."""
         if not documents:
             return
         encodings = tokenize(self.tok, [document.text for document in documents]).encodings
@@ -116,7 +116,7 @@ class Writers:
         return list(find_documents(render, [shown], one_each))
 
     def _with_thinking(self, conversation: Conversation) -> Conversation:
-        """The conversation after the prompt that `style.thinking` names."""
+        """The conversation for the prompt that `style.thinking` selects."""
         if self.style.thinking == "auto":
             return conversation
         if self.style.thinking == "on":
@@ -158,10 +158,10 @@ class Writers:
         return tokens_of(self.tok, text, [], self._hidden())[0]
 
     def words(self, messages: Messages, origin: str, render: Renderer) -> Messages:
-        """Messages in which special tokens are hidden, refused or kept, as `style` says.
+        """Messages in which special tokens are hidden, rejected or kept, according to `style`.
 
-        An end of turn at the end of an answer, and a bos token at the start, are what the template
-        writes itself: they are taken off.
+        An end of turn at the end of an answer and a bos token at the start are removed, because the
+        template writes them itself.
         """
         made: list[Message] = []
         ends = render.ends
@@ -197,7 +197,7 @@ class Writers:
         return self.special if self.style.special_tokens == "escape" else None
 
     def _check_prompt(self, render: Renderer, chat: Chat, text: str) -> None:
-        """Refuses a prompt in which a turn is missing."""
+        """Raises an error for a prompt in which a turn is missing."""
         size = len(chat.messages)
         check_turns(chat, size, text)
         shape = placeholders_of(chat)
@@ -209,10 +209,10 @@ class Writers:
             if error.reason == LEFT_OUT:
                 raise
 
-    # Rows that are rendered already
+    # Already rendered rows
 
     def _rendered(self, render: Renderer, conversation: Conversation) -> Document | None:
-        """The document of a prompt that is rendered already, with its answer; else None."""
+        """The document of an already rendered prompt with its answer; else None."""
         messages = conversation.messages
         if not self.style.rendered or len(messages) != 2 or messages[1]["role"] != "assistant":
             return None

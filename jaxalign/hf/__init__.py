@@ -1,4 +1,4 @@
-"""Loads and saves models and tokenizers: Hugging Face folders, GGUF files, Orbax folders."""
+"""Loads and saves models and tokenizers as Hugging Face folders, GGUF files or Orbax folders."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ from jaxalign.hf.families.table import Tensor
 from jaxalign.parallel.host_memory import is_cpu
 
 PIECE = 8 << 20
-"""Bytes per piece: small enough for the cache of a core."""
+"""Bytes per piece: small enough for a core's cache."""
 
-_ALIGN = 64  # bytes; JAX puts arrays with this alignment on a CPU device without a copy
+_ALIGN = 64  # bytes; JAX puts arrays with this alignment on a CPU device without copying
 _TILE = 16  # columns per step of a transposing copy: 16 float32 fill a cache line
 
 
@@ -85,8 +85,8 @@ def load_leaf(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: 
     Args:
       source: the checkpoint.
       leaf: the leaf.
-      dtype: of the result.
-      sharding: of the result; None: the default device, uncommitted.
+      dtype: the result's dtype.
+      sharding: the result's sharding; None: the default device, uncommitted.
       pool: threads, see `workers`.
     """
     if sharding is None:
@@ -108,7 +108,7 @@ def load_leaf(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: 
         arrays.append(jax.device_put(blocks[key].data, device))
         pending.remove(key)
         if key not in pending:
-            del blocks[key]  # copied to all its devices: frees the host memory
+            del blocks[key]  # copied to all its devices, so free the host memory
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
@@ -200,7 +200,7 @@ def pieces(leaf: Leaf, outline: Sequence[slice], itemsize: int) -> Iterator[tupl
 def item_blocks(
     array: jax.Array, leaf: Leaf, position: tuple[int, ...], *, needed: bool = True
 ) -> list[Block]:
-    """An item of a leaf as blocks in host memory, which together cover the item.
+    """An item of a leaf, as blocks in host memory that together cover the item.
 
     If some process holds only part of the array, the item is all-gathered: then all processes must
     call this for the same items in the same order.
@@ -209,8 +209,8 @@ def item_blocks(
       array: the leaf's value.
       leaf: the leaf.
       position: index of the item along the stacked axes.
-      needed: whether this process uses the item; if not, it takes part in the all-gather and gets
-        [].
+      needed: whether this process uses the item; if not, it only takes part in the all-gather, and
+        the result is [].
     """
     if not _covers(array):
         item = _gather(array, position)
@@ -233,7 +233,7 @@ def item_blocks(
 
 
 def _covers(array: jax.Array) -> bool:
-    """Whether the devices of every process hold the whole array; equal on all processes."""
+    """Whether every process's devices hold the whole array; the same answer on all processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return True
     held: dict[int, set[str]] = {}
@@ -269,8 +269,8 @@ def gather_tensor_piece(
     Args:
       tensor: the tensor.
       blocks: for each piece of the tensor, the result of `item_blocks`.
-      rows: along the tensor's first axis.
-      out: receives the rows; shape of the tensor with `rows` of its first axis.
+      rows: the rows along the tensor's first axis.
+      out: receives the rows; it has the tensor's shape with `rows` along the first axis.
 
     Returns:
       Whether all values fit into the dtype of `out`.
@@ -306,12 +306,12 @@ def copy(target: np.ndarray, values: np.ndarray) -> bool:
     """Copies values of any floating-point dtype into an array, in any memory order.
 
     Returns:
-      Whether all values fit: False if a finite one became infinite.
+      Whether all values fit: False if a finite value became infinite.
     """
     plain = target.dtype == values.dtype
     narrows = not plain and target.dtype == np.float16
     if plain:
-        # As integers: numpy copies those without the GIL, in any memory order.
+        # Copy as integers: numpy copies those without the GIL, in any memory order.
         integers = np.dtype(f"u{target.itemsize}")
         target, values = target.view(integers), values.view(integers)
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Checksums of a folder's files, so that a flipped bit or a cut file is found when it is read."""
+"""Checksums of a folder's files, to detect flipped bits and truncated files when reading."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxalign.data.bounds import parse_json
 
 NAME = "checksums.json"
 OTHER_BYTES = "has other bytes than were written"
-_ALGORITHM = "xxh3_128"  # against damage, not against forgery; as fast as memory
-_BLOCK = 1 << 20  # bytes read at a time: they stay in the processor's cache
+_ALGORITHM = "xxh3_128"  # detects damage, not forgery; as fast as memory
+_BLOCK = 1 << 20  # bytes read at a time; they fit in the processor's cache
 _THREADS = 8
 
 
 class Damage(NamedTuple):
-    """One file that is not as it was written.
+    """A file that differs from what was written.
 
     Attributes:
       file: its path in the folder, with "/" between its parts.
@@ -38,9 +38,9 @@ def write(folder: pathlib.Path, ignore: Iterable[str] = ()) -> None:
     """Records size and checksum of all files in `folder` in its `checksums.json`, written last.
 
     Args:
-      folder: with files that nobody writes to any more. It gets its name afterwards, so that what
-        has the name is whole.
-      ignore: names of files that are left out, in whatever sub-folder.
+      folder: a folder whose files are complete. The caller renames it afterwards, so that a folder
+        with the final name is complete.
+      ignore: names of files to leave out, in any sub-folder.
     """
     unlisted = {NAME, *ignore}
     names = [name for name in _names(folder) if name.rpartition("/")[2] not in unlisted]
@@ -50,15 +50,15 @@ def write(folder: pathlib.Path, ignore: Iterable[str] = ()) -> None:
 
 
 def check(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> list[Damage] | None:
-    """Reads the listed files and compares.
+    """Reads the listed files and compares them with their checksums.
 
     Args:
       folder: with or without a `checksums.json`.
-      share: (i, n): of n readers that share the work, what the i-th reads.
+      share: (i, n): read the i-th of n shares of the work.
 
     Returns:
-      What is wrong, in the order of names; None where `folder` has no `checksums.json`, so that
-      nothing can be said. Files that are not listed are no damage: people add files.
+      The damage, in the order of names; None (unknown) if `folder` has no `checksums.json`. Files
+      that are not listed do not count as damage, because users add files.
     """
     try:
         text = (folder / NAME).read_text("utf-8")

@@ -38,9 +38,9 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Values of `general.architecture` that are read and written."""
+"""The values of `general.architecture` that can be read and written."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor of a divisor for each rotary frequency, as in Llama 3's files."""
+"""The tensor with a divisor for each rotary frequency, as in Llama 3's files."""
 
 # `gguf.GGMLQuantizationType` of the unquantised types F32, F16, BF16 and F64.
 _UNQUANTISED = {
@@ -154,12 +154,12 @@ def read_rows(file: int, path: pathlib.Path, tensor: Tensor, first: int, last: i
 
     Args:
       file: descriptor of the open file.
-      path: of the file, for messages.
-      tensor: which.
-      first, last: its rows from `first` to before `last`.
+      path: the file's path, for messages.
+      tensor: the tensor.
+      first, last: read rows `first` up to, but not including, `last`.
 
     Raises:
-      ValueError: the file became shorter, or a type that cannot be dequantised.
+      ValueError: the file became shorter, or the type cannot be dequantised.
     """
     import gguf
 
@@ -215,7 +215,8 @@ def gguf_name(name: str) -> str:
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """Permutes rows of each head from (0, 1, …, h, h+1, …) to (0, h, 1, h+1, …), h = head_dim/2.
 
-    The inverse of the order in which the llama architecture's queries and keys are read.
+    It is the inverse of the permutation used when reading the llama architecture's queries and
+    keys.
     """
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

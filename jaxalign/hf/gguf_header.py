@@ -2,9 +2,9 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 
-Why not the reader of PyPI's `gguf`: it builds several Python objects for every token of the
-vocabulary, which takes seconds, and maps the whole file into memory. Quantised blocks are decoded
-by that package.
+We do not use the reader of PyPI's `gguf` because it builds several Python objects for every token
+of the vocabulary, which takes seconds, and maps the whole file into memory. That package does
+decode quantised blocks.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_AXES = 4
-_MAX_NESTED = 4  # arrays within arrays
+_MAX_NESTED = 4  # the maximum nesting of arrays
 MAX_STRING = 64 * 2**20
-"""Bytes of a string; chat templates have some 10 KiB."""
+"""The maximum bytes of a string; chat templates have some 10 KiB."""
 MAX_VALUES = 2**24
-"""Elements of all arrays together; a vocabulary of 256,000 tokens takes less than 2 million."""
+"""The maximum elements of all arrays; a vocabulary of 256,000 tokens needs less than 2 million."""
 MAX_TENSORS = 2**20
-"""Tensors of a file."""
+"""The maximum number of tensors in a file."""
 
 
 class Tensor(NamedTuple):

@@ -1,13 +1,13 @@
-"""Adapters as GGUF files, in the form of llama.cpp's `convert_lora_to_gguf.py`, written and read.
+"""Writes and reads adapters as GGUF files, in the form of llama.cpp's `convert_lora_to_gguf.py`.
 
-A file has `general.type` "adapter", `adapter.type` "lora" and `adapter.lora.alpha`, and of each
-adapted matrix A `[r, in]` and B `[out, r]`, which add `.lora_a` and `.lora_b` to the matrix's name.
-llama.cpp adds
+A file has `general.type` "adapter", `adapter.type` "lora" and `adapter.lora.alpha`. For each
+adapted matrix it has A `[r, in]` and B `[out, r]`, named after the matrix with `.lora_a` and
+`.lora_b`. llama.cpp adds
 
     α/r · B·A
 
-to the matrix, with the r of that matrix. Rows of B lie as the rows of the matrix do: those of
-Llama's queries and keys are interleaved. A of the embedding is transposed, `[V, r]`.
+to the matrix, with that matrix's r. Rows of B have the same order as the rows of the matrix: for
+Llama's queries and keys they are interleaved. A of the embedding is transposed, `[V, r]`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _ENDS = {"a": ".lora_a", "b": ".lora_b"}
 
 
 def check_gguf_adapter(model: Any) -> str:
-    """GGUF's architecture of a model whose adapters can be written.
+    """The GGUF architecture of a model whose adapters can be written.
 
     Raises:
-      ValueError: adapters that llama.cpp's form cannot hold, or a model that GGUF cannot.
+      ValueError: adapters that llama.cpp's format cannot hold, or a model that GGUF cannot hold.
     """
     arch = check_architecture(model)
     lora = model.lora
@@ -68,17 +68,17 @@ def save_gguf_adapter(
     name: str = "adapter",
     base: str | None = None,
 ) -> None:
-    """Writes a model's adapters as a GGUF file, which llama.cpp puts on its base (`--lora`).
+    """Writes a model's adapters as a GGUF file, which llama.cpp applies to its base (`--lora`).
 
-    Tensors are float32. The file appears whole or not at all. With several processes all call this
+    Tensors are float32. The file is written atomically. With several processes all must call this
     with the same arguments; process 0 writes.
 
     Args:
-      model: with adapters.
+      model: a model with adapters.
       params: base and adapters together (`combine(params, frozen)`), on one device or sharded.
-      path: of the file. An existing GGUF file is replaced, anything else refused.
+      path: the file's path. An existing GGUF file is replaced; anything else is an error.
       name: `general.name`.
-      base: name of the base, for people.
+      base: the base's name, for users.
 
     Raises:
       ValueError: see `check_gguf_adapter`; or another file at `path`.
@@ -110,7 +110,8 @@ def _to_gguf(
     for name, tensor in tensors.items():
         stem, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         modules[stem][part[-1].lower()] = np.asarray(tensor, np.float32)
-    # α of each module, so that α/r is its scale; the file has one, and B of other modules the rest.
+    # Each module needs its own α, so that α/r is its scale. The file has a single α; in other
+    # modules B absorbs the rest.
     alphas = {
         stem: scale_of(config, stem, len(parts["a"])) * len(parts["a"])
         for stem, parts in modules.items()
@@ -129,7 +130,7 @@ def _to_gguf(
 
 
 def _heads(module: str, shape: DecoderConfig, arch: str) -> int | None:
-    """Heads whose rows the architecture interleaves; None: it leaves the module as it is."""
+    """The number of heads whose rows the architecture interleaves; None: no interleaving."""
     heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}
     return heads.get(module.rpartition(".")[2]) if arch == "llama" else None
 
@@ -172,11 +173,11 @@ def read_gguf_adapter(
     """Reads a GGUF file of an adapter.
 
     Args:
-      path: of the file.
-      model: the base, which says how rows of queries and keys lie.
+      path: the file's path.
+      model: the base, which determines the row order of queries and keys.
 
     Returns:
-      (`adapter_config.json`, tensors without prefix), as PEFT has them.
+      (`adapter_config.json`, tensors without prefix), in PEFT's form.
 
     Raises:
       ValueError: a whole model, another kind of adapter or architecture, or tensors that are not

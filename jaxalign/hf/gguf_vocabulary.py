@@ -1,7 +1,8 @@
-"""A tokenizer as GGUF metadata, checked against what the reader makes of it.
+"""A tokenizer as GGUF metadata, verified by reading it back.
 
-GGUF names a pre-tokenizer where `tokenizer.json` describes one, and has scores where that has the
-merges of SentencePiece. So the metadata is read again, and both tokenizers must give the same ids.
+GGUF only names a pre-tokenizer, while `tokenizer.json` describes it; and it has scores instead of
+the merges of SentencePiece. So the metadata is read back, and both tokenizers must give the same
+ids.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _SAMPLES, _LONG = 200, 24  # texts of random tokens, and tokens of each
 
 
 class _Values(dict):
-    """Metadata that is in no file yet, as the reader takes it."""
+    """Metadata that is not yet in a file, with the reader's interface."""
 
     path = "tokenizer"
 
@@ -56,7 +57,8 @@ def tokenizer_metadata(tok: Any, rows: int, arch: str, length: int) -> dict[str,
 
     Args:
       tok: a fast tokenizer of transformers.
-      rows: of the model's embedding; ids without a token get an unused one, as llama.cpp wants.
+      rows: the rows of the model's embedding; ids without a token get an unused token, as llama.cpp
+        requires.
       arch: `general.architecture`.
       length: the longest context, in tokens.
 
@@ -88,7 +90,7 @@ def tokenizer_metadata(tok: Any, rows: int, arch: str, length: int) -> dict[str,
             del candidate["general.architecture"], candidate[f"{arch}.context_length"]
             return dict(candidate)
         differs = (t for t, a, b in zip(texts, got, expected, strict=True) if a != b)
-        wrong = wrong or next(differs)  # of the likeliest form
+        wrong = wrong or next(differs)  # from the likeliest form
     raise ValueError(
         f"tokenizer {tok.name_or_path!r} splits text in a way that GGUF has no name for here: "
         f"{wrong!r} would get other ids; what can be written is {WRITTEN}"
@@ -96,7 +98,7 @@ def tokenizer_metadata(tok: Any, rows: int, arch: str, length: int) -> dict[str,
 
 
 def _spec(tok: Any) -> dict[str, Any]:
-    """The tokenizer's `tokenizer.json`, of a kind that can be written.
+    """The tokenizer's `tokenizer.json`, if its kind can be written.
 
     Raises:
       ValueError: another kind.
@@ -143,11 +145,11 @@ def _is_byte(token: str) -> bool:
 
 
 def _forms(tok: Any, spec: dict[str, Any], tokens: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The model of the tokenizer in each form that could be its own, likely ones first."""
+    """The tokenizer's model in each form that could match it, likely forms first."""
     model = spec["model"]
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     if model["byte_fallback"]:
-        # Pieces are merged in the order of their scores: that of the merges.
+        # Pieces are merged in the order of their scores, which follow the order of the merges.
         rank: dict[str, int] = {}
         for number, (left, right) in enumerate(merges):
             rank.setdefault(left + right, number)
@@ -176,7 +178,7 @@ def _pieces_of(core: Any) -> list[Any]:
 
 
 def _pieces(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
-    """What a normalizer and a pre-tokenizer make of the texts, before any merge."""
+    """The output of a normalizer and a pre-tokenizer for the texts, before any merge."""
     normal = [t if normalizer is None else normalizer.normalize_str(t) for t in _TEXTS]
     if pre_tokenizer is None:
         return normal
@@ -184,7 +186,7 @@ def _pieces(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
 
 
 def _special_ids(tok: Any) -> dict[str, int]:
-    """The ids of bos, eos, unk and pad, and of the further ends of an answer.
+    """The ids of bos, eos, unk and pad, and of the other tokens that end an answer.
 
     Raises:
       ValueError: no eos, or more ends than GGUF has keys for.
@@ -227,7 +229,7 @@ def _added_ends(tok: Any) -> dict[str, bool]:
 
 
 def _templates(tok: Any) -> dict[str, str]:
-    """The chat template; of several the default one, and the others under their names."""
+    """The (default) chat template, and any other templates under their names."""
     template = tok.chat_template
     if isinstance(template, dict):
         named = {f"tokenizer.chat_template.{n}": t for n, t in template.items() if n != "default"}
@@ -238,13 +240,13 @@ def _templates(tok: Any) -> dict[str, str]:
 
 
 def _samples(tok: Any) -> list[str]:
-    """Texts of tokens at random: all of a vocabulary takes part, whatever its scripts."""
+    """Texts of random tokens, so that the whole vocabulary is tested, in any script."""
     drawn = random.Random(0)
     size = len(tok)
     return [tok.decode([drawn.randrange(size) for _ in range(_LONG)]) for _ in range(_SAMPLES)]
 
 
 def _around(tok: Any) -> list[str]:
-    """Each added token within text, next to blanks and next to letters."""
+    """Each added token within text, next to spaces and next to letters."""
     added = [str(token) for token in tok.added_tokens_decoder.values()]
     return [f"a {token} b\n{token}\nc{token}d  {token}  " for token in added]

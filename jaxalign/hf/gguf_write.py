@@ -1,4 +1,4 @@
-"""Writes a model as a GGUF file by PyPI's `gguf`: metadata, tokenizer, tensors one at a time."""
+"""Writes a model as a GGUF file with PyPI's `gguf`: metadata, tokenizer, tensors one at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxalign.parallel import distributed
 from jaxalign.types import Params
 
 ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""GGUF's name of a family's architecture. Mistral without windows is a Llama there too."""
+"""GGUF's architecture name of a family. In GGUF, Mistral without windows is also a Llama."""
 _BLOCK = 32  # elements of a block of Q8_0
 _LARGEST = 127 * 65504.0  # the scale of such a block is float16
 
@@ -32,8 +32,8 @@ class _Form(NamedTuple):
     """An element type.
 
     Attributes:
-      dtype: of the array that is written; uint8 for blocks.
-      file_type: `gguf.LlamaFileType` of a file of it.
+      dtype: the dtype of the written array; uint8 for blocks.
+      file_type: the `gguf.LlamaFileType` of such a file.
     """
 
     dtype: np.dtype
@@ -68,17 +68,17 @@ def save_gguf(
 ) -> list[str]:
     """Writes a GGUF file that llama.cpp and `load_pretrained` read.
 
-    The file appears whole or not at all. Host memory holds one tensor, in the file's element type.
-    With several processes all call this with the same arguments; they gather the tensors one at a
-    time, and process 0 writes.
+    The file is written atomically. Host memory holds one tensor at a time, in the file's element
+    type. With several processes all call this with the same arguments; they gather the tensors one
+    at a time, and process 0 writes.
 
     Args:
       model: a `Decoder` without adapters.
       params: its parameters, on one device or sharded.
-      path: of the file. An existing GGUF file is replaced, anything else refused.
-      tokenizer: of transformers; it is in the file with its chat template.
-      dtype: element type of the matrices, one of `FORMS`. Under Q8_0 a matrix whose rows are no
-        multiple of 32 is F16.
+      path: the file's path. An existing GGUF file is replaced; anything else is an error.
+      tokenizer: a transformers tokenizer; the file contains it and its chat template.
+      dtype: element type of the matrices, one of `FORMS`. With Q8_0, a matrix whose row length is
+        not a multiple of 32 is written as F16.
       name: `general.name`.
 
     Returns:
@@ -164,7 +164,7 @@ def _kind(tensor: Tensor, dtype: str) -> str:
 
 
 def check_replaceable_file(target: pathlib.Path) -> None:
-    """Refuses to write over anything but a GGUF file."""
+    """Raises ValueError if a path holds anything other than a GGUF file."""
     if not target.exists():
         return
     start = b""
@@ -217,7 +217,7 @@ def _begin(
     targets: Sequence[_Target],
     divisors: np.ndarray | None,
 ) -> Any:
-    """A writer that has written everything but the weights."""
+    """A writer that has written everything except the weights."""
     import gguf
 
     writer = gguf.GGUFWriter(path, header.arch)
@@ -260,7 +260,7 @@ def _begin(
 
 
 def _divisors(rope: RopeConfig, head_dim: int) -> np.ndarray | None:
-    """What Llama 3's scaling divides each frequency by; None without that scaling."""
+    """The divisors of each frequency in Llama 3's scaling; None without that scaling."""
     if rope.kind != "llama3":
         return None
     plain = rope_frequencies(RopeConfig(theta=rope.theta), head_dim)
@@ -268,15 +268,15 @@ def _divisors(rope: RopeConfig, head_dim: int) -> np.ndarray | None:
 
 
 def _stored(target: _Target) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the array that is written."""
+    """Shape and dtype of the written array."""
     shape, dtype = target.tensor.shape, FORMS[target.kind].dtype
     if target.kind != "Q8_0":
         return shape, dtype
-    return (*shape[:-1], shape[-1] // _BLOCK * (_BLOCK + 2)), dtype  # a float16 scale a block
+    return (*shape[:-1], shape[-1] // _BLOCK * (_BLOCK + 2)), dtype  # one float16 scale per block
 
 
 def _encode(target: _Target, blocks: Sequence[Sequence[Block]], pool: Pool) -> np.ndarray:
-    """A tensor in its element type, its rows as Hugging Face has them.
+    """Encodes a tensor in its element type, with rows in Hugging Face's order.
 
     Raises:
       ValueError: a value that the type cannot hold.
@@ -308,7 +308,7 @@ def _encode(target: _Target, blocks: Sequence[Sequence[Block]], pool: Pool) -> n
 
 
 def _file_order(target: _Target, data: np.ndarray, config: DecoderConfig, arch: str) -> np.ndarray:
-    """Rows as the architecture stores them: Llama's queries and keys for interleaved rope."""
+    """Rows in the architecture's order: for Llama's queries and keys, that of interleaved rope."""
     heads = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
     for part, count in heads.items():
         if arch == "llama" and part in target.name:
@@ -317,7 +317,7 @@ def _file_order(target: _Target, data: np.ndarray, config: DecoderConfig, arch: 
 
 
 def _check_config(path: pathlib.Path, config: DecoderConfig) -> None:
-    """Reads the written metadata: a field that has no key in GGUF would come back otherwise."""
+    """Reads the written metadata back: a field without a GGUF key would have changed."""
     file = GGUFFile(path)
     try:
         got = families.config_from_hf(file.config)

@@ -1,4 +1,4 @@
-"""What lies in a folder that holds no model to load, and what to do about it."""
+"""Explains what a folder without a loadable model holds, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxalign.hf.source import read_json
 
 
 def what_lies_there(folder: pathlib.Path) -> str | None:
-    """A sentence on a folder without weights of a whole model: what it is, and the remedy."""
+    """A sentence about a folder without a whole model's weights: what it holds, and the remedy."""
     if (folder / _ADAPTER).is_file():
         return _adapter(folder)
     inner = folder / "model"
@@ -40,7 +40,7 @@ def what_lies_there(folder: pathlib.Path) -> str | None:
 
 
 def _adapter(folder: pathlib.Path) -> str:
-    """Of a folder that PEFT wrote."""
+    """The sentence for a folder that PEFT wrote."""
     try:
         base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     except ValueError:
@@ -54,7 +54,7 @@ def _adapter(folder: pathlib.Path) -> str:
 
 
 def prefix_hint(wanted: Mapping[str, object], found: Collection[str]) -> str:
-    """What to do about names of tensors that are not the wanted ones."""
+    """The remedy for unexpected tensor names."""
     if any("lora_" in name for name in found):
         return "The file holds adapters (lora_…): merge them into their base first"
     if any(name.endswith((".qweight", ".scales", ".SCB", ".quant_state")) for name in found):

@@ -1,7 +1,7 @@
-"""Models from safetensors, GGUF or Orbax folders to sharded parameters.
+"""Loads models from safetensors folders, GGUF files or Orbax folders as sharded parameters.
 
-Reading goes leaf by leaf, each device's part straight from the file, see `jaxalign.hf.blocks`.
-Nothing here runs code from a checkpoint; pickle files are refused.
+It reads leaf by leaf, each device's part directly from the file; see `jaxalign.hf.blocks`. Nothing
+here runs code from a checkpoint; pickle files are never read.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _PATTERNS = (
 )
 
 _HEAD = "lm_head.weight"
-_COMPARED = 1 << 20  # elements compared at a time
+_COMPARED = 1 << 20  # number of elements compared at a time
 
 
 def fetch_model(source: str | os.PathLike[str]) -> pathlib.Path:
-    """Downloads what `load_pretrained` would read of a hub id, and says where it is.
+    """Downloads the files that `load_pretrained` would read of a hub id, and returns their path.
 
     Raises:
       ValueError: as `jaxalign.hf.source.locate`.
@@ -74,29 +74,31 @@ def load_pretrained(
     Args:
       source: a folder with `config.json` and safetensors (single or sharded with an index), a
         folder that `jaxalign import` made, a `.gguf` file, or a hub id. An adapter's folder (PEFT)
-        gives the base with the adapter merged; `load_adapter` keeps the two apart. So does an
-        adapter's `.gguf` file, whose `base` must be given.
-      mesh: where the parameters go, laid out by their logical axes; by default the default device.
-      dtype: of the parameters: float32, bfloat16, float16, or "source" for what each parameter
-        has in the file (float32 where that is quantised). Not of the computation.
-      compute_dtype: of activations and matmuls; by default bfloat16 on GPU and TPU, float32 on CPU.
+        gives the base with the adapter merged; `load_adapter` keeps the two separate. An adapter's
+        `.gguf` file also gives the merged model; its `base` must be given.
+      mesh: the mesh for the parameters, which are sharded by their logical axes; None: the default
+        device.
+      dtype: dtype of the parameters (not of the computation): float32, bfloat16, float16, or
+        "source" for each parameter's dtype in the file (float32 if quantised there).
+      compute_dtype: dtype of activations and matmuls; by default bfloat16 on GPU and TPU, float32
+        on CPU.
       remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
       attention: "auto" (by backend), "xla", "splash", "cudnn" or "pallas", see
         `jaxalign.models.attention.dispatch`.
-      base: the base of an adapter; None: what its configuration names.
+      base: the base of an adapter; None: the base that its configuration names.
       quantize: "nf4", "nf4-double" or "int8": keeps the projections of all blocks in 4 or 8 bits,
         to train adapters over them (`add_lora`), see `jaxalign.models.quantized`. They are
-        quantised as they are read, a layer's matrix at a time. None: floats.
+        quantised while they are read, one layer's matrix at a time. None: floats.
 
     Returns:
-      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model, whose labels, if
-      there are several or the one has a name, are the scorer's attributes.
-      `params` is a nested dict of arrays.
+      `(Decoder, params)`; `(Scorer, params)` for a sequence-classification model. Its labels become
+      the scorer's attributes, unless there is a single unnamed one. `params` is a nested dict of
+      arrays.
 
     Raises:
       ValueError: nothing to load there; a config the decoder does not cover; weights that are
-        missing, unexpected, duplicate or of the wrong shape (all of them listed); a damaged file,
-        as its checksums tell where it has them; `quantize` of an adapter's folder or an Orbax
+        missing, unexpected, duplicate or of the wrong shape (all are listed); a file that its
+        checksums, if any, show to be damaged; `quantize` with an adapter's folder or an Orbax
         folder, or without the package qwix.
     """
     check_kind(quantize)
@@ -142,7 +144,7 @@ def load_pretrained(
         spare_head = config.tie_embeddings or scorer
         _check_tensors(path, file, leaves, config, spare_head=spare_head)
         if isinstance(file, safetensors_file.SafetensorsFolder):
-            with workers() as pool:  # read once more: processes share the files
+            with workers() as pool:  # read an extra time; the processes divide the files among them
                 file.check_sums(pool, (jax.process_index(), jax.process_count()))
         flat = {}
         try:
@@ -163,7 +165,7 @@ def load_pretrained(
 def _load_adapted(
     path: pathlib.Path, base: str | os.PathLike[str] | None, **options: Any
 ) -> tuple[Any, Params]:
-    """A base with the adapter of a folder merged into it."""
+    """Loads a base and merges a folder's adapter into it."""
     try:
         start = base_of(path) if base is None else base
         if is_adapter(locate(start, _PATTERNS)):
@@ -180,12 +182,12 @@ def _load_adapted(
 def load_language_model(
     source: str | os.PathLike[str], *, option: str = "source", **options: Any
 ) -> tuple[Decoder, Params]:
-    """Loads a model that writes, and refuses one that scores.
+    """Loads a language model; a reward model is an error.
 
     Args:
       source: as for `load_pretrained`.
       option: the user's name for `source`, for the message.
-      **options: those of `load_pretrained`.
+      **options: options of `load_pretrained`.
 
     Raises:
       ValueError: a reward model; or as `load_pretrained`.
@@ -201,14 +203,14 @@ def load_reward_model(
     option: str = "source",
     **options: Any,
 ) -> tuple[Scorer, Params]:
-    """Loads a model that scores, and refuses one that writes.
+    """Loads a reward model; a language model is an error.
 
     Args:
       source: as for `load_pretrained`.
       weights: attribute → weight, for one score out of several; see
-        `jaxalign.models.scorer.weigh_attributes`. None: the scores as they are.
+        `jaxalign.models.scorer.weigh_attributes`. None: all scores.
       option: the user's name for `source`, for the message.
-      **options: those of `load_pretrained`.
+      **options: options of `load_pretrained`.
 
     Raises:
       ValueError: a language model; weights that do not fit its attributes; or as `load_pretrained`.
@@ -221,7 +223,7 @@ def load_reward_model(
 def expect_language_model(
     model: Decoder | Scorer, source: str | os.PathLike[str], option: str = "source"
 ) -> Decoder:
-    """The model itself; raises ValueError for a reward model."""
+    """Returns the model; raises ValueError if it is a reward model."""
     if not isinstance(model, Decoder):
         raise ValueError(
             f"{option}={os.fspath(source)!r} is a reward model; wanted a language model"
@@ -232,7 +234,7 @@ def expect_language_model(
 def expect_reward_model(
     model: Decoder | Scorer, source: str | os.PathLike[str], option: str = "source"
 ) -> Scorer:
-    """The model itself; raises ValueError for a language model."""
+    """Returns the model; raises ValueError if it is a language model."""
     if not isinstance(model, Scorer):
         raise ValueError(
             f"{option}={os.fspath(source)!r} is a language model without a score; wanted a reward "
@@ -242,7 +244,7 @@ def expect_reward_model(
 
 
 def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:
-    """A model without its parameters, which are not read (of an adapter's base they are).
+    """A model without its parameters, which are read only for an adapter's base.
 
     Args:
       source: as for `load_pretrained`.
@@ -251,7 +253,7 @@ def load_model(source: str | os.PathLike[str]) -> Decoder | Scorer:
       ValueError: nothing there, a config the decoder does not cover, or a damaged file.
     """
     path = locate(source, _PATTERNS)
-    if is_adapter(path):  # what it holds whole may change the base's shape
+    if is_adapter(path):  # modules that it holds whole may change the base's shape
         return load_pretrained(source, compute_dtype="float32")[0]
     with contextlib.closing(_open(path)) as file:
         return _model(path, file, compute_dtype="float32", remat="none")
@@ -290,11 +292,11 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def _has_own_head(file: Any, hf: Mapping[str, Any]) -> bool:
-    """Whether a file under a config that ties the head to the embedding holds another head.
+    """Whether a file has a different head although its config ties the head to the embedding.
 
     transformers compares the two as well, and keeps both where they differ.
     """
-    shapes = getattr(file, "shapes", {})  # an Orbax folder has parameters, not tensors
+    shapes = getattr(file, "shapes", {})  # an Orbax folder holds our parameters, not HF tensors
     if _HEAD not in shapes or _HEAD in file.problems or families.is_scorer(hf):
         return False
     if not families.config_from_hf(hf).tie_embeddings:
@@ -315,7 +317,7 @@ def _has_own_head(file: Any, hf: Mapping[str, Any]) -> bool:
 
 
 def _widest(file: Any, leaf: Leaf) -> np.dtype:
-    """The dtype of a leaf's tensors in the file, as far as arrays may have it."""
+    """The widest dtype of a leaf's tensors in the file, limited to dtypes that arrays can have."""
     widest = max((file.dtypes[name] for name in leaf.names), key=lambda dtype: dtype.itemsize)
     return np.dtype(np.float32) if widest.itemsize > 4 else widest
 
@@ -323,11 +325,11 @@ def _widest(file: Any, leaf: Leaf) -> np.dtype:
 def _check_tensors(
     path: pathlib.Path, file: Any, leaves: list[Leaf], config: DecoderConfig, *, spare_head: bool
 ) -> None:
-    """Compares what a source holds with what the model needs."""
+    """Compares a source's tensors with those that the model needs."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     ignored = families.find_family(config.family).ignored
-    # What says nothing new: buffers of the family, the second name of a tied matrix, and the head
-    # of the language model that a reward model was made from.
+    # Redundant tensors: buffers of the family, the second name of a tied matrix, and the head of
+    # the language model from which a reward model was made.
     extra = {name for name in file.shapes if any(fnmatch.fnmatchcase(name, p) for p in ignored)}
     extra |= {_HEAD} if spare_head else set()
     unexpected = [name for name in file.shapes if name not in wanted and name not in extra]

@@ -1,4 +1,4 @@
-"""Several adapters by name on one base in memory, each with its tokenizer."""
+"""Several named adapters on one base in memory, each with its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: a `Decoder` or `Scorer`, with its adapter.
-      params: all of its parameters; the base's arrays are those of all others.
-      tokenizer: the adapter's own where its folder has one, else the base's.
+      params: all of its parameters; the base's arrays are shared with the other models.
+      tokenizer: the adapter's own if its folder has one, else the base's.
     """
 
     model: Any
@@ -37,10 +37,10 @@ def load_with_adapters(
     adapters: Mapping[str, str | os.PathLike[str]],
     **options: Any,
 ) -> dict[str, Loaded]:
-    """A model, and the same model with each of several adapters.
+    """Loads a model, and the same model with each of several adapters.
 
-    The parameters of the base are in memory once. A line on standard error says where an adapter
-    names another base, whose shape is the same.
+    The parameters of the base are in memory once. If an adapter names another base of the same
+    shape, a line on standard error says so.
 
     Args:
       source: the base: a folder, `.gguf` file or hub id.

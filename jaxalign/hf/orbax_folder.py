@@ -56,10 +56,10 @@ class OrbaxFolder:
         Args:
           shapes: `model.shapes`.
           shardings: leaf path → sharding; a leaf without one goes to the default device.
-          dtype: of the result; None: the stored dtype of each leaf.
+          dtype: the result's dtype; None: the stored dtype of each leaf.
 
         Raises:
-          ValueError: parameters that do not fit the model, or a damaged folder.
+          ValueError: the parameters do not fit the model, or the folder is damaged.
         """
         expected = {path: tuple(leaf.shape) for path, leaf in families.flatten(shapes).items()}
         wrong = [
@@ -90,7 +90,7 @@ class OrbaxFolder:
 
     @property
     def source_dtypes(self) -> dict[str, str]:
-        """The dtypes to remember, see `jaxalign.hf.source.SOURCE_DTYPES`, by HF name as there."""
+        """The dtypes to remember, by HF name; see `jaxalign.hf.source.SOURCE_DTYPES`."""
         config = families.config_from_hf(self.config)
         shapes = {
             path: jax.ShapeDtypeStruct(s, self.dtypes[path]) for path, s in self._shapes.items()

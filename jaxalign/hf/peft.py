@@ -1,4 +1,4 @@
-"""Adapters in PEFT's form, read and written: `adapter_config.json`, `adapter_model.safetensors`."""
+"""Reads and writes PEFT adapters: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ _OTHER_FILES = (
     "vocab.json",
     "merges.txt",
     "*.model",
-    "export.json",  # what `jaxalign export --to` notes
+    "export.json",  # a note by `jaxalign export --to`
     f"{WEIGHTS}.rejected",
 )
-"""What may lie beside an adapter in a folder that is replaced."""
+"""Other files that a folder may hold and still be replaced."""
 
 
 def load_adapter(
     model: Decoder | Scorer, params: Params, folder: str | os.PathLike[str]
 ) -> Adapted:
-    """Reads an adapter that PEFT (or `save_adapter`) wrote, or a GGUF file's, onto its base.
+    """Puts an adapter on its base; PEFT, `save_adapter` or llama.cpp (GGUF) wrote the adapter.
 
-    Ranks, α, rsLoRA, DoRA, patterns, modules that are trained whole (a score head, a resized
-    embedding) and PiSSA are read. Where a module of transformers holds several matrices, each of
-    them gets an adapter.
+    It reads ranks, α, rsLoRA, DoRA, patterns, PiSSA and modules that are trained whole (a score
+    head, a resized embedding). If a transformers module holds several matrices, each of them gets
+    an adapter.
 
     Args:
-      model: the base, as `load_pretrained` gives it.
+      model: the base, as `load_pretrained` returns it.
       params: its parameters; shared, not copied.
-      folder: with `adapter_config.json` and `adapter_model.safetensors`, or a hub id, or the
-        `.gguf` file of an adapter.
+      folder: a folder with `adapter_config.json` and `adapter_model.safetensors`, a hub id, or an
+        adapter's `.gguf` file.
 
     Returns:
-      (model with adapters, trainable parameters, frozen parameters), as `add_lora`; the model is a
-      `Scorer` where the adapter has a score head. `combine` the two for `model.apply`.
+      (model with adapters, trainable parameters, frozen parameters), like `add_lora`; the model is
+      a `Scorer` if the adapter has a score head. `combine` both parameter trees for `model.apply`.
 
     Raises:
-      ValueError: no adapter, an option of PEFT that is not supported, or another base than the
-        adapter's: names the first module or shape that does not fit.
+      ValueError: no adapter, an unsupported option of PEFT, or a base that does not fit the
+        adapter; the message names the first module or shape that does not fit.
     """
     path = locate(folder, PATTERNS)
     decoder = model.base if isinstance(model, Scorer) else model
@@ -75,7 +75,7 @@ def load_adapter(
 def load_adapters(
     model: Decoder | Scorer, params: Params, folders: Mapping[str, str | os.PathLike[str]]
 ) -> dict[str, Adapted]:
-    """Several adapters of one base by name; they share its parameters.
+    """Loads several named adapters on one base; they share its parameters.
 
     Args:
       model, params: as for `load_adapter`.
@@ -92,23 +92,23 @@ def save_adapter(
     base: str | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Writes a folder that PEFT loads: adapters, and the modules that are trained whole.
+    """Writes a folder that PEFT loads: adapters, and modules that are trained whole.
 
     `PeftModel.from_pretrained(base, folder)` gives the same logits. Saving is atomic. With several
     processes all call this with the same arguments; process 0 writes.
 
     Args:
-      model: with adapters; a `Scorer` is written with its score head.
+      model: a model with adapters; a `Scorer` is written with its score head.
       params: base and adapters together (`combine(params, frozen)`), on one device or sharded.
-      folder: the target. A folder with an adapter is replaced; one that holds anything else is
-        refused.
-      base: source of the base, for `base_model_name_or_path`; None: whoever loads the adapter
-        names it.
-      tokenizer: saved beside it with its chat template.
+      folder: the target. A folder with an adapter is replaced; a folder that holds anything else is
+        an error.
+      base: source of the base, for `base_model_name_or_path`; None: whoever loads the adapter must
+        name it.
+      tokenizer: saved in the folder with its chat template.
 
     Raises:
-      ValueError: no adapters; adapters of experts, or of PiSSA on fused modules, for which PEFT has
-        no form; a folder that must not be replaced.
+      ValueError: no adapters; adapters on experts, or PiSSA adapters on fused modules, which PEFT
+        cannot represent; a folder that must not be replaced.
     """
     written = adapter_tensors(model, params, base)
     target = pathlib.Path(folder).expanduser().resolve()
@@ -132,7 +132,7 @@ def save_adapter(
 def merge_adapter(
     model: Decoder | Scorer, params: Params, folder: pathlib.Path
 ) -> tuple[Any, Params]:
-    """A base with an adapter folded into it, as `load_pretrained` gives it."""
+    """A base with an adapter merged into it, as `load_pretrained` returns it."""
     adapted, trained, frozen = load_adapter(model, params, folder)
     decoder = adapted.base if isinstance(adapted, Scorer) else adapted
     plain, params = merge_lora(decoder, combine(trained, frozen))

@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: what of it is read, what is refused, and what is written."""
+"""PEFT's `adapter_config.json`: reads, checks and writes its options."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's layers",
 }
-"""Keys that are read only where they are off, and what they stand for."""
+"""Keys that must be off, and what they mean."""
 
 _BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base as it is."""
+"""Values of `init_lora_weights` that do not change the base."""
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Reads `adapter_config.json`.
 
     Raises:
-      ValueError: no such file, another kind of adapter than LoRA, or an option that is not
-        supported; names it.
+      ValueError: no such file, a kind of adapter other than LoRA, or an unsupported option; the
+        message names it.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -80,7 +80,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_patterns(config: Mapping[str, Any]) -> None:
-    """Checks the kinds of what chooses modules, and that patterns are regular expressions."""
+    """Checks the types and the regular expressions of the options that select modules."""
     patterns: list[str] = []
     for key in ("rank_pattern", "alpha_pattern"):
         value = get(config, key, {})
@@ -112,13 +112,13 @@ def _is_positive(value: Any) -> bool:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What a module's B·A is multiplied by: α/r, or α/√r."""
+    """The scale of a module's B·A: α/r, or α/√r."""
     alpha = first_match(get(config, "alpha_pattern", {}), module, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether `target_modules` chooses a module; False where that cannot be told of it alone."""
+    """Whether `target_modules` selects a module; False if the module alone does not tell."""
     targets = config.get("target_modules")
     excluded = get(config, "exclude_modules", [])
     if isinstance(excluded, str):
@@ -148,12 +148,12 @@ def lora_config(
     slots: Sequence[Slot],
     saved: Sequence[str],
 ) -> LoraConfig:
-    """The options that stand for an adapter that was read.
+    """The `LoraConfig` that describes an adapter that was read.
 
     Args:
       config: `adapter_config.json`.
-      found: matrix → (rank, scale), of those with adapters.
-      slots: all matrices of the model that may have adapters.
+      found: matrix → (rank, scale), for matrices with adapters.
+      slots: all matrices of the model that can have adapters.
       saved: names of the modules that the adapter holds whole.
     """
     rslora = bool(config.get("use_rslora"))
@@ -202,13 +202,14 @@ def peft_config(
     scorer: bool,
     base: str | None,
 ) -> dict[str, Any]:
-    """`adapter_config.json` of adapters that are written.
+    """The `adapter_config.json` for adapters to be written.
 
     Args:
       lora: their options.
       adapted: module → (rank, scale).
-      short: module → its name among modules of other kinds, of all modules of the model.
-      saved: modules that are written whole.
+      short: module → its shortest name that no other kind of module has, for all modules of the
+        model.
+      saved: modules to write whole.
       scorer: whether the model has a score head.
       base: source of the base.
     """
@@ -236,7 +237,7 @@ def peft_config(
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scorer else "CAUSAL_LM",
         "base_model_name_or_path": name,
-        **({} if revision is None else {"revision": revision}),  # PEFT reads it by this key
+        **({} if revision is None else {"revision": revision}),  # the key that PEFT reads
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -258,6 +259,6 @@ def _most_common(values: Iterable[T]) -> T:
 
 
 def _plain(value: float) -> float | int:
-    """Readers expect whole numbers where α is one."""
+    """An integer if α is whole, as readers expect."""
     near = round(value)
     return near if near and abs(value - near) < 1e-9 * near else value

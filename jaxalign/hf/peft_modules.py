@@ -1,7 +1,7 @@
-"""Which module of transformers holds which matrices: PEFT's adapters belong to its modules.
+"""Which transformers module holds which matrices, because PEFT adapts modules.
 
-A module may hold several matrices, as Phi 3's `qkv_proj` does: each is a `Slot` of it, a range of
-its outputs.
+A module may hold several matrices, as Phi 3's `qkv_proj` does. Each is a `Slot` of the module: a
+range of its outputs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Slot(NamedTuple):
     """A matrix within a module.
 
     Attributes:
-      name: of the matrix, as `LoraConfig` has it, without its layer: "attention.query".
-      path: of the matrix in the parameter tree.
-      layer: which layer's; None outside of the blocks.
-      start, size: the outputs of the module that are its own.
+      name: the matrix's name in `LoraConfig`, without its layer: "attention.query".
+      path: the matrix's path in the parameter tree.
+      layer: its layer; None outside the blocks.
+      start, size: its range of the module's outputs.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Slot(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        """As `LoraConfig` has it, such as "layers.0.attention.query"."""
+        """The name in `LoraConfig`, such as "layers.0.attention.query"."""
         return self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
 
 
 class Module(NamedTuple):
-    """A module of transformers that may have adapters.
+    """A transformers module that can have adapters.
 
     Attributes:
-      name: in the model, such as "model.layers.0.self_attn.q_proj".
+      name: its name in the model, such as "model.layers.0.self_attn.q_proj".
       inputs, outputs: sizes of its matrix.
-      slots: what it holds.
+      slots: the matrices it holds.
       conv1d: whether it stores its matrix as `[in, out]`.
     """
 
@@ -58,16 +58,16 @@ class Module(NamedTuple):
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it looks rows up."""
+        """Whether the module is an embedding, which looks rows up."""
         return self.slots[0].path[0] == "embed"
 
 
 def all_leaves(model: Decoder, outputs: int = 1) -> list[Leaf]:
-    """The HF tensors of all parameters, those of an untied head and of a score head too.
+    """The HF tensors of all parameters, including an untied head and a score head.
 
     Args:
       model: with or without adapters.
-      outputs: of the score head.
+      outputs: the score head's outputs.
     """
     config = dataclasses.replace(model.config, tie_embeddings=False)
     plain = Decoder(config)
@@ -77,7 +77,7 @@ def all_leaves(model: Decoder, outputs: int = 1) -> list[Leaf]:
 
 
 def modules_of(model: Decoder) -> dict[str, Module]:
-    """Name → module, of all that may have adapters; experts have no form in PEFT.
+    """Name → module, for all modules that can have adapters; PEFT cannot represent experts.
 
     Args:
       model: with or without adapters.
@@ -108,7 +108,7 @@ def modules_of(model: Decoder) -> dict[str, Module]:
 
 
 def short_names(model: Decoder) -> dict[str, str]:
-    """Module → its end that no module of another kind has: "q_proj", or "attn.c_proj"."""
+    """Module → the shortest unambiguous end of its name: "q_proj", or "attn.c_proj"."""
     kinds: dict[str, set[str]] = {}
     for leaf in all_leaves(model):
         for name in leaf.names:

@@ -1,4 +1,4 @@
-"""Reads PEFT's adapters: its tensors to adapters of our matrices, with the base's layout."""
+"""Reads PEFT adapters: turns its tensors into adapters of our matrices, sharded like the base."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PART = re.compile(
     r"(?P<module>.+)\.(?:lora_|lora_embedding_|lora_magnitude_)(?P<part>A|B|vector)"
     r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 )
-"""Tensor of an adapter, which may carry the adapter's name."""
+"""A tensor name of an adapter, which may contain the adapter's name."""
 
 
 class Factors(NamedTuple):
@@ -53,8 +53,8 @@ class Factors(NamedTuple):
     Attributes:
       a: `[in, r]`.
       b: `[r, out]`.
-      m: DoRA's lengths `[out]`, or None.
-      scale: what A·B is multiplied by.
+      m: DoRA's magnitudes `[out]`, or None.
+      scale: the factor of A·B.
     """
 
     a: np.ndarray
@@ -67,7 +67,7 @@ class Adapted(NamedTuple):
     """An adapter on its base.
 
     Attributes:
-      model: with adapters; a scorer where the adapter has a score head.
+      model: with adapters; a scorer if the adapter has a score head.
       trained: the adapters, and the modules that the file holds whole.
       frozen: the rest of the base.
     """
@@ -94,9 +94,9 @@ def put_adapter(
     Args:
       model: the base.
       params: its parameters.
-      folder: where the adapter comes from, for messages.
+      folder: the adapter's origin, for messages.
       config: `adapter_config.json`.
-      tensors: PEFT's, without the prefix of their names.
+      tensors: PEFT's tensors, under names without the prefix.
 
     Raises:
       ValueError: as `jaxalign.hf.peft.load_adapter`.
@@ -135,7 +135,7 @@ def put_adapter(
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of an adapter's folder, without the prefix of their names."""
+    """The tensors of an adapter's folder, under names without the prefix."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -210,7 +210,7 @@ def _check_shapes(
         wanted["vector"] = (module.outputs,)
     for part, shape in wanted.items():
         got = tensors[part].shape if part in tensors else None
-        # Older versions of PEFT keep the lengths as a row.
+        # Older versions of PEFT store the magnitudes as a row.
         if got is None or (got != shape and not (part == "vector" and got == (1, *shape))):
             what = "DoRA's lengths" if part == "vector" else part
             raise ValueError(
@@ -221,10 +221,10 @@ def _check_shapes(
 
 
 def _split(module: Module, whole: Factors) -> dict[Slot, Factors]:
-    """The adapter of a module as adapters of the matrices in it.
+    """Splits a module's adapter into adapters of its matrices.
 
-    All read the same A; a matrix has its own columns of B. Where the matrices use different rows
-    of B, as in what `peft_write` stacks, each keeps the rank that it uses.
+    They all use the same A; each matrix has its own columns of B. If the matrices use different
+    rows of B, as in the stacks of `peft_write`, each keeps only the rank that it uses.
     """
     if len(module.slots) == 1:
         return {module.slots[0]: whole}
@@ -244,7 +244,7 @@ def _split(module: Module, whole: Factors) -> dict[Slot, Factors]:
 def _without_unused(
     modules: Mapping[str, Module], found: Mapping[Slot, Factors]
 ) -> dict[Slot, Factors]:
-    """Leaves out matrices of fused modules whose B is 0 in all layers, though others' is not."""
+    """Drops matrices of fused modules whose B is 0 in all layers, if another matrix's B is not."""
     trained = {slot.name for slot, factors in found.items() if np.any(factors.b)}
     fused: dict[str, set[str]] = {}
     for module in modules.values():
@@ -270,7 +270,7 @@ def _check_unfused(modules: Mapping[str, Module], found: Mapping[Slot, Factors])
 
 
 def _stack(found: Mapping[Slot, Factors], shapes: Params) -> Params:
-    """The tree of adapters, with zeros where a layer has a lower rank than the others, or none."""
+    """The tree of adapters, zero-padded for layers with a lower rank than others or no adapter."""
     tree = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     for slot, factors in found.items():
         node, rank = leaf_at(tree, slot.path[:-1]), factors.b.shape[0]
@@ -288,10 +288,10 @@ def _stack(found: Mapping[Slot, Factors], shapes: Params) -> Params:
 def _with_whole(
     folder: pathlib.Path, model: Decoder | Scorer, params: Params, tensors: Mapping[str, np.ndarray]
 ) -> tuple[Decoder | Scorer, Params, set[str]]:
-    """The base with the modules that an adapter's file holds whole.
+    """Replaces the base's modules that an adapter's file holds whole.
 
     Returns:
-      (model, parameters, paths of those that were trained).
+      (model, parameters, paths of the trained modules).
     """
     plain, copies = {}, {}
     for name, tensor in tensors.items():
@@ -330,7 +330,7 @@ def _with_whole(
 
 
 def _leaf(folder: pathlib.Path, leaf: Leaf, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A leaf from its HF tensors; an embedding or head may have other rows than the base's."""
+    """A leaf from its HF tensors; an embedding or head may have a different number of rows."""
     items = []
     resizes = leaf.path in ("embed/embedding", "head/kernel")
     for name, _ in zip(leaf.names, tensor_positions(leaf), strict=True):
@@ -376,7 +376,7 @@ def _put_whole(
         if embedding is not None and head is not None and np.array_equal(embedding, head.T):
             read.pop("head/kernel")  # still tied
             saved.discard("head/kernel")
-        else:  # PEFT trains a copy of one of the two
+        else:  # PEFT trains a copy of either the embedding or the head
             config = dataclasses.replace(config, tie_embeddings=False)
             params = params | {"head": {"kernel": jnp.transpose(params["embed"]["embedding"])}}
     rows = {x.shape[i] for x, i in ((embedding, 0), (read.get("head/kernel"), 1)) if x is not None}
@@ -402,7 +402,7 @@ def _put_whole(
 
 
 def _lacking(params: Params, other: Params) -> Params:
-    """Those parameters that another tree does not have."""
+    """The parameters that another tree does not have."""
     kept: Params = {}
     have = families.flatten(other)
     for path, leaf in families.flatten(params).items():
@@ -412,7 +412,7 @@ def _lacking(params: Params, other: Params) -> Params:
 
 
 def _place(tree: Params, axes: Params, params: Params) -> Params:
-    """Arrays of numpy on the mesh of a base, or on the default device."""
+    """Puts numpy arrays on the base's mesh, or on the default device."""
     mesh = mesh_of(params)
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)

@@ -1,8 +1,8 @@
-"""Several adapters of one base as a single adapter: their weighted sum, exactly.
+"""The exact weighted sum of several adapters of one base, as a single adapter.
 
     W + Σ wᵢ · sᵢ · Bᵢ·Aᵢ = W + [w₁s₁B₁ w₂s₂B₂ …] · [A₁; A₂; …]
 
-so the rank is the sum of theirs.
+so its rank is the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ def add_adapters(
 ) -> Adapted:
     """Puts the weighted sum of adapters on their base.
 
-    Modules that are trained whole (a score head) are taken as they are, from the one adapter that
-    has them.
+    Modules that are trained whole (a score head) come unchanged from the one adapter that has them.
 
     Args:
       model: the base.
       params: its parameters; shared, not copied.
-      weights: folder of PEFT or `.gguf` file of an adapter → weight.
+      weights: an adapter's PEFT folder or `.gguf` file → its weight.
 
     Returns:
       (model with adapters, trainable parameters, frozen parameters), as `load_adapter`.
 
     Raises:
-      ValueError: an adapter whose sum with others is no adapter (DoRA, PiSSA); modules that two
-        of them hold whole, or one with a weight other than 1; or as `load_adapter`.
+      ValueError: an adapter whose sum with others is not an adapter (DoRA, PiSSA); a whole module
+        in two adapters, or in an adapter with a weight other than 1; or as `load_adapter`.
     """
     decoder = model.base if isinstance(model, Scorer) else model
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}

@@ -1,7 +1,7 @@
-"""Writes adapters in PEFT's form: one adapter for each module of transformers.
+"""Writes adapters in PEFT's form: one adapter per transformers module.
 
-A module that holds several matrices, such as Phi 3's `qkv_proj`, gets the adapters of all of them:
-with A₁, A₂ beside each other and B₁, B₂ on the diagonal of blocks, its rank is the sum of theirs.
+A module that holds several matrices, such as Phi 3's `qkv_proj`, gets all their adapters: A₁, A₂
+are concatenated and B₁, B₂ form a block diagonal. Its rank is the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from jaxalign.parallel.sharding import mesh_of, replicated
 from jaxalign.types import Params
 
 PREFIX = "base_model.model."
-"""Of the names of PEFT's tensors."""
+"""The prefix of PEFT's tensor names."""
 
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
-"""Configuration and tensors of an adapter."""
+"""An adapter's configuration and tensors."""
 
 
 def adapter_tensors(model: Decoder | Scorer, params: Params, base: str | None) -> Written:
     """`adapter_config.json` and the tensors of a model's adapters.
 
-    With several processes all take part; each gets everything.
+    With several processes all must call this; each gets the full result.
 
     Args:
       model: with adapters.
@@ -44,7 +44,7 @@ def adapter_tensors(model: Decoder | Scorer, params: Params, base: str | None) -
       base: source of the base.
 
     Raises:
-      ValueError: no adapters, or some that PEFT has no form for.
+      ValueError: no adapters, or adapters that PEFT cannot represent.
     """
     decoder = model.base if isinstance(model, Scorer) else model
     lora = decoder.lora
@@ -84,7 +84,7 @@ def check_writable(model: Decoder | Scorer) -> None:
 
 
 class _Source:
-    """The adapters that are written.
+    """The adapters to write.
 
     Args:
       params: base and adapters.
@@ -98,12 +98,12 @@ class _Source:
         self._arrays: dict[Path, np.ndarray] = {}
 
     def rank(self, slot: Slot) -> int:
-        """Of a matrix; 0 without adapter."""
+        """The rank of a matrix's adapter; 0 without one."""
         adapter = self.adapters.get(slot.path)
         return 0 if adapter is None else adapter.ranks[slot.layer or 0]
 
     def of_module(self, module: Module) -> tuple[tuple[int, float], dict[str, np.ndarray]]:
-        """(rank, scale) of a module's adapter, and its tensors by the ends of their names."""
+        """(rank, scale) of a module's adapter, and its tensors by the endings of their names."""
         parts = [(slot, self.rank(slot)) for slot in module.slots if self.rank(slot)]
         scale = self._scale(parts[0][0])
         total, row, columns = sum(rank for _, rank in parts), 0, []
@@ -112,7 +112,8 @@ class _Source:
             at = () if slot.layer is None else (slot.layer,)
             columns.append(self._array(slot, "lora_a")[(*at, slice(None), slice(rank))])
             own = self._array(slot, "lora_b")[(*at, slice(rank))].astype(np.float32)
-            # One scale is all that a module has: matrices with another have it in B.
+            # A module has a single scale: for matrices with another scale, B absorbs the
+            # difference.
             own = own * np.float32(self._scale(slot) / scale)
             b[row : row + rank, slot.start : slot.start + slot.size] = own
             row += rank
@@ -127,7 +128,7 @@ class _Source:
         return (total, scale), made
 
     def _lengths(self, module: Module) -> np.ndarray:
-        """DoRA's lengths of a module; those of matrices without adapters are what they are."""
+        """DoRA's magnitudes of a module; without an adapter, a matrix keeps its weight's norms."""
         result = []
         for slot in module.slots:
             at = slice(None) if slot.layer is None else slot.layer
@@ -159,7 +160,7 @@ def write_adapter(written: Written, folder: pathlib.Path) -> None:
 
 
 def whole_array(x: Any) -> np.ndarray:
-    """An array of any layout as numpy, on every process."""
+    """A (sharded) array as numpy, whole on every process."""
     mesh = mesh_of(x)
     if mesh is None or x.is_fully_addressable:
         return np.asarray(x)
@@ -233,7 +234,7 @@ def _assembled(tensor: Tensor, params: Params) -> np.ndarray:
 
 
 def _saved_names(modules: Sequence[str]) -> list[str]:
-    """PEFT compares the ends of names as text: short ones only where nothing else ends so."""
+    """Short names if they are unambiguous, because PEFT compares the ends of names as text."""
     short = ("score", "lm_head", "embed_tokens", "wte")
     return [
         name.rpartition(".")[2] if name.rpartition(".")[2] in short else name for name in modules

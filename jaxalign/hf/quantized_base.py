@@ -1,4 +1,4 @@
-"""Reads a model's matrices straight into few bits: one layer's matrix is in floats at a time."""
+"""Quantises a model's matrices while reading: only one layer's matrix is in floats at a time."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from jaxalign.types import Params
 
 
 class QuantizedLeaves:
-    """The leaves that a quantised model keeps in few bits.
+    """The leaves that a quantised model stores in 4 or 8 bits.
 
     Args:
-      model: in floats.
-      kind: how they are kept, see `jaxalign.models.quantized.QUANTIZED`.
-      mesh: where they go; None: the default device.
+      model: the model in floats.
+      kind: the quantisation, see `jaxalign.models.quantized.QUANTIZED`.
+      mesh: the mesh for the leaves; None: the default device.
 
     Attributes:
       model: the quantised model.
-      paths: of the leaves, joined by "/".
+      paths: the leaves' paths, joined by "/".
     """
 
     def __init__(self, model: Decoder | Scorer, kind: str, mesh: Mesh | None):
@@ -46,13 +46,13 @@ class QuantizedLeaves:
     ) -> Params:
         """Reads a leaf, `[L, in, out]` or `[L, E, in, out]`, as the parts of `quantize`.
 
-        A device has the parts, and its shard of one `[in, out]`.
+        A device holds its parts, and its shard of one `[in, out]` matrix.
 
         Args:
           source: the checkpoint.
           leaf: the leaf, in floats.
-          sharding: of the leaf in floats; None: the default device.
-          dtype: of the floats that are read.
+          sharding: the sharding of the leaf in floats; None: the default device.
+          dtype: the dtype in which floats are read.
           pool: threads, see `jaxalign.hf.blocks.workers`.
         """
         shapes, layout = self._shapes[leaf.path], None
@@ -67,7 +67,7 @@ class QuantizedLeaves:
         for name, position in zip(leaf.names, positions, strict=True):
             item = dataclasses.replace(leaf, shape=leaf.item_shape, names=(name,), stacked=0)
             matrix = load_leaf(source, item, dtype, sharding, pool)
-            # Waits: else floats of further layers would queue up before this one is done with.
+            # Wait: otherwise more layers' floats would pile up before this layer is done.
             with use_mesh(self._mesh):
                 parts = jax.block_until_ready(write(parts, matrix, np.array(position, np.int32)))
             del matrix
@@ -75,14 +75,14 @@ class QuantizedLeaves:
 
 
 def with_quantized_base(model: Decoder | Scorer, kind: str) -> Decoder | Scorer:
-    """The same model with its base kept in few bits."""
+    """The same model with its base in 4 or 8 bits."""
     if isinstance(model, Scorer):
         return dataclasses.replace(model, base=dataclasses.replace(model.base, quantize=kind))
     return dataclasses.replace(model, quantize=kind)
 
 
 def quantize_params(params: Params, model: Decoder | Scorer) -> Params:
-    """Parameters in floats as a quantised model keeps them; a layer's matrix at a time.
+    """Quantises parameters in floats for a quantised model, one layer's matrix at a time.
 
     Args:
       params: nested dict of arrays, without adapters.

@@ -3,11 +3,11 @@
 Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`,
 then the raw tensors.
 
-Why not the safetensors library: it maps files into memory, and mapped pages that have been touched
-stay resident, so that a model is resident twice while it loads. Copying a file of 512 MiB piece by
-piece into arrays raises the peak memory of the process by 520 MiB here, and by 1,032 MiB with
-`safe_open(...).get_slice` of safetensors 0.8. Here a thread reads each piece into one buffer that
-it reuses. Damaged files also get an error that names the tensor and the bytes.
+We do not use the safetensors library because it maps files into memory. Touched pages stay
+resident, so a model is in memory twice while it loads. Copying a 512 MiB file piece by piece into
+arrays raises the peak memory of the process by 520 MiB here, and by 1,032 MiB with
+`safe_open(...).get_slice` of safetensors 0.8. Here each thread reads pieces into one buffer that it
+reuses. For damaged files the error also names the tensor and the bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
     f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (16, 32, 64)
 }
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_MAX_AXES = 64  # of numpy
+_MAX_AXES = 64  # numpy's limit
 _MIN_SEGMENT = 1 << 16  # bytes; below that, whole rows are faster to read than parts of rows
 
 
@@ -55,7 +55,7 @@ class _Location(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, in one file or several. Threads may read at the same time.
+    """The tensors of a folder, in one file or several. Threads may read concurrently.
 
     Attributes:
       folder: the folder.
@@ -122,7 +122,7 @@ class SafetensorsFolder:
 
         Args:
           pool: threads that read.
-          share: (i, n): of n processes that share the reading, what the i-th reads.
+          share: (i, n): read the i-th of n processes' shares.
 
         Raises:
           ValueError: a file is damaged.
@@ -221,12 +221,12 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str]]:
 
 
 class _Header(NamedTuple):
-    """What a file says of itself.
+    """The header of a file.
 
     Attributes:
       tensors: name → (dtype code, shape, offset).
       start: the byte at which the tensors begin.
-      entries: name → what the header has for it, as read.
+      entries: name → the header's entry, as read.
       checksums: the text under `weight_sums.KEY`, or None.
     """
 
@@ -326,7 +326,7 @@ def _check_extents(entries: dict[str, tuple[str, tuple[int, ...], int, int]], si
 
 
 def _looks_like(start: bytes) -> str:
-    """What the file is instead of safetensors, judged by its first bytes; for the error."""
+    """A guess, from the first bytes, of what the file is instead of safetensors; for the error."""
     if start.startswith(b"PK"):
         return " (it is a zip archive, as PyTorch pickles weights; it is not opened)"
     if start[:1] == b"\x80" and 2 <= start[1:2][0] <= 5:

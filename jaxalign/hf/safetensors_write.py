@@ -1,8 +1,8 @@
 """Writes safetensors: assigns tensors to files and files to processes, and writes in pieces.
 
-Why not the safetensors library: `save_file` takes all tensors of a file as arrays in host memory,
-by default 5 GB of them, and a single tensor may be sharded over hosts. Here a thread gathers and
-writes `blocks.PIECE` bytes (8 MiB) at a time.
+We do not use the safetensors library because `save_file` needs all tensors of a file as arrays in
+host memory, by default 5 GB, and a single tensor may be sharded over hosts. Here a thread gathers
+and writes `blocks.PIECE` bytes (8 MiB) at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class File(NamedTuple):
     """Plan of one weight file.
 
     Attributes:
-      name: within the folder.
+      name: its name in the folder.
       tensors: its contents, in order.
       owner: index of the process that writes it.
     """
@@ -55,7 +55,7 @@ def plan_files(tensors: Sequence[Planned], max_bytes: int, processes: int) -> li
 
     Args:
       tensors: all tensors, in order.
-      max_bytes: limit of a file; a larger tensor gets a file to itself.
+      max_bytes: the size limit of a file; a larger tensor gets its own file.
       processes: number of processes that write.
     """
     parts: list[list[Planned]] = [[]]
@@ -93,11 +93,11 @@ def write_index(folder: pathlib.Path, files: Sequence[File]) -> None:
 
 
 class Writer:
-    """Writes one file; the order of `write` calls is free."""
+    """Writes one file; tensors may be written in any order."""
 
     def __init__(self, folder: pathlib.Path, file: File, pool: Pool):
         self._pool, self._scratch, self._sums = pool, Scratch(), weight_sums.PieceSums()
-        # transformers refuses files whose metadata names no framework.
+        # transformers rejects files whose metadata names no framework.
         about = {"format": "pt", weight_sums.KEY: weight_sums.metadata(PIECE)}
         header: dict[str, Any] = {}
         self._starts: dict[str, int] = {}

@@ -46,7 +46,7 @@ _MODEL_FILES = (
     "*.model",
     PARAMS,
     checksums.NAME,  # beside PARAMS
-    "export.json",  # what `jaxalign export --to` notes
+    "export.json",  # a note by `jaxalign export --to`
     "model*.rejected",
     f"{PARAMS}.rejected",
 )
@@ -69,18 +69,18 @@ def save_pretrained(
     leading dot, which is then renamed. A killed process leaves only the temporary folder.
 
     With several processes, all call this with the same arguments, and the folder is on a file
-    system that they share. They write weight files round-robin, so one process alone writes a model
-    of one file. Process 0 writes all other files.
+    system that they share. They write weight files round-robin, so a model of one file is written
+    by a single process. Process 0 writes all other files.
 
     Args:
       model: a `Decoder` without adapters (`merge_lora` first) or a `Scorer`.
       params: its parameters, on one device or sharded.
-      folder: the target. An existing model folder is replaced; a folder that holds anything else
-        is refused.
-      tokenizer: saved with its chat template; also sets the token ids of the configs.
-      dtype: of the saved weights: float32, bfloat16 or float16; "source": each tensor's dtype in
-        the checkpoint that the model was loaded from (float32 if it was quantised there); None: the
-        parameters' dtype.
+      folder: the target. An existing model folder is replaced; a folder that holds anything else is
+        an error.
+      tokenizer: saved with its chat template; it also sets the token ids in the configs.
+      dtype: dtype of the saved weights: float32, bfloat16 or float16; "source": each tensor's dtype
+        in the checkpoint that the model was loaded from (float32 if it was quantised there); None:
+        the parameters' dtype.
       max_shard_bytes: maximum size of a weight file; larger models get several and an index.
 
     Raises:
@@ -192,7 +192,7 @@ def write_configs(folder: pathlib.Path, files: dict[str, dict[str, Any]], tokeni
 
 
 def _write_weights(folder: pathlib.Path, files: list[File], flat: dict[str, Any]) -> None:
-    """Writes this process's files, and takes part in all-gathers for the others'."""
+    """Writes this process's files, and takes part in all-gathers for other processes' files."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder.parent} is not shared between the processes; save to a file system that all "
@@ -226,7 +226,7 @@ def to_dtype(dtype: Any) -> np.dtype:
     """Checks that weights can be saved in a dtype.
 
     Raises:
-      ValueError: another dtype than float32, bfloat16, float16.
+      ValueError: a dtype other than float32, bfloat16, float16.
     """
     result = jnp.dtype(dtype)
     if result.name not in _DTYPES:
@@ -235,7 +235,7 @@ def to_dtype(dtype: Any) -> np.dtype:
 
 
 def abbreviate(names: list[str], limit: int = 12) -> str:
-    """The first few of a list of names, and how many more there are."""
+    """The first few of a list of names, and the number of the others."""
     rest = f" … and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 
@@ -260,7 +260,7 @@ def _check_params(leaves: list[Leaf], flat: dict[str, Any]) -> None:
 
 
 def check_replaceable(target: pathlib.Path) -> None:
-    """Checks that a path is free, or a folder with a saved model and nothing else.
+    """Checks that a path does not exist, or is a folder with a saved model and nothing else.
 
     Raises:
       ValueError: it holds anything else; names it.
@@ -282,7 +282,7 @@ def check_replaceable(target: pathlib.Path) -> None:
 def _token_ids(hf: dict[str, Any], tokenizer: Any, config: Any) -> dict[str, Any]:
     """Token ids for a config: the tokenizer's, else the config's own.
 
-    `eos_token_id` is all that ends an answer (`stop_token_ids`): a number where there is one.
+    `eos_token_id` has all ids that end an answer (`stop_token_ids`): a number if there is only one.
     """
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
     if tokenizer is None:
@@ -295,9 +295,9 @@ def _token_ids(hf: dict[str, Any], tokenizer: Any, config: Any) -> dict[str, Any
     try:
         template = None if tokenizer.chat_template else NO_TEMPLATE
         stops = stop_token_ids(tokenizer, template, listed=listed)
-    except ValueError:  # a template that takes other conversations than a question and an answer
+    except ValueError:  # a template that rejects a conversation of one question and one answer
         stops = stop_token_ids(tokenizer, NO_TEMPLATE, listed=listed)
-    # In the order of the list that was there, then the others.
+    # In the order of the existing list, then the others.
     ordered = [*(i for i in listed if i in stops), *(i for i in stops if i not in listed)]
     if ordered:
         ids["eos_token_id"] = ordered[0] if len(ordered) == 1 else ordered
@@ -317,13 +317,13 @@ def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
         # transformers 4 wants an object under this name, and a list under the older one.
         del config["extra_special_tokens"]
         config["additional_special_tokens"] = extra
-    config.pop("auto_map", None)  # code that is not exported
+    config.pop("auto_map", None)  # custom code is not exported
     _write_json(path, config)
     _carry_vocabulary(tokenizer, folder)
 
 
 def _carry_vocabulary(tokenizer: Any, folder: pathlib.Path) -> None:
-    """Copies a SentencePiece model that lies beside the tokenizer's source: others read it."""
+    """Copies a SentencePiece model from the tokenizer's source, because other tools read it."""
     source = pathlib.Path(str(tokenizer.name_or_path))
     if source.is_dir() and source.resolve() != folder.resolve():
         for path in sorted(source.glob("*.model")):
@@ -337,7 +337,7 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def swap(finished: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames a finished folder to the target; deletes the old one only after that succeeded."""
+    """Renames a finished folder to the target; deletes the old folder only after that succeeds."""
     old = target.parent / f".{target.name}.{os.getpid()}.old"
     replaced = target.exists()
     if replaced:

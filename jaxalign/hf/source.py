@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, or a hub id."""
+"""Finds a model: a folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxalign.data.bounds import check_plain, check_plain_folder, read_json_file
 from jaxalign.data.paths import local_path
 from jaxalign.data.remote import fetch, is_address
 
-# A name with or without its owner, and `@` a branch, tag or commit.
+# A name with or without its owner, then optionally `@` and a branch, tag or commit.
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?"
 )
@@ -28,8 +28,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
       patterns: glob patterns of the files to download from a hub repository or a bucket.
 
     Raises:
-      ValueError: no such path, a pipe or device there, a file that is not `.gguf`, or a failed
-        download.
+      ValueError: no such path, a pipe or device, a file that is not `.gguf`, or a failed download.
     """
     path = local_path(source, "model") if not is_address(source) else _fetch(source, patterns)
     if path.is_dir():
@@ -55,16 +54,16 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.P
 
 
 def _fetch(address: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
-    """A copy of a model in a bucket; of a run's folder, what `_check_no_run` knows it by."""
+    """A copy of a model in a bucket; of a run's folder, only what `_check_no_run` looks for."""
     marks = ("config.yaml", "model/config.json")
     return fetch(os.fspath(address), "model", (*patterns, "config.json", *marks))
 
 
 def _check_no_run(folder: pathlib.Path) -> None:
-    """Refuses the folder of a run, whose model is one folder further down.
+    """Raises ValueError for a run's folder, whose model is in a sub-folder.
 
     Raises:
-      ValueError: it is one.
+      ValueError: it is a run's folder.
     """
     if not (folder / "config.yaml").is_file() or (folder / "config.json").is_file():
         return
@@ -78,15 +77,15 @@ def _check_no_run(folder: pathlib.Path) -> None:
 
 
 def without_revision(source: str) -> str:
-    """A hub id without what stands behind its `@`; any other text as it is."""
+    """A hub id without its `@revision`; any other text unchanged."""
     hub_id = _HUB_ID.fullmatch(source)
     return source if hub_id is None else hub_id["repo"]
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """A hub id, and the revision that stands behind its `@`, if there is one.
+    """A hub id and the revision after its `@`, if there is one.
 
-    Anything else, and what exists here, is given back as it is.
+    Anything else, and any existing path, is returned unchanged.
     """
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None or pathlib.Path(source).exists():
@@ -116,8 +115,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
-      ValueError: the file is absent, beyond the bounds of `jaxalign.data.bounds`, not JSON, or not
-        an object.
+      ValueError: the file is absent, exceeds the limits of `jaxalign.data.bounds`, or is not a JSON
+        object.
     """
     try:
         value = read_json_file(path)
@@ -129,11 +128,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What a folder with an adapter of PEFT has in the place of `config.json`."""
+"""The file that a PEFT adapter's folder has instead of `config.json`."""
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
-    """Whether a folder holds an adapter and no whole model."""
+    """Whether a folder holds only an adapter, not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -156,7 +155,7 @@ def base_of(folder: pathlib.Path) -> str:
 
 
 def same_source(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two texts name one model: the same hub id, or paths of one file or folder."""
+    """Whether two texts name the same model: one hub id, or paths to one file or folder."""
     paths = [pathlib.Path(source).expanduser() for source in (one, other)]
     if all(path.exists() for path in paths):
         return paths[0].resolve() == paths[1].resolve()

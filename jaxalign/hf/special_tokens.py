@@ -1,4 +1,4 @@
-"""Special tokens of a tokenizer: padding, where its source stops, and tokens without rows."""
+"""Special tokens of a tokenizer: padding, stop tokens of its source, and tokens without rows."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from jaxalign.data.bounds import read_json_file
 
 GENERATION_FILE = "generation_config.json"
 
-# Names of tokens that templates in use write around turns, or that end a text: such a token may
-# become part of what is learnt, so it is no padding.
+# Names of tokens that common templates write around turns, or that end a text. Such a token may be
+# trained, so it cannot be padding.
 _MARKUP = re.compile(
     r"im_start|im_end|eot|eom|end|user|assistant|system|human|bot|start|begin|header|turn|call"
     r"|message|channel|think|tool|inst|return|sep\b|^</?s>$|eos|bos",
     re.IGNORECASE,
 )
-_MOST_UNKNOWN = 0.01  # part of a model's rows
+_MOST_UNKNOWN = 0.01  # a fraction of the model's rows
 
 
 def set_padding(tokenizer: Any, template: str = "", rows: int | None = None) -> Any:
-    """Gives a tokenizer a padding token that is neither its eos nor written by its template.
+    """Sets a padding token that is neither the tokenizer's eos nor written by its template.
 
-    A padding token that is set, and is neither, is kept. Otherwise it is the first in this order: a
+    An existing padding token that is neither is kept. Otherwise the first of these is used: a
     special token with "pad" in its name, the unknown token, other special tokens by id that look
-    unused. Where there is none, as with GPT-2's tokenizer, it stays as it is: masks tell padding
+    unused. If there is none, as with GPT-2's tokenizer, nothing changes: masks separate padding
     from text, so any id can pad. The vocabulary never grows.
 
     Args:
-      tokenizer: of transformers; it is changed.
+      tokenizer: a transformers tokenizer; it is changed in place.
       template: the text of the chat template in use.
-      rows: of the model's embedding; tokens beyond them do not pad. None: unknown.
+      rows: the rows of the model's embedding; tokens beyond them are not used. None: unknown.
     """
     own = tokenizer.pad_token_id
     known = rows if rows is not None else len(tokenizer)
@@ -60,7 +60,7 @@ def set_padding(tokenizer: Any, template: str = "", rows: int | None = None) -> 
 
 
 def listed_stops(folder: pathlib.Path) -> tuple[int, ...]:
-    """The ids at which a folder's `generation_config.json`, else its `config.json`, stops."""
+    """The stop ids in a folder's `generation_config.json`, or else in its `config.json`."""
     for name in (GENERATION_FILE, "config.json"):
         try:
             value = read_json_file(folder / name).get("eos_token_id")
@@ -72,12 +72,12 @@ def listed_stops(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A value of `eos_token_id`: one id, several, or none."""
+    """A value of `eos_token_id` (one id, several, or none) as a list."""
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def rows_of(folder: pathlib.Path) -> int | None:
-    """Rows of the embedding of the model in a folder, if it says so."""
+    """The rows of the embedding of a folder's model, if its config has them."""
     try:
         value = read_json_file(folder / "config.json")["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -86,18 +86,18 @@ def rows_of(folder: pathlib.Path) -> int | None:
 
 
 def check_rows_for(tokenizer: Any, rows: int, model: str) -> None:
-    """Refuses a tokenizer that does not belong to a model with so many rows.
+    """Raises ValueError if a tokenizer does not fit a model with this many rows.
 
-    A few tokens more than rows are taken, as Gemma 3 has them: no text holds their ids, and data in
-    which one occurs is refused.
+    A few more tokens than rows are accepted, as in Gemma 3: ordinary text never contains their ids,
+    and data that does raises an error.
 
     Args:
-      tokenizer: of transformers.
-      rows: of the model's embedding.
-      model: what the model is called in the message.
+      tokenizer: a transformers tokenizer.
+      rows: the rows of the model's embedding.
+      model: the model's name in the message.
 
     Raises:
-      ValueError: more than 1 % of the rows too many, or bos or eos among those without a row.
+      ValueError: the tokenizer exceeds the rows by more than 1 %, or bos or eos has no row.
     """
     size = len(tokenizer)
     if size <= rows:

@@ -1,4 +1,4 @@
-"""Formats a model's tensors as a table, which `jaxalign export` and `import` print."""
+"""Formats a model's tensors as a table for `jaxalign export` and `import` to print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tensor_table(tensors: Sequence[Planned]) -> str:
     """
     groups: dict[tuple[str, ...], list[Planned]] = {}
     for planned in tensors:
-        # A fused tensor is keyed by all its leaves; tensors of a leaf may differ in dtype.
+        # The key of a fused tensor has all its leaves; tensors of one leaf may differ in dtype.
         paths = (*(piece.leaf.path for piece in planned.tensor.pieces), planned.dtype.name)
         groups.setdefault(paths, []).append(planned)
     rows = [("tensors", "shape", "dtype", "bytes")]

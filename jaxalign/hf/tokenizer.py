@@ -1,7 +1,7 @@
 """Loads a transformers fast tokenizer from a folder, a hub id or a GGUF file.
 
-The padding token differs from the end-of-sequence token wherever the tokenizer has another that can
-serve: masking padding must not mask the stop token that a model learns.
+The padding token differs from the end-of-sequence token if the tokenizer has any other suitable
+token: masking padding must not mask the stop token that a model learns.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ _SPLITS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 PRE = ("gpt-2", "smollm", *_SPLITS)
-"""Values of `tokenizer.ggml.pre` that are read and written."""
+"""The values of `tokenizer.ggml.pre` that can be read and written."""
 IGNORES_MERGES = "llama-bpe"
-"""The one of `PRE` under which a word of the vocabulary is one token, whatever the merges say."""
+"""The entry of `PRE` with which a word of the vocabulary is one token, whatever the merges."""
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """Loads a tokenizer, with a padding token that is not the end-of-sequence token.
 
-    See `jaxalign.hf.special_tokens.set_padding` for which that is. What the source's
-    `generation_config.json` (or GGUF metadata) stops at is kept as the tokenizer's attribute
-    `source_stops`, which `jaxalign.data.stop_token_ids` reads.
+    `jaxalign.hf.special_tokens.set_padding` chooses that token. The stop ids of the source's
+    `generation_config.json` (or GGUF metadata) become the tokenizer's attribute `source_stops`,
+    which `jaxalign.data.stop_token_ids` reads.
 
     Args:
-      source: a folder with `tokenizer.json`, a `.gguf` file, or a hub id. An adapter's folder
-        without one has the tokenizer of its base.
+      source: a folder with `tokenizer.json`, a `.gguf` file, or a hub id. For an adapter's folder
+        without a tokenizer, the base's is loaded.
 
     Returns:
       A `transformers.PreTrainedTokenizerFast`.
@@ -75,7 +75,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def own_tokenizer(adapter: str | os.PathLike[str]) -> Any | None:
-    """The tokenizer beside an adapter, with the template of its training; None: there is none.
+    """The tokenizer in an adapter's folder, with its training template; None if there is none.
 
     Args:
       adapter: its folder, `.gguf` file or hub id.
@@ -123,10 +123,10 @@ def from_metadata(metadata: Any) -> tuple[Any, tuple[int, ...]]:
     """Builds the tokenizer from GGUF metadata with the `tokenizers` library alone.
 
     Args:
-      metadata: a `Metadata`, or whatever has its `path`, `get` and `need`.
+      metadata: a `Metadata`, or an object with its `path`, `get` and `need`.
 
     Returns:
-      It, and the ids that the metadata ends texts, turns and messages with.
+      The tokenizer, and the metadata's ids that end texts, turns and messages.
 
     Raises:
       ValueError: a kind that cannot be reproduced exactly.
@@ -195,7 +195,7 @@ def _special_tokens(metadata: Any, tokens: list[str]) -> dict[str, str]:
 
 
 def _post_processor(start: list[str], stop: list[str], tokens: list[str]) -> Any:
-    """Adds BOS before each sequence and EOS after it, whichever is given."""
+    """Adds BOS before and EOS after each sequence, if given."""
     from tokenizers import processors
 
     single = [*start, "$A", *stop]
@@ -234,7 +234,7 @@ def _byte_level(metadata: Any, tokens: list[str], types: list[int]) -> Any:
 
 
 def splitter(pre: str) -> tuple[Any, Any]:
-    """The normalizer, or None, and the pre-tokenizer that one of `PRE` names."""
+    """The normalizer (or None) and the pre-tokenizer for one of `PRE`."""
     import tokenizers
     from tokenizers import normalizers, pre_tokenizers
 

@@ -1,7 +1,7 @@
-"""Checksums that a safetensors file carries in its own header, so that they travel with it.
+"""Checksums in a safetensors file's own header, so that they stay with the file.
 
 The header's `__metadata__` has, under `jaxalign_checksums`, the checksum of the file's tensors.
-Other tools keep or drop it: a file without one is loaded unchecked.
+Other tools may keep or drop it; a file without a checksum is loaded unchecked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNKNOWN = "0" * 32  # in the header until all tensors are written
 
 
 def piece_rows(shape: tuple[int, ...], itemsize: int, piece: int) -> Iterator[slice]:
-    """Rows of a tensor in pieces of about `piece` bytes."""
+    """Splits a tensor's rows into pieces of about `piece` bytes."""
     count = shape[0] if shape else 1
     step = max(1, piece // max(1, math.prod(shape[1:]) * itemsize))
     for first in range(0, count, step):
@@ -29,13 +29,13 @@ def piece_rows(shape: tuple[int, ...], itemsize: int, piece: int) -> Iterator[sl
 
 
 def metadata(piece: int) -> str:
-    """The value of `KEY` before the tensors are known; `piece` bytes are summed at a time."""
+    """The value of `KEY` before the tensors are known; one checksum covers `piece` bytes."""
     values = {"algorithm": _ALGORITHM, "piece": piece, "tensors": _UNKNOWN}
     return json.dumps(values, separators=(",", ":"))
 
 
 def fill_in(head: bytes, total: str) -> bytes:
-    """A header with the tensors' checksum in the place that `metadata` left for it."""
+    """Fills the tensors' checksum into the place that `metadata` reserved in a header."""
     return head.replace(_UNKNOWN.encode(), total.encode(), 1)
 
 
@@ -50,7 +50,7 @@ class PieceSums:
         self._sums[start] = xxhash.xxh3_128_digest(data)
 
     def total(self, entries: Mapping[str, Any]) -> str:
-        """The checksum of all pieces, and of the names, types, shapes and places of the tensors."""
+        """The checksum of all pieces, and of the tensors' names, types, shapes and positions."""
         whole = xxhash.xxh3_128(json.dumps(entries, sort_keys=True).encode())
         for start in sorted(self._sums):
             whole.update(self._sums[start])
@@ -58,7 +58,7 @@ class PieceSums:
 
 
 def expected(text: str | None) -> tuple[int, str] | None:
-    """(bytes of a piece, checksum of the tensors), or None if there is none.
+    """(bytes per piece, checksum of the tensors), or None if there is no checksum.
 
     Raises:
       ValueError: the text is damaged.
@@ -68,7 +68,7 @@ def expected(text: str | None) -> tuple[int, str] | None:
     try:
         values = parse_json(text)
         if values["algorithm"] != _ALGORITHM:
-            return None  # of another version
+            return None  # from another version
         return max(1, int(values["piece"])), str(values["tensors"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError("the checksums in its header are damaged") from error

@@ -1,6 +1,6 @@
 """Advantages without a critic: an answer compared with the other answers to its prompt.
 
-Scores are `[N]`, one an answer, with the `samples` answers of a prompt in adjacent rows (the order
+Scores are `[N]`, one per answer, with the `samples` answers to a prompt in adjacent rows (the order
 in which `sample` writes them). Nothing here is spread over tokens or whitened.
 """
 
@@ -19,7 +19,7 @@ SCALE_EPS = 1e-4
 
 
 def rloo(scores: Array, valid: Array, samples: int) -> jax.Array:
-    """REINFORCE leave-one-out: each score minus the mean of the others of its group.
+    """REINFORCE leave-one-out: each score minus the mean of the other scores in its group.
 
     A_i = s_i − 1/(G − 1) Σ_{j≠i} s_j: Ahmadian et al. 2024 (arXiv 2402.14740), equation in §3.3;
     Kool et al. 2019. The baseline does not depend on answer i, so the gradient stays unbiased.
@@ -27,10 +27,10 @@ def rloo(scores: Array, valid: Array, samples: int) -> jax.Array:
     Args:
       scores: s, `[N]`.
       valid: False for rows without an answer, `[N]`; they count nowhere.
-      samples: G, N is a multiple of it.
+      samples: G, the answers per prompt; N is a multiple of it.
 
     Returns:
-      float32 `[N]`; 0 where an answer has no other to be compared with.
+      float32 `[N]`; 0 for an answer with no other answer to compare with.
 
     Raises:
       ValueError: N is not a multiple of `samples`, or shapes that differ.
@@ -50,15 +50,15 @@ def grpo(
 ) -> jax.Array:
     """Group-relative advantage: each score against its group's mean and spread.
 
-    A_i = (s_i − mean) / (std + 1e-4): Shao et al. 2024 (arXiv 2402.03300), §4.1.2. With
-    `scale="none"` the numerator alone: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), §3.2, who
-    find that the division favours questions that are too easy or too hard. With "batch" the
+    A_i = (s_i − mean) / (std + 1e-4): Shao et al. 2024 (arXiv 2402.03300), §4.1.2. `scale="none"`
+    returns the numerator alone: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), §3.2, find that the
+    division favours questions that are too easy or too hard. `scale="batch"` divides by the
     standard deviation of all scores.
 
     Args:
       scores: s, `[N]`.
       valid: False for rows without an answer, `[N]`; they count nowhere.
-      samples: answers to a prompt, N is a multiple of it.
+      samples: the answers per prompt; N is a multiple of it.
       scale: "group", "batch" or "none".
       ddof: 0 for the biased variance, 1 for the unbiased one (TRL).
 
@@ -74,7 +74,7 @@ def grpo(
     check_scale(scale)
     grouped, mask = _grouped(scores, valid, samples)
     centred = grouped - masked_mean(grouped, mask, axis=1)[:, None]
-    # The mean of equal numbers may be off by a rounding, which the division would show.
+    # The mean of equal numbers may have a rounding error, which the division would amplify.
     centred = jnp.where(_equal(grouped, mask)[:, None], 0.0, centred)
     if scale == "group":
         square = masked_sum(jnp.square(centred), mask, axis=1)
@@ -95,7 +95,7 @@ def rewards_to_go(rewards: Array, mask: Array, *, gamma: float = 1.0) -> jax.Arr
 
     Args:
       rewards: r, per token, `[B, T]`.
-      mask: True on valid positions, `[B, T]`; others are skipped, as in `gae`.
+      mask: True on valid positions, `[B, T]`; other positions are skipped, as in `gae`.
       gamma: γ in [0, 1].
 
     Returns:

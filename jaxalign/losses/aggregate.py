@@ -1,7 +1,7 @@
-"""How the losses of tokens become one number: which tokens, and which answers, weigh the same.
+"""How per-token losses become one number: whether every token or every answer weighs the same.
 
 Rows may be padded or packed: an answer is the masked part of one document (segment) of a row, or of
-one branch of it. Sum what is returned and divide once, over the whole batch.
+one branch of it. Add up the returned `Weighted` sums and divide once, over the whole batch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def aggregate(values: Array, tokens: TokenBatch, how: str, max_new_tokens: int) 
 
     "token": Σ_i Σ_t ℓ / Σ_i |o_i|: every token weighs the same (Yu et al. 2025, DAPO, arXiv
     2503.14476, eq. 8). "sequence": 1/N Σ_i 1/|o_i| Σ_t ℓ: every answer weighs the same (Shao et al.
-    2024, GRPO, arXiv 2402.03300, eq. 3). "constant": 1/(N·R) Σ_i Σ_t ℓ: every token the same,
-    however long the answers of the batch happen to be (Liu et al. 2025, Dr. GRPO, arXiv
+    2024, GRPO, arXiv 2402.03300, eq. 3). "constant": 1/(N·R) Σ_i Σ_t ℓ: every token weighs the
+    same, however long the answers in the batch happen to be (Liu et al. 2025, Dr. GRPO, arXiv
     2503.20783).
 
     Args:
@@ -69,6 +69,6 @@ def answer_mean(values: Array, tokens: TokenBatch) -> jax.Array:
 
 
 def check_aggregation(how: str) -> None:
-    """Raises ValueError for a way that `aggregate` does not know."""
+    """Raises ValueError for an aggregation that `aggregate` does not know."""
     if how not in AGGREGATIONS:
         raise ValueError(f"loss_aggregation={how!r}: wanted one of {', '.join(AGGREGATIONS)}")

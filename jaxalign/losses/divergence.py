@@ -2,8 +2,9 @@
 
 DPO penalises the reverse KL to the reference. Wang et al. 2023 (f-DPO, arXiv 2309.16240) put any
 f-divergence D_f(π ‖ π_ref) there: with t = π(y|x) / π_ref(y|x), the log-ratio s = log t of each
-answer becomes f′(t), and a loss of the difference of the two stays as it was. A term common to all
-answers cancels only in the difference, so losses of a single answer cannot use f-divergences.
+answer becomes f′(t), and a loss on the difference of the two is otherwise unchanged. The term
+common to all answers cancels only in that difference, so losses on a single answer cannot use
+f-divergences.
 
 | `f_divergence` | f′(t) |
 | --- | --- |
@@ -36,10 +37,10 @@ def divergence_score(
 ) -> jax.Array:
     """f′(π/π_ref) of each answer, as a function of its log-ratio.
 
-    Wang et al. 2023 (arXiv 2309.16240), table 1; the table at the top of this file. An
-    exponential is continued along its tangent where its exponent passes `LINEAR_FROM`, so that
-    squares and gradients of the result stay finite for log-ratios of ±10⁴ and still point home
-    (TRL cuts the exponent of α off at 80 and lets the forward KL overflow).
+    Wang et al. 2023 (arXiv 2309.16240), table 1; the table at the top of this file. Where an
+    exponent passes `LINEAR_FROM`, the exponential continues along its tangent. Squares and
+    gradients of the result then stay finite for log-ratios of ±10⁴ and still pull the policy back.
+    (TRL clips α's exponent at 80 and lets the forward KL overflow.)
 
     Args:
       log_ratio: s = log π − log π_ref in nats, any shape.

@@ -20,13 +20,13 @@ from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 LOSS_TYPES = tuple(preference.TABLE)
-"""The losses that the package itself has; `losses.preference.register` adds others."""
+"""The built-in losses; `losses.preference.register` adds others."""
 
 REFERENCE_FREE = tuple(name for name, row in preference.TABLE.items() if row.own_rewards)
 """Losses that look at the policy alone."""
 
 WHOLE_BATCH = tuple(name for name, row in preference.TABLE.items() if row.whole_batch)
-"""Losses of which each looks at all pairs of a batch, so that the batch cannot be cut."""
+"""Losses that compare all pairs of a batch, so that it cannot be split into micro-batches."""
 
 
 def preference_loss(
@@ -62,46 +62,47 @@ def preference_loss(
     Args:
       chosen_logps: log π of the chosen answer in nats, summed over its tokens, `[B]`, or `[B, S]`
         when rows are packed (any shape).
-      rejected_logps: the same for the rejected answer; the same shape, as all arrays that follow.
+      rejected_logps: the same for the rejected answer. All arrays below have the same shape too.
       ref_chosen_logps: log π_ref of the chosen answer; None for the types in `REFERENCE_FREE`,
         which do not read it.
       ref_rejected_logps: log π_ref of the rejected answer.
       beta: β > 0, how closely the policy is held to the reference.
-      loss_type: one of `LOSS_TYPES`, or several, whose weighted sum is the loss.
-      loss_weights: the weight of each of several types; None: 1 each.
+      loss_type: one of `LOSS_TYPES`, or several; the loss is then their weighted sum.
+      loss_weights: one weight per loss type, if there are several; None: 1 each.
       label_smoothing: ε in [0, 0.5), the chance that a label is flipped; for `sigmoid`, `robust`,
         `exo_pair` (which needs ε > 0), `aot`, `aot_unpaired`, `simpo` and `cpo`.
       chosen_lengths: tokens of the chosen answer, for `ipo`, `sigmoid_norm`, `sft`, `simpo` and
-        `orpo`. A fact about the batch: it may be passed always.
+        `orpo`. It describes the batch, so you may always pass it.
       rejected_lengths: tokens of the rejected answer.
-      f_divergence: what holds the policy to the reference, see `losses.divergence`; for losses of
-        a difference: `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`, `exo_pair`, `robust`, `discopop`
-        (and `sft` beside them).
+      f_divergence: the divergence that holds the policy to the reference, see `losses.divergence`;
+        only for losses on the difference of scores: `sigmoid`, `sigmoid_norm`, `hinge`, `ipo`,
+        `exo_pair`, `robust`, `discopop` (and `sft` beside them).
       f_alpha: α of `f_divergence="alpha_divergence"`.
       ipo_normalize: `ipo`: True takes log-ratios per token, False summed as published.
       discopop_tau: `discopop`: τ > 0, temperature of the switch between its halves.
       simpo_gamma: `simpo`: the margin γ ≥ 0.
-      reward_shift: `bco_pair`: δ, what counts as no reward, a number or an array of the pairs'
-        shape. 0 is TRL's; the paper's is a running mean of both answers' rewards β · s.
+      reward_shift: `bco_pair`: δ, the reward that counts as neutral, a number or an array of the
+        pairs' shape. TRL uses 0; the paper uses a running mean of both answers' rewards β · s.
       chosen_sft_logps: `sft`: log π of the chosen answers, where `chosen_logps` is not the plain
         sum (`ld_alpha`).
-      pair_weights: factor of each pair's loss (WPO: `losses.tokens.wpo_weight` of the chosen times
-        that of the rejected); None for 1. Not for `aot` types, which mix pairs.
-      mask: which pairs exist, for `aot`, `aot_unpaired` and `sft`, which look at all of them
-        together; None: all. A fact about the batch: it may be passed always.
+      pair_weights: a factor for each pair's loss (WPO: `losses.tokens.wpo_weight` of the chosen
+        answer times that of the rejected one); None for 1. Not for the `aot` types, which mix
+        pairs.
+      mask: which pairs exist, for `aot`, `aot_unpaired` and `sft`, which look at all pairs
+        together; None: all exist. It describes the batch, so you may always pass it.
       **options: options of a loss that `losses.preference.register` added.
 
     Returns:
       `(losses, chosen_rewards, rejected_rewards)`, float32, the shape of the inputs, not reduced.
       The rewards are the implicit ones, β · (log π − log π_ref), unnormalised for every type and
-      divergence; without a reference those of `losses.reference_free`. `aot` types: the loss at a
-      pair is that of its u (or s_c) with the l (or s_r) of the same rank. `sft`: the same number
-      at every pair, so that the mean over pairs is the mean over tokens.
+      divergence. Losses without a reference return the rewards of `losses.reference_free`. `aot`
+      types: a pair's loss compares its u (or s_c) with the l (or s_r) of the same rank. `sft`: the
+      same number at every pair, so that the mean over pairs is the mean over tokens.
 
     Raises:
-      ValueError: an unknown `loss_type` or option, an option out of range or one that this
-        `loss_type` does not have, lengths or reference missing, or shapes that differ. The range of
-        an option that `jit` or `vmap` traces is not checked.
+      ValueError: an unknown `loss_type` or option, an option that is out of range or does not
+        belong to this `loss_type`, missing lengths or reference, or shapes that differ. The range
+        of an option is not checked while `jit` or `vmap` traces it.
 
     >>> chosen, rejected = jnp.array([-10.0]), jnp.array([-12.0])
     >>> preference_loss(chosen, rejected, chosen, rejected)[0]  # policy = reference: log 2
@@ -173,7 +174,7 @@ def needs_reference(loss_type: str | Sequence[str]) -> bool:
 
 
 def needs_whole_batch(loss_type: str | Sequence[str]) -> bool:
-    """Whether the loss compares all pairs of a batch, so that the batch cannot be cut."""
+    """Whether the loss compares all pairs of a batch, so that the batch cannot be split."""
     return any(preference.TABLE[name].whole_batch for name in as_types(loss_type))
 
 
@@ -186,7 +187,7 @@ def check_options(
     f_alpha: float = 0.5,
     **options: Any,
 ) -> None:
-    """Refuses options of `preference_loss` that are out of range or would have no effect.
+    """Raises ValueError for options of `preference_loss` that are out of range or have no effect.
 
     A config calls this when it is built, before any model is loaded.
 
@@ -220,7 +221,7 @@ def check_options(
 
 
 def _check_option(name: str, value: Any, types: tuple[str, ...], shown: str) -> None:
-    """Refuses an option that no loss has, that is out of range, or that these losses ignore."""
+    """Raises ValueError for an option that is unknown, out of range, or without effect here."""
     users = [user for user, row in preference.TABLE.items() if name in row.options]
     if not users:
         names = preference.option_names()

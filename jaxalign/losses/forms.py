@@ -1,4 +1,4 @@
-"""The loss of a preference pair as a function of its two scores, one small function a form.
+"""The loss of a preference pair as a function of its two scores: one small function per form.
 
 s_c and s_r are the scores of the chosen and the rejected answer: log-ratios to the reference, or
 what `losses.divergence` makes of them, or either per token. Δ = s_c − s_r. All arguments are
@@ -155,7 +155,7 @@ def discopop(chosen: Scores, rejected: Scores, *, beta: float, discopop_tau: flo
     """
     logits = beta * (chosen - rejected)
     logistic = -jax.nn.sigmoid(-logits / discopop_tau) * log_sigmoid(logits)
-    # σ(x/τ) e^(−x) in one exponential: for x → −∞ the first factor wins, alone the second is inf.
+    # σ(x/τ) e^(−x) as one exponential: for x → −∞ the product tends to 0, but e^(−x) alone is inf.
     return logistic + jnp.exp(log_sigmoid(logits / discopop_tau) - logits)
 
 
@@ -169,19 +169,18 @@ def transport(
 ) -> Scores:
     """−(1−ε) log σ(β(u₍ₖ₎ − l₍ₖ₎)) − ε log σ(−β(u₍ₖ₎ − l₍ₖ₎)), the k-th smallest of each.
 
-    Melnyk et al. 2024 (AOT, arXiv 2406.05882): the whole distribution of u over a
-    batch is to dominate that of l, so that the k-th smallest of one is compared with the k-th
-    smallest of the other.
+    Melnyk et al. 2024 (AOT, arXiv 2406.05882): over a batch, the whole distribution of u should
+    dominate that of l. So the k-th smallest u is compared with the k-th smallest l.
 
     Args:
       upper: u. Paired: log π(y_c) − log π(y_r). Unpaired: log-ratios of the chosen answers.
       lower: l. Paired: log π_ref(y_c) − log π_ref(y_r). Unpaired: those of the rejected ones.
       beta: β.
       label_smoothing: ε.
-      mask: which entries exist; None for all. The others are left out of the order.
+      mask: which entries exist; None for all. Missing entries are not ranked.
 
     Returns:
-      The shape of the inputs: at each entry the loss of its own u; 0 where there is none.
+      The shape of the inputs: each entry has the loss of its own u; 0 for missing entries.
 
     >>> transport(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), beta=0.1, label_smoothing=0.0)
     Array([0.6931472, 0.6931472], dtype=float32)
@@ -195,7 +194,7 @@ def transport(
 
     rank = jnp.argsort(order(upper))  # of each entry among those of `upper`
     partner = lower[order(lower)][rank]
-    # Missing entries come last in both orders and meet one another.
+    # Missing entries come last in both orders, so they are paired with each other.
     upper, partner = jnp.where(exists, upper, 0.0), jnp.where(exists, partner, 0.0)
     losses = sigmoid(upper, partner, beta=beta, label_smoothing=label_smoothing)
     return jnp.where(exists, losses, 0.0).reshape(shape)

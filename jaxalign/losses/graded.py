@@ -1,4 +1,4 @@
-"""Reward modelling from grades: helpfulness 3 of 4, verbosity 1, …, one number an attribute."""
+"""Reward modelling from grades: helpfulness 3 of 4, verbosity 1, …, one number per attribute."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def squared_error(scores: Array, grades: Array) -> jax.Array:
     ℓ = (r − y)²
 
     The regression reward models of HelpSteer (Wang et al. 2023, arXiv 2311.09528) and HelpSteer 2
-    (Wang et al. 2024, arXiv 2406.08673). A row may lack grades: clear both arrays there
-    with `jaxalign.losses.masked.keep` and average over the grades that were given.
+    (Wang et al. 2024, arXiv 2406.08673). Where a row lacks a grade, zero both arrays with
+    `jaxalign.losses.masked.keep`, and average over the grades that were given.
 
     Args:
-      scores: r, `[B, A]` (any shape), one column an attribute.
-      grades: y, the same shape, in whatever unit the attribute is graded.
+      scores: r, `[B, A]` (any shape), one column per attribute.
+      grades: y, the same shape, in the unit of the attribute's grades.
 
     Returns:
-      float32, the shape of the scores, ≥ 0, in squares of that unit; not reduced.
+      float32, the shape of the scores, ≥ 0, in that unit squared; not reduced.
 
     Raises:
       ValueError: shapes differ.

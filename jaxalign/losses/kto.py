@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: single answers, each desirable or not."""
+"""Kahneman-Tversky optimisation (KTO): single answers, each desirable or not."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def kto_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """The prospect-theoretic loss of single answers.
 
-    With s = log π(y|x) − log π_ref(y|x) and the reference point z = `kl`:
-    ℓ = λ_D (1 − σ(β(s − z))) of a desirable answer, λ_U (1 − σ(β(z − s))) of another: Ethayarajh et
-    al. 2024 (KTO, arXiv 2402.01306), eq. 7, without its constant.
+    With s = log π(y|x) − log π_ref(y|x) and the reference point z = `kl`: ℓ = λ_D (1 − σ(β(s − z)))
+    for a desirable answer, λ_U (1 − σ(β(z − s))) for an undesirable one: Ethayarajh et al. 2024
+    (KTO, arXiv 2402.01306), eq. 7, without its constant.
 
     Args:
       logps: log π of the answers in nats, summed over tokens, `[B]` (any shape).
-      ref_logps: log π_ref of the answers, the same shape, as all arrays.
+      ref_logps: log π_ref of the answers. All arrays have the same shape.
       desirable: which answers are desirable.
       kl: z ≥ 0, how far the policy is from the reference (`kl_estimate`), the same number in every
-        entry; nothing flows back into it.
+        entry; no gradient flows into it.
       beta: β > 0.
       desirable_weight: λ_D > 0.
-      undesirable_weight: λ_U > 0. The paper wants λ_D n_D / (λ_U n_U) between 1 and 4/3, n the
-        numbers of such answers in the data.
+      undesirable_weight: λ_U > 0. The paper recommends λ_D n_D / (λ_U n_U) between 1 and 4/3, where
+        n_D and n_U count such answers in the data.
 
     Returns:
       `(losses, rewards)`, float32, the shape of the inputs, not reduced; rewards are β · s.
@@ -62,9 +62,9 @@ def kto_loss(
 def kl_estimate(logps: Array, ref_logps: Array, mask: Array) -> jax.Array:
     """How far the policy has moved: max(0, mean of log π − log π_ref) over mismatched answers.
 
-    KTO's reference point z (Ethayarajh et al. 2024, arXiv 2402.01306): the answers are those
-    of *other* prompts, which is cheap and biased but keeps the sign of a change. It holds for a
-    whole batch; nothing flows back through it.
+    KTO's reference point z (Ethayarajh et al. 2024, arXiv 2402.01306): the answers belong to
+    *other* prompts, which is cheap and biased but keeps the sign of a change. There is one estimate
+    for the whole batch, and no gradient flows through it.
 
     Args:
       logps: log π of each mismatched answer in nats, summed over tokens, `[B]` (any shape).

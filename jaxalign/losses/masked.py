@@ -1,12 +1,12 @@
 """Sums, means and variances of the entries that a mask keeps: the only file that divides by a mask.
 
-A batch has fixed shapes, so it holds entries that mean nothing: padding, prompts, empty slots.
-Two rules keep them out. *Select before the arithmetic*: an entry outside the mask is replaced by
-0 first, since NaN · 0 = NaN, in the value and in the gradient. *Divide late*: what will be added
-to other parts of the batch leaves as a sum with its weight (`Weighted`), not as a mean.
+A batch has fixed shapes, so it holds entries that mean nothing: padding, prompts, empty slots. Two
+rules keep them out. *Select before the arithmetic*: an entry outside the mask is replaced by 0
+first, because NaN · 0 = NaN, in the value and in the gradient. *Divide late*: a part of a batch
+returns a sum and its weight (`Weighted`), not a mean, so that parts can be added.
 
-Everywhere: `True` (or any non-zero number) counts, a mask has the shape of the values it masks,
-the arithmetic is float32 whatever the input, and where the mask keeps nothing the answer is 0.
+In every function, entries with a `True` (or non-zero) mask count, a mask has the shape of its
+values, the arithmetic is float32 for any input type, and the result of an empty mask is 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def as_float32(**arrays: Array) -> tuple[jax.Array, ...]:
     """Casts arrays that belong together to float32, in the order given.
 
     Raises:
-      ValueError: they are not all of one shape: broadcasting here would hide a misalignment.
+      ValueError: their shapes differ: broadcasting here would hide a misalignment.
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
@@ -34,12 +34,12 @@ def as_float32(**arrays: Array) -> tuple[jax.Array, ...]:
 
 
 def as_bool(mask: Array) -> jax.Array:
-    """The mask as booleans: non-zero counts, whether it came as bool, int or float."""
+    """The mask as booleans: non-zero is True, whatever the mask's type (bool, int or float)."""
     return jnp.asarray(mask).astype(jnp.bool_)
 
 
 def keep(x: Array, mask: Array) -> jax.Array:
-    """`x` in float32 where the mask is True and 0 elsewhere; nothing flows back elsewhere either.
+    """`x` in float32 where the mask is True and 0 elsewhere; elsewhere the gradient is 0 too.
 
     Use it on the *inputs* of a loss: masking only the loss leaves 0 · NaN = NaN in the gradient.
 
@@ -51,12 +51,12 @@ def keep(x: Array, mask: Array) -> jax.Array:
 
 
 def weighted(values: Array, mask: Array, weights: Array | None = None) -> Weighted:
-    """The sum of the kept values and how many they are, to be added up and divided once.
+    """The sum of the kept values and their number, to be added up and divided once.
 
     Args:
       values: any shape.
       mask: the same shape.
-      weights: w ≥ 0, the same shape: Σ w·x and Σ w instead; None: 1 each.
+      weights: w ≥ 0, the same shape: the result is then Σ w·x and Σ w; None: 1 each.
 
     Returns:
       `Weighted(total, weight)`, two float32 scalars.
@@ -71,12 +71,12 @@ def weighted(values: Array, mask: Array, weights: Array | None = None) -> Weight
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Σ x over the kept entries, over all axes or those given; float32."""
+    """Σ x over the kept entries, over all axes or the given ones; float32."""
     return jnp.sum(keep(x, mask), axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Σ x / n over the n kept entries, over all axes or those given; 0 where n = 0; float32."""
+    """Σ x / n over the n kept entries, over all axes or the given ones; 0 if n = 0; float32."""
     return _weighted(x, mask, axis).mean()
 
 
@@ -101,14 +101,14 @@ def whiten(
 ) -> jax.Array:
     """Scales the kept entries to variance 1: (x − mean) / √(var + eps).
 
-    Mean and variance are over the whole array: under `jit` on a mesh, over the whole batch.
+    Mean and variance are over the whole array; under `jit` on a mesh that is the whole batch.
 
     Args:
       x: any shape.
       mask: the same shape.
-      shift_mean: True leaves mean 0 (advantages); False adds the mean back, so that only the
-        scale changes (rewards, whose sign matters).
-      ddof: of the variance; 0 is ours, 1 is TRL's.
+      shift_mean: True gives mean 0 (advantages); False adds the mean back, so that only the scale
+        changes (rewards, whose sign matters).
+      ddof: the variance's ddof; 0 is ours, 1 is TRL's.
       eps: keeps a constant array finite.
 
     Returns:
@@ -117,8 +117,8 @@ def whiten(
     kept = keep(x, mask)
     count = jnp.maximum(jnp.sum(as_bool(mask), dtype=jnp.float32), 1.0)
     mean = exact_sum(kept) / count
-    # Centred twice: the mean is rounded, by a part of the spread where it is large beside it, and
-    # what is left would be the same in every entry.
+    # Centred twice: if the mean is large beside the spread, its rounding error is a visible part of
+    # the spread, and would shift every entry by the same amount.
     centred = keep(kept - mean, mask)
     centred = keep(centred - exact_sum(centred) / count, mask)
     scaled = centred * jax.lax.rsqrt(masked_var(centred, mask, ddof) + eps)
@@ -133,15 +133,15 @@ def segment_sum(x: Array, segment_ids: Array, count: int) -> jax.Array:
 
     Args:
       x: `[B, T]`.
-      segment_ids: int `[B, T]`; 0 is padding, which is left out whatever `x` holds there.
-      count: S, how many documents a row has at most; ids above it are left out.
+      segment_ids: int `[B, T]`; 0 is padding, which is left out whatever its `x`.
+      count: S, the largest number of documents in a row; ids above it are left out.
 
     Returns:
       float32 `[B, S]`, 0 for a document that the row does not have.
     """
     (x, _) = as_float32(x=x, segment_ids=segment_ids)
-    # A comparison and a sum stay on the device that holds the row (a scatter may not) and add in
-    # float32 (a one-hot matrix product would round to bfloat16 on a TPU).
+    # A comparison and a sum stay on the device that holds the row; a scatter may not. They add in
+    # float32; a one-hot matrix product would round to bfloat16 on a TPU.
     return jnp.sum(jnp.where(_members(segment_ids, count), x[:, :, None], 0.0), axis=1)
 
 
@@ -161,12 +161,12 @@ def last_index(segment_ids: Array, count: int) -> jax.Array:
 
 
 def run_counts(mask: Array, segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
-    """How many entries the mask has kept so far in each document of a row, this one included.
+    """How many entries the mask has kept so far in each document of a row, including this entry.
 
     Args:
       mask: `[B, T]`.
       segment_ids: int `[B, T]`; a document is a run of equal ids.
-      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+      branch_ids: int `[B, T]`, or None; if given, a run also has one branch.
 
     Returns:
       float32 `[B, T]`, exact.
@@ -178,13 +178,13 @@ def run_counts(mask: Array, segment_ids: Array, branch_ids: Array | None = None)
 def run_sum(x: Array, segment_ids: Array, branch_ids: Array | None = None) -> jax.Array:
     """Σ of `x` over each document of a row, at every position of the document.
 
-    Unlike `segment_sum` it need not know how many there are, and nothing leaves a row's device.
-    Clear what does not count before the call.
+    Unlike `segment_sum` it need not know the number of documents, and no data leaves the row's
+    device. Zero the entries that do not count before the call.
 
     Args:
       x: `[B, T]`.
       segment_ids: int `[B, T]`; a document is a run of equal ids.
-      branch_ids: int `[B, T]`, or None; where given, a run has one branch too.
+      branch_ids: int `[B, T]`, or None; if given, a run also has one branch.
 
     Returns:
       float32 `[B, T]`.

@@ -15,7 +15,7 @@ from jaxalign.losses.ranges import outside
 from jaxalign.types import Array
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut to ± this before `exp`: e²⁰ ≈ 5e8 is far outside every clip range."""
+"""Log-ratios are clipped to ± this before `exp`: e²⁰ ≈ 5e8 is far outside every clip range."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SCORE_POSITIONS = ("eos", "after_eos")
@@ -24,9 +24,9 @@ SCORE_POSITIONS = ("eos", "after_eos")
 def kl(logprobs: Array, ref_logprobs: Array, estimator: str = "k1") -> jax.Array:
     """Per-token estimate of KL(π‖π_ref) from one sample of π.
 
-    With d = log π − log π_ref: k1 = d (unbiased, either sign), k2 = d²/2 (biased, ≥ 0),
-    k3 = e^(−d) − 1 + d (unbiased, ≥ 0). Schulman 2020, "Approximating KL divergence". Where
-    d < −20, k3 continues along its tangent: e²⁰ stays the slope that pulls the policy back.
+    With d = log π − log π_ref: k1 = d (unbiased, either sign), k2 = d²/2 (biased, ≥ 0), k3 = e^(−d)
+    − 1 + d (unbiased, ≥ 0). Schulman 2020, "Approximating KL divergence". Where d < −20, k3
+    continues along its tangent, whose slope of about e²⁰ still pulls the policy back.
 
     Args:
       logprobs: log π of the sampled tokens, `[B, T]` (any shape).
@@ -56,23 +56,23 @@ def kl(logprobs: Array, ref_logprobs: Array, estimator: str = "k1") -> jax.Array
 def token_rewards(
     kl: Array, scores: Array, mask: Array, *, kl_coef: float | Array, score_at: str = "eos"
 ) -> tuple[jax.Array, jax.Array]:
-    """Rewards of the tokens of each answer: a KL penalty on every token, the score on one.
+    """Per-token rewards of each answer: a KL penalty on every token, the score on one.
 
     r_t = −c · kl_t + [t = e] · score, so that Σ_t r_t = score − c · Σ_t kl_t.
     Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over the tokens.
 
     Args:
       kl: per-token KL estimate, `[B, T]`.
-      scores: of the whole answers, `[B]`.
+      scores: one score per answer, `[B]`.
       mask: True on the answer's tokens, `[B, T]`.
       kl_coef: c ≥ 0, a number or a scalar array.
-      score_at: "eos": e is the last token of the answer. "after_eos": e is the position after it
-        where the row has one, otherwise the last token (the convention of TRL).
+      score_at: "eos": e is the last token of the answer. "after_eos": e is the next position, if
+        the row has one, otherwise the last token (TRL's convention).
 
     Returns:
-      `(rewards, value_mask)`, `[B, T]`: float32 rewards, 0 elsewhere, and a bool mask of the
-      positions that have a reward, over which `gae` runs: `mask`, and e. A row without any answer
-      token gets neither reward nor value.
+      `(rewards, value_mask)`, `[B, T]`: float32 rewards, 0 outside the answer, and a bool mask of
+      the positions with a reward, `mask` plus e, for `gae` to run over. A row without answer tokens
+      gets no reward and no value.
 
     Raises:
       ValueError: an unknown `score_at`, or shapes that do not fit.
@@ -110,14 +110,14 @@ def gae(
     δ_t = r_t + γ V_(t+1) − V_t, A_t = δ_t + γλ A_(t+1), R_t = A_t + V_t, with V = A = 0 after the
     last valid position. Schulman et al. 2016 (arXiv 1506.02438), eq. 16.
 
-    "t + 1" is the next *valid* position: padding and gaps (a tool's output between two turns) do
-    not enter, not even as steps of discount.
+    "t + 1" is the next *valid* position: padding and gaps (a tool's output between two turns) are
+    skipped, and do not add steps of discount.
 
     Args:
       rewards: per token, `[B, T]`.
       values: the critic's V, `[B, T]`.
       mask: True on valid positions, `[B, T]`.
-      gamma: γ in [0, 1], discount a token.
+      gamma: γ in [0, 1], the discount per token.
       lam: λ in [0, 1]: 0 trusts the critic (one step), 1 the sampled return.
 
     Returns:
@@ -169,17 +169,17 @@ def policy_loss(
 
     ρ = π/π_old, ℓ = max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε_high)): Schulman et al. 2017 (arXiv
     1707.06347), eq. 7, negated. With `dual_clip` c, where A < 0: ℓ = min(ℓ, −c A): Ye et al. 2020
-    (arXiv 1912.09729), eq. 5. An upper bound of its own ("clip-higher") is Yu et al. 2025 (DAPO,
+    (arXiv 1912.09729), eq. 5. A separate upper bound ("clip-higher") is from Yu et al. 2025 (DAPO,
     arXiv 2503.14476).
 
     Args:
       logprobs: log π of the sampled tokens, `[B, T]` (any shape); the gradient flows here.
-      old_logprobs: log π_old, of the policy that sampled them, the same shape.
+      old_logprobs: log π_old, under the policy that sampled the tokens, the same shape.
       advantages: A, the same shape.
       clip_range: ε in (0, 1), the lower bound is 1 − ε.
       clip_range_high: ε_high > 0, the upper bound is 1 + ε_high; None for ε.
-      dual_clip: c > 1, bounds the loss of a token that became much likelier though it was bad;
-        None for no such bound.
+      dual_clip: c > 1, bounds the loss of a token with a negative advantage that became much more
+        likely; None for no such bound.
 
     Returns:
       float32, the same shape; not reduced and not masked. At π = π_old it is −A.
@@ -206,7 +206,7 @@ def policy_loss(
 def value_loss(
     values: Array, old_values: Array, returns: Array, *, clip_range_value: float | None = 0.2
 ) -> jax.Array:
-    """Squared error of the critic per token, clipped around its old value.
+    """Squared error of the critic per token, with the value clipped around the old one.
 
     ℓ = ½ max((V − R)², (clip(V, V_old − δ, V_old + δ) − R)²): the value clipping of PPO's
     published code (not in the paper); see Huang et al. 2024 (arXiv 2403.17031).
@@ -276,8 +276,8 @@ def adaptive_kl_coef(
     Args:
       kl_coef: c, as used in this iteration.
       measured_kl: mean KL of an answer (summed over its tokens), in nats.
-      target: the KL to hold, > 0, in nats an answer.
-      horizon: over how many answers a persistent error of 20 % changes c by 20 %, > 0.
+      target: the KL to aim for, > 0, in nats per answer.
+      horizon: the number of answers over which a persistent error of 20 % changes c by 20 %, > 0.
       batch_size: n, answers in this iteration.
 
     Returns:

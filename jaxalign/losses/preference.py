@@ -1,6 +1,6 @@
 """The table of preference losses: what each one computes, and which options it takes.
 
-With s = log π(y|x) − log π_ref(y|x) summed over the answer (or what an f-divergence makes of it),
+With s = log π(y|x) − log π_ref(y|x) summed over the answer (or the f-divergence's transform of it),
 s_c of the chosen and s_r of the rejected one, Δ = s_c − s_r, ε = `label_smoothing`, n an answer's
 length in tokens, (k) the k-th smallest of the batch:
 
@@ -23,8 +23,8 @@ length in tokens, (k) the k-th smallest of the batch:
 | sigmoid_norm | −log σ(β (s_c/n_c − s_r/n_r)) | Lambert et al. 2024 (Tülu 3, 2411.15124) |
 | simpo, orpo, cpo | without a reference | `losses.reference_free` |
 
-The formulas themselves are in `losses.forms` and `losses.reference_free`. A further loss is a
-function there and a row in `TABLE` here, or from outside the package one call of `register`.
+The formulas themselves are in `losses.forms` and `losses.reference_free`. To add a loss, write a
+function there and a row in `TABLE` here; from outside the package, call `register` once.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Option(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What a loss may read of a batch of pairs; float32 arrays of one shape.
+    """The arrays that a loss may read from a batch of pairs; float32, all of one shape.
 
     Attributes:
       logps: log π of both answers, summed over tokens.
-      ref_logps: log π_ref of both; None, as the next two: without a reference.
-      ratios: log π − log π_ref of both.
-      scores: s of both: the log-ratios after the f-divergence.
+      ref_logps: log π_ref of both; None without a reference.
+      ratios: log π − log π_ref of both; None without a reference.
+      scores: s of both, the log-ratios after the f-divergence; None without a reference.
       lengths: tokens of both answers; either may be None.
       mask: bool, which pairs exist.
     """
@@ -113,10 +113,10 @@ class PreferenceLoss:
       loss: (pairs, beta=β, the options by name) → losses, of the pairs' shape; with `own_rewards`
         (losses, chosen rewards, rejected rewards).
       options: the options that it takes, by name.
-      own_rewards: it compares rewards without a reference, and gives them.
-      difference: it reads the scores by their difference only, so that f-divergences hold for it:
-        elsewhere the common part of the scores, β log Z(x), would not cancel.
-      whole_batch: it compares all pairs of a batch, so that the batch cannot be cut.
+      own_rewards: the loss compares rewards that need no reference, and returns them.
+      difference: the loss reads only the difference of the scores, so it can use f-divergences: in
+        other losses the common part of the scores, β log Z(x), would not cancel.
+      whole_batch: the loss compares all pairs of a batch, so that the batch cannot be split.
       check: (the options by name) → raises ValueError for values that do not go together.
     """
 
@@ -128,7 +128,7 @@ class PreferenceLoss:
     check: Callable[..., None] | None = None
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of all options that this loss takes, with its defaults."""
+        """The subset of all options that this loss takes, with its defaults."""
         return {name: options.get(name, option.default) for name, option in self.options.items()}
 
 
@@ -139,9 +139,9 @@ def register(
     *,
     difference: bool = False,
 ) -> None:
-    """Adds a preference loss to the table, from outside the package too.
+    """Adds a preference loss to the table; callable from outside the package.
 
-    `dpo.Config(loss_type=name, loss_options={…})` and `preference_loss` then know it.
+    `dpo.Config(loss_type=name, loss_options={…})` and `preference_loss` then accept it.
 
     Args:
       name: the `loss_type`.
@@ -182,11 +182,11 @@ def chosen_nll(logps: Array, lengths: Array, mask: Array) -> Weighted:
     return Weighted(-jnp.sum(keep(logps, mask)), jnp.sum(keep(lengths, mask)))
 
 
-# Ways to make a row of a function.
+# Ways to make a table row from a function.
 
 
 def on_scores(form: Callable[..., Losses]) -> Callable[..., Losses]:
-    """A form of the two scores as a loss of `Pairs`."""
+    """Turns a form of the two scores into a loss on `Pairs`."""
 
     def loss(pairs: Pairs, **options: Any) -> Losses:
         return form(*_known(pairs.scores), **options)

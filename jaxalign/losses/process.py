@@ -10,21 +10,21 @@ from jaxalign.types import Array
 
 
 def step_bce(scores: Array, labels: Array) -> jax.Array:
-    """Binary cross-entropy of a step's label, the score being the log-odds that it is right.
+    """Binary cross-entropy of a step's label; the score is the log-odds that the step is right.
 
     ℓ = −y · log σ(r) − (1 − y) · log(1 − σ(r))
 
     Lightman et al. 2023 (*Let's Verify Step by Step*, arXiv 2305.20050, §2.6) with hard labels;
-    Wang et al. 2023 (Math-Shepherd, arXiv 2312.08935), eq. 2, also with soft ones, the share of
-    continuations that end well. A softmax over two classes, as some train it, is this loss of the
-    difference of their logits.
+    Wang et al. 2023 (Math-Shepherd, arXiv 2312.08935), eq. 2, also with soft labels: the share of
+    continuations that end well. Some train a softmax over two classes: that is this loss on the
+    difference of the two logits.
 
     Args:
       scores: r, the scalar head at the last token of a step, any shape.
       labels: y in [0, 1], the same shape; 1: the step is right.
 
     Returns:
-      float32, the shape of the scores, ≥ 0, in nats; one loss a step, not reduced.
+      float32, the shape of the scores, ≥ 0, in nats; one loss per step, not reduced.
 
     Raises:
       ValueError: shapes differ.
@@ -37,15 +37,15 @@ def step_bce(scores: Array, labels: Array) -> jax.Array:
 
 
 def solution_score(scores: Array, mask: Array, reduction: str = "product") -> jax.Array:
-    """The score of a whole solution from those of its steps, as a log-probability.
+    """The score of a whole solution, from the scores of its steps, as a log-probability.
 
-    - "product": Σ log σ(r), that every step is right (Lightman et al. 2023, §2.6);
+    - "product": Σ log σ(r), the chance that every step is right (Lightman et al. 2023, §2.6);
     - "min": log σ of the worst step (Math-Shepherd).
 
     Args:
       scores: r `[B, T]`, log-odds that the step ending there is right.
       mask: `[B, T]`, True at the ends of steps.
-      reduction: which of the two.
+      reduction: "product" or "min".
 
     Returns:
       float32 `[B]`, ≤ 0, in nats; 0 for a row without steps.
@@ -60,5 +60,5 @@ def solution_score(scores: Array, mask: Array, reduction: str = "product") -> ja
     if reduction not in ("product", "min"):
         raise ValueError(f"reduction={reduction!r}: wanted product or min")
     logprobs = keep(jax.nn.log_sigmoid(keep(scores, mask)), as_bool(mask))
-    # A log-probability is at most 0, so that the zeros outside the mask are never the least.
+    # A log-probability is at most 0, so the zeros outside the mask never change the minimum.
     return jnp.sum(logprobs, axis=1) if reduction == "product" else jnp.min(logprobs, axis=1)

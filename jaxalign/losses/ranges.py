@@ -1,4 +1,4 @@
-"""Ranges of options: checked if the value is known, not if it is traced."""
+"""Range checks of options: skipped if the value is a tracer."""
 
 from __future__ import annotations
 

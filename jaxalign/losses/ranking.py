@@ -1,7 +1,7 @@
 """Reward modelling from several answers to a prompt, in an order of preference.
 
-In both losses, answers of equal rank are not compared: neither is pushed above the other. Two
-answers of different rank give Bradley and Terry's loss, in both.
+In both losses, answers of equal rank are not compared: neither is pushed above the other. For two
+answers of different rank, both are the Bradley–Terry loss.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def plackett_luce(scores: Array, ranks: Array, mask: Array) -> jax.Array:
     ℓ = −Σᵢ log( exp rᵢ / (exp rᵢ + Σ_{j worse than i} exp rⱼ) )
 
     Each answer is picked by Luce's choice rule (Luce 1959, *Individual Choice Behavior*) out of
-    itself and all that are worse, which for a full order is Plackett's model (Plackett 1975,
-    *The Analysis of Permutations*, https://doi.org/10.2307/2346567); for answers of language
-    models, Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3. Among equals, each is picked out
-    of itself and what is worse, so that they do not compete (Breslow's form of Cox's likelihood
-    would let them).
+    itself and all worse answers, which for a full order is Plackett's model (Plackett 1975, *The
+    Analysis of Permutations*, https://doi.org/10.2307/2346567); for answers of language models,
+    Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3. Answers of equal rank do not compete:
+    each is picked out of itself and the worse answers only. (In Breslow's form of Cox's likelihood
+    they would compete.)
 
     Args:
       scores: r, float `[B, K]`.
       ranks: `[B, K]`, larger is better.
-      mask: `[B, K]`, which answers exist; what stands elsewhere is not read.
+      mask: `[B, K]`, which answers exist; other entries are not read.
 
     Returns:
       float32 `[B]`, ≥ 0, summed over the picks of a prompt; 0 for a prompt without two answers of
@@ -47,8 +47,8 @@ def plackett_luce(scores: Array, ranks: Array, mask: Array) -> jax.Array:
     scores, ranks, exists = _answers(scores, ranks, mask)
     below = better(ranks, exists)  # [B, K, K]: j is worse than i
     worse = jnp.where(below, scores[:, None, :], -jnp.inf)
-    # −log(exp rᵢ / (exp rᵢ + …)) = log(1 + exp(log Σ exp rⱼ − rᵢ)); where nothing is worse, the sum
-    # is over nothing, and the gradient of log 0 is not to be relied on: selected before, not after.
+    # −log(exp rᵢ / (exp rᵢ + …)) = log(1 + exp(log Σ exp rⱼ − rᵢ)); where no answer is worse, the
+    # sum is empty, and the gradient of log 0 is unreliable: so select before the log, not after it.
     some = jnp.any(below, axis=2)
     total = jax.nn.logsumexp(jnp.where(some[:, :, None], worse, 0.0), axis=2)
     return jnp.sum(jnp.where(some, jax.nn.softplus(total - scores), 0.0), axis=1)
@@ -66,13 +66,13 @@ def all_pairs(
     ℓ = 1/n · Σ_{i better than j} −log σ(rᵢ − rⱼ),  n the number of such pairs
 
     Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1, where n = C(K, 2): all pairs of a
-    prompt are one example of weight 1, since they are not independent. Pairs of equal rank are
-    left out, of the sum and of n.
+    prompt are one example of weight 1, since they are not independent. Pairs of equal rank are left
+    out of both the sum and n.
 
     Args:
       scores: r, float `[B, K]`.
       ranks: `[B, K]`, larger is better.
-      mask: `[B, K]`, which answers exist; what stands elsewhere is not read.
+      mask: `[B, K]`, which answers exist; other entries are not read.
       center_coef: see `bradley_terry`.
       label_smoothing: see `bradley_terry`.
 

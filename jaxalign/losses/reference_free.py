@@ -1,7 +1,7 @@
 """Preference losses that need no reference model.
 
-p = π(y|x) of the answer, n its length in tokens, ε = `label_smoothing`. Rewards are what the loss
-compares, without gradient: they are logged under the names that DPO's have.
+p = π(y|x) of the answer, n its length in tokens, ε = `label_smoothing`. The rewards are the
+quantities that the loss compares, without gradient. They are logged under the same names as DPO's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def simpo(
     simpo_gamma: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> Result:
-    """SimPO: the mean log-probability of an answer's tokens as its reward, with a margin.
+    """SimPO: an answer's reward is its mean token log-probability; the loss has a margin.
 
     ℓ = −(1−ε) log σ(r_c − r_r − γ) − ε log σ(−(r_c − r_r − γ)), r = β · log p / n: Meng et al. 2024
     (SimPO, arXiv 2405.14734), eq. 6.
@@ -130,7 +130,7 @@ def _per_token(chosen: Array, rejected: Array, n_c: Array, n_r: Array) -> list[j
 def _log_odds(logp: jax.Array) -> jax.Array:
     """log p − log(1 − p) from log p; probabilities within 1e-6 of 1 count as 1 − 1e-6."""
     logp = jnp.minimum(logp, -1e-6)
-    near = logp > -math.log(2)  # the form of log(1 − p) that keeps its digits
+    near = logp > -math.log(2)  # the numerically accurate form of log(1 − p)
     low = jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0)))
     high = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp)))
     return logp - jnp.where(near, low, high)

@@ -22,19 +22,19 @@ def bradley_terry(
     ℓ = −(1 − ε) · log σ(d) − ε · log σ(−d) + c · (r_c + r_r)²,  d = r_c − r_r − m
 
     With ε = 0 the first term is Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; the margin m is
-    Touvron et al. 2023 (Llama 2, arXiv 2307.09288), eq. 2; ε, the share of labels taken to be the
-    wrong way round, is Wang et al. 2024 (arXiv 2401.06080); the last term, which pins the free
-    offset of the scores near 0, is Eisenstein et al. 2023 (arXiv 2312.09244).
+    Touvron et al. 2023 (Llama 2, arXiv 2307.09288), eq. 2; ε, the assumed share of flipped labels,
+    is Wang et al. 2024 (arXiv 2401.06080); the last term, which pins the free offset of the scores
+    near 0, is Eisenstein et al. 2023 (arXiv 2312.09244).
 
     Args:
       chosen_scores: r_c, the scalar head at the end of the chosen answer, `[B]` (any shape).
       rejected_scores: r_r, the same for the rejected answer, the same shape.
-      margin: m, how much better chosen is, the same shape; None for 0.
+      margin: m, how much better the chosen answer is, the same shape; None for 0.
       center_coef: c ≥ 0; 0.01 is usual.
-      label_smoothing: ε, 0 ≤ ε < ½. The loss is then least at d = log((1 − ε) / ε), not at ∞.
+      label_smoothing: ε, 0 ≤ ε < ½. With ε > 0 the minimum is at d = log((1 − ε) / ε), not at ∞.
 
     Returns:
-      float32, the shape of the scores, ≥ 0; one loss a pair, not reduced.
+      float32, the shape of the scores, ≥ 0; one loss per pair, not reduced.
 
     Raises:
       ValueError: shapes differ, `center_coef` is negative, or `label_smoothing` is out of range.
@@ -51,8 +51,8 @@ def bradley_terry(
         raise ValueError(f"center_coef={center_coef}: wanted a number ≥ 0; 0 switches it off")
     if outside(label_smoothing, lambda x: 0 <= x < 0.5):
         raise ValueError(
-            f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 a "
-            "label says nothing"
+            f"label_smoothing={label_smoothing}: wanted a number from 0 to below 0.5; at 0.5 "
+            "labels carry no information"
         )
     if margin is None:
         chosen, rejected = as_float32(chosen_scores=chosen_scores, rejected_scores=rejected_scores)

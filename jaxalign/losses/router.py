@@ -4,8 +4,8 @@ With f_i the fraction of tokens sent to expert i, and P_i the mean probability t
 
     L = E · Σ_i f_i · P_i        (their equations 4 to 6)
 
-is smallest, k for k experts a token, when all E experts are used alike. Both means are over all
-layers and tokens, as in transformers.
+has its minimum, k with k experts per token, when all E experts are used equally. Both means are
+over all layers and tokens, as in transformers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jaxalign.types import Array
 def load_balancing(logits: Array, top_k: int, mask: Array | None = None) -> jax.Array:
     """The loss over a whole batch, as transformers' `load_balancing_loss_func` computes it.
 
-    A product of two means over the batch: how the batch is cut changes it, which is why training
-    here uses `document_balance`.
+    It is a product of two means over the batch, so it depends on how the batch is split. Training
+    therefore uses `document_balance`.
 
     Args:
-      logits: the router's, `[L, N, E]`: layers, tokens, experts.
-      top_k: experts a token takes.
+      logits: the router's logits, `[L, N, E]`: layers, tokens, experts.
+      top_k: experts per token.
       mask: bool `[N]`, which tokens count; None: all.
 
     Returns:
@@ -45,15 +45,15 @@ def load_balancing(logits: Array, top_k: int, mask: Array | None = None) -> jax.
 def document_balance(probs: Array, chosen: Array, segment_ids: Array) -> jax.Array:
     """The loss of each document by itself, spread over its tokens.
 
-    Entry t is `E · Σ_i f_i · p_{t,i}` with f of t's own document: its sum over a document is the
-    document's loss times its tokens, so that the mean over all tokens of a batch weighs documents
-    by their length. Unlike the batch-wide loss this is the same however documents are packed into
-    rows and rows cut into micro-batches. It asks for balance within each document, which is more
-    than balance over the batch.
+    Entry t is `E · Σ_i f_i · p_{t,i}` with f of t's own document. Its sum over a document is the
+    document's loss times its number of tokens, so that the mean over all tokens of a batch weighs
+    documents by their length. Unlike the batch-wide loss, this does not depend on how documents are
+    packed into rows or how rows are split into micro-batches. It asks for balance within each
+    document, which is stricter than balance over the batch.
 
     Args:
-      probs: float32 `[B, T, E]`, the router's probabilities, mean over layers.
-      chosen: float32 `[B, T, E]`, in what part of the layers a token took an expert.
+      probs: float32 `[B, T, E]`, the router's probabilities, averaged over layers.
+      chosen: float32 `[B, T, E]`, the fraction of layers in which a token took each expert.
       segment_ids: int `[B, T]`, 0 on padding.
 
     Returns:
@@ -65,7 +65,7 @@ def document_balance(probs: Array, chosen: Array, segment_ids: Array) -> jax.Arr
     """
     segment_ids = jnp.asarray(segment_ids)
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]).astype(jnp.float32)
-    # TPUs would round the factors to bfloat16, which loses some counts.
+    # By default TPUs would round the factors to bfloat16, which makes some counts inexact.
     highest = jax.lax.Precision.HIGHEST
     taken = jnp.einsum("bts,bse->bte", same, jnp.asarray(chosen), precision=highest)
     share = taken / jnp.sum(same, axis=2, keepdims=True)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximum likelihood of the answer's tokens, and DFT's form of it."""
+"""Supervised fine-tuning: maximum likelihood of the answer's tokens, and its DFT variant."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def dft(target_logprobs: Array) -> jax.Array:
 
         ℓ_t = −sg(π(y_t | y_<t)) · log π(y_t | y_<t)
 
-    Wu et al. 2025 (arXiv 2508.05629), eq. 9, with sg the stop-gradient. A gradient of `nll` has
-    the factor 1/π, which lets unlikely tokens dominate; the weight takes it away.
+    Wu et al. 2025 (arXiv 2508.05629), eq. 9, with sg the stop-gradient. A gradient of `nll` has the
+    factor 1/π, which lets unlikely tokens dominate; the weight cancels it.
 
     Args:
       target_logprobs: log-probability of each target in nats, ≤ 0, `[B, T]` (any shape).

@@ -1,8 +1,8 @@
-"""A sum that does not depend on its order: for sums that cancel, such as those of advantages.
+"""A sum that does not depend on its order: for sums that cancel, such as sums of advantages.
 
-Float32 rounds every partial sum. Of 500 whitened advantages, whose sum is 0, the mean came out as
-4.5e-7 on one device and as 1e-8 on eight: as large as the difference that a policy loss of 1e-3
-may have between layouts.
+Float32 rounds every partial sum. The mean of 500 whitened advantages, whose sum is 0, was 4.5e-7 on
+one device and 1e-8 on eight: a gap as large as the one allowed between layouts for a policy loss of
+1e-3.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _DIGITS = 24
 def exact_sum(x: Array) -> jax.Array:
     """Σ x over all axes, right to about the last digit, in whatever order parts are added.
 
-    Every number is cut in three: a multiple of a power of two u₁, one of u₂ < u₁, and the rest.
-    The units are so coarse that sums of multiples have no more digits than float32 has, and are
-    exact in any order; the rest is too small to matter: Demmel and Nguyen 2013 ("Fast reproducible
+    Every number is split in three: a multiple of a power of two u₁, a multiple of u₂ < u₁, and the
+    rest. The units are coarse enough that float32 holds every sum of multiples exactly, in any
+    order. The rest is too small to matter: Demmel and Nguyen 2013 ("Fast reproducible
     floating-point summation"), §III. The units come from the largest |x|, which is exact as well.
 
     Args:
-      x: any shape. Beyond 2²² entries the multiples are rounded too, in their last digits.
+      x: any shape. With more than 2²² entries, the sums of multiples lose their last digits too.
 
     Returns:
       A float32 scalar. Not finite where an entry is not.

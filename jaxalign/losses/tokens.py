@@ -13,15 +13,15 @@ from jaxalign.types import Array
 def length_desensitised(
     logprobs: Array, ranks: Array, shared_lengths: Array, ld_alpha: float
 ) -> jax.Array:
-    """Log-probabilities whose part beyond the shorter answer of the pair counts less.
+    """Log-probabilities with a lower weight beyond the length of the pair's shorter answer.
 
-    log π of token t of an answer counts fully for t ≤ l, and α times beyond, l the length of the
-    shorter answer of the pair: Liu et al. 2024 (LD-DPO, arXiv 2409.06411). Policy and
-    reference both. Summed over an answer, α = 1 gives DPO's log π, α = 0 cuts to equal lengths.
+    Token t's log π has weight 1 for t ≤ l and α beyond, where l is the length of the pair's shorter
+    answer: Liu et al. 2024 (LD-DPO, arXiv 2409.06411). It applies to policy and reference. Summed
+    over an answer, α = 1 gives DPO's log π, α = 0 cuts to equal lengths.
 
     Args:
       logprobs: log π of each token in nats, `[B, T]` (any shape).
-      ranks: which token of its answer it is, from 1, the same shape.
+      ranks: the token's index in its answer, from 1, the same shape.
       shared_lengths: l of the token's pair, the same shape.
       ld_alpha: α in [0, 1].
 
@@ -51,13 +51,13 @@ def wpo_weight(logps: Array, log_square_sums: Array, lengths: Array) -> jax.Arra
 
     w = exp(1/n Σ_t [log π(y_t) − log Σ_v π(v)²]): Zhou et al. 2024 (WPO, arXiv 2406.11827), eq. 2,
     with the "sampled" alignment: an answer drawn from π has a weight of about 1. The loss of a pair
-    is multiplied by the weights of both answers; nothing flows back through them.
+    is multiplied by the weights of both answers; no gradient flows through them.
 
     Args:
       logps: Σ_t log π(y_t) of an answer in nats, `[B]` (any shape).
       log_square_sums: Σ_t log Σ_v π(v)², the log of the chance that two draws from the policy give
         the same token, summed over the answer, the same shape.
-      lengths: n, its tokens, the same shape.
+      lengths: n, the answer's number of tokens, the same shape.
 
     Returns:
       float32, the same shape, > 0; 1 for an answer without tokens.

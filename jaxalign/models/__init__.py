@@ -1,1 +1,1 @@
-"""Models: flax.nnx modules inside, pure functions on a nested dict of parameters outside."""
+"""Models: flax.nnx modules behind pure functions on a nested dict of parameters."""

@@ -1,9 +1,9 @@
-"""What adapters compute: their ranks and scales in each layer, and the matrices they stand for.
+"""Adapter arithmetic: ranks and scales in each layer, and the adapted matrices.
 
-Layers are stacked, so all layers of a projection have adapters of one rank, the largest that any of
-them has. Where a layer has a lower rank, the further columns of A and rows of B are 0. Then both
-have gradients of 0, and every optimizer leaves them as they are. Where the scale differs from layer
-to layer, B is scaled before the scan.
+Layers are stacked, so all layers of a projection have adapters of the same rank, the largest of any
+layer. In a layer with a lower rank, the extra columns of A and rows of B are 0. Their gradients are
+then 0 too, and no optimizer changes them. If the scale differs between layers, B is scaled before
+the scan.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from jaxalign.models.lora_config import LoraConfig, chooses, first_match
 from jaxalign.types import Params
 
 LEAVES = ("lora_a", "lora_b", "lora_m")
-"""Leaves of adapters beside a matrix: A `[in, r]`, B `[r, out]`, and for DoRA lengths `[out]`."""
+"""The leaves of a matrix's adapter: A `[in, r]`, B `[r, out]`, and for DoRA magnitudes `[out]`."""
 
 
 class Adapter(NamedTuple):
     """The adapters of a matrix in all layers.
 
     Attributes:
-      ranks: of each layer; one for the embedding and the head. 0: the layer has none.
-      scales: what A·B is multiplied by in each layer.
+      ranks: the rank in each layer; a single one for the embedding and the head. 0: the layer has
+        no adapter.
+      scales: the factor of A·B in each layer.
     """
 
     ranks: tuple[int, ...]
@@ -37,12 +38,12 @@ class Adapter(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Columns of A in every layer."""
+        """The number of columns of A, the same in every layer."""
         return max(self.ranks)
 
     @property
     def scale(self) -> float | None:
-        """The scale of all layers; None where they differ."""
+        """The scale of all layers; None if they differ."""
         return self.scales[0] if len(set(self.scales)) == 1 else None
 
     def mask(self) -> np.ndarray:
@@ -50,7 +51,7 @@ class Adapter(NamedTuple):
         return (np.arange(self.rank) < np.array(self.ranks)[:, None]).astype(np.float32)
 
     def scale_array(self, dims: int) -> float | np.ndarray:
-        """The scale, or those of the layers, `[layers, 1, …]` with `dims` axes."""
+        """The common scale, or the layers' scales as `[layers, 1, …]` with `dims` axes."""
         if self.scale is not None:
             return self.scale
         return np.array(self.scales, np.float32).reshape(-1, *(1,) * (dims - 1))
@@ -61,9 +62,10 @@ def adapter_of(lora: LoraConfig | None, name: str, layers: int | None = None) ->
     """The adapters of a matrix, or None.
 
     Args:
-      lora: the options, if there are any.
-      name: in a block, such as "attention.query"; "embed" or "lm_head" without `layers`.
-      layers: number of blocks.
+      lora: the options, or None.
+      name: the matrix's name in a block, such as "attention.query"; "embed" or "lm_head" without
+        `layers`.
+      layers: the number of blocks.
     """
     if lora is None:
         return None
@@ -76,14 +78,14 @@ def adapter_of(lora: LoraConfig | None, name: str, layers: int | None = None) ->
         scales.append(alpha / (math.sqrt(rank) if lora.rslora else rank))
     if not any(ranks):
         return None
-    # A layer without adapter has any scale.
+    # The scale of a layer without an adapter does not matter.
     some = next(scale for rank, scale in zip(ranks, scales, strict=True) if rank)
     scales = [scale if rank else some for rank, scale in zip(ranks, scales, strict=True)]
     return Adapter(tuple(ranks), tuple(scales))
 
 
 def column_lengths(matrix: jax.Array) -> jax.Array:
-    """Lengths of the columns of `[…, in, out]`, float32 `[…, out]`."""
+    """Norms of the columns of `[…, in, out]`, float32 `[…, out]`."""
     return jnp.sqrt(jnp.sum(jnp.square(matrix.astype(jnp.float32)), axis=-2))
 
 
@@ -93,7 +95,7 @@ def length_factor(matrix: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def adapted_matrix(matrix: jax.Array, adapter: Params, scale: float | np.ndarray) -> jax.Array:
-    """The matrix that a matrix and its adapter stand for: W + s·A·B, or DoRA's of it.
+    """The matrix that results from a matrix and its adapter: W + s·A·B, or DoRA's form.
 
     DoRA:
 
@@ -121,9 +123,9 @@ def adapted_rows(
     """Rows of an adapted embedding table.
 
     Args:
-      rows: those of the table itself, `[B, T, D]`.
+      rows: the rows of the table itself, `[B, T, D]`.
       ids: int `[B, T]`.
-      table: `[V, D]`; read by DoRA only, whose lengths are those of whole columns.
+      table: `[V, D]`; only DoRA reads it, for the norms of whole columns.
       adapter: as for `adapted_matrix`, with A `[V, r]`.
       scale: s.
 
@@ -141,9 +143,9 @@ def adapted_rows(
 def principal_parts(
     matrix: jax.Array, adapter: Adapter, *, stacked: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """PiSSA: the largest singular vectors as an adapter, and what is left of the matrix.
+    """PiSSA: the largest singular vectors as an adapter, and the rest of the matrix.
 
-    With W = U·S·Vᵀ, cut to rank r:
+    With W ≈ U·S·Vᵀ, truncated to rank r:
 
         A = U·√(S/s),  B = √(S/s)·Vᵀ,  rest = W − s·A·B
 
@@ -167,13 +169,13 @@ def principal_parts(
     scales, mask = jnp.array(adapter.scales, jnp.float32), jnp.asarray(adapter.mask())
     if not stacked:
         return split(matrix, scales[0], mask[0])
-    return jax.lax.map(lambda xs: split(*xs), (matrix, scales, mask))  # a layer at a time
+    return jax.lax.map(lambda xs: split(*xs), (matrix, scales, mask))  # one layer at a time
 
 
 def with_layer_scales(blocks: Params, lora: LoraConfig | None, layers: int) -> Params:
-    """Stacked blocks whose B are scaled where the scale differs from layer to layer.
+    """Scales B in stacked blocks if the scale differs between layers.
 
-    Where it does not, modules scale by a constant, and the blocks stay as they are.
+    Otherwise modules multiply by a constant, and the blocks are unchanged.
     """
 
     def scaled(node: Params, adapter: Adapter) -> Params:
@@ -186,7 +188,7 @@ def with_layer_scales(blocks: Params, lora: LoraConfig | None, layers: int) -> P
 
 
 def with_ranks(blocks: Params, lora: LoraConfig | None, layers: int) -> Params:
-    """Stacked blocks whose A are 0 in the columns that a layer does not have."""
+    """Zeros the columns of A in stacked blocks that exceed a layer's rank."""
 
     def masked(node: Params, adapter: Adapter) -> Params:
         if len(set(adapter.ranks)) == 1:
@@ -204,7 +206,7 @@ def map_adapted(
     lora: LoraConfig | None,
     layers: int,
 ) -> Params:
-    """Stacked blocks with a function of every adapted matrix and its adapter."""
+    """Replaces every adapted matrix and its adapter in stacked blocks by a function of them."""
     if lora is None:
         return blocks
 

@@ -34,7 +34,8 @@ class RopeConfig:
     Attributes:
       theta: base of the geometric frequencies, `theta^(-2i/head_dim)`.
       kind: one of `ROPE_KINDS`; see `jaxalign.models.rope`.
-      fraction: part of each head that is rotated, its first dimensions; the rest has no position.
+      fraction: the fraction of each head (its first dimensions) that is rotated; the rest has no
+        position.
       factor: how many times longer the scaled context is.
       low_freq_factor: llama3: wavelengths above `original_max_positions / low_freq_factor` are
         scaled fully.
@@ -42,10 +43,10 @@ class RopeConfig:
         kept.
       original_max_positions: context length before scaling.
       beta_fast: yarn: frequencies that turn more often than this in the original context are kept.
-      beta_slow: yarn: those that turn less often are divided by `factor`.
+      beta_slow: yarn: frequencies that turn less often than this are divided by `factor`.
       truncate: yarn: round the ends of the ramp between the two to whole dimensions.
-      attention_factor: yarn, longrope: multiplies queries and keys; None: what the method's paper
-        derives from `factor` (yarn: and from `mscale` and `mscale_all_dim`, where both are given).
+      attention_factor: yarn, longrope: multiplies queries and keys; None: derived from `factor` as
+        in the method's paper (yarn: also from `mscale` and `mscale_all_dim`, if both are given).
       mscale: yarn, see `attention_factor`.
       mscale_all_dim: yarn, see `attention_factor`.
       short_factors: longrope: divisor of each frequency in documents of at most
@@ -84,7 +85,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of a decoder. The defaults are a plain Llama; a family sets what differs.
+    """Shape of a decoder. The defaults are a plain Llama; a family sets its differences.
 
     Attributes:
       vocab_size: rows of the embedding, V.
@@ -97,33 +98,36 @@ class DecoderConfig:
       rope: rotary embedding.
       norm_eps: ε of the norms.
       tie_embeddings: the head is the transposed embedding.
-      qkv_bias, out_bias, mlp_bias: which projections carry a bias.
-      max_positions: longest context the model was trained for: rows of learned positions, and
-        where "dynamic" rope starts to scale; else information, not enforced.
+      qkv_bias, out_bias, mlp_bias: which projections have a bias.
+      max_positions: the longest context the model was trained for. It is the number of learned
+        positions, and the length at which "dynamic" rope starts to scale; otherwise it is not
+        enforced.
       family: key of `families.FAMILIES`, for export.
-      source_config: the `config.json` the model came with, as a JSON string, so that fields we do
-        not model survive a round trip; "" for a model made here.
-      activation: of the MLP: "silu"; "gelu" (exact); "gelu_tanh" (its approximation by tanh).
+      source_config: the model's original `config.json` as a JSON string, so that fields we do not
+        model survive a round trip; "" for a model made here.
+      activation: the MLP's activation: "silu"; "gelu" (exact); "gelu_tanh" (the tanh
+        approximation).
       gated_mlp: `down(act(gate(x)) · up(x))`; False: `down(act(up(x)))`.
       norm: "rms"; "rms_offset" (the stored scale is added to 1); "layer" (LayerNorm with bias).
       norm_place: where attention and MLP are normalised: "before" (their input), "after" (their
-        output, before it joins the residual stream), "both".
+        output, before it is added to the residual stream), "both".
       qk_norm: norm of queries and keys before rotation: "none"; "head" (each head by itself);
         "width" (all heads together).
-      learned_positions: a table of position embeddings is added to the tokens'; no rotation.
+      learned_positions: learned position embeddings are added to the token embeddings; no rotation.
       local_rope: rotary embedding of the layers with a window; None: `rope`.
       rope_layers: which layers rotate; () for all.
-      window: a token sees itself and the `window` − 1 tokens before it; None: all before it.
-      window_layers: which layers the window holds in; () for all.
+      window: a token attends to itself and the `window` − 1 tokens before it; None: to all earlier
+        tokens.
+      window_layers: the layers with the window; () for all.
       query_scale: multiplies the attention scores; None: 1/√head_dim.
       query_scale_by_layer: also divides them by the layer's number, from 1.
       attention_softcap: c in `c · tanh(scores / c)`; None: off.
       logit_softcap: the same for the logits.
       embed_scale: multiplies the token embeddings.
-      num_experts: E, feed-forward networks a layer, of which a token takes a few; 0: one MLP.
-      experts_per_token: k, how many a token takes.
+      num_experts: E, the experts per layer; 0: a single MLP.
+      experts_per_token: k, how many experts a token takes.
       normalize_routing: the k weights of a token are scaled to sum to 1.
-      router_aux_coef: weight of the load-balancing loss in training; 0: none.
+      router_aux_coef: weight of the load-balancing loss in training; 0: no such loss.
     """
 
     vocab_size: int
@@ -194,7 +198,7 @@ class DecoderConfig:
 
     @property
     def listed_stops(self) -> tuple[int, ...]:
-        """Ids at which the generation config that the model came with stops; () if it had none."""
+        """The stop ids in the model's original generation config; () if it had none."""
         source = json.loads(self.source_config) if self.source_config else {}
         listed = source.get(GENERATION, source).get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
@@ -235,7 +239,7 @@ class DecoderConfig:
 
 
 class LanguageModel(Protocol):
-    """What the algorithms need of a policy; any class that offers this will do."""
+    """What the algorithms need from a policy; any class with these methods works."""
 
     def apply(
         self,
@@ -253,7 +257,7 @@ class LanguageModel(Protocol):
 
 
 class ScalarModel(Protocol):
-    """What the algorithms need of a reward model or critic."""
+    """What the algorithms need from a reward model or critic."""
 
     def apply(
         self,
@@ -274,16 +278,16 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
     """Runs a model over a batch: what algorithms call instead of `model.apply`.
 
     Args:
-      model: a `LanguageModel` or `ScalarModel`. It may offer more than those ask for:
-        `apply(…, branch_ids=…)`, `apply(…, noise=…)` and `apply(…, experts=…)`, needed for batches
-        with branches, noise or experts only; and `extra_terms` with `apply_with_losses`, where it
-        has loss terms of its own.
+      model: a `LanguageModel` or `ScalarModel`. It may offer more than those protocols require:
+        `apply(…, branch_ids=…)`, `apply(…, noise=…)` and `apply(…, experts=…)`, needed only for
+        batches with branches, noise or experts; and `extra_terms` with `apply_with_losses`, if it
+        has its own loss terms.
       params: its parameters.
       tokens: the batch.
 
     Returns:
-      (hidden states `[B, T, D]`, the model's own loss terms by name, scaled and ready to be added:
-      for a mixture of experts `router`, else none). Their weights are those of `read_counts`.
+      (hidden states `[B, T, D]`, the model's own loss terms by name, already scaled: `router` for a
+      mixture of experts, else none). `read_counts` gives the terms' weights.
 
     Raises:
       ValueError: a `loss_mask` of floats.
@@ -298,7 +302,7 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
         more["branch_ids"] = tokens.branch_ids
     if isinstance(tokens.noise, EmbeddingNoise):
         more["noise"] = tokens.noise
-    # A batch of placeholders, an array in every field, replays nothing.
+    # Placeholder batches have an array in every field; that does not mean replay.
     if tokens.experts is not None and jnp.ndim(tokens.experts) == 4:
         more["experts"] = tokens.experts
     run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
@@ -307,7 +311,7 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
 
 
 def read_counts(model: Any, tokens: TokenBatch) -> dict[str, jax.Array]:
-    """Weights of the loss terms that `read` gives: all tokens but padding, trained or not."""
+    """Weights of the loss terms that `read` returns: all tokens except padding, trained or not."""
     count = jnp.sum(jnp.asarray(tokens.segment_ids) > 0, dtype=jnp.float32)
     return dict.fromkeys(getattr(model, "extra_terms", ()), count)
 

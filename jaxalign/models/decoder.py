@@ -1,8 +1,8 @@
 """The decoder: pure functions on a nested dict of arrays, over the modules of `models.network`.
 
-Blocks are stacked along a leading "layers" axis and run by one `lax.scan`, so that compile time and
-program size do not grow with depth. Two paths do otherwise: shallow models are unrolled on a CPU
-(`Backend.unrolled_layers`), and a decode step always is (`Decoder.extend`).
+Blocks are stacked along a leading "layers" axis and run in one `lax.scan`, so that compile time and
+program size do not grow with depth. There are two exceptions: shallow models on a CPU are unrolled
+(`Backend.unrolled_layers`), and so is every decode step (`Decoder.extend`).
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Decoder:
       compute_dtype: dtype of activations and matmuls; parameters keep their own.
       remat: key of `REMAT`.
       lora: low-rank adapters, see `jaxalign.models.lora`.
-      attention: which kind of attention, see `jaxalign.models.attention.dispatch.KINDS`.
-      quantize: how the projections of its blocks are kept, frozen, see `jaxalign.models.quantized`;
-        None: in floats.
+      attention: the kind of attention, see `jaxalign.models.attention.dispatch.KINDS`.
+      quantize: the quantisation of its blocks' projections, which are then frozen, see
+        `jaxalign.models.quantized`; None: floats.
     """
 
     config: DecoderConfig
@@ -100,7 +100,7 @@ class Decoder:
 
     @property
     def shapes(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s, float32 but where quantised."""
+        """The parameter tree as `jax.ShapeDtypeStruct`s, float32 unless quantised."""
         _, state = abstract_stack(self.config, self.lora, self.quantize)
         return nnx.to_pure_dict(state)
 
@@ -141,14 +141,14 @@ class Decoder:
         """Runs the decoder.
 
         Args:
-          params: as `init` or `load_pretrained` gives.
+          params: the parameters, from `init` or `load_pretrained`.
           inputs: int32 `[B, T]` token ids.
           positions: int32 `[B, T]`; by default 0 … T − 1.
           segment_ids: int32 `[B, T]`; a token attends to earlier columns of its own segment. By
             default the whole row is one segment.
-          branch_ids: int32 `[B, T]`; within its segment a token attends to branch 0 and its own
-            only. By default there are no branches.
-          noise: for the rows of the embedding, before `embed_scale`. By default there is none.
+          branch_ids: int32 `[B, T]`; within its segment a token attends only to branch 0 and its
+            own branch. By default there are no branches.
+          noise: noise for the embeddings, added before `embed_scale`. By default there is none.
           experts: integers `[B, T, L, k]`, the experts that tokens take in each layer. By default
             the routers choose.
 
@@ -158,9 +158,9 @@ class Decoder:
         return self._run(params, inputs, positions, segment_ids, branch_ids, noise, experts)[0]
 
     def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
-        """Which kind of attention rows of this length get, and why.
+        """The kind of attention for rows of this length, and why.
 
-        Depends on the mesh in context or, without one, on the default device.
+        It depends on the mesh in context or, without one, on the default device.
         """
         return attention_kind(
             self.attention,
@@ -173,7 +173,7 @@ class Decoder:
 
     @property
     def extra_terms(self) -> tuple[str, ...]:
-        """Names of the loss terms that `apply_with_losses` gives."""
+        """Names of the loss terms that `apply_with_losses` returns."""
         routed = self.config.num_experts > 0 and self.config.router_aux_coef != 0
         return ("router",) if routed else ()
 
@@ -187,12 +187,12 @@ class Decoder:
         noise: EmbeddingNoise | None = None,
         experts: Array | None = None,
     ) -> tuple[jax.Array, dict[str, Weighted]]:
-        """Like `apply`, with what training adds to any loss.
+        """Like `apply`, and also returns the terms that training adds to any loss.
 
         Returns:
           (hidden states, `extra_terms`): for a mixture of experts `router`, the load-balancing loss
-          of each document (`losses.router.document_balance`) summed over all tokens but padding and
-          scaled by `router_aux_coef`.
+          of each document (`losses.router.document_balance`) summed over all tokens except padding
+          and scaled by `router_aux_coef`.
         """
         if not self.extra_terms:
             args = (inputs, positions, segment_ids, branch_ids, noise, experts)
@@ -265,7 +265,7 @@ class Decoder:
         return jax.tree.map(lambda y: y[:, :length], results)
 
     def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> Rows:
-        """Whole rows `[B, T]` as the layers take them; `balance` as for `layer_rows`."""
+        """Whole rows `[B, T]` in the form for the layers; `balance` as for `layer_rows`."""
         inputs, segments = pad_to_shards(inputs, segments)
         choice = self.attention_kind(inputs.shape[1], branches=segments.branches is not None)
         report_fallback(choice)
@@ -278,7 +278,7 @@ class Decoder:
     ) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `length` tokens.
 
-        With `keep_experts` it also keeps the experts that each token takes.
+        With `keep_experts` it also stores the experts that each token takes.
         """
         experts = expert_dtype(self.config) if keep_experts else None
         dtype = self.compute_dtype if dtype is None else dtype
@@ -288,13 +288,13 @@ class Decoder:
         self, params: Params, inputs: Array, positions: Array, segment_ids: Array,
         dtype: Any = None, *, keep_experts: bool = False,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
-        """Reads whole rows, as `apply` does, and keeps their keys and values.
+        """Reads whole rows, as `apply` does, and stores their keys and values.
 
         Args:
           params: as for `apply`.
           inputs, positions, segment_ids: as for `apply`, `[B, T]`.
-          dtype: of keys and values; None: `compute_dtype`.
-          keep_experts: keep the experts that each token takes in the cache, too.
+          dtype: dtype of keys and values; None: `compute_dtype`.
+          keep_experts: also store the experts that each token takes in the cache.
 
         Returns:
           Hidden states `[B, T, D]`, and a full cache of T columns.
@@ -303,7 +303,7 @@ class Decoder:
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
         length = positions.shape[1]
         segments = Segments(segment_ids, positions)
-        # The cache has the keys and values of a row in its order.
+        # The cache holds a row's keys and values in the original order.
         inputs, segments, inputs_of, kind, _ = self._rows(inputs, segments, balance=False)
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
@@ -332,9 +332,9 @@ class Decoder:
         return self._norm(params, x)[:, :length], cache
 
     def by_layer(self, params: Params) -> Params:
-        """The same parameters with the blocks as a tuple of layers, which `extend` takes too.
+        """The same parameters with the blocks as a tuple of layers, which `extend` also accepts.
 
-        A loop over tokens then slices no stack. See `Backend.decode_weights_by_layer`.
+        A loop over tokens then does not slice the stack. See `Backend.decode_weights_by_layer`.
         """
         layers = range(self.config.num_layers)
         stacked = self._stacked(params)
@@ -344,20 +344,20 @@ class Decoder:
     def extend(
         self, params: Params, cache: Cache, inputs: Array, positions: Array, segment_ids: Array
     ) -> tuple[jax.Array, Cache]:
-        """One step of decoding: reads T more tokens of every row into the cache, T small.
+        """One step of decoding: reads T (a few) more tokens of every row into the cache.
 
-        Layers are unrolled, not scanned: each updates a cache array of its own in place (see
+        Layers are unrolled, not scanned: each updates its own cache array in place (see
         `models.attention.kv_cache`).
 
         Args:
-          params: as for `apply`, or what `by_layer` makes of them.
-          cache: with at least T free columns.
+          params: as for `apply`, or the result of `by_layer`.
+          cache: a cache with at least T free columns.
           inputs: int32 `[B, T]`.
           positions: int32 `[B, T]`.
           segment_ids: int32 `[B, T]`; 0 marks padding, which later tokens never see.
 
         Returns:
-          Hidden states `[B, T, D]` of the new tokens, and the cache with them in it.
+          Hidden states `[B, T, D]` of the new tokens, and the updated cache.
         """
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
@@ -402,7 +402,7 @@ class Decoder:
         return adapted_matrix(matrix, params["head"], adapter.scales[0])
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Float32 logits `[B, T, V]`, whole: for inspection and single positions, not training."""
+        """The float32 logits `[B, T, V]`, for inspection and single positions, not training."""
         head = self.head(params).astype(hidden.dtype)
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
         return self.finish_logits(logits)
@@ -424,7 +424,7 @@ class Decoder:
             ids = jnp.asarray(inputs)
             x = adapted_rows(x, ids, embed["embedding"], embed, adapter.scales[0])
         if self.config.learned_positions:
-            # A position beyond the table gives NaN, which is noticed; a wrong embedding is not.
+            # A position beyond the table gives NaN, which is noticed, unlike a wrong embedding.
             # Padding may hold any position.
             known = jnp.where(jnp.asarray(segment_ids) > 0, jnp.asarray(positions), 0)
             place = jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
@@ -438,7 +438,7 @@ class Decoder:
         return constrain(x, axes)
 
     def _stacked(self, params: Params) -> Params:
-        """The blocks, `[L, …]` each, as the scan takes them."""
+        """The blocks, `[L, …]` each, in the form for the scan."""
         return with_layer_scales(params["blocks"], self.lora, self.config.num_layers)
 
     def _block(self, layer: Params) -> Block:

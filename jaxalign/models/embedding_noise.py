@@ -1,4 +1,4 @@
-"""Uniform noise on embeddings, made on the devices from a seed for each token."""
+"""Uniform noise for embeddings, generated on the devices from one seed per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxalign.types import EmbeddingNoise
 def draw_noise(noise: EmbeddingNoise, width: int) -> jax.Array:
     """The noise of a batch, float32 `[B, T, D]`: uniform in ± scale / √D.
 
-    A token's numbers are a function of its own seed, wherever the token lies.
+    A token's numbers depend only on its own seed, not on its place in the batch.
 
     Args:
       noise: seeds and scales.

@@ -1,4 +1,4 @@
-"""log Σ exp(z) of logits less their maximum, with all of float32's digits."""
+"""log Σ exp(z) of logits minus their maximum, to full float32 precision."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 
 class ExpSum(NamedTuple):
-    """Σ exp(z) of each position in two parts: 1 + 1e-9 would be 1, and its logarithm 0.
+    """Σ exp(z) of each position in two parts, because 1 + 1e-9 would round to 1, with logarithm 0.
 
     Attributes:
-      ties: how many z are 0, so that exp(z) is 1.
+      ties: how many z are 0 (exp(z) = 1).
       rest: Σ exp(z) of the others.
     """
 
@@ -28,7 +28,7 @@ def exp_sum(shifted: jax.Array) -> ExpSum:
     """Σ exp(z) over the last axis.
 
     Args:
-      shifted: z ≤ 0 with a 0 on the last axis: logits less their maximum.
+      shifted: z ≤ 0 with a 0 on the last axis: logits minus their maximum.
     """
     is_top = shifted >= 0
     ties = jnp.sum(is_top, axis=-1, dtype=jnp.float32)

@@ -1,12 +1,12 @@
-"""Model FLOPs: those of a step's mathematics, not of the program that runs it.
+"""Model FLOPs: the FLOPs of a step's mathematics, not of the compiled program.
 
-A forward pass takes, with N matrix weights (of experts, those that a token takes),
+With N matrix weights (of experts, only those that a token takes), a forward pass takes
 
     2 · N · tokens + 4 · heads · head_dim · pairs,
 
-pairs of a query and a key that it attends to. A step takes 3 forward passes; with frozen weights
-under adapters 2. Recomputed activations, padding and masked pairs do not count, so that the same
-data gives the same number in any layout.
+where `pairs` counts unmasked pairs of a query and a key. A step costs 3 forward passes; with frozen
+weights under adapters, 2. Recomputed activations, padding and masked pairs do not count, so that
+the same data gives the same number in any layout.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Work(NamedTuple):
     """The amount of data that a model reads. Entries add up (`add`).
 
     Attributes:
-      tokens: without padding.
-      pairs: of a query and a key that it attends to, itself included.
-      trained: tokens that the vocabulary head computes.
+      tokens: tokens, without padding.
+      pairs: pairs of a query and a key that it attends to, including itself.
+      trained: tokens for which the vocabulary head is computed.
     """
 
     tokens: float = 0.0
@@ -38,9 +38,9 @@ class Work(NamedTuple):
 
 
 def work_of(batch: Any) -> Work:
-    """The work in all `TokenBatch`es (and prompts) of a batch; its arrays may be of any kind."""
+    """The work in all `TokenBatch`es (and prompts) of a batch of any kind of arrays."""
     if isinstance(batch, TokenBatch):
-        # A token at position t of its document, or of its branch after it, sees t + 1 tokens.
+        # A token at position t of its document or branch attends to t + 1 tokens.
         real = np.asarray(batch.segment_ids) > 0
         seen = np.asarray(batch.positions)[real] + 1.0
         return Work(float(real.sum()), float(seen.sum()), float(np.sum(batch.loss_mask)))
@@ -58,8 +58,8 @@ def forward_flops(config: DecoderConfig, work: Work, *, head: bool = True) -> fl
 
     Args:
       config: shape of the model.
-      work: what it reads.
-      head: whether the vocabulary head takes part, for the trained tokens.
+      work: the data it reads.
+      head: whether to count the vocabulary head, for the trained tokens.
     """
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -72,13 +72,13 @@ def forward_flops(config: DecoderConfig, work: Work, *, head: bool = True) -> fl
 
 
 def row_flops(config: DecoderConfig, rows: int, length: int, *, head: bool) -> float:
-    """`forward_flops` of full rows, one document a row, every token trained."""
+    """`forward_flops` of full rows with one document per row and every token trained."""
     tokens = float(rows * length)
     return forward_flops(config, Work(tokens, tokens * (length + 1) / 2, tokens), head=head)
 
 
 def decode_flops(config: DecoderConfig, prompts: Work, rows: int, prompt: int, new: int) -> float:
-    """FLOPs of reading prompts once and writing `new` tokens to each of `rows` answers.
+    """FLOPs of reading prompts once and generating `new` tokens for each of `rows` answers.
 
     Args:
       config: shape of the model.
@@ -102,8 +102,8 @@ class PPOFlops(NamedTuple):
     """FLOPs of one iteration of PPO.
 
     Attributes:
-      rollout: prompts read, answers written.
-      scoring: reward models; log-probs of policy and reference, values of the critic.
+      rollout: reading prompts and generating answers.
+      scoring: reward models, log-probabilities of policy and reference, values of the critic.
       update: all epochs.
     """
 
@@ -128,16 +128,16 @@ def ppo_flops(
     frozen: bool = False,
     shared_critic: bool = False,
 ) -> PPOFlops:
-    """FLOPs of the iteration that made and learns from a rollout.
+    """FLOPs of the iteration that generates a rollout and trains on it.
 
     Args:
-      tokens: prompts and answers, as in the rollout that `ppo.make_prepare` gives.
+      tokens: prompts and answers, as in the rollout of `ppo.make_prepare`.
       policy: the policy; the reference has its shape.
       critic: the critic, or None.
       scorers: the reward models.
       epochs: passes over the rollout.
-      samples: answers that share the reading of their prompt.
-      frozen: whether the policy is trained by adapters.
+      samples: answers per prompt; each prompt is read once.
+      frozen: whether only the policy's adapters are trained.
       shared_critic: the critic is a head on the policy.
     """
     whole, mask = work_of(tokens), np.asarray(tokens.loss_mask)

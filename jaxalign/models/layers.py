@@ -27,17 +27,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Linear(nnx.Module):
     """`x @ kernel (+ bias) (+ s · (x @ lora_a) @ lora_b)` in the dtype of x.
 
-    With DoRA the columns of kernel + s · lora_a @ lora_b are scaled to the lengths `lora_m`.
+    With DoRA the columns of kernel + s · lora_a @ lora_b are scaled to the norms `lora_m`.
 
     Args:
-      rngs: of the first values.
-      name: in a block, such as "attention.query".
+      rngs: generators of the initial values.
+      name: the name in a block, such as "attention.query".
       sizes: (in, out).
       axes: the kernel's two logical axes.
-      bias: whether there is one.
+      bias: whether to add a bias.
       lora: options of adapters.
       layers: number of blocks.
-      quantize: how the kernel is kept, see `jaxalign.models.quantized`; None: in floats.
+      quantize: the kernel's quantisation, see `jaxalign.models.quantized`; None: floats.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Linear(nnx.Module):
         self.axes = axes
         noise = jax.random.normal(rngs.params(), sizes, jnp.float32)
         self.kernel = make_kernel(INIT_STD * noise, axes, quantize)
-        # On the output projection the output axis is the residual stream, which stays whole.
+        # The output projection's output axis is the residual stream, which is not split.
         bias_axis = "norm" if out_axis == "embed" else out_axis
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32), axes=bias_axis) if bias else None
         self.lora_scale = 0.0
@@ -57,7 +57,7 @@ class Linear(nnx.Module):
         if lora is None or adapter is None:
             self.lora_a = self.lora_b = self.lora_m = None
             return
-        # One factor is zero, so that the adapted model starts as the base (Hu et al. 2021).
+        # One factor is zero, so that the adapted model initially equals the base (Hu et al. 2021).
         a = draw_factor(rngs, (fan_in, adapter.rank), lora.init) / fan_in**0.5
         b = jnp.zeros((adapter.rank, fan_out), jnp.float32)
         self.lora_a = nnx.Param(a, axes=f"{in_axis} rank")
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
         self.lora_m = (
             nnx.Param(column_lengths(self._matrix()), axes=bias_axis) if lora.dora else None
         )
-        # Where layers differ in it, B is scaled before the scan: `with_layer_scales`.
+        # If the scale differs between layers, `with_layer_scales` scales B before the scan.
         self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ class Linear(nnx.Module):
         return self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
 
     def _factor(self) -> jax.Array:
-        """What DoRA multiplies each column by, float32 `[out]`."""
+        """DoRA's factor of each column, float32 `[out]`."""
         assert self.lora_a is not None
         assert self.lora_b is not None
         assert self.lora_m is not None
@@ -104,7 +104,7 @@ class Linear(nnx.Module):
 
 
 def draw_factor(rngs: nnx.Rngs, shape: tuple[int, ...], init: str) -> jax.Array:
-    """√in · A of fresh adapters: normal, or with "peft" uniform within ±1 (He et al. 2015)."""
+    """√in · A of new adapters: normal, or with "peft" uniform within ±1 (He et al. 2015)."""
     if init == "peft":
         return jax.random.uniform(rngs.params(), shape, jnp.float32, -1, 1)
     return jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -129,7 +129,7 @@ class RMSNorm(nnx.Module):
         row = (None,) * (x.ndim - 1)
         if self.offset:
             return (wide * (1 + self.scale[...][row].astype(jnp.float32))).astype(x.dtype)
-        # The normalised value is rounded before scaling, as the reference implementations do.
+        # The normalised value is rounded before scaling, as in the reference implementations.
         return (wide.astype(x.dtype) * self.scale[...][row]).astype(x.dtype)
 
 
@@ -151,7 +151,7 @@ class LayerNorm(nnx.Module):
 
 
 def make_norm(config: DecoderConfig, size: int | None = None) -> RMSNorm | LayerNorm:
-    """A norm of the model's kind, over the residual stream or `size` dimensions."""
+    """A norm of the model's kind, over the residual stream's width or `size` dimensions."""
     size = config.hidden_size if size is None else size
     if config.norm == "layer":
         return LayerNorm(size, config.norm_eps)
@@ -159,7 +159,7 @@ def make_norm(config: DecoderConfig, size: int | None = None) -> RMSNorm | Layer
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention, all but the attention itself."""
+    """The projections of grouped-query attention; the attention itself is elsewhere."""
 
     def __init__(
         self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,

@@ -1,7 +1,7 @@
 """Log-probabilities of target tokens from hidden states.
 
-`target_logprobs` is the only training code that sees the vocabulary, a chunk of positions at a
-time: the whole `[B, T, V]` is never made, forward or backward.
+`target_logprobs` is the only training code that computes logits, one chunk of positions at a time:
+the whole `[B, T, V]` never exists, forward or backward.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def target_logprobs(
     """Log-probability of each target: `z_y − logsumexp(z)` with `z = hidden · head / temperature`.
 
     Args:
-      model: anything that offers `head(params) -> [D, V]`. If it also has `finish_logits`, logits
-        pass through it (soft-capping) before the temperature.
+      model: any object with `head(params) -> [D, V]`. If it also has `finish_logits`, logits pass
+        through it (soft-capping) before the temperature.
       params: its parameters.
       hidden: `[B, T, D]`.
       targets: int `[B, T]`.
       temperature: divides the logits; positive; may be traced. No gradient flows to it.
       entropy: also return the entropy `logsumexp(z) − Σ softmax(z)·z` of each distribution, in
         nats.
-      entropy_gradient: whether a gradient flows through the entropy; without, entropies that are
-        only logged cost nothing in the backward pass.
-      mask: bool `[B, T]`, the positions that count; the others give 0, and the head skips them but
-        for the rest of its last chunk. None: all.
+      entropy_gradient: whether a gradient flows through the entropy. If not, entropies cost nothing
+        in the backward pass.
+      mask: bool `[B, T]`, the positions that count. The others give 0, and the head skips them
+        (except in its last chunk). None: all.
       chunk: positions of every row computed at a time; None: chosen by platform, vocabulary and
         memory, see `head_chunks`. Memory grows with it; results do not depend on it.
 
     Returns:
-      float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such.
+      float32 `[B, T]`, unreduced, in nats; with `entropy`, a pair of such arrays.
     """
     inputs = _head_inputs(model, params, hidden, targets, mask, chunk)
     kind: Entropy = "none"
@@ -117,12 +117,11 @@ def target_sum(
     model: LanguageModel, params: Params, hidden: jax.Array, targets: Array, mask: Array,
     *, weights: Array | None = None, entropy: bool = False, chunk: int | None = None,
 ) -> TargetSum:  # fmt: skip
-    """Σ_t m_t · w_t · log π(y_t), for losses that are this sum up to a factor.
+    """Σ_t m_t · w_t · log π(y_t), for losses that equal this sum up to a factor.
 
-    Equals the (weighted) sum of `target_logprobs`, but multiplies hidden states and head three
-    times instead of four. The gradient of the sum is known up to a factor while a chunk's logits
-    are at hand, so that the backward pass forms no logits again (unless the vocabulary is split
-    over devices).
+    It equals the (weighted) sum of `target_logprobs`, but needs three matrix products with the head
+    instead of four. The gradient of the sum is known up to a factor while a chunk's logits exist,
+    so the backward pass need not recompute logits (unless the vocabulary is split over devices).
 
     Args:
       model, params, hidden, targets, chunk: as for `target_logprobs`.
@@ -149,20 +148,21 @@ def target_sum(
 
 
 class _HeadInputs(NamedTuple):
-    """Positions as the fused head takes them.
+    """Positions in the form for the fused head.
 
-    With L lines of N positions: on one device one line holds all rows, B·T positions; over several
-    devices a line is a row, or a device's part of one, so that every position stays where it is.
+    There are L lines of N positions. On one device a single line holds all rows, B·T positions.
+    Over several devices a line is a row, or a device's part of one, so that every position stays on
+    its device.
 
     Attributes:
       hidden: `[L, N, D]`, valid positions first in each line.
       targets: `[L, N]`.
       head: `[D, V]`.
-      num_valid: valid positions of the line that has most; None: all.
+      num_valid: the largest number of valid positions in a line; None: all.
       chunk: positions of a line at a time.
-      finish: what the model does to its logits.
-      put: another `[B, T]` → `[L, N]`.
-      back: `[L, N]` → `[B, T]`, 0 outside the mask.
+      finish: the model's function of its logits.
+      put: maps another `[B, T]` to `[L, N]`.
+      back: maps `[L, N]` to `[B, T]`, with 0 outside the mask.
     """
 
     hidden: jax.Array
@@ -226,19 +226,19 @@ def head_chunks(
     lines: int, positions: int, vocabulary: int, parts: int, chunk: int | None = None, *,
     masked: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
-    """How the head cuts up its positions.
+    """How the head splits its positions into chunks.
 
-    A chunk of P positions of a device reads the head `[D, V]` once and holds float32 logits
-    `[P, V / n]`, n the shards of the vocabulary. `Backend.head_*` limit P by platform, by
-    vocabulary and by the device's memory: on an H100 or a v5p, P = 4,096 at a vocabulary of 128k.
+    On a device, a chunk of P positions reads the head `[D, V]` once and holds float32 logits `[P, V
+    / n]`, for n shards of the vocabulary. `Backend.head_*` limit P by platform, by vocabulary and
+    by the device's memory: on an H100 or a v5p, P = 4,096 at a vocabulary of 128k.
 
     Args:
-      lines: rows, or parts of rows, of all devices.
-      positions: of a line.
+      lines: rows, or parts of rows, on all devices.
+      positions: the positions of a line.
       vocabulary: V.
-      parts: over how many devices the lines are split.
-      chunk: positions of a line at a time, where the caller chooses.
-      masked: whether only some positions count: chunks past the last of them are skipped.
+      parts: the number of devices over which the lines are split.
+      chunk: positions of a line at a time, if the caller chooses.
+      masked: whether only some positions count; chunks after the last of these are skipped.
 
     Returns:
       (positions of a line in a chunk, number of chunks), for the mesh in context.
@@ -265,7 +265,7 @@ def head_chunks(
 
 @jax.custom_vjp
 def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-    """`x[b, order[b, t]]` for permutations; its gradient is a gather too, not a scatter."""
+    """`x[b, order[b, t]]` for permutations; its gradient is also a gather, not a scatter."""
     return jnp.take_along_axis(x, order[..., None], axis=1)
 
 

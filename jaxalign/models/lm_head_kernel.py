@@ -1,11 +1,11 @@
-"""Head and log-softmax in one, chunk by chunk, with a backward pass of its own.
+"""Fused head and log-softmax, chunk by chunk, with a custom backward pass.
 
 For hidden states h `[R, N, D]`, head W `[D, V]` and targets y: with logits x = finish(h·W),
 
     z = (x − max_v x_v)/τ,      log p(y) = z_y − log Σ exp(z),      H = log Σ exp(z) − Σ_v p_v z_v.
 
-The maximum leaves before the division by τ: of logits around 1,000, at τ = 0.1, float32 would keep
-two decimals otherwise, and the entropy, a difference of such numbers, none.
+The maximum is subtracted before the division by τ. Otherwise, for logits around 1,000 at τ = 0.1,
+float32 would keep two decimals, and the entropy, a difference of such numbers, none.
 
 Neither pass keeps logits: the forward pass keeps the maximum, log Σ exp(z) and Σ p·z of each
 position, from which the backward pass forms the gradient of a recomputed chunk,
@@ -13,13 +13,14 @@ position, from which the backward pass forms the gradient of a recomputed chunk,
     ∂/∂z = g·(onehot(y) − p) − e·p·(z − Σ p·z),
 
 with g and e the incoming gradients of log p(y) and H. Valid positions come first in every row, and
-chunks past the last of them are skipped at run time: the cost grows with trained positions only.
+chunks after the last valid position are skipped at run time: the cost depends only on trained
+positions.
 
-Of a sum Σ w·log p(y) with weights that are known beforehand, ∂/∂z is known up to one factor as soon
-as a chunk's logits are. `fused_total` forms the gradients of hidden states and head in the forward
-pass, and forms no logits again (as Hsu et al. 2024, https://arxiv.org/abs/2410.10989, §3.2).
+For a sum Σ w·log p(y) with known weights, ∂/∂z is known up to one factor as soon as a chunk's
+logits are. `fused_total` therefore computes the gradients of hidden states and head in the forward
+pass, and never recomputes logits (as Hsu et al. 2024, https://arxiv.org/abs/2410.10989, §3.2).
 
-On a mesh every device runs over its own rows and its own columns of the head. No collective runs
+On a mesh every device handles its own rows and its own columns of the head. No collective runs
 inside the loop over chunks:
 
 - Before it, the head is all-gathered over the mesh axes that shard its rows D (FSDP), once for both
@@ -53,11 +54,11 @@ Entropy = Literal["none", "value", "gradient"]
 over the logits of the backward pass."""
 
 Finish = Callable[[jax.Array], jax.Array]
-"""What a model does to its logits, elementwise (a soft-cap); hashable, so that jit can cache."""
+"""A model's elementwise function of its logits (a soft cap); hashable, so that jit can cache."""
 
 
 def identity(logits: jax.Array) -> jax.Array:
-    """Logits as they are."""
+    """Returns the logits unchanged."""
     return logits
 
 
@@ -72,7 +73,7 @@ def fused_logprobs(
     temperature: jax.Array,
     num_valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and, if asked for, the entropy.
+    """The log-probability of each target and, optionally, the entropy.
 
     Args:
       chunk: positions of every row that are computed at a time; divides N.
@@ -83,7 +84,7 @@ def fused_logprobs(
       head: `[D, V]`, in the dtype of `hidden`.
       targets: int32 `[R, N]`.
       temperature: float32 scalar; no gradient flows to it.
-      num_valid: int32 scalar, valid positions of the row that has most; positions from here on are
+      num_valid: int32 scalar, the largest number of valid positions in a row; later positions are
         skipped and give 0. None: all are valid.
 
     Returns:
@@ -104,14 +105,14 @@ def fused_total(
     num_valid: jax.Array | None,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Σ weights · log p(target), and what is summed.
+    """Σ weights · log p(target), and its terms.
 
-    A gradient flows to `hidden` and `head`, and through the sum only.
+    A gradient flows only through the sum, to `hidden` and `head`.
 
     Args:
       chunk, finish, hidden, head, targets, temperature, num_valid: as for `fused_logprobs`.
       entropy: whether entropies are computed; else they are 0.
-      weights: float32 `[R, N]`; 0 from `num_valid` on.
+      weights: float32 `[R, N]`; 0 from position `num_valid` on.
 
     Returns:
       The sum, float32; log-probabilities and entropies, two float32 `[R, N]`.
@@ -122,7 +123,7 @@ def fused_total(
 
 
 class Normalizers(NamedTuple):
-    """What the forward pass keeps of each position for the backward pass, float32 `[R, N]`.
+    """The values of each position that the backward pass needs, float32 `[R, N]`.
 
     Attributes:
       top: the largest logit x before the division by the temperature, over the whole vocabulary.
@@ -142,8 +143,8 @@ class Logits(NamedTuple):
 
     Attributes:
       shifted: z `[P, V]`, at most 0.
-      top: what was taken out of x, `[P]`.
-      pullback: a gradient of z `[P, V]` → that of `hidden·head`.
+      top: the amount subtracted from x, `[P]`.
+      pullback: maps a gradient of z `[P, V]` to the gradient of `hidden·head`.
     """
 
     shifted: jax.Array
@@ -155,7 +156,7 @@ def _logits(
     finish: Finish, hidden: jax.Array, head: jax.Array, temperature: jax.Array,
     top: jax.Array | None = None,
 ) -> Logits:  # fmt: skip
-    """Logits of hidden states `[P, D]`, less `top` `[P]` or else the largest of each position."""
+    """Logits of hidden states `[P, D]`, minus `top` `[P]` or else the maximum of each position."""
     raw = jnp.matmul(hidden, head, preferred_element_type=jnp.float32).astype(jnp.float32)
     finished, pullback = jax.vjp(finish, raw)
     if top is None:
@@ -211,7 +212,7 @@ def _forward_shard(
         put = functools.partial(_put_chunk, i, chunk)
         return tuple(map(put, results, new))
 
-    # Of a chunk that is skipped, everything is 0: log-probability, entropy and log Σ exp(z).
+    # For a skipped chunk everything is 0: log-probability, entropy and log Σ exp(z).
     zeros, ones = (fill(targets.shape, jnp.float32) for fill in (jnp.zeros, jnp.ones))  # [R, N]
     start = (zeros, zeros, ones, zeros) + ((zeros,) if entropy != "none" else ())
     count = _num_chunks(num_valid, targets.shape[1], chunk)
@@ -240,12 +241,12 @@ def _join_vocabulary(
       axes: mesh axes that shard the vocabulary.
       temperature: float32 scalar.
       own: `[R, N]`, whether the target is in this part.
-      top, chosen, sums, mean: of this part, `[R, N]`.
+      top, chosen, sums, mean: the results of this part, `[R, N]`.
     """
     largest = jax.lax.pmax(top, axes)
     shift = (top - largest) / temperature  # d_s
     logz = sums.log() + shift
-    # What was this part's largest logit is one of the rest where another part has a larger one.
+    # If another part has a larger logit, this part's largest becomes one of the rest.
     at_top = shift >= 0
     rest = jnp.exp(shift) * (sums.rest + jnp.where(at_top, 0.0, sums.ties))
     joined = ExpSum(*jax.lax.psum((jnp.where(at_top, sums.ties, 0.0), rest), axes))
@@ -307,7 +308,7 @@ def _to_logits(
 ) -> jax.Array:
     """g·(onehot(y) − p), the gradient of log p(y) to the logits: `[P, V]`.
 
-    1 − p(y) is formed from log p(y): where p(y) is close to 1, the difference would have no digits.
+    1 − p(y) is computed from log p(y): if p(y) is close to 1, the difference would lose all digits.
 
     Args:
       probs: p, `[P, V]`.
@@ -333,7 +334,7 @@ def _add_gradients(
     i: jax.Array, chunk: int, states: jax.Array, head: jax.Array, to_logits: jax.Array,
     sums: HeadGradients,
 ) -> HeadGradients:  # fmt: skip
-    """Adds a chunk's share: states `[R·c, D]`, gradient of its logits `[R·c, V]`."""
+    """Adds a chunk's contribution: states `[R·c, D]`, gradient of its logits `[R·c, V]`."""
     to_hidden, to_head = sums
     to_hidden = _put_chunk(i, chunk, to_hidden, jnp.matmul(to_logits, head.T))
     to_head += jnp.matmul(states.T, to_logits, preferred_element_type=jnp.float32)  # [D, V]
@@ -351,8 +352,8 @@ def _reduce_head_gradient(to_head: jax.Array, split: HeadSplit) -> jax.Array:
     others = tuple(name for name in split.rows if name not in split.embed)
     to_head = jax.lax.psum(to_head, others) if others else to_head
     if split.rows:
-        # XLA's TPU compiler moves sums over devices out of a loop over micro-batches, and fails
-        # where their results are converted before they are added up.
+        # XLA's TPU compiler moves sums over devices out of a loop over micro-batches, and fails if
+        # their results are converted before they are accumulated.
         to_head = jax.lax.optimization_barrier(to_head)
     return to_head
 
@@ -361,10 +362,10 @@ def _total_forward(
     chunk: int, entropy: bool, finish: Finish, hidden: jax.Array, head: jax.Array,
     targets: jax.Array, temperature: jax.Array, num_valid: jax.Array | None, weights: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:  # fmt: skip
-    """The sum and its terms; and the gradients, but for the factor that comes from outside."""
+    """The sum, its terms, and the gradients without the incoming factor."""
     split = head_split(hidden.shape[0], *head.shape)
     operands = Operands(hidden, head, targets, temperature, num_valid)
-    if split.vocabulary:  # the logsumexp is known only after all parts of the vocabulary
+    if split.vocabulary:  # the logsumexp is known only after combining all parts of the vocabulary
         kind = "value" if entropy else "none"
         (logprobs, entropies), saved = _forward(chunk, kind, finish, *operands)
         return (jnp.sum(weights * logprobs), logprobs, entropies), (saved, weights)
@@ -430,7 +431,7 @@ def _total_shard(
 
 
 def _first_column(head: jax.Array, split: HeadSplit) -> jax.Array | int:
-    """The first token of this device's part of the vocabulary."""
+    """The index of the first token in this device's part of the vocabulary."""
     return jax.lax.axis_index(split.vocabulary) * head.shape[1] if split.vocabulary else 0
 
 

@@ -1,4 +1,4 @@
-"""How a mesh splits the language-model head: over rows of the batch, over its columns and rows."""
+"""How a mesh splits the language-model head: by batch rows, and by the head's rows and columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxalign.parallel.sharding import mesh_axes
 
 
 class Operands(NamedTuple):
-    """What both passes read; or the `PartitionSpec` of each.
+    """The inputs of both passes, or the `PartitionSpec` of each.
 
     Attributes:
       hidden: `[R, N, D]`.
@@ -32,12 +32,12 @@ class Operands(NamedTuple):
 
 
 class HeadSplit(NamedTuple):
-    """How the mesh in context splits the head's work: names of mesh axes, () where it does not.
+    """How the mesh in context splits the head's work: names of mesh axes, () for none.
 
     Attributes:
       rows: mesh axes that shard the rows R of hidden states, targets and results.
       vocabulary: mesh axes that shard the head's columns V.
-      embed: those of `rows` that shard the head's rows D between steps (FSDP).
+      embed: the axes among `rows` that shard the head's rows D between steps (FSDP).
     """
 
     rows: tuple[str, ...] = ()
@@ -46,17 +46,17 @@ class HeadSplit(NamedTuple):
 
     @property
     def by_row(self) -> PartitionSpec:
-        """Of arrays `[R, N, …]`."""
+        """The spec of arrays `[R, N, …]`."""
         return PartitionSpec(self.rows or None)
 
     @property
     def sharded_head(self) -> PartitionSpec:
-        """Of the head `[D, V]` as parameters lie between steps, and of its gradient."""
+        """The spec of the head `[D, V]` between steps, and of its gradient."""
         return PartitionSpec(self.embed or None, self.vocabulary or None)
 
     @property
     def gathered_head(self) -> PartitionSpec:
-        """Of the head `[D, V]` with all its rows on every device."""
+        """The spec of the head `[D, V]` with all its rows on every device."""
         return PartitionSpec(None, self.vocabulary or None)
 
     def operands(self, head: PartitionSpec) -> Operands:
@@ -68,20 +68,20 @@ class HeadSplit(NamedTuple):
         """Runs a function on each device with its part of every argument.
 
         Args:
-          function: gives parts of its results.
+          function: returns its part of the results.
           in_specs: a `PartitionSpec` for each argument, or a pytree of them.
           out_specs: the same for its results.
           *args: whole arrays.
         """
         if not self.rows and not self.vocabulary:
             return function(*args)
-        # Devices that hold the same part of an argument compute the same; nothing checks that.
+        # Devices with the same part of an argument compute the same; this is not checked.
         mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return mapped(*args)
 
 
 def head_split(rows: int, width: int, vocabulary: int) -> HeadSplit:
-    """How the mesh in context splits a head `[D, V]` and R rows; axes that do not divide are left.
+    """How the mesh in context splits a head `[D, V]` and R rows, by the axes that divide them.
 
     Args:
       rows: R.
@@ -99,12 +99,12 @@ def head_split(rows: int, width: int, vocabulary: int) -> HeadSplit:
     axes = functools.partial(mesh_axes, mesh=mesh)
     row_axes = dividing((*axes("length"), *axes("rows")), rows)
     embed_axes = dividing(tuple(name for name in axes("embed") if name in row_axes), width)
-    # Parts of the vocabulary are joined between devices that hold the same rows.
+    # Parts of the vocabulary are combined across devices that hold the same rows.
     vocabulary_axes = tuple(name for name in axes("vocab") if name not in row_axes)
     return HeadSplit(row_axes, dividing(vocabulary_axes, vocabulary), embed_axes)
 
 
 def vocabulary_shards(rows: int, vocabulary: int) -> int:
-    """Over how many devices of the mesh in context the head's V columns are split."""
+    """The number of devices of the mesh in context over which the head's V columns are split."""
     mesh, split = jax.sharding.get_abstract_mesh(), head_split(rows, 1, vocabulary)
     return math.prod(mesh.shape[name] for name in split.vocabulary)

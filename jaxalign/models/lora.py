@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = xW + α/r · (xA)B.
 
-Only A and B are trained, and the modules that are named; the rest of the base goes to
-`TrainState.frozen`, without gradients and optimizer state.
+Only A, B and the named `modules_to_save` are trained. The rest of the base goes to
+`TrainState.frozen`, without gradients or optimizer state.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ Path = tuple[str, ...]
 def add_lora(
     model: Decoder, params: Params, key: jax.Array, config: LoraConfig | None = None
 ) -> tuple[Decoder, Params, Params]:
-    """Adds adapters to a model; the adapted model starts equal to the base.
+    """Adds adapters to a model; initially the adapted model equals the base.
 
     Args:
-      model: without adapters.
+      model: a model without adapters.
       params: its parameters.
       key: a PRNG key for the adapters.
-      config: options; None: the default ones.
+      config: the options; None: the defaults.
 
     Returns:
       (adapted model, trainable parameters: adapters and `modules_to_save`, frozen parameters: the
-      rest of the base; with PiSSA, what the adapters leave of it). Pass both to
+      rest of the base, with PiSSA minus the part that the adapters take). Pass both to
       `init_state(params, tx, frozen=…)`, or `combine` them to call `model.apply`.
 
     Raises:
-      ValueError: the model has adapters; a target, pattern or module that it does not have (lists
-        what it has); a rank above a matrix's; options that do not go together.
+      ValueError: the model has adapters; a target, pattern or module that the model does not have
+        (the message lists those it has); a rank above a matrix's rank; options that conflict.
     """
     config = LoraConfig() if config is None else config
     adapters, changed = make_adapters(model, params, key, config)
@@ -69,23 +69,23 @@ def add_lora(
 def make_adapters(
     model: Decoder, params: Params, key: jax.Array, config: LoraConfig
 ) -> tuple[Params, Params]:
-    """Fresh adapters of a model.
+    """Makes new adapters for a model.
 
     Args:
-      model: without adapters.
+      model: a model without adapters.
       params: its parameters; only DoRA and PiSSA read them.
       key: a PRNG key.
-      config: options.
+      config: the options.
 
     Returns:
-      (adapters, those matrices of the base that change: with PiSSA, what is left of them).
+      (adapters, the base's matrices that change: with PiSSA, the rest of each matrix).
 
     Raises:
       ValueError: as `add_lora`.
     """
     check_lora(model, config)
     adapted = dataclasses.replace(model, lora=config)
-    # jit drops what its result does not need: the rest of `init` is never computed.
+    # jit drops unused computations, so the rest of `init` is never computed.
     adapters = jax.jit(lambda key: adapters_of(adapted.init(key)))(key)
     changed: Params = {}
     matrices = adapted_matrices(model, config)
@@ -98,7 +98,7 @@ def make_adapters(
         split = jax.jit(principal_parts, static_argnames=("adapter", "stacked"))
         for path, adapter in matrices.items():
             if path == ("embed", "embedding"):
-                continue  # is looked up: as in PEFT, it starts as with "gaussian"
+                continue  # the embedding is looked up: as in PEFT, it starts as with "gaussian"
             stacked = path[0] == "blocks"
             a, b, rest = split(matrix_of(params, path), adapter=adapter, stacked=stacked)
             leaf_at(adapters, path[:-1]).update(lora_a=a, lora_b=b)
@@ -107,16 +107,16 @@ def make_adapters(
 
 
 def sharing_base(config: LoraConfig) -> LoraConfig:
-    """Options of further adapters on the same base, such as a critic's: all of it stays frozen."""
+    """Options for more adapters on the same base, such as a critic's; all of it stays frozen."""
     return dataclasses.replace(config, modules_to_save=())
 
 
 def trained_base(model: Decoder, params: Params, config: LoraConfig) -> Params:
-    """What training kept frozen of a base: without `modules_to_save`, and less what PiSSA took.
+    """The frozen part of a base: without `modules_to_save` and without PiSSA's share.
 
     Args:
       model: the base, without adapters.
-      params: its parameters, as they were when adapters were added.
+      params: its parameters at the time when adapters were added.
       config: options of the adapters.
     """
     if config.init == "pissa":
@@ -127,14 +127,14 @@ def trained_base(model: Decoder, params: Params, config: LoraConfig) -> Params:
 def merge_lora(
     model: Decoder, params: Params, *, dequantize: bool = False
 ) -> tuple[Decoder, Params]:
-    """Folds adapters into the matrices: W ← W + s · A·B (DoRA: of the trained lengths), for export.
+    """Merges adapters into the matrices for export: W ← W + s · A·B (DoRA: with trained norms).
 
-    On a model whose head is tied to its embedding, an adapter of one of the two unties them.
+    If the head is tied to the embedding, merging an adapter of either one unties them.
 
     Args:
       model: an adapted model.
       params: base and adapters together (`combine(params, frozen)`), with or without a score head.
-      dequantize: of a quantised base, whether to take its rounded values as floats.
+      dequantize: for a quantised base, whether to use its rounded values as floats.
 
     Returns:
       (plain model, plain parameters in the base's dtypes; the sum is computed in the wider dtype).
@@ -173,7 +173,7 @@ def merge_lora(
 def adapted_matrices(model: Decoder, config: LoraConfig) -> dict[Path, Adapter]:
     """Path of every matrix with adapters → its adapter, in the order of the parameters.
 
-    The output matrix has the path ("head", "kernel"), also where it is the tied embedding.
+    The output matrix has the path ("head", "kernel"), even if it is the tied embedding.
     """
     found, layers = {}, model.config.num_layers
     for name, path in matrix_names(model).items():
@@ -184,12 +184,12 @@ def adapted_matrices(model: Decoder, config: LoraConfig) -> dict[Path, Adapter]:
 
 
 def dequantize_base(model: Decoder, params: Params, dtype: Any = None) -> tuple[Decoder, Params]:
-    """A model whose quantised matrices are the floats that they stand for.
+    """A model with its quantised matrices converted to floats.
 
     Args:
       model: with or without adapters.
       params: its parameters.
-      dtype: of these matrices; None: that of the embedding.
+      dtype: dtype of these matrices; None: the embedding's dtype.
     """
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
     floats = map_quantized(lambda parts: dequantized(parts, dtype), params)
@@ -204,14 +204,14 @@ def matrix_of(params: Params, path: Path) -> Any:
 
 
 def stored_at(params: Params, path: Path) -> Any:
-    """As `matrix_of`, but a quantised matrix as it is."""
+    """Like `matrix_of`, but without dequantising."""
     if path == ("head", "kernel") and "kernel" not in params.get("head", {}):
         return jnp.transpose(params["embed"]["embedding"])
     return leaf_at(params, path)
 
 
 def _lengths(stored: Any) -> jax.Array:
-    """`column_lengths`; of a quantised matrix a layer at a time."""
+    """`column_lengths`; for a quantised matrix one layer at a time."""
     if not is_quantized(stored):
         return column_lengths(stored)
     return jax.lax.map(lambda parts: column_lengths(dequantized(parts)), stored)
@@ -231,7 +231,7 @@ def adapters_of(params: Params) -> Params:
 
 
 def without_adapters(params: Params) -> Params:
-    """All parameters but adapters, in new dictionaries."""
+    """All parameters except adapters, in new dictionaries."""
     kept = {}
     for name, value in params.items():
         if isinstance(value, dict):
@@ -244,7 +244,7 @@ def without_adapters(params: Params) -> Params:
 
 
 def split_saved(params: Params, config: LoraConfig) -> tuple[Params, Params]:
-    """Parameters of a base: (those of `modules_to_save`, all others)."""
+    """Splits a base's parameters: (those of `modules_to_save`, all others)."""
     if not config.modules_to_save:
         return {}, params
     saved: Params = {}
@@ -271,12 +271,12 @@ def replaced(params: Params, changed: Params) -> Params:
 
 
 def check_lora(model: Decoder, config: LoraConfig, *, fresh: bool = True) -> None:
-    """Refuses options that a model cannot have.
+    """Raises ValueError for options that do not fit a model.
 
     Args:
-      model: without adapters.
-      config: options.
-      fresh: whether the adapters are new; ranks of others are what they are.
+      model: a model without adapters.
+      config: the options.
+      fresh: whether the adapters are new; the ranks of existing adapters are not checked.
 
     Raises:
       ValueError: see `add_lora`.
@@ -290,7 +290,7 @@ def check_lora(model: Decoder, config: LoraConfig, *, fresh: bool = True) -> Non
         for name, path in names.items()
         for layer in range(layers if path[0] == "blocks" else 1)
     ]
-    # The default targets are those of all models; some models lack a gate.
+    # The default targets are the same for all models, but some models lack a gate.
     targets = () if config.targets == LoraConfig().targets else config.targets
     for option, patterns in (
         ("targets", targets),
@@ -340,8 +340,8 @@ def _check_together(model: Decoder, config: LoraConfig, matrices: dict[Path, Ada
         name = module_name(path)
         if is_saved(path, config):
             raise ValueError(
-                f"lora modules_to_save={config.modules_to_save}: {name} has adapters too; take it "
-                "from one of the two"
+                f"lora modules_to_save={config.modules_to_save}: {name} has adapters too; "
+                "remove it from one of the two"
             )
         if config.dora and model.config.num_experts and path[:2] == ("blocks", "mlp"):
             raise ValueError(
@@ -385,7 +385,7 @@ def _check_principal(model: Decoder, path: Path) -> None:
 
 
 def matrix_names(model: Decoder) -> dict[str, Path]:
-    """Name of everything that may have adapters → its path."""
+    """Name → path, for everything that can have adapters."""
     plain = dataclasses.replace(model, lora=None, quantize=None)
     found: dict[str, Path] = {"embed": ("embed", "embedding")}
     for path, _ in leaves_of(plain.shapes):
@@ -417,14 +417,14 @@ def _like(params: Params, part: Params) -> Params:
 
 
 def leaf_at(tree: Params, path: Path) -> Any:
-    """What lies at a path."""
+    """The value at a path."""
     for name in path:
         tree = tree[name]
     return tree
 
 
 def set_leaf(tree: Params, path: Path, value: Any) -> None:
-    """Puts a value at a path; makes the dictionaries on the way."""
+    """Sets the value at a path; makes missing dictionaries."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

@@ -1,4 +1,4 @@
-"""Adapters by arithmetic: a weighted sum of several, and the one between two full checkpoints."""
+"""Adapter arithmetic: weighted sums, and the adapter between two full checkpoints."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxalign.types import Params
 
 
 class Extracted(NamedTuple):
-    """An adapter between two checkpoints.
+    """The adapter that approximates the difference of two checkpoints.
 
     Attributes:
       params: nested dict of `lora_a` `[L, in, r]` and `lora_b` `[L, r, out]`, float32.
       config: its configuration; α = r.
-      lost: path of a kernel → ‖ΔW − A·B‖ / ‖ΔW‖, the share of its change that rank r leaves out; of
-        all its layers together. 0 where nothing changed.
-      other_changes: paths of other leaves that differ between the checkpoints: no adapter
-        holds their change.
+      lost: path of a kernel → ‖ΔW − A·B‖ / ‖ΔW‖ over all its layers, the share of its change that
+        rank r cannot hold; 0 if nothing changed.
+      other_changes: paths of other leaves that differ between the checkpoints, whose change no
+        adapter holds.
     """
 
     params: Params
@@ -34,22 +34,23 @@ class Extracted(NamedTuple):
 def add_adapters(
     adapters: Sequence[tuple[Params, LoraConfig]], weights: Sequence[float]
 ) -> tuple[Params, LoraConfig]:
-    """One adapter whose change of each kernel is the weighted sum of several adapters' changes.
+    """One adapter that changes each kernel by the weighted sum of several adapters' changes.
 
         ΔW = Σᵢ wᵢ · αᵢ/rᵢ · Aᵢ·Bᵢ
 
-    It is exact: the ranks add up. Adapters may have different ranks and targets.
+    The result is exact: its rank is the sum of their ranks. Adapters may have different ranks and
+    targets.
 
     Args:
       adapters: (nested dict with `lora_a` `[…, in, r]` and `lora_b` `[…, r, out]`, configuration).
-      weights: one each; any finite numbers.
+      weights: one finite number per adapter.
 
     Returns:
       (adapter, configuration), with r = Σᵢ rᵢ = α.
 
     Raises:
-      ValueError: no adapters, another number of weights, adapters of different models, or of a kind
-        whose change is not α/r · A·B.
+      ValueError: no adapters, a different number of weights, adapters of different models, or a
+        kind of adapter whose change is not α/r · A·B.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
@@ -72,7 +73,7 @@ def add_adapters(
         a_parts, b_parts = [], []
         some_a, some_b = next(pairs[path] for pairs in flat if path in pairs)
         for pairs, (_, config), weight in zip(flat, adapters, weights, strict=True):
-            if path not in pairs:  # this adapter leaves the kernel alone
+            if path not in pairs:  # this adapter does not change the kernel
                 a_parts.append(jnp.zeros((*some_a.shape[:-1], config.rank), some_a.dtype))
                 b_parts.append(
                     jnp.zeros((*some_b.shape[:-2], config.rank, some_b.shape[-1]), some_b.dtype)
@@ -97,7 +98,7 @@ def add_adapters(
 def extract_adapter(
     base: Params, tuned: Params, rank: int, targets: Sequence[str] = LORA_TARGETS
 ) -> Extracted:
-    """The adapter of a rank that comes closest to what training changed.
+    """The adapter of rank r that best approximates the change by training.
 
     The best approximation of W′ − W of rank r in the Frobenius norm is its truncated singular value
     decomposition U·Σ·Vᵀ (Eckart and Young 1936, https://doi.org/10.1007/BF02288367):
@@ -106,12 +107,12 @@ def extract_adapter(
 
     Args:
       base: parameters before training, without adapters.
-      tuned: parameters after it, of the same shapes.
+      tuned: parameters after training, of the same shapes.
       rank: r; at most the smaller side of every kernel.
-      targets: projections to adapt, of `LORA_TARGETS`.
+      targets: projections to adapt, from `LORA_TARGETS`.
 
     Raises:
-      ValueError: parameters of different models, or a rank above a matrix.
+      ValueError: parameters of different models, or a rank above a matrix's smaller side.
     """
     config = LoraConfig(rank=rank, alpha=float(rank), targets=tuple(targets))
     before, after = dict(_leaves(base)), dict(_leaves(tuned))
@@ -141,7 +142,7 @@ def extract_adapter(
 
 
 def _truncated(old: jax.Array, new: jax.Array, rank: int) -> tuple[dict[str, jax.Array], float]:
-    """A and B of every layer, one layer at a time, and the share of the change that is left out."""
+    """A and B of every layer, one layer at a time, and the share of the change that they lose."""
     a, b, kept, whole = [], [], 0.0, 0.0
     for before, after in zip(old, new, strict=True):
         change = after.astype(jnp.float32) - before.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Options of low-rank adapters, and the rule by which a name or pattern chooses matrices."""
+"""Options of low-rank adapters, and the rule by which a name or pattern selects matrices."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-"""Projections of a block, which get adapters by default."""
+"""The projections of a block, which get adapters by default."""
 
 LORA_NAMES = (*LORA_TARGETS, "embed", "lm_head")
-"""All that may get adapters: projections, the token embedding and the output matrix."""
+"""Everything that can have adapters: projections, the token embedding and the output matrix."""
 
 LORA_INITS = ("gaussian", "peft", "pissa")
 
 
 class Patterns(Mapping[str, Any]):
-    """A mapping that can be hashed. The order of its keys counts, as the first match holds."""
+    """A hashable mapping. The order of its keys matters, because the first match applies."""
 
     def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()):
         self._items = tuple(dict(items).items())
@@ -53,19 +53,19 @@ class LoraConfig:
     Attributes:
       rank: r, columns of A.
       alpha: α; the adapter's output is scaled by α/r.
-      targets: matrices to adapt, by name or regular expression. On a model whose head is tied to
-        the embedding, `embed` adapts the look-up and `lm_head` the head, each alone.
-      rank_pattern: name or regular expression → rank, in place of `rank`.
+      targets: matrices to adapt, by name or regular expression. If the head is tied to the
+        embedding, `embed` adapts only the look-up and `lm_head` only the head.
+      rank_pattern: name or regular expression → rank, overriding `rank`.
       alpha_pattern: the same for `alpha`.
       rslora: scale by α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
-      dora: also train the length of each column (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-      dropout: 0, as no model here draws random numbers while it trains.
+      dora: also train the norm of each column (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+      dropout: must be 0, because models here use no random numbers in training.
       init: "gaussian": A is N(0, 1/in), B is 0; "peft": as PEFT's default, A is uniform within
-        ±1/√in, B is 0 (of the embedding, with both: A is 0, B is N(0, 1)); "pissa": the r largest
-        singular vectors, which leave the frozen base (Meng et al. 2024,
+        ±1/√in, B is 0 (for the embedding, both options mean: A is 0, B is N(0, 1)); "pissa": the r
+        largest singular vectors, which are removed from the frozen base (Meng et al. 2024,
         https://arxiv.org/abs/2404.02948).
       modules_to_save: modules that are trained whole, such as `embed`, `lm_head`, `norm` or
-        `attention_norm` (in all layers). The head of a reward model always is.
+        `attention_norm` (in all layers). A reward model's head always is.
     """
 
     rank: int = 16
@@ -125,13 +125,13 @@ def _check_pattern(option: str, pattern: str) -> None:
 
 
 def chooses(pattern: str, name: str) -> bool:
-    """Whether an entry chooses a matrix by its full name: as a regular expression, or as its end.
+    """Whether an entry selects a matrix by its full name: as a regular expression, or as its end.
 
-    It is the rule that PEFT has for its patterns.
+    PEFT uses the same rule for its patterns.
     """
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that chooses a matrix, else the default."""
+    """The value of the first pattern that selects a matrix, else the default."""
     return next((value for key, value in patterns.items() if chooses(key, name)), default)

@@ -1,4 +1,4 @@
-"""An adapter out of two whole models: the largest singular vectors of what training changed."""
+"""Extracts an adapter from two whole models: the largest singular vectors of their difference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Extracted(NamedTuple):
       trained: the adapters, and `modules_to_save` of the tuned model.
       frozen: the rest of the base.
       kept: matrix → share of the squared change that its adapter holds, 0 to 1.
-      left: names of modules that changed and are not in the adapter.
+      left: names of modules that changed but are not in the adapter.
     """
 
     model: Decoder
@@ -45,20 +45,20 @@ class Extracted(NamedTuple):
 
 
 def extract_lora(model: Decoder, base: Params, tuned: Params, config: LoraConfig) -> Extracted:
-    """The adapter of a rank that is nearest to a change of weights (Eckart and Young).
+    """The adapter of rank r that best approximates a change of weights (Eckart and Young).
 
-    With the change tuned − base = U·S·Vᵀ, cut to rank r:
+    With the change tuned − base ≈ U·S·Vᵀ, truncated to rank r:
 
         s · A·B = U·S·Vᵀ
 
     Args:
-      model: of both, without adapters.
+      model: the model of both, without adapters.
       base: parameters before training.
       tuned: parameters after it.
       config: rank, α, targets and `modules_to_save`.
 
     Raises:
-      ValueError: DoRA; parameters of other shapes; or as `add_lora`.
+      ValueError: DoRA; parameters of different shapes; or as `add_lora`.
     """
     if config.dora or config.init == "pissa":
         raise ValueError("lora dora, init=pissa: an extracted adapter has neither")
@@ -90,7 +90,7 @@ def extract_lora(model: Decoder, base: Params, tuned: Params, config: LoraConfig
     done = {*matrices, *(path for path, _ in leaves_of(saved))}
     table = ("embed", "embedding")
     if model.config.tie_embeddings and ("head", "kernel") not in matrices and table in matrices:
-        done.remove(table)  # the head is the same table, and has no adapter
+        done.remove(table)  # the head is the same table and has no adapter
     left = [
         module_name(path)
         for path, leaf in before.items()

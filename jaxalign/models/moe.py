@@ -1,7 +1,7 @@
-"""A mixture of experts: each token takes a few of many feed-forward networks; none is dropped.
+"""A mixture of experts: each token takes a few of many feed-forward networks; no token is dropped.
 
 Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that every
-token gets exactly its experts whatever the others chose. What the router chose is returned, for
+token gets exactly its experts, whatever other tokens chose. The router's choices are returned for
 the load-balancing loss in `jaxalign.losses.router`.
 """
 
@@ -27,8 +27,7 @@ class Routing(NamedTuple):
 
     Attributes:
       probs: float32 `[B, T, E]`, its softmax over all experts.
-      chosen: float32 `[B, T, E]`, 1 for the experts taken (0 or 1 for one layer; summed over layers
-        a count).
+      chosen: float32 `[B, T, E]`, 1 for the experts taken, else 0; summed over layers, a count.
       experts: int32 `[B, T, k]`, the experts taken. None: summed over layers.
     """
 
@@ -38,12 +37,12 @@ class Routing(NamedTuple):
 
 
 def expert_dtype(config: DecoderConfig) -> jnp.dtype:
-    """The smallest dtype that numbers the experts."""
+    """The smallest dtype that holds the experts' indices."""
     return jnp.dtype(jnp.uint8 if config.num_experts <= 256 else jnp.uint16)
 
 
 def expert_numbers(routing: Routing, config: DecoderConfig) -> jax.Array:
-    """The experts that tokens took in one layer, `[B, T, k]`, in `expert_dtype`."""
+    """The indices of the experts that tokens took in one layer, `[B, T, k]`, in `expert_dtype`."""
     assert routing.experts is not None
     return routing.experts.astype(expert_dtype(config))
 
@@ -63,8 +62,8 @@ class Router(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, Routing]:
         """`[B, T, D]` → (experts int32 `[B, T, k]`, their weights `[B, T, k]`, routing).
 
-        `replayed` experts, integers `[B, T, k]`, take the place of the likeliest ones; their
-        weights come from the probabilities here, and so do gradients (Ma et al. 2025,
+        `replayed` experts, integers `[B, T, k]`, replace the most likely ones; their weights and
+        gradients still come from the probabilities here (Ma et al. 2025,
         https://arxiv.org/abs/2510.11370, equation 4).
         """
         kernel = self.kernel[...].astype(x.dtype)
@@ -105,9 +104,9 @@ class ExpertLinear(nnx.Module):
         self.lora_scale = 1.0 if adapter.scale is None else adapter.scale
 
     def weights(self, dtype: jnp.dtype) -> tuple[dict[str, jax.Array], dict[str, str]]:
-        """The matrices as `_multiply` takes them, and the logical axes that they have there.
+        """The matrices for `_multiply`, and their logical axes there.
 
-        The residual stream is whole on every device while experts compute.
+        The residual stream is not split while experts compute.
         """
         in_axis, out_axis = self.axes.replace("embed", "hidden").split()
         if isinstance(self.kernel, QuantizedKernel):
@@ -125,12 +124,12 @@ class ExpertLinear(nnx.Module):
 def _multiply(
     x: jax.Array, weights: dict[str, jax.Array], sizes: jax.Array, in_group: jax.Array | None
 ) -> jax.Array:
-    """Rows `[N, in]`, sorted by expert, times each one's matrix → `[N, out]`.
+    """Multiplies rows `[N, in]`, sorted by expert, by their expert's matrix → `[N, out]`.
 
     Args:
       x: the rows.
-      weights: matrices `[E, in, out]`, and adapters if there are any.
-      sizes: int32 `[E]`, rows of each expert.
+      weights: matrices `[E, in, out]`, and adapters if any.
+      sizes: int32 `[E]`, the number of rows of each expert.
       in_group: bool `[N, 1]`, which rows belong to an expert; the others give 0. None: all do.
     """
 
@@ -148,7 +147,7 @@ def _multiply(
 
 
 class Experts(nnx.Module):
-    """Router and experts in the place of an MLP."""
+    """Router and experts in place of an MLP."""
 
     def __init__(
         self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,
@@ -173,17 +172,17 @@ class Experts(nnx.Module):
         experts, shares, routing = self.router(x, replayed)
         run = self._run
         if self.quantized:
-            # The backward pass multiplies the codes out again, in place of keeping floats.
+            # The backward pass dequantises again, instead of keeping floats.
             run = jax.checkpoint(run, prevent_cse=False)
         return run(x, experts, shares), routing
 
     def _run(self, x: jax.Array, experts: jax.Array, shares: jax.Array) -> jax.Array:
-        """`_compute` on every device's rows and experts."""
+        """Runs `_compute` on every device's rows and experts."""
         weights, axes = {}, {}
         for name, linear in (("gate", self.gate), ("up", self.up), ("down", self.down)):
             weights[name], axes[name] = linear.weights(x.dtype)
-        # Sorting mixes the tokens of all rows. On a mesh each device sorts its own rows only; with
-        # experts spread over devices, the rows of all devices that share the experts.
+        # Sorting mixes the tokens of all rows. On a mesh each device sorts only its own rows; if
+        # experts are split over devices, it sorts the rows of all devices in its expert group.
         rows = (x, experts, shares.astype(x.dtype))
         return map_row_shards(
             self._compute, rows, weights, axes, contracted="mlp", sharded="expert"
@@ -192,7 +191,7 @@ class Experts(nnx.Module):
     def _compute(
         self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Params, first: Any
     ) -> jax.Array:
-        """The sum over this device's experts, from number `first` on: `[B, T, D]` → the same.
+        """The sum over this device's experts, from index `first` on: `[B, T, D]` → the same shape.
 
         Args:
           x: `[B, T, D]`.
@@ -205,7 +204,8 @@ class Experts(nnx.Module):
         per_token, local = experts.shape[-1], weights["gate"]["kernel"].shape[0]
         flat = experts.reshape(-1) - first  # [B·T·k], number among the local experts
         if local < self.count:
-            # Choices of other devices' experts are sorted last, belong to no group and count 0.
+            # Choices of other devices' experts are sorted last, belong to no group and contribute
+            # 0.
             is_local = (flat >= 0) & (flat < local)
             flat = jnp.where(is_local, flat, local)
             shares = jnp.where(is_local.reshape(shares.shape), shares, 0)

@@ -1,6 +1,6 @@
 """The network as flax.nnx modules: a block, the embedding, the head, and the stack of them.
 
-`jaxalign.models.decoder` makes pure functions of them.
+`jaxalign.models.decoder` wraps them in pure functions.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Block(nnx.Module):
         Args:
           x: `[B, T, D]`.
           inputs: mask, rotation and scale.
-          kind: of attention, see `jaxalign.models.attention.dispatch`.
-          experts: integers `[B, T, k]`, what the router is to choose; None: it chooses.
+          kind: the kind of attention, see `jaxalign.models.attention.dispatch`.
+          experts: integers `[B, T, k]`, the experts to use; None: the router chooses.
         """
         query, key, value = self._project(x, inputs)
         attended = attend(query, key, value, inputs.mask, inputs.scale, self.softcap, kind=kind)
@@ -100,7 +100,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`, and position embeddings `[P, D]` where they are learned."""
+    """Token embeddings `[V, D]`, and position embeddings `[P, D]` if they are learned."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
@@ -115,7 +115,7 @@ class Embedding(nnx.Module):
         if lora is None or adapter is None:
             return
         rows, width = config.vocab_size, config.hidden_size
-        # A is looked up, not multiplied: as in the reference implementation, it is the zero one.
+        # A is looked up, not multiplied: as in the reference implementation, A starts as zero.
         b = jax.random.normal(rngs.params(), (adapter.rank, width), jnp.float32)
         a = jnp.zeros((rows, adapter.rank), jnp.float32)
         self.lora_a = nnx.Param(a, axes="vocab rank")
@@ -125,7 +125,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """An output matrix `[D, V]`; where it is the tied embedding, its adapter alone."""
+    """An output matrix `[D, V]`; if it is the tied embedding, only its adapter."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.vocab_size)
@@ -145,7 +145,7 @@ class Head(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The whole network; its parameter tree is the public one."""
+    """The whole network; its parameter tree is the public parameter tree."""
 
     def __init__(
         self, config: DecoderConfig, lora: LoraConfig | None, rngs: nnx.Rngs,

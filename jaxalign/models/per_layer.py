@@ -1,7 +1,7 @@
-"""Per-layer attributes: window or not, which rotary embedding, which scale of attention scores.
+"""Per-layer attributes: the window, the rotary embedding and the scale of attention scores.
 
-All layers run in one scan. What differs between layers is scanned along with their weights, one
-value a layer. What does not differ is settled while tracing and costs nothing.
+All layers run in one scan. Attributes that differ between layers are scanned with their weights,
+one value per layer. Attributes that do not differ are constants of the trace and cost nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ scalar of a single layer."""
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention of one layer takes beside its queries, keys and values.
+    """The inputs of one layer's attention besides its queries, keys and values.
 
     Attributes:
       mask: which query attends to which key.
       rope: rotation of the new tokens, or None.
-      scale: of the attention scores, or None for 1/√head_dim.
+      scale: the factor of the attention scores, or None for 1/√head_dim.
     """
 
     mask: MaskSpec
@@ -38,9 +38,9 @@ class AttentionInputs(NamedTuple):
 
 
 def layer_attributes(config: DecoderConfig) -> LayerAttributes:
-    """The attributes of all layers, `[L]` each: what the scan takes beside the weights.
+    """The attributes of all layers, `[L]` each, to scan with the weights.
 
-    {} where all layers are alike.
+    It is {} if all layers are alike.
     """
     attributes: LayerAttributes = {}
     if len(set(config.window_layers)) > 1:
@@ -60,8 +60,8 @@ def attention_inputs(
     """Prepares masks and rotations once for all layers.
 
     Args:
-      config: of the model.
-      mask: of a layer without a window.
+      config: the model's config.
+      mask: the mask of a layer without a window.
       matrix: whether masks become matrices `[B, 1, T, S]`, once for all layers.
 
     Returns:

@@ -1,13 +1,13 @@
 """A frozen base in 4 or 8 bits: the projections of all blocks as NF4 or int8 (QLoRA).
 
 NF4 (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E) has 16 values. Each block
-of 64 weights of a column of `[in, out]` has one scale, its largest absolute value:
+of 64 weights in a column of `[in, out]` has one scale, the block's largest absolute value:
 
     W[i, o] ≈ table[code[i, o]] · scale[i // 64, o]
 
-These are the blocks and codes of bitsandbytes, which stores the transposed matrix. qwix finds codes
-and scales, and multiplies them out. Two codes lie in a byte: arrays of `uint4` take a byte each on
-a CPU. Embeddings, norms, biases, routers and heads keep their floats.
+These are the blocks and codes of bitsandbytes, which stores the transposed matrix. qwix computes
+codes and scales, and dequantises them. We pack two codes into a byte, because `uint4` arrays take a
+byte per element on a CPU. Embeddings, norms, biases, routers and heads stay in floats.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ QUANTIZED = ("nf4", "nf4-double", "int8")
 each output."""
 
 BLOCK = 64
-"""Weights of a block of NF4, at most: a block divides the rows of its matrix."""
+"""The most weights in a block of NF4; the block size divides the matrix's rows."""
 
 SCALES = 256
-"""Scales of a block of `nf4-double`, at most."""
+"""The most scales in a block of `nf4-double`."""
 
-_SMALLEST = 8  # below, the scales of NF4 take as much memory as the codes
+_SMALLEST = 8  # with smaller blocks, NF4's scales would take as much memory as the codes
 
 
 def require_qwix() -> Any:
@@ -53,13 +53,13 @@ def require_qwix() -> Any:
 
 
 def check_kind(kind: str | None, option: str = "quantize") -> None:
-    """Raises ValueError for what is neither one of `QUANTIZED` nor None."""
+    """Raises ValueError for a value that is neither in `QUANTIZED` nor None."""
     if kind is not None and kind not in QUANTIZED:
         raise ValueError(f"{option}={kind!r}: wanted one of {', '.join(QUANTIZED)}, or null")
 
 
 def block_size(size: int, most: int) -> int:
-    """The largest divisor of a size that is at most `most`."""
+    """The largest divisor of a size, up to `most`."""
     return next(d for d in range(min(size, most), 0, -1) if size % d == 0)
 
 
@@ -72,13 +72,13 @@ def quantize(matrix: jax.Array, kind: str) -> Params:
 
     Returns:
       With "nf4": `packed`, uint8 `[…, in / 2, out]`, whose high half is the code of the even row;
-      `scales`, float32 `[…, in / 64, out]`. With "nf4-double" `scales` are int8, and of
-      s = scales · scale_steps + scale_mean `scale_steps` is float32 `[…, in / 64, out / 256]` and
-      `scale_mean` float32 `[…, 1, 1]`. With "int8": `values`, int8 `[…, in, out]`, and `scales`,
-      float32 `[…, 1, out]`.
+      `scales`, float32 `[…, in / 64, out]`. With "nf4-double": int8 `scales`, float32 `scale_steps`
+      `[…, in / 64, out / 256]` and float32 `scale_mean` `[…, 1, 1]`; the scales are then scales ·
+      scale_steps + scale_mean. With "int8": `values`, int8 `[…, in, out]`, and `scales`, float32
+      `[…, 1, out]`.
 
     Raises:
-      ValueError: NF4 of a matrix whose rows are odd or do not divide into blocks.
+      ValueError: NF4 with a matrix whose number of rows is odd or does not divide into blocks.
     """
     check_kind(kind)
     run: Callable[..., Params] = _int8 if kind == "int8" else _nf4
@@ -103,7 +103,7 @@ def _nf4(matrix: jax.Array) -> Params:
             f"to {BLOCK} rows; wanted a model whose sizes do, or quantize=int8"
         )
     quantize_column = functools.partial(require_qwix().quantize, qtype="nf4", tiled_axes={0: block})
-    # Column by column: on a whole matrix qwix would flatten it, which gathers its shards.
+    # Column by column: qwix would flatten a whole matrix, which gathers its shards.
     made = jax.vmap(quantize_column, in_axes=1, out_axes=1)(matrix.astype(jnp.float32))
     codes = made.qvalue.astype(jnp.uint8).reshape(rows // 2, 2, -1)
     return {"packed": codes[:, 0] << 4 | codes[:, 1], "scales": made.scale}
@@ -112,7 +112,7 @@ def _nf4(matrix: jax.Array) -> Params:
 def _double(matrix: jax.Array) -> Params:
     parts = _nf4(matrix)
     scales = parts["scales"]
-    # Summed whole, so that the result is the same to the bit however the matrix is sharded.
+    # Summed unsharded, so that the result is bitwise the same for any sharding of the matrix.
     mean = jnp.mean(constrain(scales, "hidden hidden"), keepdims=True)
     blocks = {1: block_size(scales.shape[1], SCALES)}
     made = require_qwix().quantize(scales - mean, jnp.int8, channelwise_axes=[0], tiled_axes=blocks)
@@ -120,7 +120,7 @@ def _double(matrix: jax.Array) -> Params:
 
 
 def dequantize(parts: Params, dtype: Any = jnp.float32) -> jax.Array:
-    """The matrix that the result of `quantize` stands for, computed in float32.
+    """The matrix that the result of `quantize` represents, computed in float32.
 
     Returns:
       `[…, in, out]`.
@@ -152,8 +152,8 @@ def part_axes(axes: str, names: Any) -> dict[str, str]:
     """The logical axes of the parts of a matrix.
 
     Args:
-      axes: those of the matrix, such as "embed mlp".
-      names: of its parts.
+      axes: the matrix's axes, such as "embed mlp".
+      names: the names of its parts.
     """
     *lead, rows, columns = axes.split()
     if "values" in names:
@@ -161,7 +161,7 @@ def part_axes(axes: str, names: Any) -> dict[str, str]:
     else:
         name, _, unit = rows.partition("/")
         halves = f"{name}/{int(unit) // 2}" if unit and int(unit) % 2 == 0 else name
-        # Few enough to be whole on every device, where the shards do not divide them.
+        # They are few, so every device has all of them if the shards do not divide them.
         few = f"{name}?", f"{columns.partition('/')[0]}?"
         found = {
             "packed": (halves, columns),
@@ -173,7 +173,7 @@ def part_axes(axes: str, names: Any) -> dict[str, str]:
 
 
 def map_floats(function: Callable[[Any], Any], tree: Params) -> Params:
-    """A parameter tree with a function of all leaves but those of quantised matrices."""
+    """Applies a function to all leaves of a parameter tree except those of quantised matrices."""
     if is_quantized(tree):
         return tree
     return {
@@ -183,7 +183,7 @@ def map_floats(function: Callable[[Any], Any], tree: Params) -> Params:
 
 
 def map_quantized(function: Callable[[Params], Any], tree: Params) -> Params:
-    """A parameter tree with a function of every quantised matrix in its place."""
+    """Replaces every quantised matrix in a parameter tree by a function of it."""
     return {
         name: function(value)
         if is_quantized(value)
@@ -195,7 +195,7 @@ def map_quantized(function: Callable[[Params], Any], tree: Params) -> Params:
 
 
 class QuantizedKernel(nnx.Module):
-    """A matrix in fewer bits, in the place of a module's `kernel`.
+    """A quantised matrix in place of a module's `kernel`.
 
     Args:
       matrix: floats `[in, out]`, or `[E, in, out]` of experts.
@@ -212,11 +212,11 @@ class QuantizedKernel(nnx.Module):
 
     @property
     def parts(self) -> Params:
-        """As `quantize` gives them."""
+        """The parts, as `quantize` returns them."""
         return {name: getattr(self, name)[...] for name in self.names}
 
     def matrix(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The floats that it stands for."""
+        """The dequantised matrix."""
         return dequantize(self.parts, dtype)
 
     def project(self, x: jax.Array) -> jax.Array:
@@ -231,14 +231,13 @@ def make_kernel(matrix: jax.Array, axes: str, kind: str | None) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project_quantized(x: jax.Array, parts: Params, axes: str) -> jax.Array:
-    """`x @ W` for a frozen W in fewer bits, which gets no gradient.
+    """`x @ W` for a frozen, quantised W, which gets no gradient.
 
-    The backward pass multiplies the codes out again: what it keeps is W in its few bits, not in
-    floats.
+    The backward pass dequantises again, so the residuals hold W quantised, not in floats.
 
     Args:
       x: `[B, T, in]`.
-      parts: of W, `[in, out]`, as `quantize` gives them.
+      parts: the parts of W, `[in, out]`, as `quantize` returns them.
       axes: W's two logical axes.
 
     Returns:
@@ -259,7 +258,7 @@ project_quantized.defvjp(_project_forward, _project_backward)
 
 
 def _whole_rows(parts: Params, axes: str, dtype: Any) -> jax.Array:
-    """W, with the axis that FSDP splits whole: what is all-gathered are the codes, not floats."""
+    """W, gathered along the axis that FSDP splits: the all-gather sends codes, not floats."""
     gathered = " ".join("hidden" if axis == "embed" else axis for axis in axes.split())
     heavy = "values" if "values" in parts else "packed"
     logical = part_axes(gathered, parts)[heavy]

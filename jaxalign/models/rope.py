@@ -18,14 +18,16 @@ Rope = tuple[jax.Array, jax.Array]
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequencies `[rotated / 2]` in radians a position, float32.
+    """Angular frequencies `[rotated / 2]` in radians per position, float32.
 
     - "default": `theta^(-2i/rotated)`.
-    - "linear": all divided by `factor`.
-    - "llama3": low ones divided by `factor`, high ones kept, linear in context/wavelength between.
-    - "yarn" (Peng et al. 2023, https://arxiv.org/abs/2309.00071): the same, linear in the dimension
-      between.
-    - "dynamic", "longrope": those of documents within the original context; see `rope_tables`.
+    - "linear": all frequencies divided by `factor`.
+    - "llama3": low frequencies divided by `factor`, high ones unchanged, linear in
+      context/wavelength between them.
+    - "yarn" (Peng et al. 2023, https://arxiv.org/abs/2309.00071): the same, but linear in the
+      dimension between them.
+    - "dynamic", "longrope": the frequencies for documents within the original context; see
+      `rope_tables`.
     """
     width = config.width(head_dim)
     freqs = 1.0 / config.theta ** (np.arange(0, width, 2, dtype=np.float32) / width)
@@ -47,7 +49,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(config: RopeConfig, width: int) -> tuple[float, float]:
-    """The dimensions between which frequencies go from unscaled to scaled."""
+    """The dimensions between which frequencies change from unscaled to scaled."""
 
     def dimension(turns: float) -> float:
         context = config.original_max_positions / (turns * 2 * math.pi)
@@ -61,7 +63,7 @@ def _yarn_ramp(config: RopeConfig, width: int) -> tuple[float, float]:
 
 
 def rope_scale(config: RopeConfig) -> float:
-    """What cosines and sines are multiplied by: more than 1 for yarn and longrope."""
+    """The factor of cosines and sines: more than 1 for yarn and longrope."""
     if config.kind not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor is not None:
@@ -81,24 +83,24 @@ def rope_tables(
 ) -> Rope:
     """The rotation at each position.
 
-    Two kinds depend on how long a document is. Its length is that of its own tokens, not of the
-    row or batch that it shares with others (as in transformers, where it is the longest of the
-    batch), so that packing and padding change nothing:
+    Two kinds depend on the length of a document. This is the number of its own tokens, not the
+    length of its row or (as in transformers) of the longest row in the batch, so that packing and
+    padding change nothing:
 
     - "dynamic" (NTK): in a document of n > `original_max_positions` = m positions, theta becomes
-      `theta · (factor · n / m − factor + 1)^(d / (d − 2))`, d the rotated width.
+      `theta · (factor · n / m − factor + 1)^(d / (d − 2))`, where d is the rotated width.
     - "longrope" (Ding et al. 2024, https://arxiv.org/abs/2402.13753): frequencies are divided by
-      `long_factors` instead of `short_factors` where n > m.
+      `long_factors` instead of `short_factors` if n > m.
 
-    Decoding with a cache knows a document only up to its newest token. When n grows beyond m,
-    cached keys keep the rotation they had, as in transformers: the result differs from one pass
-    over the whole document.
+    While decoding, a document's length is only known up to its newest token. When n grows beyond m,
+    cached keys keep their rotation, as in transformers, so the result differs from one pass over
+    the whole document.
 
     Args:
       config: the rotary embedding.
-      head_dim: width of a head.
+      head_dim: the width of a head.
       positions: int `[B, T]`.
-      segment_ids: int `[B, T]`, which tokens are of one document; None: the whole row is.
+      segment_ids: int `[B, T]`, equal for the tokens of one document; None: a row is one document.
     """
     positions = jnp.asarray(positions)
     lengths = None
@@ -129,12 +131,12 @@ def _tables_in_branch(
 ) -> Rope:
     """`_tables` inside a `lax.cond` whose predicate is always true, so that they are computed once.
 
-    XLA's CPU compiler otherwise fuses sines and cosines into each rotation and computes them again
-    for every layer and head; an `optimization_barrier` is removed before fusion. XLA does not fuse
-    across a `cond` whose predicate it does not know. (`Backend.rope_in_branch` has the figures.)
+    Otherwise XLA's CPU compiler fuses sines and cosines into each rotation and recomputes them for
+    every layer and head; it removes an `optimization_barrier` before fusion. XLA does not fuse
+    across a `cond` with an unknown predicate. (`Backend.rope_in_branch` has the figures.)
     """
-    # True of every position, read as int32: an unsigned one has no value below 0 to compare with.
-    # Comparing in the type of the positions once gave False, and zeros for rotations.
+    # True for every position, read as int32: an unsigned type has no value below 0 to compare with.
+    # Comparing in the positions' own type once gave False, and rotations of zero.
     always = positions.reshape(-1)[0].astype(jnp.int32) > jnp.iinfo(jnp.int32).min
     tables = functools.partial(_tables, config, head_dim)
     shapes = jax.eval_shape(tables, positions, lengths)
@@ -175,7 +177,7 @@ def _by_length(
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `[B, T, heads, head_dim]` in the half-split form used by Hugging Face weights.
 
-    Where the tables are narrower than half a head, only its first dimensions are rotated.
+    If the tables are narrower than half a head, only the head's first dimensions are rotated.
     """
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:

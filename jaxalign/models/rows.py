@@ -1,4 +1,4 @@
-"""Whole rows of tokens as the layers take them: padded, in their order or in zigzag order."""
+"""Whole rows of tokens in the form for the layers: padded, in order or in zigzag order."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Rows(NamedTuple):
 
     Attributes:
       inputs: `[B, T]`, padded to the shards of the length.
-      segments: of the tokens.
-      of_layer: the inputs of attention by a layer's attributes.
-      kind: of attention.
+      segments: the tokens' segments.
+      of_layer: maps a layer's attributes to its attention inputs.
+      kind: the kind of attention.
       zigzag: whether the tokens are in zigzag order.
     """
 
@@ -46,7 +46,7 @@ def pad_to_shards(inputs: Array, segments: Segments) -> tuple[jax.Array, Segment
 
 
 def like_rows(values: Array, length: int, zigzag: bool) -> jax.Array:
-    """Values of tokens `[B, T, …]` as the rows lie that `layer_rows` made."""
+    """Per-token values `[B, T, …]` in the order of the rows that `layer_rows` made."""
     values = jnp.asarray(values)
     pad = ((0, 0), (0, length - values.shape[1]), *(((0, 0),) * (values.ndim - 2)))
     values = jnp.pad(values, pad)
@@ -60,12 +60,12 @@ def layer_rows(
     """Whole rows as the layers take them.
 
     Args:
-      config: of the model.
+      config: the model's config.
       dtype: of activations.
-      choice: of attention.
+      choice: the kind of attention.
       inputs: `[B, T]`, padded to the shards of the length.
-      segments: of the tokens.
-      balance: whether they may be in zigzag order.
+      segments: the tokens' segments.
+      balance: whether tokens may be put in zigzag order.
     """
     rows, length = segments.ids.shape
     record_choice(f"attention of {length:,} tokens: {choice}")

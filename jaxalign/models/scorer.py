@@ -22,8 +22,8 @@ class Scorer:
 
     Attributes:
       base: the decoder; its output head is not used and not in the parameters.
-      attributes: names of the head's A outputs, where it predicts several grades ("helpfulness",
-        "verbosity", …); empty for the one score of a usual reward model.
+      attributes: names of the head's A outputs, if it predicts several grades ("helpfulness",
+        "verbosity", …); empty for an ordinary reward model with a single score.
     """
 
     base: Decoder
@@ -89,7 +89,7 @@ class Scorer:
         """The scalar at every position: `hidden · score`, float32 `[B, T]`.
 
         Raises:
-          ValueError: there are several attributes, and no one scalar.
+          ValueError: there are several attributes, so no single scalar.
         """
         if len(self.attributes) > 1:
             raise ValueError(
@@ -105,13 +105,13 @@ def with_scalar_head(
     """Puts a fresh scalar head on a language model: the start of a reward model or critic.
 
     The head is N(0, 1/(D + 1)) without bias (Stiennon et al. 2020; Huang et al. 2024), so that
-    first scores are of order one. The vocabulary head, where untied, is left out.
+    initial scores are of order one. An untied vocabulary head is dropped.
 
     Args:
       model: the language model.
       params: its parameters; shared, not copied.
       key: a PRNG key for the head.
-      attributes: names of A outputs; none for one score.
+      attributes: names of A outputs; none for a single score.
 
     Returns:
       (scorer, parameters with `score/kernel` `[D, 1]`, or `[D, A]`).
@@ -130,21 +130,21 @@ def with_scalar_head(
 def weigh_attributes(
     scorer: Scorer, params: Params, weights: Mapping[str, float]
 ) -> tuple[Scorer, Params]:
-    """A reward model whose one score is a weighted sum of another's attributes.
+    """A reward model whose single score is a weighted sum of another's attributes.
 
-    The head is linear, so the sum is a head too: `hidden · (score · w)`. What comes back is an
-    ordinary reward model, for PPO, best-of-n and export.
+    The head is linear, so the sum is also a head: `hidden · (score · w)`. The result is an ordinary
+    reward model, for PPO, best-of-n and export.
 
     Args:
       scorer: a reward model with attributes.
-      params: its parameters; all but the head are shared, not copied.
-      weights: attribute → weight; those not named weigh 0.
+      params: its parameters; all except the head are shared, not copied.
+      weights: attribute → weight; attributes not named have weight 0.
 
     Returns:
       (scorer without attributes, parameters with `score/kernel` `[D, 1]`).
 
     Raises:
-      ValueError: no attributes, no weights, or a name that is no attribute.
+      ValueError: no attributes, no weights, or a name that is not an attribute.
     """
     if not scorer.attributes:
         raise ValueError(
@@ -159,7 +159,7 @@ def weigh_attributes(
         )
     column = jnp.array([[weights.get(name, 0.0)] for name in scorer.attributes], jnp.float32)
     kernel = params["score"]["kernel"]
-    # Products of float32, where a TPU would round to bfloat16.
+    # Full float32 products, because a TPU would round to bfloat16.
     one = jnp.matmul(kernel.astype(jnp.float32), column, precision="highest").astype(kernel.dtype)
     return dataclasses.replace(scorer, attributes=()), params | {"score": {"kernel": one}}
 
@@ -176,7 +176,7 @@ def pooled_scores(
       count: S, the largest number of sequences a row holds; None when each row is one sequence.
 
     Returns:
-      float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is none.
+      float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is no sequence.
     """
     hidden, _ = read(scorer, params, tokens)
     last = last_hidden(hidden, tokens.segment_ids, 1 if count is None else count)
@@ -193,7 +193,7 @@ def last_hidden(hidden: jax.Array, segment_ids: Array, count: int = 1) -> jax.Ar
       count: S, the largest number of sequences a row holds.
 
     Returns:
-      `[B, S, D]`; that of position 0 where a row has no such sequence.
+      `[B, S, D]`; the state at position 0 where a row has no such sequence.
     """
     last = last_index(segment_ids, count)
     return jnp.take_along_axis(hidden, last[:, :, None], axis=1)

@@ -1,9 +1,10 @@
-"""Peak FLOP/s, memory and bandwidths of TPUs and GPUs, from their makers' data sheets.
+"""Peak FLOP/s, memory and bandwidths of TPUs and GPUs, from the manufacturers' data sheets.
 
 TPUs: https://cloud.google.com/tpu/docs (system architecture of v4, v5e, v5p, v6e). The inter-chip
-bandwidth is the sum over a chip's links in one direction, half of the "bidirectional" figure.
-GPUs: NVIDIA's data sheets of A100, H100 and H200 (SXM). NVLink counts in one direction. Between
-nodes each GPU has one InfiniBand port, HDR for A100 and NDR for H100 and H200, as in DGX systems.
+bandwidth is the sum over a chip's links in one direction, half of the "bidirectional" figure. GPUs:
+NVIDIA's data sheets for A100, H100 and H200 (SXM). NVLink bandwidth is counted in one direction.
+Between nodes each GPU has one InfiniBand port, HDR for A100 and NDR for H100 and H200, as in DGX
+systems.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Chip:
       flops: peak of dense bfloat16 matrix products, FLOP/s.
       memory: bytes available to a program: the compiler's limit on TPUs; on GPUs 0.94 of the
         memory, the rest being taken by the CUDA context and libraries.
-      bandwidth: of the memory, bytes/s.
+      bandwidth: memory bandwidth, bytes/s.
       inner: send bandwidth within a TPU slice (ICI) or a GPU node (NVLink), bytes/s.
       outer: send bandwidth between slices or nodes, over the data-centre network, bytes/s.
     """
@@ -71,7 +72,7 @@ KINDS: dict[str, str] = {
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of all present devices together; None if their kind is not in the table."""
+    """Total peak FLOP/s of all present devices; None if their kind is not in the table."""
     devices = jax.devices()
     chip = chip_of(devices[0].device_kind)
     return None if chip is None else chip.flops * len(devices)

@@ -1,6 +1,6 @@
 """Offloads optimizer state and frozen weights to pinned host memory.
 
-The update alone reads optimizer state, and only `prepare` reads frozen weights: neither needs
+Only the update reads optimizer state, and only `prepare` reads frozen weights, so neither needs
 device memory during forward and backward passes.
 """
 
@@ -36,7 +36,7 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     Each update copies the state to the device and back; the compiler may overlap copies with the
     update and free each array early. `opt_state_shardings` recognises the state by its type
-    `HostState`. Without a mesh nothing moves. TPUs, GPUs and CPUs have pinned host memory.
+    `HostState`. Without a mesh nothing is offloaded. TPUs, GPUs and CPUs have pinned host memory.
     """
 
     def init(params: Params) -> HostState:
@@ -73,9 +73,9 @@ def on_device(tree: T) -> T:
 
 @contextlib.contextmanager
 def computing_on_host() -> Iterator[None]:
-    """Context in which new arrays are in the host's memory and are computed with there.
+    """Context in which new arrays are in host memory and computations run there.
 
-    Where JAX was told to use no CPU (`JAX_PLATFORMS`) it does nothing.
+    It does nothing if `JAX_PLATFORMS` excludes the CPU.
     """
     try:
         device = jax.local_devices(backend="cpu")[0]
@@ -92,5 +92,5 @@ def is_cpu(device: jax.Device) -> bool:
 
 
 def is_offloaded(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a leaf of an optimizer's state is offloaded: all in a `HostState` but scalars."""
+    """Whether a leaf of an optimizer's state is offloaded: all but scalars in a `HostState` are."""
     return bool(leaf.shape) and any(getattr(key, "name", None) == "host" for key in path)

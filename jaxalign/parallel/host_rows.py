@@ -20,7 +20,7 @@ def host_part(sharding: NamedSharding, shards: int) -> tuple[int, int]:
     """The part of a batch's rows that this process reads: `(index, count)`.
 
     Args:
-      sharding: of rows.
+      sharding: the sharding of rows.
       shards: the number of shards of rows.
     """
     shards_of: dict[int, set[int]] = {}  # process → the row shards that its devices hold
@@ -39,7 +39,7 @@ def place_rows(x: Any, sharding: NamedSharding, part: tuple[int, int]) -> jax.Ar
 
     Args:
       x: this host's rows, in numpy or on its own devices; or a global array, which is resharded.
-      sharding: of rows.
+      sharding: the sharding of rows.
       part: `(index, count)` of this host's rows.
     """
     if not is_local(x):

@@ -1,4 +1,4 @@
-"""Device meshes with named axes; the axes that communicate most get neighbouring devices."""
+"""Device meshes with named axes; the most communication-heavy axes get neighbouring devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jaxalign.parallel.rules import MESH_AXES
 
 _ALWAYS = ("data", "fsdp", "tensor")
-"""Axes that every mesh has; it has the others if their size is above 1."""
+"""The axes that every mesh has; the others exist only if their size is above 1."""
 
 
 def make_mesh(
@@ -29,7 +29,7 @@ def make_mesh(
 ) -> Mesh:
     """Makes a `data × fsdp × tensor (× sequence × expert)` mesh.
 
-    At most one size may be -1: the rest of the devices.
+    At most one size may be -1, which takes the rest of the devices.
 
     Args:
       data: replicas of the parameters; the batch is split over them.
@@ -40,10 +40,10 @@ def make_mesh(
         attention all-gathers keys and values.
       expert: shards of the experts of a mixture; the batch is split over them too. A layer of
         experts all-gathers the tokens of this axis and reduce-scatters its result.
-      dcn: axis → into how many slices (TPU) or nodes it is split, over the slow network between
-        them. With data=4 and dcn={"data": 2}, each of two slices holds two replicas. None: the
-        slices that JAX reports, along the first axes that they divide (`data`, then `fsdp`, …). If
-        JAX reports no slices, `dcn` counts hosts.
+      dcn: axis → the number of slices (TPU) or nodes over which it is split, across the slow
+        network between them. With data=4 and dcn={"data": 2}, each of two slices holds two
+        replicas. None: the slices that JAX reports, along the first axes that they divide (`data`,
+        then `fsdp`, …). If JAX reports no slices, `dcn` counts hosts.
 
     Returns:
       A mesh whose axes are all `Auto`: the compiler propagates shardings. `sequence` and `expert`
@@ -65,7 +65,7 @@ def make_mesh(
         try:
             return jax.make_mesh(shape, tuple(names), types, devices=devices)
         except NotImplementedError:
-            # Sizes that are no products of a TPU slice's sides: 64 of 8 × 16 × 16 chips, say.
+            # Sizes that are not products of a TPU slice's sides: 64 of 8 × 16 × 16 chips, say.
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             return Mesh(grid, tuple(names), axis_types=types)
     between = [outer.get(name, 1) for name in names]
@@ -109,7 +109,7 @@ def split_devices(
     """Splits devices into one group per name and the rest (key None), evenly over the hosts.
 
     Args:
-      devices: all devices. The named groups get each host's last ones.
+      devices: all devices. The named groups get each host's last devices.
       counts: name → number of devices, on all hosts together.
 
     Raises:
@@ -142,7 +142,7 @@ def split_devices(
 def split_over_slices(
     sizes: Mapping[str, int], devices: Sequence[jax.Device], dcn: Mapping[str, int] | None
 ) -> dict[str, int]:
-    """Into how many slices each axis is split; {} for one slice.
+    """The number of slices over which each axis is split; {} for one slice.
 
     Args:
       sizes: axis → size, of all axes.

@@ -1,6 +1,6 @@
-"""Which platform JAX will compute on, decided or found out before JAX starts.
+"""Selects or predicts the platform that JAX will use, before JAX starts.
 
-Nothing here imports JAX at the top: the `jaxalign` command calls these functions first.
+The module does not import JAX, because the `jaxalign` command calls these functions first.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 def computes_on_cpu() -> bool:
     """Whether JAX will find no accelerator, without starting it.
 
-    `JAX_PLATFORMS` decides where it is set. Otherwise this looks for the plugins of JAX: libtpu for
-    TPUs, `jax_plugins` for GPUs.
+    `JAX_PLATFORMS` decides if it is set. Otherwise this looks for JAX's plugins: libtpu for TPUs,
+    `jax_plugins` for GPUs.
     """
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
@@ -22,7 +22,7 @@ def computes_on_cpu() -> bool:
 
 
 def leave_accelerators_alone() -> None:
-    """Keeps this process, and those it starts, off accelerators: for commands that run no step.
+    """Keeps this process and its children off accelerators, for commands that run no step.
 
     JAX reserves an accelerator as soon as it sees it, and a training run may need this one.
     """
@@ -35,7 +35,7 @@ def leave_accelerators_alone() -> None:
 def split_cpu(topology: str | None) -> None:
     """Shows JAX the devices of a topology such as `cpu:8`; does nothing for any other.
 
-    Settings of the user in `XLA_FLAGS` win. Call it before the first use of a device.
+    The user's settings in `XLA_FLAGS` take precedence. Call it before the first use of a device.
     """
     platform, _, count = (topology or "").partition(":")
     if platform == "cpu" and count.isdecimal() and "XLA_FLAGS" not in os.environ:

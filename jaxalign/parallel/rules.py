@@ -2,7 +2,7 @@
 
 Parameters and activations name *logical* axes ("embed", "mlp", "rows", …), never mesh axes. To
 change a layout, change the table, not the model. `use_rules` overrides entries within a context;
-jitted functions are traced again under other rules.
+jitted functions are retraced under other rules.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ def current_rules() -> Rules:
 
 
 def current_sequence_attention() -> str:
-    """One of `SEQUENCE_ATTENTION`: what the enclosing `use_rules` asks for."""
+    """The value of `SEQUENCE_ATTENTION` that the enclosing `use_rules` sets."""
     return _sequence_attention.value
 
 
 @contextlib.contextmanager
 def use_rules(over: Rules | None, *, sequence_attention: str | None = None) -> Iterator[None]:
-    """Context that overrides entries of the rules in effect; for None does nothing.
+    """Context that overrides entries of the rules in effect; with None it does nothing.
 
     Args:
       over: logical axis → mesh axis, several, or None (replicated).
-      sequence_attention: one of `SEQUENCE_ATTENTION`; None: as it is.
+      sequence_attention: one of `SEQUENCE_ATTENTION`; None: unchanged.
 
     Raises:
       ValueError: see `check_rules` and `check_sequence_attention`.
@@ -113,7 +113,7 @@ def capture_rules() -> Callable[[], contextlib.AbstractContextManager[object]]:
 
 
 def check_sequence_attention(asked: str) -> None:
-    """Refuses an unknown kind of exchange.
+    """Raises ValueError for an unknown kind of exchange.
 
     Raises:
       ValueError: it is not one of `SEQUENCE_ATTENTION`.

@@ -1,4 +1,4 @@
-"""Manual sharding with `jax.shard_map`: explicit collectives for what the compiler splits badly.
+"""Manual sharding with `jax.shard_map`: explicit collectives where the compiler's are poor.
 
 Functions take logical axes and the mesh in context. Without a mesh they run unsharded.
 """
@@ -16,14 +16,14 @@ from jaxalign.parallel.sharding import Axes, axis_shards, mesh_axes, partition_s
 from jaxalign.types import Params
 
 T = TypeVar("T")
-"""A pytree of arrays; what a function returns has the same structure."""
+"""A pytree of arrays; a function's result has the same structure as its argument."""
 
 
 def current_device() -> tuple[str, str]:
-    """Platform ("cpu", "gpu", "tpu") and kind ("NVIDIA H100 …") that a program is traced for.
+    """The platform ("cpu", "gpu", "tpu") and kind ("NVIDIA H100 …") a program is traced for.
 
-    With a mesh in context, those of its devices, which may be absent (ahead-of-time compilation);
-    otherwise those of the default device.
+    They are those of the mesh in context, whose devices may be absent (ahead-of-time compilation),
+    or without a mesh those of the default device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
@@ -47,7 +47,7 @@ def map_shards(
     Args:
       run: function of local shards; its result has the axes of its first argument.
       args: arrays, or pytrees of arrays.
-      axes: for each argument its logical axes, or its `PartitionSpec`s; anything for a None.
+      axes: for each argument its logical axes or `PartitionSpec`s; ignored for a None argument.
 
     Returns:
       The result, sharded like the first argument. Without a mesh in context, `run(*args)`. A first
@@ -94,25 +94,25 @@ def pass_on(tree: T, names: tuple[str, ...], parts: int) -> T:
 
     Args:
       tree: arrays.
-      names: mesh axes along which the devices lie, as `axis_names` gives.
-      parts: devices along them.
+      names: the mesh axes to pass along, from `axis_names`.
+      parts: the number of devices along them.
     """
     pairs = [(i, (i + 1) % parts) for i in range(parts)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, names, pairs), tree)
 
 
 def move_split(x: jax.Array, axes: str, old: str, new: str, *, undo: bool = False) -> jax.Array:
-    """Splits another dimension of an array over the mesh axes of one: an all-to-all.
+    """Moves mesh axes from one dimension of an array to another, with an all-to-all.
 
     With n devices along `old`, each has `[…, N / n, …, M, …]` before and `[…, N, …, M / n, …]`
     after.
 
     Args:
       x: an array; n divides both dimensions.
-      axes: its logical axes, as it is split before.
-      old: the one of them whose mesh axes are freed.
-      new: the one that takes them, after those that it has.
-      undo: from after to before.
+      axes: its logical axes before the move.
+      old: the logical axis that gives up its mesh axes.
+      new: the logical axis that takes them, after its own mesh axes.
+      undo: move in the opposite direction.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names, order = mesh_axes(old, mesh), axes.split()

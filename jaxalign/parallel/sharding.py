@@ -1,6 +1,6 @@
 """From logical axes to shardings on a mesh, for parameters, activations and batches.
 
-The rules that map a logical axis to mesh axes are in `parallel/rules.py` alone.
+Only `parallel/rules.py` has the rules that map a logical axis to mesh axes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Axes = Mapping[str, Any]
 """Nested dict of logical-axes strings, e.g. `{"kernel": "layers embed mlp"}`."""
 
 T = TypeVar("T")
-"""A pytree of arrays; what a function returns has the same structure."""
+"""A pytree of arrays; a function's result has the same structure as its argument."""
 
 
 def partition_spec(
@@ -85,17 +85,18 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
 
     Args:
       axes: nested dict of logical-axes strings, see `Axes`; or one such string. An axis `embed?` is
-        split as `embed` is where that divides it, and else whole on every device.
-      mesh: where the parameters go.
-      shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given,
-        every sharded dimension is checked to divide. Without it, axes with `?` are whole.
+        split like `embed` if the shards divide it, and otherwise replicated.
+      mesh: the mesh for the parameters.
+      shapes: nested dict of arrays or `ShapeDtypeStruct` with the same structure; when given, every
+        sharded dimension is checked to divide. Without it, axes with `?` are replicated.
       rules: logical axis → mesh axis; None: the rules in effect.
 
     Returns:
       A `NamedSharding` for each string of `axes`, in the same structure.
 
     Raises:
-      ValueError: a dimension that the mesh axis does not divide; names both and sizes that fit.
+      ValueError: a dimension that the mesh axis does not divide; the message names both and sizes
+        that fit.
     """
     if shapes is None:
         axes = jax.tree.map(lambda a: _fitting(a, None, mesh, rules), axes)
@@ -110,7 +111,7 @@ def param_shardings(axes: Any, mesh: Mesh, shapes: Any = None, rules: Rules | No
 
 
 def reshard(params: Params, axes: Axes, mesh: Mesh) -> Params:
-    """Reshards parameters to a mesh, of the same or other devices, by one `device_put`.
+    """Reshards parameters to a mesh, of the same or other devices, with one `device_put`.
 
     Args:
       params: nested dict of arrays, on any devices.
@@ -121,7 +122,7 @@ def reshard(params: Params, axes: Axes, mesh: Mesh) -> Params:
 
 
 def reshard_by_rules(params: Params, axes: Axes, over: Rules | None) -> Params:
-    """Reshards parameters on their own mesh by overridden rules; for None returns them as they are.
+    """Reshards parameters on their own mesh by overridden rules; None returns them unchanged.
 
     Args:
       params: nested dict of arrays.
@@ -136,7 +137,7 @@ def reshard_by_rules(params: Params, axes: Axes, over: Rules | None) -> Params:
 
 
 def _fitting(axes: str, shape: tuple[int, ...] | None, mesh: Mesh, rules: Rules | None) -> str:
-    """Logical axes without `?`: those that the mesh does not divide become "hidden"."""
+    """Logical axes without `?`: axes that the mesh does not divide become "hidden"."""
     if "?" not in axes:
         return axes
     found = axes.split()
@@ -168,7 +169,7 @@ def _check_divides(
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
-    """Constrains an activation to the sharding of its logical axes; without a mesh returns x."""
+    """Constrains an activation to the sharding of its logical axes; returns x without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -176,17 +177,17 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 
 def constrain_last(x: jax.Array, axes: str) -> jax.Array:
-    """Like `constrain`, but a mesh axis that two dimensions name splits the last of them only.
+    """Like `constrain`, but a mesh axis that two dimensions name splits only the last of them.
 
     Example: token ids `[B, T]` that index a table sharded by `embed` → fsdp, with `rows` → (data,
-    fsdp) and `length` → sequence. `constrain` refuses "rows length embed", which names fsdp twice.
+    fsdp) and `length` → sequence. `constrain` rejects "rows length embed", which uses fsdp twice.
     Here `embed` takes fsdp and `rows` keeps data, so that the ids are split by `(data, sequence)`
     and the looked-up vectors `[B, T, D]` by `(data, sequence, fsdp)`.
 
     Args:
       x: array; its dimensions are the first axes.
-      axes: logical axes, possibly more than x has dimensions. The surplus only takes mesh axes away
-        from the others, as `embed` does for the ids.
+      axes: logical axes, possibly more than x has dimensions. The extra ones only take mesh axes
+        away from the others, as `embed` does for the ids.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -236,7 +237,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
-    """Context that sets the current mesh; for None does nothing."""
+    """Context that sets the current mesh; with None it does nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 

@@ -1,8 +1,8 @@
-"""A balanced split of causal rows: every device along `sequence` has an early and a late part.
+"""A balanced split of causal rows: every device along `sequence` gets an early and a late part.
 
-Where n devices split a row in its order, the last one attends to n times as many keys as the first.
-In zigzag order the row is cut in 2n parts, and device i has the parts i and 2n − 1 − i: all have
-equally many pairs of query and key (as Llama 3's context parallelism, Grattafiori et al. 2024,
+If n devices split a row in order, the last one has several times as many pairs of query and key as
+the first. In zigzag order the row is split into 2n parts, and device i has parts i and 2n − 1 − i,
+so that all have equally many pairs (as in Llama 3's context parallelism, Grattafiori et al. 2024,
 https://arxiv.org/abs/2407.21783, §3.3.2).
 """
 
@@ -20,8 +20,8 @@ def zigzag_columns(length: int, parts: int) -> np.ndarray:
     """The column of each token of a row in zigzag order, int32 `[length]`.
 
     Args:
-      length: of the row; a multiple of 2 · parts.
-      parts: devices that split it.
+      length: the row's length; a multiple of 2 · parts.
+      parts: the number of devices that split it.
     """
     size = length // (2 * parts)
     chunks = [chunk for i in range(parts) for chunk in (i, 2 * parts - 1 - i)]
@@ -35,13 +35,13 @@ def to_zigzag(x: jax.Array) -> jax.Array:
 
 
 def from_zigzag(x: jax.Array) -> jax.Array:
-    """`[B, T, …]` from zigzag order to its own: each device sends and receives two half parts."""
+    """`[B, T, …]` back from zigzag order: each device sends and receives two half parts."""
     parts = axis_shards("length")
 
     def run(x: jax.Array) -> jax.Array:
         names = mesh_axes("length", jax.sharding.get_abstract_mesh())
         low, high = jnp.split(x, 2, axis=1)
-        # Of the parts i and 2n − 1 − i one is even. Device i gets back the parts 2i and 2i + 1.
+        # One of the parts i and 2n − 1 − i is even. Device i gets back the parts 2i and 2i + 1.
         is_even = shard_index("length") % 2 == 0
         halves = jnp.where(is_even, low, high), jnp.where(is_even, high, low)
         received = []

@@ -1,12 +1,12 @@
-"""Will it fit, and how fast may it be? Compiles a run's own programs for named devices.
+"""Will it fit, and how fast can it be? Compiles a run's own programs for named devices.
 
-Everything is abstract: the model is read from `config.json` (or a GGUF file's metadata) alone, and
-parameters, optimizer state and batches are shapes with the layout that a run would give them. The
-devices may be absent: for TPUs and GPUs a compiler is enough (extras `plan-tpu` and `plan-gpu`).
+Everything is abstract: only `config.json` (or a GGUF file's metadata) is read of the model, and
+parameters, optimizer state and batches are shapes with a run's shardings. The devices may be
+absent: for TPUs and GPUs a compiler is enough (extras `plan-tpu` and `plan-gpu`).
 
-The programs are those of `jaxalign.run.tasks`, made by the code that makes the run. SFT and reward
-modelling compile their step, DPO and KTO also the reference's log-probabilities, PPO all of an
-iteration: reading prompts, writing answers, scoring, experience, update.
+The programs are those of `jaxalign.run.tasks`, built by the same code as in a run. SFT and reward
+modelling compile their step, DPO and KTO also the reference's log-probabilities, and PPO a whole
+iteration: prefill, decoding, scoring, experience, update.
 """
 
 from __future__ import annotations

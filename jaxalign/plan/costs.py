@@ -1,15 +1,15 @@
-"""What a compiled program costs one device: FLOPs, bytes of its memory, bytes over each network.
+"""The cost of a compiled program to one device: FLOPs, memory traffic, network traffic.
 
-Read from the compiled text, loops multiplied by how often they turn. XLA's own `cost_analysis`
-counts the body of a loop once and does not answer for GPUs.
+The costs are read from the compiled text, with loop bodies multiplied by their trip counts. XLA's
+own `cost_analysis` counts a loop body once and does not support GPUs.
 
-- FLOPs are those of matrix products (and attention kernels): 2 a multiply-add.
+- FLOPs are those of matrix products (and attention kernels): 2 per multiply-add.
 - Bytes are those that each fused kernel reads from and writes to the device's main memory, as if no
-  cache held anything from one kernel to the next; of what a kernel slices, the slice.
+  cache kept data between kernels; of an array that a kernel slices, only the slice counts.
 - A collective's bytes are what one device sends under the bandwidth-optimal algorithm (ring within
-  a node or slice, then between them). n bytes on each of g devices:
-  all-gather n·(g − 1), reduce-scatter and all-to-all n·(g − 1)/g, all-reduce twice that, permute n.
-  One that is fused with taking a slice of its sum (TPU) is a reduce-scatter.
+  a node or slice, then between them). n bytes on each of g devices: all-gather n·(g − 1),
+  reduce-scatter and all-to-all n·(g − 1)/g, all-reduce twice that, permute n. An all-reduce that is
+  fused with slicing its sum (TPU) counts as a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device sends in collectives of one kind.
+    """The bytes that one device sends in collectives of one kind.
 
     Attributes:
       count: how many run.
@@ -72,12 +72,12 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one device does.
+    """The costs to one device.
 
     Attributes:
-      flops: of matrix products.
-      bytes: to and from its main memory.
-      collectives: kind → what it sends.
+      flops: FLOPs of matrix products.
+      bytes: bytes to and from its main memory.
+      collectives: kind → the bytes it sends.
     """
 
     flops: float = 0.0
@@ -113,15 +113,15 @@ def count_costs(text: str, nodes: Sequence[int], trips: int = 1) -> Costs:
     Args:
       text: the program, `compiled.as_text()`.
       nodes: the node or slice of each device, in mesh order.
-      trips: turns of the loops whose number is known at run time only (the decode loop, the
-        vocabulary head over those positions that are trained), the most they may make.
+      trips: the maximum trip counts of loops whose count is known only at run time (the decode
+        loop, and the vocabulary head's loop over trained positions).
     """
     counter = _Counter(parse(text), np.asarray(nodes), trips)
     return counter.costs(counter.module.entry)
 
 
 class _Counter:
-    """Walks a program; every computation is counted once and multiplied where it is called."""
+    """Walks a program: counts every computation once and multiplies at its calls."""
 
     def __init__(self, module: Module, nodes: np.ndarray, trips: int):
         self.module, self.nodes, self.trips = module, nodes, trips
@@ -208,7 +208,7 @@ def _starts_collective(where: Computation) -> bool:
 
 
 def _keeps_a_part(called: Computation) -> bool:
-    """Whether a fused kernel adds up and keeps a slice only: how TPUs write a reduce-scatter."""
+    """Whether a fused kernel sums and keeps only a slice: a TPU's form of reduce-scatter."""
     made = [called.root]
     if called.root.opcode == "tuple":
         made = [called.by_name[name] for name in called.root.operands]
@@ -216,18 +216,18 @@ def _keeps_a_part(called: Computation) -> bool:
 
 
 def _main(shapes: Sequence[Shape]) -> float:
-    """Bytes of those that lie in the device's main memory."""
+    """Bytes of the shapes in the device's main memory."""
     return sum(shape.bytes for shape in shapes if shape.space == 0)
 
 
 def _touched(where: Computation, x: Instruction) -> float:
-    """Bytes that an instruction by itself reads and writes."""
+    """Bytes that a single instruction reads and writes."""
     if x.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(x.shapes)
     if x.opcode == "dynamic-update-slice":
         return 2 * _main(where.by_name[x.operands[1]].shapes)
     if x.opcode.endswith("-start"):
-        # The result of a started copy or collective lists what it reads beside what it makes.
+        # The result of a started copy or collective lists its inputs beside its outputs.
         return _main(x.shapes)
     known = [name for name in x.operands if name in where.by_name]
     return _main(x.shapes) + sum(_main(where.by_name[name].shapes) for name in known)
@@ -321,7 +321,7 @@ def _convolution_flops(where: Computation, x: Instruction) -> float:
 
 
 def _kernel_flops(where: Computation, x: Instruction) -> float:
-    """FLOPs of a kernel that the compiler does not see into."""
+    """FLOPs of a kernel that is opaque to the compiler."""
     target = re.search(r'custom_call_target="([^"]*)"', x.attributes)
     name = target[1] if target else ""
     shapes = where.operand_shapes(x)
@@ -332,7 +332,7 @@ def _kernel_flops(where: Computation, x: Instruction) -> float:
 
 
 def attention_flops(target: str, attributes: str, shapes: Sequence[Shape]) -> float:
-    """FLOPs of an attention kernel, half of all pairs of tokens: those that a causal mask shows.
+    """FLOPs of an attention kernel for half of all pairs of tokens, as a causal mask leaves.
 
     cuDNN (keys `[B, S, K, d]`): 2 products forward, 5 backward. Splash (keys `[…, K, S, d]`) and
     our Pallas kernels (keys `[B, S, K, d]`): 2 forward, 3 for the queries' gradient, 4 for that of

@@ -1,13 +1,13 @@
-"""How fast answers are written at best, by the roofline of one step of decoding.
+"""The best possible decoding speed, by the roofline of one decode step.
 
 A step reads every weight and all cached keys and values once. With W bytes of weights and S slots
 of C columns of κ bytes, everything split over n devices:
 
     t = max((W + S C κ) / (n · bandwidth), S F / (n · peak), 2 · 2 L S D b (n − 1)/n / link)
 
-F are the FLOPs of a token at column C; L layers add up their results twice, S × D numbers of b
-bytes each. What the run's own program moves is in the line of its `decode`: rules that keep weights
-in parts gather them in every step.
+F are the FLOPs of a token at column C. Each of L layers all-reduces its results twice, S × D
+numbers of b bytes each. The `decode` line of the plan has the traffic of the run's own program:
+with rules that shard weights, every step gathers them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxalign.models.flops import Work, forward_flops
 from jaxalign.parallel.chips import Chip
 
 SLOTS = (64, 128, 256, 512)
-"""Answers that are written at the same time."""
+"""Numbers of answers that are generated at the same time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class DecodeStep:
     """One token for every slot.
 
     Attributes:
-      slots: answers that are written at the same time.
-      seconds: of a step.
-      tokens_per_second: of all devices.
-      bytes_per_token: read from main memory, on all devices, for one token of one answer.
+      slots: answers that are generated at the same time.
+      seconds: time of a step.
+      tokens_per_second: total of all devices.
+      bytes_per_token: bytes read from main memory, on all devices, for one token of one answer.
       bound: what limits it: "compute", "memory" or "links".
       fits: whether weights and cache are within the devices' memory.
     """
@@ -61,18 +61,18 @@ def decode_steps(
     """The roofline for each of `SLOTS`.
 
     Args:
-      config: of the policy.
+      config: the policy's config.
       params: its parameters, as shapes.
       chip: one device.
-      devices: that the weights and slots are split over.
-      context: columns of keys and values that a slot has on average.
-      dtype: of weights and activations in a step.
-      cache_dtype: of keys and values.
+      devices: the number of devices over which weights and slots are split.
+      context: the average number of columns of keys and values in a slot.
+      dtype: dtype of weights and activations in a step.
+      cache_dtype: dtype of keys and values.
     """
     size, kept = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * size
     if not config.tie_embeddings:
-        weights -= config.vocab_size * config.hidden_size * size  # a row a slot is read of it
+        weights -= config.vocab_size * config.hidden_size * size  # each slot reads one row of it
     columns = _columns(config, context)
     slot = 2 * config.num_kv_heads * config.head_dim * kept * columns
     flops = forward_flops(config, Work(1.0, columns / config.num_layers, 1.0))
@@ -81,7 +81,7 @@ def decode_steps(
 
 
 def _columns(config: DecoderConfig, context: float) -> float:
-    """Columns of all layers together; a layer with a window has no more than that."""
+    """Columns over all layers; a layer with a window has at most the window."""
     short = context if config.window is None else min(context, config.window)
     if config.window is None or not config.window_layers:
         return config.num_layers * short

@@ -1,6 +1,6 @@
-"""Compiled programs as text, taken apart: computations, instructions, shapes, groups, loops.
+"""Parses the text of compiled programs: computations, instructions, shapes, groups, loops.
 
-https://openxla.org/xla/operation_semantics tells what the instructions do.
+https://openxla.org/xla/operation_semantics documents the instructions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INSTRUCTION = re.compile(r"(ROOT )?%?[\w.\-]+ = ")
 
 
 class Shape(NamedTuple):
-    """One array: element type, sizes, and the memory it lies in (0: the device's main memory)."""
+    """One array: element type, sizes, and its memory space (0: the device's main memory)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,8 +50,8 @@ class Instruction(NamedTuple):
       shapes: of the result; several for a tuple.
       opcode: e.g. "fusion".
       operands: names of instructions, in order.
-      text: what stands in the parentheses, for constants and parameters.
-      attributes: all behind the parentheses.
+      text: the text in the parentheses, for constants and parameters.
+      attributes: the text after the parentheses.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instruction → those that read it."""
+        """Instruction → the instructions that read it."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.by_name}
         for instruction in self:
             for operand in instruction.operands:
@@ -101,7 +101,7 @@ class Computation:
         return {int(x.text): x for x in self if x.opcode == "parameter"}
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
-        """Shapes of all operands, tuples taken apart."""
+        """Shapes of all operands, with tuples flattened."""
         return [s for name in instruction.operands for s in self.by_name[name].shapes]
 
 
@@ -113,7 +113,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Takes a compiled program apart, as `compiled.as_text()` gives it."""
+    """Parses a compiled program from `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     lines: list[Instruction] = []
@@ -177,7 +177,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The position of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -194,10 +194,10 @@ def _shapes(kind: str) -> Iterator[Shape]:
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Who takes part in a collective: `[groups, members]`, numbers of devices in mesh order.
+    """The participants of a collective: `[groups, members]`, device indices in mesh order.
 
     Raises:
-      ValueError: a form that is not known.
+      ValueError: an unknown form.
     """
     found = re.search(r"replica_groups=(\{\{.*?\}\}|\{\}|mesh\[.*?\}|\[[^ ]*)", attributes)
     if found is None or found[1] == "{}":
@@ -245,7 +245,7 @@ def _mesh_groups(text: str) -> np.ndarray:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs; None where that is known at run time only."""
+    """How often the body of a `while` runs; None if that is known only at run time."""
     found = re.search(r'"?known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.attributes)
     if found is not None:
         return int(found[1])
@@ -282,7 +282,7 @@ def _bound(module: Module, test: Computation) -> tuple[int, int] | None:
 
 
 def _step(body: Computation, index: int) -> int:
-    """How much the counter grows in a turn; 1 where that cannot be read."""
+    """The counter's increment per iteration; 1 if it cannot be read."""
     if body.root.opcode != "tuple" or index >= len(body.root.operands):
         return 1
     new = body.by_name[body.root.operands[index]]

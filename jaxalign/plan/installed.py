@@ -1,4 +1,4 @@
-"""The accelerators' software that is installed: whether it fits JAX, and what JAX makes of it."""
+"""Checks the installed accelerator software: whether it fits JAX, and whether JAX uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILERS = {
     "jax-cuda12-plugin": "cuda12",
     "jax-cuda13-plugin": "cuda13",
 }
-"""Package that compiles for accelerators → the extra of JAX that names its version."""
+"""Package that compiles for accelerators → the extra of JAX that pins its version."""
 
 _LIBRARIES = {"jax-cuda12-plugin": "with-cuda", "jax-cuda13-plugin": "with-cuda"}
 _SIGNS = {"tpu": ("/dev/accel0", "/dev/vfio/0"), "cuda12": ("/dev/nvidia0", "/dev/nvidiactl")}
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     """Something that does not fit together.
 
     Attributes:
-      what: the fact, with names and versions.
+      what: the problem, with names and versions.
       remedy: what to do about it.
     """
 
@@ -45,12 +45,12 @@ def installed(package: str) -> str | None:
 
 
 def unmet(package: str, of: str, extra: str = "") -> Requirement | None:
-    """What `of` asks of an installed package, where the version is another; None: it fits.
+    """The requirement of `of` that an installed package violates; None: it fits.
 
     Args:
-      package: the package that is asked for.
-      of: the package that asks. Where either is missing, nothing is unmet.
-      extra: the extra of `of` that asks; "": only what it always asks for.
+      package: the required package.
+      of: the package that requires it. If either is missing, the result is None.
+      extra: the extra of `of` with the requirement; "": only its unconditional requirements.
     """
     got = installed(package)
     if got is None:  # or under another name, as a nightly build is
@@ -60,7 +60,7 @@ def unmet(package: str, of: str, extra: str = "") -> Requirement | None:
             continue
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
             continue
-        # Without the part after "+", which says how it was built.
+        # Without the part after "+", which describes the build.
         if not wanted.specifier.contains(Version(got).public, prereleases=True):
             wanted.marker = None
             return wanted
@@ -68,7 +68,7 @@ def unmet(package: str, of: str, extra: str = "") -> Requirement | None:
 
 
 def conflicts() -> list[Problem]:
-    """Compilers and CUDA libraries of other versions than JAX asks for."""
+    """Compilers and CUDA libraries of versions that JAX does not support."""
     found = []
     present = [package for package in COMPILERS if installed(package)]
     for package in present:
@@ -92,10 +92,10 @@ def conflicts() -> list[Problem]:
 
 
 def overlooked(devices: Sequence[jax.Device]) -> list[Problem]:
-    """Accelerators that the machine seems to have and JAX does not compute on.
+    """Accelerators that the machine seems to have but that JAX does not use.
 
     Args:
-      devices: what `jax.devices()` gives.
+      devices: the result of `jax.devices()`.
     """
     if any(device.platform != "cpu" for device in devices):
         return []
@@ -122,7 +122,7 @@ def overlooked(devices: Sequence[jax.Device]) -> list[Problem]:
 
 
 def _names(of: str, extra: str) -> list[str]:
-    """The packages that an extra of `of` asks for."""
+    """The packages that an extra of `of` requires."""
     return [r.name for r in _required(of) if extra and extra in str(r.marker or "")]
 
 

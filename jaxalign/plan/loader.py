@@ -1,4 +1,4 @@
-"""Models of a run as shapes: from `config.json` or a GGUF file's metadata alone."""
+"""A run's models as shapes, from `config.json` or a GGUF file's metadata alone."""
 
 from __future__ import annotations
 
@@ -47,18 +47,19 @@ from jaxalign.types import Params, TrainState
 class HostArray(jax.ShapeDtypeStruct):
     """The shape of an array in the host's memory.
 
-    Its sharding says so too where the compiler knows of such memory. Ahead of time those of GPUs do
-    not: a program that reads such an array is then counted as having all of it on the device.
+    Its sharding has that memory kind too, if the compiler supports it. Ahead-of-time compilers for
+    GPUs do not: a program that reads such an array is then counted as having all of it on the
+    device.
     """
 
 
 class ShapeLoader(Loader):
-    """Of `ShapeDtypeStruct`s with the shardings that a run's arrays would have."""
+    """A loader that returns `ShapeDtypeStruct`s with the shardings of a run's arrays."""
 
     def load(
         self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
     ) -> tuple[Decoder | Scorer, Params]:
-        """Reads `config.json`, or the metadata of a GGUF file; no weights need be there."""
+        """Reads `config.json`, or the metadata of a GGUF file; weights are not needed."""
         model = read_model(source, config, mesh, remat)
         return model, _param_shapes(model, config, mesh)
 
@@ -86,11 +87,11 @@ class ShapeLoader(Loader):
         self, source: str, model: Decoder, params: Params, like: LoraConfig,
         attributes: tuple[str, ...] = (),
     ) -> Adapted:  # fmt: skip
-        """One that is not there is taken to be like the policy's adapters, with a head."""
+        """A missing adapter is assumed to be like the policy's adapters, with a head."""
         path, mesh = pathlib.Path(source).expanduser(), mesh_of(params)
         assert mesh is not None
         if path.exists():
-            # Nothing of the base is read but its shapes; one zero stands for each of its arrays.
+            # Only the base's shapes are read; a single zero replaces each of its arrays.
             zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
             adapted, trained, frozen = load_adapter(model, zeros, path)
         else:
@@ -106,7 +107,7 @@ class ShapeLoader(Loader):
         return Adapted(adapted, own, _part_of(params, frozen))
 
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Shapes of what the function would give."""
+        """The shapes of the function's result."""
         return jax.eval_shape(function, *args)
 
     def place(self, params: Params, shardings: Any) -> Params:
@@ -126,7 +127,7 @@ class ShapeLoader(Loader):
         """The train state as `algorithms.step.init_state` lays it out."""
         mesh = mesh_of(params)
         assert mesh is not None
-        params = jax.tree.map(lambda x: _shape(x, x.sharding), params)  # copies, as a run makes
+        params = jax.tree.map(lambda x: _shape(x, x.sharding), params)  # copies, as in a run
 
         def moment(path: Any, x: Any, sharding: Any) -> Any:
             make = HostArray if is_offloaded(path, x) else jax.ShapeDtypeStruct
@@ -139,7 +140,7 @@ class ShapeLoader(Loader):
         return TrainState(counter, params, frozen, opt_state)
 
     def start_reference(self, state: TrainState, params: Params) -> TrainState:
-        """The state, in which the reference has its place already."""
+        """The state, which already has a place for the reference."""
         shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (reference_of(state), params)]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -154,7 +155,7 @@ def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _part_of(params: Params, tree: Params) -> Params:
-    """Those parameters that a tree has, the very leaves."""
+    """The subset of parameters that a tree has, as the same objects."""
     return {
         name: _part_of(params[name], value) if isinstance(value, dict) else params[name]
         for name, value in tree.items()
@@ -168,7 +169,7 @@ def _param_shapes(model: Decoder | Scorer, config: ModelConfig, mesh: Mesh) -> P
 
 
 def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Decoder | Scorer:
-    """A model by its shape alone: from the package, else from its `config.json` or GGUF file."""
+    """A model's shape: from the package, else from its `config.json` or GGUF file."""
     hf, path = known_shape(source), source
     if hf is None:
         path = locate(source, ("config.json", ADAPTER_CONFIG))
@@ -198,7 +199,7 @@ def read_model(source: str, config: ModelConfig, mesh: Mesh, remat: str) -> Deco
 
 
 def known_shape(source: str) -> dict[str, Any] | None:
-    """`config.json` of a hub id that the package knows, so that planning needs no hub."""
+    """The `config.json` of a hub id, if the package contains it, so that planning works offline."""
     if pathlib.Path(source).exists():
         return None
     return _known_shapes().get(without_revision(source))

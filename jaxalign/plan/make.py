@@ -1,4 +1,4 @@
-"""From a configuration and devices to a plan."""
+"""Makes a plan from a configuration and devices."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from jaxalign.types import TrainState
 
 
 def run_shapes(algorithm: str, config: Run, mesh: Mesh) -> tuple[TrainState, Parts]:
-    """The train state and the parts of a run, of shapes; compiles nothing.
+    """The train state and the parts of a run, as shapes; compiles nothing.
 
     Raises:
       ValueError: no such algorithm or model, or sizes that do not divide.
@@ -72,18 +72,18 @@ def make_plan(
     *,
     storage: float = BANDWIDTH,
 ) -> Plan:
-    """Compiles the programs of a run and reads the compiler's account of them.
+    """Compiles the programs of a run and reads the compiler's memory analysis.
 
     Args:
       algorithm: key of `jaxalign.run.tasks.ALGORITHMS`.
       config: from `load_config(algorithm, …)`.
-      topology: see `parse_topology`; None: the devices that are present.
-      log: takes a line about what is going on.
+      topology: see `parse_topology`; None: the present devices.
+      log: called with a line about the progress.
       storage: bandwidth of a host to the storage of checkpoints, bytes/s.
 
     Raises:
       ValueError: no such devices or no compiler for them, no such model, sizes that do not divide,
-        or something that cannot fit into the devices; with the nearest that would do.
+        or a program that cannot fit into the devices; the message suggests the nearest that fits.
     """
     if config.mesh.apart:
         raise ValueError(
@@ -140,7 +140,7 @@ def _make_plan(algorithm: str, config: Run, topology: str | None, log: Log, stor
 def _decode(
     config: Run, state: TrainState, parts: Parts, chip: Chip, devices: int
 ) -> tuple[DecodeStep, ...]:
-    """The roofline of the policy's decoding, where answers are written half as long as they may."""
+    """The roofline of the policy's decoding, for answers half as long as the maximum."""
     if not isinstance(parts, RolloutParts):
         return ()
     model, options = parts.policy, parts.options
@@ -158,7 +158,7 @@ def _decode(
 def compile_programs(
     algorithm: str, config: Run, mesh: Mesh, state: TrainState, parts: Parts, log: Log
 ) -> list[Program]:
-    """Compiles all that one step of a run executes, or one iteration of PPO."""
+    """Compiles every program of one step of a run, or of one PPO iteration."""
     compiler = Compiler(mesh, log)
     if isinstance(parts, RolloutParts):
         compile_iteration(compiler, config, state, parts, log)
@@ -169,7 +169,7 @@ def compile_programs(
 
 
 def _tokens(algorithm: str, config: Run, parts: Parts) -> int:
-    """Tokens that the updates learn from, prompts included, if every row is full."""
+    """Tokens that the updates train on, including prompts, if every row is full."""
     if isinstance(parts, RolloutParts):
         return config.sequences * (config.data.length + parts.options.max_new_tokens)
     one_row = full_batch(ALGORITHMS[algorithm].shapes(config), 1)
@@ -187,7 +187,7 @@ def _head_chunk(config: Run, mesh: Mesh, parts: Parts) -> int | None:
 
 
 def _unknown_host_memory(*trees: Any) -> list[str]:
-    """A note where the compiler has no notion of the host's memory."""
+    """A note if the compiler does not support host memory."""
     away = [x for x in jax.tree.leaves(trees) if isinstance(x, HostArray)]
     if not away or away[0].sharding.memory_kind is not None:
         return []
@@ -198,10 +198,10 @@ def _unknown_host_memory(*trees: Any) -> list[str]:
 
 
 def resident_bytes(state: TrainState, parts: Parts) -> dict[str, int]:
-    """What lies on a device all the time, by kind."""
+    """The bytes that stay on a device all the time, by kind."""
     return {
         "params": device_bytes(state.params),
-        # Policy and critic may have adapters on one base.
+        # Policy and critic may have adapters on the same base.
         "frozen": device_bytes(list({id(x): x for x in jax.tree.leaves(state.frozen)}.values())),
         "optimizer": device_bytes(state.opt_state),
         "models": device_bytes(frozen_models(state, parts)),
@@ -209,7 +209,7 @@ def resident_bytes(state: TrainState, parts: Parts) -> dict[str, int]:
 
 
 def frozen_models(state: TrainState, parts: Parts) -> list[Any]:
-    """Parameters beside the train state, each once: the base under adapters may be a reference."""
+    """Parameters outside the train state, each once: an adapter's base may also be a reference."""
     known = {id(x) for x in jax.tree.leaves(state)}
     leaves = {id(x): x for x in jax.tree.leaves(parts.frozen_params)}
     return [x for number, x in leaves.items() if number not in known]
@@ -230,7 +230,7 @@ def _mesh(config: Run, topology: str | None) -> Mesh:
 def _check_resident(
     sizes: dict[str, int], capacity: int | None, mesh: Mesh, topology: str | None
 ) -> None:
-    """Refuses what cannot fit before anything is compiled."""
+    """Raises an error, before compiling, for a run that cannot fit."""
     need = sum(sizes.values())
     if capacity is None or need < capacity:
         return

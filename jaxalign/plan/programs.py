@@ -1,4 +1,4 @@
-"""Compiles programs from shapes and reads the compiler's account of what each one costs."""
+"""Compiles programs from shapes and reads from the compiler what each one costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxalign.run.tasks.shapes import full_batch
 from jaxalign.types import TrainState
 
 Log = Callable[[str], None]
-"""Takes a line about what is going on."""
+"""Called with a line about the progress."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Program:
     Attributes:
       name: e.g. "update".
       times: how often it runs in a step, or in an iteration of PPO.
-      batch: data that lies in memory while it runs.
-      cache: keys and values that do.
-      temporary: gradients, activations, whatever the compiler keeps while it runs.
+      batch: data in memory while it runs.
+      cache: keys and values in memory while it runs.
+      temporary: gradients, activations and other temporaries of the compiler.
       other: padding of the arguments to the device's tiles, results that replace no argument.
-      costs: what it does.
-      useful: FLOPs that the mathematics asks for, on all devices together (see `models.flops`).
-      seconds: tracing and compiling.
+      costs: its costs.
+      useful: FLOPs of the mathematics, on all devices together (see `models.flops`).
+      seconds: time of tracing and compiling.
     """
 
     name: str
@@ -53,15 +53,15 @@ class Program:
 
     @property
     def extra(self) -> int:
-        """Bytes beside the parameters and optimizer states that stay all the time."""
+        """Bytes besides the parameters and optimizer states, which stay all the time."""
         return self.batch + self.cache + self.temporary + self.other
 
 
 class DoesNotFit(ValueError):
-    """The compiler refused: the program wants more than the device has.
+    """The compiler rejected a program that needs more memory than the device has.
 
     Attributes:
-      over: how many times the device's memory it wants, where the compiler says so.
+      over: the needed memory as a multiple of the device's, if the compiler reports it.
     """
 
     def __init__(self, message: str, over: float | None):
@@ -70,11 +70,11 @@ class DoesNotFit(ValueError):
 
 
 def device_bytes(tree: Any, *, host: bool = False) -> int:
-    """Bytes of a tree on one device, by its layout; whole where it has none.
+    """Bytes of a tree on one device, by its sharding; unsharded arrays count whole.
 
     Args:
-      tree: of shapes.
-      host: count what lies in the host's memory instead.
+      tree: a tree of shapes.
+      host: count the arrays in host memory instead.
     """
 
     def one(x: Any) -> int:
@@ -93,7 +93,7 @@ def on_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 class Compiler:
-    """Compiles programs one after the other and keeps what they cost."""
+    """Compiles programs one after the other and records their costs."""
 
     def __init__(self, mesh: Mesh, log: Log):
         self.mesh, self.log = mesh, log
@@ -103,16 +103,16 @@ class Compiler:
         self, name: str, lower: Callable[[], Any], *, known: Any, batch: Any = (), cache: Any = (),
         times: int = 1, trips: int = 1, useful: float = 0.0, made: str = "other",
     ) -> Any:  # fmt: skip
-        """Compiles; gives the compiled program.
+        """Compiles a program and returns it.
 
         Args:
-          name: for people.
+          name: the name to show.
           lower: makes the lowered program.
-          known: arguments that lie in memory all the time.
-          batch: trees of data that lie in memory while it runs.
-          cache: trees of keys and values that do.
+          known: arguments that are in memory all the time.
+          batch: trees of data in memory while it runs.
+          cache: trees of keys and values in memory while it runs.
           times, trips, useful: see `Program` and `count_costs`.
-          made: what its results count as: "other", "batch" or "cache".
+          made: the kind that its results count as: "other", "batch" or "cache".
         """
         self.log(f"compiling {name} …")
         began = time.perf_counter()
@@ -128,7 +128,7 @@ class Compiler:
         costs = count_costs(compiled.as_text(), nodes, trips)
         made_bytes = max(0, account.output_size_in_bytes - account.alias_size_in_bytes)
         sizes = {"batch": device_bytes(batch), "cache": device_bytes(cache), "other": 0}
-        # Arguments that a program does not read are left out of it, but lie in memory too.
+        # Arguments that a program does not read are dropped from it, but still take memory.
         sizes["other"] += max(
             0,
             account.argument_size_in_bytes - sizes["batch"] - sizes["cache"] - device_bytes(known),
@@ -163,15 +163,15 @@ def _refused(name: str, text: str) -> DoesNotFit:
 
 
 def chunks(model: Any, rows: int, length: int, mesh: Mesh) -> tuple[int, int]:
-    """How the vocabulary head cuts up its positions when all of them are trained.
+    """How the vocabulary head splits its positions into chunks when all of them are trained.
 
     Returns:
-      (positions that it reads at a time, how often).
+      (positions per chunk, number of chunks).
     """
     cuts = axis_shards("length", mesh)
     parts = row_shards(mesh) * cuts
     lines = (rows * cuts, math.ceil(length / cuts)) if parts > 1 else (1, rows * length)
-    with use_mesh(mesh):  # the mesh's device and the shards of the vocabulary decide
+    with use_mesh(mesh):  # it depends on the mesh's device and the shards of the vocabulary
         chunk, count = head_chunks(*lines, model.config.vocab_size, parts)
     return chunk * lines[0], count
 
@@ -179,11 +179,11 @@ def chunks(model: Any, rows: int, length: int, mesh: Mesh) -> tuple[int, int]:
 def compile_updates(
     compiler: Compiler, config: Any, state: TrainState, parts: Parts, batch: Any
 ) -> None:
-    """All that a step runs where every batch of data is one update: `prepare`, then the update.
+    """Compiles a step in which every batch of data is one update: `prepare`, then the update.
 
     Args:
-      compiler: keeps the programs.
-      config: of the run.
+      compiler: records the programs.
+      config: the run's config.
       state: its train state, as shapes.
       parts: its parts.
       batch: of data, as shapes.

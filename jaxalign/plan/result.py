@@ -1,4 +1,4 @@
-"""What a plan says."""
+"""The result of a plan."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one device needs and does in a step (an iteration, in PPO); memory in bytes.
+    """What one device needs and does in a step (in PPO, an iteration); memory in bytes.
 
-    The memory is that of the moment when most is needed: while the program named by `peak` runs.
+    The memory is the peak, which is reached while the program named by `peak` runs.
 
     Attributes:
       algorithm: key of `jaxalign.run.tasks.ALGORITHMS`.
-      topology: as it was named; None for the devices that are present.
-      devices: how many of which kind.
+      topology: the topology's name; None for the present devices.
+      devices: the number and kind of devices.
       mesh: sizes of the mesh axes.
       params: trained parameters.
       frozen: the base under adapters, else 0.
       optimizer: optimizer state.
-      models: models beside the step: DPO's reference where it is not the base under adapters,
-        PPO's reference and reward model.
+      models: other models: DPO's reference if it is not the base under adapters, PPO's reference
+        and reward model.
       batch: data: in PPO the rollout and one mini-batch of it.
       cache: keys and values of the rollout.
-      temporary: gradients, activations, whatever the compiler keeps for the length of a program.
+      temporary: gradients, activations and other temporaries of a program.
       other: padding of the arguments to the device's tiles, the step counter, metrics.
-      total: all of it. The program's share is the compiler's own account (arguments, temporaries
-        and outputs that replace no argument).
-      host: bytes of it in the host's memory instead, not in the total.
-      capacity: what the device has; None where it is not known (CPUs).
-      fits: whether the total is within it; None where it is not known.
-      peak: the program that needs most.
-      compile_seconds: tracing and compiling, all programs.
-      tokens: that the update learns from, prompts included, on all devices.
+      total: the sum. The program's share comes from the compiler's own analysis (arguments,
+        temporaries and outputs that replace no argument).
+      host: bytes that are in host memory instead, not in the total.
+      capacity: the device's memory; None if unknown (CPUs).
+      fits: whether the total is within the capacity; None if unknown.
+      peak: the program that needs the most memory.
+      compile_seconds: time of tracing and compiling all programs.
+      tokens: tokens that the update trains on, including prompts, on all devices.
       costs: FLOPs, bytes and collectives of a step or iteration, on one device.
-      speed: what they take at best; None where the device's speed is not known.
-      head_chunk: positions, of all rows, that the vocabulary head reads at a time in an update;
-        None without a head.
-      decode: the roofline of writing answers, for several numbers of slots; () where none are
-        written or the device's speed is not known.
-      checkpoint: bytes of a checkpoint, and the time that it takes.
-      programs: what was compiled.
-      notes: what was assumed.
+      speed: the best possible times; None if the device's speed is unknown.
+      head_chunk: positions, over all rows, that the vocabulary head computes at a time in an
+        update; None without a head.
+      decode: the roofline of decoding, for several numbers of slots; () if nothing is generated or
+        the device's speed is unknown.
+      checkpoint: a checkpoint's bytes and time.
+      programs: the compiled programs.
+      notes: the assumptions.
     """
 
     algorithm: str

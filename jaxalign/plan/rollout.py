@@ -1,4 +1,4 @@
-"""The programs of a PPO iteration: read prompts, write answers, score, experience, update."""
+"""The programs of a PPO iteration: prefill, decode, score, experience, update."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from jaxalign.types import Params, RolloutBatch, Scores, TokenBatch, TrainState
 def compile_iteration(
     compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, log: Log
 ) -> None:
-    """Compiles all that one iteration of PPO runs.
+    """Compiles every program of one PPO iteration.
 
     Args:
-      compiler: keeps the programs.
-      config: of the run.
+      compiler: records the programs.
+      config: the run's config.
       state: its train state, as shapes.
       parts: its parts.
-      log: takes a line about what is going on.
+      log: called with a line about the progress.
     """
     policy = combine(state.params, state.frozen)["policy"]
     with config.mesh.use_rules("rollout"):
@@ -50,20 +50,20 @@ def compile_iteration(
 def _compile_sampling(
     compiler: Compiler, config: Any, parts: RolloutParts, policy: Params, log: Log
 ) -> None:
-    """What `sampling.generate.sample` runs."""
+    """Compiles the programs of `sampling.generate.sample`."""
     model, mesh, options = parts.policy, compiler.mesh, parts.options
     rules = config.mesh.rules_of.get("rollout")
-    known = () if rules else policy  # else it has a copy of its own for as long as it writes
+    known = () if rules else policy  # else it has its own copy while it generates
     params = reshard_by_rules(policy, model, mesh, rules, ShapeLoader())
     length, new = config.data.length, options.max_new_tokens
     answers = config.data.rows * options.samples
     slots = answers if options.slots is None else min(options.slots, answers)
-    group = min(config.data.rows, slots)  # prompts that are read together
+    group = min(config.data.rows, slots)  # prompts that are prefilled together
     kind = jnp.dtype(options.cache_dtype or model.compute_dtype).name
     tokens = on_rows(array(group, length, dtype=jnp.int32), mesh)
     mask = on_rows(array(group, length, dtype=jnp.bool_), mesh)
     number, integer = array(), array(dtype=jnp.int32)
-    whole = replicated(mesh)  # of what `sample` makes with the mesh in context
+    whole = replicated(mesh)  # like the arrays that `sample` makes with the mesh in context
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole)
     stops = array(len(options.stop_tokens), dtype=jnp.int32)
@@ -116,7 +116,7 @@ def _compile_sampling(
 
 
 def _results(lowered: Any, compiled: Any) -> Any:
-    """Results of a program as shapes laid out as it lays them out."""
+    """A program's results as shapes, with its output shardings."""
     return jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
         lowered.out_info,
@@ -132,7 +132,7 @@ def answer_shapes(config: Any, parts: RolloutParts, mesh: Mesh) -> TokenBatch:
 
 
 def _compile_scores(compiler: Compiler, parts: RolloutParts, tokens: TokenBatch) -> None:
-    """The reward models; one with its own tokenizer is taken to read as many tokens."""
+    """Compiles the reward models; one with its own tokenizer is assumed to read as many tokens."""
     for number, scorer in enumerate(parts.reward_models):
 
         def lower(scorer: Any = scorer) -> Any:
@@ -160,7 +160,7 @@ class Experience(NamedTuple):
 def lower_experience(
     config: Any, state: TrainState, parts: RolloutParts, tokens: TokenBatch, mesh: Mesh
 ) -> Experience:
-    """Lowers the half of PPO's `prepare` that follows scoring."""
+    """Lowers the half of PPO's `prepare` after scoring."""
     assert parts.reference is not None
     rows, length = tokens.inputs.shape
     scores, recorded, finished = on_rows(
@@ -189,7 +189,7 @@ def rollout_shapes(config: Any, experience: Experience) -> RolloutBatch:
 
 
 def update_shapes(config: Any, parts: RolloutParts, rollout: RolloutBatch) -> RolloutBatch:
-    """What an update learns from: a mini-batch of the rollout, and a batch of text if any."""
+    """The inputs of an update: a mini-batch of the rollout, and a batch of text if there is one."""
     rows = rollout.advantages.shape[0] // config.minibatches
     part = jax.tree.map(lambda x: array(rows, *x.shape[1:], dtype=x.dtype), rollout)
     return part._replace(ptx=parts.text)
@@ -198,7 +198,7 @@ def update_shapes(config: Any, parts: RolloutParts, rollout: RolloutBatch) -> Ro
 def _compile_experience(
     compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, tokens: TokenBatch
 ) -> RolloutBatch:
-    """Log-probabilities of policy and reference, values and advantages; gives the rollout."""
+    """Compiles log-probabilities, values and advantages; returns the rollout's shapes."""
     rows, length = tokens.inputs.shape
     experience = lower_experience(config, state, parts, tokens, compiler.mesh)
     useful = 2 * row_flops(parts.policy.config, rows, length - 1, head=True)
@@ -218,7 +218,7 @@ def _compile_experience(
 def _compile_update(
     compiler: Compiler, config: Any, state: TrainState, parts: RolloutParts, rollout: RolloutBatch
 ) -> None:
-    """An update learns from a mini-batch, while the rollout lies in memory."""
+    """Compiles an update on a mini-batch, while the whole rollout is in memory."""
     mesh, model = compiler.mesh, parts.policy
     batch = on_rows(update_shapes(config, parts, rollout), mesh)
     rows, length = batch.advantages.shape

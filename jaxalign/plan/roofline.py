@@ -1,9 +1,9 @@
-"""How long a step takes at best: each resource at its peak, all at once (Williams et al. 2009).
+"""The shortest possible step: each resource at its peak, all overlapped (Williams et al. 2009).
 
     t = max(FLOPs / peak, bytes / bandwidth, bytes sent / link)        of each program, added up
 
-The true time lies above: matrix units seldom reach their peak, and not all traffic hides behind
-arithmetic. The other bound is their sum, where nothing hides behind anything.
+The true time is longer: matrix units seldom reach their peak, and not all traffic overlaps with
+arithmetic. The opposite bound is the sum of the three, where nothing overlaps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """An estimate for one step (iteration, in PPO).
+    """An estimate for one step (in PPO, one iteration).
 
     Attributes:
-      seconds: all resources used at once, each at its peak.
-      seconds_serial: one after the other.
-      tokens_per_second: of all devices, at `seconds`.
+      seconds: the time if all resources overlap, each at its peak.
+      seconds_serial: the time if nothing overlaps.
+      tokens_per_second: total of all devices, at `seconds`.
       mfu: model FLOPs utilisation at `seconds`, 0 to 1.
       bound: what limits the longest program: "compute", "memory", "links" or "network".
       by_resource: seconds of each.
@@ -57,7 +57,7 @@ def resource_seconds(costs: Costs, chip: Chip) -> dict[str, float]:
 
 
 def estimate(programs: Sequence[Program], chip: Chip, devices: int, tokens: int) -> Speed:
-    """What the programs of a step take together."""
+    """The estimate for all programs of a step together."""
     times = [
         {name: t * program.times for name, t in resource_seconds(program.costs, chip).items()}
         for program in programs

@@ -1,9 +1,9 @@
-"""Which settings make a run fastest on given devices: many are estimated, the best few compiled.
+"""Searches for the fastest settings on given devices: estimates many, compiles the best few.
 
-The estimate needs no compiler. Memory: what stays (exact, from shapes), gradients in float32,
-activations that the remat policy keeps, keys and values; time: the roofline over model FLOPs with
-recomputation, the weights' and activations' passes through memory, and the collectives of fully
-sharded data parallelism and tensor parallelism (docs/plan.md has the formulas). What remains is
+The estimate needs no compiler. Memory: resident arrays (exact, from shapes), gradients in float32,
+activations that the remat policy keeps, keys and values. Time: the roofline over model FLOPs with
+recomputation, memory traffic of weights and activations, and the collectives of fully sharded data
+parallelism and tensor parallelism (docs/plan.md has the formulas). The remaining candidates are
 compiled, best first, until enough of them fit.
 """
 
@@ -39,18 +39,18 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, eq. 2, without the T 
 are formed again) for "none"; results of matrix products for "dots"; its input for "block"."""
 
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 1.0}
-"""Part of a forward pass that the backward pass repeats."""
+"""The fraction of a forward pass that the backward pass recomputes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run, and its estimate.
+    """One setting and its estimate.
 
     Attributes:
       overrides: `key=value`, as on the command line.
-      config: with them.
-      memory: bytes on a device, estimated.
-      seconds: a step, estimated.
+      config: the config with the overrides.
+      memory: estimated bytes per device.
+      seconds: estimated time of a step.
     """
 
     overrides: tuple[str, ...]
@@ -68,24 +68,24 @@ def search_plans(
     count: int = 3,
     storage: float = BANDWIDTH,
 ) -> list[tuple[tuple[str, ...], Plan]]:
-    """The settings under which a run is fastest: many estimated, the best few compiled.
+    """Finds the settings with which a run is fastest: estimates many, compiles the best few.
 
-    Tried are shapes of the mesh, remat policies, micro-batches, and moments in 8 bit beside those
-    of the configuration; rows, lengths and all else stay, so that what is learned stays too.
+    It tries mesh shapes, remat policies, micro-batches, and 8-bit moments beside the configured
+    ones. Rows, lengths and everything else stay the same, so that training does not change.
 
     Args:
       algorithm: as in `make_plan`.
       config: where to start.
       topology: see `parse_topology`; a kind whose speed is known, not CPUs.
-      log: takes a line about what is going on.
-      count: plans to find.
+      log: called with a line about the progress.
+      count: the number of plans to find.
       storage: as in `make_plan`.
 
     Returns:
-      (overrides, plan) of those that fit, most tokens a second first.
+      (overrides, plan) for settings that fit, highest tokens per second first.
 
     Raises:
-      ValueError: devices of unknown speed, or nothing that fits.
+      ValueError: the devices' speed is unknown, or nothing fits.
     """
     devices = find_devices(topology)
     chip = chip_of(devices[0].device_kind)
@@ -116,7 +116,7 @@ def search_plans(
 
 
 def meshes(count: int) -> Iterator[tuple[int, int, int]]:
-    """Mesh sizes (data, fsdp, tensor) for so many devices: tensor up to 8, data up to 64."""
+    """Mesh sizes (data, fsdp, tensor) for a number of devices: tensor up to 8, data up to 64."""
     for tensor, data in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64)):
         if count % (tensor * data) == 0:
             yield data, count // (tensor * data), tensor
@@ -125,7 +125,7 @@ def meshes(count: int) -> Iterator[tuple[int, int, int]]:
 def candidates(
     algorithm: str, config: Any, devices: list[jax.Device], chip: Chip
 ) -> list[Candidate]:
-    """All meshes, remat policies, micro-batches and moments that may fit, best first."""
+    """All meshes, remat policies, micro-batches and moments that might fit, best first."""
     found = []
     minibatches = getattr(config, "minibatches", 1)
     for sizes in meshes(len(devices)):
@@ -183,7 +183,7 @@ def _estimate(
     algorithm: str, config: Any, state: TrainState, parts: Parts, mesh: Mesh, chip: Chip,
     remat: str, micro: int, held: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """Bytes on a device, and seconds of an update (in PPO, of all those of an iteration)."""
+    """Bytes on a device, and seconds of an update (in PPO, of all updates of an iteration)."""
     shape, length, updates, trained = parts.policy.config, config.data.length, 1, 1
     if isinstance(parts, RolloutParts):
         length += parts.options.max_new_tokens
@@ -198,14 +198,15 @@ def _estimate(
     width = 2 * shape.hidden_size
     gradients = device_bytes(state.params) * (1 if micro == 1 else 2)
     kept = shape.num_layers * width * KEPT[remat] / (tensor if remat != "block" else 1)
-    # One layer is worked on whole, whatever is kept.
+    # One layer's activations exist in full, whatever the remat policy keeps.
     memory = held + gradients + tokens / micro * (kept + width * KEPT["none"] / tensor)
     flops = trained * row_flops(shape, rows, length, head=True) * (3 + AGAIN[remat]) / mesh.size
     weights = 2 * sum(x.size for x in jax.tree.leaves(state.params)) / tensor  # bfloat16
     shards = mesh.shape["fsdp"]
     passes = 2 + (AGAIN[remat] > 0.5)
-    # Weights are gathered in each pass, gradients scattered (float32) each micro-batch and summed
-    # over replicas; tensor parallelism sums activations twice a layer and direction.
+    # Weights are all-gathered in each pass; gradients (float32) are reduce-scattered per
+    # micro-batch and all-reduced over replicas; tensor parallelism all-reduces activations twice
+    # per layer and direction.
     sent = micro * (passes + 2) * weights * (shards - 1) / shards
     sent += 2 * 2 * weights / shards * (1 - 1 / mesh.shape["data"])
     sent += 4 * trained * passes * shape.num_layers * tokens * width * (tensor - 1) / tensor

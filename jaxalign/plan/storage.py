@@ -1,9 +1,9 @@
-"""How long a checkpoint takes: its bytes over the storage bandwidth of the hosts that share it.
+"""The time of a checkpoint: its bytes over the storage bandwidth of the hosts that share it.
 
     t = bytes / (hosts × bandwidth)
 
-Every host writes and reads its own part. A save copies the arrays to the hosts' memory and goes on
-in the background; no step waits for it unless the next save comes before it is done.
+Every host writes and reads its own part. A save copies the arrays to host memory and continues in
+the background; no step waits for it unless the next save starts before it is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxalign.types import TrainState
 
 BANDWIDTH = 1e9
-"""Bytes/s of a host to its storage where nobody says: a bucket, or a fast shared file system."""
+"""The default bytes/s from a host to its storage: a bucket, or a fast shared file system."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class Checkpoint:
     """One checkpoint of a run.
 
     Attributes:
-      bytes: of trained parameters and optimizer state; a frozen base is not saved.
-      hosts: that share the work.
-      bandwidth: of a host to its storage, bytes/s, each way.
-      seconds: to write it, and as much to read it back.
+      bytes: bytes of trained parameters and optimizer state; a frozen base is not saved.
+      hosts: the number of hosts that share the work.
+      bandwidth: a host's bandwidth to its storage, bytes/s, each way.
+      seconds: the time to write it, and to read it back.
     """
 
     bytes: int
@@ -38,15 +38,15 @@ class Checkpoint:
 
 
 def estimate_checkpoint(state: TrainState, mesh: Mesh, bandwidth: float = BANDWIDTH) -> Checkpoint:
-    """What a checkpoint of a train state takes.
+    """The size and time of a checkpoint of a train state.
 
     Args:
       state: of shapes.
-      mesh: of the run.
+      mesh: the run's mesh.
       bandwidth: of a host to its storage, bytes/s.
 
     Raises:
-      ValueError: no such bandwidth.
+      ValueError: the bandwidth is not positive.
     """
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"storage bandwidth {bandwidth:g} bytes/s: wanted a positive number")

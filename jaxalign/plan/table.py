@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""Prints a plan as a table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _programs(plan: Any) -> list[str]:
 
 
 def _decode(steps: Sequence[Any]) -> list[str]:
-    """Writing answers, at best."""
+    """The best possible decoding speeds."""
     if not steps:
         return []
     heads = ("decoding", "ms a step", "MB a token", "tokens/s")
@@ -96,7 +96,7 @@ def _collectives(plan: Any) -> list[str]:
 
 
 def human(size: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a suitable unit."""
     if size >= GIB:
         return f"{size / GIB:.2f} GiB"
     for unit in ("B", "KiB"):

@@ -1,4 +1,4 @@
-"""Devices by name, present or not: `v5p-128`, `v5e:4x4`, `h100:8x16`, `a100-80g:4`, `cpu:8`."""
+"""Devices by name, present or absent: `v5p-128`, `v5e:4x4`, `h100:8x16`, `a100-80g:4`, `cpu:8`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TPU_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "v5p": (*_CUBES, (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24)),
     "v6e": _FLAT,
 }
-"""Slices that can be rented, smallest first (https://cloud.google.com/tpu/docs)."""
+"""Available slices, smallest first (https://cloud.google.com/tpu/docs)."""
 
 CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
-"""What the number in a name counts a chip: v4 and v5p are sold by TensorCores, two in a chip."""
+"""Units per chip of the number in a name: v4 and v5p count TensorCores, two per chip."""
 
 GPUS_A_NODE = 8
 
@@ -35,7 +35,7 @@ _EXAMPLES = "v5e-16, v5p-128, v6e-256, h100:8, h100:8x16, a100-80g:4, cpu:8"
 
 
 class _Gpu(NamedTuple):
-    """A GPU as the compiler wants it, from the CUDA programming guide and data sheets."""
+    """A GPU's description for the compiler, from the CUDA programming guide and data sheets."""
 
     name: str
     capability: tuple[int, int]
@@ -68,8 +68,8 @@ class Named(NamedTuple):
 
     Attributes:
       family: key of `CHIPS`, or "cpu".
-      shape: of one TPU slice; of GPUs (nodes, GPUs a node); of CPUs their number.
-      slices: of TPUs.
+      shape: the shape of one TPU slice; for GPUs (nodes, GPUs per node); for CPUs their number.
+      slices: the number of TPU slices.
     """
 
     family: str
@@ -83,11 +83,11 @@ class Named(NamedTuple):
 
 
 def parse_topology(name: str) -> Named:
-    """The topology of a name.
+    """Parses the name of a topology.
 
-    `v5p-128` counts as Google does (v4 and v5p: TensorCores, v5e and v6e: chips), `x2` behind it
-    means two slices; `v5e:4x4` gives the shape; `h100:8` is GPUs of a node, `h100:8x16` 8 in each
-    of 16 nodes; `cpu:8` are fake CPU devices.
+    `v5p-128` counts as Google does (v4 and v5p: TensorCores, v5e and v6e: chips), `x2` after it
+    means two slices; `v5e:4x4` gives the shape; `h100:8` is 8 GPUs in one node, `h100:8x16` 8 in
+    each of 16 nodes; `cpu:8` is 8 fake CPU devices.
 
     Raises:
       ValueError: no such topology; the message names the nearest.
@@ -139,7 +139,7 @@ def _slice(name: str, family: str, size: str) -> Named:
 
 
 def next_that_holds(named: Named, devices: float) -> str | None:
-    """The smallest topology of the same kind with at least so many devices, or None."""
+    """The smallest topology of the same kind with at least this many devices, or None."""
     if named.family in TPU_SHAPES:
         for shape in TPU_SHAPES[named.family]:
             if math.prod(shape) >= devices:
@@ -153,7 +153,7 @@ def next_that_holds(named: Named, devices: float) -> str | None:
 
 
 def find_devices(name: str | None = None) -> list[jax.Device]:
-    """Devices by name; see `parse_topology`. None: those that are present.
+    """Devices by name; see `parse_topology`. None: the present devices.
 
     Raises:
       ValueError: no such topology, fewer CPU devices than named, or no compiler for the devices.
@@ -175,13 +175,13 @@ def find_devices(name: str | None = None) -> list[jax.Device]:
 def _tpus(name: str, named: Named) -> list[jax.Device]:
     _need("libtpu", name, "TPU", "plan-tpu")
     _check_version("libtpu", name, "tpu")
-    # Off a TPU machine the compiler would wait long for a metadata server that is not there.
+    # Off a TPU machine the compiler would wait long for a missing metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Nothing runs on a TPU here: two plans may be made at the same time.
+    # Nothing runs on a TPU here, so two plans may be made at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {}
     if named.family == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as on the machines
+        options["chip_config_name"] = "megacore"  # one device per chip, as on real machines
     if math.prod(named.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if named.slices > 1:
@@ -197,7 +197,7 @@ def _gpus(name: str, named: Named) -> list[jax.Device]:
         _need("jax_cuda12_plugin", name, "GPU", "plan-gpu")
     for plugin in there:
         _check_version(plugin.replace("_", "-"), name, plugins[plugin])
-    # The compiler needs neither a driver nor all of the toolkit that runs programs.
+    # The compiler needs no driver, and not all of the toolkit for running programs.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     nodes, a_node = named.shape
     options = {"topology": f"{nodes}x1x{a_node}", "target_config": _target(_GPUS[named.family])}
@@ -213,9 +213,9 @@ def _need(module: str, name: str, what: str, extra: str) -> None:
 
 
 def _check_version(package: str, name: str, extra: str) -> None:
-    """Refuses a compiler of another version than JAX's extra asks for.
+    """Raises ValueError for a compiler version other than JAX's extra requires.
 
-    A newer one may end in a failed check deep inside of it, which says nothing of the cause.
+    A newer one may crash in an internal check that does not reveal the cause.
     """
     wanted = unmet(package, "jax", extra)
     if wanted is not None:

@@ -21,8 +21,8 @@ a kind to the `rewards:` of configurations. Importing this package registers the
 loads neither transformers nor the data room.
 
 With several processes the arrays are global. A reward that computes on them returns global scores.
-One that reads them in Python takes `jaxalign.local_rows` of them and returns the scores of those
-rows, so that each host scores its own.
+A reward that reads them in Python takes their `jaxalign.local_rows` and returns those rows' scores,
+so that each host scores its own rows.
 """
 
 from jaxalign.rewards.build import build_reward

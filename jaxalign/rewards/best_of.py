@@ -30,7 +30,7 @@ class BestOfN(NamedTuple):
     """The result for one prompt.
 
     Attributes:
-      answer: the answer with the highest score; the first of several.
+      answer: the answer with the highest score; on a tie, the first.
       score: its score.
       answers: all answers, in the order of sampling.
       scores: their scores.
@@ -56,7 +56,7 @@ def best_of(
 
     Answers are scored as text, so the judge may have another tokenizer and template. An answer cut
     off at `max_new_tokens` is scored as if it ended there. An empty answer is selected only if all
-    are empty.
+    answers are empty.
 
     Args:
       model: the language model.

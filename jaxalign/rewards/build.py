@@ -29,20 +29,20 @@ def build_reward(
 ) -> Callable[[TokenBatch, PromptBatch], Scores]:
     """The reward function that a configuration describes: the weighted sum of all of `specs`.
 
-    Whatever a reward needs of a row (a right answer, known instructions) is checked here, for all
-    rows, before training starts.
+    Before training starts, this checks that every row has what the rewards need (a right answer,
+    known instructions).
 
     Args:
       specs: at least one; their names (by default their kinds) must differ.
       tok: the policy's tokenizer.
       rows: see `jaxalign.rewards.text_reward`.
       load: loads reward models; None: onto the default device.
-      chat_template: of the policy; None: its tokenizer's.
+      chat_template: the policy's; None: its tokenizer's.
 
     Raises:
-      ValueError: no specs, two with one name, a function that does not exist, a reward model with
-        another tokenizer or chat template than the policy's, or a row that lacks what a reward
-        needs.
+      ValueError: no specs, two specs with the same name, a function that does not exist, a reward
+        model with another tokenizer or chat template than the policy's, or a row that lacks what a
+        reward needs.
     """
     rewards: dict[str, RewardFunction] = {}
     weights: dict[str, float] = {}

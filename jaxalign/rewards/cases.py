@@ -25,7 +25,7 @@ _PREFILLED = re.compile(rf"[<\[]{_MARK}\s*(?:[<\[]/?{_MARK}\s*)?$", re.IGNORECAS
 class RewardError(ValueError, RuntimeError):
     """A reward failed or returned no valid score; the message names reward and row.
 
-    Training stops: an answer without a score must not be trained on as if it scored 0.
+    Training stops, because an answer without a score must not be trained on as if its score were 0.
     """
 
 
@@ -34,13 +34,13 @@ class Case(NamedTuple):
 
     Attributes:
       prompt: the policy's input, decoded without special tokens.
-      completion: the policy's output, decoded likewise.
+      completion: the policy's output, decoded the same way.
       place: index of the row in the batch.
       row: the data row with all its columns; None if the reward has no rows.
       messages: the messages of the prompt; None if the reward has no rows.
       origin: origin of the row (`file:line`), or its index.
       tools: functions that the prompt's messages may call.
-      prefilled: what the template wrote of the answer before the policy began, such as `<think>`.
+      prefilled: the start of the answer that the template wrote into the prompt, such as `<think>`.
     """
 
     prompt: str
@@ -133,13 +133,13 @@ def prefilled(tok: PreTrainedTokenizerBase, prompt: Any) -> str:
 
 
 def shifted(prompts: PromptBatch, by: int) -> PromptBatch:
-    """The prompts with `index` increased by `by`, for a table with `by` other rows in front."""
+    """The prompts with `index` increased by `by`, for a table with `by` other rows before them."""
     index: Any = prompts.index  # [B], -1 for padding rows
     return prompts._replace(index=index + by * (index >= 0))
 
 
 def origin_in(error: BaseException) -> str:
-    """` at file:line` of the innermost frame outside this package, for messages; "" if none."""
+    """` at file:line` of the innermost frame outside this package, for messages, or ""."""
     origin = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename

@@ -23,9 +23,9 @@ def combine_rewards(
         r = Σ_i w_i r_i
 
     Each r_i is logged as `rewards/<name>`. A text reward may return None for an answer that it does
-    not apply to (a data set of several tasks, as in TRL). It is then left out of that answer's sum,
-    and `applies/<name>` logs the share of answers that it scored. Every answer needs a reward with
-    a weight other than 0, and every score must be finite.
+    not apply to, as in TRL (for data sets with several tasks). It is then left out of that answer's
+    sum, and `applies/<name>` logs the share of answers that it scored. Every answer needs a reward
+    with a weight other than 0, and every score must be finite.
 
     Args:
       rewards: name → reward function.
@@ -35,7 +35,8 @@ def combine_rewards(
       A reward function that returns `Scores` with all parts.
 
     Raises:
-      ValueError: no rewards, a weight of an unknown name, one that is not finite, or only zeros.
+      ValueError: no rewards, a weight with an unknown name, a weight that is not finite, or only
+        zero weights.
     """
     if not rewards:
         raise ValueError("rewards: got none, wanted at least one, by name")
@@ -50,7 +51,8 @@ def combine_rewards(
         raise ValueError(f"weights={factors}: wanted finite numbers, of which one is not 0")
 
     def reward(tokens: TokenBatch, prompts: PromptBatch) -> Scores:
-        # Dispatch all before reading any: models run on the devices while functions run in Python.
+        # Dispatch all rewards before reading any: models run on devices while functions run in
+        # Python.
         dispatched = {
             name: scores_of(reward, tokens, prompts, name) for name, reward in rewards.items()
         }

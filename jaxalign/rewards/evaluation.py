@@ -41,7 +41,7 @@ def wilson(wins: float, count: int, z: float = Z95) -> tuple[float, float]:
       z: quantile of the normal distribution; `Z95` for 95 %.
 
     Returns:
-      (lower, upper) bound, in [0, 1]; (0, 1) for no trial.
+      (lower, upper) bound, in [0, 1]; (0, 1) for no trials.
     """
     if count == 0:
         return 0.0, 1.0
@@ -107,11 +107,11 @@ def histogram(groups: Mapping[str, np.ndarray], bins: int = _SCORE_BINS) -> dict
 def evaluate_pairs(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
     """Evaluates pairs: accuracy with its interval, calibration of win probabilities, scores.
 
-    Calibration compares the probability that the answer with the higher score is the chosen one,
+    Calibration takes the probability that the answer with the higher score is the chosen one,
 
         p = σ(|r_chosen − r_rejected|) ∈ [½, 1],
 
-    with whether it is (½ for equal scores).
+    and compares it with the outcome: 1 if it is, 0 if not, ½ for equal scores.
 
     Args:
       examples: `chosen`, `rejected`, `mask` and optionally `source`, of one shape.
@@ -137,9 +137,9 @@ def evaluate_pairs(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -
 
 
 def evaluate_rankings(examples: Mapping[str, np.ndarray], sources: Sequence[str]) -> EvalResult:
-    """Evaluates rankings: share of prompts whose best answer scores highest; scores by rank.
+    """Evaluates rankings: the share of prompts whose best answer scores highest; scores by rank.
 
-    The interval is over prompts: these are independent, the pairs of one prompt are not.
+    The interval is over prompts, which are independent; the pairs of one prompt are not.
 
     Args:
       examples: `scores`, `ranks`, `mask` `[N, K]`; `best` (1 if the best answer scores highest) and

@@ -1,4 +1,4 @@
-"""A reward that a configuration names by a Python function: `module:function` or a file's."""
+"""A reward from a Python function that a config names: `module:function` or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class FunctionReward(RewardSpec):
     """A Python function.
 
     Attributes:
-      path: `module:function`, or `file.py:function`; the current folder is searched for modules
-        too, last.
+      path: `module:function`, or `file.py:function`. The current folder is searched for modules
+        last.
       calls: "row": called once per answer, see `text_reward`; "batch": once per batch, see
         `batch_reward`.
       timeout: seconds that a call may take; None: no limit.
@@ -93,7 +93,7 @@ def _import_function(path: str) -> Callable[..., Any]:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{where}.".startswith(f"{error.name}."):
-                raise  # the module exists; one that it imports does not
+                raise  # the module exists, but a module that it imports does not
             raise ValueError(
                 f"reward path={path!r}: no module {where!r}; it is looked for among what is "
                 "installed and in the current folder"

@@ -1,7 +1,7 @@
 """HTTP POST for servers that a run depends on: deadlines, limits, retry delays, secrets.
 
-A request ends by its deadline, whatever the server does: it may send a header or the body of an
-error a byte at a time. Responses are limited in size. Redirects are refused, so that a secret
+A request ends by its deadline, whatever the server does: it may send a header or an error's body
+one byte at a time. Responses are limited in size. Redirects are not followed, so that a secret
 reaches no other host, and secrets are redacted from messages.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 _RETRYABLE = (408, 409, 425, 429)
 _MAX_PAUSE = 60.0  # seconds
 _MAX_RETRY_AFTER = 600.0  # seconds
-_SAID = 30.0  # seconds; of a longer pause the terminal hears
+_SAID = 30.0  # seconds; longer pauses are printed
 _MAX_BYTES = 64 * 2**20
 
 
@@ -32,8 +32,8 @@ class PostError(Exception):
 
     Attributes:
       status: HTTP status; None without a response.
-      again: whether to retry: the failure may be temporary.
-      wait: seconds to wait before the retry, by the server's Retry-After, at most 600; None: not
+      again: whether to retry, because the failure may be temporary.
+      wait: seconds to wait before the retry, from the server's Retry-After, at most 600; None: not
         given.
     """
 
@@ -47,8 +47,8 @@ class PostError(Exception):
 class _Exchange:
     """Sends one request in a thread, and drops the connection at the deadline.
 
-    The timeouts of sockets alone would not do: they hold for a single read, and a server that sends
-    a byte now and then never runs into them.
+    Socket timeouts are not enough: they apply to a single read, so a server that sends a byte now
+    and then never reaches them.
     """
 
     def __init__(self, send: Callable[[Callable[[Any], None]], str]):
@@ -58,11 +58,11 @@ class _Exchange:
         self._sockets: list[socket.socket] = []
         self._text = ""
         self._error: BaseException | None = None
-        # A daemon: one that hangs in the look-up of a name does not keep the process from ending.
+        # A daemon thread: one that hangs in a DNS look-up does not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="jaxalign-post", daemon=True)
 
     def result(self, timeout: float) -> str:
-        """The response, or what the request raised; TimeoutError after `timeout` seconds."""
+        """Returns the response or raises the request's error; TimeoutError after `timeout` s."""
         self._thread.start()
         self._thread.join(timeout)
         with self._lock:
@@ -79,7 +79,7 @@ class _Exchange:
     def _run(self) -> None:
         try:
             self._text = self._send(self._opened)
-        except BaseException as error:  # raised in the thread that waits
+        except BaseException as error:  # raised in the waiting thread
             self._error = error
 
     def _opened(self, connected: socket.socket) -> None:
@@ -95,7 +95,7 @@ def _drop(connected: socket.socket) -> None:
 
 
 def _noting(connection: Any, opened: Callable[[Any], None]) -> Any:
-    """A class of connections that hand their socket to `opened` once they have it."""
+    """A connection class that passes its socket to `opened` once it is open."""
 
     class Noting(connection):
         def connect(self) -> None:
@@ -131,9 +131,9 @@ def post(
 
     Args:
       url: http or https.
-      body: of the request.
-      headers: of the request.
-      timeout: seconds for the whole exchange, from the look-up of the name to the last byte.
+      body: the request's body.
+      headers: the request's headers.
+      timeout: seconds for the whole exchange, from the DNS look-up to the last byte.
       secret: redacted from the response and from messages.
 
     Raises:
@@ -171,7 +171,7 @@ def _send(
                 detail = error.read(4096).decode("utf-8", "replace").strip()
             except (OSError, http.client.HTTPException):
                 detail = ""
-            # Redacted before it is truncated: no prefix of a secret may remain.
+            # Redact before truncating, so that no prefix of a secret remains.
             message = f"HTTP {error.code} {redact(f'{error.reason} {detail}')[:300]}".strip()
             again = error.code in _RETRYABLE or error.code >= 500
             wait = _retry_after(error.headers.get("Retry-After"))
@@ -181,11 +181,11 @@ def _send(
 def pauses(first: float, rng: random.Random) -> Iterator[float]:
     """Exponential backoff with jitter: seconds to wait before each retry.
 
-    Retry n waits `min(first · 2ⁿ, 60) · U(½, 1)` seconds, n from 0.
+    Retry n, counted from 0, waits `min(first · 2ⁿ, 60) · U(½, 1)` seconds.
 
     Args:
       first: the longest first pause, seconds.
-      rng: source of the jitter, which keeps clients that failed together from retrying together.
+      rng: source of the jitter, which stops clients that failed together from retrying together.
     """
     longest = min(first, _MAX_PAUSE)
     while True:
@@ -194,7 +194,7 @@ def pauses(first: float, rng: random.Random) -> Iterator[float]:
 
 
 def check_url(url: str, name: str, example: str) -> None:
-    """Checks that a URL is plain http or https. The error does not repeat it: it may hold a secret.
+    """Checks that a URL is plain http or https. The error does not quote it: it may hold a secret.
 
     Raises:
       ValueError: another scheme, no host, or a user, query or fragment.
@@ -208,7 +208,7 @@ def check_url(url: str, name: str, example: str) -> None:
 
 
 def say_pause(url: str, error: Exception, pause: float) -> None:
-    """Prints that a server is waited for, unless that is short."""
+    """Prints that a retry waits for a server, unless the pause is short."""
     if pause >= _SAID:
         print(f"{url}: {error}; the next try is in {pause:.0f} s", flush=True)
 

@@ -1,4 +1,4 @@
-"""Instruction following that a program can check, as in IFEval.
+"""Instruction following that a program can verify, as in IFEval.
 
 Zhou et al. 2023, https://arxiv.org/abs/2311.07911. A row lists instruction ids in
 `instruction_id_list` and their arguments, in the same order, in `kwargs`. *Strict* checks the
@@ -70,7 +70,7 @@ def ifeval_accuracy(
       ValueError: as `ifeval_constraints`; no rows, or not as many completions.
     """
     if not rows or len(rows) != len(completions):
-        raise ValueError(f"{len(completions)} completions for {len(rows)} rows: wanted as many")
+        raise ValueError(f"{len(completions)} completions for {len(rows)} rows: wanted one each")
     figures = {}
     for mode in MODES:
         followed = [
@@ -150,7 +150,7 @@ def _langdetect() -> Detect:
             f"instruction {LANGUAGE!r}: the language of a text is detected by the library "
             "langdetect, which is not installed; pip install langdetect, or leave such rows out"
         ) from None
-    langdetect.DetectorFactory.seed = 0  # it samples; seeded, equal texts give equal results
+    langdetect.DetectorFactory.seed = 0  # it samples; a seed makes it reproducible
 
     def detect(text: str) -> str:
         try:

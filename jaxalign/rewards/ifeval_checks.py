@@ -9,8 +9,8 @@ define them. This implementation needs none of that checker's libraries. It diff
 - A word in capitals is a run of letters and digits with inner hyphens, dots and slashes. The
   original uses a word tokenizer.
 - Keywords are literal. The original treats them as regular expressions.
-- English in capitals or in lower case is checked by the case and by 9 in 10 letters being a to z.
-  The original also asks a language detector.
+- English in capitals or in lower case means the right case, and that 9 in 10 letters are a to z.
+  The original also uses a language detector.
 
 A check takes the answer and the instruction's arguments by name, and returns whether the answer
 follows the instruction.

@@ -32,13 +32,13 @@ def length_reward(
 
         r = −min(1, |n − target| / width)
 
-    n counts the answer's tokens with its stop token. An answer truncated at `max_new_tokens` has
-    that n, so a `longest` above it never gives the full penalty.
+    n counts the answer's tokens including its stop token. An answer truncated at `max_new_tokens`
+    has n = `max_new_tokens`, so with a larger `longest` no answer gets the full penalty.
 
     Args:
-      longest: tokens from which on the penalty is full.
-      cache: the penalty grows over so many tokens before that; 0: a step.
-      target: wanted tokens.
+      longest: the number of tokens from which the penalty is full.
+      cache: over this many tokens before `longest` the penalty grows; 0: a step.
+      target: the target length in tokens.
       width: distance from the target at which the penalty is full, tokens; None: `target`.
 
     Returns:
@@ -97,9 +97,9 @@ class LengthReward(RewardSpec):
     """The number of tokens; see `length_reward`.
 
     Attributes:
-      longest: tokens from which on the penalty is full.
-      cache: the penalty grows over so many tokens before that.
-      target: wanted tokens, in place of `longest`.
+      longest: the number of tokens from which the penalty is full.
+      cache: over this many tokens before `longest` the penalty grows.
+      target: the target length in tokens, instead of `longest`.
       width: distance from the target at which the penalty is full, tokens; None: `target`.
     """
 

@@ -1,4 +1,4 @@
-"""A time limit for code that people bring: reward functions and regular expressions."""
+"""A time limit for code from users: reward functions and regular expressions."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_AGAIN = 1.0  # seconds after which code that caught the alarm is interrupted anew
+_AGAIN = 1.0  # seconds after which code that caught the alarm is interrupted again
 
 
 class OutOfTime(BaseException):
-    """Code took longer than its limit. No `Exception`, so that the code does not catch it."""
+    """Code took longer than its limit. Not an `Exception`, so that the code does not catch it."""
 
 
 def call_within(seconds: float | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Calls a function, which the alarm signal interrupts after some seconds.
+    """Calls a function, and interrupts it with the alarm signal after some seconds.
 
-    Python code, sleeping, waiting for input and `re` are interrupted; native code that does not
-    look for signals ends first. Only the main thread has such a limit, and only on systems with
-    `setitimer`; elsewhere there is none. An alarm that was set before goes on afterwards.
+    Python code, sleeping, waiting for input and `re` are interrupted; native code that ignores
+    signals runs to its end. The limit applies only in the main thread, on systems with `setitimer`;
+    otherwise there is none. An alarm that was set before continues afterwards.
 
     Args:
-      seconds: of real time; None: no limit.
+      seconds: wall-clock seconds; None: no limit.
       function: called with the other arguments.
 
     Raises:
-      OutOfTime: the time is over.
+      OutOfTime: the call took longer.
     """
     main = threading.current_thread() is threading.main_thread()
     if seconds is None or not main or not hasattr(signal, "setitimer"):
@@ -38,7 +38,7 @@ def call_within(seconds: float | None, function: Callable[..., T], *args: Any, *
     running = True
 
     def alarm(*_: Any) -> None:
-        if running:  # a late one must not hit what comes after
+        if running:  # a late alarm must not interrupt later code
             raise OutOfTime
 
     before, interval = signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -62,7 +62,7 @@ def check_timeout(kind: str, timeout: float | None) -> None:
     """Checks the option `timeout` of a reward.
 
     Raises:
-      ValueError: it is no positive number of seconds.
+      ValueError: it is not a positive number of seconds.
     """
     if timeout is not None and not 0 < timeout < math.inf:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A reward that a configuration names by a trained reward model."""
+"""A reward from a trained reward model that a config names."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ class ModelReward(RewardSpec):
 
     Attributes:
       source: folder or hub id.
-      adapter: the source is an adapter with a score head (PEFT), whose base is that of the policy's
-        adapters: both share it, and anything else is an error. False: an adapter shares it where it
-        can, and a whole model is in memory besides.
+      adapter: True: the source must be an adapter with a score head (PEFT) on the same base as the
+        policy's adapters; both share the base in memory. False: an adapter shares the base if it
+        can, and a whole model is loaded separately.
       tokenizer: "policy": the model reads the policy's token ids; "own": it has its own tokenizer
         and chat template, and reads answers as text (see `retokenised_reward`).
-      chat_template: a template other than the policy's: the model reads text under it, as with
-        tokenizer "own". "policy": the model reads what the policy reads and writes, whatever its
-        folder says. None: with tokenizer "own" its tokenizer's template; else its folder's
-        template, if there is one, must say the same of a conversation as the policy's.
-      length: of models that read text: maximum tokens of a conversation; None: the model's maximum.
-      batch: of models that read text: conversations per forward pass.
+      chat_template: a template other than the policy's: the model reads text rendered with it, as
+        with tokenizer "own". "policy": the model reads the policy's tokens, whatever template its
+        folder has. None: with tokenizer "own", its tokenizer's template; otherwise its folder's
+        template, if there is one, must render conversations as the policy's does.
+      length: for models that read text: maximum tokens of a conversation; None: the model's
+        maximum.
+      batch: for models that read text: conversations per forward pass.
       attributes: attribute → weight, for a model with several scores: the weighted sum.
-      shift: subtracted from the score.
+      shift: is subtracted from the score.
       scale: divides the difference; > 0.
     """
 
@@ -112,7 +113,7 @@ class ModelReward(RewardSpec):
 
 
 LoadModel = Callable[[ModelReward], "tuple[Scorer, Params]"]
-"""Loads a spec's reward model, with one score, onto the devices that are to hold it."""
+"""Loads a spec's reward model, with one score, onto its devices."""
 
 
 def _load(spec: ModelReward) -> tuple[Scorer, Params]:
@@ -122,7 +123,7 @@ def _load(spec: ModelReward) -> tuple[Scorer, Params]:
 
 
 def check_same_tokens(tok: PreTrainedTokenizerBase, source: str) -> None:
-    """Refuses a reward model whose tokenizer gives the policy's token ids another meaning.
+    """Raises ValueError if a reward model's tokenizer disagrees with the policy's token ids.
 
     A reward model without tokenizer files is accepted unchecked.
 
@@ -149,17 +150,17 @@ def check_same_tokens(tok: PreTrainedTokenizerBase, source: str) -> None:
 def check_same_template(
     tok: PreTrainedTokenizerBase, chat_template: str | None, source: str
 ) -> None:
-    """Refuses a reward model whose chat template says something else of the same conversation.
+    """Raises ValueError if a reward model's chat template renders a conversation differently.
 
     A reward model without tokenizer files, or without a template, is accepted unchecked.
 
     Args:
       tok: the policy's tokenizer.
       chat_template: the policy's; None: its tokenizer's.
-      source: of the reward model.
+      source: the reward model's source.
 
     Raises:
-      ValueError: shows what each of them reads.
+      ValueError: the renderings differ; the message shows both.
     """
     from jaxalign.hf import load_tokenizer
 
@@ -192,7 +193,7 @@ _PROBES = (
 def _read(
     tok: PreTrainedTokenizerBase, chat_template: str | None, turns: tuple[tuple[str, str], ...]
 ) -> str | None:
-    """The text of a conversation up to the end of its last answer; None where it is refused."""
+    """A conversation's text up to the end of its last answer; None if the template rejects it."""
     from jaxalign.data.chat import encode_conversations
     from jaxalign.data.examples import Conversation
 

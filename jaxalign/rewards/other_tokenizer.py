@@ -85,7 +85,7 @@ def retokenised_reward(
             f"reward {name!r} rebuilds conversations, and there are no rows; pass rows= (what "
             "prompt_batches gave)"
         )
-    # Added tokens that are not special, such as <think>, are ordinary text to the model.
+    # Added tokens that are not special, such as <think>, are ordinary text for the model.
     special = [token.content for token in scorer_tok.added_tokens_decoder.values() if token.special]
 
     @jax.jit
@@ -158,7 +158,7 @@ def _encode(
 
 
 def _remove_tokens(special: Sequence[str], text: str) -> str:
-    """Removes special tokens, until none is left: removing one may join the halves of another."""
+    """Removes special tokens until none is left: removing one may join the halves of another."""
     previous = None
     while previous != text:
         previous = text

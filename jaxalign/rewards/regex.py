@@ -17,7 +17,7 @@ HOWS = ("search", "fullmatch")
 def regex_match(
     pattern: str, *, how: str = "search", column: str | None = None
 ) -> Callable[[str, str, Mapping[str, Any] | None], float]:
-    r"""A function for `text_reward`: 1 where the completion matches, else 0.
+    r"""A function for `text_reward`: 1 if the completion matches, else 0.
 
     Args:
       pattern: in Python's syntax, with inline flags: `(?is)` ignores case and lets `.` match line
@@ -69,9 +69,9 @@ class RegexReward(RewardSpec):
       pattern: in Python's syntax.
       how: "search" or "fullmatch".
       column: column of the row that the match must equal; None: a match is enough.
-      with_prefill: whether the pattern sees what the template wrote of the answer at the end of the
-        prompt, such as `<think>`.
-      timeout: seconds that an answer may take: a pattern such as `(a+)+$` needs time exponential in
+      with_prefill: whether the pattern also sees the start of the answer that the template wrote at
+        the end of the prompt, such as `<think>`.
+      timeout: seconds allowed per answer: a pattern such as `(a+)+$` can take time exponential in
         the answer's length. None: no limit.
     """
 

@@ -7,9 +7,8 @@ A request holds some answers of a batch as JSON; the response has their scores i
 
 `rows` are the data rows (`{}` each, if there are none). A null score means that the reward does not
 apply. A request with a temporary failure (no connection, a timeout, status 408, 409, 425, 429 or
-5xx) is retried after a pause. The run stops if a request fails `max_failures` times in a row, at
-any other status, and at a response without a score for each completion: a failure never becomes a
-score.
+5xx) is retried after a pause. The run stops if a request fails `max_failures` times in a row,
+returns any other status, or returns no score for a completion: a failure never becomes a score.
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ def http_reward(
       tok: the policy's tokenizer.
       rows: see `jaxalign.rewards.text_reward`.
       name: the reward's name in errors.
-      timeout: seconds per request, from the look-up of the server's name to the last byte.
+      timeout: seconds per request, from the DNS look-up to the last byte.
       max_failures: consecutive failures of a request that stop the run; 1: no retry.
-      backoff: seconds of the longest first pause; each later one is twice as long, up to 60.
+      backoff: longest first pause, in seconds; each later pause is twice as long, up to 60 s.
       batch: answers per request.
       concurrency: simultaneous requests.
-      seed: of the pauses' jitter.
+      seed: seed of the pauses' jitter.
       key_variable: environment variable that holds a key, sent as `Authorization: Bearer`; None: no
         key is sent.
 
@@ -173,7 +172,7 @@ class HttpReward(RewardSpec):
       backoff: seconds of the longest first pause between attempts.
       batch: answers per request.
       concurrency: simultaneous requests.
-      seed: of the pauses' jitter.
+      seed: seed of the pauses' jitter.
       key_variable: environment variable that holds a bearer token; None: none is sent.
     """
 

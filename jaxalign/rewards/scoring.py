@@ -1,4 +1,4 @@
-"""Scores data rows with a reward model; the form of a row decides what its score is.
+"""Scores data rows with a reward model; a row's form determines the form of its score.
 
 | row | score |
 | --- | --- |
@@ -54,7 +54,7 @@ class Scorable(NamedTuple):
     Attributes:
       conversations: prompts with answers; one for a row of steps.
       to_result: head outputs `[A]`, one per conversation (or per step) → the row's result.
-      steps: texts of the steps, for a row whose every step is scored.
+      steps: texts of the steps, for a row whose steps are all scored.
     """
 
     conversations: tuple[Conversation, ...]
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
 
     Attributes:
       results: one per row, see the module's table.
-      cut: number of answers that exceeded `length` and were scored without their end.
+      cut: the number of answers longer than `length`, which were scored without their end.
       right: (pairs whose chosen answer scores higher, all pairs); (0, 0) without pairs.
     """
 
@@ -184,7 +184,7 @@ def load_scorer(
 def load_scorers(
     source: str, adapters: Mapping[str, str], weights: Mapping[str, float] | None = None
 ) -> list[tuple[Scorer, Params, PreTrainedTokenizerBase]]:
-    """Reward models that are adapters on one base, which is in memory once.
+    """Loads reward models that are adapters on one base, which is in memory once.
 
     Args:
       source: the base: folder or hub id.
@@ -225,8 +225,8 @@ def score_files(
       source: reward model, folder or hub id; with adapters, their base.
       files: sources for `jaxalign.data.read_rows`.
       out: file to write; None: standard output.
-      adapters: name → adapter on the model, which is in memory once. Several make a column each,
-        named `<column>_<name>`.
+      adapters: name → adapter on the model, which is in memory once. With several adapters, each
+        has its own column, named `<column>_<name>`.
       column: name of the added column; no row may have it.
       weights: see `load_scorer`.
       batch: answers per forward pass.
@@ -328,14 +328,14 @@ def _scorable(row: Row, attributes: tuple[str, ...]) -> Scorable:
             "the assistant's answer, which is what is scored",
             "add it or remove the row",
         )
-    # The score is read at the end of the last answer, whichever turns were to be trained.
+    # The score is read at the end of the last answer, whichever turns are flagged for training.
     last = len(conversation.messages) - 1
     conversation = conversation._replace(trained_from=last, untrained=())
     return Scorable((conversation,), lambda outputs: to_score(outputs[0]))
 
 
 def _steps_row(row: Row, columns: set[str], attributes: tuple[str, ...]) -> Scorable:
-    """A row whose every step is scored."""
+    """A row whose steps are all scored."""
     if len(attributes) > 1:
         raise ValueError(
             f"{row.origin}: steps, but the reward model has the attributes "
@@ -417,7 +417,8 @@ def _encode(
             ends.append(positions)
             continue
         for document in itertools.islice(encoded, len(scorable.conversations)):
-            # Drop what the template appends to the last answer: training had no such tokens.
+            # Drop the text that the template appends to the last answer: training had no such
+            # tokens.
             last = int(np.flatnonzero(document.trained)[-1])
             documents.append(Encoded(document.ids[: last + 1], document.trained[: last + 1]))
             ends.append([last])

@@ -1,8 +1,9 @@
 """Rewards by name: one frozen dataclass per `kind`, registered in one table.
 
 A kind is one class, in one file: its fields are the options of a `rewards:` entry, `__post_init__`
-checks them, and `build` makes the reward function. `register_reward` enters the class in the table
-from which YAML is parsed and `build_reward` builds. Code outside this package registers likewise:
+checks them, and `build` makes the reward function. `register_reward` adds the class to the table
+that the YAML parser and `build_reward` use. Code outside this package registers a kind in the same
+way:
 
     @register_reward
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,14 @@ S = TypeVar("S", bound="type[RewardSpec]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildContext:
-    """What a spec's `build` gets of the run.
+    """What the run passes to a spec's `build`.
 
     Attributes:
       tok: the policy's tokenizer.
       rows: the data rows behind the prompts, see `jaxalign.rewards.text_reward`; None: no rows.
       name: the reward's name in logs and errors.
       load: loads a reward model with one score; None: onto the default device.
-      chat_template: of the policy; None: its tokenizer's.
+      chat_template: the policy's; None: its tokenizer's.
     """
 
     tok: PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ class RewardSpec:
       kind: the key under which the class is registered.
       name: logged as `rewards/<name>`; None: the kind.
       weight: factor in the weighted sum; 0 only logs.
-      where: column → text: the reward applies only to rows with these values; None: to all.
+      where: column → text: the reward applies only to rows with these values; None: to all rows.
     """
 
     kind: str
@@ -93,7 +94,7 @@ class RewardSpec:
         """The reward function that these options describe.
 
         Raises:
-          ValueError: an option, or a row of data, that the reward cannot work with.
+          ValueError: an option or a data row that the reward cannot use.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method build(context)")
 
@@ -132,7 +133,7 @@ def register_reward(spec: S) -> S:
     if not isinstance(kind, str) or not kind.strip():
         raise ValueError(f"reward {spec.__name__} kind={kind!r}: wanted a name as its default")
     other = _KINDS.get(kind)
-    # The same class again, as when a notebook's cell runs twice, replaces the first.
+    # Registering the same class again, as when a notebook cell runs twice, replaces the first.
     if other is not None and _path(other) != _path(spec):
         raise ValueError(f"reward {spec.__name__} kind={kind!r}: {_path(other)} has that kind")
     _KINDS[kind] = spec

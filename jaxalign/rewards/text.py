@@ -54,7 +54,7 @@ class TextReward:
         return self._scatter(tokens, cases, scores).values  # pyrefly: ignore[bad-return]
 
     def scores(self, tokens: TokenBatch, prompts: PromptBatch, name: str | None = None) -> Scores:
-        """The scores, with a mask of the rows that the reward applies to.
+        """The scores, with a mask of the rows to which the reward applies.
 
         Args:
           tokens: prompts with answers.
@@ -92,7 +92,7 @@ class TextReward:
         except OutOfTime as error:
             raise RewardError(
                 f"reward {name!r} took longer than its timeout for {len(cases)} answers, the first "
-                f"of them {cases[0]}{origin_in(error)}; raise it, or mend the function"
+                f"of them {cases[0]}{origin_in(error)}; raise it, or fix the function"
             ) from error
         except (Exception, SystemExit) as error:
             raise RewardError(
@@ -107,7 +107,7 @@ class TextReward:
     def _scatter(
         self, tokens: TokenBatch, cases: Sequence[Case], scores: Sequence[float | None]
     ) -> Scores:
-        """Scores by batch row `[B]`; 0 and not applying in padding rows."""
+        """Scores by batch row `[B]`; padding rows have 0 and a False mask."""
         count = len(local_rows(tokens.loss_mask))
         values = np.zeros(count, np.float32)
         applies = np.zeros(count, np.bool_)
@@ -132,7 +132,7 @@ def text_reward(
     time; an exception, or a score that is not a finite number, stops the run.
 
     The data row is passed to a parameter named `row`, or to a third parameter without a default. If
-    there are no rows, a `row` with a default keeps it.
+    there are no rows, a `row` parameter with a default keeps its default.
 
     Args:
       function: returns a number, or None if it does not apply (see `combine_rewards`).
@@ -140,9 +140,9 @@ def text_reward(
       rows: the data rows: the result of `prompt_batches` (or its `examples`), or dicts in the order
         of `PromptBatch.index`. A row is a dict of all columns.
       name: the reward's name in errors; None: the function's name.
-      with_prefill: the completion begins with what the template wrote of it at the end of the
-        prompt, such as `<think>`; without, it is what the policy wrote.
-      timeout: seconds that an answer may take, see `jaxalign.rewards.limits`; None: no limit.
+      with_prefill: True: the completion includes the start of the answer that the template wrote at
+        the end of the prompt, such as `<think>`. False: only the policy's own text.
+      timeout: seconds allowed per answer, see `jaxalign.rewards.limits`; None: no limit.
 
     Raises:
       ValueError: the function needs the row, and `rows` is None.
@@ -183,7 +183,7 @@ def batch_reward(
     name: str | None = None,
     timeout: float | None = None,
 ) -> TextReward:
-    """Scores all answers of a batch with one call, with the signature of TRL's reward functions.
+    """Scores all answers of a batch in one call, with the signature of TRL's reward functions.
 
     The call is `function(prompts=…, completions=…, **columns)`. Every argument is a list with one
     entry per answer. `columns` are the rows' columns except `prompt` and `completion`, with None
@@ -192,11 +192,11 @@ def batch_reward(
     texts.
 
     Args:
-      function: returns a list of numbers, None where it does not apply.
+      function: returns a list of numbers, with None where it does not apply.
       tok: the policy's tokenizer.
       rows: see `text_reward`; None: no columns.
       name: the reward's name in errors; None: the function's name.
-      timeout: seconds that a call may take; None: no limit.
+      timeout: seconds allowed per call; None: no limit.
     """
 
     def score_cases(cases: Sequence[Case]) -> Sequence[float | None]:
@@ -227,7 +227,7 @@ class _CaseFailed(Exception):
     """A reward function raised for one case."""
 
     def __init__(self, case: Case, error: BaseException, timeout: float | None):
-        what = f"no score within timeout={timeout} s; raise it, or mend the function"
+        what = f"no score within timeout={timeout} s; raise it, or fix the function"
         out = isinstance(error, OutOfTime)
         super().__init__(f"{what}{origin_in(error)}" if out else _describe(error))
         self.case = case
@@ -235,7 +235,7 @@ class _CaseFailed(Exception):
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        # As an exit, it would end the run with the status of a run that is done.
+        # Left as an exit, it would end the run with the exit status of a finished run.
         return f"it called sys.exit({error.code!r}){origin_in(error)}"
     return f"{type(error).__name__}: {error}{origin_in(error)}"
 
@@ -274,7 +274,7 @@ def _number(score: Any, case: Case, name: str) -> float | None:
 def _shown(score: Any) -> str:
     try:
         return repr(score)[:80]
-    except ValueError:  # a whole number of more than 4,300 digits
+    except ValueError:  # an integer of more than 4,300 digits
         return f"a number of {score.bit_length()} bits"
 
 

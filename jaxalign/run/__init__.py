@@ -1,1 +1,1 @@
-"""A run: its configuration, its tasks, the loop, checkpoints and export."""
+"""A run: configuration, tasks, the training loop, checkpoints and export."""

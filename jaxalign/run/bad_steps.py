@@ -1,8 +1,8 @@
 """Skipped updates: counted and printed with their rows; too many in a row end the run.
 
 The step itself leaves the state unchanged (`algorithms.guard`) and reports it in its metric
-`bad_steps`. Here the run reads that metric. Weights that are not finite are never saved or
-exported, and a run without a finite result is an error.
+`bad_steps`. This file reads that metric. Non-finite weights are never saved or exported, and a run
+without a finite result is an error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SHOWN = 12
 
 
 class BadSteps:
-    """How many updates in a row were skipped.
+    """Counts how many updates in a row were skipped.
 
     Args:
-      limit: `run.bad_steps`, so many in a row end the run.
-      loop: state of the loop that a checkpoint keeps; the count goes into it, so that a resumed run
-        ends where an uninterrupted one would.
+      limit: `run.bad_steps`; this many in a row end the run.
+      loop: the loop's state, which checkpoints save. It holds the count, so that a resumed run ends
+        where an uninterrupted one would.
     """
 
     def __init__(self, limit: int, loop: dict[str, Any]):
@@ -43,17 +43,17 @@ class BadSteps:
         return self._loop.get(METRIC, 0)
 
     def holds_news(self, done: int, saved_at: int) -> bool:
-        """Whether a checkpoint would hold more than the last one.
+        """Whether a checkpoint now would hold anything new.
 
-        It would not where every step since then was bad. Were it saved, it would push out one
-        from before whatever made them so.
+        It would not if every step since the last one was bad. Saving it would delete an older
+        checkpoint from before the cause.
         """
         return done - self._steps_in_a_row > saved_at
 
     def add(
         self, step: int, updates: Sequence[Mapping[str, float]], origins: Callable[[], list[str]]
     ) -> None:
-        """Counts the updates of a step, and prints the skipped ones, with the rows.
+        """Counts the updates of a step, and prints the skipped ones with their rows.
 
         Raises:
           FloatingPointError: `limit` in a row.
@@ -101,15 +101,16 @@ class BadSteps:
         if bad:
             raise FloatingPointError(
                 f"after the last step {bad[0]}={figures[bad[0]]} on held-out data: the weights are "
-                "spoilt and are not exported; resume from an earlier checkpoint with a lower "
+                "unusable and are not exported; resume from an earlier checkpoint with a lower "
                 "learning rate"
             )
 
 
 def combine_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of the updates that one batch gave (several in PPO).
+    """Combines the metrics of one batch's updates (several in PPO).
 
-    Means over those that were made, or over all where none was; `bad_steps` is how many were not.
+    They are means over the updates that were made, or over all if none was made; `bad_steps` counts
+    those skipped.
     """
     good = [update for update in updates if not update.get(METRIC)] or updates
     metrics = {k: sum(u[k] for u in good) / len(good) for k in updates[0]}
@@ -123,7 +124,7 @@ def check_weights(params: Params, what: str) -> None:
 
     Args:
       params: on any number of devices.
-      what: the message begins with it, such as "step 7".
+      what: the start of the message, such as "step 7".
     """
     if not bool(_all_finite(params)):
         raise FloatingPointError(
@@ -136,12 +137,12 @@ _all_finite = jax.jit(all_finite)
 
 
 def origins_of(task: Any, batch: Any, number: int) -> list[str]:
-    """`file:line` of the rows of a batch, as far as they are known.
+    """`file:line` of a batch's rows, if known.
 
     Args:
-      task: of the run.
-      batch: as the data gave it.
-      number: of the step, from 1.
+      task: the run's task.
+      batch: the batch as it came from the data.
+      number: the step's number, from 1.
     """
     examples = task.batches.examples
     if isinstance(batch, PromptBatch):

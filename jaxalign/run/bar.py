@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 
 class PlainBar:
-    """What `Reporter` calls of a bar of tqdm's, where no terminal shows one: lines only."""
+    """The tqdm methods that `Reporter` calls, without a terminal: prints only lines."""
 
     def __init__(self, title: str, *, silent: bool):
         self.desc, self.disable = title, silent
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Nothing: the lines have it."""
+        """Does nothing: the lines have this text."""
 
     def update(self) -> None:
         """Nothing."""
@@ -29,7 +29,7 @@ class PlainBar:
 
 
 def default_bar(title: str, total: int, done: int, *, silent: bool) -> Any:
-    """A progress bar on a terminal; elsewhere one that only writes lines."""
+    """A progress bar on a terminal; otherwise a `PlainBar`."""
     if silent or not sys.stderr.isatty():
         return PlainBar(title, silent=silent)
     return tqdm(total=total, initial=done, desc=title, dynamic_ncols=True)

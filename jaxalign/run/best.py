@@ -1,4 +1,4 @@
-"""The best checkpoint by a held-out figure: which way is better, and which step it is."""
+"""The best checkpoint by a held-out metric: which direction is better, and its step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from jaxalign.run.metrics import read_evaluations
 
 _LOWER = frozenset({"loss", "nll", "kl", "perplexity", "ppl", "entropy", "error", "mse", "brier"})
-"""Words in a figure's name with which a lower value is better; with all others a higher one is."""
+"""Words in a metric's name that mean lower is better; otherwise higher is better."""
 
 _PREFIX = "eval/"
 
@@ -19,15 +19,15 @@ def parse_metric(text: str) -> tuple[str, bool]:
     """Reads `run.keep_best`.
 
     Args:
-      text: a held-out figure, with or without its `eval/`. A lower value is better where "loss",
-        "nll", "kl", "perplexity", "ppl", "entropy", "error", "mse" or "brier" is a word of its
-        name, else a higher one; `:min` or `:max` behind the name overrules that.
+      text: a held-out metric, with or without its `eval/`. Lower is better if "loss", "nll", "kl",
+        "perplexity", "ppl", "entropy", "error", "mse" or "brier" is a word of its name; otherwise
+        higher is better. `:min` or `:max` after the name overrides this.
 
     Returns:
       (its name without `eval/`, whether lower is better).
 
     Raises:
-      ValueError: no name, or something else behind the colon.
+      ValueError: no name, or something else after the colon.
     """
     name, colon, way = text.removeprefix(_PREFIX).partition(":")
     if not name or (colon and way not in ("min", "max")):
@@ -41,14 +41,14 @@ def parse_metric(text: str) -> tuple[str, bool]:
 
 
 class BestStep:
-    """Follows the best checkpoint from evaluation to evaluation.
+    """Tracks the best checkpoint over evaluations.
 
     Args:
-      option: `run.keep_best`; None: nothing is followed.
+      option: `run.keep_best`; None: nothing is tracked.
 
     Attributes:
-      step: the best checkpoint's, or None as long as there is none.
-      value: its figure.
+      step: the best checkpoint's step; None while there is none.
+      value: its metric.
     """
 
     def __init__(self, option: str | None):
@@ -58,7 +58,7 @@ class BestStep:
         self._follows = option is not None
 
     def is_better(self, figures: Mapping[str, float]) -> bool:
-        """Whether figures beat those of the best checkpoint; NaN never does, a tie neither.
+        """Whether metrics beat the best checkpoint's; NaN and a tie never do.
 
         Raises:
           ValueError: the figure is not among them.
@@ -76,7 +76,7 @@ class BestStep:
         return value < self.value if self._lower else value > self.value
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Takes a checkpoint as the best one, if it is."""
+        """Records a checkpoint as the best if it is."""
         if self.is_better(figures):
             self.step, self.value = step, float(figures[self._name])
 
@@ -85,14 +85,14 @@ class BestStep:
 
         Args:
           evaluations: step → its held-out figures, as `metrics.jsonl` has them.
-          steps: those of which there are checkpoints.
+          steps: the steps that have checkpoints.
         """
         for step in sorted(set(steps) & evaluations.keys()):
             if self._name in evaluations[step]:
                 self.add(step, evaluations[step])
 
     def message(self, folder: object) -> str | None:
-        """One line for the end of a run; None where nothing is followed."""
+        """One line for the end of a run; None if nothing is tracked."""
         if not self._follows:
             return None
         if self.step is None:
@@ -105,10 +105,10 @@ class BestStep:
 
 
 def best_of_run(folder: pathlib.Path, option: str | None, steps: Iterable[int]) -> int:
-    """The step of a run's best checkpoint, by what its `metrics.jsonl` says.
+    """The step of a run's best checkpoint, according to its `metrics.jsonl`.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       option: its `run.keep_best`.
       steps: of its checkpoints.
 

@@ -1,4 +1,4 @@
-"""One owner for a run's folder in a bucket: an object that names its process and is renewed."""
+"""A lock for a run's folder in a bucket: an object that names its owner and is renewed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SETTLE_SECONDS = 0.5
 
 
 class BucketLock:
-    """Holds a folder of a bucket while it is open.
+    """Context that locks a folder in a bucket.
 
-    Storage that can make an object only where there is none (GCS, S3) is asked to; with any other
-    the lock is written and read again, and who finds another's name gives way. The holder counts
-    its renewals in the object. A lock that is not renewed for `STALE_SECONDS`, or whose process has
-    died on this machine, is taken over.
+    If the storage supports create-if-absent (GCS, S3), this uses it. Otherwise the lock is written
+    and read back, and a process that finds another's name gives up. The owner counts its renewals
+    in the object. A lock that is not renewed for `STALE_SECONDS`, or whose process has died on this
+    machine, is taken over.
 
     Args:
       place: the run's folder.
 
     Raises:
-      ValueError: on entering, if another process has the folder or there is no right to write.
+      ValueError: on entering, if another process holds the lock or writing is not permitted.
     """
 
     def __init__(self, place: Place):
@@ -49,7 +49,7 @@ class BucketLock:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # whoever comes next takes it over
+        with contextlib.suppress(Exception):  # the next process takes it over
             if self._is_ours():
                 self._place.fs.rm_file(self._path)
 
@@ -67,10 +67,10 @@ class BucketLock:
                 return
             owner = self._read()
             if owner is None:
-                continue  # it went away just now
+                continue  # it disappeared just now
             if not self._left_behind(owner):
                 if self._read() is None:
-                    continue  # given back while we waited
+                    continue  # released while we waited
                 break
             place = f"{self._place.address}/{LOCK}"
             print(f"{place}: {named(owner)} is gone; its lock is taken over", flush=True)
@@ -84,7 +84,7 @@ class BucketLock:
         )
 
     def _make(self) -> bool:
-        """Makes the lock where there is none; whether it is ours then."""
+        """Creates the lock if there is none; returns whether we own it."""
         fs = self._place.fs
         fs.invalidate_cache()
         if fs.exists(self._path):
@@ -93,7 +93,7 @@ class BucketLock:
             fs.pipe_file(self._path, self._text(), mode="create")
         except FileExistsError:
             return False
-        except (TypeError, NotImplementedError):  # of storage without that mode
+        except (TypeError, NotImplementedError):  # from storage without that mode
             fs.pipe_file(self._path, self._text())
         time.sleep(_SETTLE_SECONDS)
         return self._is_ours()
@@ -117,13 +117,13 @@ class BucketLock:
         return owner is not None and owner.get("token") == self._token
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
-        """Whether the process that made a lock has died; may wait for a renewal."""
-        boot = identity()["boot"]  # the hosts of a bucket may share a name: only this one is sure
+        """Whether a lock's process has died; may wait for a renewal."""
+        boot = identity()["boot"]  # hosts may share a name: only this is sure
         died = has_died(owner) if boot is not None and owner.get("boot") == boot else None
         return self._falls_silent(owner) if died is None else died
 
     def _falls_silent(self, owner: dict[str, Any]) -> bool:
-        """Waits until the lock is renewed or released (False), or was not for long (True)."""
+        """Waits until the lock is renewed or released (False), or has become stale (True)."""
         place = f"{self._place.address}/{LOCK}"
         print(
             f"{place}: waiting for a sign of {named(owner)}, up to {STALE_SECONDS:g} s", flush=True

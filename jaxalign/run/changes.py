@@ -1,4 +1,4 @@
-"""What differs between a resumed run and the run that it resumes, option by option."""
+"""The differences between a resumed run and the original, option by option."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ FREE = (
     *("ptx.prefetch", "dump_every", "dump_samples"),
     *("run.trackers", "run.trackers_optional", "run.tracker_project"),
 )
-"""Options, and sections of them, that change nothing that is learned (beyond rounding)."""
+"""Options and sections that do not change training (beyond rounding)."""
 
 LAYOUT = (
     *("run.micro_batches", "mesh", "model.remat", "model.attention", "offload_frozen"),
     *("optimizer.offload", "critic_optimizer.offload", "reference_cache"),
 )
-"""Those of `FREE` that may change the last bits."""
+"""Options of `FREE` that may change the last bits."""
 
 _BY_TEXT = {"model.tokenizer": "tokenizer", "model.chat_template": "chat_template"}
-"""Options that are compared by what they stand for, once that is read."""
+"""Options that are compared by the files they name, once those are read."""
 
 ONCE = ("resume", "allow_changes", "overwrite")
-"""Options of `run` that are said for one start only."""
+"""Options of `run` that apply to a single start."""
 
 _LENGTH = ("run.steps", "run.epochs", "data.epochs")
-"""Options that say how long a run is: compared by the number of batches in all."""
+"""Options that set the length of a run; the total number of batches is compared instead."""
 
 STEPS = "steps in all"
-"""The name of a change of that number where nothing that is learned depends on it."""
+"""The name of a change of that number if training does not depend on it."""
 
 _SKIPPED = tuple(f"run.{name}" for name in ONCE)
 _DIGEST, _DIGEST_SHOWN = re.compile("[0-9a-f]{64}"), 12
 CONTENTS = " (contents)"
-"""Follows the option's name where its files' contents have changed."""
+"""Appended to the option's name if its files' contents have changed."""
 
 
 class Change(NamedTuple):
@@ -69,8 +69,8 @@ class Changes(NamedTuple):
     """What is different.
 
     Attributes:
-      binding: what the run learns depends on it.
-      free: it does not.
+      binding: changes that affect training.
+      free: changes that do not.
     """
 
     binding: list[Change]
@@ -85,13 +85,13 @@ def config_changes(
 ) -> Changes:
     """Compares configurations, and the files that they name.
 
-    A path that is another one, with the same contents, changes nothing.
+    A different path with the same contents is not a change.
 
     Args:
-      config: of the run.
+      config: the run's config.
       old_values: nested values of the earlier configuration.
-      inputs: of the run, see `run.inputs`.
-      old_inputs: the earlier ones.
+      inputs: the run's inputs, see `run.inputs`.
+      old_inputs: the earlier inputs.
     """
     new, old = flat_values(to_values(config)), flat_values(_with_defaults(config, old_values))
     found = Changes([], [])
@@ -113,7 +113,7 @@ def config_changes(
 
 
 def input_changes(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change]:
-    """Inputs that are known for both runs and differ."""
+    """Inputs known for both runs that differ."""
     return [
         Change(name + (CONTENTS if _DIGEST.fullmatch(digest) else ""), old[name], digest)
         for name, digest in new.items()
@@ -122,7 +122,7 @@ def input_changes(new: Mapping[str, str], old: Mapping[str, str]) -> list[Change
 
 
 def length_change(config: Run, old_total: int | None, total: int) -> Changes:
-    """Another number of batches: it matters where a schedule ends with the run."""
+    """A changed number of batches, which matters if a schedule ends with the run."""
     if old_total is None or old_total == total:
         return Changes([], [])
     bound = [
@@ -159,15 +159,15 @@ def _leaves(values: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _with_defaults(config: Run, old: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Earlier values with the defaults of options that came later."""
+    """Earlier values, with defaults for options that were added later."""
     try:
         return to_values(load_config(type(config).algorithm, old))
-    except ValueError:  # of another algorithm, or an option of then is gone
+    except ValueError:  # another algorithm, or an option that no longer exists
         return old
 
 
 def is_free(name: str) -> bool:
-    """Whether an option changes nothing that is learned, see `FREE`."""
+    """Whether an option does not affect training, see `FREE`."""
     return any(name == free or name.startswith(f"{free}.") for free in FREE)
 
 

@@ -22,7 +22,7 @@ from jaxalign.run.saved_averages import wanted_averages, with_averages
 from jaxalign.run.storage import failure_of, retry, say, what_is_safe
 from jaxalign.types import Params, TrainState
 
-# What Orbax may write again after the checksums, and what holds nothing that a run reads.
+# Files that Orbax may rewrite after the checksums, and files that a run never reads.
 _NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 _SLOW_SECONDS = 30.0
@@ -32,17 +32,17 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Each holds `checksums.json`, with size and checksum of all its files. Orbax gives a checkpoint
-    its name only after that file is written, so one without its checksums is not complete, or is
+    its name only after that file is written, so a checkpoint without checksums is incomplete, or
     from a version that wrote none.
 
     Args:
-      folder: where they live, one sub-folder a step.
-      keep: how many of the newest are kept; None keeps all.
-      read_only: nothing in the folder is made, moved or removed, and nothing can be saved.
-      publish: called when the save under way has come to its end, before the next one begins.
+      folder: their folder, with one sub-folder per step.
+      keep: how many of the newest to keep; None keeps all.
+      read_only: never create, move or remove anything in the folder; saving is an error.
+      publish: called when a pending save has finished, before the next one begins.
 
     Attributes:
-      best: the step of a checkpoint that is kept however old it is, or None.
+      best: the step of a checkpoint that is always kept, or None.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def sound_steps(self) -> list[int]:
-        """The steps of all undamaged checkpoints, ascending; the damaged ones are printed."""
+        """The steps of all undamaged checkpoints, ascending; damaged ones are printed."""
         return [step for step in self.steps if self._is_sound(step)]
 
     def sound_before(self, step: int) -> int | None:
@@ -94,7 +94,7 @@ class Checkpoints:
         return next((s for s in earlier if self._is_sound(s)), None)
 
     def check_again(self, step: int) -> None:
-        """Reads a checkpoint's files once more, where another process may have removed some.
+        """Checks a checkpoint's files again, because another process may have removed some.
 
         Raises:
           ValueError: it is no longer complete.
@@ -111,19 +111,19 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def remove_unfinished(self) -> None:
-        """Removes what killed saves left; only for the one process that owns the folder."""
+        """Removes the remains of killed saves; only the folder's owner may call it."""
         for place in self._folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(place, ignore_errors=True)
 
     def save(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
         """Saves in the background; the arrays are copied before this returns.
 
-        A run in one process tries again where storage fails (`run.storage.retry`). Where the save
-        before this one failed in the background, this one takes its place and is waited for.
+        A run in one process retries if storage fails (`run.storage.retry`). If the previous save
+        failed in the background, this save replaces it and blocks.
 
         Args:
           step: the name of the checkpoint.
-          state: parameters and optimizer; `frozen` is not saved, it never changes.
+          state: parameters and optimizer; `frozen` never changes and is not saved.
           loop: JSON-able position of the loop: data state, KL coefficient, seed.
 
         Raises:
@@ -138,7 +138,7 @@ class Checkpoints:
         self._save(step, state, loop, wait=bool(failed))
 
     def finish(self, step: int, state: TrainState, loop: dict[str, Any]) -> None:
-        """Waits until checkpoint `step` is on disk, and saves it again if that failed.
+        """Waits until checkpoint `step` is on disk, and saves it again if saving failed.
 
         Args:
           step, state, loop: as in the call of `save` for this step.
@@ -152,7 +152,7 @@ class Checkpoints:
             self._save(step, state, loop, wait=True)
 
     def _wait(self) -> str:
-        """Waits for the save under way; why storage refused it, or ""."""
+        """Waits for the pending save; returns the storage error, or ""."""
         began = time.monotonic()
         try:
             self._manager.wait_until_finished()
@@ -197,19 +197,19 @@ class Checkpoints:
             self._clear()
             return what_is_safe(self._folder)
 
-        if jax.process_count() > 1:  # no process may try again without the others
+        if jax.process_count() > 1:  # a process must not retry without the others
             attempt()
             return
         retry(attempt, f"checkpoint {self._folder}/{step}", self._folder, safe=safe)
 
     def _reopen(self) -> None:
-        """Gives up the manager, which remembers its failure for ever, for a fresh one."""
+        """Replaces the manager, which never forgets a failure, by a new one."""
         self._clear()
         if self._folder.is_dir():
             self._manager = self._make_manager()
 
     def _clear(self) -> None:
-        """Removes the files of a save that failed: they take room."""
+        """Removes the files of a failed save, which take up space."""
         self._failed = True
         with contextlib.suppress(Exception):
             self._manager.close()
@@ -221,9 +221,9 @@ class Checkpoints:
         """Loads a checkpoint into the shapes and layout of `state`.
 
         Args:
-          state: of the same structure; its `frozen` is kept as it is.
-          step: which checkpoint; the newest sound one by default. Damaged ones that are newer are
-            named on the screen and moved out of the way, to `<step>.damaged` (not read-only).
+          state: a state of the same structure; its `frozen` is kept.
+          step: the checkpoint's step; by default the newest undamaged one. Newer, damaged
+            checkpoints are printed and renamed to `<step>.damaged` (unless read-only).
 
         Raises:
           ValueError: there is none, it is damaged, or it does not fit the state.
@@ -242,7 +242,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
                 ),
             )
-        except Exception as error:  # whatever Orbax and TensorStore raise, pages long at times
+        except Exception as error:  # any error of Orbax and TensorStore, which can be pages long
             raise ValueError(self._cannot_read(step, error)) from error
         loaded = restored["state"]
         state = TrainState(loaded["step"], loaded["params"], state.frozen, loaded["opt_state"])
@@ -252,7 +252,7 @@ class Checkpoints:
         """The structure, shapes and dtypes of a checkpoint's parameters, without reading them.
 
         Args:
-          step: which checkpoint; the newest sound one by default.
+          step: the checkpoint's step; by default the newest undamaged one.
 
         Returns:
           (its step, nested dict of `jax.ShapeDtypeStruct`).
@@ -270,10 +270,10 @@ class Checkpoints:
         """Loads some of a checkpoint's parameters; the rest of the state is not read.
 
         Args:
-          step: which checkpoint.
-          wanted: nested dict of `jax.ShapeDtypeStruct` with their layouts, a part of the tree that
-            `param_shapes` gives.
-          averaged: their averages over the updates instead, where the optimizer has kept some.
+          step: the checkpoint's step.
+          wanted: nested dict of `jax.ShapeDtypeStruct` with shardings, part of the tree of
+            `param_shapes`.
+          averaged: load their averages over the updates instead, if the optimizer has kept them.
 
         Returns:
           (the parameters, position of the loop).
@@ -336,7 +336,7 @@ class Checkpoints:
         return self._checked[step]
 
     def _read_damage(self, step: int) -> str:
-        """The same, read by process 0 for all."""
+        """The same, read by process 0 for all processes."""
         text = ""
         if distributed.is_main():
             place = self._folder / str(step)
@@ -367,7 +367,7 @@ class Checkpoints:
             self._manager.reload()
 
     def _write_checksums(self) -> None:
-        """Called by Orbax in its own thread before a written checkpoint gets its name."""
+        """Orbax calls this in its own thread before a written checkpoint gets its name."""
         if distributed.is_main() and self._saving is not None:
             for place in self._folder.glob(f"{self._saving}.*tmp*"):
                 checksums.write(place, _NOT_SUMMED)
@@ -375,7 +375,7 @@ class Checkpoints:
     def _metadata(self, step: int) -> Any:
         try:
             return self._manager.item_metadata(step)["state"]
-        except Exception as error:  # whatever Orbax and TensorStore raise
+        except Exception as error:  # any error of Orbax and TensorStore
             raise ValueError(self._cannot_read(step, error)) from error
 
     def _cannot_read(self, step: int, error: Exception) -> str:
@@ -404,13 +404,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
         finally:
-            if self._failed:  # a write that was still under way may have made its folder anew
+            if self._failed:  # a pending write may have recreated its folder
                 self.remove_unfinished()
             self._quiet.__exit__(None, None, None)
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest checkpoints of a run, and its best one."""
+    """Keeps a run's newest checkpoints and its best one."""
 
     def __init__(self, store: Checkpoints, keep: int):
         self._store, self._keep = store, keep
@@ -423,10 +423,10 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
-    """Hides the tracebacks of failed saves: the same error is raised, and told in one line.
+    """Hides the tracebacks of failed saves: the same error is raised, and printed in one line.
 
-    Orbax logs it once a thread, asyncio once a write. Of the writes that were still under way,
-    TensorStore reports that their event loop is closed.
+    Orbax logs it once per thread, asyncio once per write. For pending writes, TensorStore reports
+    that their event loop is closed.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
@@ -455,7 +455,7 @@ def _no_failed_save(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that a folder which was opened for reading is one for reading."""
+    """Hides Orbax's warning that a folder opened for reading is read-only."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -470,7 +470,7 @@ def _saved(state: TrainState) -> dict[str, Any]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path; named tuples, which Orbax gives back as dicts, count as dicts."""
+    """Shapes by path; named tuples are treated as dicts, because Orbax restores them as dicts."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""SHA-256 of what a run reads: models, data files, tokenizers, texts."""
+"""SHA-256 digests of a run's inputs: models, data files, tokenizers, texts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxalign.data.sources import split_path
 from jaxalign.hf.source import ADAPTER_CONFIG, base_of, is_adapter, locate
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "params/**/*")
-_ENDS = 1 << 20  # bytes at either end of a file that is not read whole
+_ENDS = 1 << 20  # bytes to read at either end of a file, if not the whole file
 
 
 def weights_digest(source: str) -> str:
-    """Of a model's files: weights and shape, byte for byte, without loading them.
+    """The digest of a model's files: weights and shape, byte for byte, without loading them.
 
-    Of an adapter: of its files and its base's.
+    For an adapter it covers its own files and its base's.
 
     Raises:
       ValueError: no model there.
@@ -40,17 +40,17 @@ def weights_digest(source: str) -> str:
 
 
 def shape_digest(source: str) -> str | None:
-    """Of a model's `config.json`; None for a file that holds weights too."""
+    """The digest of a model's `config.json`; None for a file that also holds weights."""
     path = locate(source, ("config.json",)) / "config.json"
     return _digest({"": path}) if path.is_file() else None
 
 
 def data_digest(source: str, *, whole: bool) -> str | None:
-    """Of the files of a source of data, in the order of their names; None for a hub id.
+    """The digest of a data source's files, in the order of their names; None for a hub id.
 
     Args:
       source: file, folder, `folder:split`, glob or hub id.
-      whole: every byte; False: size, beginning and end of each file.
+      whole: True: every byte; False: only size, beginning and end of each file.
     """
     path, _ = split_path(source)
     if path.is_file():
@@ -64,13 +64,13 @@ def data_digest(source: str, *, whole: bool) -> str | None:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str | None:
-    """Of one file; None if there is none."""
+    """The digest of one file; None if it does not exist."""
     file = pathlib.Path(path)
     return _digest({"": file}) if file.is_file() else None
 
 
 def tokenizer_digest(tok: Any) -> str:
-    """Of a fast tokenizer's whole definition."""
+    """The digest of a fast tokenizer's whole definition."""
     return text_digest(tok.backend_tokenizer.to_str())
 
 
@@ -80,7 +80,7 @@ def text_digest(text: str) -> str:
 
 
 def _digest(named: dict[str, pathlib.Path], whole: bool = True) -> str:
-    """Of the names and contents of files, read in threads."""
+    """The digest of the names and contents of files, read in threads."""
     digest = hashlib.sha256()
     names = sorted(named)
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -1,4 +1,4 @@
-"""Early stopping: whether a held-out figure still improves."""
+"""Early stopping: whether a held-out metric still improves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxalign.run.config.early_stopping import EarlyStopping
 
 
 class EarlyStopper:
-    """Follows one held-out figure from evaluation to evaluation.
+    """Tracks one held-out metric over evaluations.
 
     Args:
-      config: which figure, and how long to wait; None: the run never ends early.
+      config: the metric, and how long to wait; None: the run never ends early.
       state: from an earlier start, to continue from.
     """
 
@@ -29,7 +29,7 @@ class EarlyStopper:
         return self._config is not None and self._waited >= self._config.patience
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Records the figures of an evaluation; NaN counts as no improvement.
+        """Records the metrics of an evaluation; NaN counts as no improvement.
 
         Raises:
           ValueError: the figure is not among them.

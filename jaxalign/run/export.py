@@ -1,4 +1,4 @@
-"""From checkpoints to model folders (`jaxalign export`) and from those to Orbax (`import`)."""
+"""Writes checkpoints as model folders (`jaxalign export`), and models as Orbax (`import`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Exported(NamedTuple):
 
     Attributes:
       step: number of batches after which the checkpoint was saved; 0 for an import.
-      table: the tensors, for people.
+      table: the tensors, for display.
     """
 
     step: int
@@ -52,17 +52,17 @@ class Exported(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A model to be exported, as the trainer has it.
+    """A model to export, as it was in training.
 
     Attributes:
       model: a `Decoder` or `Scorer`, with its adapters.
       params: all of its parameters.
       tokenizer: with the template of the training.
-      exported: the tokenizer as it is written, see `exported_tokenizer`.
+      exported: the tokenizer to write, see `exported_tokenizer`.
       step: number of batches after which the checkpoint was saved; 0 without one.
-      sources: what it was made from: not to be replaced.
+      sources: the paths it was made from, which must not be replaced.
       base: source of the base under adapters; None without adapters.
-      note: what to say of it, for people.
+      note: a remark for display.
     """
 
     model: Any
@@ -87,23 +87,24 @@ def export_run(
 ) -> Exported:
     """Writes a checkpoint of a run as a Hugging Face folder.
 
-    Only the parameters that are written are read from the checkpoint: no optimizer state, and no
-    weights of the source except under adapters, which are merged into them. Where the optimizer
+    It reads only the exported parameters from the checkpoint, not the optimizer state. With
+    adapters it also reads the source's weights, to merge the adapters into them. If the optimizer
     keeps an average of the weights for export (`optimizer.ema_for`), the average is written.
 
     Args:
       folder: the run's folder, with `config.yaml` and `checkpoints/`.
       out: folder to make, see `save_pretrained`.
-      step: which checkpoint; the newest by default.
-      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
-      part: "policy" or "critic", of runs that train both; the policy by default.
-      dtype: of the tensors, see `save_pretrained`; "source" for those of the model that the run
-        started from, None for those of the checkpoint.
-      dequantize: of a run with `model.quantize`, whether adapters are merged into the base as it
-        was trained, its values rounded, rather than into the floats of its source.
+      step: the checkpoint's step; by default the newest.
+      best: use the checkpoint with the best `run.keep_best` value, instead of `step`.
+      part: "policy" or "critic", for runs that train both; the policy by default.
+      dtype: dtype of the tensors, see `save_pretrained`; "source": the dtypes of the model that the
+        run started from; None: the checkpoint's dtypes.
+      dequantize: for a run with `model.quantize`: merge adapters into the base as it was in
+        training, with rounded values, instead of the source's floats.
 
     Raises:
-      ValueError: no run, no such checkpoint or part, or one that does not fit the run's config.
+      ValueError: no run, no such checkpoint or part, or a checkpoint that does not fit the run's
+        config.
     """
     out = str(local_path(out, "out"))
     loaded = load_run(folder, step, best=best, part=part, outs=[out], dequantize=dequantize)
@@ -125,11 +126,11 @@ def load_run(
 
     Args:
       folder: the run's folder.
-      step: which checkpoint; the newest by default.
-      best: the one with the best value of the run's `run.keep_best`, in place of `step`.
-      part: "policy" or "critic", of runs that train both; the policy by default.
-      outs: what is going to be written: not to be something that the run reads.
-      dequantize: whether the base is that of the training where it was quantised.
+      step: the checkpoint's step; by default the newest.
+      best: use the checkpoint with the best `run.keep_best` value, instead of `step`.
+      part: "policy" or "critic", for runs that train both; the policy by default.
+      outs: the paths to write, which must not be inputs of the run.
+      dequantize: whether to use the quantised base of the training.
 
     Raises:
       ValueError: as `export_run`.
@@ -212,13 +213,14 @@ def import_model(source: str, out: str, *, dtype: str = "source") -> Exported:
     """Writes a model as an Orbax folder, which loads without conversion on any number of hosts.
 
     The folder holds `config.json`, `generation_config.json` and the tokenizer as a Hugging Face
-    folder does, and under `params/` an Orbax checkpoint of the parameter tree. It appears whole or
-    not at all, and is a source for `load_pretrained`, `load_tokenizer` and `model.source`.
+    folder does, and under `params/` an Orbax checkpoint of the parameter tree. It is written
+    atomically, and is a source for `load_pretrained`, `load_tokenizer` and `model.source`.
 
     Args:
       source: folder, `.gguf` file or hub id.
       out: folder to make, see `save_pretrained`.
-      dtype: of the parameters: float32, bfloat16, float16, or "source" for what they have there.
+      dtype: dtype of the parameters: float32, bfloat16, float16, or "source" for the source's
+        dtypes.
 
     Raises:
       ValueError: as `load_pretrained`, `load_tokenizer` and `save_pretrained`.
@@ -256,13 +258,13 @@ def exported_tokenizer(tok: Any) -> Any:
     if end is None or end == tok.eos_token or end in listed:
         return tok
     changed = copy.deepcopy(tok)
-    changed.source_stops = united_ends(tok, ())  # the old eos stays among the ends
+    changed.source_stops = united_ends(tok, ())  # the old eos remains a stop token
     changed.eos_token = end
     return changed
 
 
 def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
-    """A model without adapters: as it is, or with its adapters merged.
+    """A model without adapters: unchanged, or with its adapters merged.
 
     Args:
       model: a `Decoder` or `Scorer`.
@@ -277,7 +279,7 @@ def whole_model(model: Any, params: Params) -> tuple[Any, Params]:
 
 
 def say_floats(config: ModelConfig) -> None:
-    """Prints that adapters of a quantised base go with its floats."""
+    """Prints that adapters of a quantised base are exported with the unquantised base."""
     if distributed.is_main():
         print(
             f"adapters were trained over {config.source} in {config.quantize}, and are exported "
@@ -298,7 +300,7 @@ def _mesh(config: Any) -> Mesh:
 
 
 def _source(config: Any, part: str | None) -> str:
-    """Which model a part of a run started from."""
+    """The model that a part of a run started from."""
     if part != "critic":
         return config.model.source
     return config.critic_start()[0]
@@ -307,7 +309,7 @@ def _source(config: Any, part: str | None) -> str:
 def _model(
     source: str, config: ModelConfig, shapes: Params, mesh: Mesh, attributes: tuple[str, ...]
 ) -> tuple[Decoder | Scorer, Params]:
-    """The model that a checkpoint's parameters belong to, and the base under adapters."""
+    """The model of a checkpoint's parameters, and the base under its adapters."""
     adapted = config.lora is not None and _has_adapters(shapes)
     if adapted:
         loaded, frozen = load_pretrained(
@@ -335,7 +337,7 @@ def _has_adapters(node: Params) -> bool:
 
 
 def _layout(model: Any, shapes: Params, mesh: Mesh) -> Params:
-    """The checkpoint's parameters with the layouts that the model gives them.
+    """The checkpoint's parameters as shapes with the model's shardings.
 
     Raises:
       ValueError: the model has no such parameters.

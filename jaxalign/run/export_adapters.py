@@ -1,4 +1,4 @@
-"""Adapters of models to be exported: put on a base by weights, or extracted from a tuned model."""
+"""Adapters for export: a weighted sum on a base, or extracted from a tuned model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxalign.run.export import Loaded
 
 
 def with_weighted_adapters(loaded: Loaded, adapters: Sequence[tuple[str, float]]) -> Loaded:
-    """A model with the weighted sum of adapters on it, see `add_adapters`.
+    """Adds the weighted sum of adapters to a model, see `add_adapters`.
 
     Args:
       loaded: the base.
-      adapters: (folder, `.gguf` file or hub id, weight) of each. The first one's tokenizer is
-        exported, where it has one.
+      adapters: (folder, `.gguf` file or hub id, weight) of each. The first adapter's tokenizer, if
+        any, is exported.
     """
     weights: dict[pathlib.Path, float] = {}
     for source, weight in adapters:
@@ -45,7 +45,7 @@ def extracted_adapter(loaded: Loaded, base: str, rank: int) -> Loaded:
     Args:
       loaded: the tuned model.
       base: source of the base.
-      rank: of the adapters of all projections.
+      rank: rank of the adapters of all projections.
 
     Raises:
       ValueError: a reward model, or a base of another shape.

@@ -1,4 +1,4 @@
-"""Exports a run or a model in one format or several, verifies what was written, and notes it."""
+"""Exports a run or a model in one or more formats, verifies the files, and records the result."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from jaxalign.run.record import versions
 from jaxalign.run.remote import is_remote_run
 
 RECORD = "export.json"
-"""The file beside an export that notes what was written and how far it differs."""
+"""The file beside an export that records what was written and how far it differs."""
 
 
 class ExportOptions(NamedTuple):
     """What to write.
 
     Attributes:
-      formats: keys of `FORMATS`. With one, `out` is its folder; with several each has a folder of
-        its name in `out`.
-      step: which checkpoint of a run; the newest by default.
-      best: the run's best checkpoint, by `run.keep_best`, in place of `step`.
-      part: "policy" or "critic", of a run that trains both.
-      dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
-      gguf_dtype: of the matrices of a GGUF file.
-      verify: whether to read the files again and compare with the trainer's log-probs.
-      transformers: whether transformers reads a Hugging Face folder too, where torch is there.
+      formats: keys of `FORMATS`. With one format, `out` is its folder; with several, each has a
+        folder of its name in `out`.
+      step: the checkpoint's step; by default the newest.
+      best: use the run's best checkpoint, by `run.keep_best`, instead of `step`.
+      part: "policy" or "critic", for a run that trains both.
+      dtype: dtype of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
+      gguf_dtype: dtype of the matrices in a GGUF file.
+      verify: whether to read the files back and compare with the trainer's log-probs.
+      transformers: whether to verify a Hugging Face folder with transformers too, if torch is
+        installed.
       record: whether to write `export.json`.
-      adapters: (source, weight) of adapters to put on a model; their weighted sum.
-      base: the model that `source` was tuned from: an adapter is extracted, of rank `rank`.
-      rank: of an extracted adapter.
-      public: whether the files leave this machine, whose folders are then no base of an adapter.
-      dequantize: whether the base is that of the training, see `export_run`.
+      adapters: (source, weight) of adapters to add to a model, as their weighted sum.
+      base: the model that `source` was tuned from; an adapter of rank `rank` is then extracted.
+      rank: rank of an extracted adapter.
+      public: whether the files leave this machine; a local folder then cannot be an adapter's base.
+      dequantize: whether to use the quantised base of the training, see `export_run`.
     """
 
     formats: tuple[str, ...] = ("hf",)
@@ -72,10 +73,11 @@ class Written(NamedTuple):
     Attributes:
       step: of the checkpoint; 0 for a model.
       places: format → its folder.
-      tables: what was written in each, for people.
-      checks: how far each differs from the trainer, for people.
-      notes: format → what `export.json` notes about it.
-      names: format → patterns of its files in its folder, which may hold others; None: all of them.
+      tables: the contents of each, for display.
+      checks: how far each differs from the trainer, for display.
+      notes: format → its entry in `export.json`.
+      names: format → patterns of its files in its folder, which may hold other files; None: all
+        files.
       scorer: whether the model is a reward model or critic.
     """
 
@@ -89,9 +91,9 @@ class Written(NamedTuple):
 
 
 def is_run(source: str | os.PathLike[str], formats: Sequence[str] = ("hf",)) -> bool:
-    """Whether a path is to be read as the folder of a run, rather than as a model.
+    """Whether a path is a run's folder rather than a model.
 
-    What is not there, and has no format named for it, is a run whose path is mistyped.
+    A missing path without a named format is treated as a mistyped run.
     """
     if is_address(source):
         return is_remote_run(os.fspath(source))
@@ -113,10 +115,10 @@ def places_of(out: str | os.PathLike[str], formats: Sequence[str]) -> dict[str, 
 def check_out(
     out: str, options: ExportOptions, sources: Sequence[str], *, overwrite: bool = False
 ) -> None:
-    """Refuses to write over what is there, as the commands do.
+    """Raises ValueError if an existing file would be overwritten, as the commands do.
 
     Raises:
-      ValueError: something is there, a source would be replaced, or `out` is no folder.
+      ValueError: something exists there, a source would be replaced, or `out` is not a folder.
     """
     if out.lower().endswith(".gguf"):
         raise ValueError(
@@ -140,13 +142,13 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
 
     Args:
       source: a run's folder; or a model's folder, `.gguf` file or hub id.
-      out: where to, see `ExportOptions.formats`.
+      out: the target, see `ExportOptions.formats`.
       options: what to write.
 
     Raises:
-      ValueError: an unknown format, a model that one of them cannot hold (before anything is
-        written), a file that differs from the trainer by more than its element type explains (its
-        weights are then named `.rejected`), or as `export_run`.
+      ValueError: an unknown format; a model that a format cannot hold (before anything is written);
+        a file that differs from the trainer by more than its element type explains (its weights are
+        renamed to `.rejected`); or as `export_run`.
     """
     unknown = [name for name in options.formats if name not in FORMATS]
     if unknown or not options.formats or len(set(options.formats)) < len(options.formats):
@@ -158,8 +160,8 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     alone = [name for name in options.formats if FORMATS[name].counts is not None]
     if options.dequantize and alone:
         raise ValueError(
-            f"--dequantize --to {alone[0]}: adapters alone hold no base, and who loads them gets "
-            "the floats; leave one of the two out"
+            f"--dequantize --to {alone[0]}: adapters alone hold no base, and whoever loads them "
+            "gets the unquantised base; leave one of the two out"
         )
     places = places_of(out, options.formats)
     loaded = _load(source, options, [str(place) for place in places.values()])
@@ -177,7 +179,7 @@ def export(source: str, out: str, options: ExportOptions) -> Written:
     notes: dict[str, dict[str, Any]] = {}
     for name, place in sorted(places.items(), key=lambda item: not FORMATS[item[0]].counts):
         if FORMATS[name].counts is None:
-            whole = whole._replace(adapted=None)  # unmerged weights are done with
+            whole = whole._replace(adapted=None)  # unmerged weights are no longer needed
         tables.append(FORMATS[name].write(whole, place))
         notes[name] = {"weights": _counts(FORMATS[name], whole, place)}
     whole = whole._replace(adapted=None)
@@ -220,21 +222,21 @@ def _load(source: str, options: ExportOptions, outs: list[str]) -> Loaded:
 
 
 def _name(source: str) -> str:
-    """A name of the model, for people."""
+    """A name of the model, for display."""
     path = pathlib.Path(source).expanduser()
     return path.resolve().name if path.exists() else source.rpartition("/")[2]
 
 
 class _Checker(NamedTuple):
-    """What the trainer makes of the prompts, to compare the files with.
+    """The trainer's outputs for the prompts, to compare the files with.
 
     Attributes:
       probe: the prompts.
-      trained: what the model with its adapters makes of them.
-      exact: what the merged one makes of them in memory, merged in float32.
-      merged: whether there were adapters; their sum with the base is rounded to its dtype.
+      trained: outputs of the model with its adapters.
+      exact: outputs of the model merged in memory, in float32.
+      merged: whether there were adapters; their sum with the base is rounded to the base's dtype.
       unit: "nats", or "score".
-      base: source of the base under adapters, for files that do not say; None without adapters.
+      base: source of the base under adapters, for files that do not name it; None without adapters.
     """
 
     probe: verify.Probe
@@ -268,7 +270,7 @@ class _Checker(NamedTuple):
         """Verifies all formats; adds to `notes` and `checks`.
 
         Returns:
-          What is wrong with each format that is rejected; its files are renamed.
+          The errors of rejected formats, whose files are renamed.
         """
         mesh, failures = mesh_of(whole.params), []
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(whole.params)}
@@ -276,7 +278,7 @@ class _Checker(NamedTuple):
         for name, place in places.items():
             bound = verify.FLOOR + verify.ROUNDING * roundings[name]
             path = FORMATS[name].source(place, whole)
-            # An adapter's base as the trainer had it, whatever its own files hold.
+            # An adapter's base in the trainer's precision, whatever its own files have.
             alone = FORMATS[name].counts is not None
             dtype = next(iter(dtypes)) if alone and len(dtypes) == 1 else "float32"
             base = self.base if name == "gguf-lora" else None
@@ -311,10 +313,10 @@ class _Checker(NamedTuple):
         return failures
 
     def _roundings(self, whole: Whole, names: list[str]) -> dict[str, float]:
-        """The largest difference that the element types of each format make by themselves.
+        """The largest difference that the element types of each format cause by themselves.
 
-        The parameters are gone afterwards: the last format rounds them in place, so that a model
-        exported in one format is never held twice.
+        The parameters are destroyed: the last format rounds them in place, so that a model exported
+        in one format is never in memory twice.
         """
         found = {}
         for name in names:

@@ -1,4 +1,4 @@
-"""The folder of a run: who owns it, what is in it, and whether the run resumes from it."""
+"""A run's folder: its owner, its contents, and whether the run resumes from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OUTPUTS = (
     *("evaluation.json", "rollouts.jsonl", "histograms.jsonl", "trackers.json", "tensorboard"),
     USAGE,
 )
-"""What a run writes besides `config.yaml`."""
+"""The files that a run writes besides `config.yaml`."""
 
 
 class RunFolder:
@@ -45,11 +45,11 @@ class RunFolder:
     Process 0 reads and writes; the others wait for it and fail with it.
 
     Args:
-      config: of the run.
-      folder: the run's.
+      config: the run's config.
+      folder: the run's folder.
       inputs: digests of the files that the run names.
-      record: what an earlier start left, if the run resumes from it.
-      mirror: publishes the folder, where it is the copy of one in a bucket.
+      record: the record of an earlier start, if the run resumes.
+      mirror: publishes the folder, if it is the local copy of a folder in a bucket.
     """
 
     def __init__(
@@ -67,14 +67,15 @@ class RunFolder:
 
     @property
     def publish(self) -> Callable[[], None] | None:
-        """Uploads what is in the folder and waits for it; None where nothing has to be."""
+        """Uploads the folder and waits; None if the folder is local."""
         return None if self._mirror is None else self._mirror.publish
 
     def check_files(self) -> None:
-        """Compares configuration and files with those that the run was started with.
+        """Compares configuration and files with those of the run's first start.
 
         Raises:
-          ValueError: naming each difference, unless `run.allow_changes`.
+          ValueError: something differs, unless `run.allow_changes`; the message names each
+            difference.
         """
         if self._record is not None:
             old = self._record.get("inputs", {})
@@ -82,7 +83,7 @@ class RunFolder:
             self._settle(config_changes(self._config, values, self._inputs, old))
 
     def check_task(self, task: Task) -> None:
-        """Compares what is known once data and tokenizer are read; as `check_files`."""
+        """Like `check_files`, for inputs that are known once data and tokenizer are read."""
         self._inputs = self._inputs | dict(task.inputs)
         if self._record is None:
             return
@@ -92,7 +93,7 @@ class RunFolder:
         self._settle(Changes([*known, *length.binding], length.free))
 
     def make_room(self) -> None:
-        """Removes what an earlier run left, if it is to be replaced."""
+        """Removes an earlier run's files, if they are to be replaced."""
         with distributed.fail_together("replacing what is in the run's folder"):
             if distributed.is_main() and self._config.run.overwrite:
                 _remove_outputs(self._folder)
@@ -134,8 +135,8 @@ def open_folder(config: Run) -> Iterator[RunFolder]:
     """Takes a run's folder, if it is free and the run may resume from its contents.
 
     Raises:
-      ValueError: another process has the folder; it holds what the run would replace; or, at a
-        resume, no checkpoint or one of a run with other settings.
+      ValueError: another process has the folder; the run would replace files in it; or on resume,
+        it has no checkpoint, or one of a run with other settings.
     """
     folder = local_folder(config.run.folder)
     with contextlib.ExitStack() as stack:
@@ -152,7 +153,7 @@ def open_folder(config: Run) -> Iterator[RunFolder]:
 
 
 def _open_mirror(config: Run, stack: contextlib.ExitStack) -> Mirror | None:
-    """Takes a folder in a bucket and makes its copy; None where the folder is of this machine."""
+    """Locks a folder in a bucket and makes its local copy; None if the folder is local."""
     address = config.run.folder
     if not is_address(address):
         return None
@@ -169,12 +170,12 @@ def _open_mirror(config: Run, stack: contextlib.ExitStack) -> Mirror | None:
 
 
 def has_checkpoints(folder: pathlib.Path) -> bool:
-    """Whether there is any finished checkpoint in a run's folder, sound or not."""
+    """Whether a run's folder has any finished checkpoint, damaged or not."""
     return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
 
 
 def _check_contents(config: Run, folder: pathlib.Path) -> None:
-    """Refuses to replace files of a user, or of another run, in the folder."""
+    """Raises ValueError if files of a user or of another run would be replaced."""
     run = config.run
     check_free(
         folder,
@@ -208,7 +209,7 @@ def _check_contents(config: Run, folder: pathlib.Path) -> None:
 
 
 def _remove_outputs(folder: pathlib.Path) -> None:
-    """Makes room for another run; a configuration that no run wrote is kept under another name."""
+    """Removes a run's outputs; renames a configuration that no run wrote."""
     if not is_ours(folder):
         print(f"{folder / CONFIG}: kept as {set_aside(folder / CONFIG, 'before').name}")
     for name in (*_OUTPUTS, CONFIG):

@@ -1,4 +1,4 @@
-"""The formats that a model is written in: where its files go, how they are written and refused."""
+"""The export formats: where files go, and how they are checked, written and rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GGUF_ADAPTER = "adapter.gguf"
 
 
 class Adapted(NamedTuple):
-    """A model with its adapters, and what lies under them.
+    """A model with its adapters, and their base.
 
     Attributes:
       model: a `Decoder` or `Scorer`.
@@ -43,15 +43,15 @@ class Adapted(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A model as it is written: without adapters.
+    """A model in the form to write: without adapters.
 
     Attributes:
       model: a `Decoder` or `Scorer`.
       params: its parameters.
       tokenizer: with the chat template.
-      dtype: of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
-      gguf_dtype: of the matrices of a GGUF file, one of `FORMS`.
-      name: of the model, for people.
+      dtype: dtype of tensors in Hugging Face and Orbax folders, see `save_pretrained`.
+      gguf_dtype: dtype of the matrices in a GGUF file, one of `FORMS`.
+      name: the model's name, for display.
       adapted: the same model with its adapters, until they are written.
     """
 
@@ -71,11 +71,11 @@ class Format(NamedTuple):
       help: one line.
       source: (folder, model) → what `load_pretrained` reads.
       check: raises ValueError for a model that the format cannot hold.
-      write: writes the model into a folder; returns a text for people.
-      kinds: leaf path → element type that is stored.
+      write: writes the model into a folder; returns a text for display.
+      kinds: leaf path → stored element type.
       weights: patterns of the files in the folder that hold weights.
-      counts: folder → element type and how many weights have it, of a format of adapters alone;
-        None: it holds the whole model.
+      counts: for a format of adapters alone: folder → the number of weights of each element type;
+        None: the format holds the whole model.
     """
 
     help: str
@@ -118,11 +118,11 @@ def _write_orbax(whole: Whole, folder: pathlib.Path) -> str:
 def save_orbax(
     model: Any, params: Params, folder: str | os.PathLike[str], *, tokenizer: Any
 ) -> str:
-    """Writes an Orbax folder, see `jaxalign.hf.orbax_folder`; it appears whole or not at all.
+    """Writes an Orbax folder atomically, see `jaxalign.hf.orbax_folder`.
 
     Args:
       model: a `Decoder` without adapters, or a `Scorer`.
-      params: its parameters, written in the dtypes that they have.
+      params: its parameters, written in their own dtypes.
       folder: the target, as for `save_pretrained`.
       tokenizer: saved with its chat template.
 
@@ -231,7 +231,7 @@ def _check_peft(whole: Whole) -> None:
 def _write_peft(whole: Whole, folder: pathlib.Path) -> str:
     model, params, base = _adapters_of(whole, "peft")
     path = pathlib.Path(base).expanduser()
-    base = str(path.resolve()) if path.exists() else base  # wherever the adapter is read from
+    base = str(path.resolve()) if path.exists() else base  # valid wherever the adapter is read from
     peft.save_adapter(model, params, folder, base=base, tokenizer=whole.tokenizer)
     return f"{peft.WEIGHTS}: adapters of {base}"
 
@@ -247,7 +247,7 @@ def _adapter_counts(folder: pathlib.Path) -> dict[str, int]:
 
 
 def _own_kinds(whole: Whole) -> dict[str, str]:
-    """The merged weights as they are: nothing is rounded beside the base."""
+    """The merged weights' own dtypes: apart from the base, nothing is rounded."""
     return {path: leaf.dtype.name for path, leaf in families.flatten(whole.params).items()}
 
 
@@ -263,7 +263,7 @@ def _check_gguf_lora(whole: Whole) -> None:
 
 def _write_gguf_lora(whole: Whole, folder: pathlib.Path) -> str:
     model, params, base = _adapters_of(whole, "gguf-lora")
-    # Its name only: the file may go anywhere, and the reader is given a base.
+    # Only its name: the file may be moved anywhere, and the reader is given a base.
     named = pathlib.PurePath(base).name
     save_gguf_adapter(model, params, folder / GGUF_ADAPTER, name=whole.name, base=named)
     return f"{GGUF_ADAPTER}: adapters of {named}, F32"
@@ -318,7 +318,7 @@ FORMATS: Mapping[str, Format] = {
         lambda _: (orbax_folder.PARAMS,),
     ),
 }
-"""Format → how it is written. `hf` is what `export` writes by default."""
+"""Format → how it is written. `export` writes `hf` by default."""
 
 
 def reject(format_name: str, whole: Whole, folder: pathlib.Path) -> list[str]:
@@ -328,7 +328,7 @@ def reject(format_name: str, whole: Whole, folder: pathlib.Path) -> list[str]:
         for path in sorted(folder.glob(pattern)):
             bad = path.with_name(f"{path.name}.rejected")
             if bad.is_dir():
-                shutil.rmtree(bad)  # of an earlier export
+                shutil.rmtree(bad)  # from an earlier export
             path.replace(bad)
             renamed.append(bad.name)
     return renamed

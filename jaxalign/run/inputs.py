@@ -1,7 +1,7 @@
-"""What a run depends on besides its options: the contents of models, data, tokenizer, template.
+"""A run's inputs besides its options: the contents of models, data, tokenizer and template.
 
-The digests are kept in the run's folder, so that a resumed run can tell what has changed since.
-Weights that are in every checkpoint are not among them.
+The digests are kept in the run's folder, so that a resumed run can detect changes. Weights that are
+in every checkpoint are not included.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from jaxalign.run.digests import (
 )
 
 _DAY = "strftime_now"
-"""A template that calls this writes the day into every conversation."""
+"""A template that calls this function writes the date into every conversation."""
 
 
 def file_inputs(config: Run) -> dict[str, str]:
     """Option → digest of the files that it names, before anything is loaded.
 
-    What is not there, or comes from the hub, has none: loading says what is wrong with it.
+    A missing file or a hub id has no digest; loading reports missing files.
     """
-    once = functools.cache(weights_digest)  # several options may name one model
+    once = functools.cache(weights_digest)  # several options may name the same model
     jobs: dict[str, Callable[[], str | None]] = {
         name: functools.partial(once, source) for name, source in config.frozen_models.items()
     }
-    # Of a model whose weights are in the checkpoint the shape remains.
+    # For a model whose weights are in the checkpoint, only the shape is an input.
     jobs.setdefault("model.source", lambda: shape_digest(config.model.source))
     for name, path, section in _data_paths(config):
         jobs[name] = functools.partial(data_digest, path, whole=not section.streaming)
@@ -55,7 +55,7 @@ def file_inputs(config: Run) -> dict[str, str]:
 
 
 def text_inputs(config: Run, tok: Any) -> dict[str, str]:
-    """Tokenizer and chat template, and the day where the template writes it."""
+    """Tokenizer and chat template, and the date if the template writes it."""
     found = {}
     if hasattr(tok, "backend_tokenizer"):
         found["tokenizer"] = tokenizer_digest(tok)
@@ -68,7 +68,7 @@ def text_inputs(config: Run, tok: Any) -> dict[str, str]:
 
 
 def source_paths(config: Run) -> list[str]:
-    """All that a run reads and that could be a path of this machine."""
+    """Everything a run reads that could be a local path."""
     models = [config.model.source, config.model.tokenizer, config.model.chat_template]
     models += [getattr(config, name, None) for name in ("reference", "critic", "reward_model")]
     named = [name for name in models if isinstance(name, str)]

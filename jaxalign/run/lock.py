@@ -1,4 +1,4 @@
-"""One owner for a run's folder: a lock that names its process, taken over once that has died."""
+"""A lock for a run's folder: it names its process, and is taken over once that has died."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
 class FolderLock:
-    """Holds a folder while it is open; makes the folder if need be.
+    """Context that locks a folder, and creates it if needed.
 
-    The lock is a file that names host, process and its start. A process of this host that is gone,
-    or whose number another process has by now, holds nothing any more. Of another host, or another
-    container, the file's time decides: its holder renews it.
+    The lock is a file with the host, the process id and its start time. If a process of this host
+    is gone, or another process has its id, the lock is invalid. For another host or container the
+    file's modification time decides, which the owner renews.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
 
     Raises:
       ValueError: on entering, if another process has the folder, or it is a file.
@@ -84,10 +84,10 @@ class FolderLock:
                 return
             owner = _read(self._path)
             if owner is None:
-                continue  # it went away just now
+                continue  # it disappeared just now
             if not self._left_behind(owner):
                 if not self._path.exists():
-                    continue  # given back while we waited
+                    continue  # released while we waited
                 break
             print(f"{self._path}: {named(owner)} is gone; its lock is taken over", flush=True)
             self._take_away(owner)
@@ -98,7 +98,7 @@ class FolderLock:
         )
 
     def _write(self) -> None:
-        """Makes the lock, or nothing: an empty one would name nobody."""
+        """Creates the lock atomically: an empty lock would have no owner."""
         rest = json.dumps(identity() | {"token": self._token}).encode() + b"\n"
         with self._path.open("xb", buffering=0) as file:
             try:
@@ -109,7 +109,7 @@ class FolderLock:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _left_behind(self, owner: dict[str, Any]) -> bool:
-        """Whether the process that made a lock has died; may wait for a renewal."""
+        """Whether a lock's process has died; may wait for a renewal."""
         died = has_died(owner)
         return self._falls_silent(owner) if died is None else died
 
@@ -137,11 +137,11 @@ class FolderLock:
             now.unlink(missing_ok=True)
 
     def _take_away(self, owner: dict[str, Any]) -> None:
-        """Removes a lock that was left behind, unless another process was quicker."""
+        """Removes an abandoned lock, unless another process was faster."""
         aside = self._folder / f"{LOCK}.{self._token}.old"
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
-            if _read(aside) != owner:  # the lock of a process that was quicker: back with it
+            if _read(aside) != owner:  # the lock of a faster process: put it back
                 with contextlib.suppress(OSError):
                     os.link(aside, self._path)
             aside.unlink()
@@ -152,20 +152,20 @@ class FolderLock:
                 os.utime(self._path)
 
     def _tidy(self) -> None:
-        """Removes the folders that were made here, if the run left nothing in them."""
+        """Removes the folders created here, if the run left nothing in them."""
         with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
 
 
 def owner_of(folder: pathlib.Path) -> str | None:
-    """Which process has a folder, as its lock says, without taking it; None if none does."""
+    """The process that has a folder, according to its lock; None if none has. It does not lock."""
     owner = _read(folder / LOCK)
     return None if owner is None else named(owner)
 
 
 def identity() -> dict[str, Any]:
-    """Who this process is."""
+    """The identity of this process."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -180,10 +180,10 @@ _identity = identity
 
 
 def has_died(owner: dict[str, Any]) -> bool | None:
-    """Whether the process that a lock names is gone; None if that cannot be told from here."""
+    """Whether a lock's process is gone; None if this cannot be determined here."""
     here = identity()
     if owner.get("host") == here["host"] and owner.get("boot") != here["boot"]:
-        return True  # the machine was started anew, or its name went to another one
+        return True  # the machine was rebooted, or another machine has its name
     if owner.get("host") != here["host"] or owner.get("namespace") != here["namespace"]:
         return None
     pid = owner.get("pid")
@@ -191,22 +191,22 @@ def has_died(owner: dict[str, Any]) -> bool | None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """State, parent … of a process as Linux has them; None where there is no such file."""
+    """State, parent … of a process from Linux's /proc; None if there is no such file."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return text.rpartition(")")[2].split()  # the name, in brackets, may hold spaces
+    return text.rpartition(")")[2].split()  # the name, in brackets, may contain spaces
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None if the system does not say."""
+    """When a process began, in ticks since boot; None if unknown."""
     stat = _stat(pid)
     return None if stat is None else stat[19]
 
 
 def _is_process(pid: int, began: str | None) -> bool:
-    """Whether the process that began then still runs."""
+    """Whether the process with this start time still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -40,13 +40,13 @@ class Result(NamedTuple):
     """The result of a run.
 
     Attributes:
-      folder: the run's folder; of one in a bucket, the copy on this machine.
-      model: folder of the exported weights there, or None.
-      before: held-out figures before the first update ({} without held-out data, or resumed).
-      after: held-out figures after the last.
+      folder: the run's folder; for a folder in a bucket, its local copy.
+      model: folder of the exported weights, or None.
+      before: held-out metrics before the first update ({} without held-out data, or if resumed).
+      after: held-out metrics after the last update.
       history: the metrics of every step of this process, oldest first.
-      seconds: wall time, set-up and compilation included.
-      signal: which signal asked the run to stop although it was finished, or None.
+      seconds: wall time, including set-up and compilation.
+      signal: the signal that asked the run to stop after it had finished, or None.
       best: the step of the best checkpoint by `run.keep_best`, or None.
     """
 
@@ -61,14 +61,14 @@ class Result(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """What a caller of `train` may put into a run.
+    """Customisation of a run by a caller of `train`.
 
     Attributes:
-      loader: hands over models instead of reading them, and keeps the run's own.
-      adapt: (task) → the task that is run, such as with another end.
-      make_bar: (title, steps, steps done) → the progress bar, with the methods of tqdm's that
-        `Reporter` calls; tqdm's own by default.
-      evaluate_first: whether held-out figures are measured before the first step.
+      loader: passes models in memory instead of reading them, and keeps the run's model.
+      adapt: (task) → the task to run, for example with another end.
+      make_bar: (title, steps, steps done) → the progress bar, with the tqdm methods that `Reporter`
+        calls; tqdm's own by default.
+      evaluate_first: whether to evaluate held-out data before the first step.
     """
 
     loader: KeepingLoader | None = None
@@ -85,16 +85,16 @@ def train(
 ) -> Result:
     """Runs one configuration to its end; on several hosts, within `distributed.session()`.
 
-    Killed anywhere and started again with `run.resume=true`, it resumes from the newest checkpoint
-    and gives bit for bit the metrics of an uninterrupted run on the same mesh (all but those under
-    `time/`).
+    If it is killed at any point and restarted with `run.resume=true`, it resumes from the newest
+    checkpoint and reproduces the metrics of an uninterrupted run on the same mesh bit for bit
+    (except those under `time/`).
 
     Args:
       config: from `load_config`.
       title: shown beside the progress bar.
       began: `time.monotonic()` when the command began, from which `run.time_limit` counts; None:
         now.
-      hooks: of a caller that runs several stages.
+      hooks: for a caller that runs several stages.
 
     Raises:
       ValueError: a wrong configuration or input, a folder in use, one that holds another run, or a
@@ -105,7 +105,7 @@ def train(
         checkpoint is intact.
     """
     clock = Clock(config.run.save_minutes, config.run.time_limit, began)
-    # However the run ends, saves under way are finished and files closed.
+    # However the run ends, pending saves are finished and files closed.
     with contextlib.ExitStack() as stack, config.mesh.use_rules():
         stop = stack.enter_context(stop_on_signals())
         with named_by_address(config.run.folder):
@@ -143,7 +143,7 @@ def _train(
         if store.latest is not None:
             state, position = _restore(store, task, run)
     loop, done = position.get("loop", task.loop), position.get("done", 0)
-    # The first step donates the state that the task began with: `state` is the one to use.
+    # The first step donates the task's initial state: use `state` from here on.
     task = task._replace(state=state)
 
     # ---------------------------------------------------------------- before the first step
@@ -168,7 +168,7 @@ def _train(
         task.on_train_start(state, loop)
     measured = done == 0 and hooks.evaluate_first
     before = _evaluate(task, state, loop, 0, reporter, early) if measured else {}
-    best.is_better(before)  # a figure of another name is an error now, not hours later
+    best.is_better(before)  # a misspelt metric is an error now, not hours later
     after, saved_at = before, done
     progress = Progress(config, task, state, position.get("taken", done))
     root = jax.random.key(run.seed)
@@ -184,15 +184,15 @@ def _train(
             break
         state, record, own = stepped
         done += 1
-        # What another host wishes is known a step later, with the sums of this one.
+        # Another host's requests arrive one step later, with this step's sums.
         wishes = own if jax.process_count() == 1 else reporter.wishes
         stops = distributed.preempted(done) or wishes.stop
         ended = None if task.end_with is None else task.end_with(state, done)
         last = done == task.total or ended is not None
         evaluates = progress.falls_due(run.eval_every, done) and not last
         saves = stops or wishes.save or progress.falls_due(run.save_every, done)
-        # A step's metrics are read once the next step is under way, so that no device waits for
-        # this loop; but no state is saved or evaluated before its own metrics were found finite.
+        # A step's metrics are read while the next step runs, so that no device waits for this loop.
+        # But no state is saved or evaluated before its own metrics are known to be finite.
         settle = evaluates or saves or last or not task.async_metrics
         reporter.add(record, keep=0 if settle else 1)
         state = state if ended is None else ended
@@ -222,7 +222,7 @@ def _train(
         print(f"step {done} of {task.total}: {early.message()}")
     if _lacks_evaluation(reporter, done):
         after = _evaluate(task, state, loop, done, reporter)
-    write_data_report(folder, task.data_report())  # a stream has been read by now
+    write_data_report(folder, task.data_report())  # by now a stream has been read
     bad_steps.check_end(state, after)
     news = bad_steps.holds_news(done, saved_at)
     position = _position(task, loop, done, progress, reporter, early)
@@ -255,10 +255,10 @@ def run_step(
     stop: StopRequest,
     clock: Clock,
 ) -> tuple[TrainState, StepRecord, Wishes] | None:
-    """One batch: what the algorithm makes of it, and an update for each part.
+    """Runs one batch: the algorithm prepares it, then each part is an update.
 
-    Returns before the devices are done: the state, the record, and what this host wishes after it.
-    None if there is no batch left.
+    It returns before the devices are done: the state, the record, and this host's requests. None if
+    no batch is left.
     """
     asked_at = time.perf_counter()
     batch = next(progress.batches, None)
@@ -296,7 +296,7 @@ def _evaluate(
     reporter: Reporter,
     early: EarlyStopper | None = None,
 ) -> dict[str, float]:
-    """Measures and records held-out figures; none without held-out data."""
+    """Computes and records held-out metrics; {} without held-out data."""
     if task.evaluate is None:
         return {}
     figures = task.evaluate(state, loop)
@@ -307,13 +307,13 @@ def _evaluate(
 
 
 def _lacks_evaluation(reporter: Reporter, done: int) -> bool:
-    """Whether to measure figures after the last step; all hosts agree."""
+    """Whether to evaluate after the last step; all hosts agree."""
     own = "" if reporter.has_evaluation(done) else "lacking"
     return distributed.all_gather_text("the last evaluation", own)[0] == "lacking"
 
 
 def _stop_before_start(stop: StopRequest, done: int) -> None:
-    """Ends a run that got a signal to stop during set-up."""
+    """Ends a run that received a stop signal during set-up."""
     if stop.signal is not None and jax.process_count() == 1:
         raise distributed.Preempted(
             f"stopped before step {done + 1}, as {stop.signal} came: nothing is lost"
@@ -344,7 +344,7 @@ def _position(
     reporter: Reporter,
     early: EarlyStopper,
 ) -> dict[str, Any]:
-    """Where a run is, besides its train state, as JSON-able data."""
+    """A run's position, besides its train state, as JSON-able data."""
     return {
         "loop": loop,
         "done": done,
@@ -370,7 +370,7 @@ def _finish(store: Checkpoints | None, state: TrainState, position: dict[str, An
 
 
 def _export(task: Task, state: TrainState, target: pathlib.Path) -> tuple[Any, Any]:
-    """Writes the final weights; a run in one process tries again where storage fails."""
+    """Writes the final weights; a run in one process retries if storage fails."""
     if jax.process_count() > 1:
         return task.export(state, target)
     folder = target.parent
@@ -382,10 +382,10 @@ def _export(task: Task, state: TrainState, target: pathlib.Path) -> tuple[Any, A
 
 
 def _best_so_far(run: RunConfig, store: Checkpoints | None, reporter: Reporter) -> BestStep:
-    """The best checkpoint of earlier starts, which is kept from now on."""
+    """Finds the best checkpoint of earlier starts, which is kept from now on."""
     best = BestStep(run.keep_best)
     if store is not None and run.keep_best is not None:
-        # Those of process 0, which wrote them.
+        # Use process 0's evaluations, because it wrote the file.
         text = json.dumps(reporter.evaluations)
         known = json.loads(distributed.all_gather_text("held-out figures", text)[0])
         best.resume({int(step): figures for step, figures in known.items()}, store.steps)
@@ -396,17 +396,17 @@ def _best_so_far(run: RunConfig, store: Checkpoints | None, reporter: Reporter) 
 def _mark_best(
     store: Checkpoints | None, best: BestStep, step: int, figures: dict[str, float]
 ) -> None:
-    """Keeps the checkpoint of a step if its figures are the best; called before it is saved."""
+    """Marks a step's checkpoint as the best if its metrics are; called before it is saved."""
     best.add(step, figures)
     if store is not None:
         store.best = best.step
 
 
 def _restore(store: Checkpoints, task: Task, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state and position; sets the data to it.
+    """Restores the newest checkpoint's state and position, and moves the data there.
 
     Raises:
-      ValueError: it does not fit the run, or is further on than the run's end.
+      ValueError: it does not fit the run, or is beyond the run's end.
     """
     state, position = store.restore(task.state)
     done, batches = position["done"], position["batches"]
@@ -445,7 +445,7 @@ def _open_checkpoints(
 
 
 def _close_trackers(trackers: Trackers, error: type[BaseException] | None, *_: object) -> None:
-    """Ends the trackers' runs; one that stopped to be resumed has not failed."""
+    """Ends the trackers' runs; a run that stopped to be resumed has not failed."""
     trackers.close(failed=error is not None and not issubclass(error, distributed.Preempted))
 
 
@@ -454,6 +454,6 @@ def _close(store: Checkpoints, error: type[BaseException] | None, *_: object) ->
     failed = error is not None and not issubclass(error, distributed.Preempted)
     if distributed.job_failed() or (failed and jax.process_count() > 1):
         return
-    # Behind an error, another one about the save under way would hide it.
+    # After an error, a second error about the pending save would hide the first.
     with contextlib.suppress(*((Exception,) if failed else ())):
         store.close()

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` in the run folder, one JSON object a step."""
+"""Writes metrics: `metrics.jsonl` in the run folder, one JSON object per step."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_finite(metrics: Mapping[str, float], step: int) -> None:
-    """Stops a run whose loss or gradient is not a number.
+    """Stops a run whose loss or gradient is not finite.
 
     Raises:
-      FloatingPointError: naming the step and the metrics.
+      FloatingPointError: the message names the step and the metrics.
     """
     bad = [k for k in ("loss", "grad_norm") if not math.isfinite(metrics.get(k, 0.0))]
     if bad:
         values = ", ".join(f"{k}={metrics[k]}" for k in bad)
         raise FloatingPointError(
-            f"step {step}: {values}; the weights are spoilt from here on. Resume from the last "
+            f"step {step}: {values}; the weights are unusable from here on. Resume from the last "
             "checkpoint with a lower learning rate, or look at the batch of this step"
         )
 
 
 def add_up(parts: Sequence[Mapping[str, Weighted]]) -> dict[str, float]:
-    """Exact means over several batches: totals and weights are added, then divided once."""
+    """Exact means over several batches: adds totals and weights, then divides once."""
     names = parts[0].keys() if parts else ()
     fetched = jax.device_get(parts)
     sums = {
@@ -54,17 +54,17 @@ METRICS = "metrics.jsonl"
 """Name of the file in a run's folder."""
 
 TOKENS, FLOPS = "time/tokens", "time/flops"
-"""Under these names a task tells the loop the real tokens and the model FLOPs of a batch."""
+"""The names under which a task reports the real tokens and model FLOPs of a batch."""
 
 
 def rates(tokens: float, flops: float, seconds: float, peak: float | None) -> dict[str, float]:
     """Speed of a step.
 
     Args:
-      tokens: real tokens of the step, all devices.
-      flops: its model FLOPs (`jaxalign.models.flops`), all devices.
-      seconds: what it took.
-      peak: FLOP/s of all devices together at best; None where it is not known.
+      tokens: real tokens of the step, on all devices.
+      flops: its model FLOPs (`jaxalign.models.flops`), on all devices.
+      seconds: its duration.
+      peak: total peak FLOP/s of all devices; None if unknown.
     """
     found = {
         "time/tokens_per_second": tokens / seconds,
@@ -74,7 +74,7 @@ def rates(tokens: float, flops: float, seconds: float, peak: float | None) -> di
 
 
 class Stopwatch:
-    """Seconds of consecutive parts, `time/<part>`; waits for the end of each."""
+    """Measures the seconds of consecutive parts, `time/<part>`; waits for the end of each."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
@@ -91,12 +91,12 @@ class Stopwatch:
         self._parts[f"time/{part}"], self._last = now - self._last, now
 
     def stop(self, part: str, done: Any = None) -> dict[str, float]:
-        """Ends the last part; gives the seconds of all."""
+        """Ends the last part; returns the seconds of all parts."""
         self.lap(part, done)
         return self._parts
 
     def around(self, run: Callable[..., Any], before: str, within: str) -> Callable[..., Any]:
-        """`run`, ending the part `before` when its arguments are there, then its own, `within`."""
+        """Wraps `run`: ends the part `before` once its inputs are ready, then `within`."""
 
         def timed(*arguments: Any) -> Any:
             self.lap(before, arguments)
@@ -108,17 +108,17 @@ class Stopwatch:
 
 
 class JsonlWriter:
-    """Appends metrics to a file, one JSON object a line, flushed at once.
+    """Appends metrics to a file, one JSON object per line, flushed at once.
 
     Args:
       path: the file; its folder must exist.
-      resume_at: keep what an earlier run wrote up to this step and drop the rest, so that a resumed
-        run's file reads like an uninterrupted one's. None starts a new file. A damaged line is
-        dropped, counted and named; one that was cut off at the end is dropped like what follows.
-      silent: write nothing: another process does.
+      resume_at: keep the lines up to this step and drop the rest, so that a resumed run's file
+        looks like an uninterrupted one. None starts a new file. Damaged lines are dropped, counted
+        and printed; a truncated last line is simply dropped.
+      silent: write nothing, because another process does.
 
     Attributes:
-      evaluations: step → its held-out figures, without their `eval/`.
+      evaluations: step → its held-out metrics, without their `eval/`.
 
     Raises:
       StorageError: storage fails for longer than retries take.
@@ -133,7 +133,7 @@ class JsonlWriter:
         kept: list[bytes] = []
         damaged: list[int] = []
         if resume_at is not None and path.exists():
-            # Split at "\n" alone: a text may hold other ends of lines, such as U+2028.
+            # Split only at "\n": a text may contain other line separators, such as U+2028.
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, start=1):
                 row = parse_row(line)
@@ -147,7 +147,7 @@ class JsonlWriter:
         if damaged:
             places = ", ".join(map(str, damaged[:8])) + (" …" if len(damaged) > 8 else "")
             print(f"{path}: dropped {len(damaged)} damaged lines ({places})")
-        # Replaced whole: a run killed here keeps the old file.
+        # Replaced atomically: a run killed here keeps the old file.
         fresh = path.with_name(f".{path.name}.tmp")
         fresh.write_bytes(b"".join(line + b"\n" for line in kept))
         fresh.replace(path)
@@ -155,7 +155,7 @@ class JsonlWriter:
 
     @property
     def evaluated(self) -> int | None:
-        """The last step of which the file has held-out figures, or None."""
+        """The last step with held-out metrics in the file, or None."""
         return next(reversed(self.evaluations), None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -182,12 +182,12 @@ class JsonlWriter:
 
 
 def read_evaluations(path: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Step → held-out figures, without their `eval/`; damaged lines are passed over."""
+    """Step → held-out metrics, without their `eval/`; damaged lines are skipped."""
     return JsonlWriter(path, resume_at=sys.maxsize, silent=True).evaluations
 
 
 def _number(value: Any) -> float:
-    """A figure as it was written; NaN where it is none."""
+    """A metric as it was written; NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,7 +1,7 @@
-"""Publishes a run's folder to a bucket while the run works in a copy on this machine.
+"""Publishes a run's folder to a bucket, while the run works in a local copy.
 
-Nothing of a run has to know about buckets. The copy is a folder as any other. A thread uploads what
-is new in it, in an order by which nothing that a killed run leaves looks whole without being so.
+The rest of a run need not know about buckets: the copy is an ordinary folder. A thread uploads
+changes, in an order such that nothing incomplete looks complete if the run is killed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from jaxalign.run.remote import (
 from jaxalign.run.storage import REMOTE, retry, say
 
 _MARK = ".mirror"
-"""A file of the copy: where it is gone, somebody removed the copy, and not a run its files."""
+"""A marker file in the copy: if it is gone, somebody removed the copy, not a run its files."""
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _POLL_SECONDS = 1.0
 _PERIOD = 30.0
-"""Seconds between two uploads of files that grow, such as metrics.jsonl, at least …"""
+"""The minimum seconds between two uploads of growing files, such as metrics.jsonl."""
 _REST = 20
-"""… and so many times as long as the last one took, for an object is written anew as a whole."""
+"""They also wait this multiple of the last upload's time: each rewrites the whole object."""
 _SLOW_SECONDS = 30.0
 _SMALL = 1 << 20
 _THREADS = 8
@@ -47,16 +47,16 @@ _THREADS = 8
 class Mirror:
     """A folder in a bucket and its copy on this machine.
 
-    What is there when it is opened is the bucket's. Once started, the copy decides: what is new in
-    it is uploaded, and what is gone from it is removed in the bucket, as long as it came from there
-    or was uploaded by this object. Files that others put into the bucket stay.
+    On opening, the bucket is authoritative. Once started, the copy is: new files are uploaded, and
+    files that disappear are removed from the bucket, provided that they came from there or this
+    object uploaded them. Other files in the bucket stay.
 
     Args:
-      folder: address.
+      folder: the folder's address.
       outputs: names in the folder that a run writes.
 
     Raises:
-      ValueError: on entering, a folder in use or no right to it.
+      ValueError: on entering, if the folder is in use or access is denied.
     """
 
     def __init__(self, folder: str, outputs: Iterable[str]):
@@ -91,18 +91,17 @@ class Mirror:
         except Exception as failure:
             if error is None or issubclass(error, distributed.Preempted):
                 raise
-            # Raised, it would hide the error that ended the run.
+            # Raising it would hide the error that ended the run.
             say(f"{self._place.address} lacks what the run wrote last: {reason(failure)}")
 
     def pull(self, *, everything: bool) -> None:
-        """Makes the copy what the bucket holds.
+        """Makes the copy equal to the bucket.
 
         Args:
-          everything: False: only what shows which of the outputs there are, to refuse or replace
-            them.
+          everything: False: fetch only what shows which outputs exist, to reject or replace them.
 
         Raises:
-          ValueError: no right to read there.
+          ValueError: reading is not permitted.
         """
         found = sort_files(list_files(self._place))
         plain = found.plain
@@ -124,7 +123,7 @@ class Mirror:
         self._steps = self._local_steps()
 
     def start(self) -> None:
-        """Begins to publish."""
+        """Starts publishing."""
         if self._cut:
             steps = sorted({str(step_of(name)) for name in self._cut})
             print(
@@ -138,7 +137,7 @@ class Mirror:
         self._thread.start()
 
     def publish(self) -> None:
-        """Uploads all that is new, and waits for it.
+        """Uploads all changes and waits.
 
         Raises:
           StorageError: the bucket cannot be written for half a minute; what was uploaded before is
@@ -166,7 +165,7 @@ class Mirror:
                     return
 
     def _push(self, *, plain: bool) -> None:
-        """One round. Checkpoints are listed before the files are sent which tell of their steps."""
+        """One round. It lists checkpoints before it sends the files that mention their steps."""
         self._lock.check()
         if self._thread is not None and not (self._folder / _MARK).exists():
             raise OSError(
@@ -195,7 +194,7 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):
                     stamps[name] = _stamp(path)
         new = {name: stamp for name, stamp in stamps.items() if self._sent.get(name) != stamp}
-        # A model is one once it has its config.json.
+        # A model is complete once it has its config.json.
         last = {name for name in new if name.endswith("/config.json")}
         for names in (new.keys() - last, last):
             self._upload(names)
@@ -211,16 +210,16 @@ class Mirror:
         return not hidden and step_of(name) is None
 
     def _local_steps(self) -> dict[int, tuple[int, int]]:
-        """The checkpoints that have their names, and what tells one from another of its step."""
+        """The finished checkpoints, each with a stamp that tells it from others of its step."""
         found = {}
         for path in (self._folder / CHECKPOINTS).glob("*"):
             if path.name.isdecimal():
-                with contextlib.suppress(FileNotFoundError):  # no whole one, or it goes just now
+                with contextlib.suppress(FileNotFoundError):  # incomplete, or just being removed
                     found[int(path.name)] = _stamp(path / checksums.NAME)
         return found
 
     def _push_checkpoint(self, step: int) -> None:
-        if step in self._steps:  # another one, of a run that went back
+        if step in self._steps:  # a different checkpoint, from a run that went back
             self._remove_checkpoint(step)
         root = self._folder / CHECKPOINTS / str(step)
         stamp = self._local_steps().get(step)
@@ -229,14 +228,14 @@ class Mirror:
         }
         self._upload(names - {manifest_of(step)})
         whole = stamp is not None and all((self._folder / name).is_file() for name in names)
-        if stamp is None or not whole:  # newer ones took its place meanwhile
+        if stamp is None or not whole:  # newer checkpoints have replaced it meanwhile
             self._remove(names)
             return
         self._upload([manifest_of(step)])
         self._steps[step] = stamp
 
     def _remove_checkpoint(self, step: int) -> None:
-        self._remove([manifest_of(step)])  # without it the rest is nothing
+        self._remove([manifest_of(step)])  # without it the rest does not count
         inner = self._place._replace(path=self._place.of(f"{CHECKPOINTS}/{step}"))
         self._remove(f"{CHECKPOINTS}/{step}/{name}" for name in list_files(inner))
         self._steps.pop(step, None)
@@ -251,7 +250,7 @@ class Mirror:
         self._download({manifest: files[manifest]})
 
     def _clear(self, found: Sorted, *, keep: bool) -> None:
-        """Removes from the copy what the bucket does not hold, or holds with other contents."""
+        """Removes files from the copy that the bucket lacks or has with other contents."""
         same = {step for step in found.complete if keep and self._is_same(step)}
         places = [*self._folder.glob("*"), *(self._folder / CHECKPOINTS).glob("*")]
         for path in places:
@@ -267,7 +266,7 @@ class Mirror:
                 path.unlink(missing_ok=True)
 
     def _is_same(self, step: int) -> bool:
-        """Whether the copy holds a checkpoint as the bucket does, by its checksums."""
+        """Whether the copy's checkpoint equals the bucket's, by its checksums."""
         local = self._folder / manifest_of(step)
         if not local.is_file():
             return False
@@ -304,7 +303,7 @@ class Mirror:
             list(pool.map(act, sorted(names)))
 
     def _try(self, act: Callable[[], Any], name: str, is_over: Callable[[], bool]) -> None:
-        """Does something in the bucket, again after a failure, but not after a refusal."""
+        """Runs a bucket operation; retries after failures, but not if access is denied."""
         refusals: list[ValueError] = []
 
         def attempt() -> None:
@@ -313,7 +312,7 @@ class Mirror:
                     act()
             except ValueError as error:
                 refusals.append(error)
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # every file system has its own errors
                 if not is_over():
                     say(f"{self._place.address}/{name}: {reason(error)}")
                     raise OSError(REMOTE, reason(error)) from error
@@ -337,6 +336,6 @@ class Mirror:
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
-    """Size and time of a file, by which a change is seen."""
+    """Size and time of a file, to detect changes."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns

@@ -1,4 +1,4 @@
-"""What a run's folder says of one of its steps: options, inputs, environment and metrics then."""
+"""Reads what a run's folder records of a step: its options, inputs, environment and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxalign.run.record import CONFIG, RECORD, VERSIONS, environment, read_reco
 from jaxalign.run.remote import fetch_run
 
 METRICS = "metrics.jsonl"
-_DIGEST_SIZE = 64  # of SHA-256, in hexadecimal
+_DIGEST_SIZE = 64  # length of SHA-256 in hexadecimal
 _UNTIL = re.compile(r"config\.until-step-(\d+)\.yaml")
 _NO_RUN = (
     "wanted the folder of a run (run.folder), with its run.json or config.yaml, metrics.jsonl and "
@@ -33,13 +33,13 @@ class Past(NamedTuple):
     """A run as it was at one of its steps.
 
     Attributes:
-      folder: of the run.
-      config: the options that the step was made with.
+      folder: the run's folder.
+      config: the options in effect at the step.
       values: the same as nested values.
-      inputs: digests of what it read, as `run.inputs`; {} where they were not recorded.
-      environment: versions and devices; {} where they were not recorded.
-      starts: the starts of the run, as `run.json` has them.
-      metrics: step → what `metrics.jsonl` has of it, without held-out figures.
+      inputs: digests of its inputs, as in `run.inputs`; {} if not recorded.
+      environment: versions and devices; {} if not recorded.
+      starts: the run's starts, from `run.json`.
+      metrics: step → its line of `metrics.jsonl`, without held-out metrics.
       owner: which process has the folder, or None.
     """
 
@@ -54,11 +54,11 @@ class Past(NamedTuple):
 
     @property
     def steps(self) -> range:
-        """The steps that are recorded, from the first to the last."""
+        """The recorded steps, in order."""
         return range(min(self.metrics), max(self.metrics) + 1)
 
     def environment_changes(self) -> list[str]:
-        """What is another now than it was then: with these, bits cannot be promised."""
+        """Changes in the environment since then, which make bitwise equality uncertain."""
         if not self.environment:
             return [f"{VERSIONS} is missing: nobody can tell the versions and devices of the run"]
         now = {"processes": "1"} | environment()
@@ -67,14 +67,14 @@ class Past(NamedTuple):
         return [str(Change(n, then[n], now[n])) for n in names if then[n] != now[n]]
 
     def file_changes(self) -> list[Change]:
-        """Files and models whose contents are others now."""
+        """Files and models whose contents have changed."""
         return input_changes(file_inputs(self.config), self.inputs)
 
     def text_changes(self, inputs: Mapping[str, str]) -> list[Change]:
-        """Tokenizer, template and day, where they are others now.
+        """Changes of tokenizer, template and date.
 
         Args:
-          inputs: what is known once these are read, see `Task.inputs`.
+          inputs: the inputs that are known once these are read, see `Task.inputs`.
         """
         return input_changes(inputs, self.inputs)
 
@@ -82,7 +82,7 @@ class Past(NamedTuple):
         """Options that changed after step `first` and before `step`.
 
         Returns:
-          (those that change what is learned, those that may change the last bits).
+          (changes that affect training, changes that may affect the last bits).
         """
         names: list[str] = []
         for start in self.starts:
@@ -95,11 +95,11 @@ class Past(NamedTuple):
 
 
 def read_past(folder: str | pathlib.Path, step: int | None = None) -> Past:
-    """Reads what a run's folder says of a step; changes nothing there.
+    """Reads a run folder's record of a step; it changes nothing there.
 
     Args:
-      folder: of the run.
-      step: from 1; None: the last one.
+      folder: the run's folder.
+      step: the step, from 1; None: the last one.
 
     Raises:
       ValueError: no run there, no metrics yet, or no such step.
@@ -132,7 +132,7 @@ def read_past(folder: str | pathlib.Path, step: int | None = None) -> Past:
 
 
 def read_steps(path: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Step → its metrics, without held-out figures; damaged lines are left out and counted.
+    """Step → its metrics, without held-out metrics; damaged lines are skipped and counted.
 
     Raises:
       ValueError: there is no such file, or no step in it.
@@ -140,7 +140,7 @@ def read_steps(path: pathlib.Path) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {_NO_RUN}")
     found, damaged = {}, 0
-    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last is being written
+    for line in path.read_bytes().split(b"\n")[:-1]:  # a partial last line is still being written
         row = parse_row(line)
         damaged += row is None and bool(line)
         if row is not None and not all(name == "step" or "eval/" in name for name in row):
@@ -153,12 +153,12 @@ def read_steps(path: pathlib.Path) -> dict[int, dict[str, Any]]:
 
 
 def without(config: Run, **values: Any) -> Run:
-    """A configuration with other options of `run`."""
+    """A configuration with some options of `run` replaced."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, **values))
 
 
 def _values_at(folder: pathlib.Path, last: Mapping[str, Any], step: int) -> Mapping[str, Any]:
-    """The options at a step: those of the last start, or of the earlier one that it belongs to."""
+    """The options at a step: those of the start that ran it."""
     ends = sorted(int(m[1]) for p in folder.iterdir() if (m := _UNTIL.fullmatch(p.name)))
     end = next((end for end in ends if end >= step), None)
     return last if end is None else read_yaml(folder / f"config.until-step-{end}.yaml")
@@ -173,14 +173,14 @@ def _read_facts(path: pathlib.Path) -> dict[str, str]:
 
 
 def _undo(name: str, old: Any, facts: dict[str, str], inputs: dict[str, str]) -> None:
-    """Takes back what a later start changed."""
+    """Undoes the changes of a later start."""
     option = name.removesuffix(CONTENTS)
     if name in facts:
         facts[name] = old
     elif option in inputs and (option != name or len(inputs[option]) < _DIGEST_SIZE):
-        inputs[option] = old  # other contents, or the day that a template writes
+        inputs[option] = old  # other contents, or the date that a template writes
     else:
-        inputs.pop(option, None)  # another path: what was in the old file is not known
+        inputs.pop(option, None)  # another path: the old file's contents are unknown
 
 
 def _starts_with(name: str, options: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Several runs, one after the other, from one YAML: each stage starts from an earlier one's model.
+"""Several runs in sequence from one YAML: each stage starts from an earlier stage's model.
 
     folder: runs/mine
     defaults: {…}                        # merged under every stage
@@ -45,16 +45,16 @@ def load_stages(
 
     Args:
       source: YAML file or nested values.
-      assignments: `key=value` overrides: of a stage by its name (`sft.data.rows=8`), of all stages
-        (`defaults.run.seed=1`), or of `folder`.
-      language: which of the package's example data `${examples}` stands for.
+      assignments: `key=value` overrides for a stage by its name (`sft.data.rows=8`), for all stages
+        (`defaults.run.seed=1`), or for `folder`.
+      language: the language of the example data that `${examples}` names.
 
     Returns:
       (name, configuration) of each stage.
 
     Raises:
       ValueError: unknown keys, stages without name or algorithm, a placeholder that names no
-        earlier stage, or a wrong configuration, with the stage's name.
+        earlier stage, or an invalid configuration; the message names the stage.
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(source)
     stages = values.get("stages")
@@ -120,7 +120,7 @@ def run_stages(
     """
     results: dict[str, Result] = {}
     began = time.monotonic()
-    # A stage that was not reached has no checkpoint to go on from.
+    # A stage that was not reached has no checkpoint to resume from.
     reached = any(_has_checkpoints(config.run.folder) for _, config in stages)
     for number, (name, config) in enumerate(stages, start=1):
         if config.run.resume and reached:
@@ -134,14 +134,14 @@ def run_stages(
                 f"stopped after the stage {name}, as {late} came; run.resume=true goes on with the "
                 "next"
             )
-        # A stage's arrays and programs are of no use to the next one.
+        # The next stage cannot use this stage's arrays and programs.
         gc.collect()
         jax.clear_caches()
     return results
 
 
 def _has_checkpoints(folder: str) -> bool:
-    """Whether a run's folder, of this machine or in a bucket, holds a checkpoint."""
+    """Whether a run's folder, local or in a bucket, holds a checkpoint."""
     if is_address(folder):
         return has_remote_checkpoints(folder)
     return has_checkpoints(pathlib.Path(folder))

@@ -1,4 +1,4 @@
-"""How far a run is: batches taken, updates done, the epoch, and the learning rate."""
+"""A run's progress: batches taken, updates done, the epoch, and the learning rate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxalign.types import TrainState
 
 
 class CountedBatches(Iterator[Any]):
-    """An iterator of batches that counts what it gives out.
+    """An iterator that counts batches.
 
     Args:
-      batches: of the run.
-      taken: how many earlier starts took.
+      batches: the run's batches.
+      taken: the number taken by earlier starts.
 
     Attributes:
-      taken: batches given out so far.
+      taken: batches returned so far.
     """
 
     def __init__(self, batches: Iterable[Any], taken: int):
@@ -36,19 +36,19 @@ class CountedBatches(Iterator[Any]):
         return batch
 
     def pop_samples(self) -> int:
-        """Samples given out on this host since the last call."""
+        """Samples returned on this host since the last call."""
         samples, self._samples = self._samples, 0
         return samples
 
 
 class Progress:
-    """Where a run is in its data and in its schedules.
+    """A run's position in its data and schedules.
 
     Args:
-      config: of the run.
-      task: of the run.
-      state: at the start, from which updates are counted.
-      taken: batches that earlier starts took.
+      config: the run's config.
+      task: the run's task.
+      state: the initial state, from which updates are counted.
+      taken: the number of batches taken by earlier starts.
 
     Attributes:
       batches: the iterator to take batches from.
@@ -57,7 +57,7 @@ class Progress:
     def __init__(self, config: Any, task: Task, state: TrainState, taken: int):
         self.batches = CountedBatches(task.batches, taken)
         self._per_epoch = task.batches.per_epoch
-        # The last batch may be short where the data ends, and so be less than a whole one.
+        # The last batch may be short where the data ends, so it counts as a fraction.
         ends = None if config.run.epochs is not None else config.data.epochs
         self._last_epoch = math.inf if ends is None else float(ends)
         self._epoch = self._before = self._epoch_of(taken)
@@ -65,10 +65,10 @@ class Progress:
         self._updates = int(jax.device_get(state.step))
 
     def after_updates(self, count: int) -> dict[str, float]:
-        """Counts a step of so many updates.
+        """Counts a step with a number of updates.
 
         Returns:
-          The rate of its last update, and the passes over the data, where their size is known.
+          The learning rate of its last update, and the passes over the data if their size is known.
         """
         self._updates += count
         self._before, self._epoch = self._epoch, self._epoch_of(self.batches.taken)
@@ -79,7 +79,7 @@ class Progress:
         return metrics if self._epoch is None else metrics | {"epoch": self._epoch}
 
     def falls_due(self, every: int | str, done: int) -> bool:
-        """Whether something is due after step `done`: every so many steps, or each epoch."""
+        """Whether an event is due after step `done`: every given number of steps, or each epoch."""
         if isinstance(every, int):
             return bool(every) and done % every == 0
         if self._epoch is None or self._before is None:
@@ -89,5 +89,5 @@ class Progress:
     def _epoch_of(self, taken: int) -> float | None:
         if self._per_epoch is None:
             return None
-        # Rounded, so that 3 batches of ⅓ of a pass each are one.
+        # Rounded, so that 3 batches of ⅓ pass each make one pass.
         return min(round(taken / self._per_epoch, 9), self._last_epoch)

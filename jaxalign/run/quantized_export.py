@@ -1,4 +1,4 @@
-"""Merges adapters that were trained over a quantised base into floats, as a run ends."""
+"""Merges adapters trained on a quantised base into floats, at the end of a run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from jaxalign.types import Params
 def whole_floats(model: Any, params: Params, config: ModelConfig) -> tuple[Any, Params]:
     """A trained model without adapters, in floats.
 
-    Over a quantised base, the adapters are merged into the floats of `model.source`, read again
-    into the host's memory: the device may not have room for them. Where they are gone, they are
-    merged into the base as it was trained.
+    With a quantised base, the adapters are merged into the floats of `model.source`, which are read
+    again into host memory because the device may not have room. If the source is gone, they are
+    merged into the quantised base.
 
     Args:
       model: a `Decoder` or `Scorer`, with adapters or without.
       params: all of its parameters.
-      config: what it started from.
+      config: the config of the model it started from.
 
     Returns:
-      (plain model, parameters); in the host's memory, on one device, where the base was quantised.
+      (plain model, parameters); in host memory, on one device, if the base was quantised.
     """
     decoder = model.base if isinstance(model, Scorer) else model
     if decoder.quantize is None:
@@ -57,7 +57,7 @@ def whole_floats(model: Any, params: Params, config: ModelConfig) -> tuple[Any, 
 
 
 def _on_host(params: Params, base: Params | None = None) -> Params:
-    """Parameters in the host's memory, with another base's matrices for those quantised."""
+    """Parameters in host memory, with quantised matrices replaced by another base's."""
     result = {}
     for name, value in params.items():
         if base is not None and is_quantized(value):

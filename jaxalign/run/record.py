@@ -1,4 +1,4 @@
-"""What a run's folder records of the run: configuration, versions, devices, inputs."""
+"""The record in a run's folder: configuration, versions, devices, inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_hosts(folder: pathlib.Path, config: Any) -> None:
     """Checks that all hosts run the same versions and configuration on one shared folder.
 
     Raises:
-      ValueError: naming what differs, and on which hosts.
+      ValueError: something differs; the message names it and the hosts.
     """
     if jax.process_count() > 1:
         distributed.check_consistent("package versions", versions())
@@ -42,20 +42,20 @@ def check_hosts(folder: pathlib.Path, config: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages that affect a run's results."""
     packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | packages
 
 
 def write_data_report(folder: pathlib.Path, report: str) -> None:
-    """Writes `data.txt`: rows, forms, which column became what, and which were not used."""
+    """Writes `data.txt`: rows, forms, and how each column was used."""
     if distributed.is_main() and folder.is_dir():
         path = folder / "data.txt"
         retry(lambda: replace_text(path, report + "\n"), str(path), folder)
 
 
 def environment() -> dict[str, str]:
-    """Versions, devices and processes: what a run's last bits depend on."""
+    """Versions, devices and processes, which affect a run's last bits."""
     devices = jax.devices()
     facts = versions() | {"devices": f"{len(devices)} × {devices[0].device_kind}"}
     if jax.process_count() > 1:
@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 
 def environment_changes(folder: pathlib.Path) -> list[Change]:
-    """What has changed in the environment since the last start."""
+    """Changes in the environment since the last start."""
     path = folder / VERSIONS
     with contextlib.suppress(OSError, ValueError, AttributeError):
         old = read_json_file(path)
@@ -101,7 +101,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def is_ours(folder: pathlib.Path) -> bool:
-    """Whether `config.yaml` in the folder is as a run wrote it; True where there is none."""
+    """Whether a run wrote the folder's `config.yaml` in its current form; True if there is none."""
     path = folder / CONFIG
     if not path.exists():
         return True
@@ -117,17 +117,17 @@ def write_record(
     done: int,
     changes: Mapping[str, Any],
 ) -> None:
-    """Writes `config.yaml`, `versions.json` and `run.json`: all it takes to do the run again.
+    """Writes `config.yaml`, `versions.json` and `run.json`: everything needed to repeat the run.
 
-    A `config.yaml` that says something else is kept as `config.until-step-N.yaml`.
+    A different `config.yaml` is kept as `config.until-step-N.yaml`.
 
     Args:
-      folder: of the run.
-      config: of this start.
-      inputs: digests of what it depends on, see `run.inputs`.
-      total: batches in all.
-      done: batches done before.
-      changes: option → [earlier value, value], of a run that resumes with other options.
+      folder: the run's folder.
+      config: this start's config.
+      inputs: digests of its inputs, see `run.inputs`.
+      total: total batches.
+      done: batches done before this start.
+      changes: option → [earlier value, value], if the run resumes with other options.
     """
     if not distributed.is_main():
         return
@@ -154,7 +154,7 @@ def write_record(
 
 
 def set_aside(path: pathlib.Path, name: str) -> pathlib.Path:
-    """Renames `x.yaml` to `x.NAME.yaml`, or to the first of `x.NAME-2.yaml`, … that is free."""
+    """Renames `x.yaml` to `x.NAME.yaml`, or to the first free name of `x.NAME-2.yaml`, …."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     free = (path.with_name(f"{path.stem}.{each}{path.suffix}") for each in names)
     target = next(place for place in free if not place.exists())

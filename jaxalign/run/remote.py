@@ -1,7 +1,7 @@
-"""A run's folder in a bucket: its address, its copy on this machine, and what of it is complete.
+"""A run's folder in a bucket: its address, its local copy, and which checkpoints are complete.
 
-Files of a checkpoint are uploaded first and its `checksums.json` last, and a checkpoint without one
-does not count: objects have neither a rename nor an append, but each arrives whole.
+A checkpoint's `checksums.json` is uploaded last, and a checkpoint without it does not count. This
+is because objects cannot be renamed or appended to, but each upload is atomic.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_folder(folder: str, option: str) -> str:
-    """A folder as a person wrote it: a path with `~` expanded, or an address.
+    """A folder as the user wrote it: a path with `~` expanded, or an address.
 
     Raises:
       ValueError: an address that cannot be used, see `check_address`; or as `local_path`.
@@ -48,18 +48,18 @@ def below(folder: str, *names: str) -> str:
 
 
 def is_inside(source: str, folder: str) -> bool:
-    """Whether an address is that of a folder in a bucket, or of something in it."""
+    """Whether an address names a folder in a bucket, or something in it."""
     return f"{_usual(source)}/".startswith(f"{_usual(folder)}/")
 
 
 def _usual(address: str) -> str:
-    """An address under the first of its scheme's names."""
+    """An address with the canonical name of its scheme."""
     scheme, _, rest = address.rstrip("/").partition("://")
     return f"{ {'gcs': 'gs', 's3a': 's3'}.get(scheme, scheme) }://{rest}"
 
 
 def local_folder(folder: str) -> pathlib.Path:
-    """Where a run works: its folder, or the copy of one in a bucket."""
+    """A run's local folder: its own, or the copy of a folder in a bucket."""
     if not is_address(folder):
         return pathlib.Path(folder)
     name = hashlib.sha256(folder.encode()).hexdigest()[:12]
@@ -67,7 +67,7 @@ def local_folder(folder: str) -> pathlib.Path:
 
 
 def check_processes(folder: str) -> None:
-    """Refuses a folder in a bucket for a run of several processes.
+    """Raises ValueError for a folder in a bucket if there are several processes.
 
     Raises:
       ValueError: there are several.
@@ -82,7 +82,7 @@ def check_processes(folder: str) -> None:
 
 @contextlib.contextmanager
 def named_by_address(folder: str) -> Iterator[None]:
-    """Gives messages about the copy of a folder in a bucket that folder's address."""
+    """Replaces the local copy's path in messages by the bucket folder's address."""
     try:
         yield
     except ValueError as error:
@@ -93,7 +93,7 @@ def named_by_address(folder: str) -> Iterator[None]:
 
 
 def fetch_run(folder: str, option: str) -> pathlib.Path:
-    """A run's folder to read from: the folder itself, or a copy without its model.
+    """A run's folder for reading: the folder itself, or a local copy without its model.
 
     Raises:
       ValueError: no such folder, or as `jaxalign.data.remote.fetch`.
@@ -115,7 +115,7 @@ def has_remote_checkpoints(folder: str) -> bool:
 
 
 def is_remote_run(folder: str) -> bool:
-    """Whether a folder in a bucket is that of a run, and no model."""
+    """Whether a folder in a bucket belongs to a run, and is not a model."""
     return "config.yaml" in list_files(place_of(folder, "folder"))
 
 
@@ -124,8 +124,8 @@ class Sorted(NamedTuple):
 
     Attributes:
       plain: those outside of checkpoints.
-      complete: step → the files of a checkpoint whose upload came to its end.
-      cut: the files of all others.
+      complete: step → the files of a completely uploaded checkpoint.
+      cut: the files of all other checkpoints.
     """
 
     plain: dict[str, Entry]
@@ -134,7 +134,7 @@ class Sorted(NamedTuple):
 
 
 def sort_files(entries: Mapping[str, Entry]) -> Sorted:
-    """Tells the files of complete checkpoints from others; hidden files are left out."""
+    """Separates the files of complete checkpoints from others; skips hidden files."""
     plain: dict[str, Entry] = {}
     steps: dict[int, dict[str, Entry]] = {}
     for name, entry in entries.items():
@@ -156,5 +156,5 @@ def step_of(name: str) -> int | None:
 
 
 def manifest_of(step: int) -> str:
-    """The file of a checkpoint that is uploaded last, and without which it does not count."""
+    """The file of a checkpoint that is uploaded last and makes it complete."""
     return f"{CHECKPOINTS}/{step}/{checksums.NAME}"

@@ -1,7 +1,7 @@
-"""A run's steps once more, in memory, from a checkpoint or the start; its folder stays as it is.
+"""Replays a run's steps in memory, from a checkpoint or the start; never changes its folder.
 
-What is replayed is what ran: the task of the same configuration, the loop's own step, and the same
-batches. On the same versions and devices the metrics are those of the run, bit for bit.
+The replay uses the same task, the loop's own step, and the same batches. With the same versions and
+devices it reproduces the run's metrics bit for bit.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from jaxalign.run.tasks import Built, Task, build_task
 from jaxalign.types import TrainState
 
 _OF_THE_PROCESS = ("compiles",)
-"""Metrics of the process that ran a step rather than of the step; so are those under `time/`."""
+"""Metrics that belong to the process rather than to the step, like those under `time/`."""
 
 
 class Difference(NamedTuple):
-    """A metric whose bits are others than the recorded ones.
+    """A metric that differs from the recorded one.
 
     Attributes:
-      name: of the metric.
-      recorded: its value in `metrics.jsonl`; None: it is not there.
-      replayed: its value now; None: there is none.
+      name: the metric's name.
+      recorded: its value in `metrics.jsonl`; None if absent.
+      replayed: its value now; None if absent.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Difference(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """A step that ran once more.
+    """A replayed step.
 
     Attributes:
       step: its number.
-      metrics: what it gave, as `metrics.jsonl` would have it.
+      metrics: its metrics, in the form of `metrics.jsonl`.
       compared: how many metrics were compared.
-      differences: those that are not the same; () where the bits are.
+      differences: metrics that differ; () if all are bitwise equal.
     """
 
     step: int
@@ -66,16 +66,16 @@ class Replayed(NamedTuple):
 
 
 class Watcher:
-    """Sees a step from within: what `Replay.run` calls. A subclass keeps what it needs."""
+    """Callbacks of `Replay.run` within a step. Subclasses store what they need."""
 
     def batch(self, batch: Any) -> None:
-        """A batch of data, before `prepare`; several where PPO takes further prompts."""
+        """Called with a batch of data before `prepare`; several times if PPO takes more prompts."""
 
     def update(self, state: TrainState, part: Any) -> None:
-        """An update is about to be made: the state before it, and its batch after `prepare`."""
+        """Called before an update, with the state and the batch after `prepare`."""
 
     def metrics(self, logged: Mapping[str, Any]) -> None:
-        """The metrics of that update."""
+        """Called with the metrics of that update."""
 
 
 @contextlib.contextmanager
@@ -85,12 +85,12 @@ def open_replay(
     """Builds the task of a run as it was at one of its steps.
 
     Args:
-      folder: of the run. Nothing in it is changed; a run that has it may go on.
-      step: from 1; None: the last one that is recorded.
-      allow_changes: replay although data, models, tokenizer or template have other contents now.
+      folder: the run's folder. Nothing in it is changed, so a running run may continue.
+      step: the step, from 1; None: the last recorded step.
+      allow_changes: replay even if data, models, tokenizer or template have changed.
 
     Raises:
-      ValueError: no run there, no such step, or inputs that have changed since.
+      ValueError: no run there, no such step, or changed inputs.
     """
     past = read_past(folder, step)
     with contextlib.ExitStack() as stack:
@@ -116,12 +116,12 @@ def open_replay(
             stack.callback(store.close)
         found = [str(change) for change in (*changes, *texts)]
         replay = Replay(past, config, built, store, scratch, found)
-        del built  # it holds the initial state, which a restored one takes the place of
+        del built  # it holds the initial state, which a restored state will replace
         yield replay
 
 
 def checkpoints_of(folder: str | pathlib.Path) -> list[int]:
-    """The steps of all sound checkpoints of a run, ascending; damaged ones are printed."""
+    """The steps of a run's undamaged checkpoints, ascending; damaged ones are printed."""
     place = fetch_run(os.fspath(folder), "folder")
     if not has_checkpoints(place):
         return []
@@ -135,20 +135,20 @@ def checkpoints_of(folder: str | pathlib.Path) -> list[int]:
 def _settle(past: Past, changes: list[Any], allow_changes: bool) -> None:
     if changes and not allow_changes:
         raise ValueError(
-            f"{past.folder}: the run read something else than is there now:\n"
+            f"{past.folder}: the run's inputs have changed since:\n"
             + "".join(f"  {change}\n" for change in changes)
-            + "restore it, or go on in spite of it with --allow-changes"
+            + "restore them, or continue anyway with --allow-changes"
         )
 
 
 class Replay:
-    """Runs steps of a run once more; see `open_replay`.
+    """Replays steps of a run; see `open_replay`.
 
     Attributes:
-      past: what the run's folder says of the step that was asked for.
+      past: the run folder's record of the requested step.
       built: the run's task, with models and tokenizer. Its train state may be donated.
-      config: the run's, with another folder.
-      notes: why the bits may be others than the recorded ones; [] where nothing speaks against it.
+      config: the run's config, with another folder.
+      notes: reasons why the bits may differ from the recorded ones; [] if none is known.
     """
 
     def __init__(
@@ -177,18 +177,18 @@ class Replay:
         self.built = built._replace(task=built.task._replace(state=self._shapes))
 
     def serves(self, step: int) -> bool:
-        """Whether another step was made with the same options, inputs and environment."""
+        """Whether another step had the same options, inputs and environment."""
         mine, other = self.past, read_past(self.past.folder, step)
         if getattr(self.config, "ptx", None) is not None:
-            return False  # its stream of texts cannot be set back
+            return False  # its stream of texts cannot be rewound
         now = (mine.values, mine.inputs, mine.environment)
         return now == (other.values, other.inputs, other.environment)
 
     def start_before(self, step: int) -> int:
-        """The newest sound checkpoint before a step; 0: the initial state.
+        """The newest undamaged checkpoint before a step; 0: the initial state.
 
         Raises:
-          ValueError: other options were in use in between.
+          ValueError: the options changed in between.
         """
         found = None if self._store is None else self._store.sound_before(step)
         start = 0 if found is None else found
@@ -206,9 +206,9 @@ class Replay:
         """Runs the steps after `start` up to `end`.
 
         Args:
-          start: a checkpoint's step, or 0, from which a replay can run once only.
+          start: a checkpoint's step, or 0; a replay can start from 0 only once.
           end: the last step.
-          watcher: sees the last step.
+          watcher: called in the last step.
 
         Raises:
           ValueError: the checkpoint is damaged or does not fit, or the data ends before `end`.
@@ -265,17 +265,17 @@ class Replay:
         return state, position
 
     def _known_checksum(self) -> dict[str, int]:
-        """The checksum of today's data, where changes are allowed."""
+        """The current data's checksum, if changes are allowed."""
         return (
             {"checksum": self.built.task.batches.checksum} if self.config.run.allow_changes else {}
         )
 
     def _compare(self, step: int, metrics: Mapping[str, Any]) -> Replayed:
-        """Compares with what is recorded, bit for bit."""
+        """Compares with the recorded metrics, bit for bit."""
         found = {n: v if math.isfinite(v) else str(v) for n, v in metrics.items()}
         recorded = self.past.metrics.get(step, {})
         now, then = _of_the_step(found), _of_the_step(recorded)
-        # As text, which tells 0 from −0 and takes every bit of a float64 there and back.
+        # Compare as text, which distinguishes 0 from −0 and round-trips every float64.
         differences = tuple(
             Difference(name, value, now.get(name))
             for name, value in then.items()
@@ -293,7 +293,7 @@ def _of_the_step(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _watched(task: Task, watcher: Watcher) -> Task:
-    """The task, with a watcher at its batches and updates."""
+    """The task, with a watcher called at its batches and updates."""
     prepare_updates: Callable[..., Any] = task.prepare_updates
     step: Any = _WatchedStep(task.step, watcher)
 
@@ -311,7 +311,7 @@ def _seen(batches: Iterator[Any], see: Callable[[Any], None]) -> Iterator[Any]:
 
 
 class _WatchedStep:
-    """A compiled step that shows its arguments and its metrics."""
+    """A compiled step that passes its arguments and metrics to the watcher."""
 
     def __init__(self, step: Any, watcher: Watcher):
         self._step, self._watcher = step, watcher

@@ -1,4 +1,4 @@
-"""Step metrics on their way out: from the devices to `metrics.jsonl`, the history and the bar."""
+"""Reports step metrics: from the devices to `metrics.jsonl`, the history and the progress bar."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ SHOWN = (
     "objective/kl",
     "response/length",
 )
-"""The metrics that matter most, in order: beside the progress bar and first in a report."""
+"""The most important metrics, in order, for the progress bar and the top of a report."""
 
 
 class StepRecord(NamedTuple):
-    """A step that may still run: its device metrics can be read once it is done.
+    """A step that may still be running; its device metrics can be read once it is done.
 
     Attributes:
-      step: how many batches are done with it.
+      step: the number of batches done, including this one.
       updates: metrics of each update on the devices (one; several in PPO).
-      metrics: what was known before the update.
+      metrics: metrics known before the update.
       timing: seconds of its parts, `time/…`.
-      counts: waits for all hosts' (real tokens, token slots, samples, wishes to save, wishes to
-        stop, tokens, 10⁹ FLOPs, FLOPs).
+      counts: waits for and returns all hosts' (real tokens, token slots, samples, requests to save,
+        requests to stop, tokens, 10⁹ FLOPs, FLOPs).
       compiles: how many times the step has been compiled.
-      origins: gives `file:line` of the batch's rows.
+      origins: returns `file:line` of the batch's rows.
     """
 
     step: int
@@ -65,10 +65,10 @@ class StepRecord(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a run has been trained on so far, over all hosts and starts.
+    """The amount of data a run has trained on so far, over all hosts and starts.
 
     Attributes:
-      tokens: real tokens; in PPO those of prompts and answers.
+      tokens: real tokens; in PPO the tokens of prompts and answers.
       samples: documents, pairs or prompts.
     """
 
@@ -80,20 +80,20 @@ class Reporter:
     """Records one step after the other.
 
     Args:
-      folder: of the run; `metrics.jsonl` is in it.
-      title: beside the progress bar.
+      folder: the run's folder, which holds `metrics.jsonl`.
+      title: shown beside the progress bar.
       total: steps of the run.
-      done: steps of an earlier start that this run continues from.
-      log_every: print a line every so many steps.
-      seen: by earlier starts; None: there was none.
-      bad_steps: counts the updates that were left out; None: the first one ends the run.
-      make_bar: (title, total, done) → a progress bar of the caller's; None: `default_bar`.
-      trackers: get what `metrics.jsonl` gets; None: there are none.
+      done: steps done by earlier starts.
+      log_every: steps between printed lines.
+      seen: the data seen by earlier starts; None: no earlier start.
+      bad_steps: counts skipped updates; None: the first one ends the run.
+      make_bar: (title, total, done) → the caller's progress bar; None: `default_bar`.
+      trackers: they get the same metrics as `metrics.jsonl`; None: no trackers.
 
     Attributes:
       history: the metrics of all steps reported here.
-      seen: by all steps that were reported.
-      wishes: of any host, as of the last step that was reported.
+      seen: the data seen in all reported steps.
+      wishes: any host's requests, as of the last reported step.
     """
 
     def __init__(
@@ -126,27 +126,27 @@ class Reporter:
         self._reported_at = time.perf_counter()
 
     def start_clock(self) -> None:
-        """Starts the next step's time now: evaluation and saving are not part of a step."""
+        """Starts timing the next step now, so that evaluation and saving are not part of it."""
         self._reported_at = time.perf_counter()
 
     def add(self, record: StepRecord, *, keep: int) -> None:
-        """Takes a step, and reports the oldest until only `keep` steps are left unread."""
+        """Adds a step, and reports the oldest steps until only `keep` are unread."""
         self._pending.append(record)
         while len(self._pending) > keep:
             self._report(self._pending.popleft())
 
     def settle(self) -> None:
-        """Reports all steps that are left."""
+        """Reports all remaining steps."""
         while self._pending:
             self._report(self._pending.popleft())
 
     @property
     def evaluations(self) -> dict[int, dict[str, float]]:
-        """Step → held-out figures, those of earlier starts too."""
+        """Step → held-out metrics, including those of earlier starts."""
         return self._writer.evaluations
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether held-out figures of this step are written down."""
+        """Whether held-out metrics of this step are already recorded."""
         return self._writer.evaluated == step
 
     def evaluation(
@@ -163,7 +163,7 @@ class Reporter:
             retry(lambda: replace_text(path, text + "\n"), str(path), self._folder)
 
     def close(self) -> None:
-        """Ends the progress bar, closes the file and records the memory that the run took."""
+        """Ends the progress bar, closes the file and records the run's memory usage."""
         self._bar.close()
         self._writer.close()
         write_usage(self._folder)
@@ -177,7 +177,7 @@ class Reporter:
         self.wishes = Wishes(bool(saves), bool(stops))
         updates = [to_floats(logged) for logged in record.updates]
         metrics = record.metrics | combine_updates(updates)
-        # A step without the guard has no such metric: its weights would be spoilt.
+        # A step without the guard has no such metric, and its weights would be non-finite.
         guarded = "bad_steps" in metrics
         check_finite({} if guarded else metrics, record.step)
         metrics["compiles"] = record.compiles
@@ -193,11 +193,11 @@ class Reporter:
         self.history.append(metrics)
         self._bad_steps.add(record.step, updates, record.origins)
         rate = f", {speed['time/tokens_per_second']:.3g} tokens/s"
-        with contextlib.suppress(OSError):  # the terminal's text may go to a disk that is full
+        with contextlib.suppress(OSError):  # the terminal's output may go to a full disk
             self._show(record.step, _short(metrics), rate)
 
     def _show(self, step: int, text: str, rate: str) -> None:
-        """Moves the progress bar; every `log_every` steps a line stays."""
+        """Moves the progress bar; prints a line every `log_every` steps."""
         self._bar.set_postfix_str(text + rate, refresh=False)
         self._bar.update()
         if step % self._log_every == 0 and not self._bar.disable:
@@ -208,7 +208,7 @@ _GIGA = 10**9
 
 
 def pop_work(timing: dict[str, float]) -> list[int]:
-    """Takes tokens and FLOPs out of what was timed: whole numbers below 2³¹, to be summed."""
+    """Removes tokens and FLOPs from the timings: integers below 2³¹, to be summed over hosts."""
     return [int(timing.pop(TOKENS)), *divmod(int(timing.pop(FLOPS)), _GIGA)]
 
 

@@ -1,6 +1,6 @@
-"""The averages of the weights in a checkpoint's optimizer state, read without the rest of it.
+"""Reads only the weight averages from a checkpoint's optimizer state.
 
-Orbax gives named tuples back as dicts and tuples as lists; another optimizer's parameters are None.
+Orbax restores named tuples as dicts and tuples as lists; another optimizer's parameters are None.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _EMA, _SCHEDULE_FREE = {"average", "inner"}, {"b1", "z", "weight_sum"}
 
 
 def wanted_averages(saved: Any, params: Params) -> Any:
-    """What to restore of an optimizer's state so as to have its averages.
+    """The parts of an optimizer's state to restore in order to get its averages.
 
     Args:
       saved: its metadata in the checkpoint.
-      params: nested dict of `ShapeDtypeStruct` with layouts: the parameters whose averages are
-        wanted.
+      params: nested dict of `ShapeDtypeStruct` with shardings: the parameters whose averages to
+        read.
 
     Returns:
-      The state as it is saved, with placeholders, or nothing, in place of all but averages; {} if
-      it has none.
+      The saved state's structure, with placeholders (or nothing) for everything except averages; {}
+      if there are none.
     """
     if isinstance(saved, dict):
         if saved.keys() >= _EMA:
@@ -48,11 +48,11 @@ def wanted_averages(saved: Any, params: Params) -> Any:
 
 
 def with_averages(params: Params, restored: Any) -> Params:
-    """Parameters with their averages in their place, where there are some.
+    """Replaces parameters by their averages, if there are any.
 
     Args:
       params: arrays of a checkpoint.
-      restored: what Orbax made of `wanted_averages`.
+      restored: the result of restoring `wanted_averages` with Orbax.
     """
     for node in _nodes(restored):
         average, b1 = (node["average"], None) if "average" in node else (node["z"], node["b1"])

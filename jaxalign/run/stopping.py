@@ -1,4 +1,4 @@
-"""What may stop a run between two steps, or ask for a checkpoint: signals and the clock.
+"""Signals and time limits that stop a run between two steps, or request a checkpoint.
 
 A run in one process handles the signals itself. With several processes JAX handles SIGTERM (see
 `parallel.distributed.preempted`), and one host's request reaches all hosts with the next step's
@@ -25,7 +25,7 @@ _NOTED = (
 
 
 class StopRequest:
-    """Which signal asked the run to stop, if any did.
+    """The signal that asked the run to stop, if any.
 
     Attributes:
       signal: its name ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"), or None.
@@ -36,11 +36,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Records the first signal to stop instead of ending the process; a second one acts as usual.
+    """Records the first stop signal instead of ending the process; a second one acts as usual.
 
     These are SIGTERM (schedulers), Ctrl-C, SIGUSR1 (batch systems, before a time limit) and SIGHUP
     (the terminal is closed; not under `nohup`). With several processes SIGTERM is left to JAX.
-    Outside the main thread, where Python allows no handlers, nothing is noted.
+    Outside the main thread, where Python allows no handlers, it does nothing.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -61,7 +61,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
         restore()
-        # No print: the signal may have come in the middle of one.
+        # Do not print: the signal may have interrupted a print.
         os.write(2, _NOTED % request.signal.encode())
 
     for number in before:
@@ -73,11 +73,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 class Wishes(NamedTuple):
-    """What is wanted after a step.
+    """Requests after a step.
 
     Attributes:
-      save: a checkpoint.
-      stop: a checkpoint, and the end.
+      save: save a checkpoint.
+      stop: save a checkpoint and stop.
     """
 
     save: bool
@@ -88,10 +88,10 @@ class Clock:
     """The times at which a run saves, and by which it must have ended.
 
     Args:
-      save_minutes: between two checkpoints; None: no clock asks for one.
-      time_limit: minutes for all; None: no limit.
+      save_minutes: minutes between two checkpoints; None: off.
+      time_limit: minutes for the whole run; None: no limit.
       began: when the command began, on the same clock.
-      now: seconds that only grow.
+      now: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Clock:
         self._longest = 0.0
 
     def start_step(self) -> None:
-        """A step begins now: the time before it does not count as a step's."""
+        """Marks the start of a step, so that the time before it is not counted."""
         self._step = self._now()
 
     def after_step(self) -> Wishes:
-        """What is due by the clock after a step: an end if another step could exceed the limit."""
+        """The requests due after a step: to stop, if another step could exceed the limit."""
         now = self._now()
         self._longest, self._step = max(self._longest, now - self._step), now
         saves = self._save_after is not None and now - self._saved >= self._save_after
@@ -121,5 +121,5 @@ class Clock:
         return Wishes(saves, stops)
 
     def saved(self) -> None:
-        """There is a checkpoint now."""
+        """Records that a checkpoint was saved."""
         self._saved = self._now()

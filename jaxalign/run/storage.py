@@ -1,4 +1,4 @@
-"""Storage that fails: bounded retries with back-off, then an error that says what is safe."""
+"""Handles failing storage: bounded retries with back-off, then an error that says what is safe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds between the tries: half a minute in all, about as long as a server's restart."""
+"""Seconds between tries: half a minute in total, about as long as a server takes to restart."""
 
 REMOTE = getattr(errno, "EREMOTEIO", errno.ECONNABORTED)
-"""Stands for whatever a bucket's own errors say."""
+"""A placeholder number for a bucket's own errors."""
 
 _FULL = "make room"
 _REMEDIES = {
@@ -41,23 +41,23 @@ _REMEDIES = {
     errno.EHOSTDOWN: "look at the file server",
     errno.EBUSY: "close what uses it",
 }
-"""Errors of storage that may go away → what makes them go away."""
+"""Temporary storage errors → their remedies."""
 
 _ALSO_OF_INPUT = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EBUSY}
-"""Of those, the ones that a wrong path gives as well."""
+"""The errors among them that a wrong path causes too."""
 
 
 class StorageError(OSError):
     """Storage failed for longer than the retries took; everything written before is intact."""
 
     exit_status = 74
-    """EX_IOERR. Not 75, with which batch systems start a job again at once."""
+    """EX_IOERR. Not 75, because batch systems restart such a job at once."""
 
 
 def failure_of(error: BaseException) -> int | None:
-    """Which error of storage is behind an exception.
+    """The storage error that caused an exception.
 
-    TensorStore hands on the system's message as text, Orbax wraps that in further exceptions.
+    TensorStore passes on the system's message as text, and Orbax wraps it in other exceptions.
 
     Returns:
       The error's number, or None if something else went wrong.
@@ -73,10 +73,10 @@ def failure_of(error: BaseException) -> int | None:
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """What a command prints of an error at its end, and its exit status.
+    """The message for an error that ends a command, and the exit status.
 
-    The system's "[Errno 28] No space left on device" names no remedy, so one is added. A file that
-    is not there, or may not be read, is the caller's to mend, and its message names the file.
+    The system's "[Errno 28] No space left on device" names no remedy, so one is added. A missing or
+    unreadable file is the caller's to fix, and the message names the file.
     """
     number = error.errno if isinstance(error, OSError) else None
     place = error.filename if isinstance(error, OSError) else None
@@ -103,14 +103,14 @@ def retry(
     safe: Callable[[], str] = str,
     delays: tuple[float, ...] | None = None,
 ) -> T:
-    """Runs something that writes to storage, again after each of `delays` while storage fails.
+    """Runs a function that writes to storage; while storage fails, retries after each of `delays`.
 
     Args:
-      attempt: does it, or leaves nothing half done.
-      what: it does, for messages, such as "runs/x/metrics.jsonl".
+      attempt: the function; it must leave nothing half done.
+      what: what it writes, for messages, such as "runs/x/metrics.jsonl".
       folder: where it writes.
-      safe: gives a sentence about what is safe, for the last message.
-      delays: seconds to wait before each further try; None: `DELAYS`.
+      safe: returns a sentence about what is safe, for the final message.
+      delays: seconds to wait before each retry; None: `DELAYS`.
 
     Raises:
       StorageError: storage still fails after the last try.
@@ -139,14 +139,14 @@ _sleep = time.sleep
 
 
 def say(text: str) -> None:
-    """Prints a line, if that is possible: output may go to the disk that is full."""
+    """Prints a line if possible: the output may go to the full disk."""
     with contextlib.suppress(OSError):
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def _free(folder: pathlib.Path, failure: int) -> str:
-    """How much room there is, where room is what lacks."""
+    """The free space, if lack of space is the problem."""
     if failure not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     try:
@@ -171,10 +171,10 @@ def what_is_safe(folder: pathlib.Path) -> str:
 
 
 class LineFile:
-    """A text file to which whole lines are appended: all of a write arrives, or nothing.
+    """A text file for appending whole lines: each write arrives completely or not at all.
 
-    A write goes to the file at once. Where the file was removed or replaced meanwhile, it goes to
-    the one of that name, so that no line is lost with a file that no longer has a name.
+    Writes are not buffered. If the file was removed or replaced meanwhile, the write goes to the
+    current file of that name, so that no line is lost in a deleted file.
 
     Args:
       path: the file; its folder must exist.
@@ -195,7 +195,7 @@ class LineFile:
         retry(lambda: self._append(data), str(self._path), self._path.parent, safe=self._safe)
 
     def flush(self) -> None:
-        """Does nothing, as nothing is held back."""
+        """Does nothing, because writes are not buffered."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -212,7 +212,7 @@ class LineFile:
                 rest = rest[self._file.write(rest) :]
         except OSError:
             with contextlib.suppress(OSError):
-                self._file.truncate(start)  # needs no room
+                self._file.truncate(start)  # needs no space
             raise
 
     def _has_name(self) -> bool:

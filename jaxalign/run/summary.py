@@ -1,4 +1,4 @@
-"""What a run came to, in one line: the figures that matter for its algorithm, before and after."""
+"""A run's result in one line: the key metrics of its algorithm, before and after."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 _FIGURES = (
-    # name in the metrics, for people, unit
+    # name in the metrics, display name, unit
     ("accuracy", "accuracy", ""),
     ("rewards/accuracies", "accuracy", ""),
     ("loss/nll", "loss", "nats a token"),
@@ -23,8 +23,8 @@ def summary(
 ) -> str:
     """The line, such as "held-out accuracy 0.5 → 0.94" or "score 0.1 → 1.2, KL 3.1 nats an answer".
 
-    Held-out figures are shown where there are any; else those of training, as means over the first
-    and the last tenth of the steps. KL is that of the last tenth. "" if nothing of it is known.
+    It shows held-out metrics if there are any; otherwise training metrics, as means over the first
+    and the last tenth of the steps. KL is over the last tenth. "" if none is known.
 
     Args:
       before: held-out figures before the first step.
@@ -48,7 +48,7 @@ def summary(
 
 
 def _mean(history: Sequence[Mapping[str, float]], name: str, last: bool) -> float | None:
-    """A metric's mean over the first or last tenth of the steps that have it, one at least."""
+    """A metric's mean over the first or last tenth (at least one) of the steps that have it."""
     values = [row[name] for row in history if math.isfinite(row.get(name, math.nan))]
     if not values:
         return None

@@ -1,4 +1,4 @@
-"""How much memory a run took at its peak, for `jaxalign report`."""
+"""A run's peak memory usage, for `jaxalign report`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ where the device counts them. A resumed run keeps the larger ones."""
 
 
 def write_usage(folder: pathlib.Path) -> None:
-    """Writes the peaks so far. A full disk is no reason to stop: the file is left as it was."""
+    """Writes the peaks so far. On a full disk the old file stays and the run continues."""
     if not distributed.is_main() or not folder.is_dir():
         return
     path = folder / USAGE
@@ -30,7 +30,7 @@ def write_usage(folder: pathlib.Path) -> None:
 
 
 def _host_bytes() -> int:
-    """Of the whole process, whatever else it did."""
+    """The peak of the whole process, including anything else it did."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -42,7 +42,7 @@ def _device_bytes() -> dict[str, int]:
 
 
 def _larger(path: pathlib.Path, peaks: dict[str, int]) -> dict[str, int]:
-    """The peaks, or those of an earlier start where they are larger."""
+    """The larger of these peaks and those of an earlier start."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         for name, value in read_json_file(path).items():
             if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""Compares a written model with the trainer's: 16 prompts, read from the files, by log-probs.
+"""Verifies written models: compares their log-probs on 16 prompts with the trainer's.
 
-Both run in float32. They may differ by what the element type of the files rounds away; the merged
-weights, rounded in memory, say how much that is.
+Both run in float32. They may differ by the rounding of the files' element type; rounding the merged
+weights in memory measures this difference.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from jaxalign.parallel.sharding import mesh_of, replicated, row_shards, use_mesh
 from jaxalign.types import Params
 
 FLOOR = 1e-3
-"""Nats, or units of the score: differences that two orders of float32 sums can make."""
+"""In nats or units of the score: the difference that the order of float32 sums can cause."""
 ROUNDING = 2.0
-"""How many times what rounding alone makes is within the bound."""
+"""The bound, as a multiple of the difference caused by rounding alone."""
 
-_LONGEST = 128  # tokens of a prompt that are compared
+_LONGEST = 128  # tokens to compare in each prompt
 _BLOCK = 32  # elements of a block of Q8_0
 
 _PROMPTS = (
@@ -46,7 +46,7 @@ _PROMPTS = (
     "Почему небо голубое?",
     "今天天气怎么样？",
 )
-_LATER = (  # asked after a question and an answer, so that an assistant's turn is rendered too
+_LATER = (  # asked after a question and an answer, so that an assistant turn is rendered too
     "And of Italy?",
     "Shorter, please.",
     "Now in Python.",
@@ -76,9 +76,9 @@ class Difference(NamedTuple):
     """How two models differ on the prompts, in nats or units of the score.
 
     Attributes:
-      largest: absolute difference of a token.
-      mean: absolute difference.
-      tokens: how many are compared.
+      largest: the largest absolute difference of a token.
+      mean: the mean absolute difference.
+      tokens: the number of tokens compared.
     """
 
     largest: float
@@ -90,9 +90,9 @@ def make_probe(tok: Any, rows: int, longest: int) -> Probe:
     """The prompts under a tokenizer's chat template, or as plain text without one.
 
     Args:
-      tok: of the trainer.
-      rows: of the model's embedding; a prompt with an id beyond them is left out.
-      longest: positions of the model.
+      tok: the trainer's tokenizer.
+      rows: the rows of the model's embedding; a prompt with an id beyond them is left out.
+      longest: the model's positions.
 
     Raises:
       ValueError: no prompt is left.
@@ -119,17 +119,17 @@ def prompt_ids(tok: Any) -> list[list[int]]:
             raise ValueError(NONE)
         turns = [read_messages(chat, "messages", "prompt") for chat in chats]
         return [ids.tolist() for ids in encode_prompts(tok, turns)]
-    except ValueError:  # no template, or one for other conversations
+    except ValueError:  # no template, or a template for other conversations
         plain = [[{"role": "user", "content": text}] for text in (*_PROMPTS, *_LATER)]
         turns = [read_messages(chat, "messages", "prompt") for chat in plain]
         return [ids.tolist() for ids in encode_prompts(tok, turns, NONE)]
 
 
 def measure(model: Any, params: Params, probe: Probe) -> np.ndarray:
-    """What a model makes of the prompts, in float32.
+    """A model's outputs for the prompts, in float32.
 
     Returns:
-      Of a `Decoder` the log-probs of each next token, `[16, T − 1]`, in nats; of a `Scorer` its
+      For a `Decoder` the log-probs of each next token, `[16, T − 1]`, in nats; for a `Scorer` its
       outputs at each token, `[16, T, A]`.
     """
     mesh = mesh_of(params)
@@ -154,7 +154,7 @@ def _program(model: Decoder | Scorer, mesh: Any) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """A model without what its program does not depend on, so that equal ones share one."""
+    """A model without fields that do not affect its program, so that equal models share it."""
     base = model.base if isinstance(model, Scorer) else model
     base = dataclasses.replace(
         base,
@@ -167,7 +167,7 @@ def _plain(model: Any) -> Any:
 
 
 def compare(expected: np.ndarray, got: np.ndarray, probe: Probe) -> Difference:
-    """The differences at the prompts' own tokens; NaN where one of the two is no number."""
+    """The differences at the prompts' own tokens; NaN if either is not a number."""
     ends = probe.lengths - (probe.ids.shape[1] - expected.shape[1])
     inside = np.arange(expected.shape[1])[None, :] < ends[:, None]
     apart = np.abs(expected - got)[inside].astype(np.float64)
@@ -175,11 +175,11 @@ def compare(expected: np.ndarray, got: np.ndarray, probe: Probe) -> Difference:
 
 
 def round_params(model: Any, params: Params, kinds: Mapping[str, str]) -> None:
-    """Gives parameters the values that files of these element types hold, leaf by leaf in place.
+    """Rounds parameters in place, leaf by leaf, to the values that the files' element types hold.
 
     Args:
       model: their model.
-      params: nested dict, whose leaves are replaced.
+      params: nested dict; its leaves are replaced.
       kinds: leaf path → float32, bfloat16, float16 or Q8_0.
     """
     for leaf in families.leaves(model.config, model.shapes):
@@ -190,14 +190,14 @@ def round_params(model: Any, params: Params, kinds: Mapping[str, str]) -> None:
 
 
 def rounds(params: Params, kinds: Mapping[str, str]) -> bool:
-    """Whether files of these element types hold other values than the parameters."""
+    """Whether files of these element types round the parameters."""
     return any(kinds[path] != leaf.dtype.name for path, leaf in families.flatten(params).items())
 
 
 def _round(x: jax.Array, kind: str, transposed: bool) -> jax.Array:
     if kind != "Q8_0":
         return x.astype(kind).astype(jnp.float32)
-    # Blocks lie along the columns of the stored matrix.
+    # Blocks run along the columns of the stored matrix.
     rows = x.swapaxes(-1, -2) if transposed else x
     blocks = rows.reshape(*rows.shape[:-1], -1, _BLOCK)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
@@ -213,17 +213,17 @@ def read_back(
     dtype: str = "float32",
     base: str | None = None,
 ) -> np.ndarray:
-    """What the files of a model make of the prompts, read by `load_pretrained` as `dtype`.
+    """The outputs of a model's files for the prompts, loaded by `load_pretrained` as `dtype`.
 
     Args:
-      path: of the files.
+      path: the files' path.
       probe: the prompts.
-      mesh: where the parameters go.
-      dtype: of the parameters.
-      base: of an adapter that names none, and has no tokenizer either.
+      mesh: the mesh for the parameters.
+      dtype: the parameters' dtype.
+      base: the base of an adapter that names none and has no tokenizer either.
 
     Raises:
-      ValueError: they cannot be read, or their tokenizer makes other ids of a prompt.
+      ValueError: the files cannot be read, or their tokenizer gives different ids for a prompt.
     """
     ids = probe.texts if base is not None else prompt_ids(load_tokenizer(path))
     for number, (ours, theirs) in enumerate(zip(probe.texts, ids, strict=True), start=1):
@@ -242,7 +242,7 @@ def has_torch() -> bool:
 
 
 def read_back_by_transformers(path: str | os.PathLike[str], probe: Probe) -> np.ndarray:
-    """The same of a Hugging Face folder, by transformers and torch in float32."""
+    """The same for a Hugging Face folder, with transformers and torch in float32."""
     import torch
     import transformers
 

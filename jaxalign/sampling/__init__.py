@@ -1,1 +1,1 @@
-"""Sampling: from prompts to answers and their log-probabilities."""
+"""Sampling: answers to prompts, with their log-probabilities."""

@@ -1,9 +1,9 @@
-"""Samples one token a row from logits: temperature, top-k and top-p, all traced.
+"""Samples one token per row from logits: temperature, top-k and top-p, all traced.
 
-Sampling inverts the cumulative distribution with two uniform numbers a row: one for a block of
-about √V tokens, one for the token in it. Gumbel noise for every token gives the same distribution,
-but makes `[B, V]` random numbers, which on a CPU cost many times the rest. Not measured on
-accelerators.
+Sampling inverts the cumulative distribution with two uniform numbers per row: one selects a block
+of about √V tokens, the other the token in it. Gumbel noise for every token gives the same
+distribution, but needs `[B, V]` random numbers, which on a CPU cost many times the rest. This was
+not measured on accelerators.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Sampling(NamedTuple):
 def sample_tokens(
     keys: jax.Array, logits: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row, and its log-probability.
+    """Samples one token per row, with its log-probability.
 
     Args:
-      keys: a PRNG key a row, `[B]`, so that a row's token does not depend on other rows.
+      keys: one PRNG key per row, `[B]`, so that a row's token does not depend on other rows.
       logits: float32 `[B, V]`.
       sampling: temperature and filters.
 
@@ -51,7 +51,7 @@ def sample_tokens(
       distribution over the whole vocabulary, with or without filters.
     """
     greedy = sampling.temperature <= 0
-    # The largest becomes 0 before the division: of large numbers float32 keeps few decimals.
+    # Shift the largest to 0 before the division: float32 keeps few decimals of large numbers.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = constrain(shifted / jnp.where(greedy, 1.0, sampling.temperature), "rows vocab_logits")
     filtered = jax.lax.cond(
@@ -74,9 +74,9 @@ def _most_likely(logits: jax.Array) -> jax.Array:
 
 
 def _sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """A token of each row with probability softmax(logits): `[B, V]` → int32 `[B]`.
+    """Samples a token per row with probability softmax(logits): `[B, V]` → int32 `[B]`.
 
-    The largest logit of a row is 0; no filter takes it out.
+    The largest logit of a row is 0; no filter removes it.
     """
     rows, size = logits.shape
     width = 2 ** math.ceil(math.log2(size) / 2)  # tokens of a block, √V to 2√V

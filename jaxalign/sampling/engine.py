@@ -2,18 +2,19 @@
 
 `slots` answers are generated at a time. A slot whose answer has finished takes the next one from
 the queue inside the running loop (Yu et al. 2022, Orca), so that answers of different lengths leave
-no slot idle. Prompts are prefilled a group at a time, once for all their samples. A slot gets a
+no slot idle. Prompts are prefilled one group at a time, once for all their samples. A slot gets a
 copy of its prompt's keys and values.
 
-A slot's cache has P columns of its prompt and then a ring of R columns, R the longest answer.
+A slot's cache has P columns for its prompt, then a ring of R columns, where R is the longest
+answer.
 
-Invariant: an overwritten ring column always belongs to a finished answer. All slots write the same
-column in a step, number (step mod R), so a column is overwritten R steps after it was written. An
+Invariant: an overwritten ring column always belongs to a finished answer. In each step all slots
+write the same column, (step mod R), so a column is overwritten R steps after it was written. An
 answer has at most R tokens, and a slot writes one each step: by then the answer has finished.
 
-All slots share one column so that a step is one `dynamic_update_slice` in place. A column for each
-slot would be a scatter. Tokens and log-probabilities go to rings of the same kind, `[S, R]`; an
-answer is copied out of them when its slot is reassigned.
+All slots share one column so that a step is one `dynamic_update_slice` in place. Separate columns
+for each slot would need a scatter. Tokens and log-probabilities go to rings of the same kind, `[S,
+R]`; an answer is copied out of them when its slot is reassigned.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Prompts(NamedTuple):
       cache: their keys and values, P columns.
       last_hidden: `[Q, D]`, hidden state of each prompt's last token.
       length: int32 `[Q]`, tokens of each prompt; 0: an empty row, which gets no answer.
-      first: int32 scalar, the number of the group's first prompt.
+      first: int32 scalar, the index of the group's first prompt.
     """
 
     cache: Cache
@@ -51,21 +52,21 @@ class Slots(NamedTuple):
     """The state of the decode loop: S slots, N answers.
 
     Attributes:
-      cache: P + R columns a slot.
+      cache: P + R columns per slot.
       last_hidden: `[S, D]`, hidden state of the last token read.
-      position: int32 `[S]`, of the next token.
-      live: bool `[S]`, whether the slot's answer goes on.
-      row: int32 `[S]`, the answer in the slot; N: none yet.
-      count: int32 `[S]`, tokens of it so far.
+      position: int32 `[S]`, the position of the next token.
+      live: bool `[S]`, whether the slot's answer is unfinished.
+      row: int32 `[S]`, the index of the answer in the slot; N: none yet.
+      count: int32 `[S]`, the answer's tokens so far.
       start_column: int32 `[S]`, its first column in the rings.
-      token_ring: int32 `[S, R]`, tokens of the slots, a column a step.
+      token_ring: int32 `[S, R]`, the slots' tokens, one column per step.
       logprob_ring: float32 `[S, R]`.
       tokens: int32 `[N, R]`, answers that have left their slots.
       logprobs: float32 `[N, R]`.
       lengths: int32 `[N]`, their tokens.
       limits: int32 `[N]`, the most tokens of each answer.
-      experts: integers `[N, P + R, L, k]`, the experts that the tokens of prompts and answers took,
-        of answers that have left their slots. None: not kept.
+      experts: integers `[N, P + R, L, k]`, for answers that have left their slots, the experts that
+        the tokens of prompt and answer took. None: not kept.
       next_row: int32 scalar, the first answer that no slot has taken.
       steps: int32 scalar, decode steps done.
     """
@@ -150,22 +151,22 @@ def decode(
 ) -> Slots:  # fmt: skip
     """Generates until a slot is free and the group has no answer left for it.
 
-    With the last group, until every answer has finished.
+    For the last group, it generates until every answer has finished.
 
     Args:
       model: the language model.
       params: its parameters.
-      slots: donated; the returned state takes its place.
+      slots: donated; the returned state replaces it.
       prompts: the group from which slots are filled.
       key: PRNG key. Token i of answer r is sampled with `fold_in(fold_in(key, r), i)`, whichever
         slot the answer is in.
       sampling: how tokens are sampled.
       last_group: bool scalar, whether this is the last group.
-      samples: answers a prompt.
+      samples: answers per prompt.
     """
     end = (prompts.first + prompts.length.shape[0]) * samples
     if backend().decode_weights_by_layer:
-        # Once a call, not once a token: on this platform a slice of the stacked weights is a copy.
+        # Once per call, not per token: on some platforms a slice of the stacked weights is a copy.
         params = model.by_layer(params)
 
     def generating(slots: Slots) -> jax.Array:
@@ -185,9 +186,9 @@ def decode(
         decode_step, model, params, key=key, sampling=sampling, ring_start=ring_start
     )
     if slots.row.shape[0] == slots.tokens.shape[0] == prompts.length.shape[0] * samples:
-        # A slot for every answer: all are filled at once, and each device copies its own rows. To
-        # fill them one by one, every device would gather all prompts' keys and values: 32 GiB a
-        # device for 256 prompts of an 8B model.
+        # With a slot for every answer, all slots are filled at once, and each device copies its own
+        # rows. Filling them one by one would make every device gather all prompts' keys and values:
+        # 32 GiB per device for 256 prompts of an 8B model.
         stage_ends = stages(slots.tokens.shape[1])
         slots = slots._replace(cache=resize_cache(slots.cache, ring_start + stage_ends[0]))
         slots = fill_all(slots, prompts, samples)
@@ -229,7 +230,7 @@ def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
 
 
 def fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
-    """Fills all slots, as many as answers: slot r takes answer r."""
+    """Fills all slots if there is one for every answer: slot r takes answer r."""
 
     def repeat(x: jax.Array) -> jax.Array:
         return jnp.repeat(x, samples, axis=0)  # [Q, …] → [Q · samples, …]
@@ -294,11 +295,11 @@ def _fill_one(slots: Slots, prompts: Prompts, sampling: Sampling, samples: int) 
 
 
 def stages(longest: int) -> list[int]:
-    """The steps at which the cache grows, where all answers begin together.
+    """The steps at which the cache grows, if all answers begin together.
 
-    An empty column costs as much to read as a full one. On a CPU one loop after another therefore
-    has as many columns as it fills; between loops the cache is copied. On accelerators there is one
-    loop, since the copy would need memory for a second cache (`Backend.decode_stages`).
+    An empty column costs as much to read as a full one. On a CPU there are therefore several loops,
+    each with only the columns it fills; between loops the cache is copied. On accelerators there is
+    one loop, since the copy would need memory for a second cache (`Backend.decode_stages`).
 
     Args:
       longest: R, the longest answer.
@@ -314,7 +315,7 @@ def decode_step(
     model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling,
     ring_start: int,
 ) -> Slots:  # fmt: skip
-    """One token in every live slot; the ring starts at the cache's column `ring_start`."""
+    """Generates a token in every live slot; the ring starts at the cache's column `ring_start`."""
     longest = slots.tokens.shape[1]  # R
     column = slots.steps % longest
     logits = model.logits(params, slots.last_hidden[:, None])[:, 0]  # [S, D] → [S, V]
@@ -331,7 +332,7 @@ def decode_step(
     )
 
     def put(ring: jax.Array, new: jax.Array) -> jax.Array:
-        # A finished answer keeps its tokens: its slot may wait R steps or more for the next one.
+        # A finished answer keeps its tokens: its slot may wait R steps or more for the next answer.
         old = jax.lax.dynamic_slice_in_dim(ring, column, 1, axis=1)
         new = jnp.where(slots.live[:, None], new[:, None], old)
         return jax.lax.dynamic_update_slice_in_dim(ring, new, column, axis=1)

@@ -1,7 +1,7 @@
 """Answers to prompts: `sample` on arrays, `generate` on text.
 
 Prompts are prefilled; then one jitted decode loop runs over a donated key-value cache, until every
-row has a stop token. Temperature, top-k and top-p are traced: to change them compiles nothing.
+row has a stop token. Temperature, top-k and top-p are traced: changing them does not recompile.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Generation(NamedTuple):
         distribution over the whole vocabulary; 0 on padding.
       mask: bool `[B, R]`, True up to and including the stop token.
       finished: bool `[B]`, whether a stop token was produced.
-      steps: int32 scalar, decode steps; None for answers from elsewhere.
+      steps: int32 scalar, decode steps; None for answers from another sampler.
       experts: integers `[B, P + R, L, k]`, the experts that each token of prompt and answer took in
         each layer; None: not kept.
     """
@@ -59,13 +59,13 @@ class Generation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """The static part of sampling: another value compiles another program.
+    """The static options of sampling: each new value compiles another program.
 
     Attributes:
       max_new_tokens: R, the longest answer.
       samples: answers to each prompt.
       slots: answers generated at a time.
-      cache_dtype: of keys and values.
+      cache_dtype: dtype of keys and values.
       keep_experts: whether the experts that tokens take are kept.
     """
 
@@ -110,26 +110,27 @@ def sample(
       top_p: only the smallest set of tokens with at least this probability; 1: all.
       stop_tokens: ids that end an answer.
       pad_token: id written after the end.
-      samples: answers to each prompt; those to prompt b are the rows b·samples, b·samples + 1, …
-        The prompt is prefilled once for all of them.
+      samples: answers per prompt; the answers to prompt b are rows b·samples, b·samples + 1, … Each
+        prompt is prefilled once for all its answers.
       slots: answers generated at a time; a finished one makes room for the next. None: all. Fewer
-        slots need a smaller cache, and short answers waste no steps. Results do not depend on it.
-      cache_dtype: of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
-      lengths: int `[B·samples]`, the most tokens of each answer, 1 to `max_new_tokens`; None: that
-        for all.
-      mesh: where to generate; the parameters are resharded to it, and the answers come back to the
-        mesh of the parameters. Weights that are sharded for training (fsdp) are all-gathered for
-        every token; weights that are whole or sharded over `tensor` are not. None: the mesh of the
-        parameters.
-      rules: entries of the table of layouts (`jaxalign.parallel.rules`) that hold while generating.
-        Parameters are resharded by them; activations and the cache (`cache_rows`, `cache_heads`,
-        `cache_length`) follow them. None: the entries in force.
-      watch: called with the tokens so far every few steps; the answers are the same. It takes a
-        slot for every answer. None: nothing sees them before the end.
-      keep_experts: also return the experts that tokens take, where the model is a mixture.
+        slots need a smaller cache, and short answers waste no steps. Results do not depend on
+        `slots`.
+      cache_dtype: dtype of keys and values, e.g. "bfloat16"; None: the model's compute dtype.
+      lengths: int `[B·samples]`, the most tokens of each answer, 1 to `max_new_tokens`; None:
+        `max_new_tokens` for all.
+      mesh: where to generate; the parameters are resharded to it, and the answers return to the
+        parameters' mesh. Weights that are sharded for training (fsdp) are all-gathered for every
+        token; replicated weights and weights sharded over `tensor` are not. None: the parameters'
+        mesh.
+      rules: sharding rules (`jaxalign.parallel.rules`) that apply while generating. Parameters are
+        resharded by them; activations and the cache (`cache_rows`, `cache_heads`, `cache_length`)
+        follow them. None: the current rules.
+      watch: called every few steps with the tokens so far; it does not change the answers. It
+        requires a slot for every answer. None: no call.
+      keep_experts: also return the experts that tokens take; for mixtures of experts only.
 
     Raises:
-      ValueError: a value out of its range, or experts of a model that has none.
+      ValueError: a value out of its range, or `keep_experts` for a model without experts.
     """
     expect_decoder(model, "sample")
     for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples), ("slots", slots)):
@@ -176,7 +177,7 @@ def check_sampling(**options: float | Array) -> None:
     """Checks the ranges of sampling options; arrays, which may be traced, pass.
 
     Args:
-      **options: `temperature`, `top_k`, `top_p`, `max_new_tokens`, or some of them.
+      **options: any of `temperature`, `top_k`, `top_p`, `max_new_tokens`.
 
     Raises:
       ValueError: a value out of its range.
@@ -191,7 +192,7 @@ def _sampling(
     temperature: float | Array, top_k: int | Array, top_p: float | Array,
     stop_tokens: Sequence[int], pad_token: int,
 ) -> Sampling:  # fmt: skip
-    """Checked and as arrays, so that other values compile nothing."""
+    """Checks the options and makes them arrays, so that new values do not recompile."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return Sampling(
         jnp.asarray(temperature, jnp.float32),
@@ -210,7 +211,7 @@ def _run(
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
     count, slots, samples = prompts.tokens.shape[0], options.slots, options.samples
-    # Prompts that are prefilled together: as many as the slots can take.
+    # Prefill together as many prompts as the slots can take.
     group = min(count, slots)
     if mesh is not None and (slots % row_shards(mesh) or group % row_shards(mesh)):
         raise ValueError(
@@ -230,7 +231,8 @@ def _run(
             keep_experts=options.keep_experts,
         )
         for first in range(0, count, group):
-            # The last group begins earlier rather than being shorter: one shape for all.
+            # The last group starts earlier instead of being shorter, so that all groups have one
+            # shape.
             start = min(first, count - group)
             tokens, mask = (jnp.asarray(x)[start : start + group] for x in prompts[:2])
             prefilled = read_prompts(
@@ -276,17 +278,17 @@ def _limits(lengths: Array | None, answers: int, max_new_tokens: int) -> np.ndar
 
 
 def expect_decoder(model: Any, what: str) -> None:
-    """Refuses a model of the user's own, which has no cache to sample with.
+    """Raises ValueError for a user's own model, which has no cache to sample with.
 
     Raises:
-      ValueError: it is no `Decoder`.
+      ValueError: it is not a `Decoder`.
     """
-    if isinstance(model, Decoder) or hasattr(model, "axes"):  # or what stands in for one
+    if isinstance(model, Decoder) or hasattr(model, "axes"):  # or a stand-in for one
         return
     raise ValueError(
         f"{what}: got a model of type {type(model).__name__}, wanted a Decoder, as "
         "ja.load_pretrained gives one: sampling reads its key-value cache. With a model of your "
-        "own, sample by its own means; ppo.make_experience takes such answers"
+        "own, sample with its own code; ppo.make_experience accepts such answers"
     )
 
 
@@ -313,29 +315,29 @@ def generate(
       model: the language model.
       params: its parameters.
       tok: its tokenizer.
-      prompts: user messages, or whole conversations as lists of messages; the chat template renders
+      prompts: user messages, or whole conversations as lists of messages. The chat template renders
         them.
       max_new_tokens: longest answer, tokens.
       temperature: 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
       key: PRNG key; `jax.random.key(0)` by default.
-      chat_template: a built-in name ("chatml"), a jinja file, or "none", which continues the text
-        of the prompt as it stands; None is the tokenizer's own.
-      thinking: under templates that have two prompts, "on" leaves reasoning to the model; "off" and
-        "auto" close it, as training did for answers without it.
-      chat_template_kwargs: further variables of the template, as an object of JSON.
+      chat_template: a built-in name ("chatml"), a jinja file, or "none", which continues the
+        prompt's text as it is; None: the tokenizer's template.
+      thinking: for templates with two generation prompts: "on" lets the model reason; "off" and
+        "auto" close the reasoning block, as in training on answers without reasoning.
+      chat_template_kwargs: further variables of the template, as a JSON object.
       rows: prompts decoded at a time.
-      on_text: gets the answer to a single prompt piece by piece, while it is sampled. A piece never
-        ends within a character, and together they are the answer that is returned.
+      on_text: called with pieces of the answer to a single prompt, while it is sampled. A piece
+        never ends inside a character, and the joined pieces equal the returned answer.
 
     Returns:
-      One answer a prompt, special tokens removed.
+      One answer per prompt, without special tokens.
 
     Raises:
-      ValueError: one prompt instead of a list, a model that is no `Decoder`, prompts beyond the
-        model's learned positions or with tokens that it has no rows for, or parameters on several
-        processes. Use `sample` there, with the rows of each process.
+      ValueError: one prompt instead of a list, a model that is not a `Decoder`, prompts beyond the
+        model's learned positions or with tokens outside its embedding, or parameters on several
+        processes. On several processes use `sample` with each process's rows.
     """
     from jaxalign.data.chat import encode_prompt, stop_token_ids
     from jaxalign.data.extent import Limits, extent_of

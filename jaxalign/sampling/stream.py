@@ -1,7 +1,7 @@
-"""Answers while they are sampled: the decode loop in chunks, and text that is whole so far.
+"""Streams answers while they are sampled: the decode loop in chunks, and the text so far.
 
-The chunks run the loop of `engine.decode` over the same cache, stage by stage, and token i has the
-same key: a streamed answer is the answer without streaming.
+The chunks run the loop of `engine.decode` over the same cache, stage by stage, and token i uses the
+same key. So streaming does not change the answer.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 4
-"""Tokens between two looks at the answer: enough for a loop to be worth its start."""
+"""Tokens per chunk: enough to be worth starting a loop."""
 
 Watch = Callable[[np.ndarray, np.ndarray], None]
-"""(tokens `[N, R]`, how many there are of each answer `[N]`) → None, after every chunk."""
+"""(tokens `[N, R]`, number of tokens of each answer `[N]`) → None, called after every chunk."""
 
-_HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character yet
+_HALF = "\ufffd"  # a tokenizer's replacement for an incomplete character
 
 
 def decode_watched(
     model: Decoder, params: Params, slots: Slots, prompts: Prompts, key: jax.Array,
     sampling: Sampling, *, samples: int, watch: Watch,
 ) -> Slots:  # fmt: skip
-    """As `engine.decode` with a slot for every answer, in chunks of `CHUNK` tokens.
+    """Like `engine.decode` with a slot for every answer, in chunks of `CHUNK` tokens.
 
     Args:
       model: the language model.
       params: its parameters.
-      slots: donated; the returned state takes its place.
-      prompts: of all answers.
+      slots: donated; the returned state replaces it.
+      prompts: the prompts of all answers.
       key: PRNG key.
       sampling: how tokens are sampled.
-      samples: answers a prompt.
-      watch: sees the tokens so far.
+      samples: answers per prompt.
+      watch: called with the tokens so far.
     """
     ends = stages(slots.tokens.shape[1])
     ring_start = prompts.cache.segment_ids.shape[1]
@@ -105,14 +105,14 @@ def _collect(slots: Slots, pad_token: Array) -> Slots:
 
 
 class TextPieces:
-    """Turns the tokens of an answer into pieces of text, as they come.
+    """Turns the tokens of an answer into pieces of text as they arrive.
 
-    A piece ends with a whole character: the bytes of one that are still incomplete wait for the
-    rest. Where the tokenizer tidies blanks after the fact, a piece ends with a whole word.
+    A piece ends with a complete character; the bytes of an incomplete one wait for the rest. If the
+    tokenizer cleans up spaces afterwards, a piece ends with a complete word.
 
     Args:
       tok: the tokenizer.
-      on_text: gets the pieces.
+      on_text: called with each piece.
     """
 
     def __init__(self, tok: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
@@ -121,16 +121,16 @@ class TextPieces:
         self._shown = ""
 
     def watch(self, tokens: np.ndarray, counts: np.ndarray) -> None:
-        """A `Watch` of one answer, the first."""
+        """A `Watch` for the first answer only."""
         text = self._decode(tokens[0][: counts[0]]).rstrip(_HALF)
         if self._tidies:
             text = text[: max(text.rfind(" "), text.rfind("\n"), 0)]
         self._show(text)
 
     def end(self, ids: np.ndarray) -> str:
-        """The whole answer, of which the rest is shown."""
+        """Shows the rest of the answer and returns it whole."""
         text = self._decode(ids)
-        if not text.startswith(self._shown):  # the tokenizer changed what it had written
+        if not text.startswith(self._shown):  # the tokenizer changed earlier text
             self._on_text("\n")
             self._shown = ""
         self._show(text)

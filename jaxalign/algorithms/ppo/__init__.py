@@ -7,12 +7,12 @@
 with ρ_t = π(y_t|·)/π_old(y_t|·) (Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for
 language models: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; Huang et al. 2024,
 https://arxiv.org/abs/2403.17031). Four models: policy and critic are trained; the frozen reference
-and the reward act in `prepare`, which samples answers, scores them and computes advantages, once
-an iteration. `minibatches` then cuts the rollout up for several epochs of steps.
+and the reward run only in `prepare`, which samples answers, scores them and computes advantages,
+once per iteration. `minibatches` then splits the rollout for several epochs of steps.
 
-The relatives differ in A and in how tokens are averaged: RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++
-and GSPO compare the `samples` answers to a prompt instead of using a critic (`losses.advantages`,
-`losses.aggregate`; recipes in docs/ppo.md). Pass `critic=None` for them.
+Its relatives differ in how they estimate A and average over tokens: RLOO, GRPO, Dr. GRPO, DAPO,
+REINFORCE++ and GSPO compare the `samples` answers to a prompt instead of using a critic
+(`losses.advantages`, `losses.aggregate`; recipes in docs/ppo.md). Pass `critic=None` for them.
 
 One iteration, file by file:
 
@@ -25,8 +25,8 @@ One iteration, file by file:
 | `minibatch` | mini-batches, their rows packed by `packing`; `make_step` below updates on each |
 
 Beside them: `figures` describe a rollout, `controllers` adapt β and score statistics from one
-iteration to the next, `dynamic_sampling` replaces groups without a signal, `optimizer` makes one
-optimizer of two, `rows` has the masks.
+iteration to the next, `dynamic_sampling` replaces groups without a signal, `optimizer` combines the
+policy's and the critic's optimizers, `rows` has the masks.
 
 State: `TrainState` with `params = {"policy": …, "critic": …}`, or the policy alone. Batch:
 `RolloutBatch`, `[B, T]`.

@@ -19,11 +19,11 @@ class Shaped(NamedTuple):
 
     Attributes:
       rewards: float32 `[B, T]`, −β·KL at every token and the score at its position.
-      reward_mask: bool `[B, T]`, the positions that may have a reward.
+      reward_mask: bool `[B, T]`, the positions that can have a reward.
       mask: bool `[B, T]`, the answers' tokens.
       valid: bool `[B]`, False for empty rows.
-      scores: float32 `[B]`, as they entered the rewards.
-      reshape: scores `[B]` → the rewards with these scores.
+      scores: float32 `[B]`, the scores that the rewards contain.
+      reshape: scores `[B]` → the rewards recomputed with these scores.
     """
 
     rewards: jax.Array
@@ -43,14 +43,14 @@ def gae(shaped: Shaped, values: jax.Array, config: Config) -> tuple[jax.Array, j
 
 
 def rloo(shaped: Shaped, config: Config) -> jax.Array:
-    """An answer's total reward minus the mean of the others to its prompt, at every token."""
+    """An answer's total reward minus the mean of its prompt's other answers, at every token."""
     totals = masked_sum(shaped.rewards, shaped.reward_mask, axis=1)  # [B, T] -> [B]
     advantages = groups.rloo(totals, shaped.valid, config.samples)
     return jnp.where(shaped.mask, advantages[:, None], 0.0)
 
 
 def grpo(shaped: Shaped, config: Config) -> jax.Array:
-    """An answer's total reward against mean and spread of its prompt's answers, at every token."""
+    """An answer's total reward, normalised over its prompt's answers, at every token."""
     totals = masked_sum(shaped.rewards, shaped.reward_mask, axis=1)  # [B, T] -> [B]
     advantages = groups.grpo(
         totals, shaped.valid, config.samples, scale=config.scale_rewards, ddof=config.whiten_ddof
@@ -59,12 +59,12 @@ def grpo(shaped: Shaped, config: Config) -> jax.Array:
 
 
 def reinforce(shaped: Shaped, config: Config) -> jax.Array:
-    """REINFORCE++: the discounted rewards still to come."""
+    """REINFORCE++: the discounted sum of this and later rewards."""
     return groups.rewards_to_go(shaped.rewards, shaped.reward_mask, gamma=config.gamma)
 
 
 def reinforce_baseline(shaped: Shaped, config: Config) -> jax.Array:
-    """REINFORCE++ with scores centred in their group before they enter the rewards."""
+    """REINFORCE++ with scores centred in their group before they become rewards."""
     centred = groups.grpo(shaped.scores, shaped.valid, config.samples, scale="none")
     rewards = shaped.reshape(centred)
     return groups.rewards_to_go(rewards, shaped.reward_mask, gamma=config.gamma)
@@ -76,4 +76,4 @@ CRITIC_FREE: dict[str, Callable[[Shaped, Config], jax.Array]] = {
     "reinforce++": reinforce,
     "reinforce++_baseline": reinforce_baseline,
 }
-"""`advantage_estimator` → advantages `[B, T]`; "gae", which has a critic, gives returns too."""
+"""`advantage_estimator` → advantages `[B, T]`; "gae", which has a critic, also returns returns."""

@@ -17,67 +17,67 @@ _READ_BY = (
     (("gamma", "score_at"), ("gae", "reinforce++", "reinforce++_baseline")),
     (("scale_rewards",), ("grpo",)),
 )
-"""Options, and the estimators that read them."""
+"""Options that only some estimators read, and those estimators."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of PPO. Names as in TRL's PPOConfig where it has them.
+    """Options of PPO, with TRL's PPOConfig names where TRL has the option.
 
     Attributes:
       max_new_tokens: longest answer, in tokens.
       stop_tokens: ids that end an answer.
       pad_token: id written after the end; may be any id, masks do not read it.
       temperature: divides the logits of policy, reference and rollout alike; > 0.
-      top_k, top_p: rollout filters, off (0 and 1) by default: they make the sampler differ from
-        the distribution whose log-probabilities are trained.
-      samples: answers to each prompt; more than one for estimators that compare them.
+      top_k, top_p: sampling filters, off (0 and 1) by default, because with them the sampler
+        differs from the distribution whose log-probabilities are trained.
+      samples: answers per prompt; more than one for estimators that compare them.
       slots: answers sampled at a time, see `sample`; None: all.
-      cache_dtype: of keys and values while sampling; None: the model's compute dtype.
-      logprob_tolerance: largest mean |sampler − trainer| log-probability difference, nats a token,
-        before `prepare` stops the run.
+      cache_dtype: dtype of the key-value cache while sampling; None: the model's compute dtype.
+      logprob_tolerance: the largest mean |sampler − trainer| difference of log-probabilities, in
+        nats per token, that `prepare` accepts; above it the run stops.
       router_replay: for a mixture of experts: the trainer's passes use the experts that the sampler
-        took (Ma et al. 2025, https://arxiv.org/abs/2510.11370). Rounding may turn a tie between two
-        experts, and a token's log-probability with it.
+        took (Ma et al. 2025, https://arxiv.org/abs/2510.11370). Without it, rounding may flip a
+        near-tie between two experts, and so change a token's log-probability.
 
-      missing_eos_penalty: subtracted from the score of an answer without stop token; ≥ 0.
+      missing_eos_penalty: subtracted from the score of an answer without a stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
-      reward_clip: then clip scores to ± this; None: no clipping.
+      reward_clip: after normalising, clip scores to ± this; None: no clipping.
       score_at: "eos" (last token of the answer) or "after_eos" (the position after, as TRL).
       whiten_rewards: divide rewards by their standard deviation, keeping the mean.
 
-      kl_coef: β ≥ 0, what a nat of KL to the reference costs, in units of the score.
+      kl_coef: β ≥ 0, the penalty per nat of KL to the reference, in units of the score.
       kl_estimator: "k1", "k2" or "k3".
       kl_in: "reward" (shaped into the rewards) or "loss" (a term of its own).
-      kl_target: if set, β is adapted to keep this KL (nats an answer), see `losses.ppo`.
-      kl_horizon: answers over which the controller acts.
+      kl_target: if set, β is adapted to keep this KL (nats per answer), see `losses.ppo`.
+      kl_horizon: the controller's horizon, in answers.
 
       advantage_estimator: "gae" has a critic; "rloo", "grpo", "reinforce++" (Hu et al. 2025) and
         "reinforce++_baseline" have none.
       gamma, lam: in [0, 1]: γ and λ of the advantage estimate; λ of "gae" only.
-      scale_rewards: for "grpo": what divides an advantage, the standard deviation of its "group",
-        of the "batch", or nothing ("none": Dr. GRPO).
+      scale_rewards: for "grpo": divide an advantage by the standard deviation of its "group", of
+        the "batch", or by nothing ("none": Dr. GRPO).
       whiten_advantages: normalise advantages over the answers' tokens of the whole rollout. None:
-        as published, for "gae" and the two of REINFORCE++.
+        as published, that is for "gae" and both REINFORCE++ estimators.
       whiten_ddof: 0 for the biased variance, 1 for the unbiased.
-      mask_truncated: answers without stop token leave the loss (DAPO).
-      skip_equal_groups: prompts whose answers all score alike leave the loss (DAPO); they are
-        counted in `groups/equal`, not replaced.
+      mask_truncated: exclude answers without a stop token from the loss (DAPO).
+      skip_equal_groups: exclude prompts whose answers all have the same score from the loss (DAPO).
+        They are counted in `groups/equal`, not replaced.
 
       clip_range, clip_range_high, dual_clip: bounds of the ratio, see `losses.ppo.policy_loss`.
-      importance_sampling_level: "token", or "sequence": one ratio an answer, the geometric mean of
-        its tokens' (GSPO, Zheng et al. 2025); its clip ranges are of order 1e-4.
-      loss_aggregation: which tokens weigh the same, "token", "sequence" or "constant", see
-        `losses.aggregate`; of the policy's loss, with the entropy and KL terms in it.
+      importance_sampling_level: "token", or "sequence": one ratio per answer, the geometric mean of
+        its tokens' ratios (GSPO, Zheng et al. 2025); typical clip ranges are then of order 1e-4.
+      loss_aggregation: how the policy's loss, with its entropy and KL terms, is averaged: "token",
+        "sequence" or "constant", see `losses.aggregate`.
       entropy_coef: weight of the entropy bonus; 0 is off.
 
       vf_coef: c_v, weight of the critic's loss.
-      clip_range_value: bound on the change of a value, None for none.
-      shared_critic: the critic is a head on the policy's hidden states, `params["critic"]` that
-        head alone, and its loss trains the policy's trunk too.
+      clip_range_value: bound on the change of a value; None for no bound.
+      shared_critic: the critic is a head on the policy's hidden states. `params["critic"]` holds
+        only that head, and its loss also trains the policy's trunk.
 
-      ptx_coef: weight of −log π a token of `RolloutBatch.ptx`, text as in pre-training (Ouyang et
-        al. 2022, eq. 2, which weights the sum over a text); 0 is off.
+      ptx_coef: weight of the mean −log π per token of `RolloutBatch.ptx`, pre-training text (Ouyang
+        et al. 2022, eq. 2, which instead weights the sum over a text); 0 is off.
     """
 
     # Sampling.
@@ -143,7 +143,7 @@ class Config:
         return self.whiten_advantages
 
     def check_critic(self, critic: object) -> None:
-        """Raises ValueError for a critic too many or too few."""
+        """Raises ValueError for a missing or an unneeded critic."""
         if (critic is not None) != self.has_critic:
             raise ValueError(
                 f"ppo advantage_estimator={self.advantage_estimator!r} with "
@@ -152,7 +152,7 @@ class Config:
             )
 
     def check_experts(self, experts: int) -> None:
-        """Raises ValueError for the replay of a router that a policy does not have."""
+        """Raises ValueError for `router_replay` with a policy that has no router."""
         if self.router_replay and not experts:
             raise ValueError(
                 "ppo router_replay=True: the policy is no mixture of experts and has no router; "
@@ -160,7 +160,7 @@ class Config:
             )
 
     def check_stop_tokens(self) -> None:
-        """Raises ValueError for an option that needs stop tokens where there are none."""
+        """Raises ValueError for an option that needs stop tokens if there are none."""
         if self.missing_eos_penalty and not self.stop_tokens:
             raise ValueError(
                 f"ppo missing_eos_penalty={self.missing_eos_penalty} without stop_tokens: every "
@@ -174,7 +174,7 @@ class Config:
 
 
 def _check_options(config: Config) -> None:
-    """Raises ValueError for a value out of range, and for one that the estimator does not read."""
+    """Raises ValueError for a value out of range, or an option that the estimator ignores."""
 
     def want(ok: bool, name: str, wanted: str) -> None:
         if not ok:
@@ -214,7 +214,7 @@ def _check_options(config: Config) -> None:
     losses.check_score_at(config.score_at)
     losses.check_clip(config.clip_range, config.clip_range_high, config.dual_clip)
     losses.check_clip_value(config.clip_range_value)
-    # What an estimator does not read must not be set for it.
+    # An option that the estimator ignores must keep its default.
     for names, readers in _READ_BY:
         for name in names:
             default = type(config).__dataclass_fields__[name].default

@@ -1,6 +1,6 @@
-"""PPO's state between iterations besides its weights: KL coefficient and score statistics.
+"""PPO's state between iterations, apart from weights: KL coefficient and score statistics.
 
-Plain numbers, so that a checkpoint keeps them as JSON.
+They are plain numbers, which a checkpoint stores as JSON.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class ScoreStats(NamedTuple):
 
     @property
     def std(self) -> float:
-        """Biased standard deviation; 1 where there is no spread yet, so that it can divide."""
+        """Biased standard deviation; 1 while there is no spread, so that it can be a divisor."""
         spread = math.sqrt(self.squares / self.count) if self.count else 0.0
         return spread if spread > 0 else 1.0
 
     def add(self, scores: Array, valid: Array) -> ScoreStats:
-        """The statistics with the valid ones of `scores` `[B]`: Chan et al. 1983, equation 2.1."""
+        """The statistics updated with the valid `scores` `[B]`: Chan et al. 1983, equation 2.1."""
         scores, valid = all_gather_rows((scores, valid))
         added = np.asarray(scores, np.float64)[np.asarray(valid, bool)]
         if not added.size:
@@ -53,7 +53,7 @@ class ScoreStats(NamedTuple):
 
 
 def next_score_stats(stats: ScoreStats, rollout: RolloutBatch) -> ScoreStats:
-    """The statistics with this rollout's scores, as `prepare` used them to normalise it."""
+    """The statistics including this rollout's scores, as `prepare` used them to normalise it."""
     if rollout.scores is None or rollout.valid is None:
         raise ValueError("the rollout lacks scores; wanted one that make_prepare made")
     return stats.add(rollout.scores, rollout.valid)
@@ -62,7 +62,7 @@ def next_score_stats(stats: ScoreStats, rollout: RolloutBatch) -> ScoreStats:
 def running_scale(
     scores: Array, answers: Generation, penalty: float, stats: ScoreStats | None
 ) -> tuple[np.float32, np.float32]:
-    """(mean, standard deviation) of all scores so far, with these after their penalties."""
+    """(mean, standard deviation) of all scores so far, including these, after penalties."""
     answered = jnp.any(answers.mask, axis=1)
     penalised = missing_eos_penalty(scores, answers.finished, penalty)
     stats = (ScoreStats() if stats is None else stats).add(penalised, answered)
@@ -70,7 +70,7 @@ def running_scale(
 
 
 def next_kl_coef(kl_coef: float, measured_kl: float, config: Config, rows: int) -> float:
-    """β for the next iteration: the same, or adapted towards `kl_target`."""
+    """β for the next iteration: unchanged, or adapted towards `kl_target`."""
     if config.kl_target is None:
         return kl_coef
     return float(

@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling: groups of further prompts replace zero-variance groups."""
+"""DAPO's dynamic sampling: groups of other prompts replace zero-variance groups."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxalign.types import Array, RolloutBatch
 def fill_equal_groups(
     rollout: RolloutBatch, other: RolloutBatch, samples: int
 ) -> tuple[RolloutBatch, int]:
-    """Replaces zero-variance groups of `rollout` by groups of `other` that have a signal.
+    """Replaces zero-variance groups of `rollout` with groups of `other` that have a signal.
 
-    A group is the `samples` answers to one prompt. Where they all score alike, group-relative
+    A group is the `samples` answers to one prompt. If they all have the same score, group-relative
     advantages are 0 (Yu et al. 2025, arXiv 2503.14476, eq. 11). Groups move whole, in order, each
     at most once, so that advantages, which compare the answers of a group, stay valid. Every
     process must call this.
 
     Args:
       rollout: B answers `[B, T]`.
-      other: further answers to other prompts, `[C, S]`, with the same fields.
-      samples: answers a prompt.
+      other: answers to other prompts, `[C, S]`, with the same fields.
+      samples: answers per prompt.
 
     Returns:
       A rollout of B answers and max(T, S) columns, and how many of its groups still have zero

@@ -1,14 +1,15 @@
 """Experience: from answers and their scores to advantages.
 
-The second half of one PPO iteration; `ppo.prepare` samples and scores (steps 1 and 2). Here follow
+The second half of one PPO iteration. `ppo.prepare` samples and scores (steps 1 and 2). This file
+does
 
     3. log-probabilities of the answers' tokens under policy and reference
-    4. KL between the two, a number a token
+    4. KL between the two, one number per token
     5. rewards: −β · KL at every token, the score at the last one
     6. advantages (and returns, with a critic)
     7. the rollout
 
-B answers; rows have T + 1 columns, of which the last predicts nothing: the rollout has T.
+There are B answers. Rows have T + 1 columns; the last predicts nothing, so the rollout has T.
 """
 
 from __future__ import annotations
@@ -43,24 +44,24 @@ def make_experience(
     *,
     reference: LanguageModel | None = None,
 ) -> Prepare[..., RolloutBatch]:
-    """Builds the half of `prepare` that follows sampling and scoring, jitted; takes any answers.
+    """Builds the jitted half of `prepare` after sampling and scoring; takes answers of any origin.
 
     Args:
       model: the policy.
-      critic: value model; None where the advantages need none.
+      critic: value model; None if the advantages need none.
       config: options.
-      reference: the model of `ref_params`; None: the policy's. Its parameters may lie on other
+      reference: the model of `ref_params`; None: the policy's. Its parameters may be on other
         devices than the policy's.
 
     Returns:
       `experience(state, ref_params, tokens, scores, finished, sampler_logprobs=None, kl_coef=None,
       temperature=None, score_scale=None, experts=None) -> RolloutBatch`: `tokens` are prompts with
       their answers `[B, T + 1]` as `join_tokens` makes them, `scores` and `finished` `[B]`,
-      `sampler_logprobs` `[B, T + 1]` aligned with targets, None where the answers' sampler gave
-      none: nothing is compared with the trainer's then. `kl_coef` and `temperature` take the place
-      of the configured ones; with `score_scale = (shift, scale)` the rewards are made of
-      (score − shift) / scale. `experts` `[B, T + 1, L, k]` are those that the policy is to take,
-      here and in its updates. The rollout has T columns.
+      `sampler_logprobs` `[B, T + 1]` are aligned with targets; with None nothing is compared with
+      the trainer's log-probabilities. `kl_coef` and `temperature` override the configured ones;
+      with `score_scale = (shift, scale)` the rewards use (score − shift) / scale. `experts` `[B, T
+      + 1, L, k]` are the experts for the policy to use, here and in its updates. The rollout has T
+      columns.
     """
     config.check_critic(critic)
     reference = model if reference is None else reference
@@ -88,7 +89,7 @@ def make_experience(
         rest = (tokens, scores, finished, sampler_logprobs, kl_coef, temperature, score_scale)
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
             return experience(state, ref_params, *rest, experts=experts)
-        # The reference has devices of its own: only tokens and log-probabilities move.
+        # The reference has its own devices: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
         with use_mesh(ref_mesh):
             logprobs = reference_logprobs(ref_params, reshard_batch(tokens, ref_mesh), used)
@@ -118,9 +119,9 @@ def _experience(
     ref_logprobs: Array | None = None,
     experts: Array | None = None,
 ) -> RolloutBatch:
-    """Steps 3 to 7, one program; arguments as `make_experience` says.
+    """Steps 3 to 7 as one program; see `make_experience` for the arguments.
 
-    `ref_logprobs` `[B, T]` take the place of `ref_params`, where the reference has its own devices.
+    `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices.
     """
     tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
     replayed = tokens if experts is None else tokens._replace(experts=experts)
@@ -139,7 +140,7 @@ def _experience(
     # 4. KL, [B, T].
     token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
 
-    # 5. Rewards, [B, T]; `value_mask` has one position more where the score follows the answer.
+    # 5. Rewards, [B, T]; `value_mask` has one more position if the score follows the answer.
     scores = losses.missing_eos_penalty(scores, finished, config.missing_eos_penalty)  # [B]
     scaled = scale_scores(scores, score_scale, config.reward_clip)
 
@@ -148,11 +149,12 @@ def _experience(
         return losses.token_rewards(token_kl, scores, mask, kl_coef=beta, score_at=config.score_at)
 
     rewards, value_mask = shape(scaled)
-    # Not the difference of rewards and scores: that of numbers around 1 has few digits of 0.001.
+    # Not computed as rewards minus scores: a difference of 0.001 between numbers near 1 loses
+    # digits.
     non_score = (coef if config.kl_in == "reward" else 0.0) * -masked_sum(token_kl, mask, axis=1)
     trained = _trained_tokens(mask, valid, scores, finished, config)
 
-    # 6. Advantages, [B, T], and with a critic returns.
+    # 6. Advantages, [B, T], and returns if there is a critic.
     shaped = Shaped(rewards, value_mask, mask, valid, scaled, lambda scores: shape(scores)[0])
     values = returns = None
     if critic is None:
@@ -165,7 +167,7 @@ def _experience(
     if config.whitens:
         advantages = whiten(advantages, trained, ddof=config.whiten_ddof)
 
-    # 7. The rollout. A row's critic is trained where its policy is, and one position after it.
+    # 7. The rollout. The critic is trained wherever the policy is, and one position after.
     def rows(x: Array | None) -> jax.Array | None:
         return None if x is None else jnp.full(valid.shape, x, jnp.float32)
 
@@ -193,7 +195,7 @@ def _experience(
 def scale_scores(
     scores: jax.Array, score_scale: ScoreScale | None, clip: float | None
 ) -> jax.Array:
-    """(score − shift) / scale, then cut to ± `clip`; without either the scores themselves."""
+    """(score − shift) / scale, then clipped to ± `clip`; each step is optional."""
     if score_scale is not None:
         scores = (scores - score_scale[0]) / score_scale[1]
     return scores if clip is None else jnp.clip(scores, -clip, clip)

@@ -1,4 +1,4 @@
-"""Metrics of a rollout before the update: scores, KL, lengths, sampler against trainer."""
+"""Metrics of a rollout before the update: scores, KL, lengths, sampler versus trainer."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ def rollout_figures(
 ) -> dict[str, Weighted]:
     """The means of `rollout_metrics` as sums with their weights.
 
-    Figures add up leaf by leaf over rollouts and are divided once, so that those of held-out data
-    do not depend on how the prompts were cut into batches.
+    The sums add up leaf by leaf over rollouts and are divided once, so that metrics of held-out
+    data do not depend on how the prompts were split into batches.
 
     Args:
-      rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, those of all hosts.
-      samples: answers a prompt; above 1, also `groups/equal`.
-      kl_estimator: of the run; other than "k1", its KL is `objective/kl_<estimator>`.
+      rollout: B answers `[B, T]`, as `make_prepare` makes it; on a mesh, the answers of all hosts.
+      samples: answers per prompt; if above 1, `groups/equal` is included.
+      kl_estimator: the run's estimator; if not "k1", its KL is `objective/kl_<estimator>`.
 
     Returns:
-      Name → float32 scalars. The weight is the number of answers; of `logprobs/mean_difference`
-      the number of their tokens, of `rewards/<name>` the answers that the reward applies to.
+      Name → float32 scalars. The weight is the number of answers, except for
+      `logprobs/mean_difference` (the number of their tokens) and `rewards/<name>` (the number of
+      answers that the reward applies to).
 
     Raises:
       ValueError: the rollout has no scores or rewards.
@@ -92,15 +93,15 @@ def rollout_metrics(
 ) -> dict[str, jax.Array]:
     """Describes a rollout before the update: float32 scalars under TRL's names.
 
-    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref), whatever estimator the run
-    uses; that of another `kl_estimator` stands beside it. `objective/rlhf_reward` is the mean of
-    the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With `samples` answers a
-    prompt, also the part of the prompts whose answers all score alike. Of several rewards,
-    `rewards/<name>` is the mean over the answers that the reward applies to, and `applies/<name>`
-    the part of all answers that these are.
+    `objective/kl` is the mean over answers of Σ_t (log π − log π_ref), whichever estimator the run
+    uses; the KL of another `kl_estimator` is logged as well. `objective/rlhf_reward` is the mean of
+    the shaped rewards' sums; `logprobs/*` compare sampler and trainer. With several `samples` per
+    prompt, `groups/equal` is the fraction of prompts whose answers all have the same score. With
+    several rewards, `rewards/<name>` is the mean over the answers that the reward applies to, and
+    `applies/<name>` is their fraction of all answers.
 
-    Most are means (`rollout_figures`). Extremes, a standard deviation, a count and the critic's
-    explained variance are not, and belong to this rollout alone.
+    Most are means (`rollout_figures`). The extremes, a standard deviation, a count and the critic's
+    explained variance are not, and describe this rollout alone.
     """
     scores, _, valid, finished, sampled = _needed(rollout)
     mask = answer_mask_of(rollout)

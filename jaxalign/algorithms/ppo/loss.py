@@ -1,4 +1,4 @@
-"""PPO's loss: policy, critic and text, each a loss of its own, added up.
+"""PPO's loss: the sum of separate losses for policy, critic and text.
 
     L = policy + c_v · value + c_ptx · (−log π(text))
 
@@ -34,9 +34,9 @@ from jaxalign.types import Params, RolloutBatch, TokenBatch, Weighted
 def make_loss(
     model: LanguageModel, critic: ScalarModel | None, config: Config | None = None
 ) -> Loss:
-    """The PPO loss: `policy`, averaged as `loss_aggregation` says; `value`, over value positions.
+    """The PPO loss: `policy` is averaged by `loss_aggregation`, `value` over value positions.
 
-    Also `ptx`, averaged over the tokens of the text, where there is such text.
+    If there is `ptx` text, `ptx` is averaged over its tokens.
     """
     config = Config() if config is None else config
     config.check_critic(critic)
@@ -70,7 +70,7 @@ def policy_loss(model: LanguageModel, config: Config) -> HiddenLoss:
 
     def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
         tokens = batch.tokens
-        # The same in every row: micro-batches cut up what belongs to the whole batch.
+        # Stored per row, with equal values: micro-batches split every array of the batch by rows.
         temperature = batch.temperature
         temperature = config.temperature if temperature is None else jnp.max(temperature)
         kl_coef = config.kl_coef if batch.kl_coef is None else jnp.max(batch.kl_coef)
@@ -102,7 +102,7 @@ def _policy_terms(
     def averaged(x: jax.Array) -> Weighted:
         return averages.aggregate(x, tokens, config.loss_aggregation, config.max_new_tokens)
 
-    # Masked before the arithmetic: NaN in padding must not reach a gradient.
+    # Mask before the arithmetic: a NaN in padding must not reach a gradient.
     new, old = keep(logprobs, mask), keep(batch.old_logprobs, mask)
     ref, advantages = keep(batch.ref_logprobs, mask), keep(batch.advantages, mask)
     log_ratio = new - old
@@ -131,7 +131,7 @@ def _policy_terms(
 
 def _clipped_objective(log_ratio: jax.Array, advantages: jax.Array, config: Config) -> jax.Array:
     """max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), `[B, T]`."""
-    # The log-ratio against 0: added to log π_old it would come back rounded.
+    # Pass the log-ratio against 0: added to log π_old and subtracted again it would be rounded.
     return losses.policy_loss(
         log_ratio,
         jnp.zeros_like(log_ratio),
@@ -155,7 +155,7 @@ def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
         average, metrics = _value_terms(critic.scores(params["critic"], hidden), batch, config)
         return Terms({"value": config.vf_coef * average.total}, metrics)
 
-    # A critic of its own has routers of its own.
+    # A separate critic has its own routers.
     return HiddenLoss(lambda batch: batch.tokens._replace(experts=None), count, terms)
 
 
@@ -168,7 +168,7 @@ def _value_terms(
     values, old, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
     limit = config.clip_range_value
     value_losses = losses.value_loss(values, old, returns, clip_range_value=limit)
-    # A value within the bounds stays as it is, to the last bit: rounding is no clipping.
+    # A value within the bounds is unchanged to the last bit: rounding is not clipping.
     near = values if limit is None else jnp.clip(values, old - limit, old + limit)
     clipped = jnp.square(near - returns) > jnp.square(values - returns)
     average = weighted(value_losses, mask)
@@ -179,7 +179,7 @@ def _value_terms(
 
 
 def ptx_loss(model: LanguageModel, config: Config) -> HiddenLoss:
-    """`ptx`: c_ptx · −log π of text as in pre-training, without the rollout's temperature."""
+    """`ptx`: c_ptx · −log π of pre-training text, without the rollout's temperature."""
 
     def count(batch: RolloutBatch) -> Sums:
         text = _text(batch)

@@ -1,4 +1,4 @@
-"""Splits a rollout into the mini-batches of its updates, one answer a row or packed."""
+"""Splits a rollout into the mini-batches of its updates, one answer per row or packed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def minibatches(
     multiple: int = 1,
     permutations: Array | None = None,
 ) -> Iterator[RolloutBatch]:
-    """Cuts a rollout into `epochs × count` mini-batches of whole rows.
+    """Splits a rollout into `epochs × count` mini-batches of whole rows.
 
     Every epoch uses every row once, in a new order from `fold_in(key, epoch)`.
 
@@ -31,15 +31,15 @@ def minibatches(
       key: PRNG key; None with `permutations`.
       rollout: B rows.
       epochs: passes over the rollout.
-      count: mini-batches an epoch; B must be a multiple.
-      pack: 0 leaves an answer a row. n packs the answers of a mini-batch end to end into fewer,
-        longer rows (`packing`), of the smallest of n sizes that holds them: a step compiles at most
-        n shapes. Losses and gradients are the same. `scores`, `finished` and `valid`, which belong
-        to answers and not to rows, are None then.
+      count: mini-batches per epoch; B must be a multiple of it.
+      pack: 0 keeps one answer per row. n > 0 packs the answers of a mini-batch end to end into
+        fewer, longer rows (`packing`), with the smallest of n shapes that holds them: a step
+        compiles at most n shapes. Losses and gradients are the same. `scores`, `finished` and
+        `valid` are then None, because they belong to answers and not to rows.
       multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
         steps with as many `micro_batches`.
-      permutations: int `[epochs, B]`, the order of rows in each epoch, in place of those that `key`
-        gives: to replay another implementation's.
+      permutations: int `[epochs, B]`, the order of rows in each epoch, instead of the orders from
+        `key`, to replay those of another implementation.
 
     Raises:
       ValueError: B is not a multiple of `count`, or a number is out of range.
@@ -84,7 +84,7 @@ def _orders(
         return list(orders)
     if key is None:
         raise ValueError("key=None without permutations; wanted one of them")
-    # All orders at once, before the first step runs: reading one waits for the device.
+    # Compute all orders at once, before the first step runs: reading one waits for the device.
     keys = [jax.random.fold_in(key, epoch) for epoch in range(epochs)]
     return jax.device_get([jax.random.permutation(epoch, rows) for epoch in keys])
 

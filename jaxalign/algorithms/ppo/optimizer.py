@@ -1,4 +1,4 @@
-"""The parameters of a policy with its critic, and one optimizer for both."""
+"""The parameters of a policy and its critic, and one optimizer for both."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def make_optimizer(
     *,
     critic_warmup: int = 0,
 ) -> optax.GradientTransformation:
-    """One optimizer of two: policy and critic with separate rates and gradient clipping.
+    """Combines two optimizers: policy and critic have separate rates and gradient clipping.
 
     Args:
-      policy_tx: the policy's.
-      critic_tx: the critic's; None where there is none.
+      policy_tx: the policy's optimizer.
+      critic_tx: the critic's optimizer; None without a critic.
       critic_warmup: updates in which only the critic learns; neither the policy nor its optimizer's
         state moves.
     """

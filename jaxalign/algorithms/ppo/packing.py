@@ -1,10 +1,10 @@
-"""Packs short answers into shared rows, so that an update computes tokens instead of padding.
+"""Packs short answers into shared rows, so that an update spends less compute on padding.
 
-A rollout has a row of P + R columns for every answer, whatever its length. Packed end to end, each
-answer with its prompt is a segment: it keeps its positions, attends to itself only, and trains the
-same tokens. Loss, gradient and metrics are those of the unpacked rows.
+A rollout has a row of P + R columns for every answer, whatever its length. In a packed row, each
+answer with its prompt is a segment: it keeps its positions, attends only to itself, and trains the
+same tokens. Loss, gradient and metrics equal those of the unpacked rows.
 
-Every shape is compiled once, so there are few of them: 1/n, 2/n, … of the unpacked batch.
+Each shape needs a compilation, so there are few shapes: 1/n, 2/n, … of the unpacked batch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jaxalign.types import Array, RolloutBatch
 
 
 class RowPlan(NamedTuple):
-    """Where the positions of packed rows come from; all `[rows, length]`.
+    """Where each position of the packed rows comes from; all arrays are `[rows, length]`.
 
     Attributes:
-      row: int32, of the rollout.
-      column: int32, of the rollout.
+      row: int32, the rollout's row.
+      column: int32, the rollout's column.
       segment_ids: int32, 1, 2, … for the answers of a row, 0 for padding.
     """
 
@@ -59,7 +59,7 @@ def plan_rows(
     Returns:
       The plan; None where no smaller shape holds them.
     """
-    from jaxalign.data.packing import best_fit  # the data room is heavy; steps run without it
+    from jaxalign.data.packing import best_fit  # heavy; steps do not need it
 
     counts = tokens[np.asarray(which)].sum(1)
     full = [row for row, count in zip(which, counts, strict=True) if count]
@@ -91,7 +91,7 @@ def _fill(tokens: np.ndarray, groups: list[list[int]], rows: int, length: int) -
 
 
 def without_answers(rollout: RolloutBatch) -> RolloutBatch:
-    """The rollout without the arrays that have one entry an answer: packed rows hold several.
+    """Drops the rollout's per-answer arrays, because packed rows hold several answers.
 
     Raises:
       ValueError: the rollout has `ptx` rows.

@@ -1,7 +1,7 @@
 """`prepare`: one PPO iteration's experience, from prompts to a rollout.
 
     1. sample answers with the policy
-    2. score them with the reward function, which may be any Python
+    2. score them with the reward function, which may run any Python
     3. … 7. log-probabilities, KL, rewards, advantages, rollout: `ppo.experience`, one program
 
 Then the sampler's log-probabilities are compared with the trainer's: a difference means that the
@@ -65,27 +65,27 @@ def make_prepare(
 ) -> Prepare[..., RolloutBatch]:
     """Builds `prepare(key, state, ref_params, prompts, kl_coef=None, …) -> RolloutBatch`.
 
-    One iteration's experience: answers sampled from the policy, scores from `reward_fn`, per-token
-    KL against the frozen reference, advantages, and with a critic values and returns. Weights are
-    used where they lie, not copied. A prompt's `samples` answers are adjacent rows.
+    It builds one iteration's experience: answers sampled from the policy, scores from `reward_fn`,
+    per-token KL against the frozen reference, advantages, and with a critic also values and
+    returns. Weights are used in place, not copied. A prompt's `samples` answers are adjacent rows.
 
     Args:
       model: the policy.
-      critic: value model; None where the advantages need none.
-      reward_fn: gives every answer a finite score; runs outside jit, so that it may be any Python.
+      critic: value model; None if the advantages need none.
+      reward_fn: returns a finite score for every answer; runs outside jit, so it may be any Python.
       config: options.
       reference: the model of `ref_params`; None: the policy's.
-      rollout_mesh: the mesh that answers are sampled on, see `sample`; None: the policy's.
-      rollout_rules: sharding rules while sampling, see `sample`; None: those of training.
+      rollout_mesh: the mesh on which answers are sampled, see `sample`; None: the policy's.
+      rollout_rules: sharding rules while sampling, see `sample`; None: the training rules.
 
     Returns:
-      `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None,
-      calibration=None, score_stats=None)`. `kl_coef` and `temperature` override the configured
-      ones and compile nothing. `calibration = (shift, scale)` turns what `reward_fn` gives into
-      (score − shift) / scale; with `normalize_scores`, `score_stats` are those of all scores so
-      far (`next_score_stats` adds this rollout's). It raises ValueError where a score is not
-      finite, and where the sampler's log-probabilities differ from the trainer's by more than
-      `logprob_tolerance` on average. `.lower` is that of `make_experience`.
+      `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None, calibration=None,
+      score_stats=None)`. `kl_coef` and `temperature` override the configured ones without
+      recompilation. `calibration = (shift, scale)` turns the scores of `reward_fn` into (score −
+      shift) / scale. With `normalize_scores`, `score_stats` are the statistics of all scores so far
+      (`next_score_stats` adds this rollout's). `prepare` raises ValueError if a score is not
+      finite, or if the sampler's log-probabilities differ from the trainer's by more than
+      `logprob_tolerance` on average. `.lower` is the `lower` of `make_experience`.
     """
     config = Config() if config is None else config
     config.check_stop_tokens()
@@ -151,10 +151,10 @@ def sample_answers(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
 ) -> tuple[PromptBatch, Generation, TokenBatch]:
-    """Samples `config.samples` answers to each prompt, on `mesh` and by `rules` if those are given.
+    """Samples `config.samples` answers to each prompt, on `mesh` and with `rules` if given.
 
     Returns:
-      (the prompts, each repeated for its answers; the answers; both together as rows).
+      (the prompts, each repeated for its answers; the answers; prompts and answers joined as rows).
     """
     answers = sample(
         model,
@@ -192,17 +192,17 @@ def score_answers(
     Args:
       reward_fn: the reward.
       tokens: prompts with their answers.
-      prompts: the prompts, one a row of `tokens`.
+      prompts: the prompts, one per row of `tokens`.
       mask: the answers' tokens, `[B, R]`.
       calibration: (shift, scale); the scores become (score − shift) / scale.
 
     Returns:
       (float32 `[B]` on the host, 0 for a row without an answer; the scores of each of several
-      rewards by name, or None). With several processes these are of the rows of this one, for
+      rewards by name, or None). With several processes both cover only this process's rows, for
       `shard_batch`.
 
     Raises:
-      ValueError: scores of another shape, or one that is not finite.
+      ValueError: scores of the wrong shape, or a score that is not finite.
     """
     mesh = mesh_of((tokens, mask))
     answered = local_rows(jnp.any(jnp.asarray(mask), axis=1), mesh)
@@ -233,17 +233,17 @@ def calibrate(
     config: Config,
     how: str,
 ) -> tuple[float, float]:
-    """(shift, scale) that give answers of a reference a mean score of 0, and a spread of 1.
+    """(shift, scale) that give a reference's answers a mean score of 0, and optionally spread 1.
 
     Mean 0: Stiennon et al. 2020 (arXiv 2009.01325), §3.4; also standard deviation 1: Ziegler et al.
-    2019 (arXiv 1909.08593), §2.1. With no spread the scale is 1.
+    2019 (arXiv 1909.08593), §2.1. If the scores have no spread, the scale is 1.
 
     Args:
       key: PRNG key.
       model: the reference.
       params: its parameters.
-      prompts: to be answered.
-      reward_fn: what is calibrated.
+      prompts: the prompts to answer.
+      reward_fn: the reward to calibrate.
       config: how answers are sampled.
       how: "mean" or "mean_std".
     """
@@ -272,7 +272,7 @@ def _aligned_with_targets(prompts: PromptBatch, answers: Generation) -> jax.Arra
 
 def _check_on_policy(rollout: RolloutBatch, sampler_logprobs: jax.Array, config: Config) -> None:
     mask = answer_mask_of(rollout)
-    # The rollout has one column less: nothing follows the last one.
+    # The rollout has one column fewer: nothing follows the last one.
     sampled = sampler_logprobs[:, : mask.shape[1]]
     difference = float(logprob_difference(rollout.old_logprobs, sampled, mask)[0])
     if not difference <= config.logprob_tolerance:

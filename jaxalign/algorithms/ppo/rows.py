@@ -24,7 +24,7 @@ def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -
     answer = jnp.concatenate([outside, answers.mask], axis=1)
 
     def shift(x: jax.Array, fill: int) -> jax.Array:
-        """Column t gets what stands in t + 1: targets follow inputs."""
+        """Moves column t + 1 to column t: targets follow inputs."""
         return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
 
     return TokenBatch(
@@ -37,7 +37,7 @@ def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -
 
 
 def answer_mask_of(rollout: RolloutBatch) -> Array:
-    """The tokens of all answers, in the loss or not: `[B, T]`."""
+    """The tokens of all answers, whether or not in the loss: `[B, T]`."""
     return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
 
 

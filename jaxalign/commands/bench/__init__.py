@@ -1,7 +1,7 @@
-"""`jaxalign bench`: how fast training and generation are here, beside what the machine can do.
+"""`jaxalign bench`: the speed of training and generation here, compared with the machine's limit.
 
-Every number is of the library's own steps. A case (`Case`) runs in a process of its own, so that
-its peak memory is its own, and one that fails leaves the others alone.
+It measures the library's own steps. Each case (`Case`) runs in its own process, so that its peak
+memory is measured alone and a failure does not affect other cases.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def runner_of(case: Case, mesh: Any) -> Runner:
-    """What runs a case's steps."""
+    """The `Runner` of a case."""
     if case.what == "generate":
         from jaxalign.commands.bench.generate import generate_runner as make
     else:
@@ -60,7 +60,7 @@ def runner_of(case: Case, mesh: Any) -> Runner:
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Measures a case in this process; gives its record, see `measure`."""
+    """Measures a case in this process; returns its record, see `measure`."""
     case = case.resolved()
     mesh = case.mesh()
     with jax.set_mesh(mesh):
@@ -74,7 +74,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def measure_config(algorithm: str, config: Any, repeats: int) -> dict[str, Any]:
-    """Measures a run's own model and data, as `load_config` gave them, in this process."""
+    """Measures a run's own model and data, from `load_config`, in this process."""
     from jaxalign.commands.bench.runs import config_runner
 
     mesh = make_mesh(data=-1, fsdp=1)
@@ -92,20 +92,20 @@ def measure(
     repeats: int,
     seconds: float = float("inf"),
 ) -> dict[str, Any]:
-    """Runs a case: once to compile, once to settle, then `repeats` times for the medians.
+    """Runs a case once to compile, once to warm up, then `repeats` times for the medians.
 
     Args:
-      prepare: makes the case ready.
-      bound: what the machine can do.
+      prepare: makes the case's runner.
+      bound: the machine's limit.
       repeats: measured steps.
       seconds: stop measuring after this long, once there were two.
 
     Returns:
-      A record, JSON-able: medians of `tokens_per_second`, `model_flops_per_second`,
-      `step_seconds` and `parts`; `fraction_of_limit`; `peak_bytes`; `first_step_seconds`;
-      `compile_seconds`, what the first step took longer than a later one; `compiles`, programs
-      compiled up to it, and `recompiles`, after it; `choices`, what its programs were given by
-      platform; devices, date and versions.
+      A record, JSON-able: medians of `tokens_per_second`, `model_flops_per_second`, `step_seconds`
+      and `parts`; `fraction_of_limit`; `peak_bytes`; `first_step_seconds`; `compile_seconds`, the
+      extra time of the first step over a later one; `compiles`, the programs compiled up to the
+      first step, and `recompiles`, after it; `choices`, the platform's choices for its programs;
+      devices, date and versions.
     """
     reset_peak()
     with counting() as seen, recorded_choices() as choices:
@@ -160,13 +160,13 @@ def measure(
 def run_cases(
     cases: Sequence[Case], tell: Callable[[dict[str, Any]], None] = lambda record: None
 ) -> list[dict[str, Any]]:
-    """Measures every case in a process of its own.
+    """Measures each case in its own process.
 
     Args:
-      cases: what to measure.
-      tell: is given every record as it comes; that of a case that failed has `error` instead.
+      cases: the cases to measure.
+      tell: called with each record as it arrives; the record of a failed case has `error` instead.
     """
-    # One device spreads its work over the cores; pages are as large as those of the commands.
+    # One device uses all cores; the page size is the same as in the commands.
     env = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ | huge_pages.environment()
     records = []
     for case in cases:

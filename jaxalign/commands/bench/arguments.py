@@ -1,4 +1,4 @@
-"""The command `bench`: its arguments, and which of two measurements they ask for."""
+"""The command `bench`: its arguments, which select one of two measurements."""
 
 from __future__ import annotations
 

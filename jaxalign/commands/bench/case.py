@@ -1,4 +1,4 @@
-"""What is measured (`Case`), and what comes of it (`Sample`, `Record`)."""
+"""A measurement (`Case`) and its results (`Sample`, `Record`)."""
 
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ ROWS = ("full", "padded", "packed")
 
 
 def measurable() -> tuple[str, ...]:
-    """What can be measured: every algorithm, and generation."""
+    """The values of `Case.what`: every algorithm, and generation."""
     return (*ALGORITHMS, "generate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to measure, on random weights and tokens.
+    """One measurement, on random weights and tokens.
 
     Attributes:
       what: one of `measurable()`.
       size: key of `SIZES`.
-      layout: "full": every row as long as it may be. "padded": lengths drawn uniformly from an
-        eighth of it, a document a row (PPO: answers that end at random). "packed": the same
-        documents packed (PPO: its updates), in half as many rows of twice the length.
-      rows: rows of a step (pairs of reward and DPO, prompts of PPO and generation).
+      layout: "full": every row has the full length. "padded": lengths are sampled uniformly from an
+        eighth of it upwards, one document per row (PPO: answers that end at random). "packed": the
+        same documents packed (PPO: its updates), in half as many rows of twice the length.
+      rows: rows of a step (pairs for reward and DPO, prompts for PPO and generation).
       length: tokens of a row or side; of a prompt in PPO and generation.
-      new_tokens: longest answer of PPO and generation.
-      epochs: of PPO's updates.
-      dtype: of activations; "auto": bfloat16 on GPU and TPU, float32 elsewhere.
-      param_dtype: of the weights.
-      lora: rank of adapters, which alone are trained; 0: all weights are.
+      new_tokens: longest answer in PPO and generation.
+      epochs: PPO's epochs per rollout.
+      dtype: dtype of activations; "auto": bfloat16 on GPU and TPU, float32 elsewhere.
+      param_dtype: dtype of the weights.
+      lora: rank of the adapters, if only adapters are trained; 0: all weights are trained.
       remat: key of `REMAT`.
       attention: see `jaxalign.models.attention.dispatch.KINDS`.
-      micro_batches: parts of a step; 0: on a CPU of `CACHED_TOKENS` each, elsewhere one.
-      optimizer_dtype: of AdamW's moments, "float32", "bfloat16" or "int8".
+      micro_batches: micro-batches of a step; 0: on a CPU so many that each has `CACHED_TOKENS`,
+        elsewhere one.
+      optimizer_dtype: dtype of AdamW's moments, "float32", "bfloat16" or "int8".
       repeats: measured steps (iterations, calls).
-      seconds: stop measuring after this long, once there were two.
+      seconds: stop measuring after this time, but not before two steps.
     """
 
     what: str
@@ -99,16 +100,16 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows of the batch, and their length."""
+        """The number of rows in the batch, and their length."""
         twice = self.layout == "packed" and self.what != "ppo"
         return (self.rows // 2, 2 * self.length) if twice else (self.rows, self.length)
 
     def mesh(self) -> Mesh:
-        """All devices: on a CPU each for its own rows, elsewhere along `fsdp`."""
+        """The mesh of all devices: on a CPU along `data`, elsewhere along `fsdp`."""
         return make_mesh(data=-1, fsdp=1) if is_cpu(jax.devices()[0]) else make_mesh()
 
     def resolved(self) -> Case:
-        """The same with its dtype resolved."""
+        """The same case with its dtype resolved."""
         if self.dtype != "auto":
             return self
         return dataclasses.replace(self, dtype=backend().default_dtype)
@@ -156,7 +157,8 @@ class Case:
     def _rollout_values(self) -> dict[str, Any]:
         stops: list[int] = []
         if self.layout != "full":
-            # Random weights choose among all tokens alike: so many ends make so long answers.
+            # Random weights choose all tokens equally often, so the number of stop tokens sets the
+            # length.
             vocabulary = SIZES[self.size].vocab_size
             stops = [*range(1, 1 + max(1, round(vocabulary * _MEAN_SHARE / self.new_tokens)))]
         return {
@@ -175,7 +177,7 @@ _PAIRED = ("reward", "dpo")
 
 
 def layouts_of(what: str) -> tuple[str, ...]:
-    """The layouts that something can be measured with."""
+    """The layouts available for a measurement."""
     if what in ("sft", "reward", "dpo", "ppo"):
         return ROWS
     return ("full", "padded") if what == "generate" else ("full",)
@@ -192,7 +194,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def make_case(what: str, size: str, layout: str, options: dict[str, Any]) -> Case:
-    """A case with the defaults of what it measures; options that are None keep them."""
+    """A case with the defaults of its measurement, which replace options that are None."""
     chosen: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
     return Case(what=what, size=size, layout=layout, **{**_DEFAULTS.get(what, {}), **chosen})
 
@@ -217,11 +219,11 @@ class Sample(NamedTuple):
     """One measured step.
 
     Attributes:
-      seconds: all of it, data included.
-      tokens: real tokens that it read (trained on), or wrote (generation).
+      seconds: total time, including data.
+      tokens: real tokens that it trained on, or generated.
       flops: model FLOPs.
-      parts: seconds of its parts by name; "data" is what it waited for its batch.
-      padding: part of the batch's positions that hold no token.
+      parts: seconds of its parts by name; "data" is the time it waited for its batch.
+      padding: the fraction of the batch's positions without a token.
     """
 
     seconds: float
@@ -232,11 +234,11 @@ class Sample(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """A case made ready.
+    """A case that is ready to run.
 
     Attributes:
-      run: one step.
-      compiles: how often its step was compiled so far; None where several programs take part.
+      run: runs one step.
+      compiles: how often its step was compiled so far; None if there are several programs.
       facts: what else to record.
     """
 

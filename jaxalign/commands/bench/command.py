@@ -19,16 +19,16 @@ def bench(
     options: dict[str, Any],
     out: str | None,
 ) -> list[dict[str, Any]]:
-    """Measures all that was asked for, prints a table, and adds JSON lines to a file.
+    """Runs the requested measurements, prints a table, and appends JSON lines to a file.
 
     Args:
-      what, sizes, layouts: see `Case`; combinations that do not exist are left out, with a
-        message. What is None: everything.
-      options: of `Case`; None: the case's own default.
+      what, sizes, layouts: see `Case`; combinations that do not exist are left out, with a message.
+        None: all.
+      options: other options of `Case`; None: the case's default.
       out: file to append records to; None: none.
 
     Raises:
-      ValueError: something unknown, or nothing left.
+      ValueError: an unknown value, or no case left.
     """
     cases: list[Case] = []
     for size in sizes:

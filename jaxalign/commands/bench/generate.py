@@ -1,4 +1,4 @@
-"""Generation, as `jaxalign.sample` does it."""
+"""Measures generation by `jaxalign.sample`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxalign.sampling.generate import sample
 
 
 def generate_runner(case: Case, mesh: Mesh) -> Runner:
-    """One call of `sample`: prompts are read, every answer is as long as it may be."""
+    """One call of `sample`: reads prompts, and every answer has the maximum length."""
     model, params = random_decoder(case.model_config(case.dtype), mesh, case.remat)
     prompts, key = prompt_batch(case), jax.random.key(2)
     work = work_of(prompts)
@@ -37,7 +37,7 @@ def generate_runner(case: Case, mesh: Mesh) -> Runner:
         return Sample(seconds, case.rows * case.new_tokens, flops, {})
 
     def facts(samples: Sequence[Sample]) -> dict[str, Any]:
-        """What a step of decoding takes, and the bytes that it cannot do without."""
+        """The time of a decode step, and the bytes that it must read."""
         call(1)
         first = min(call(1) for _ in range(3))
         whole = float(np.median([one.seconds for one in samples]))
@@ -45,7 +45,7 @@ def generate_runner(case: Case, mesh: Mesh) -> Runner:
         config = model.config
         weights = sum(x.size for x in jax.tree.leaves(params))
         if not config.tie_embeddings:
-            weights -= config.vocab_size * config.hidden_size  # of the embedding, a row a token
+            weights -= config.vocab_size * config.hidden_size  # of the embedding, one row per token
         columns = work.tokens + case.rows * case.new_tokens / 2
         cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * columns
         return {

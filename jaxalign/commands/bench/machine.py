@@ -1,4 +1,4 @@
-"""What the machine can do at best, how much memory was taken, and what was compiled."""
+"""The machine's limits, peak memory, and counts of compiled programs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxalign.parallel.sharding import replicated, rows_sharding
 
 
 class Limit(NamedTuple):
-    """The speed that nothing can exceed.
+    """The upper bound of the speed.
 
     Attributes:
       flops: FLOP/s of all devices.
-      source: where the number comes from.
-      bandwidth: bytes/s of one device's memory; None where it is not known.
+      source: the origin of the number.
+      bandwidth: bytes/s of one device's memory; None if unknown.
     """
 
     flops: float
@@ -33,7 +33,7 @@ class Limit(NamedTuple):
 
 
 def limit(mesh: Mesh, dtype: str) -> Limit:
-    """The maker's peak of bfloat16 products; of other devices the best rate measured now."""
+    """The data sheet's peak for bfloat16 products; for other devices the best measured rate."""
     peak = peak_flops()
     if peak is not None:
         chip = chip_of(jax.devices()[0].device_kind)
@@ -58,13 +58,13 @@ def matmul_rate(mesh: Mesh, dtype: str, sizes: tuple[int, ...] = (1024, 2048), t
 
 
 def reset_peak() -> None:
-    """Forgets the process' peak memory, where the system can (Linux)."""
+    """Resets the process's peak memory, if the system supports it (Linux)."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> dict[str, Any]:
-    """Most bytes taken: on a device since the start; on a CPU by the process since `reset_peak`."""
+    """Peak bytes: on a device since the start; on a CPU of the process since `reset_peak`."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return {"peak_bytes": int(stats["peak_bytes_in_use"]), "peak_of": "device"}
@@ -79,7 +79,7 @@ def peak_memory() -> dict[str, Any]:
 
 
 class Compiled:
-    """Counts programs, and the seconds that making machine code of them took."""
+    """Counts compiled programs and their compile time in seconds."""
 
     def __init__(self) -> None:
         self.programs, self.seconds = 0, 0.0
@@ -92,7 +92,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Compiled]:
-    """Counts what is compiled within the block."""
+    """Counts the programs compiled within the block."""
     seen = Compiled()
     jax.monitoring.register_event_duration_secs_listener(seen)
     try:
@@ -102,6 +102,6 @@ def counting() -> Iterator[Compiled]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed."""
+    """Versions of the packages that affect speed."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return {"python": platform.python_version()} | found

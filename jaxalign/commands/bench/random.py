@@ -1,4 +1,4 @@
-"""Models of random weights, in the place of those that a run loads."""
+"""Models with random weights, in place of those that a run loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxalign.types import Params
 
 
 class RandomLoader(ArrayLoader):
-    """Of random arrays; a source is a key of `SIZES`."""
+    """A loader of random arrays; a source is a key of `SIZES`."""
 
     def load(
         self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str

@@ -1,4 +1,4 @@
-"""Random batches of a case, built when they are asked for, as a loader would."""
+"""Random batches for a case, built on demand, as a loader would."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROMPT_SHARE = 0.25
 
 
 class RandomBatches:
-    """Random batches in the place of `jaxalign.data.Batches`.
+    """Random batches in place of `jaxalign.data.Batches`.
 
     Args:
       case: what they are for.
@@ -49,11 +49,11 @@ class RandomBatches:
         return full_batches(self._case, self._shapes)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Does nothing."""
 
 
 def full_batches(case: Case, shapes: Any) -> Iterator[Any]:
-    """Batches of any kind, whose rows are one document each, as long as they may be."""
+    """Batches of any kind with one document of full length per row."""
     rng, batch = np.random.default_rng(0), full_batch(shapes)
 
     def fill(x: Any) -> Any:
@@ -72,7 +72,7 @@ def full_batches(case: Case, shapes: Any) -> Iterator[Any]:
 
 
 def token_batches(case: Case) -> Iterator[TokenBatch]:
-    """Rows of SFT; every token but the first of a document is trained."""
+    """Rows for SFT; every token except a document's first is trained."""
     rng = np.random.default_rng(0)
     lengths = _lengths(case, rng, 1)[:, 0]
     documents = [_document(rng, case, int(n), 0) for n in lengths]
@@ -103,7 +103,7 @@ def pair_batches(case: Case) -> Iterator[PairBatch]:
 
 
 def prompt_batch(case: Case) -> PromptBatch:
-    """Prompts, padded on the left where they are ragged."""
+    """Prompts, padded on the left if their lengths differ."""
     rng = np.random.default_rng(1)
     shape = (case.rows, case.length)
     tokens = rng.integers(2, SIZES[case.size].vocab_size, shape).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Steps and iterations of a run: of one's own configuration, or of a case on random arrays."""
+"""Steps and iterations of a run: from the user's configuration, or of a case on random arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxalign.types import TrainState
 
 
 def config_runner(config: Run) -> Runner:
-    """One batch of a run: what it waits for, what it computes. Nothing is written.
+    """Runs one batch of a run, including the wait for data; writes nothing.
 
     Args:
       config: from `load_config`.
@@ -35,7 +35,7 @@ def config_runner(config: Run) -> Runner:
 
 
 def case_runner(case: Case, mesh: Mesh) -> Runner:
-    """One batch of an algorithm, built as a run of it, with random weights and data."""
+    """Runs one batch of an algorithm, built like a run, with random weights and data."""
     algorithm, config = ALGORITHMS[case.what], case.config(mesh)
     check_rows(config, mesh)
     batches = RandomBatches(case, algorithm.shapes(config))
@@ -54,7 +54,7 @@ _MANY = 10**6
 
 
 def _timed(prepare: BatchPrepare, seconds: dict[str, float]) -> BatchPrepare:
-    """The same, waited for; its time goes into `seconds`."""
+    """Wraps a function to block on its result and add its time to `seconds`."""
 
     def run(state: TrainState, batch: Any) -> Any:
         start = time.perf_counter()
@@ -69,9 +69,9 @@ def _task_runner(task: Task, seed: int, timed: dict[str, float]) -> Runner:
     """Runs a task batch by batch.
 
     Args:
-      task: of the loop.
-      seed: of its random choices.
-      timed: seconds of parts that are timed elsewhere, anew for every batch.
+      task: the loop's task.
+      seed: the seed of its random choices.
+      timed: seconds of parts that are timed elsewhere, reset for every batch.
     """
     state, loop, key, done = task.state, task.loop, jax.random.key(seed), 0
     task = task._replace(state=None)  # pyrefly: ignore[bad-argument-type]
@@ -82,7 +82,7 @@ def _task_runner(task: Task, seed: int, timed: dict[str, float]) -> Runner:
         nonlocal state, batches, done
         start = time.perf_counter()
         batch = next(batches, None)
-        if batch is None:  # the data is shorter than the measurement: once more
+        if batch is None:  # the data is shorter than the measurement: start again
             batches = iter(data)
             batch = next(batches)
         parts = {"data": time.perf_counter() - start}

@@ -1,4 +1,4 @@
-"""Records as a table for people."""
+"""Prints records as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEAD = (
 
 
 def show(records: Sequence[dict[str, Any]]) -> str:
-    """One line a record, then what its programs were given; one that failed says why."""
+    """One line per record, then its programs' choices; a failed record shows its error."""
     lines = [_HEAD, *(_line(record) for record in records if "error" not in record)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
     lines = [

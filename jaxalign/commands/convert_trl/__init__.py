@@ -1,1 +1,1 @@
-"""`jaxalign convert-trl`: a file of TRL's arguments as a configuration of ours."""
+"""`jaxalign convert-trl`: converts a file of TRL's arguments to our configuration."""

@@ -1,4 +1,4 @@
-"""A conversion under way: TRL's arguments that are left, our values, and what was left out."""
+"""The state of a conversion: remaining TRL arguments, our values, and what was left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxalign.commands.convert_trl.table import Row, arguments
 
 
 class Note(NamedTuple):
-    """Something that the converted file does not say as TRL's does.
+    """A difference between the converted file and TRL's.
 
     Attributes:
       what: an argument with its value, or one of our options.
@@ -28,7 +28,7 @@ class Conversion:
     Args:
       trainer: a key of `table.SECTIONS`.
       given: the arguments of the file.
-      processes: devices that TRL's run had.
+      processes: the number of devices of TRL's run.
 
     Attributes:
       trainer: as given.
@@ -42,7 +42,8 @@ class Conversion:
         self.processes = processes
         self.values: dict[str, Any] = {}
         self.notes: list[Note] = []
-        # `TrainingArguments.to_dict` writes "<HUB_TOKEN>" in place of a token, given or not.
+        # `TrainingArguments.to_dict` writes "<HUB_TOKEN>" instead of a token, even if none was
+        # given.
         hidden = {name for name, value in given.items() if value == f"<{name.upper()}>"}
         self._given = {name: value for name, value in given.items() if name not in hidden}
         self._left = {name: value for name, value in self._given.items() if value is not None}
@@ -53,18 +54,18 @@ class Conversion:
         return self._given.get(name) is not None
 
     def take(self, name: str, otherwise: Any = None) -> Any:
-        """An argument's value, or TRL's default, or `otherwise`; it counts as carried over."""
+        """An argument's value, or TRL's default, or `otherwise`; marks it as converted."""
         value = self._left.pop(name, None)
         if value is None and not self.given(name):
             value = CARRIED[self.trainer].get(name)
         return otherwise if value is None else value
 
     def look(self, name: str) -> Any:
-        """An argument's value or TRL's default, for one rule while another carries it over."""
+        """An argument's value or TRL's default, for a rule that does not itself convert it."""
         return self._given[name] if self.given(name) else CARRIED[self.trainer].get(name)
 
     def number(self, name: str, otherwise: Any = None) -> Any:
-        """The same as a number; YAML and JSON may hold `1e-5` as text.
+        """Like `take`, as a number; YAML and JSON may hold `1e-5` as text.
 
         Raises:
           ValueError: it is none.
@@ -87,11 +88,11 @@ class Conversion:
         node[leaf] = value
 
     def note(self, what: str, why: str) -> None:
-        """Records what could not be carried over."""
+        """Records something that could not be converted."""
         self.notes.append(Note(what, why))
 
     def leave(self, name: str, why: str | None = None) -> None:
-        """Takes an argument without carrying it over; says so unless it asks for nothing."""
+        """Drops an argument; adds a note unless it has no effect."""
         value = self._left.pop(name, None)
         if not is_off(name, value):
             row = self._rows.get(name)
@@ -99,7 +100,7 @@ class Conversion:
             self.note(f"{name}: {shown}", why or _reason(row))
 
     def rest(self) -> None:
-        """Carries over what no rule took: renamed arguments as they are, others with a note."""
+        """Handles the remaining arguments: converts renamed ones, notes the others."""
         for name in list(self._left):
             row = self._rows.get(name)
             if row is None:

@@ -1,4 +1,4 @@
-"""From TRL's arguments to the values of our configuration, checked as `jaxalign` would."""
+"""Converts TRL's arguments to our configuration, with the same checks as `jaxalign`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOSSES = {
 
 
 def find_trainer(given: Mapping[str, Any]) -> str:
-    """The trainer whose arguments these are.
+    """The trainer that has these arguments.
 
     Raises:
       ValueError: they fit several, or none.
@@ -63,15 +63,15 @@ def find_trainer(given: Mapping[str, Any]) -> str:
 def convert(
     given: Mapping[str, Any], trainer: str, processes: int = 1
 ) -> tuple[dict[str, Any], list[Note]]:
-    """Our configuration for TRL's arguments, and what it could not carry over.
+    """Our configuration for TRL's arguments, and what could not be converted.
 
     Args:
       given: TRL's arguments by name.
       trainer: a key of `table.SECTIONS`.
-      processes: devices that TRL ran on; its batch is that of a device times their number.
+      processes: the number of devices TRL ran on; its batch is the batch per device times this.
 
     Raises:
-      ValueError: values that no configuration can hold; all of them in one message.
+      ValueError: invalid values; one message has all of them.
     """
     from jaxalign.run.config.runs import load_config
 

@@ -1,4 +1,4 @@
-"""What TRL's arguments are when a file does not set them.
+"""The defaults of TRL's arguments.
 
 Of TRL 1.16.0 (PPO: 1.12.0, the last version that has it) and transformers 5.24.
 """
@@ -132,7 +132,7 @@ UNSET: dict[str, Any] = {
 
 
 def is_off(name: str, value: Any) -> bool:
-    """Whether an argument asks for nothing: its default, or a value that turns it off."""
+    """Whether an argument has no effect: its default, or a value that turns it off."""
     if name in UNSET and value == UNSET[name]:
         return True
     return value in (None, False, 0, "", "no", "none", [], {}, ["none"])

@@ -1,4 +1,4 @@
-"""Rules for TRL's arguments that are more than renamed: models, data, batches, schedules."""
+"""Rules for TRL's arguments that need more than renaming: models, data, batches, schedules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SOURCE, DATA = "MODEL", "DATA"
 
 
 def convert_model(c: Conversion) -> None:
-    """The model, its dtypes, adapters and what is recomputed."""
+    """The model, its dtypes, adapters and rematerialisation."""
     source = c.take("model_name_or_path") or c.take("sft_model_path")
     revision = c.take("model_revision", "main")
     if source is None:
@@ -123,7 +123,7 @@ def _convert_quantized(c: Conversion) -> None:
 
 
 def convert_data(c: Conversion) -> None:
-    """Sources, lengths, packing and what is trained."""
+    """Sources, lengths, packing and the trained tokens."""
     name, config = c.take("dataset_name"), c.take("dataset_config")
     train, test = c.take("dataset_train_split", "train"), c.take("dataset_test_split", "test")
     evaluated = c.look("evaluation_strategy") or c.look("eval_strategy")
@@ -149,7 +149,7 @@ def convert_data(c: Conversion) -> None:
         c.put("data.shuffle", False)
     elif order == "group_by_length":
         c.note(f"train_sampling_strategy: {order!r}", "data.buckets puts like lengths together")
-    c.take("shuffle_dataset")  # a fresh order in every pass, with TRL's random sampler too
+    c.take("shuffle_dataset")  # a new order in every pass, also in TRL's random sampler
     keep = c.take("truncation_mode")
     if keep is not None and keep in _KEEP and c.trainer not in ("ppo", "grpo", "rloo"):
         c.put("data.keep", _KEEP[keep])

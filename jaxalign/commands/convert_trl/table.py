@@ -1,6 +1,6 @@
 """TRL's arguments and our options: the one table behind `convert-trl` and the page about TRL.
 
-docs/coming-from-trl.md shows these rows; a test compares the two, cell by cell.
+docs/coming-from-trl.md shows these rows; a test compares both, cell by cell.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Row(NamedTuple):
     Attributes:
       names: TRL's arguments.
       ours: the second cell: our options in Markdown, or a dash.
-      note: the third cell: what to know, or why there is none.
+      note: the third cell: remarks, or why there is no such option.
     """
 
     names: tuple[str, ...]
@@ -217,7 +217,7 @@ class Row(NamedTuple):
     note: str
 
     def options(self) -> tuple[str, ...]:
-        """Our options, where the cell is a plain list of as many as there are names."""
+        """Our options, if the cell is a plain list with one option per name."""
         found = tuple(_OPTION.findall(self.ours))
         plain = ", ".join(f"`{name}`" for name in found) == self.ours
         return found if plain and len(found) == len(self.names) else ()
@@ -243,7 +243,7 @@ def sections() -> dict[str, tuple[Row, ...]]:
 
 
 def arguments(trainer: str) -> dict[str, Row]:
-    """Argument → its row, of one trainer: its own first, then those that all share."""
+    """Argument → its row, for one trainer: its own arguments first, then the shared ones."""
     found: dict[str, Row] = {}
     for heading in (SECTIONS[trainer], *_COMMON):
         for row in sections()[heading]:

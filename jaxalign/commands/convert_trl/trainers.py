@@ -12,7 +12,7 @@ _GROUP_SCALE = {True: "group", False: "none", "True": "group", "False": "none"}
 
 
 def convert_trainer(c: Conversion) -> None:
-    """What belongs to one trainer, and the length of the run: in PPO a step is an iteration."""
+    """One trainer's own arguments, and the length of the run: in PPO a step is an iteration."""
     _RULES[c.trainer](c)
 
 
@@ -36,7 +36,7 @@ def _dpo(c: Conversion) -> None:
     types = [types] if isinstance(types, str) else list(types)
     c.put("dpo.loss_type", types[0] if len(types) == 1 else types)
     c.put("dpo.beta", c.number("beta"))
-    # An option without effect on the loss is an error here, so TRL's defaults stay unsaid.
+    # An option without effect on the loss is an error here, so leave out TRL's defaults.
     for name, option, default in (
         ("label_smoothing", "dpo.label_smoothing", 0.0),
         ("ld_alpha", "dpo.ld_alpha", None),
@@ -154,7 +154,7 @@ def _clip(c: Conversion) -> None:
 
 
 def _groups(c: Conversion, estimator: str) -> None:
-    """Rollouts of several answers a prompt: TRL counts answers, `data.rows` prompts."""
+    """Rollouts with several answers per prompt: TRL counts answers, `data.rows` counts prompts."""
     samples, accumulated = c.number("num_generations"), c.number("gradient_accumulation_steps")
     at_once = c.number("per_device_train_batch_size") * c.processes
     answers = c.number("generation_batch_size")

@@ -1,1 +1,1 @@
-"""`jaxalign doctor`: versions, devices, memory, what does not fit together, and what to do."""
+"""`jaxalign doctor`: versions, devices, memory, conflicts, and what to do about them."""

@@ -17,7 +17,7 @@ _SMALL_MEMORY, _SMALL_DISK = 4 * GIB, 5 * GIB
 
 
 def check_packages() -> list[Problem]:
-    """Packages that are missing or of another version than this package and JAX ask for."""
+    """Packages that are missing or of a version that this package or JAX does not support."""
     found = []
     for of in ("jaxalign", "jax"):
         for wanted in _required(of):
@@ -36,7 +36,7 @@ def check_packages() -> list[Problem]:
 
 
 def check_devices(devices: Sequence[jax.Device]) -> list[Problem]:
-    """Accelerators that are there and not used, and devices of several kinds."""
+    """Accelerators that are not used, and devices of different kinds."""
     kinds = sorted({device.device_kind for device in devices})
     mixed = []
     if len(kinds) > 1:
@@ -50,7 +50,7 @@ def check_devices(devices: Sequence[jax.Device]) -> list[Problem]:
 
 
 def check_machine(host: Machine) -> list[Problem]:
-    """Memory and disk that will not do for more than a first try."""
+    """Too little memory or disk for more than a first try."""
     found = []
     if host.memory is not None and host.memory < _SMALL_MEMORY:
         found.append(
@@ -69,7 +69,7 @@ def check_machine(host: Machine) -> list[Problem]:
 
 
 def check_variables() -> list[Problem]:
-    """Settings of the environment that are known to surprise."""
+    """Environment variables that are known to cause surprises."""
     found = []
     if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true"):
         found.append(Problem("JAX_ENABLE_X64 is set", "unset it: steps compute in float32"))
@@ -79,7 +79,7 @@ def check_variables() -> list[Problem]:
 
 
 def _required(of: str) -> list[Requirement]:
-    """What a package always asks for, on this machine."""
+    """A package's unconditional requirements on this machine."""
     try:
         texts = importlib.metadata.requires(of) or ()
     except importlib.metadata.PackageNotFoundError:

@@ -28,7 +28,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from jaxalign.commands.doctor import checks, facts
 
     variables = facts.variables()
-    # A look at a GPU must not take three quarters of its memory.
+    # Listing a GPU must not reserve three quarters of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices, problems = _find_devices()
     problems += checks.check_packages()
@@ -100,7 +100,7 @@ def describe(
 
 
 def _sizes(memory: int | None, shared: int | None, count: int) -> list[str]:
-    """What fits into devices of so much memory, or into the host's, which they then share."""
+    """The models that fit into the devices' memory, or into the host's, if they share it."""
     from jaxalign.commands.doctor import facts
 
     if memory is None:

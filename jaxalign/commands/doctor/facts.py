@@ -1,4 +1,4 @@
-"""What `doctor` reports: versions, the machine, devices, and meshes that suit them."""
+"""The facts that `doctor` reports: versions, machine, devices, and suitable meshes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jaxalign.plan.installed import COMPILERS, installed
 _VARIABLES = re.compile(r"(JAX|XLA|LIBTPU|TPU|NCCL|JAXALIGN|CUDA_VISIBLE|HF_(HOME|HUB|DATASETS))")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
-# Bytes a parameter in float32: weights, gradients and two moments of what is trained, weights of
-# what is frozen. docs/memory.md has the sum.
+# Bytes per parameter in float32: weights, gradients and two moments if trained, weights if frozen.
+# docs/memory.md has the calculation.
 _BYTES = {
     "SFT or a reward model": 16,
     "DPO": 20,
     "PPO with its four models": 40,
     "GRPO or RLOO": 24,
 }
-_LEFT = 0.5  # of a device's memory for activations
+_LEFT = 0.5  # fraction of a device's memory for activations
 
 
 class Machine(NamedTuple):
@@ -35,8 +35,8 @@ class Machine(NamedTuple):
 
     Attributes:
       system: operating system and kind of processor.
-      cores: that this process may use.
-      memory: bytes, of the host; None where it cannot be read.
+      cores: the number of cores this process may use.
+      memory: the host's memory, bytes; None if it cannot be read.
       free_disk: bytes, in the current folder.
       free_cache: bytes, where models from the hub are stored.
     """
@@ -81,7 +81,7 @@ def machine() -> Machine:
 
 
 def variables() -> dict[str, str]:
-    """Environment variables that change what JAX or this package does; no secret is among them."""
+    """Environment variables that affect JAX or this package; secrets are not included."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
@@ -90,7 +90,7 @@ def variables() -> dict[str, str]:
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that programs may use on a device; None where it does not say, as on a processor."""
+    """Bytes that programs may use on a device; None if unknown, as on a CPU."""
     chip = chip_of(device.device_kind)
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit") or (None if chip is None else chip.memory)
@@ -141,7 +141,7 @@ def meshes(count: int, hosts: int = 1) -> list[tuple[str, str]]:
 
 
 def largest_models(memory: int, count: int) -> list[tuple[str, float]]:
-    """(run, billions of parameters that its weights and moments leave half of the memory for).
+    """(kind of run, billions of parameters whose weights and moments fit in half of the memory).
 
     Args:
       memory: bytes of a device.

@@ -1,1 +1,1 @@
-"""`jaxalign eval`: what a model knows, prefers and answers, measured on files."""
+"""`jaxalign eval`: evaluates a model on files and tasks."""

@@ -1,4 +1,4 @@
-"""The command `jaxalign eval`: what is to be measured, on which files, and where results go."""
+"""The command `jaxalign eval`: the evaluations, their files, and where results go."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _check(parsed: argparse.Namespace, given: dict[str, Sequence[str]]) -> None:
-    """Refuses options that lack another one, before anything is loaded."""
+    """Checks, before loading anything, that options which need another one have it."""
     if not any(given.values()) and parsed.tasks is None:
         raise ValueError(
             f"nothing to measure: wanted one of {', '.join(f'--{name}' for name in _MEASURES)}, "

@@ -16,7 +16,7 @@ from jaxalign.run.evaluation.language_model import EvalOptions
 
 MAX_UNDECIDED = 0.1
 
-_TOKENS = 1024  # for judges that think aloud
+_TOKENS = 1024  # for judges that reason before the verdict
 _VERDICT = re.compile(r"\[\[\s*([AB])\s*\]\]|(?<![A-Za-z])([AB])(?![A-Za-z'’])")
 _PROMPT = """Two assistants answered the conversation below. Decide which answer is better: more \
 helpful, correct and honest, and as long as it needs to be. The order of the answers means nothing.
@@ -45,7 +45,7 @@ def reward_judge(source: str, options: EvalOptions, chat_template: str | None = 
             [*prompt, {"role": "assistant", "content": text}]
             for prompt, text in zip([*prompts, *prompts], texts, strict=True)
         ]
-        # An empty answer has no end at which a score could be read: it loses.
+        # An empty answer has no last token to read a score from, so it loses.
         scores = np.full(len(texts), -np.inf)
         spoken = [i for i, text in enumerate(texts) if text.strip()]
         if spoken:
@@ -77,8 +77,8 @@ def language_judge(writer: Writer, max_undecided: float = MAX_UNDECIDED) -> Judg
     neither A nor B is undecided: it counts as half a win in its order.
 
     Args:
-      writer: gets the requests.
-      max_undecided: the share of undecided replies above which there is no result.
+      writer: receives the requests.
+      max_undecided: the largest share of undecided replies with which there is a result.
 
     Raises:
       ValueError: when called: more undecided replies.
@@ -124,7 +124,7 @@ def language_judge(writer: Writer, max_undecided: float = MAX_UNDECIDED) -> Judg
 
 
 def verdict(text: str) -> str | None:
-    """The last A or B of a reply, in brackets if there are any; None without one."""
+    """The last A or B of a reply (the last one in brackets, if any); None without one."""
     found = list(_VERDICT.finditer(text))
     bracketed = [match[1] for match in found if match[1]]
     if bracketed:

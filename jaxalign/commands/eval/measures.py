@@ -1,4 +1,4 @@
-"""What is measured of one model: KL and reward accuracy here, the others in `run.evaluation`."""
+"""Evaluations of one model: KL and reward accuracy here, the others in `run.evaluation`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def measure_kl(model: EvaluatedModel, reference: EvaluatedModel, files: Sequence
 
         d_t = log π(y_t) − log π_ref(y_t),   KL ≈ E Σ_t d_t (k1),   E exp(−d_t) − 1 + d_t (k3)
 
-    `kl` is k1, summed over an answer, in nats an answer; `kl_token` is k3, in nats a token
+    `kl` is k1, summed over an answer, in nats per answer; `kl_token` is k3, in nats per token
     (http://joschu.net/blog/kl-approx.html).
 
     Raises:
-      ValueError: the models have other tokens.
+      ValueError: the models' tokens differ.
     """
     if model.tok.get_vocab() != reference.tok.get_vocab():
         raise ValueError(
@@ -74,10 +74,10 @@ def measure_reward(
       source: the reward model.
       files: pairs, such as RewardBench's.
       options: how it is asked.
-      by: column that names the source of a row; None: `subset` where rows have it.
+      by: column with the source of a row; None: `subset`, if rows have it.
 
     Raises:
-      ValueError: a row that is no pair, or lacks the column.
+      ValueError: a row that is not a pair, or lacks the column.
     """
     rows = rows_of(files, options)
     column = ("subset" if all("subset" in row.data for row in rows) else None) if by is None else by

@@ -14,16 +14,16 @@ from jaxalign.run.evaluation.figures import Figure, Measured, share
 from jaxalign.run.evaluation.language_model import EvaluatedModel
 
 RESAMPLES = 1000
-_STEPS, _FAR = 25, 10.0  # Newton steps; logits beyond ±10 are as good as certain
+_STEPS, _FAR = 25, 10.0  # Newton steps; logits beyond ±10 are practically certain
 
 
 class Verdicts(NamedTuple):
-    """What a judge thinks of pairs of answers.
+    """A judge's verdicts on pairs of answers.
 
     Attributes:
       wins: `[N]`, 1 where the first answer is better, ½ where they are equal, 0 else.
-      notes: for people.
-      details: of each pair, JSON-able.
+      notes: remarks for display.
+      details: details of each pair, JSON-able.
     """
 
     wins: np.ndarray
@@ -40,7 +40,7 @@ def measure_win_rate(
 ) -> Measured:
     """How often `model`'s answers are better than `other`'s, by a judge.
 
-    `win_rate` counts a tie as half. `win_rate_length_controlled` is what `length_controlled` gives.
+    `win_rate` counts a tie as half. `win_rate_length_controlled` comes from `length_controlled`.
     """
     rows = read_rows(list(files))
     rows = rows if model.options.limit is None else rows[: model.options.limit]
@@ -73,15 +73,15 @@ def length_controlled(
 
         P(win) = σ(θ + φ · tanh(Δ / std Δ)),   rate = σ(θ)
 
-    as AlpacaEval 2 does (Dubois et al. 2024, arXiv 2404.04475), without its term for the
-    difficulty of each instruction. φ has a penalty of φ²/2, so that equal lengths leave the plain
+    as AlpacaEval 2 does (Dubois et al. 2024, arXiv 2404.04475), without its term for the difficulty
+    of each instruction. φ has a penalty of φ²/2, so that with equal lengths the result is the plain
     win rate.
 
     Args:
       wins: 1, ½ or 0 for each pair, `[N]`.
       differences: Δ, length of the first answer less that of the second, characters, `[N]`.
-      seed: of the bootstrap.
-      resamples: of the pairs, for the interval.
+      seed: seed of the bootstrap.
+      resamples: bootstrap resamples for the interval.
 
     Returns:
       (rate, lower, upper) with the bootstrap's 2.5 and 97.5 % points; (½, 0, 1) for no pair.
@@ -106,7 +106,7 @@ def _rate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         slope_theta, slope_phi = (y - p).sum(1), ((y - p) * x).sum(1) - phi
         a, b, d = weight.sum(1) + 1e-9, (weight * x).sum(1), (weight * x * x).sum(1) + 1.0
         determinant = a * d - b * b
-        # A bounded step: where all pairs are won, θ has no end to go to.
+        # The step is bounded, because θ diverges if all pairs are won.
         step_theta = np.clip((d * slope_theta - b * slope_phi) / determinant, -1, 1)
         step_phi = np.clip((a * slope_phi - b * slope_theta) / determinant, -1, 1)
         theta, phi = np.clip(theta + step_theta, -_FAR, _FAR), phi + step_phi

@@ -1,1 +1,1 @@
-"""`jaxalign explain`: which rows and tokens made a step what it was."""
+"""`jaxalign explain`: which rows and tokens shaped a step."""

@@ -16,24 +16,24 @@ from jaxalign.commands.explain.units import Document
 from jaxalign.run.replay import Replay, Replayed, open_replay
 
 _ABOUT_UPDATES = ("loss", "grad_norm", "policy/approxkl_avg", "policy/clipfrac_avg", "bad_steps")
-_MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
+_MOST_BYTES = 4  # the most bytes of a character in UTF-8, and so the most tokens that it takes
 
 
 class Explanation(NamedTuple):
-    """What a step was made of.
+    """The explanation of a step.
 
     Attributes:
       run: name of the run's folder.
-      algorithm: of the run.
+      algorithm: the run's algorithm.
       step: its number.
       start: the step that the replay began after; 0: the initial state.
-      replayed: the steps that ran once more, the last one being the step itself.
-      notes: why bits cannot be promised.
+      replayed: the replayed steps; the last is the step itself.
+      notes: why the replay may not be bitwise equal.
       previous: the recorded step before it, or None.
       changes: metric → (its value in that step, its value in this one).
-      repeated: how many of its rows the batch before had too; None where rows are not known.
+      repeated: how many of its rows were also in the previous batch; None if rows are unknown.
       updates: the metrics of each update.
-      rows: what it learned from.
+      rows: the rows it trained on.
       findings: what stands out.
       texts: row → the texts of its documents' tokens.
     """
@@ -59,7 +59,7 @@ class Explanation(NamedTuple):
 
     @property
     def order(self) -> list[int]:
-        """Rows as people want them: those with their text first, then those with most gradient."""
+        """Rows in display order: first those with text, then those with the largest gradient."""
         rest = sorted(range(len(self.rows)), key=lambda n: -self.rows[n].figures.get(GRADIENT, 0.0))
         return list(dict.fromkeys([*self.texts, *rest]))
 
@@ -70,10 +70,11 @@ def explain(
     """Explains a step of a run, without changing anything in its folder.
 
     Args:
-      folder: of the run.
-      step: from 1.
-      show: rows whose texts are decoded: those that stand out, then those with most gradient.
-      allow_changes: explain although what the run read has changed.
+      folder: the run's folder.
+      step: the step, from 1.
+      show: the number of rows to decode as text: first those that stand out, then those with the
+        largest gradient.
+      allow_changes: explain even if the run's inputs have changed.
 
     Raises:
       ValueError: no run there, no such step, or inputs that have changed since.
@@ -158,7 +159,7 @@ def pieces(tok: Any, ids: np.ndarray) -> list[str]:
 
 
 def as_values(explanation: Explanation) -> dict[str, Any]:
-    """The explanation as JSON-able values; what is no number is null."""
+    """The explanation as JSON-able values, with null for non-finite numbers."""
     e = explanation
     return {
         "run": e.run,

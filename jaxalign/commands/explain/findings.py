@@ -1,6 +1,6 @@
-"""What stands out in a step: against its own rows, and against the steps before it.
+"""What stands out in a step, compared with its own rows and with earlier steps.
 
-A value stands out if it is further than `FAR` spreads from the median. The spread is the median
+A value stands out if it is more than `FAR` spreads from the median. The spread is the median
 absolute deviation, scaled to a standard deviation, and never less than a tenth of the median.
 """
 
@@ -20,7 +20,7 @@ FAR = 5.0
 BEFORE, LEAST_BEFORE, LEAST_ROWS = 20, 3, 4
 """Steps that a step is compared with, how many there must be, and how many rows."""
 
-_MAD = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+_MAD = 1.4826  # ratio of standard deviation to median absolute deviation, for a normal distribution
 _PART, _LEAST_LOSS, _LEAST_STEP = 0.1, 0.05, 1e-3
 _LARGE_SHARE = 0.5
 
@@ -38,8 +38,8 @@ class Finding(NamedTuple):
 
     Attributes:
       kind: "jump", "loss", "score", "mask", "share", "left out" or "not finite".
-      message: for people.
-      row: its number among the step's rows, from 0; None: it is about the whole step.
+      message: the text to show.
+      row: its index among the step's rows; None: it concerns the whole step.
     """
 
     kind: str
@@ -54,8 +54,8 @@ def findings(
 
     Args:
       step: its number.
-      metrics: step → what is recorded of it.
-      rows: of the step.
+      metrics: step → its recorded metrics.
+      rows: the step's rows.
     """
     return [
         *_left_out(metrics[step]),
@@ -98,7 +98,7 @@ def _jumps(step: int, metrics: Mapping[int, Mapping[str, Any]]) -> list[Finding]
             continue
         middle, spread = median_and_spread(before, _LEAST_STEP)
         value = float(metrics[step][name])
-        if not abs(value - middle) <= FAR * spread:  # also if it is not a number
+        if not abs(value - middle) <= FAR * spread:  # also true for NaN
             kind = "jump" if math.isfinite(value) else "not finite"
             text = f"{name} is {value:.4g}; the median of the {len(before)} steps before: "
             found.append(Finding(kind, f"{text}{middle:.4g}"))
@@ -107,7 +107,7 @@ def _jumps(step: int, metrics: Mapping[int, Mapping[str, Any]]) -> list[Finding]
 
 def _far_rows(rows: Sequence[Row], metrics: Mapping[str, Any]) -> list[Finding]:
     found = []
-    # A row that does not count has none; where that of the step is NaN, neither has a spoilt one.
+    # Rows that do not count have none; if the step's value is NaN, affected rows have none either.
     spoilt = math.isnan(float(metrics.get("loss", 0.0)))
     for name, least in (("loss", _LEAST_LOSS), ("score", _LEAST_STEP)):
         values = [row.figures.get(name, math.nan) for row in rows]
@@ -128,11 +128,11 @@ def _is_far(gap: float, spread: float, *, both: bool) -> bool:
 
 
 def _masks(rows: Sequence[Row]) -> list[Finding]:
-    """Rows of which no token, or every one, is trained, unless that is so of most."""
+    """Rows with no trained token, or only trained tokens, unless most rows are like that."""
     found = []
     for row in rows:
         for document in row.documents:
-            # The first token is no target.
+            # The first token is not a target.
             count, most = int(document.trained.sum()), len(document.ids) - 1
             found.append("none" if not count else "all" if count == most else "some")
     whole = {kind: found.count(kind) for kind in ("none", "all")}

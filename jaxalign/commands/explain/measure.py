@@ -1,11 +1,11 @@
-"""What each token and row brings to an update: its loss, and its gradient.
+"""What each token and row contributes to an update: its loss and its gradient.
 
     g_t = ‖∂L / ∂h_t‖₂
 
-L is the loss of the whole update and h_t the hidden state after the final norm at position t: all
-that reaches the weights below passes through it. It costs a forward pass of the model and a
-backward pass of the head alone. A row's figures are those that the algorithm itself logs, of a
-batch in which nothing else counts.
+L is the loss of the whole update and h_t the hidden state after the final norm at position t,
+through which the gradient of all lower weights passes. It costs a forward pass of the model and a
+backward pass of the head. A row's figures are the algorithm's own metrics for a batch in which only
+that row counts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Figures = dict[str, np.ndarray]
 
 
 class GivenHidden:
-    """A model whose hidden states are known: a loss of it begins there.
+    """A model with given hidden states, from which a loss starts.
 
     Args:
       model: a `LanguageModel` or `ScalarModel`, for its head.
@@ -49,7 +49,7 @@ class GivenHidden:
         self._model, self._hidden = model, hidden
 
     def apply(self, params: Params, inputs: Any, *_: Any, **__: Any) -> jax.Array:
-        """The hidden states, whatever is read."""
+        """The given hidden states, whatever the input."""
         return self._hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -57,16 +57,16 @@ class GivenHidden:
 
 
 class Kind(NamedTuple):
-    """How an algorithm's rows are measured.
+    """How to measure an algorithm's rows.
 
     Attributes:
-      model: what reads them.
+      model: the model that reads them.
       loss: (model) → its loss.
       part: the model's key in the parameters; None: they are its own.
-      language: whether the loss is one of log-probabilities; else of scores.
-      by_row: whether a row has figures of its own, beside those of its tokens.
+      language: whether the loss is on log-probabilities, otherwise on scores.
+      by_row: whether rows have their own figures, besides their tokens' figures.
       separable: whether the loss of a row does not depend on other rows.
-      options: of PPO.
+      options: PPO's options.
     """
 
     model: Any
@@ -83,9 +83,9 @@ class Measured(NamedTuple):
 
     Attributes:
       tokens: the rows that the model read, `[R, T]`.
-      loss: of the whole update, without the model's own terms.
+      loss: the loss of the whole update, without the model's own terms.
       values: name → `[R, T]`, aligned with the targets (with the inputs for losses of scores).
-      figures: name → `[U]`, of each unit; NaN where nothing of it counts.
+      figures: name → `[U]`, for each unit; NaN if nothing in it counts.
     """
 
     tokens: TokenBatch
@@ -95,11 +95,11 @@ class Measured(NamedTuple):
 
 
 def kind_of(config: Any, parts: Any) -> Kind | None:
-    """How to measure a run's updates; None: an algorithm of other code.
+    """How to measure a run's updates; None for an algorithm from outside the package.
 
     Args:
-      config: of the run.
-      parts: models and step, as the run's builder makes them.
+      config: the run's config.
+      parts: models and step, from the run's builder.
     """
     model = parts.policy
     if isinstance(config, SFTRun):
@@ -137,11 +137,11 @@ def _reward_loss(scorer: Any, config: Any) -> Loss:
 
 
 class Measure:
-    """Measures updates; each of its two programs is compiled once for a shape.
+    """Measures updates; its two programs are each compiled once per shape.
 
     Args:
       kind: see `kind_of`.
-      mesh: of the run.
+      mesh: the run's mesh.
     """
 
     def __init__(self, kind: Kind, mesh: Mesh):
@@ -201,7 +201,7 @@ class Measure:
                 return metrics
             value = jnp.asarray(_divided(loss, params, alone), jnp.float32)
             counted = sum(jnp.asarray(count, jnp.float32) for count in loss.count(alone).values())
-            # 1 · value: a loss is a number of nats already, and a row that counts weighs 1.
+            # 1 · value: a loss is already in nats, and a row that counts has weight 1.
             weight = (jnp.asarray(counted) > 0).astype(jnp.float32)
             return metrics | {"loss": Weighted(value * weight, weight)}
 
@@ -215,13 +215,13 @@ def _divided(loss: Loss, params: Params, batch: Any) -> Any:
 
 
 def _means(figure: Weighted) -> np.ndarray:
-    """Means of `[U]` sums; NaN where nothing was weighed."""
+    """Means of `[U]` sums; NaN where the weight is 0."""
     total, weight = np.asarray(figure.total, np.float64), np.asarray(figure.weight, np.float64)
     return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)
 
 
 def _temperature(kind: Kind, batch: Any) -> Any:
-    """What divides the logits: 1 but in PPO."""
+    """The divisor of the logits: 1 except in PPO."""
     if not isinstance(batch, RolloutBatch):
         return 1.0
     if batch.temperature is None:
@@ -230,7 +230,7 @@ def _temperature(kind: Kind, batch: Any) -> Any:
 
 
 def _of_rollout(new: jax.Array, batch: RolloutBatch, options: Any) -> dict[str, jax.Array]:
-    """What moved an answer's tokens: log π/π_old, and where the clipped objective is in force."""
+    """Per-token values of PPO: log π/π_old, and where the objective is clipped."""
     mask = batch.tokens.loss_mask
     log_ratio = keep(new, mask) - keep(batch.old_logprobs, mask)
     if options.importance_sampling_level == "sequence":

@@ -1,4 +1,4 @@
-"""An explained step as one HTML page that needs no other file."""
+"""An explained step as a self-contained HTML page."""
 
 from __future__ import annotations
 

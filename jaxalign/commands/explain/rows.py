@@ -1,4 +1,4 @@
-"""The rows of a step with their figures: what was seen of its updates, put together on the host."""
+"""The rows of a step with their figures, assembled on the host from its updates."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Row:
     """A document, a pair or an answer of the step.
 
     Attributes:
-      origin: `file:line`; "" where it is not known, as of a stream.
-      place: where it stood, for people.
-      figures: name → value; NaN where it has none.
+      origin: `file:line`; "" if unknown, as in a stream.
+      place: its position, for display.
+      figures: name → value; NaN if it has none.
       documents: its texts, as token ids.
     """
 
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """How a message names it."""
+        """The row's name in messages."""
         return f"{self.origin} ({self.place})" if self.origin else self.place
 
 
@@ -51,9 +51,9 @@ class Update(NamedTuple):
     """One update, on the host.
 
     Attributes:
-      batch: after `prepare`.
-      units: of it.
-      measured: None: of an algorithm that cannot be measured.
+      batch: its batch, after `prepare`.
+      units: the batch's units.
+      measured: the measurement; None if the algorithm cannot be measured.
     """
 
     batch: Any
@@ -62,16 +62,16 @@ class Update(NamedTuple):
 
 
 class StepWatcher(Watcher):
-    """Keeps the batches of a step, and what its updates are made of.
+    """Stores the batches of a step and measures its updates.
 
     Args:
-      kind: how to measure; None: not at all.
-      mesh: of the run.
+      kind: how to measure; None: do not measure.
+      mesh: the run's mesh.
 
     Attributes:
-      batches: of data, as they came.
-      updates: in their order.
-      logged: the metrics of each.
+      batches: the batches of data, in order.
+      updates: the updates, in order.
+      logged: the metrics of each update.
     """
 
     def __init__(self, kind: Kind | None, mesh: Any):
@@ -101,9 +101,9 @@ def rows_of(watcher: StepWatcher, built: Built, step: int) -> list[Row]:
     """The rows of a step, in the order of the batch.
 
     Args:
-      watcher: of the step.
+      watcher: the step's watcher.
       built: the run's task.
-      step: from 1.
+      step: the step, from 1.
     """
     if not watcher.updates or watcher.kind is None:
         return []
@@ -161,7 +161,7 @@ def _mean_loss(documents: Iterable[Document], update: Update, unit: Unit) -> flo
 
 
 def _counts(documents: Sequence[Document]) -> dict[str, float]:
-    """Tokens, trained ones, and the norm of the gradient over all of them."""
+    """The number of tokens, of trained tokens, and the norm of the gradient over all tokens."""
     squares = sum(np.nansum(np.square(document.values[GRADIENT])) for document in documents)
     return {
         "tokens": float(sum(len(document.ids) for document in documents)),
@@ -170,7 +170,7 @@ def _counts(documents: Sequence[Document]) -> dict[str, float]:
     }
 
 
-# PPO: an answer takes part in an update of every pass over the rollout.
+# PPO: an answer is in one update of every pass over the rollout.
 
 
 def _prompt_origins(batches: Iterable[Any], built: Built) -> dict[bytes, str]:
@@ -189,7 +189,7 @@ def _key(ids: np.ndarray) -> bytes:
 
 
 def _answers(updates: Sequence[Update], origins: Mapping[bytes, str]) -> list[Row]:
-    """The answers of a rollout; values that change are those before each one's last update."""
+    """The answers of a rollout, with the values before each answer's last update."""
     rows: dict[tuple[bytes, int], Row] = {}
     for update in updates:
         seen: dict[bytes, int] = {}
@@ -228,7 +228,7 @@ def _answer(update: Update, unit: Unit) -> Row:
     inside = np.asarray(mask, bool)
     arrays = {name: getattr(batch, field) for name, field in _PER_TOKEN.items()}
     arrays["kl"] = batch.old_logprobs - batch.ref_logprobs
-    # An answer that is left out of the loss has a KL and rewards too.
+    # An answer that is left out of the loss also has a KL and rewards.
     whole = measured.tokens._replace(loss_mask=inside)
     values = {
         name: np.where(inside, np.asarray(value), np.nan)
@@ -253,7 +253,7 @@ def _answer(update: Update, unit: Unit) -> Row:
 
 
 def _scores(batch: RolloutBatch, row: int) -> dict[str, float]:
-    """An answer's score and its parts; none where answers share rows."""
+    """An answer's score and its parts; {} if answers share rows."""
     if batch.scores is None:
         return {}
     found = {"score": float(np.asarray(batch.scores)[row])}

@@ -22,7 +22,7 @@ _CHANGES, _LINES = 12, 12
 
 
 def columns_of(explanation: Explanation) -> list[str]:
-    """Which figures a table of rows shows."""
+    """The figures to show in a table of rows."""
     there = {name for row in explanation.rows for name in row.figures}
     known = [name for name in _FIGURES if name in there]
     scores = sorted(name for name in there if name.startswith("score/"))
@@ -39,12 +39,12 @@ def cell(name: str, value: float) -> str:
 
 
 def figure(value: Any) -> str:
-    """A metric for people; what is not finite is recorded as text."""
+    """A metric, for display; non-finite values are recorded as text."""
     return "–" if value is None else f"{float(value):.5g}"
 
 
 def bits(explanation: Explanation) -> list[str]:
-    """Whether the replay gave the recorded bits, in sentences."""
+    """Sentences on whether the replay was bitwise equal to the record."""
     e = explanation
     where = f"step {e.step}" if e.start + 1 == e.step else f"steps {e.start + 1} to {e.step}"
     begin = f"checkpoint {e.start}" if e.start else "the initial state"
@@ -60,7 +60,7 @@ def bits(explanation: Explanation) -> list[str]:
 
 
 def difference_lines(replayed: Sequence[Replayed]) -> list[str]:
-    """What is not as recorded, a line a step."""
+    """The differences from the record, one line per step."""
     lines = []
     for step in replayed:
         if not step.compared:
@@ -108,7 +108,7 @@ def show(explanation: Explanation, colour: bool) -> str:
 
 
 def _table(e: Explanation) -> list[str]:
-    """The rows that stand out, and those with most gradient."""
+    """The rows that stand out, and those with the largest gradient."""
     names = columns_of(e)
     chosen = e.order[:_LINES]
     body = [

@@ -1,4 +1,4 @@
-"""The documents, pairs and answers of a batch: where they stand, and a batch with one of them."""
+"""The units (documents, pairs, answers) of a batch, and a batch in which one unit counts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read_rows(batch: Any) -> TokenBatch:
 
 
 def units_of(batch: Any) -> list[Unit]:
-    """What a batch on the host holds, row by row: the order of `Batches.rows_of`."""
+    """The units of a batch on the host, row by row, in the order of `Batches.rows_of`."""
     if isinstance(batch, PairBatch) and batch.mask is None:
         chosen, rejected = (np.asarray(s.loss_mask) for s in (batch.chosen, batch.rejected))
         exists = chosen.any(axis=1) & rejected.any(axis=1)
@@ -70,7 +70,7 @@ def units_of(batch: Any) -> list[Unit]:
 
 
 def only(batch: Any, row: Array, segment: Array) -> Any:
-    """The batch with a single unit that counts; all shapes stay. For `jit`."""
+    """The batch with only one unit that counts; shapes do not change, so it works under `jit`."""
 
     def of_rows(mask: Array) -> jax.Array:
         mask = jnp.asarray(mask)
@@ -106,10 +106,10 @@ def documents_of(
 
     Args:
       batch: on the host.
-      unit: of it.
+      unit: one of its units.
       tokens: its `read_rows`, on the host.
       values: name → `[R, T]`.
-      targets: whether a value belongs to the target at its place, else to the input.
+      targets: whether values belong to the targets at their positions, otherwise to the inputs.
     """
     found = []
     tokens = jax.tree.map(np.asarray, tokens)
@@ -118,7 +118,7 @@ def documents_of(
         ids = np.asarray(tokens.inputs[row][at])
         masks = np.asarray(tokens.loss_mask[row][at], bool)
         columns = {key: np.asarray(value[row][at], np.float64) for key, value in values.items()}
-        if masks.size and masks[-1]:  # a piece of a longer document: its last target goes on there
+        if masks.size and masks[-1]:  # cut document: the next piece's token
             ids = np.append(ids, tokens.targets[row][at[-1]])
             masks = np.append(masks, False)
             columns = {key: np.append(value, np.nan) for key, value in columns.items()}

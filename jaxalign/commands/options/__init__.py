@@ -1,1 +1,1 @@
-"""The options of a configuration, for people: `jaxalign options`, `init`, and `--help`."""
+"""Help on the options of a configuration: `jaxalign options`, `init`, and `--help`."""

@@ -1,4 +1,4 @@
-"""What every option means: read from the docstrings and defaults of the configurations' classes."""
+"""Describes every option, from the docstrings and defaults of the configurations' classes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Option(NamedTuple):
 
     Attributes:
       name: with its sections, such as `ppo.kl_coef`.
-      type: what it takes, such as "float or null".
-      default: as YAML has it; None where one must be given.
-      help: what it means, with unit and range.
+      type: its type, such as "float or null".
+      default: its default in YAML; None if the option is required.
+      help: its meaning, with unit and range.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Option(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The options that stand side by side in a YAML.
+    """The options of one section of a YAML.
 
     Attributes:
-      name: where they stand, such as `model.lora`; "" for the top level.
+      name: the section's path, such as `model.lora`; "" for the top level.
       help: the first sentences of the class's docstring.
       options: in the order of the class.
     """
@@ -42,7 +42,7 @@ class Section(NamedTuple):
 
 
 def sections_of(cls: type, where: str = "") -> list[Section]:
-    """A configuration's sections, outermost first, each with those inside it behind it.
+    """A configuration's sections, outermost first, each followed by its subsections.
 
     Args:
       cls: a dataclass; its fields that are dataclasses are sections of their own.
@@ -76,7 +76,7 @@ def options_of(cls: type, where: str = "") -> Iterator[Option]:
 
 
 def attributes_of(cls: type) -> dict[str, str]:
-    """Field → its description in the docstring of the class, or of one that it derives from."""
+    """Field → its description in the docstring of the class or of a base class."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(vars(base).get("__doc__") or "")
@@ -140,7 +140,7 @@ def _default(field: dataclasses.Field[Any]) -> str | None:
 
 
 def in_yaml(value: Any) -> str:
-    """A default as a YAML on one line has it; a section is shown as `{…}`."""
+    """A default as one line of YAML; a section is shown as `{…}`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if dataclasses.is_dataclass(value):

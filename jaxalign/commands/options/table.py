@@ -16,8 +16,8 @@ _MARGIN = 36  # columns before the meaning of an option in `--help`
 def all_sections() -> dict[str, Section]:
     """Name → section, of all commands that take a YAML.
 
-    What stands at the top level of one algorithm's file alone, such as `ppo_epochs`, is in the
-    section of that algorithm, in front of its own options.
+    Top-level options of a single algorithm, such as `ppo_epochs`, are in that algorithm's section,
+    before its own options.
     """
     from jaxalign.commands.synth.config import SynthRun
     from jaxalign.run.config.runs import RUNS
@@ -51,7 +51,7 @@ def find(name: str) -> Section:
     """The section of this name, or one option of it as a section.
 
     Raises:
-      ValueError: there is none; names the nearest.
+      ValueError: there is none; the message names the nearest.
     """
     known = all_sections()
     if name in known:
@@ -60,7 +60,7 @@ def find(name: str) -> Section:
     if name in options:
         section = options[name]
         return section._replace(options=tuple(o for o in section.options if o.name == name))
-    # `ppo.ppo_epochs` and `beta`: right but for where they stand.
+    # `ppo.ppo_epochs` and `beta`: the right name in the wrong section.
     leaf = name.split(".")[-1]
     near = [full for full in options if full.split(".")[-1] == leaf]
     near = near or difflib.get_close_matches(name, [*known, *options], 3, 0.6)
@@ -69,7 +69,7 @@ def find(name: str) -> Section:
 
 
 def show(section: Section, width: int = 100) -> str:
-    """A section in full: each option with default and type, and what it means below."""
+    """A section in full: each option with default and type, and its meaning below."""
     lines = textwrap.wrap(f"{section.name}: {section.help}", width)
     for option in section.options:
         lines += ["", f"{_assignment(option)}   ({option.type})"]
@@ -78,7 +78,7 @@ def show(section: Section, width: int = 100) -> str:
 
 
 def show_briefly(sections: Iterable[Section], width: int = 100) -> str:
-    """Sections with a few words an option, for `--help`."""
+    """Sections with a few words per option, for `--help`."""
     lines = ["options of the YAML with their defaults; key=value behind the file overrides one:"]
     seen: dict[tuple[str | None, ...], str] = {}
     for section in sections:
@@ -100,7 +100,7 @@ def show_briefly(sections: Iterable[Section], width: int = 100) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that no abbreviation has."""
+    """The text up to the first full stop that does not end an abbreviation."""
     return re.split(r"(?<!et al)(?<!Dr)\. (?=[A-Z])", text, maxsplit=1)[0].rstrip(".")
 
 

@@ -1,12 +1,12 @@
-"""PPO's end: at a KL, or once the held-out judge says that answers have got worse.
+"""Early stopping of PPO: at a KL limit, or when the held-out judge finds answers getting worse.
 
-Every iteration samples answers of the policy as it stands. Their KL and the judge's mean score are
-therefore known for free, one iteration late. A run whose answers get worse ends with its best
-policy. One that goes too far from its start is taken part of the way back:
+Every iteration samples answers from the current policy. Their KL and the judge's mean score are
+therefore free, but one iteration late. A run whose answers get worse ends with its best policy. A
+policy that moves too far from its start is moved part of the way back:
 
     W ← W₀ + √(aim / KL) · (W − W₀),
 
-since the KL grows as the square of the way that the weights have gone (interpolation towards the
+since the KL grows as the square of the weights' distance from the start (interpolation towards the
 initialization: Ramé et al. 2024, https://arxiv.org/abs/2406.16768, section 3.3).
 """
 
@@ -28,11 +28,11 @@ class EarlyStop:
     """Watches the rollouts of a run.
 
     Args:
-      judge: scores answers; the reward model never saw what it learned from.
-      most_kl: nats an answer, beyond which the run ends.
-      aim_kl: nats an answer that a policy which went too far is taken back to.
+      judge: scores answers; its training data is unseen by the reward model.
+      most_kl: the KL, in nats per answer, above which the run ends.
+      aim_kl: the KL, in nats per answer, to which a policy beyond `most_kl` is moved back.
       patience: iterations clearly below the best score before the run ends.
-      iterations: of the run. The last policy is not sampled from; its KL is estimated.
+      iterations: the run's iterations. The last policy is not sampled from; its KL is estimated.
 
     Attributes:
       reason: why the run did not end with its last policy, as a clause; "" if it did.
@@ -57,7 +57,7 @@ class EarlyStop:
         ) -> tuple[Iterable[Any], Floats]:
             updates, metrics = task.prepare_updates(key, state, batch, loop, data)
             updates = list(updates)
-            # Every answer is in as many updates as there are epochs: the mean is that of all.
+            # Every answer is in one update per epoch, so this is the mean over all answers.
             scores = self._judge.scores([d for part in updates for d in documents_of(part)])
             error = float(scores.std()) / math.sqrt(len(scores))
             self.look(state.params, float(scores.mean()), metrics["objective/kl"], error)
@@ -66,12 +66,12 @@ class EarlyStop:
         return task._replace(prepare_updates=prepare_updates, end_with=self.end_with)
 
     def look(self, params: Params, score: float, kl: float, error: float = 0.0) -> None:
-        """Takes what an iteration's answers say of the policy that gave them.
+        """Records what an iteration's answers show about the policy that sampled them.
 
         Args:
-          params: of that policy, before the iteration's updates; copied if they are kept.
+          params: that policy's parameters, before the iteration's updates; copied if kept.
           score: the judge's mean.
-          kl: from the reference, nats an answer.
+          kl: KL from the reference, nats per answer.
           error: standard error of `score`: a mean within it of the best is as good.
         """
         self.judged.append(score)
@@ -93,7 +93,7 @@ class EarlyStop:
                 )
 
     def end_with(self, state: TrainState, done: int) -> TrainState | None:
-        """The state to end with now, or None to go on."""
+        """The final state, to end now, or None to continue."""
         if self.reason and self._best is not None:
             return state._replace(params=self._best[2])
         kl = self._next_kl()
@@ -110,7 +110,7 @@ class EarlyStop:
         return jax.tree.map(lambda start, now: start + part * (now - start), self._first, params)
 
     def _next_kl(self) -> float:
-        """An estimate of the KL after the last updates; their steps are a little smaller each."""
+        """An estimate of the KL after the last updates, whose steps get slightly smaller."""
         if len(self._kls) < 2:
             return 0.0
         before, now = (math.sqrt(max(kl, 0.0)) for kl in self._kls[-2:])

@@ -1,4 +1,4 @@
-"""What an answer looks like: is it warm, does it still answer, does it say a thing twice?
+"""The form of an answer: is it warm, does it still answer, does it repeat itself?
 
 A test of form needs no model. It knows the courtesies of the example data and their neighbours
 (`courtesies`), in English and Chinese; it does not know whether an answer is true.
@@ -24,13 +24,13 @@ _LONGEST_COURTESY = 9
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What the form of one answer is.
+    """The form of one answer.
 
     Attributes:
       warm: a sentence of it is a courtesy.
-      answers: without its courtesies, words enough remain, and one of their content words is also
+      answers: without its courtesies, enough words remain, and one of their content words is also
         in the prompt or in the answer of the model before alignment.
-      repeats: a sentence comes twice.
+      repeats: a sentence occurs twice.
     """
 
     warm: bool
@@ -44,7 +44,7 @@ def form_of(prompt: str, answer: str, before: str = "") -> Form:
     Args:
       prompt: what was asked.
       answer: what the model said.
-      before: the answer of the model that alignment started from; its words are to the point.
+      before: the answer of the model before alignment, whose words are taken as relevant.
     """
     parts, rest = sentences(answer), without_courtesies(answer)
     to_the_point = _content([prompt, *without_courtesies(before)])
@@ -119,7 +119,7 @@ def _says_enough(parts: Sequence[str]) -> bool:
 
 
 def _content(texts: Sequence[str]) -> set[str]:
-    """Content words, plural or not; of Chinese, pairs of adjacent characters."""
+    """Content words, ignoring plurals; for Chinese, pairs of adjacent characters."""
     text = " ".join(texts)
     found = {"".join(pair) for pair in re.findall(r"(?=([\u4e00-\u9fff])([\u4e00-\u9fff]))", text)}
     for word in _plain(re.sub(r"[\u4e00-\u9fff]", " ", text)).split():

@@ -1,10 +1,10 @@
-"""The judge: a linear head on the features of the SFT model, trained on pairs that no stage sees.
+"""The judge: a linear head on the SFT model's features, trained on pairs that no stage sees.
 
     score(x, y) = w · f(x, y),   w = argmin Σ (1 − w · (f(chosen) − f(rejected)))² + λ |w|²
 
-f are the hidden states of a frozen model at the answer's last token and, averaged, over the answer,
-from a layer in the middle of it. The judge says which of two answers is better, and when PPO's own
-reward has stopped to agree with it. Nothing is trained against it.
+f are hidden states from a middle layer of a frozen model: at the answer's last token, and averaged
+over the answer. The judge tells which of two answers is better, and when PPO's own reward stops
+agreeing with it. Nothing is trained against it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rate(NamedTuple):
 
     @classmethod
     def of(cls, wins: float, count: int) -> Rate:
-        """Of so many wins; a tie is half of one."""
+        """The rate for a number of wins; a tie is half a win."""
         return cls(wins / max(count, 1), *wilson(wins, count), count)
 
 
@@ -56,7 +56,7 @@ def lower_layers(model: Decoder, params: Params, depth: float) -> tuple[Decoder,
     Args:
       model: without adapters.
       params: its parameters; all but the layers are shared, not copied.
-      depth: which part of the layers, 0 to 1; at least one is left.
+      depth: the fraction of layers to keep, 0 to 1; at least one layer.
     """
     config = model.config
     count = max(1, round(depth * config.num_layers))
@@ -78,7 +78,7 @@ class Features:
       params: its parameters.
       tok: its tokenizer.
       chat_template: as in `encode_conversations`.
-      depth: which part of the layers runs, from the first on, 0 to 1: those in the middle tell most
+      depth: the fraction of layers to run, from the first on, 0 to 1: middle layers tell the most
         about a whole answer, and cost less.
     """
 
@@ -143,9 +143,9 @@ class Judge:
     """Scores answers.
 
     Attributes:
-      features: of the frozen model.
-      weights: float32 `[2 D]`, of features that were divided by their spread.
-      accuracy: of held-out pairs, how many it ranks right.
+      features: features of the frozen model.
+      weights: float32 `[2 D]`, for features divided by their spread.
+      accuracy: the share of held-out pairs that it ranks correctly.
       by_kind: the same for each kind of rejected answer, as (right, pairs).
     """
 
@@ -169,9 +169,9 @@ def train_judge(
     """Fits the head on pairs and measures it on others.
 
     Args:
-      features: of the frozen model.
+      features: features of the frozen model.
       rows: pairs with `prompt`, `chosen`, `rejected` and `kind`; no stage trains on them.
-      held_out: the same, of other prompts.
+      held_out: the same, with other prompts.
       penalty: λ, for features whose squared norm is 1 on average.
 
     Raises:
@@ -181,7 +181,7 @@ def train_judge(
         raise ValueError(
             f"a judge of {len(rows)} pairs, tried on {len(held_out)}: wanted some of each"
         )
-    # A prompt's chosen answer is in several pairs: it is read once.
+    # A prompt's chosen answer is in several pairs, but is read once.
     sides = [(row.data["prompt"], row.data[side]) for row in (*rows, *held_out) for side in _SIDES]
     answers = list(dict.fromkeys(sides))
     values = features(features.encode(*zip(*answers, strict=True)))
@@ -207,7 +207,7 @@ _SIDES = ("chosen", "rejected")
 
 
 def _ridge(differences: np.ndarray, penalty: float) -> np.ndarray:
-    """The w of the module's equation, by way of pairs: there are fewer of them than features."""
+    """The w of the module's equation, in its dual form: there are fewer pairs than features."""
     width = differences.shape[1]
     products = differences @ differences.T / width
     duals = np.linalg.solve(products + penalty * np.eye(len(products)), np.ones(len(products)))
@@ -215,7 +215,7 @@ def _ridge(differences: np.ndarray, penalty: float) -> np.ndarray:
 
 
 def win_rate(scores: np.ndarray, others: np.ndarray) -> Rate:
-    """How often an answer beats the other model's to the same prompt; a tie is half a win."""
+    """How often an answer beats the other model's to the same prompt; ties are half a win."""
     wins = float(np.sum(scores > others)) + 0.5 * float(np.sum(scores == others))
     return Rate.of(wins, len(scores))
 
@@ -231,7 +231,7 @@ def documents_of(batch: RolloutBatch) -> list[Encoded]:
         answer = np.flatnonzero(trained)
         if not answer.size:
             continue
-        # Inputs and the last target: a mask of targets moves by one to become one of tokens.
+        # Inputs and the last target: shift the mask of targets by one to get a mask of tokens.
         first, end = int(columns[0]), int(answer[-1])
         ids = np.concatenate([inputs[first : end + 1], targets[end : end + 1]])
         mask = np.concatenate([[False], trained[first : end + 1]])

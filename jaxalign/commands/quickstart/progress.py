@@ -1,4 +1,4 @@
-"""One live line for a job of several parts: what runs, how far it is, how long the rest takes."""
+"""A live status line for a job of several parts: current part, progress, time left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TextIO
 
 
 class Progress:
-    """The line, rewritten in place on a terminal; elsewhere one line a part.
+    """The line, rewritten in place on a terminal; otherwise one line per part.
 
-    The time left is that of the parts to come, at the speed of those that are done.
+    The time left is estimated from the parts done so far.
 
     Args:
       parts: the parts in their order, with the seconds that each took on some other machine.
@@ -38,7 +38,7 @@ class Progress:
         self._show(always=True)
 
     def step(self, share: float, note: str = "") -> None:
-        """So much of the part is done, 0 to 1."""
+        """Sets the fraction of the part that is done, 0 to 1."""
         self._share, self._note = share, note
         self._show()
 
@@ -53,14 +53,14 @@ class Progress:
         self._clear()
 
     def seconds_left(self) -> float:
-        """Of the rest; that of the other machine until the first part has moved."""
+        """The time left; the other machine's until the first part has made progress."""
         spent = sum(self._parts[part] for part in self._done)
         spent += self._share * self._parts.get(self._now, 0.0)
         rest = sum(self._parts.values()) - spent
         return rest * ((self._clock() - self._began) / spent if spent else 1.0)
 
     def make_bar(self, title: str, total: int, done: int) -> StepBar:
-        """A progress bar for `jaxalign.run.loop.train`: steps of the present part."""
+        """A progress bar for `jaxalign.run.loop.train`: the steps of the current part."""
         return StepBar(self, title, total, done)
 
     def _finish(self) -> None:
@@ -91,7 +91,7 @@ class Progress:
 
 
 class StepBar:
-    """What `Reporter` calls of a bar of tqdm's, for the live line."""
+    """The tqdm methods that `Reporter` calls, for the live line."""
 
     disable = False
 
@@ -100,7 +100,7 @@ class StepBar:
         self._note = ""
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """What stands beside the step."""
+        """Sets the text beside the step."""
         self._note = text
 
     def update(self) -> None:
@@ -113,4 +113,4 @@ class StepBar:
         self._progress.say(text)
 
     def close(self) -> None:
-        """Nothing: the line belongs to the whole job."""
+        """Does nothing: the line belongs to the whole job."""

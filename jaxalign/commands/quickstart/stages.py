@@ -1,4 +1,4 @@
-"""The quickstart: all four algorithms on the example data, and what each did, side by side."""
+"""The quickstart: all four algorithms on the example data, with their results side by side."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def quickstart(
     """Runs the stages from one model and writes `summary.json`, `summary.md` and `report.html`.
 
     SFT, then a judge and a reward model on top of it, PPO against the reward model, and DPO from
-    the same SFT model. Models go from stage to stage in memory; each is also written, to
+    the same SFT model. Models pass from stage to stage in memory; each is also written to
     `<stage>/model`.
 
     Args:
       model: folder, `.gguf` file or hub id of a small chat model.
-      language: "en" or "zh", of the example data.
+      language: the language of the example data, "en" or "zh".
       out: folder to make; each stage has a sub-folder with its `model/`.
       assignments: overrides such as `ppo.run.steps=4`.
 
@@ -48,7 +48,7 @@ def quickstart(
       The summary that was written.
 
     Raises:
-      ValueError: `out` holds something already, or a wrong override; before anything is run.
+      ValueError: `out` is not empty, or an override is invalid; raised before anything runs.
     """
     recipe = read_yaml(RECIPE)
     options = recipe.pop("quickstart")
@@ -60,7 +60,7 @@ def quickstart(
 
 
 def check_new(folder: pathlib.Path) -> None:
-    """Raises ValueError if there is something in the folder: it may be somebody's run."""
+    """Raises ValueError if the folder is not empty, because it may hold a run."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"--out {folder}: there is something in it already, which would be overwritten; give "
@@ -69,7 +69,7 @@ def check_new(folder: pathlib.Path) -> None:
 
 
 class _Quickstart:
-    """One run of it: what its parts share."""
+    """One run of the quickstart: the state that its parts share."""
 
     def __init__(
         self, model: str, language: str, out: pathlib.Path, stages: dict[str, Any],
@@ -228,5 +228,5 @@ class _Quickstart:
 
 
 def _cpu_seconds() -> float:
-    """Of all threads of this process: what the work costs, whoever else uses the machine."""
+    """CPU seconds of all threads of this process, independent of other users of the machine."""
     return time.process_time()

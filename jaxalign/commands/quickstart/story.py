@@ -1,4 +1,4 @@
-"""What a stage's figures mean, in a sentence each."""
+"""What a stage's metrics mean, one sentence each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ppo(result: Result, steps: int, stopped: str) -> str:
 
 
 def dpo(result: Result) -> str:
-    """After DPO. Its last pairs were new to it when they were measured, before the update."""
+    """After DPO. Its last pairs were measured before their update, when they were new to it."""
     last = result.history[-1]
     return (
         f"DPO: without a reward model it came to prefer the chosen answer in "

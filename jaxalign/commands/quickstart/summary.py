@@ -33,14 +33,14 @@ _ITERATION = (
 
 
 class Told(NamedTuple):
-    """What the summary is made of.
+    """The inputs of the summary.
 
     Attributes:
-      model: what all began with.
-      language: of the example data.
+      model: the initial model.
+      language: the language of the example data.
       prompts: held-out prompts, N.
       answers: model → N answers.
-      results: stage → what its run left.
+      results: stage → the result of its run.
       judge: the judge.
       scores: model → the judge's scores of its answers, `[N]`.
       tokens: model → tokens of each answer.
@@ -93,11 +93,11 @@ def what_got_worse(
     content: Mapping[str, float],
     wins: Mapping[str, Rate],
 ) -> list[str]:
-    """A sentence for all that is measured and worse than after SFT, and for what is not measured.
+    """One sentence per metric that is worse than after SFT, and per metric that was not measured.
 
     Args:
       forms: model → `forms.shares`.
-      content: model → mean words of an answer that are no courtesies.
+      content: model → mean number of words per answer outside courtesies.
       wins: `<model>_vs_sft` → the judge's verdict.
     """
     found = []
@@ -144,7 +144,7 @@ def _content_words(answers: Sequence[str]) -> float:
 
 
 def _figures(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Held-out figures; before PPO those of its first answers, which the SFT model gave."""
+    """Held-out metrics; before PPO those of its first answers, which the SFT model gave."""
     found = []
     for stage, name, title in _FIGURES:
         result = results[stage]

@@ -1,1 +1,1 @@
-"""HTML pages: of a run and its metrics, and of the data that training will see."""
+"""HTML pages on runs and their metrics, and on the data that training will see."""

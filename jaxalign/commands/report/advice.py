@@ -1,4 +1,4 @@
-"""What in a run's figures calls for attention, and what to do about it."""
+"""Finds problems in a run's metrics, and says what to do about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxalign.commands.report.load import Run
 
 SERIOUS, NOTABLE = "serious", "notable"
 
-_FEWEST = 5  # values that a trend needs
+_FEWEST = 5  # the fewest values for a trend
 
 
 class Finding(NamedTuple):
@@ -33,7 +33,7 @@ Rule = Callable[[Run], Iterator[Finding]]
 
 
 def warnings_of(run: Run) -> list[Finding]:
-    """All that stands out in a run, serious things first."""
+    """Everything that stands out in a run, serious findings first."""
     found = [warning for rule in _RULES for warning in rule(run)]
     return sorted(found, key=lambda warning: warning.level != SERIOUS)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 Points = Sequence[tuple[float, float]]
 
-_LARGEST = 8e307  # beyond it the difference of two values may be no number
+_LARGEST = 8e307  # beyond it the difference of two values may overflow
 
 # Characters that neither HTML nor XML allows, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -24,7 +24,7 @@ def text(value: Any) -> str:
 
 
 class Box(NamedTuple):
-    """The size of a chart and the margins around its plot, in pixels of its own."""
+    """The size of a chart and the margins around its plot, in its own pixels."""
 
     width: int = 380
     height: int = 200
@@ -35,11 +35,11 @@ class Box(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Where values lie in a chart.
+    """Maps values to positions in a chart.
 
     Attributes:
-      box: of the chart.
-      x: first and last value across.
+      box: the chart's box.
+      x: first and last horizontal value.
       y: lowest and highest value.
     """
 
@@ -61,7 +61,7 @@ class Axes(NamedTuple):
         return bottom - (value - low) / (high - low) * (bottom - self.box.top)
 
     def points(self, values: Points) -> str:
-        """Positions as a `points` attribute has them."""
+        """Positions in the form of a `points` attribute."""
         return " ".join(f"{number(self.across(x))},{number(self.up(y))}" for x, y in values)
 
     def frame(
@@ -76,10 +76,10 @@ class Axes(NamedTuple):
 
         Args:
           label: text for screen readers.
-          names: of the horizontal and the vertical axis; "" for none.
-          across: values with their texts.
-          up: the same.
-          attributes: further ones of the SVG, ready.
+          names: names of the horizontal and the vertical axis; "" for none.
+          across: horizontal ticks: values with their texts.
+          up: vertical ticks, likewise.
+          attributes: more attributes of the SVG, already escaped.
         """
         box = self.box
         right, bottom = box.width - box.right, box.height - box.bottom
@@ -136,7 +136,7 @@ def is_drawn(value: float) -> bool:
 
 
 def pieces(points: Points) -> list[list[tuple[float, float]]]:
-    """Stretches of two or more values that can be drawn."""
+    """Runs of two or more consecutive values that can be drawn."""
     found: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if is_drawn(y):

@@ -26,7 +26,7 @@ _MOST = 300
 
 
 def thin(points: Points, most: int = _MOST) -> list[tuple[float, float]]:
-    """At most about `most` points that look the same: the lowest and highest of every stretch.
+    """Thins points to about `most` without visible change: keeps each stretch's lowest and highest.
 
     The first and last points stay. A value that is not a number replaces its stretch, so that it
     remains visible.
@@ -101,14 +101,14 @@ def bar_chart(
     """One SVG with a bar for each bin and group, the groups of a bin side by side.
 
     Args:
-      edges: of the bins, ascending, one more than there are bins.
-      counts: of each group, one number a bin; drawn with the classes `s0`, `s1`, ….
+      edges: the bins' edges, ascending, one more than there are bins.
+      counts: for each group one number per bin; drawn with the classes `s0`, `s1`, ….
       label: text for screen readers.
       x_label: under the horizontal axis.
       y_label: along the vertical axis.
 
     Raises:
-      ValueError: no bin, or a group with another number of bins.
+      ValueError: no bins, or a group with a different number of bins.
     """
     bins = len(edges) - 1
     if bins < 1 or any(len(group) != bins for group in counts):

@@ -1,4 +1,4 @@
-"""The commands that show: `report` a run, `data` what a run would be trained on."""
+"""The commands `report` (shows runs) and `data` (shows what a run would train on)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: an overview, what differs in their configurations, what they cost."""
+"""Runs side by side: an overview, differences in configuration, and costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SKIPPED = ("run.folder",)
 
 
 def title_of(algorithm: str | None) -> str:
-    """An algorithm's name for people."""
+    """An algorithm's display name."""
     if algorithm is None:
         return "Runs without configuration"
     return TITLES.get(algorithm, algorithm)
@@ -71,7 +71,7 @@ def costs(runs: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """The options that are not the same in all runs; "" for one run."""
+    """The options that differ between runs; "" for one run."""
     known = [run for run in runs if run.options]
     if len(known) < 2:
         return ""
@@ -131,7 +131,7 @@ def held_out(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in readable form."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

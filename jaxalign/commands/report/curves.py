@@ -1,4 +1,4 @@
-"""Curves of several runs in one chart: noise faint, its mean on top, held-out figures dashed."""
+"""Curves of several runs in one chart: faint noise, its mean on top, held-out metrics dashed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from jaxalign.commands.report.names import Name
 COLOURS = 8
 """How many runs have a colour of their own; later ones are dashed as well."""
 
-_SMOOTHED = 60  # points from which a mean is drawn on top of a noisy curve
-_WINDOWS = 40  # of the mean, along a curve
-_NOISY = 3.0  # times as long a way up and down as the mean's
-_SPIKE = 4.0  # a range so many times that of nearly all values is cut
+_SMOOTHED = 60  # the fewest points for a mean on top of a noisy curve
+_WINDOWS = 40  # windows of the mean along a curve
+_NOISY = 3.0  # a noisy curve's total variation, as a multiple of its mean's
+_SPIKE = 4.0  # a range above this multiple of nearly all values' range is cut
 _MARKED = 24
 _LEGEND = 4
 
@@ -38,9 +38,9 @@ class Line(NamedTuple):
 
     Attributes:
       run: the name of the run.
-      number: of the run, from 0; decides colour and dashes.
+      number: the run's number, from 0; determines colour and dashes.
       points: (step, value), in order of steps.
-      held_out: whether these are held-out figures.
+      held_out: whether these are held-out metrics.
     """
 
     run: str
@@ -63,11 +63,11 @@ def figure(name: Name, key: str, lines: Sequence[Line], across: str, most: int) 
     """A chart with its caption: name, key, last values.
 
     Args:
-      name: of the metric.
-      key: of the metric, as in `metrics.jsonl`.
-      lines: one or two a run.
-      across: under the horizontal axis.
-      most: points of a curve, about.
+      name: the metric's name.
+      key: the metric's key in `metrics.jsonl`.
+      lines: one or two lines per run.
+      across: the text below the horizontal axis.
+      most: the approximate maximum points of a curve.
     """
     unit = f'<span class="unit">{text(name.unit)}</span>' if name.unit else ""
     head = f'<b>{text(name.title)}</b> {unit}<code title="as in metrics.jsonl">{text(key)}</code>'
@@ -100,7 +100,7 @@ def curve_chart(name: Name, lines: Sequence[Line], across: str, most: int) -> st
 
     A curve longer than `most` keeps the lowest and highest value of every stretch. A noisy one is
     drawn faint, with its mean over a fortieth of its length on top. Spikes far beyond nearly all
-    values are cut at the edge, and the label tells their size.
+    values are cut at the edge, and the label gives their size.
 
     Raises:
       ValueError: no point at all.
@@ -173,12 +173,12 @@ def _mean(line: Line) -> list[tuple[float, float]] | None:
 
 
 def _way(points: Points) -> float:
-    """How far up and down a curve goes in all."""
+    """The total variation of a curve."""
     return sum(abs(b - a) for (_, a), (_, b) in itertools.pairwise(points))
 
 
 def _range(lines: Sequence[Line]) -> tuple[float, float, float | None]:
-    """The lowest and highest value shown, and the largest that is not, or None."""
+    """The lowest and highest value shown, and the largest value cut off, or None."""
     values = [y for line in lines for _, y in line.points if is_drawn(y)]
     if not values:
         return 0.0, 1.0, None

@@ -1,7 +1,7 @@
-"""`jaxalign data`: what a run would be trained on, on the terminal or as a page.
+"""`jaxalign data`: shows what a run would train on, on the terminal or as a page.
 
-Everything is read off the batches that training would get, so that what is shown is what is
-trained; of the model only the tokenizer is loaded.
+Everything comes from the batches that training would get, so it shows exactly what is trained. Of
+the model only the tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Document(NamedTuple):
     Attributes:
       name: "chosen" or "rejected" of a pair, "" otherwise.
       ids: `[n]`.
-      trained: bool `[n]`, which tokens are learnt as targets.
+      trained: bool `[n]`, which tokens are trained as targets.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Document(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A document as text: (text, whether it is trained), adjoining."""
+    """A document as consecutive pieces: (text, whether it is trained)."""
 
     name: str
     pieces: list[tuple[str, bool]]
@@ -58,9 +58,9 @@ class View(NamedTuple):
     """A summary of one set of data.
 
     Attributes:
-      title: which data, of which algorithm.
-      summary: what was read, cut and dropped.
-      sources: source → its counts, those of `Batches.stats`.
+      title: the data and its algorithm.
+      summary: what was read, truncated and dropped.
+      sources: source → its counts, from `Batches.stats`.
       lengths: tokens of every document looked at.
       examples: the first that training sees: the documents of each.
     """
@@ -85,8 +85,8 @@ def inspect_data(
       source: YAML of sft, reward, dpo or ppo.
       assignments: `key=value` overrides.
       algorithm: which of these; None: the one whose section the YAML has.
-      examples: how many to show of each.
-      most: batches to look at of each; None: all of one pass.
+      examples: how many examples to show of each.
+      most: how many batches to read of each; None: one whole pass.
 
     Raises:
       ValueError: a wrong configuration or wrong data, or no known algorithm.
@@ -99,7 +99,7 @@ def inspect_data(
     if algorithm is None:
         algorithm = algorithm_of(values, f"give --as {'|'.join(RUNS)}")
     config = load_config(algorithm, values)
-    # One pass, whatever the run would make of it.
+    # One pass, however many the run would make.
     data = dataclasses.replace(config.data, epochs=1)
     once = dataclasses.replace(config.run, epochs=None)
     config = dataclasses.replace(config, data=data, run=once)
@@ -155,8 +155,8 @@ def groups_of(batch: Any) -> Iterator[list[Document]]:
 def _documents(batch: TokenBatch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(branches, ids, trained) of every segment of every row, in order.
 
-    `loss_mask` says of a target, the next token, whether it is trained; a branch's last token has
-    none.
+    `loss_mask` tells whether a target (the next token) is trained; a branch's last token has no
+    target.
     """
     width = np.shape(batch.inputs)[-1]
     inputs, segments, masks = (
@@ -177,7 +177,7 @@ def pieces_of(tok: Any, document: Document) -> list[tuple[str, bool]]:
     """The text of a document in pieces, each trained or not; special tokens are shown."""
     ids, trained = document.ids, document.trained
     borders = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
-    # Some tokenizers write a piece differently alone, so each is what it adds to those before.
+    # Some tokenizers decode a piece differently alone, so take what it adds to the text before it.
     texts = [_decode(tok, ids[:end]) for end in borders]
     pieces = []
     for start, end, before, after in zip(
@@ -195,7 +195,7 @@ def _decode(tok: Any, ids: np.ndarray) -> str:
 
 
 def histogram(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Bins of equal, round width, as (first, last) number, and how many are in each."""
+    """Bins of equal, round width as (first, last), and the count in each."""
     if not lengths:
         return [], []
     width = max(1, round(nice_step(max(lengths) - min(lengths) + 1, _BARS)))
@@ -255,7 +255,7 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     for piece, trained in pieces:
         shown = printable(piece)
         if trained and colour:
-            # Line by line: pagers forget colours at the end of a line.
+            # Line by line, because pagers reset colours at the end of a line.
             shown = "\n".join(f"{_COLOUR}{line}{_PLAIN}" for line in shown.split("\n"))
         elif trained:
             shown = f"{OPEN}{shown}{CLOSE}"
@@ -264,14 +264,14 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
 
 
 def printable(value: str) -> str:
-    """Text in which control characters are written out, so that data cannot steer a terminal."""
+    """Text with escaped control characters, so that data cannot control a terminal."""
     return "".join(
         repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in value
     )
 
 
 def write_page(views: Sequence[View], out: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes views as one page that needs nothing else; gives the file."""
+    """Writes views as one self-contained page; returns the file."""
     body = []
     for view in views:
         heads, rows = _source_rows(view)

@@ -1,4 +1,4 @@
-"""KL against reward: what each run paid for its score, and the best that any of them reached."""
+"""KL against reward: the KL cost of each run's score, and the best score at each KL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KL, SCORE = "objective/kl", "objective/scores"
 
 _BOX = Box(width=620, height=320, left=52, right=18, top=14, bottom=40)
 _DOTS = 40
-_FEWEST = 3  # held-out measurements that make a path
+_FEWEST = 3  # the fewest held-out measurements for a path
 _BUDGETS = 4
 
 
@@ -24,8 +24,8 @@ class Path(NamedTuple):
 
     Attributes:
       run: of the path.
-      held_out: whether from held-out prompts, or from those of training.
-      points: (KL in nats an answer, score, step), in order of steps.
+      held_out: whether the points are from held-out prompts, otherwise from training prompts.
+      points: (KL in nats per answer, score, step), in order of steps.
     """
 
     run: Run
@@ -34,7 +34,7 @@ class Path(NamedTuple):
 
 
 def paths_of(runs: Sequence[Run]) -> list[Path]:
-    """The paths of the runs that have KL and score; held-out figures where they are enough."""
+    """The paths of runs with KL and score; from held-out metrics if there are enough."""
     found = []
     for run in runs:
         for prefix, fewest in (("eval/", _FEWEST), ("", 1)):
@@ -68,7 +68,7 @@ def _pairs(run: Run, prefix: str) -> list[tuple[float, float, float]]:
 
 
 def best_so_far(paths: Sequence[Path]) -> list[tuple[float, float]]:
-    """The frontier: points whose score no point of at most their KL exceeds, by KL."""
+    """The frontier, ordered by KL: points whose score no point with lower or equal KL exceeds."""
     frontier: list[tuple[float, float]] = []
     for kl, score, _ in sorted(point for path in paths for point in path.points):
         if not frontier or score > frontier[-1][1]:

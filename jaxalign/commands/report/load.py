@@ -1,4 +1,4 @@
-"""What the folder of a run holds for a report, and what it lacks."""
+"""Loads a run's folder for a report, and lists what is missing."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MOST_RUNS = 24
 """More runs on one page can neither be told apart nor be kept below its size."""
 
 _MOST_DAMAGED = 5
-_PLACES = 3  # of a folder's name that tell runs apart
+_PLACES = 3  # characters of a folder's name to tell runs apart
 
 
 class Run(NamedTuple):
-    """One run, as far as its folder tells.
+    """One run, as read from its folder.
 
     Attributes:
-      number: its place on the page, from 0; decides the colour.
-      name: tells it from the others.
-      folder: of the run.
+      number: its position on the page, from 0; determines the colour.
+      name: its name, distinct from other runs'.
+      folder: the run's folder.
       algorithm: "sft", …; None if the configuration is missing.
       metrics: of `metrics.jsonl`.
       options: option → value, as text; {} without configuration.
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
     @property
     def across(self) -> str:
-        """What a step of the run is called."""
+        """The name of a step of the run."""
         return "iteration" if self.algorithm == "ppo" else "step"
 
     @property
@@ -77,12 +77,12 @@ class Run(NamedTuple):
         return sum(value for _, value in self.curves.get("time/step", []) if math.isfinite(value))
 
     def typical(self, name: str) -> float | None:
-        """The median of a metric, the first step left out, which compiles."""
+        """The median of a metric, without the first step, which compiles."""
         values = [value for _, value in self.curves.get(name, []) if math.isfinite(value)]
         return statistics.median(values[1:] or values) if values else None
 
     def result(self) -> str:
-        """What the run came to, in one line; "" if nothing of it is known."""
+        """The run's result in one line; "" if nothing is known."""
         held_out = {k[5:]: curve for k, curve in self.curves.items() if k.startswith("eval/")}
         before = {k: curve[0][1] for k, curve in held_out.items() if curve[0][0] == 0}
         after = {k: curve[-1][1] for k, curve in held_out.items() if curve[-1][0] > 0}
@@ -131,12 +131,12 @@ def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-    """A run that is setting up has `run.json` before its first metrics."""
+    """Whether a folder is a run; during set-up it has `run.json` before any metrics."""
     return any((folder / name).is_file() for name in ("metrics.jsonl", "run.json"))
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest path endings that distinguish the runs."""
     paths = [folder.resolve().parts for folder in folders]
     for places in range(1, _PLACES + 1):
         names = [os.sep.join(parts[-places:]) for parts in paths]
@@ -217,7 +217,7 @@ def _rollouts(path: pathlib.Path, missing: list[str]) -> list[Mapping[str, Any]]
     if not path.is_file():
         return []
     rows, lost = [], 0
-    # Split at "\n" alone: an answer may hold other ends of lines, such as U+2028.
+    # Split only at "\n": an answer may contain other line separators, such as U+2028.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line:
             continue
@@ -234,7 +234,7 @@ def _rollouts(path: pathlib.Path, missing: list[str]) -> list[Mapping[str, Any]]
 
 
 def _is_held(folder: pathlib.Path) -> bool:
-    """Whether a process renews the folder's lock; that of a killed one grows old."""
+    """Whether a process still renews the folder's lock; a killed process's lock goes stale."""
     try:
         return (folder / LOCK).stat().st_mtime > time.time() - STALE_SECONDS
     except OSError:

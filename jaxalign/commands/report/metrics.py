@@ -1,4 +1,4 @@
-"""The curves of `metrics.jsonl`, also of a file that is damaged or still being written."""
+"""Reads the curves of `metrics.jsonl`, even if the file is damaged or still being written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Metrics(NamedTuple):
 
     Attributes:
       curves: metric → (step, value) in the order written; values may be infinite or NaN.
-      cut: whether the last line is incomplete, as in a run that is under way or was killed.
-      damaged: numbers of other lines that are no JSON object of numbers with a step.
+      cut: whether the last line is incomplete, as in a running or killed run.
+      damaged: line numbers of other lines that are not a JSON object of numbers with a step.
     """
 
     curves: dict[str, Curve]

@@ -1,4 +1,4 @@
-"""What a report calls each metric: a name for people, a unit, the section of its chart."""
+"""The display name, unit and chart section of each metric in a report."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ _ORDER = {key: number for number, key in enumerate(_NAMES)}
 
 
 def name_of(key: str) -> Name:
-    """The name of a metric; of one that is not in the table, one made from its key.
+    """The name of a metric; if it is not in the table, a name made from its key.
 
-    A held-out figure (`eval/…`) has the name of what it measures.
+    A held-out metric (`eval/…`) has the name of the metric it measures.
     """
     plain = key.removeprefix("eval/")
     if plain in _NAMES:
@@ -133,7 +133,7 @@ def name_of(key: str) -> Name:
 
 
 def order_of(key: str) -> tuple[int, str]:
-    """Sorts metrics as the page shows them: those of the table first, then by their key."""
+    """The sort key of a metric on the page: metrics in the table first, then by key."""
     plain = key.removeprefix("eval/")
     return (_ORDER.get(plain, len(_ORDER)), plain)
 

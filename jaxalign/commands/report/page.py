@@ -1,7 +1,7 @@
-"""HTML pages without other files: frame, style, script and tables. `charts` has the charts.
+"""Self-contained HTML pages: frame, style, script and tables. `charts` has the charts.
 
-Light or dark follows the reader's setting. A page with a script names style and script by their
-hashes and forbids all else, so that text from a run's data cannot run or load anything.
+Light or dark follows the reader's setting. A page with a script allows style and script only by
+their hashes (CSP), so that text from a run's data cannot run or load anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SEARCHED = 2000  # the mark is in the head
 def page(
     title: str, body: Sequence[str], style: str = "", kind: str = "", script: bool = False
 ) -> str:
-    """A page of ready parts under its title; well-formed as HTML and as XML.
+    """Assembles a page from HTML parts under a title; well-formed as HTML and as XML.
 
     Args:
       title: of the page.
@@ -49,7 +49,7 @@ def page(
 
 
 def write_page(path: pathlib.Path, made: str, kind: str, overwrite: bool = False) -> pathlib.Path:
-    """Writes a page, whole or not at all, in place of an earlier one of the same command.
+    """Writes a page atomically; may replace an earlier page of the same command.
 
     Args:
       path: HTML file; its folder is made.
@@ -75,7 +75,7 @@ def write_page(path: pathlib.Path, made: str, kind: str, overwrite: bool = False
 
 
 def _policy(rules: str, code: str) -> str:
-    """Allows this style and this script, and nothing else."""
+    """The content security policy, which allows only this style and this script."""
     policy = (
         f"default-src 'none'; style-src {_hash(rules)}; script-src {_hash(code)}; "
         "base-uri 'none'; form-action 'none'"
@@ -136,5 +136,5 @@ def table(
 
 
 def scrolling(inner: str, label: str) -> str:
-    """A table that scrolls sideways where the screen is narrower, also by keyboard."""
+    """A table that scrolls sideways on narrow screens, also by keyboard."""
     return f'<div class="wide" tabindex="0" role="region" aria-label="{text(label)}">{inner}</div>'

@@ -1,4 +1,4 @@
-"""A quickstart's summary in HTML: figures, contests, all answers with changed words marked."""
+"""A quickstart's summary in HTML: metrics, win rates, all answers with changed words marked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def summary_sections(path: pathlib.Path, several: bool = False) -> str:
 
     Args:
       path: the file.
-      several: whether the page has those of other folders too, so that labels name the folder.
+      several: whether the page also shows other folders, so that labels must name the folder.
 
     Raises:
       ValueError: it is not what `jaxalign quickstart` writes.
@@ -38,13 +38,13 @@ def summary_sections(path: pathlib.Path, several: bool = False) -> str:
 
 
 def changed_words(before: str, after: str) -> list[tuple[str, bool]]:
-    """Pieces of `after`, in order, with whether they are new beside `before`.
+    """Pieces of `after`, in order, with whether they are new compared with `before`.
 
     A piece is a run of words with the spaces between; a Chinese character counts as a word.
     """
     old, new = _words(before), _words(after)
     pieces: list[tuple[str, bool]] = []
-    # Nothing counts as junk: these texts are short.
+    # No autojunk, because these texts are short.
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     for kind, _, _, start, end in matcher.get_opcodes():
         if start < end:

@@ -1,8 +1,8 @@
-"""Runs, or the stages of a pipeline, compared on one HTML page that needs no other file.
+"""Compares runs, or the stages of a pipeline, on one self-contained HTML page.
 
-It has the curves of `metrics.jsonl` laid over each other, held-out figures, KL against reward,
-sampled answers, throughput, what stands out and what to do about it, and configurations. For a
-quickstart it also has its figures, contests and answers (`quickstart`).
+It has the curves of `metrics.jsonl` overlaid, held-out metrics, KL against reward, sampled answers,
+throughput, findings with remedies, and configurations. For a quickstart it also has its metrics,
+win rates and answers (`quickstart`).
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def write_report(
       folders: a run's folder, or one whose sub-folders are runs, or several of either, also in
         buckets.
       out: HTML file to write; by default `report.html`, in the folder if it is only one, else here.
-      overwrite: replace a file that is no report, too.
+      overwrite: also replace a file that is not a report.
 
     Raises:
-      ValueError: no run there, the file is somebody's, or none is named for a folder in a bucket.
+      ValueError: no run there, the file is not a report, or no file is named for a folder in a
+        bucket.
     """
     every = _listed(folders)
     if out is None and any(map(is_address, every)):
@@ -81,7 +82,7 @@ def make_page(folders: Folder | Sequence[Folder]) -> str:
 
 
 def _fetch(address: str) -> pathlib.Path:
-    """A copy of runs in a bucket, without what is large."""
+    """A local copy of runs in a bucket, without the large files."""
     large = {"checkpoints", "model"}
     return fetch(address, "folder", accept=lambda name: large.isdisjoint(name.split("/")[:2]))
 
@@ -91,7 +92,7 @@ def _listed(folders: Folder | Sequence[Folder]) -> Sequence[Folder]:
 
 
 def _points_a_curve(runs: Sequence[Run]) -> int:
-    """So many that the page stays small, however many curves it has. Noisy ones are drawn twice."""
+    """Points per curve, so that the page stays small. Noisy curves count twice."""
     curves = 2 * sum(len(run.curves) for run in runs)
     return min(_MOST_POINTS, max(_FEWEST_POINTS, _POINTS // max(1, curves)))
 
@@ -196,7 +197,7 @@ def _group(algorithm: str | None, runs: Sequence[Run], most: int) -> str:
 
 
 def _charts(runs: Sequence[Run], most: int) -> dict[str, list[str]]:
-    """Section → its charts: a held-out figure shares one with the training metric it measures."""
+    """Section → its charts; a held-out metric shares a chart with its training metric."""
     grouped: dict[str, list[Line]] = {}
     for run in runs:
         for key, chart in _chart_of(run.curves).items():

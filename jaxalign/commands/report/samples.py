@@ -19,7 +19,7 @@ _LEVELS = 4  # shades on either side of zero
 
 
 class Measure(NamedTuple):
-    """What tokens are coloured by.
+    """A quantity by which tokens are coloured.
 
     Attributes:
       letter: of the classes of its shades.
@@ -131,7 +131,7 @@ def _k3(ratio: float) -> float:
 
 
 def _scale(values: Sequence[float]) -> float:
-    """The size that gets the strongest shade: nineteen of twenty tokens are below it."""
+    """The magnitude of the strongest shade: 95 % of tokens are below it."""
     sizes = sorted(abs(value) for value in values if math.isfinite(value))
     return sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.0
 
@@ -166,7 +166,7 @@ def _token(answer: _Answer, place: int, scales: Mapping[str, float]) -> str:
 
 
 def _level(value: float, scale: float) -> int:
-    """−4 … 4: the shade of a value, 0 for what is next to nothing."""
+    """−4 … 4: the shade of a value; 0 for negligible values."""
     if not scale > 0 or math.isnan(value):
         return 0
     share = max(-1.0, min(1.0, value / scale))

@@ -1,1 +1,1 @@
-"""What the command does before it loads JAX: huge pages, compiled programs on disk."""
+"""Set-up before the command loads JAX: huge pages, and compiled programs on disk."""

@@ -1,4 +1,4 @@
-"""The entry point of the `jaxalign` command: settles the process before it loads JAX."""
+"""The entry point of the `jaxalign` command: configures the process before it loads JAX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jaxalign.commands.startup.huge_pages import restart_with_huge_pages
 
 
 def main() -> int:
-    """Restarts the process with huge pages where they help, then runs the command line.
+    """Restarts the process with huge pages if they help, then runs the command line.
 
     Only the `jaxalign` command and `python -m jaxalign` call this. Importing the package, or
     calling `jaxalign.commands.cli.main`, never replaces a process.

@@ -1,7 +1,7 @@
-"""Memory in huge pages for computing on a CPU under Linux.
+"""Huge memory pages for computing on a CPU under Linux.
 
-XLA allocates the temporary memory of every step anew. glibc then maps and unmaps it in pages of
-4 KiB: tens of thousands of page faults a step, a tenth of a small model's time. From version 2.35
+XLA allocates the temporary memory of every step again. glibc then maps and unmaps it in pages of 4
+KiB: tens of thousands of page faults per step, a tenth of a small model's time. From version 2.35
 on, glibc can ask the kernel for pages of 2 MiB (`glibc.malloc.hugetlb`), but it reads that setting
 only when a process starts.
 """
@@ -33,10 +33,11 @@ def environment() -> dict[str, str]:
 
 
 def restart_with_huge_pages() -> None:
-    """Replaces this process by the same one with huge pages, if it will compute on a CPU.
+    """Re-executes this process with huge pages, if it will compute on a CPU.
 
-    The process keeps its number and its arguments. It happens once, since the new process finds the
-    variable set. Call it before importing JAX: what is loaded so far is loaded again.
+    The process keeps its id and its arguments. This happens only once, since the new process finds
+    the variable set. Call it before importing JAX, because everything loaded so far is loaded
+    again.
     """
     added = environment() if computes_on_cpu() else {}
     if added:
@@ -52,7 +53,7 @@ def _glibc() -> tuple[int, ...]:
 
 
 def _on_request() -> bool:
-    """Whether the kernel gives huge pages exactly to processes that ask for them."""
+    """Whether the kernel gives huge pages only to processes that request them."""
     try:
         return "[madvise]" in _KERNEL.read_text(encoding="ascii")
     except OSError:

@@ -50,7 +50,7 @@ def cache_programs() -> pathlib.Path | str | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return None  # a read-only home is no reason to stop
+            return None  # do not fail on a read-only home folder
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -58,7 +58,7 @@ def cache_programs() -> pathlib.Path | str | None:
 
 
 def _check_bucket(address: str) -> str:
-    """An address that JAX can keep programs under; says where it may only read them."""
+    """An address under which JAX can store programs; prints a note if it can only read them."""
     if not is_address(address) or scheme_of(address) not in _BUCKETS:
         known = ", ".join(f"{scheme}://" for scheme in _BUCKETS)
         raise ValueError(f"{FOLDER}={address!r}: wanted a folder, or an address of {known}")

@@ -1,7 +1,7 @@
-"""Data made by models: Self-Instruct, and preference pairs by ranking sampled answers.
+"""Synthetic data: Self-Instruct, and preference pairs by ranking sampled answers.
 
-A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); the methods know no
-model. A run that was killed can be resumed: see `Journal`.
+A writer is an HTTP server (`ServerWriter`) or any function (`FunctionWriter`); the methods do not
+depend on a model. A run that was killed can be resumed: see `Journal`.
 """
 
 from jaxalign.commands.synth.config import (

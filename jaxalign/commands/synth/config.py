@@ -30,7 +30,7 @@ KEYWORDS = (
 
 
 def want(ok: bool, name: str, got: Any, wanted: str) -> None:
-    """Refuses a value that an option does not take."""
+    """Raises ValueError for a value that an option does not accept."""
     if not ok:
         raise ValueError(f"{name}={got!r}: wanted {wanted}")
 
@@ -42,20 +42,20 @@ class ServerConfig:
     Attributes:
       address: base address such as `http://localhost:8000/v1`; None: from the environment.
       address_variable: the environment variable that holds the address.
-      key: sent as bearer token; None: from the environment, and none is sent if that has none. It
-        is safer there: configurations get shared.
+      key: sent as bearer token; None: taken from the environment, if set there. The environment is
+        safer, because configurations get shared.
       key_variable: the environment variable that holds the key.
-      limit_field: the name under which `max_tokens` is sent; newer models of OpenAI want
+      limit_field: the name under which `max_tokens` is sent; newer OpenAI models require
         "max_completion_tokens".
-      send_seed: send a seed with each request, a different one each. Servers that support it become
-        reproducible; those that refuse it need false.
+      send_seed: send a different seed with each request. It makes servers that support it
+        reproducible; servers that reject it need false.
       timeout: seconds without an answer before a request is sent again.
-      retries: times that a request is sent again after a status of 408, 409, 425, 429 or 5xx, a
-        broken connection, a timeout, or an answer that cannot be read. Then the run stops.
+      retries: how often a request is sent again after a status of 408, 409, 425, 429 or 5xx, a
+        broken connection, a timeout, or an unreadable answer. Then the run stops.
       backoff: seconds before the first retry; doubled each time, with jitter, up to 60. A longer
-        `Retry-After` of the server is obeyed, up to 10 minutes.
-      max_refusals: requests refused one after the other (400, 413, 422: the server does not want
-        this prompt) before the run stops.
+        `Retry-After` of the server is followed, up to 10 minutes.
+      max_refusals: consecutive refused requests (400, 413, 422: the server rejects this prompt)
+        before the run stops.
     """
 
     address: str | None = None
@@ -84,9 +84,9 @@ class LocalConfig:
 
     Attributes:
       chat_template: None (the tokenizer's own), a built-in name, or a jinja file. Not "none".
-      thinking: "on" leaves reasoning to the model, where the template has a prompt for that; "off"
-        and "auto" close it.
-      chat_template_kwargs: further variables of the template.
+      thinking: "on" lets the model reason, if the template has a prompt for that; "off" and "auto"
+        close the reasoning block.
+      chat_template_kwargs: more variables of the template.
     """
 
     chat_template: str | None = None
@@ -109,8 +109,8 @@ class WriterConfig:
       temperature: 0 is greedy. Questions with one right answer (whether a task is a
         classification; verdicts of a judge) always use 0.
       top_p: 1 is off.
-      max_tokens: of a reply.
-      concurrency: requests at a time; of a local model, replies decoded at a time.
+      max_tokens: the most tokens of a reply.
+      concurrency: simultaneous requests; for a local model, replies decoded at a time.
     """
 
     model: str
@@ -137,21 +137,22 @@ class InstructConfig:
     Attributes:
       seeds: seed tasks: files, folders, globs or hub ids with the columns `instruction` and
         `instances` (or `input`, `output`).
-      count: rows wanted.
-      form: of the rows: "messages", "prompt_completion" or "alpaca".
-      human_examples: seed tasks that a request for new tasks shows.
-      machine_examples: earlier machine-written tasks that it shows too, once there are any.
+      count: the number of rows to write.
+      form: the form of the rows: "messages", "prompt_completion" or "alpaca".
+      human_examples: seed tasks shown in a request for new tasks.
+      machine_examples: earlier machine-written tasks also shown, once there are any.
       tasks_per_prompt: new tasks that one request asks for.
-      prompts_per_round: such requests sent at once; the next round may show what they wrote.
+      prompts_per_round: such requests sent at once; the next round may show the resulting tasks.
       classification_check: ask which tasks are classifications and write their labels first.
-      max_labels: labels, one row each, that a classification task may have; the rest are dropped.
-      rouge_threshold: a new instruction is dropped if its ROUGE-L with any other reaches this;
-        1 drops repetitions only.
-      min_words: of an instruction. A Chinese or Japanese character counts as a word.
-      max_words: of an instruction.
-      max_output_words: of an output.
-      keywords: words (or phrases) that drop an instruction.
-      patience: rounds in a row that may end without a new row before the run stops.
+      max_labels: the most labels, one row each, of a classification task; the rest are dropped.
+      rouge_threshold: a new instruction is dropped if its ROUGE-L with any other reaches this; 1
+        drops only repetitions.
+      min_words: the fewest words of an instruction. A Chinese or Japanese character counts as a
+        word.
+      max_words: the most words of an instruction.
+      max_output_words: the most words of an output.
+      keywords: drop instructions with these words (or phrases).
+      patience: rounds in a row without a new row before the run stops.
     """
 
     seeds: tuple[str, ...]
@@ -188,15 +189,15 @@ class PreferenceConfig:
 
     Attributes:
       prompts: files, folders, globs or hub ids of prompts.
-      count: prompts taken, from the first on; None: all.
-      answers: k, answers sampled to a prompt.
+      count: use only the first prompts; None: all.
+      answers: k, answers sampled per prompt.
       ranker: "reward" (scores of a reward model), "grade" (a judge's grades from 1 to 10) or
         "pairwise" (a judge compares every two answers, in both orders).
-      pairs: "best_worst", one pair a prompt, or "all" pairs.
-      min_margin: least difference of scores (grades; wins, if pairwise) of a pair. Equal scores
+      pairs: "best_worst", one pair per prompt, or "all" pairs.
+      min_margin: smallest difference of scores (grades; wins, if pairwise) in a pair. Equal scores
         never make a pair.
       write_margin: write the difference as the column `margin`, which the reward model's loss
-        subtracts. The scores are in every row's provenance all the same.
+        subtracts. The scores are in every row's provenance in any case.
       prompts_per_round: prompts answered at once.
     """
 
@@ -254,7 +255,7 @@ class SynthRun:
       preferences: write preference pairs.
       language: "en" or "zh": of the prompts, and of `${examples}` in sources.
       seed: of every random choice.
-      mesh: devices of models that are loaded here; None: the first device.
+      mesh: the devices of models loaded here; None: the first device.
     """
 
     out: str
@@ -315,6 +316,6 @@ def load_synth(
         for part in (name, "server", "key"):
             node = node.get(part) if isinstance(node, Mapping) else None
         if node is not None and not isinstance(node, str):
-            # Refused here: the general message would show the key.
+            # Rejected here, because the general message would show the key.
             raise ValueError(f"{name}.server.key: wanted text; put it in quotes")
     return build(SynthRun, values)

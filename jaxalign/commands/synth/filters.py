@@ -15,7 +15,7 @@ class InstructionFilter:
 
     Args:
       config: the thresholds.
-      instructions: earlier ones, which new ones must differ from.
+      instructions: earlier instructions, from which new ones must differ.
     """
 
     def __init__(self, config: InstructConfig, instructions: Sequence[str]):
@@ -26,7 +26,7 @@ class InstructionFilter:
             self._pool.add(words(instruction))
 
     def why_not(self, instruction: str) -> tuple[str | None, float]:
-        """The reason to drop it, or None, and its greatest ROUGE-L; one that is kept is added."""
+        """The reason to drop an instruction (or None), and its largest ROUGE-L; adds it if kept."""
         tokens = words(instruction)
         if len(tokens) < self._config.min_words:
             return f"instruction of less than {self._config.min_words} words", 0.0
@@ -55,7 +55,7 @@ def contains(text: Sequence[str], part: Sequence[str]) -> bool:
 def keep_instances(
     instances: Sequence[Instance], instruction: str, config: InstructConfig
 ) -> tuple[list[Instance], list[str]]:
-    """The instances of a task that training can use, and the reasons against the others.
+    """The instances of a task that training can use, and the reasons for dropping the others.
 
     All instances of an input with several outputs are dropped: at least one of those is wrong.
     """
@@ -82,7 +82,7 @@ def keep_instances(
 
 
 def why_no_answer(reply: Reply) -> str | None:
-    """The reason to drop a reply whatever is in it, or None."""
+    """A reason to drop a reply regardless of its content, or None."""
     if reply.finish == REFUSED:
         return "request refused by the server"
     if reply.finish == LENGTH:

@@ -41,15 +41,15 @@ from jaxalign.data.rows import Messages
 from jaxalign.data.sources import read_rows
 
 _SHOWN = 4  # seed tasks shown as examples of classifications and instances
-_SHOWN_CHARACTERS = 1500  # longest of those
+_SHOWN_CHARACTERS = 1500  # the longest of those
 
 
 class Task(NamedTuple):
     """A task with working examples of it.
 
     Attributes:
-      id: of a seed its own, or `file:line`; of a machine's task the place where it was written.
-      instruction: what is to be done.
+      id: for a seed its own id, or `file:line`; for a machine-written task its place in the run.
+      instruction: what to do.
       instances: inputs and outputs.
       classification: whether outputs are a few fixed labels.
     """
@@ -148,7 +148,7 @@ class SelfInstruct:
         self._filter = InstructionFilter(config, [task.instruction for task in seeds])
 
     def run(self) -> None:
-        """Writes rows until there are as many as wanted.
+        """Writes rows until there are `count`.
 
         Raises:
           ValueError: `patience` rounds in a row wrote no row.

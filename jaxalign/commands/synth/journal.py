@@ -2,7 +2,7 @@
 
 Every reply is appended to a journal beside the output, under its request's name. A run that starts
 again repeats every step from the beginning and takes replies from the journal while it has them.
-Its decisions (which seeds to show, which tasks to drop) depend on settings and replies alone, so it
+Its decisions (which seeds to show, which tasks to drop) depend only on settings and replies, so it
 makes the same rows. Rows already in the output must equal the rows it makes; they are not written
 again.
 """
@@ -97,7 +97,7 @@ class Journal:
       out: the JSONL file of rows; replies go to `<out>.journal`.
 
     Attributes:
-      rows: how many rows the run has come to so far.
+      rows: how many rows the run has made so far.
       requested: replies that came from the writer, not from the journal.
     """
 
@@ -138,7 +138,7 @@ class Journal:
         return len(self._replies.rows), len(self._out.rows), repaired
 
     def ask(self, writer: Writer, requests: Sequence[Request]) -> list[Reply]:
-        """The replies to all requests, from the journal where it has them.
+        """The replies to all requests, from the journal if it has them.
 
         Raises:
           ValueError: a request of this name was made before with another prompt.

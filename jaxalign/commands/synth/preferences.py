@@ -76,9 +76,9 @@ class Preferences:
 
     Args:
       config: the options.
-      prompts: what is to be answered.
-      writer: who answers.
-      judge: who ranks; for "reward" a writer whose replies are numbers (`score_writer`).
+      prompts: the prompts to answer.
+      writer: the model that answers.
+      judge: the model that ranks; for "reward" a writer whose replies are numbers (`score_writer`).
       factory: seed and sampling.
       judge_factory: the same for the judge.
       journal: stores replies and rows.
@@ -236,7 +236,7 @@ class Preferences:
             return []
         order = sorted(scores, key=lambda at: (-scores[at], at))
         if self._config.pairs == "best_worst":
-            # Of equally bad ones the last, of equally good ones the first.
+            # On ties the last of the worst answers, and the first of the best.
             candidates = [(order[0], order[-1])]
         else:
             candidates = list(itertools.combinations(order, 2))

@@ -1,4 +1,4 @@
-"""What a writer is asked, in English and in Chinese, and how its replies are read.
+"""The prompts for a writer, in English and in Chinese, and the parsing of its replies.
 
 The wording is our own. A reply's fields are found by their names in the prompt's language or in
 English, whatever decoration a model puts around them (`**Input:**`, `输入：`).
@@ -132,7 +132,7 @@ class Instance(NamedTuple):
 
 
 def show_list(instructions: Sequence[str]) -> str:
-    """A numbered list, a line each."""
+    """A numbered list, one line per item."""
     lines = (" ".join(text.split()) for text in instructions)
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
 

@@ -1,8 +1,8 @@
 """Model families: the config keys and tensor names in which they differ.
 
 A family maps Hugging Face's `config.json` to a `DecoderConfig` and back, and lists which HF tensor
-holds which leaf of the parameter tree. All families share the decoder. To add one, write a file
-here with its two config functions and its table, and list it in `FAMILIES`: two files.
+holds which leaf of the parameter tree. All families share the decoder. To add a family, write a
+file here with its two config functions and its table, and list it in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ FAMILIES: dict[str, Family] = {
 """HF `model_type` → family."""
 
 MAX_LAYERS = 10_000
-"""Layers of a model that is read."""
+"""The maximum number of layers of a model."""
 MAX_LABELS = 10_000
-"""Outputs of a scorer that is read."""
+"""The maximum number of outputs of a scorer."""
 
 _UNNAMED = "LABEL_0"
 """transformers' name of the single, unnamed output of a head."""
@@ -108,7 +108,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     try:
         config = family.read({**family.defaults, **hf})
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        # A list in the place of a text, a text in the place of a number, …
+        # A list in place of a text, a text in place of a number, …
         raise ValueError(
             f"config.json: a value is of the wrong kind ({type(error).__name__}: {error}); get the "
             "file again"
@@ -120,7 +120,7 @@ def is_scorer(hf: Mapping[str, Any]) -> bool:
     """Whether `config.json` describes a model with a score head, of one or several outputs.
 
     Raises:
-      ValueError: an architecture that is neither a language model nor a scorer of its family.
+      ValueError: an architecture that is neither the language model nor the scorer of its family.
     """
     family = find_family(hf.get("model_type"))
     names = get(hf, "architectures", [family.causal])
@@ -161,7 +161,7 @@ def config_to_hf(
 ) -> dict[str, Any]:
     """The Hugging Face `config.json` of a model, readable by transformers 4 and 5.
 
-    Keys of the source's config that have no field here (token ids, initialiser, …) are kept.
+    Keys of the source's config without a field here (token ids, initialiser, …) are kept.
 
     Args:
       config: config of the decoder.
@@ -173,12 +173,12 @@ def config_to_hf(
       ValueError: a field that the family's config cannot express, e.g. experts in a Llama.
     """
     family = find_family(config.family)
-    # A model initialised here has no token ids. Null keeps transformers from using its defaults,
+    # A model initialised here has no token ids. Null stops transformers from using its defaults,
     # which may exceed the vocabulary.
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     hf: dict[str, Any] = json.loads(config.source_config) if config.source_config else none
-    # torch_dtype is the old name of dtype; labels describe the head, which may have changed.
-    # Code of others is not exported, and not needed: transformers has the family's own.
+    # torch_dtype is the old name of dtype; labels describe the head, which may have changed. Custom
+    # code (auto_map) is neither exported nor needed: transformers implements the family.
     for key in (
         GENERATION,
         "auto_map",
@@ -207,7 +207,7 @@ def config_to_hf(
 
 
 def _check_expressed(config: DecoderConfig, hf: Mapping[str, Any]) -> None:
-    """Reads back the written config: a field that the family has no key for would differ."""
+    """Reads the written config back: fields for which the family has no key would differ."""
     before, after = canonical(config), canonical(config_from_hf(hf))
     lost = [
         f"{name}={before[name]!r} (would come back as {after[name]!r})"

@@ -33,7 +33,7 @@ def write_activation(config: DecoderConfig) -> str:
 
 
 def read_common(hf: Mapping[str, Any], *, partial_rope: bool = False) -> dict[str, Any]:
-    """The `DecoderConfig` fields that most families read alike; refuses what the decoder lacks.
+    """The `DecoderConfig` fields common to most families; rejects features the decoder lacks.
 
     Args:
       hf: `config.json`, completed by the family's defaults.
@@ -95,7 +95,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_windows(hf: Mapping[str, Any]) -> None:
-    """Refuses windowed attention, for families with full causal attention in every layer."""
+    """Raises ValueError for windowed attention, in families with full attention in every layer."""
     if hf.get("sliding_window") is not None and flag(hf, "use_sliding_window", True):
         raise unsupported("sliding_window", hf["sliding_window"], "null (full attention)")
     unknown = sorted({str(kind) for kind in get(hf, "layer_types", [])} - {_FULL})
@@ -104,7 +104,7 @@ def refuse_windows(hf: Mapping[str, Any]) -> None:
 
 
 def read_windows(hf: Mapping[str, Any], default: Callable[[int], bool]) -> dict[str, Any]:
-    """The window and the layers that have it, from `sliding_window` and `layer_types`.
+    """The window size and the layers that have it, from `sliding_window` and `layer_types`.
 
     Args:
       hf: `config.json`.

@@ -39,7 +39,7 @@ GEMMA = COMMON | {
 
 
 def read_gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that both Gemmas read alike: all but rope and windows."""
+    """The fields common to both Gemmas: all except rope and windows."""
     refuse(hf, "use_bidirectional_attention", "false", harmless=(False,))
     fields = read_common(hf) | read_biases(hf)
     return fields | {

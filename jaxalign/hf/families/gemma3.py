@@ -1,6 +1,6 @@
 """Gemma 3, the text model: Gemma 2 with norms on queries and keys, and two rotations.
 
-Five of six layers have a window, and rotate by a smaller theta than the others.
+Five of six layers have a window, and use a smaller rope theta than the others.
 """
 
 from __future__ import annotations

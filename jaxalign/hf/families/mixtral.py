@@ -20,8 +20,8 @@ ATTENTION = {
 def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Entry, ...]:
     """Router and experts, in both forms of checkpoints.
 
-    The form that is written has one tensor per expert. transformers 5 may save the form that it has
-    in memory: all experts in one tensor, with gate and up fused.
+    We write one tensor per expert. transformers 5 may save its in-memory form: all experts in one
+    tensor, with gate and up fused.
 
     Args:
       block: name of the mixture in a layer.

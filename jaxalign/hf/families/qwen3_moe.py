@@ -18,7 +18,7 @@ def _read(hf: Mapping[str, Any]) -> DecoderConfig:
     everywhere = "a mixture of experts in every layer"
     refuse(hf, "mlp_only_layers", f"[] ({everywhere})", harmless=([],))
     refuse(hf, "decoder_sparse_step", f"1 ({everywhere})", harmless=(1,))
-    # moe_intermediate_size is the experts'; intermediate_size belongs to layers without experts.
+    # moe_intermediate_size is for experts; intermediate_size is for layers without experts.
     sizes = {"intermediate_size": integer(hf, "moe_intermediate_size")}
     slides = flag(hf, "use_sliding_window")
     return DecoderConfig(

@@ -136,7 +136,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def used_rope(rope: RopeConfig) -> RopeConfig:
-    """The config with unused fields of its kind at their defaults."""
+    """The config with the fields that its kind does not use at their defaults."""
     used = {"theta", "kind", "fraction", *_REQUIRED.get(rope.kind, ())}
     used |= set(_OPTIONAL.get(rope.kind, ()))
     if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):

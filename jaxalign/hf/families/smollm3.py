@@ -1,4 +1,4 @@
-"""SmolLM 3: Llama, in which every fourth layer has no positions."""
+"""SmolLM 3: Llama without positions in every fourth layer."""
 
 from __future__ import annotations
 

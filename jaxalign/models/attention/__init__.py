@@ -1,1 +1,1 @@
-"""Attention: masks, the plain form, kernels, which of them runs, and the KV cache."""
+"""Attention: masks, plain XLA, kernels, the choice between them, and the KV cache."""

@@ -1,7 +1,7 @@
-"""Which kind of attention runs: one table of what each kernel lacks, and the choice.
+"""Chooses the kind of attention, from one table of what each kernel lacks.
 
-This is about whole rows, in training, scoring and prefill. Decoding attends to its cache in its own
-way (`jaxalign.models.attention.kv_cache`).
+This covers whole rows, in training, scoring and prefill. Decoding has its own attention to the
+cache (`jaxalign.models.attention.kv_cache`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AttentionKind(NamedTuple):
 
     Attributes:
       kind: "xla", "splash", "cudnn" or "pallas".
-      why: a few words for a person.
+      why: the reason, in a few words for the user.
     """
 
     kind: str
@@ -41,11 +41,11 @@ class AttentionKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the choice depends on.
+    """The facts that the choice depends on.
 
     Attributes:
-      dtype: of queries, keys and values.
-      head_dim: width of a head.
+      dtype: the dtype of queries, keys and values.
+      head_dim: the width of a head.
       length: tokens of a row.
       softcap: whether scores are capped.
       branches: whether rows have branches.
@@ -98,10 +98,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Callable[[Case], bool], str], ...]] = {
         (lambda case: not has_triton(), "this version of JAX has no Triton kernels"),
     ),
 }
-"""Kernel → what it does not cover, in words. It covers all else; plain XLA covers everything."""
+"""Kernel → what it does not cover, in words. It covers everything else; plain XLA covers all."""
 
 BY_PLATFORM = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}
-"""What "auto" stands for: the first that covers the case, else "xla"."""
+"""The candidates of "auto": the first that covers the case is used, else "xla"."""
 
 
 def attention_kind(
@@ -111,12 +111,13 @@ def attention_kind(
     """Chooses the kind of attention.
 
     Args:
-      requested: one of `KINDS`. A kernel that does not cover the case gives way to plain
-        XLA, requested or not. "splash" off TPUs and "pallas" on CPUs run in Pallas' interpreter.
-      dtype: of activations.
-      head_dim: width of a head.
+      requested: one of `KINDS`. If a kernel does not cover the case, plain XLA runs instead, even
+        if the kernel was requested. "splash" off TPUs and "pallas" on CPUs run in Pallas'
+        interpreter.
+      dtype: dtype of activations.
+      head_dim: the width of a head.
       length: tokens of a row.
-      softcap: of the scores, or None.
+      softcap: the soft cap of the scores, or None.
       branches: whether rows have branches.
       device: platform and kind; None: `current_device()`.
 
@@ -151,7 +152,7 @@ def attention_kind(
 
 @functools.lru_cache(maxsize=64)
 def report_fallback(choice: AttentionKind) -> None:
-    """Prints to stderr, once a process, that a kernel gave way to plain XLA, and why."""
+    """Prints to stderr, once per process, that plain XLA replaced a kernel, and why."""
     if choice.kind == "xla" and choice.why.startswith("not ") and jax.process_index() == 0:
         print(f"attention: plain XLA runs; {choice.why}", file=sys.stderr, flush=True)
 
@@ -171,7 +172,7 @@ def no_mesh() -> bool:
 
 
 def check_kind(requested: str) -> None:
-    """Refuses an unknown kind of attention.
+    """Raises ValueError for an unknown kind of attention.
 
     Raises:
       ValueError: it is not one of `KINDS`.
@@ -182,12 +183,12 @@ def check_kind(requested: str) -> None:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Pallas still compiles Triton kernels: JAX 0.12 says that it will not for ever."""
+    """Whether Pallas still compiles Triton kernels; JAX 0.12 announces the end of support."""
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _capability() -> float | None:
-    """Compute capability of the GPU that is present; None where the program is for another one."""
+    """Compute capability of the present GPU; None if the program is for another device."""
     devices = jax.local_devices()
     present = getattr(devices[0], "compute_capability", None)
     return None if present is None else float(present)

@@ -1,15 +1,15 @@
-"""How queries meet the keys and values that other devices hold, where the mesh splits rows in time.
+"""How queries reach other devices' keys and values, if the mesh splits rows along their length.
 
-With n parts of a row of T tokens, H heads of d and K for keys and values on a device, b bytes a
-number, a device sends in one forward pass
+With a row of T tokens in n parts, H query heads and K key and value heads of width d on a device,
+and b bytes per number, a device sends in one forward pass
 
     gather:   2 · K · T·d·b · (n − 1)/n        all-gather of keys and values
     ring:     the same, one part a turn        collective-permute
     ulysses:  2 · (H + K) · T·d·b · (n − 1)/n²     all-to-all: tokens for heads, and back
 
-The backward pass of a ring sends the part again, and its float32 gradient, twice the bytes for
-bfloat16; that of `ulysses` as much as its forward pass. Keys and values are whole on a device under
-`gather` only; under `ulysses` those of K/n heads are.
+The backward pass of a ring sends the part again, and its float32 gradient, which has twice the
+bytes of bfloat16. The backward pass of `ulysses` sends as much as its forward pass. Only `gather`
+has whole keys and values on a device; `ulysses` has those of K/n heads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from jaxalign.parallel.sharding import axis_shards, row_shards
 
 
 class Exchange(NamedTuple):
-    """How parts of rows attend to each other, and why.
+    """How parts of rows attend to each other, and the reason.
 
     Attributes:
       kind: "gather", "ring" or "ulysses".
-      why: a few words for a person.
+      why: the reason, in a few words for the user.
     """
 
     kind: str
@@ -41,23 +41,23 @@ class Exchange(NamedTuple):
 def choose_exchange(
     asked: str, kind: str, config: DecoderConfig, rows: int, length: int, dtype: Any
 ) -> Exchange:
-    """Chooses for the mesh in context, which splits rows along their length.
+    """Chooses the exchange for the mesh in context, which splits rows along their length.
 
-    "auto" is `ulysses` where the parts divide the heads and it sends no more than `gather`. Else it
-    is `gather` while whole keys and values are at most `Backend.gathered_bytes` on a device. Else
-    `ulysses` where the parts divide the heads; and where they do not, `ring` under plain XLA and
-    `gather` under a kernel. A ring that is asked for runs in plain XLA, whatever the kind.
+    "auto" chooses `ulysses` if the parts divide the heads and it sends no more than `gather`.
+    Otherwise it chooses `gather` if whole keys and values take at most `Backend.gathered_bytes` on
+    a device. Otherwise it chooses `ulysses` if the parts divide the heads; if not, `ring` with
+    plain XLA and `gather` with a kernel. A requested ring runs in plain XLA, whatever the kind.
 
     Args:
       asked: one of `parallel.rules.SEQUENCE_ATTENTION`.
-      kind: of attention.
-      config: of the model.
-      rows: of the batch, on all devices.
-      length: of the rows.
-      dtype: of keys and values.
+      kind: the kind of attention.
+      config: the model's config.
+      rows: the rows of the batch, on all devices.
+      length: the length of the rows.
+      dtype: the dtype of keys and values.
 
     Raises:
-      ValueError: "ulysses", and heads that the parts do not divide.
+      ValueError: "ulysses" with heads that the parts do not divide.
     """
     parts = axis_shards("length")
     heads, kv_heads = _device_heads(config)
@@ -84,7 +84,7 @@ def choose_exchange(
 
 
 def _device_heads(config: DecoderConfig) -> tuple[int, int]:
-    """Heads of queries, and of keys and values, on a device that has a part of each row."""
+    """Query heads, and key and value heads, on a device that has a part of each row."""
     shards, heads, kv_heads = axis_shards("heads"), config.num_heads, config.num_kv_heads
     if heads % shards == 0 and kv_heads % shards == 0:
         return heads // shards, kv_heads // shards

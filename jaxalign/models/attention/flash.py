@@ -1,9 +1,9 @@
-"""Flash attention that knows documents, branches, windows and soft caps: Pallas kernels for GPUs.
+"""Flash attention with documents, branches, windows and soft caps: Pallas kernels for GPUs.
 
-The mask stays a few integers a token. Blocks of queries and keys between which it shows no pair are
-never read: those above the diagonal, of other documents, of other branches, or outside the window.
-Which blocks remain is listed beforehand from the least and most integer of each block, so that a
-packed row costs what its documents cost and a shared prompt is read once by every branch.
+The mask remains a few integers per token. Pairs of query and key blocks that are fully masked are
+never read: blocks above the diagonal, of other documents, of other branches, or outside the window.
+The remaining pairs are listed beforehand, from the minimum and maximum integer of each block. So a
+packed row costs as much as its documents, and every branch reads a shared prompt once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from jaxalign.parallel.sharding import axis_shards
 from jaxalign.parallel.zigzag import zigzag_columns
 
 _FAR = 2**30
-"""Above every segment, position, branch and column; differences of two still fit int32."""
+"""Larger than every segment, position, branch and column; differences still fit int32."""
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work.
+    """How a kernel splits its work.
 
     Attributes:
-      queries: of a block, a power of two from 16 on.
-      keys: the same.
-      warps: of 32 threads that share a block.
-      stages: blocks that are being loaded while one is computed.
+      queries: queries per block, a power of two from 16 on.
+      keys: keys per block, likewise.
+      warps: warps of 32 threads that share a block.
+      stages: blocks that are loaded while one is computed.
     """
 
     queries: int
@@ -67,8 +67,8 @@ class Options(NamedTuple):
     """Static options.
 
     Attributes:
-      softcap: of the scores, or None.
-      tiles: of each kernel.
+      softcap: the soft cap of the scores, or None.
+      tiles: the tiles of each kernel.
       interpret: run in Pallas' interpreter.
     """
 
@@ -90,11 +90,11 @@ def flash(
       query: `[B, T, H, d]`, scaled; d at most 256.
       key: `[B, T, K, d]`, as much of the row as the query.
       value: `[B, T, K, d]`.
-      query_segments: of this device's queries.
-      key_segments: of the whole rows.
-      windowed: bool `[1]`, whether the window holds; None: it does.
-      window: how many positions a query attends to, its own included; None: all.
-      softcap: of the scores, or None.
+      query_segments: segments of this device's queries.
+      key_segments: segments of the whole rows.
+      windowed: bool `[1]`, whether the window applies; None: it does.
+      window: how many positions a query attends to, including its own; None: all.
+      softcap: the soft cap of the scores, or None.
       zigzag: the tokens of every row are in zigzag order.
 
     Returns:
@@ -114,7 +114,7 @@ def flash(
     own = jax.lax.dynamic_slice_in_dim(columns, first, length)
     query_tokens = _tokens(query_segments, own, window is not None, padding=-1)
     key_tokens = _tokens(key_segments, columns, window is not None, padding=0)
-    # Padding belongs to no document: no query sees it, and it sees no key.
+    # Padding belongs to no document: no query attends to it, and it attends to no key.
     query, query_tokens = _pad(options, query, query_tokens, padding=-1)
     key, key_tokens = _pad(options, key, key_tokens, padding=0)
     value = jnp.pad(value, [(0, n - m) for m, n in zip(value.shape, key.shape, strict=True)])
@@ -158,7 +158,7 @@ def _pad(
 
 
 class _Range(NamedTuple):
-    """The least and most of something in each block, over tokens that are no padding: `[B, n]`."""
+    """The minimum and maximum of a value in each block, without padding: `[B, n]`."""
 
     least: jax.Array
     most: jax.Array
@@ -178,16 +178,17 @@ def _ranges(tokens: Tokens, size: int) -> Tokens:
 def visible_blocks(
     query: Tokens, key: Tokens, limit: jax.Array, queries: int, keys: int
 ) -> jax.Array:
-    """Between which blocks there may be a pair of query and key that the mask shows.
+    """Which pairs of blocks may contain an unmasked pair of query and key.
 
-    Never False for such a pair. A block of padding alone has an empty range, and meets no other.
+    It is never False for a pair that does. A block of only padding has an empty range, and pairs
+    with no block.
 
     Args:
-      query: of `[B, T]` queries.
-      key: of `[B, S]` keys.
+      query: tokens of `[B, T]` queries.
+      key: tokens of `[B, S]` keys.
       limit: int32 `[1]`, the window.
-      queries: of a block; divides T.
-      keys: of a block; divides S.
+      queries: queries per block; divides T.
+      keys: keys per block; divides S.
 
     Returns:
       bool `[B, T / queries, S / keys]`.
@@ -208,7 +209,7 @@ def visible_blocks(
 
 
 def _lists(visible: jax.Array) -> Lists:
-    """Of each block `[B, n]`, the numbers of the blocks that it sees `[B, n, m]`, in order."""
+    """For each block `[B, n]`, the indices of the blocks that it visits `[B, n, m]`, in order."""
     blocks = jnp.argsort(~visible, axis=-1, stable=True).astype(jnp.int32)
     return Lists(blocks, jnp.sum(visible, axis=-1, dtype=jnp.int32))
 
@@ -226,7 +227,7 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array, Tokens, Tokens, jax.Array, ja
 """The arguments, the output, and float32 `[B, H, T]` of `flash_kernels.forward`."""
 
 
-# Jitted, so that the kernels are traced and lowered once for all places that call them.
+# Jitted, so that the kernels are traced and lowered once for all callers.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     options: Options, query: jax.Array, key: jax.Array, value: jax.Array, query_tokens: Tokens,
@@ -342,27 +343,27 @@ def _call(
 
 
 def _heads(size: int, x: jax.Array) -> pl.BlockSpec:
-    """Of `[B, N, H, d]`, a block of one head."""
+    """The block spec of one head of `[B, N, H, d]`."""
     return pl.BlockSpec((None, size, None, x.shape[3]), lambda i, h, b: (b, i, h, 0))
 
 
 def _scalars(size: int) -> pl.BlockSpec:
-    """Of `[B, H, N]`, a block of one head."""
+    """The block spec of one head of `[B, H, N]`."""
     return pl.BlockSpec((None, None, size), lambda i, h, b: (b, h, i))
 
 
 def _part(tokens: Tokens, size: int) -> Tokens:
-    """Of `[B, N]`, a block."""
+    """The block spec of a block of `[B, N]`."""
     return jax.tree.map(lambda _: pl.BlockSpec((None, size), lambda i, h, b: (b, i)), tokens)
 
 
 def _whole(tokens: Tokens) -> Tokens:
-    """Of `[B, N]`, a row."""
+    """The block spec of a row of `[B, N]`."""
     return jax.tree.map(lambda x: pl.BlockSpec((None, x.shape[1]), lambda i, h, b: (b, 0)), tokens)
 
 
 def _mask_specs(lists: Lists, query_tokens: Tokens, key_tokens: Tokens) -> tuple[Any, ...]:
-    """The window, a block's list and the counts of a row, and tokens."""
+    """Block specs of the window, a block's list, a row's counts, and tokens."""
     _, n, m = lists.blocks.shape
     one = Lists(
         pl.BlockSpec((None, None, m), lambda i, h, b: (b, i, 0)),
@@ -374,7 +375,7 @@ def _mask_specs(lists: Lists, query_tokens: Tokens, key_tokens: Tokens) -> tuple
 def _query_specs(
     tile: Tile, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[pl.BlockSpec, ...]:
-    """A block of queries of one head, and all the keys and values that this head reads."""
+    """Block specs of a query block of one head, and of all keys and values that this head reads."""
     group = query.shape[2] // key.shape[2]
     whole = [
         pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda i, h, b: (b, 0, h // group, 0))

@@ -1,10 +1,10 @@
 """The three Pallas kernels of flash attention for GPUs: forward, and both halves of backward.
 
-Each program of a grid keeps one block of queries, or of keys, and visits the blocks of the other
-side that a list names. Products are of the inputs' dtype and add up in float32, as does the softmax
-(Dao 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2).
+Each program of a grid holds one block of queries, or of keys, and visits the listed blocks of the
+other side. Products take the inputs' dtype and accumulate in float32, as does the softmax (Dao
+2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2).
 
-With scaled scores s, capped to c·tanh(s/c) where there is a cap, weights p of the visible keys and
+With scaled scores s, capped to c·tanh(s/c) if there is a cap, weights p of the unmasked keys and
 incoming gradients g of the outputs o,
 
     v' = pᵀ·g,      s' = p·(g·vᵀ − Σ g·o)·(1 − tanh²(s/c)),      q' = s'·k,      k' = s'ᵀ·q.
@@ -20,19 +20,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 HIDDEN = -1e30
-"""Score of a masked key; finite, so that rows without keys give no NaN."""
+"""The score of a masked key; finite, so that rows without keys give no NaN."""
 
 _LOG2_E = math.log2(math.e)
 
 
 class Tokens(NamedTuple):
-    """What the mask asks of each token; int32 `[B, N]`, or a block of one row.
+    """The integers of each token that the mask reads; int32 `[B, N]`, or a block of one row.
 
     Attributes:
-      columns: in the whole row, from 0.
-      ids: segments. Padding among the queries is -1 and among the keys 0, so that the two differ.
-      positions: within a document, or None where there is no window.
-      branches: or None.
+      columns: the column in the whole row, from 0.
+      ids: the segment. Padding is -1 among the queries and 0 among the keys, so that they never
+        match.
+      positions: the position in its document, or None without a window.
+      branches: the branch, or None.
     """
 
     columns: Any
@@ -42,11 +43,11 @@ class Tokens(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Which blocks of the other side each of n blocks visits, out of m.
+    """Which of the m blocks of the other side each of n blocks visits.
 
     Attributes:
-      blocks: int32 `[B, n, m]`, their numbers, those to visit first.
-      count: int32 `[B, n]`, how many there are to visit.
+      blocks: int32 `[B, n, m]`, block indices; the blocks to visit come first.
+      count: int32 `[B, n]`, how many blocks to visit.
     """
 
     blocks: Any
@@ -76,7 +77,7 @@ def _visible(query: Tokens, key: Tokens, limit: jax.Array, axis: int) -> jax.Arr
 
 
 def _cap(scores: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
-    """Capped scores, and the slope of the cap if there is one."""
+    """Capped scores, and the cap's derivative if there is one."""
     if softcap is None:
         return scores, None
     capped = jnp.tanh(scores / softcap)
@@ -97,10 +98,10 @@ def forward(
       query: `[t, d]`.
       key: `[S, d]`.
       value: `[S, d]`.
-      out: `[t, d]`, is written.
-      logz: float32 `[t]`, is written: the base-2 logarithm of Σ exp(s).
-      size: keys of a block.
-      softcap: of the scores, or None.
+      out: `[t, d]`, the output to write.
+      logz: float32 `[t]`, the second output to write: the base-2 logarithm of Σ exp(s).
+      size: keys per block.
+      softcap: the soft cap of the scores, or None.
     """
     queries, tokens = query[...], _read(query_tokens, ...)
 
@@ -111,7 +112,7 @@ def forward(
         mask = _visible(tokens, _read(key_tokens, at), limit[0], 0)
         scores = jnp.where(mask, scores * _LOG2_E, HIDDEN)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        # Of a query that has seen no key yet every weight is 2^(HIDDEN − 0) = 0.
+        # While a query has no unmasked key yet, every weight is 2^(HIDDEN − 0) = 0.
         base = jnp.where(new_top > HIDDEN, new_top, 0.0)
         weights = jnp.exp2(scores - base[:, None])
         shrink = jnp.exp2(top - base)
@@ -140,7 +141,7 @@ def to_queries(
       above: g, `[t, d]`.
       logz: of `forward`, `[t]`.
       inner: float32 `[t]`, Σ g·o.
-      out: `[t, d]`, is written.
+      out: `[t, d]`, the output to write.
     """
     queries, gradient, tokens = query[...], above[...], _read(query_tokens, ...)
     base, less = logz[...], inner[...]
@@ -179,9 +180,9 @@ def to_keys(
       above: g, `[T, G, d]`.
       logz: of `forward`, `[G, T]`.
       inner: float32 `[G, T]`, Σ g·o.
-      key_out: `[s, d]`, is written.
-      value_out: `[s, d]`, is written.
-      size: queries of a block.
+      key_out: `[s, d]`, an output to write.
+      value_out: `[s, d]`, an output to write.
+      size: queries per block.
     """
     keys, values, tokens = key[...], value[...], _read(key_tokens, ...)
     count = lists.count[pl.program_id(0)]
@@ -191,7 +192,7 @@ def to_keys(
             to_key, to_value = sums
             at = pl.ds(lists.blocks[i] * size, size)
             queries, gradient = query[at, g, :], above[at, g, :]
-            # Keys along the rows: both sums are products without a transposed left side.
+            # With keys along the rows, neither product needs a transposed left side.
             scores, slope = _cap(_dot(keys, queries, (1, 1)), softcap)  # [s, size]
             mask = _visible(_read(query_tokens, at), tokens, limit[0], 1)
             weights = jnp.where(mask, scores * _LOG2_E, HIDDEN) - logz[g, at][None, :]

@@ -35,8 +35,8 @@ def splash(
 ) -> jax.Array:  # fmt: skip
     """Splash attention: each device for its own rows, heads and part of the length.
 
-    A device all-gathers the keys and values of its rows along the length. In zigzag order it puts
-    them in their own order then; the queries stay where they are.
+    A device all-gathers the keys and values of its rows along the length. In zigzag order it then
+    restores their original order; the queries stay in place.
 
     Off TPUs the kernel runs in Pallas' interpreter, which is slow and for tests.
 
@@ -46,7 +46,7 @@ def splash(
       value: `[B, T, K, d]`.
       mask: without branches. The kernel's window counts columns; within a segment these are
         positions.
-      softcap: of the scores, or None.
+      softcap: the soft cap of the scores, or None.
       heads: logical axis along which heads are split.
 
     Returns:
@@ -54,7 +54,7 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    assert mask.query is not None  # `attend` checks
+    assert mask.query is not None  # `attend` has checked this
     length, parts = query.shape[1], axis_shards("length")
     block = _zigzag_block(length, parts) if mask.zigzag else _block(-(-length // parts))
     record_choice(f"splash: blocks of {block}")
@@ -131,19 +131,19 @@ def splash(
 
 
 def zigzag_multiple(kind: str, length: int, exchange: str = "gather") -> int | None:
-    """Rows that the mesh in context splits may be in zigzag order if so long, or a multiple of it.
+    """Rows whose length is a multiple of this may be in zigzag order on the mesh in context.
 
     Args:
-      kind: of attention.
-      length: of the rows.
+      kind: the kind of attention.
+      length: the length of the rows.
       exchange: how queries meet other devices' keys, see `models.attention.exchange`.
 
     Returns:
-      None: nothing splits them, the kind of attention takes rows in their order only, or its blocks
-      would need more padding than `Backend.splash_padding`.
+      The length; None if nothing splits rows, if the kind of attention needs rows in order, or if
+      its blocks would need more padding than `Backend.splash_padding`.
     """
     parts = axis_shards("length")
-    if parts == 1 or exchange == "ulysses":  # which gives every device whole rows
+    if parts == 1 or exchange == "ulysses":  # it gives every device whole rows
         return None
     if exchange == "ring":
         return 2 * parts
@@ -156,7 +156,7 @@ def zigzag_multiple(kind: str, length: int, exchange: str = "gather") -> int | N
 
 
 def _zigzag_block(length: int, parts: int) -> int:
-    """The largest side of which every half part of a row has whole blocks."""
+    """The largest block side that divides every half part of a row."""
     half = length // (2 * parts)
     for block in backend().splash_blocks:
         if half % block == 0 and length == 2 * parts * half:
@@ -168,7 +168,7 @@ def _zigzag_block(length: int, parts: int) -> int:
 
 
 def _block(length: int) -> int:
-    """Side of the blocks for rows of this length."""
+    """The side of the blocks for rows of this length."""
     platform = backend()
     for block in platform.splash_blocks:
         if -length % block <= platform.splash_padding * length:
@@ -188,22 +188,22 @@ def cudnn(
 ) -> jax.Array:  # fmt: skip
     """cuDNN's flash attention on one device; `map_shards` runs it.
 
-    cuDNN has causal masks and windows but no segments. Those are enough where every row is one
-    document with padding after it, since no real token comes after padding. `packed` attends in
-    other rows (several documents, padding on the left, branches): a bias `[B, 1, T, S]` would be
-    quadratic in the length, and cuDNN would compute a gradient for it. The choice is made on the
-    device at run time, except where rows have branches or are split along their length.
+    cuDNN has causal masks and windows but no segments. This suffices if every row is one document
+    followed by padding, since no real token comes after padding. For other rows (several documents,
+    padding on the left, branches) `packed` runs instead: a bias `[B, 1, T, S]` would be quadratic
+    in the length, and cuDNN would compute a gradient for it. The choice is made on the device at
+    run time, except if rows have branches or are split along their length.
 
     Args:
       query: `[B, T, H, d]`, scaled; bfloat16 or float16.
       key: `[B, T, K, d]`, as much of the row as the query.
       value: `[B, T, K, d]`.
-      query_segments: of this device's queries.
-      key_segments: of the whole rows.
-      windowed: bool `[1]`, whether the window holds; None: it does.
-      window: how many positions a query attends to, its own included.
+      query_segments: segments of this device's queries.
+      key_segments: segments of the whole rows.
+      windowed: bool `[1]`, whether the window applies; None: it does.
+      window: how many positions a query attends to, including its own.
       softcap: None; cuDNN has none.
-      packed: attention that knows segments.
+      packed: attention that supports segments.
 
     Returns:
       `[B, T, H, d]`.
@@ -221,8 +221,8 @@ def cudnn(
     def causal(
         query: jax.Array, key: jax.Array, value: jax.Array, near: tuple[int, int] | None = None
     ) -> jax.Array:
-        # cuDNN's backward pass wants even lengths. Padding comes last: no causal query attends to
-        # it.
+        # cuDNN's backward pass needs even lengths. The padding comes last, so no causal query
+        # attends to it.
         length = query.shape[1]
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (query, key, value)
@@ -243,7 +243,7 @@ def cudnn(
 
 
 def _one_document(segments: jax.Array) -> jax.Array:
-    """Whether every row `[B, T]` is one document with padding after it (or all padding)."""
+    """Whether every row `[B, T]` is one document followed by padding (or all padding)."""
     real = segments > 0
     same = jnp.all(~real | (segments == segments[:, :1]))
     return same & ~jnp.any(real[:, 1:] & ~real[:, :-1])

@@ -1,9 +1,9 @@
 """The key-value cache of decoding, and attention to it.
 
-A decode step reads every weight and every cached key once and computes little, so it must copy
-neither. Each layer therefore has arrays of its own, which a step updates in place; a slice of one
-array for all layers would be a copy. Heads come before columns, `[B, K, S, head_dim]`, the layout
-that both products take.
+A decode step reads every weight and every cached key once and computes little, so it must not copy
+either. Each layer therefore has its own arrays, which a step updates in place; slicing one array
+for all layers would copy. Heads come before columns, `[B, K, S, head_dim]`, the layout that both
+products take.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Cache(NamedTuple):
     Attributes:
       keys: for each layer `[B, K, S, head_dim]`, rotated.
       values: for each layer `[B, K, S, head_dim]`.
-      segment_ids: int32 `[B, S]`; 0 where nothing was written, or padding was.
+      segment_ids: int32 `[B, S]`; 0 for empty columns and padding.
       positions: int32 `[B, S]`.
-      used: int32 scalar, the column that is written next.
+      used: int32 scalar, the next column to write.
       experts: for each layer integers `[B, S, k]`, the experts of each token. None: not kept.
     """
 
@@ -44,7 +44,7 @@ def empty_cache(
 ) -> Cache:
     """A cache for `rows` sequences of up to `length` tokens, split over rows and heads.
 
-    `experts` is the dtype in which it keeps the experts taken; None: it does not.
+    `experts` is the dtype in which it stores the experts taken; None: it stores none.
     """
     shape = (rows, config.num_kv_heads, length, config.head_dim)
 
@@ -70,7 +70,7 @@ def empty_cache(
 
 
 def resize_cache(cache: Cache, count: int) -> Cache:
-    """A cache of `count` columns: the first ones, or all of them and empty ones after them."""
+    """A cache of `count` columns: the first ones, or all of them followed by empty ones."""
 
     def fit(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, 0)] * x.ndim
@@ -89,14 +89,14 @@ def resize_cache(cache: Cache, count: int) -> Cache:
 def split(x: jax.Array) -> jax.Array:
     """Shards one layer's keys or values, `[B, K, S, head_dim]`, over rows and heads.
 
-    Where the mesh does not divide the heads (fewer heads than shards), every shard has them all.
+    If the mesh does not divide the heads (fewer heads than shards), every shard has all heads.
     """
     whole = x.shape[1] % axis_shards("cache_heads")
     return constrain(x, f"cache_rows {'hidden' if whole else 'cache_heads'} cache_length hidden")
 
 
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
-    """Writes keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
+    """Writes the keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
     new = new.astype(layer.dtype).transpose(0, 2, 1, 3)
     return jax.lax.dynamic_update_slice(layer, new, (0, 0, used, 0))
 
@@ -105,15 +105,15 @@ def attend_cached(
     query: jax.Array, keys: jax.Array, values: jax.Array, mask: Array,
     scale: jax.Array | float | None = None, softcap: float | None = None,
 ) -> jax.Array:  # fmt: skip
-    """`attention.attend` to one layer of a cache, without a gradient.
+    """Like `attention.attend`, to one layer of a cache and without a gradient.
 
     Args:
       query: `[B, T, H, head_dim]`.
       keys: `[B, K, S, head_dim]`; each serves H / K query heads.
       values: `[B, K, S, head_dim]`.
       mask: bool `[B, 1, T, S]`.
-      scale: of the scores; None: 1/√head_dim. May be traced.
-      softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
+      scale: the factor of the scores; None: 1/√head_dim. May be traced.
+      softcap: c: scores become `c · tanh(scores / c)` before the mask; None: no cap.
 
     Returns:
       `[B, T, H, head_dim]`; the softmax is computed in float32.

@@ -1,7 +1,7 @@
-"""The attention mask as a few integers a token; as a matrix only where rows are short.
+"""The attention mask as a few integers per token; as a matrix only for short rows.
 
-A token attends to tokens of its own segment that do not come after it. Within a segment it attends
-to branch 0 and to its own branch only; with a sliding window, only to the positions just before it.
+A token attends to itself and to earlier tokens of its own segment. Within a segment it attends only
+to branch 0 and to its own branch; with a sliding window, only to the positions just before it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 
 class Segments(NamedTuple):
-    """Where each token of a row belongs.
+    """The segment, position and branch of each token of a row.
 
     Attributes:
-      ids: int32 `[B, N]`, the segment of each token; 0 is padding.
+      ids: int32 `[B, N]`, each token's segment; 0 is padding.
       positions: int32 `[B, N]`, from 0 in each document.
       branches: int32 `[B, N]`, or None for rows without branches.
     """
@@ -35,7 +35,7 @@ class Segments(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-    """Which of T queries attends to which of S keys; a pytree.
+    """Which of T queries attend to which of S keys; a pytree.
 
     Attributes:
       query: segments of the T queries.
@@ -43,15 +43,15 @@ class MaskSpec:
       cached: False: keys are columns of the same rows, and a query attends to no later column.
         True: keys are a cache that was written in any order; a query attends to no later position,
         and to no column of segment 0.
-      window: how many positions a query attends to, its own included; None: all.
-      windowed: bool scalar, whether the window holds; traced where layers differ. None: it does.
-      query_start: int32 scalar, the column of the first query among the keys; None: 0. A device
-        that holds a part of every row sets it.
+      window: how many positions a query attends to, including its own; None: all.
+      windowed: bool scalar, whether the window applies; traced if layers differ. None: it does.
+      query_start: int32 scalar, the column of the first query among the keys; None: 0. It is set on
+        a device that holds a part of every row.
       matrix: bool `[B, 1, T, S]` that replaces all of the above.
-      zigzag: the tokens of every row are in zigzag order (`parallel.zigzag`), and so T = S is not
-        their order in the row. Kernels know it; `make_mask` does not.
-      exchange: how queries meet the keys of other devices where the mesh splits rows along their
-        length: "gather", "ring" or "ulysses", see `jaxalign.models.attention.exchange`.
+      zigzag: the tokens of every row are in zigzag order (`parallel.zigzag`), so a column is not
+        the token's place in the row. Kernels support this; `make_mask` does not.
+      exchange: how queries reach other devices' keys if the mesh splits rows along their length:
+        "gather", "ring" or "ulysses", see `jaxalign.models.attention.exchange`.
     """
 
     query: Segments | None = None
@@ -65,7 +65,7 @@ class MaskSpec:
     exchange: str = "gather"
 
     def with_matrix(self) -> MaskSpec:
-        """The same with its matrix: made once for all layers, for short rows."""
+        """The same spec with its matrix, which short rows make once for all layers."""
         return dataclasses.replace(self, matrix=make_mask(self))
 
 
@@ -75,10 +75,10 @@ def make_mask(
     """The mask of a block of queries.
 
     Args:
-      spec: what to mask.
+      spec: the mask.
       start: first query of the block; may be traced.
-      size: queries of the block; None: all.
-      stop: keys before this column only; None: all.
+      size: queries in the block; None: all.
+      stop: use only keys before this column; None: all.
 
     Returns:
       bool `[B, 1, size, stop]`, True where a query attends to a key.

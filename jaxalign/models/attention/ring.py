@@ -1,12 +1,12 @@
-"""Ring attention: keys and values go round the devices that split a row; none has them whole.
+"""Ring attention: keys and values pass round the devices that split a row; none has all of them.
 
 With parts S₁, …, Sₙ of the keys, o_j the output and z_j the logsumexp of the attention to Sⱼ alone,
 
     z = log Σ_j exp(z_j),      o = Σ_j exp(z_j − z) · o_j
 
-(Liu et al. 2023, https://arxiv.org/abs/2310.01889). The sum is formed one part a turn, in float32.
-The backward pass lets keys and values go round again and forms the weights anew from z; the sums of
-their gradients, float32, travel with them and are home after n turns.
+(Liu et al. 2023, https://arxiv.org/abs/2310.01889). Each turn adds one part to the sum, in float32.
+The backward pass sends keys and values round again and recomputes the weights from z. The float32
+sums of their gradients travel with them and return to their device after n turns.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxalign.parallel.sharding import axis_shards
 
 
 class Partial(NamedTuple):
-    """Attention of a device's queries to some of their keys.
+    """The attention of a device's queries to some of the keys.
 
     Attributes:
       out: float32 `[B, t, H, d]`.
-      logz: float32 `[B, t, H]`, logsumexp of the scores; at most −1e30 for a query that sees none
-        of the keys.
+      logz: float32 `[B, t, H]`, logsumexp of the scores; at most −1e30 for a query that attends to
+        none of the keys.
     """
 
     out: jax.Array
@@ -37,14 +37,14 @@ class Partial(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """Whose queries meet whose keys.
+    """The queries and keys of one turn.
 
     Attributes:
-      query: segments of the t queries here.
-      key: segments of the t keys that are here now.
-      windowed: bool `[1]`, whether the window holds; None: it does.
-      device: int32 scalar, the part of the row that the queries are.
-      source: int32 scalar, the part that the keys are.
+      query: segments of this device's t queries.
+      key: segments of the t keys that it holds in this turn.
+      windowed: bool `[1]`, whether the window applies; None: it does.
+      device: int32 scalar, the index of the queries' part of the row.
+      source: int32 scalar, the index of the keys' part.
     """
 
     query: Segments
@@ -55,11 +55,11 @@ class Meeting(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Attention to one part of the keys; functions of a module, so that the form is hashable.
+    """Attention to one part of the keys; module-level functions, so that a `Form` is hashable.
 
     Attributes:
       forward: `(options, query, key, value, meeting, own) -> Partial`. `own` tells whether the keys
-        are those of the queries' own part.
+        belong to the queries' own part.
       backward: `(options, query, key, value, meeting, own, whole, gradient)` → float32 gradients of
         query, key and value; `whole` is the attention to all parts, its `out` in the inputs' dtype.
     """
@@ -72,12 +72,12 @@ class Options(NamedTuple):
     """Static options.
 
     Attributes:
-      form: of attention to one part.
+      form: how to attend to one part.
       axes: names of the mesh axes that split rows along their length.
-      parts: n, into how many.
-      zigzag: the tokens of every row are in zigzag order, else in their own.
-      window: how many positions a query attends to, its own included; None: all.
-      softcap: of the scores, or None.
+      parts: n, the number of parts.
+      zigzag: the tokens of every row are in zigzag order.
+      window: how many positions a query attends to, including its own; None: all.
+      softcap: the soft cap of the scores, or None.
     """
 
     form: Form
@@ -99,13 +99,13 @@ def ring(
       query: `[B, T / n, H, d]`, scaled.
       key: `[B, T / n, K, d]`.
       value: `[B, T / n, K, d]`.
-      query_segments: of this device's queries; those of the whole rows hold them too.
-      key_segments: of the whole rows.
-      windowed: bool `[1]`, whether the window holds; None: it does.
-      form: of attention to one part.
+      query_segments: segments of this device's queries, which are also part of the whole rows.
+      key_segments: segments of the whole rows.
+      windowed: bool `[1]`, whether the window applies; None: it does.
+      form: how to attend to one part.
       zigzag: the tokens of every row are in zigzag order.
-      window: how many positions a query attends to, its own included.
-      softcap: of the scores, or None.
+      window: how many positions a query attends to, including its own.
+      softcap: the soft cap of the scores, or None.
 
     Returns:
       `[B, T / n, H, d]`.
@@ -142,7 +142,7 @@ def _forward(
 
     def step(carry: Any, turn: jax.Array) -> tuple[Any, None]:
         total, keys = carry
-        # The next part is on its way while this one is attended to.
+        # The next part is in transit while this one is computed.
         following = pass_on(keys, options.axes, parts)
         return (merge(total, attend(keys, turn)), following), None
 
@@ -190,7 +190,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def merge(x: Partial, y: Partial) -> Partial:
-    """Attention to the keys of both."""
+    """Merges the attention to two sets of keys."""
     logz = jnp.logaddexp(x.logz, y.logz)
     x_share, y_share = (jnp.exp(part.logz - logz)[..., None] for part in (x, y))
     return Partial(x_share * x.out + y_share * y.out, logz)
@@ -200,7 +200,7 @@ def _meeting(
     segments: Segments, windowed: jax.Array | None, device: jax.Array, turn: Any, size: int,
     parts: int,
 ) -> Meeting:  # fmt: skip
-    """After some turns a device has the keys of the one that lies as many places before it."""
+    """After k turns a device has the keys of the device k places before it."""
     source = (device - turn) % parts
 
     def part(index: jax.Array) -> Segments:

@@ -1,9 +1,9 @@
 """One turn of ring attention in plain XLA.
 
-In zigzag order device i has the parts a = i and b = 2n − 1 − i of 2n. Against the keys of another
-device j, b sees part j whole; and a sees part j whole if j < i, else b sees part 2n − 1 − j whole.
-Every device thus computes two products of half parts without a causal mask, side by side in one,
-whatever i and j are.
+In zigzag order device i has the parts a = i and b = 2n − 1 − i of 2n. With the keys of another
+device j, b always attends to all of part j. In addition, a attends to all of part j if j < i;
+otherwise b attends to all of part 2n − 1 − j. So for any i and j a device computes two products of
+half parts without a causal mask, batched into one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Halves(NamedTuple):
     meeting: Meeting
 
     def choose(self, early: T, late: T) -> T:
-        """What belongs to the second pair: of early tokens if the other device lies before."""
+        """Selects the second pair's half: early tokens if the other device comes before."""
         before = self.meeting.source < self.meeting.device
         return jax.tree.map(lambda x, y: jnp.where(before, x, y), early, late)
 
@@ -101,7 +101,7 @@ def _split_rows(x: jax.Array) -> list[jax.Array]:
 
 
 def _mask(options: Options, meeting: Meeting, own: bool) -> MaskSpec:
-    """Of all queries and keys here. Of another device's keys all come first, or none."""
+    """The mask of the queries and keys here: another device's keys come first, all or none."""
     start = None
     if not own:
         size = meeting.query.ids.shape[1]

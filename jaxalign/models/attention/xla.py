@@ -1,4 +1,4 @@
-"""The attention function: one entrance to every form, and how each runs on several devices."""
+"""The attention function: one entry point to every kind, on one or several devices."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def attend(
     The backward pass keeps no `[T, S]` matrix: it forms the weights again from the logsumexp of
     each row (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
 
-    Where the mesh in context splits the length, each device attends from its part of every row to
-    the keys and values of the whole row; `mask.exchange` says how it comes by them.
+    If the mesh in context splits the length, each device attends from its part of every row to the
+    keys and values of the whole row; `mask.exchange` determines how it gets them.
 
     Args:
       query: `[B, T, H, head_dim]`.
@@ -49,10 +49,10 @@ def attend(
       value: `[B, S, K, head_dim]`.
       mask: which query attends to which key; or bool `[B, 1, T, S]`, for "xla" only. A query
         without keys (padding) gets a meaningless finite value.
-      scale: of the scores; None: 1/√head_dim. May be traced.
-      softcap: c: scores become `c · tanh(scores / c)` before the mask; None: they stay.
-      causal: with a bool matrix: it is False right of the diagonal (T = S), so that those products
-        are skipped. A `MaskSpec` implies it.
+      scale: the factor of the scores; None: 1/√head_dim. May be traced.
+      softcap: c: scores become `c · tanh(scores / c)` before the mask; None: no cap.
+      causal: for a bool matrix: promises that it is False right of the diagonal (T = S), so that
+        those products are skipped. A `MaskSpec` implies it.
       kind: "xla", "splash", "cudnn" or "pallas", see `jaxalign.models.attention.dispatch`.
 
     Returns:
@@ -76,7 +76,7 @@ def _attend_by_shards(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec, softcap: float | None,
     kind: str,
 ) -> jax.Array:  # fmt: skip
-    """Each device for its rows, heads and part of the length."""
+    """Runs attention on each device for its rows, heads and part of the length."""
     length = query.shape[1]
     key, value = (_repeat_heads(x, query.shape[2]) for x in (key, value))
     heads = _head_axis(query, key)
@@ -86,11 +86,11 @@ def _attend_by_shards(
     query, key, value = (pad_length(x) for x in (query, key, value))
     segments = jax.tree.map(lambda x: pad_length(jnp.asarray(x)), mask.query)
     form = _form(kind, mask.zigzag)
-    if circular:  # the kernels give no part of a softmax
+    if circular:  # the kernels cannot return a partial softmax
         form = functools.partial(ring, form=ring_xla.FORM, zigzag=mask.zigzag)
     run = functools.partial(form, window=mask.window, softcap=softcap)
-    # Query, key and value are split along rows, length and heads. Segments go in twice: those of
-    # the device's queries, and those of the whole rows.
+    # Query, key and value are split along rows, length and heads. Segments are passed twice: for
+    # the device's queries, and for the whole rows.
     split = f"rows length {heads}"
     axes = (split, split, split, "rows length", "rows", "new")
     windowed = None if mask.windowed is None else jnp.asarray(mask.windowed)[None]
@@ -123,10 +123,10 @@ def _attend_by_heads(
 
 
 def _form(kind: str, zigzag: bool) -> Callable[..., jax.Array]:
-    """What `map_shards` runs for a kind of attention."""
+    """The function that `map_shards` runs for a kind of attention."""
     if kind == "xla":
         return blockwise
-    # Without a mesh, nothing splits a Pallas kernel over several devices.
+    # Without a mesh, a Pallas kernel cannot be split over several devices.
     if kind == "cudnn" and (no_mesh() or not has_triton()):
         return functools.partial(cudnn, packed=blockwise)
     from jaxalign.models.attention.flash import flash
@@ -136,14 +136,14 @@ def _form(kind: str, zigzag: bool) -> Callable[..., jax.Array]:
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
-    """Keys or values with heads repeated, where there are fewer of them than shards of heads."""
+    """Keys or values, with repeated heads if there are fewer heads than shards."""
     shards, kv_heads = axis_shards("heads"), x.shape[2]
     fewer = kv_heads % shards and shards % kv_heads == 0 and heads % shards == 0
     return jnp.repeat(x, shards // kv_heads, axis=2) if fewer else x
 
 
 def _head_axis(query: jax.Array, key: jax.Array) -> str:
-    """The logical axis of heads where their shards divide them, else one that is never split."""
+    """The logical axis of heads if the shards divide them, else an axis that is never split."""
     divide = all(x.shape[2] % axis_shards("heads") == 0 for x in (query, key))
     return "heads" if divide else "hidden"
 
@@ -153,17 +153,17 @@ def blockwise(
     key_segments: Segments, windowed: jax.Array | None, *, window: int | None,
     softcap: float | None,
 ) -> jax.Array:  # fmt: skip
-    """XLA attention on one device, which may hold a part of every row; `map_shards` runs it.
+    """XLA attention on one device, which may hold only a part of every row; `map_shards` runs it.
 
     Args:
       query: `[B, T / n, H, d]`, scaled.
       key: `[B, T / n, K, d]`.
       value: `[B, T / n, K, d]`.
-      query_segments: of this device's queries.
-      key_segments: of the whole rows.
-      windowed: bool `[1]`, whether the window holds; None: it does.
-      window: how many positions a query attends to, its own included.
-      softcap: of the scores, or None.
+      query_segments: segments of this device's queries.
+      key_segments: segments of the whole rows.
+      windowed: bool `[1]`, whether the window applies; None: it does.
+      window: how many positions a query attends to, including its own.
+      softcap: the soft cap of the scores, or None.
 
     Returns:
       `[B, T / n, H, d]`.
@@ -177,5 +177,5 @@ def blockwise(
 
 
 def _score_shards() -> int:
-    """Over how many devices the compiler splits the scores."""
+    """The number of devices over which the compiler splits the scores."""
     return axis_shards("rows") * axis_shards("heads")

@@ -1,7 +1,7 @@
-"""Attention in plain XLA: blocks of queries against the keys that they may see, both passes.
+"""Attention in plain XLA: blocks of queries against unmasked keys, forward and backward.
 
-The backward pass keeps no `[T, S]` matrix: it forms the weights again from the logsumexp of each
-row (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
+The backward pass keeps no `[T, S]` matrix: it recomputes the weights from the logsumexp of each row
+(Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class XLAOptions(NamedTuple):
     """Static options of XLA attention.
 
     Attributes:
-      softcap: of the scores, or None.
+      softcap: the soft cap of the scores, or None.
       causal: no query attends to a later column (T = S), so that blocks skip later keys.
-      score_shards: over how many devices the compiler splits the scores.
-      wide: outputs and gradients are float32, to be added to others before they are rounded.
+      score_shards: the number of devices over which the compiler splits the scores.
+      wide: outputs and gradients are float32, to be added to others before rounding.
     """
 
     softcap: float | None
@@ -43,8 +43,8 @@ def xla_attention(
     """Scaled queries `[B, T, H, d]`, keys and values `[B, S, K, d]` → `[B, T, H, d]`."""
     rows, length, heads, width = query.shape
     # The G = H / K query heads of a group become rows of one matrix, so that both products are
-    # plain batched matrix products without repeated keys. On CPUs this is about twice as fast as
-    # the general contraction of jax.nn.dot_product_attention for narrow heads.
+    # plain batched matrix products without repeated keys. For narrow heads this is about twice as
+    # fast on CPUs as the general contraction of jax.nn.dot_product_attention.
     query = query.reshape(rows, length, key.shape[2], -1, width)  # [B, T, K, G, d]
     out = _attend(
         options,
@@ -74,11 +74,11 @@ class QueryBlocks(NamedTuple):
 
 
 def block_schedule(options: XLAOptions, query: jax.Array, key: jax.Array) -> Iterator[QueryBlocks]:
-    """How queries are cut into blocks.
+    """How queries are split into blocks.
 
-    Under a causal mask, up to `Backend.attention_query_blocks` spans of queries have key columns of
-    their own, so that products above the diagonal are skipped. A span whose scores are more than
-    `Backend.attention_scores` a device is cut further, and its blocks run in a loop.
+    With a causal mask, up to `Backend.attention_query_blocks` spans of queries each have their own
+    range of key columns, so that products above the diagonal are skipped. A span with more than
+    `Backend.attention_scores` scores per device is split further, and its blocks run in a loop.
     """
     platform = backend()
     smallest = platform.attention_query_block
@@ -106,7 +106,7 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array, MaskSpec, jax.Array, jax.Arra
 def forward(
     options: XLAOptions, query: jax.Array, key: jax.Array, value: jax.Array, mask: MaskSpec
 ) -> tuple[jax.Array, Residuals]:
-    """The output `[B, K, G, T, d]`, and what `backward` takes."""
+    """The output `[B, K, G, T, d]`, and the residuals for `backward`."""
     dtype = jnp.float32 if options.wide else query.dtype
     outs, logzs = [], []
     schedule = list(block_schedule(options, query, key))
@@ -143,10 +143,10 @@ def forward(
 def _keep_mask_in_loops(
     schedule: list[QueryBlocks], query: jax.Array, mask: MaskSpec
 ) -> tuple[jax.Array, MaskSpec]:
-    """Makes the mask depend on the queries where blocks run in a loop.
+    """Makes the mask depend on the queries if blocks run in a loop.
 
-    The mask depends on no parameter. When JAX splits what a gradient needs from what it does not,
-    it would move the mask out of the loop, and so make all of `[T, T]`.
+    The mask depends on no parameter. So partial evaluation for the gradient would move it out of
+    the loop, and materialise all of `[T, T]`.
     """
     if all(blocks.count == 1 for blocks in schedule):
         return query, mask
@@ -166,8 +166,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Gradients of query, key and value.
 
-    `out` and `logz` of the residuals may be those of more keys than are here: the gradients are
-    then the part that these keys and values have in them.
+    `out` and `logz` of the residuals may cover more keys than these: the gradients are then the
+    contribution of these keys and values.
     """
     query, key, value, mask, out, logz = residuals
     dtypes = [jnp.dtype(jnp.float32) if options.wide else x.dtype for x in (query, key, value)]
@@ -178,8 +178,8 @@ def backward(
     schedule = list(block_schedule(options, query, key))
     query, mask = _keep_mask_in_loops(schedule, query, mask)
     if all(blocks.count == 1 for blocks in schedule):
-        # Where layers are unrolled the compiler sees both passes at once. Without this barrier it
-        # would keep the weights of the forward pass rather than form them again.
+        # If layers are unrolled, the compiler sees both passes at once. Without this barrier it
+        # would keep the weights of the forward pass instead of recomputing them.
         query, key = jax.lax.optimization_barrier((query, key))
     for blocks in schedule:
         keys, values = key[:, :, : blocks.stop], value[:, :, : blocks.stop]  # [B, K, stop, d]
@@ -228,7 +228,7 @@ _Sums = tuple[jax.Array, jax.Array]
 def _add_block(
     block_gradients: Callable[[jax.Array], tuple[_Sums, jax.Array]], sums: _Sums, start: jax.Array
 ) -> tuple[_Sums, jax.Array]:
-    """A step of the scan over blocks: adds up gradients of keys and values."""
+    """A step of the scan over blocks: accumulates the gradients of keys and values."""
     new, query_gradient = block_gradients(start)
     return jax.tree.map(jnp.add, sums, new), query_gradient
 
@@ -239,7 +239,7 @@ _attend.defvjp(forward, backward)
 def _scores(
     softcap: float | None, query: jax.Array, key: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Masked scores `[B, K, G, T, S]` in float32, and the slope of the soft cap if there is one."""
+    """Masked scores `[B, K, G, T, S]` in float32, and the soft cap's derivative if there is one."""
     scores = _matmul(query, key.swapaxes(-1, -2))  # [B, K, G, T, d] · [B, K, d, S]
     slope = None
     if softcap is not None:
@@ -259,7 +259,7 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 def _sum_over_queries(x: jax.Array, y: jax.Array) -> jax.Array:
     """Σ over G and T of y ⊗ x: `[B, K, G, T, d]`, `[B, K, G, T, S]` → `[B, K, S, d]`.
 
-    Written as (xᵀ·y)ᵀ, so that the narrow operand is the one to be transposed.
+    It is computed as (xᵀ·y)ᵀ, so that the narrow operand is transposed.
     """
     narrow, wide = (z.reshape(*z.shape[:2], -1, z.shape[-1]) for z in (x, y))  # [B, K, G·T, …]
     out = jnp.matmul(narrow.swapaxes(-1, -2), wide, preferred_element_type=jnp.float32)

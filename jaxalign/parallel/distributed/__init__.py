@@ -1,7 +1,7 @@
 """Several processes running one program: initialization, host collectives, joint failure.
 
 `jax.distributed` connects the processes. Its key-value service carries the short texts exchanged
-here; arrays travel by XLA collectives only.
+here; arrays use XLA collectives only.
 """
 
 from jaxalign.parallel.distributed.collectives import (

@@ -1,4 +1,4 @@
-"""Heartbeats: when one process fails or is lost, all stop, each naming the process and the cause.
+"""Heartbeats: when one process fails or is lost, all stop and name the process and the cause.
 
 JAX's coordination service also detects a lost process and ends the others. It knows only process
 numbers and no error messages. So each process runs a thread that publishes heartbeats and blocks on
@@ -36,7 +36,7 @@ _FAILED = f"{PREFIX}/failed"
 _REPORT = f"{PREFIX}/news"
 _BEAT = f"{PREFIX}/beat"
 _DONE, _LEFT = "done", "left"
-_FINAL = {_DONE, _LEFT}  # last heartbeats: silence after one of these is no loss
+_FINAL = {_DONE, _LEFT}  # final heartbeats: silence after one of these is not a loss
 _LOCAL_ERROR = "RESOURCE_EXHAUSTED"  # XLA ran out of memory here: no other process is to blame
 _REPORT_SECONDS = 10.0  # time for the others to receive a failure report
 _EXIT_SECONDS = 5.0  # time for the others to print their message
@@ -52,7 +52,7 @@ class Heartbeat:
 
     Args:
       service: the key-value store.
-      index: of this process.
+      index: the index of this process.
       count: number of processes.
       patience: seconds without a heartbeat after which a process counts as lost.
       stop: ends this process, given the message; replaced in tests.
@@ -80,7 +80,7 @@ class Heartbeat:
         self._thread.start()
 
     def end(self) -> None:
-        """Publishes that this process is done, so that its silence is no loss; joins the thread."""
+        """Publishes that this process is done (so its silence is no loss); joins the thread."""
         if self._ended.is_set():
             return
         self._ended.set()

@@ -23,18 +23,18 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 def start() -> None:
     """Initializes `jax.distributed` if the environment describes a job of several processes.
 
-    The first of these that is set counts (see docs/launching.md):
+    It uses the first of these that is set (see docs/launching.md):
 
     1. Explicit: `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
        `JAX_PROCESS_ID`. `JOB_COMPLETION_INDEX`, which Kubernetes sets in Indexed Jobs and JobSets,
-       replaces the last. `JAX_NUM_PROCESSES=1` without an address means one process, whatever else
-       is set.
+       replaces `JAX_PROCESS_ID`. `JAX_NUM_PROCESSES=1` without an address means one process,
+       whatever else is set.
     2. Slurm (a step of several tasks) and Open MPI, which JAX detects. A task that is alone on its
        node takes all devices of the node; several tasks take one each. Open MPI 5 publishes no
        address: set `JAX_COORDINATOR_ADDRESS`.
     3. Cloud TPU: GKE's variables (`TPU_WORKER_HOSTNAMES`), or the metadata of a TPU VM.
 
-    With one process, does nothing. Call it before the first use of a device.
+    With one process, it does nothing. Call it before the first use of a device.
 
     Raises:
       ValueError: an incomplete setting, or one that is not a number.
@@ -48,8 +48,8 @@ def start() -> None:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=seconds(JOIN, 600),
-            # Longer than our own heartbeat's timeout, whose message names the machine. The service
-            # polls twice in this time, so it may react after little more than half of it.
+            # Longer than our own heartbeat's timeout, because our message names the machine. The
+            # service polls twice in this time, so it may react after little more than half of it.
             heartbeat_timeout_seconds=2 * patience + 15,
         )
     heartbeat.begin()
@@ -91,7 +91,8 @@ def _explicit() -> dict[str, Any] | None:
         "coordinator_address": os.environ[ADDRESS],
         "num_processes": count,
         "process_id": process_id,
-        # Without this, JAX on Kubernetes would want its client library to detect the cluster.
+        # Without this, JAX on Kubernetes would need the Kubernetes client library to detect the
+        # cluster.
         "cluster_detection_method": "deactivate",
     }
 
@@ -139,7 +140,7 @@ def _pod_of_vms() -> bool:
 
 
 def _metadata(name: str) -> str:
-    """A value of Google's metadata server; "" where there is no such server (Kaggle, Colab)."""
+    """A value of Google's metadata server; "" if there is no such server (Kaggle, Colab)."""
     request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:

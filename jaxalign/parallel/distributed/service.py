@@ -49,7 +49,7 @@ def announce() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def who(index: int) -> str:
-    """A process as messages name it: `process 3 (host-3, pid 71)`."""
+    """The name of a process in messages: `process 3 (host-3, pid 71)`."""
     try:
         return f"process {index} ({client().blocking_key_value_get(f'{PREFIX}/who/{index}', 2000)})"
     except Exception:  # the service may be gone, and the message that says so must still be built

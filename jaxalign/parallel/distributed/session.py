@@ -1,4 +1,4 @@
-"""The frame of a program that runs on all hosts of a job."""
+"""The context for a program that runs on all hosts of a job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def session() -> Iterator[None]:
     """Joins the other processes of the job, and fails with them.
 
     Every process runs the same body. Only the first one prints to standard output. If the body
-    raises on one process, the others stop with that message; see `guard`. Alone, this does nothing.
+    raises on one process, the others stop with that message; see `guard`. With a single process,
+    this does nothing.
 
         with distributed.session():
             train(load_config("sft", "sft.yaml"))

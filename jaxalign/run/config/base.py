@@ -1,4 +1,4 @@
-"""The sections that every run has, and the checks that concern several of them."""
+"""The sections that every run has, and checks across sections."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ class ModelConfig:
     Attributes:
       source: folder in Hugging Face form, `.gguf` file, either of them in a bucket (`gs://…`), or
         hub id; "owner/name@revision" takes a branch, tag or commit of it.
-      tokenizer: where the tokenizer is; None: with the model.
+      tokenizer: the tokenizer's source; None: the model's.
       chat_template: None (the tokenizer's own), the name of a built-in template ("chatml"), "none"
         (plain text), or a jinja file.
-      dtype: of the master weights.
-      compute_dtype: of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
+      dtype: dtype of the master weights.
+      compute_dtype: dtype of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
       remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
         `jaxalign.models.decoder.REMAT`.
       lora: adapters; None trains all weights.
-      quantize: with `lora`, how the frozen base keeps the projections of its blocks: "nf4",
-        "nf4-double" or "int8" (QLoRA); None: in `dtype`, as embeddings, norms and heads always are.
-      attention: "auto" (by backend), "xla", "splash" (TPU), "cudnn" or "pallas" (NVIDIA); a kernel
-        gives way to "xla" where it does not cover the case.
+      quantize: with `lora`, how to quantise the projections of the frozen base's blocks: "nf4",
+        "nf4-double" or "int8" (QLoRA); None: they stay in `dtype`, as embeddings, norms and heads
+        always do.
+      attention: "auto" (by backend), "xla", "splash" (TPU), "cudnn" or "pallas" (NVIDIA). If a
+        kernel does not cover the case, "xla" runs instead.
     """
 
     source: str
@@ -73,48 +74,49 @@ class RunConfig:
     """Where a run writes, and when.
 
     Attributes:
-      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (what
-        became of rows and columns), `checkpoints/`, and the final weights in `model/`. One in a
-        bucket (`gs://…`, `s3://…`) has a copy on this machine, see `jaxalign.run.remote`.
-      seed: of every random choice.
-      steps: batches to train on (iterations, in PPO); None: until the data ends. The data repeats
-        if `data.epochs` is null; else the run ends with the data, and says so before it starts.
-      epochs: passes over the training data, in place of `steps` and `data.epochs`; fractions such
-        as 1.5 end within a pass.
-      micro_batches: parts of a batch that are computed one after the other.
-      log_every: steps between lines on the terminal; every step is in `metrics.jsonl`.
-      eval_every: batches between evaluations, or "epoch": after each pass over the data; 0: at the
-        start and end only.
-      eval_tasks: what else is measured at an evaluation, as by `jaxalign eval`: a list of names of
-        lm-eval's tasks, or of sections such as {task: gsm8k, files: [test.jsonl]}. The figures are
+      folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (how
+        rows and columns were used), `checkpoints/`, and the final weights in `model/`. A folder in
+        a bucket (`gs://…`, `s3://…`) has a local copy, see `jaxalign.run.remote`.
+      seed: the seed of every random choice.
+      steps: batches to train on (iterations, in PPO); None: until the data ends. If `data.epochs`
+        is null, the data repeats. Otherwise the run ends with the data, and prints so before it
+        starts.
+      epochs: passes over the training data, instead of `steps` and `data.epochs`; a fraction such
+        as 1.5 ends within a pass.
+      micro_batches: how many parts of a batch to compute one after the other (gradient
+        accumulation).
+      log_every: steps between lines on the terminal; `metrics.jsonl` has every step.
+      eval_every: batches between evaluations, or "epoch": after each pass over the data; 0: only at
+        the start and end.
+      eval_tasks: further tasks to run at an evaluation, as in `jaxalign eval`: a list of lm-eval
+        task names, or of sections such as {task: gsm8k, files: [test.jsonl]}. The metrics are named
         `eval/<task>/<figure>`.
-      save_every: batches between checkpoints, or "epoch"; 0: by `save_minutes` and at the end only.
-      save_minutes: minutes between checkpoints, whatever `save_every` says; None: none by the
-        clock.
-      keep: checkpoints kept.
-      keep_best: a held-out figure, such as eval/loss/nll; the checkpoint with its best value is
-        saved when it is measured, and kept. Lower is better where a word of the name is loss, nll,
-        kl, perplexity, ppl, entropy, error, mse or brier, else higher; `:min` or `:max` behind the
-        name overrules that. None: no checkpoint is kept for its figures.
+      save_every: batches between checkpoints, or "epoch"; 0: only by `save_minutes` and at the end.
+      save_minutes: minutes between checkpoints, in addition to `save_every`; None: off.
+      keep: how many checkpoints to keep.
+      keep_best: a held-out metric, such as eval/loss/nll. The checkpoint with the best value is
+        saved when it is measured, and always kept. Lower is better if a word of the name is loss,
+        nll, kl, perplexity, ppl, entropy, error, mse or brier, otherwise higher; `:min` or `:max`
+        after the name overrides this. None: off.
       time_limit: minutes from the start of the command; the run saves a checkpoint and ends, with
-        status 75, before a step that could exceed them. None: no limit.
-      early_stopping: ends the run once a held-out figure no longer improves; None: never.
-      resume: true: resumes from the newest checkpoint in `folder`; without one it is an error.
-        "auto": the same, but without a checkpoint a new run starts.
-      allow_changes: resumes although settings, models or data have changed (the flag
+        exit status 75, before a step that could exceed the limit. None: no limit.
+      early_stopping: ends the run once a held-out metric no longer improves; None: never.
+      resume: true: resume from the newest checkpoint in `folder`; it is an error if there is none.
+        "auto": resume if there is a checkpoint, otherwise start a new run.
+      allow_changes: resume even if settings, models or data have changed (the flag
         `--allow-changes`).
-      overwrite: replaces what an earlier run left in `folder` (the flag `--overwrite`).
-      bad_steps: skipped updates in a row that end the run. An update is skipped if a loss, gradient
-        or weight is not finite or the gradient's norm is a spike.
+      overwrite: replace an earlier run's files in `folder` (the flag `--overwrite`).
+      bad_steps: the number of skipped updates in a row that ends the run. An update is skipped if a
+        loss, gradient or weight is not finite or the gradient's norm is a spike.
       skip_spikes: skip updates whose gradient norm is above `factor` times the median of the last
-        `window`; None: none.
+        `window` norms; None: never.
       trackers: also write metrics to "tensorboard", "trackio", "wandb" or "mlflow", one or several;
         `metrics.jsonl` is always written.
-      trackers_optional: go on without a tracker whose package is missing or that does not begin;
+      trackers_optional: continue without a tracker whose package is missing or that fails to start;
         false: that is an error.
-      tracker_project: what trackers group runs by; MLflow calls it an experiment.
+      tracker_project: the project under which trackers group runs; MLflow calls it an experiment.
       export: write the final weights in Hugging Face form to `folder/model`.
-      checkpoint: write checkpoints at all.
+      checkpoint: whether to write checkpoints.
     """
 
     folder: str
@@ -197,13 +199,13 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the configurations of all algorithms have in common; each adds its own section.
+    """The base of all algorithms' configurations; each adds its own section.
 
     Attributes:
       model: the model to train.
-      data: what is read, and the shape of a batch.
-      run: where a run writes, and when.
-      optimizer: of the trained weights.
+      data: the data, and the shape of a batch.
+      run: where and when the run writes.
+      optimizer: the optimizer of the trained weights.
       mesh: how arrays are placed on devices.
     """
 
@@ -214,12 +216,12 @@ class Run:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     algorithm: ClassVar[str]
-    """Its name: the command, and the section of its own options."""
+    """The algorithm's name: its command, and the section of its options."""
 
     data_options: ClassVar[tuple[str, ...]] = ()
-    """Which of `_SOME_READ` it reads."""
+    """The options of `_SOME_READ` that it reads."""
 
-    # Models besides the one that is trained, which these options of `mesh` may name.
+    # The models, besides the trained one, that these options of `mesh` may name.
     models_with_rules: ClassVar[tuple[str, ...]] = ()
     models_apart: ClassVar[tuple[str, ...]] = ()
 
@@ -288,27 +290,27 @@ class Run:
 
     @property
     def frozen_models(self) -> dict[str, str]:
-        """Option → model whose files decide every step, for its weights are in no checkpoint."""
+        """Option → model whose weights affect every step but are not in checkpoints."""
         return {} if self.model.lora is None else {"model.source": self.model.source}
 
     @property
     def sequences(self) -> int:
-        """Rows that a step's batch is cut from: pairs, answers or documents."""
+        """The rows of a step's batch before it is split: pairs, answers or documents."""
         return self.data.rows
 
     @property
     def sampled(self) -> int:
-        """Tokens that are sampled after a row of data, at most."""
+        """The most tokens that are sampled after a row of data."""
         return 0
 
     @property
     def row_parts(self) -> dict[str, int]:
-        """Into how many parts the rows are cut, by the option that says so."""
+        """Option → the number of parts into which it splits the rows."""
         return {"run.micro_batches": self.run.micro_batches}
 
     @property
     def text_sections(self) -> dict[str, tuple[DataConfig, int]]:
-        """Name → (section of data, parts that its rows are cut into)."""
+        """Name → (data section, number of parts into which its rows are split)."""
         return {"data": (self.data, 1)}
 
 

@@ -1,4 +1,4 @@
-"""The part of a run's configuration that says what is read, and the shape of a batch."""
+"""The data section of a run's configuration: sources, and the shape of a batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jaxalign.data.options import BatchOptions
 
 
 def want(ok: bool, name: str, got: Any, wanted: str) -> None:
-    """Refuses a value that is not what an option wants."""
+    """Raises ValueError for a value that an option does not accept."""
     if not ok:
-        # A section has many values, and the message is about none of them.
+        # A section has many values, so the message shows none of them.
         shown = "{…}" if dataclasses.is_dataclass(got) else repr(got)
         raise ValueError(f"{name}={shown}: wanted {wanted}")
 
@@ -26,9 +26,9 @@ class DataConfig(BatchOptions):
       train: files, folders, globs or hub ids, or sources with options (`path`, `name`, `split`,
         `form`, `columns`, `weight`, `rows`, `epochs`; see `jaxalign.data.Source`).
       eval: held-out data; empty for none.
-      shared_prefix: reward and DPO: both answers of a pair follow one copy of their prompt.
-      train_on: SFT: "all" answers of a conversation, the "last", "split" (an example an answer) or
-        "everything".
+      shared_prefix: reward and DPO: both answers of a pair share one copy of their prompt.
+      train_on: SFT: "all" answers of a conversation, the "last", "split" (one example per answer)
+        or "everything".
     """
 
     train: tuple[str | Source, ...]

@@ -16,9 +16,9 @@ class DPORun(ReferenceRun):
 
     Attributes:
       dpo: the algorithm's options.
-      reference_cache: folder for the reference's log-probabilities of all pairs. They are computed
-        before training if missing; after that the reference is not kept in memory. None: the
-        reference reads every batch.
+      reference_cache: folder for the reference's log-probabilities of all pairs. If missing, they
+        are computed before training. During training the reference is then not in memory. None: the
+        reference runs on every batch.
     """
 
     dpo: dpo.Config = dpo.Config()
@@ -47,5 +47,5 @@ class DPORun(ReferenceRun):
 
     @property
     def reads_reference(self) -> bool:
-        """Not where it is cached, nor where the loss has none."""
+        """False if the reference is cached or the loss has none."""
         return self.dpo.has_reference and self.reference_cache is None

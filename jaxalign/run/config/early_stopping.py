@@ -9,13 +9,13 @@ from jaxalign.run.config.data import want
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """Ends a run once a held-out figure no longer improves (Prechelt 1998).
+    """Ends a run once a held-out metric no longer improves (Prechelt 1998).
 
     Attributes:
-      metric: name of a held-out figure, as in `metrics.jsonl`, with or without its `eval/`.
+      metric: name of a held-out metric, as in `metrics.jsonl`, with or without its `eval/`.
       mode: "min": lower is better; "max": higher is better.
       patience: evaluations in a row without a better value after which the run ends.
-      min_delta: how much better a value must be than the best one to count, in its unit.
+      min_delta: by how much a value must beat the best one to count as better.
     """
 
     metric: str

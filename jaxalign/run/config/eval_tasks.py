@@ -7,23 +7,23 @@ import dataclasses
 from jaxalign.run.config.data import want
 
 LOCAL = ("loss", "choice", "gsm8k", "ifeval")
-"""Tasks that read files of rows; any other name is a task of lm-eval."""
+"""Tasks on files of rows; any other name is a task of lm-eval."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalTask:
-    """A task that the policy is measured on, at the same steps as the held-out data.
+    """A task to evaluate the policy on, at the same steps as the held-out data.
 
     Attributes:
       task: "loss", "choice", "gsm8k" or "ifeval", as the options of `jaxalign eval`; or the name of
         a task of lm-eval (extra `eval`).
-      files: of rows, for the first four.
-      name: of its figures, `eval/<name>/…`; None: the task's. "loss" needs one.
-      limit: rows that are measured, the first ones; None: all.
+      files: files of rows, for the first four.
+      name: the name of its metrics, `eval/<name>/…`; None: the task's name. "loss" needs a name.
+      limit: use only the first rows; None: all.
       batch: rows computed at a time.
       length: longest document, tokens.
-      max_new_tokens: longest answer, tokens; lm-eval's tasks have their own.
-      include_path: folder of further tasks of lm-eval.
+      max_new_tokens: longest answer, tokens; lm-eval's tasks have their own limit.
+      include_path: folder with more lm-eval tasks.
       num_fewshot: examples before each question of lm-eval; None: the task's own.
     """
 

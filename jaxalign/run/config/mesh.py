@@ -23,16 +23,16 @@ class MeshConfig:
       tensor: shards of heads, MLP columns and vocabulary.
       sequence: parts of every row.
       expert: shards of the experts of a mixture.
-      dcn: axis → how many of its parts are in different slices or nodes; None: detected.
-      rules: logical axis → mesh axis, several, or null (whole): entries that replace those in the
-        table `jaxalign.parallel.rules.RULES`, for parameters and activations.
-      rules_of: the same for one model alone, on top of `rules`: placement of the parameters of
-        `reference`, `reward` and `critic`; and under `rollout` of the policy's parameters, cache
-        and activations while answers are sampled.
-      apart: model → number of devices that hold it and nothing else, the last ones of each host;
-        the sizes above then count the remaining devices. Such a model is split along `fsdp`.
-      sequence_attention: how a device attends to the parts of a row that others hold: "gather" all
-        keys and values, pass them round a "ring", or exchange tokens for heads ("ulysses"); "auto"
+      dcn: axis → the number of slices or nodes over which it is split; None: detected.
+      rules: logical axis → mesh axis, several, or null (replicated): overrides entries of
+        `jaxalign.parallel.rules.RULES`, for parameters and activations.
+      rules_of: the same for a single model, on top of `rules`: the sharding of the parameters of
+        `reference`, `reward` and `critic`, and under `rollout` that of the policy's parameters,
+        cache and activations while sampling.
+      apart: model → number of devices that hold only this model, the last ones of each host; the
+        sizes above then count the remaining devices. Such a model is split along `fsdp`.
+      sequence_attention: how a device attends to other devices' parts of a row: "gather" all keys
+        and values, pass them round a "ring", or exchange tokens for heads ("ulysses"); "auto"
         chooses, see `jaxalign.models.attention.exchange`.
     """
 
@@ -59,7 +59,7 @@ class MeshConfig:
     def make(self, devices: Sequence[jax.Device] | None = None, model: str | None = None) -> Mesh:
         """The mesh, of all devices or of these; or the one that `model` alone lies on.
 
-        A model that has no devices of its own lies on the mesh of the run.
+        A model without its own devices is on the run's mesh.
         """
         if self.apart:
             dealt = split_devices(list(jax.devices() if devices is None else devices), self.apart)
@@ -77,7 +77,7 @@ class MeshConfig:
         )
 
     def use_rules(self, model: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """The table of layouts of a run, or within it of one of its models."""
+        """Context with the sharding rules of the run, or of one of its models."""
         if model is None:
             return use_rules(self.rules, sequence_attention=self.sequence_attention)
         return use_rules(self.rules_of.get(model))

@@ -21,41 +21,42 @@ class PPORun(Run):
       ppo: the algorithm's options; by default `stop_tokens` and `pad_token` come from the
         tokenizer.
       reward_model: folder of a reward model with the policy's tokenizer: short for `rewards` with
-        this model only.
-      rewards: what scores answers: any number of rewards of any kind, whose weighted sum is used;
-        docs/rewards.md has the kinds and their options.
+        only this model.
+      rewards: any number of rewards of any kind, whose weighted sum scores answers; docs/rewards.md
+        has the kinds and their options.
       reward_weights: attribute → weight, for a reward model with several attributes: the reward is
         the weighted sum. Attributes not named have weight 0.
       reference: the frozen reference; None: the starting policy.
       critic: where the critic starts; None: from the (first) reward model with the policy's
-        tokenizer; "policy": from the policy, with a fresh head; "adapter": adapters and a head of
-        its own on the base that the policy's adapters share (`model.lora`). `reward_weights` also
-        apply to a critic with several attributes.
+        tokenizer; "policy": from the policy, with a new head; "adapter": separate adapters and a
+        head on the base of the policy's adapters (`model.lora`). `reward_weights` also apply to a
+        critic with several attributes.
       critic_head: "pretrained" keeps the head of the critic's source (a policy has none, so the
-        critic gets a fresh one); "zero" starts from values of 0. A reward model has learned to
-        judge whole answers only, so its scores in the middle of one may be worse than none.
+        critic gets a new one); "zero" starts from values of 0. A reward model is trained only on
+        whole answers, so its scores within an answer may be worse than 0.
       critic_optimizer: its optimizer; None: the policy's.
       critic_warmup: iterations in which only the critic learns.
       ppo_epochs: passes over each rollout.
-      minibatches: updates a pass.
-      pack_updates: 0: an answer a row. n: the answers of an update are packed into fewer, longer
-        rows, in the smallest of n sizes that holds them; each size is compiled at its first use.
+      minibatches: updates per pass.
+      pack_updates: 0: one answer per row. n: the answers of an update are packed into fewer, longer
+        rows, with the smallest of n shapes that holds them; each shape is compiled at its first
+        use.
       target_kl: after an update whose `policy/approxkl_avg` is above this, the iteration's
         remaining updates are skipped; None: never.
-      stop_kl: nats an answer; an iteration whose `objective/kl` is further from 0 ends the run
-        before its updates; None: never.
-      stop_score: the same of `objective/scores`, the mean score of the answers.
-      prompt_draws: largest number of batches of prompts that an iteration answers to replace
-        prompts whose answers all score alike (DAPO's dynamic sampling); needs
+      stop_kl: in nats per answer; an iteration with a larger |`objective/kl`| ends the run before
+        its updates; None: never.
+      stop_score: the same for `objective/scores`, the mean score of the answers.
+      prompt_draws: the most batches of prompts that an iteration answers in order to replace
+        prompts whose answers all have the same score (DAPO's dynamic sampling); needs
         `ppo.skip_equal_groups`, and data that does not end (`data.epochs` null).
       calibrate_reward: "mean" or "mean_std": before the first iteration the reward is shifted (and
         scaled) so that the reference's answers to the first batch of prompts score 0 on average
-        (with standard deviation 1); "none": as it is.
+        (with standard deviation 1); "none": unchanged.
       offload_frozen: keep reward models and the reference in the host's memory except while they
         compute. A reference that is the base under adapters stays on the devices, since the policy
         reads it too.
-      ptx: text whose likelihood is added to the loss with weight `ppo.ptx_coef`: options as SFT's
-        `data`, one batch an update.
+      ptx: text whose likelihood is added to the loss with weight `ppo.ptx_coef`; the options are
+        those of SFT's `data`, and each update reads one batch.
       dump_every: iterations between samples in `rollouts.jsonl` and histograms in
         `histograms.jsonl`; 0: none.
       dump_samples: answers in each such sample.
@@ -207,7 +208,7 @@ class PPORun(Run):
         )
 
     def reward_specs(self) -> tuple[RewardSpec, ...]:
-        """All that scores answers, the short form among it."""
+        """All rewards, including the short form `reward_model`."""
         if self.reward_model is None:
             return self.rewards
         return (ModelReward(source=self.reward_model, attributes=self.reward_weights),)
@@ -215,7 +216,7 @@ class PPORun(Run):
     def critic_start(self) -> tuple[str, dict[str, float] | None]:
         """The model that the critic starts from, and the weights of its attributes.
 
-        With `critic` "adapter" it is the base of the policy.
+        With `critic` "adapter" it is the policy's base.
 
         Raises:
           ValueError: none is named, and no reward model has the policy's tokenizer.
@@ -240,7 +241,7 @@ class PPORun(Run):
 
     @property
     def frozen_models(self) -> dict[str, str]:
-        """Also the reference and the reward models."""
+        """Also includes the reference and the reward models."""
         start = {"model.source": self.model.source}
         models = start if self.reference is None else {"reference": self.reference}
         if self.reward_model is not None:
@@ -262,12 +263,12 @@ class PPORun(Run):
 
     @property
     def row_parts(self) -> dict[str, int]:
-        """Also the mini-batches."""
+        """Also counts the mini-batches."""
         return super().row_parts | {"minibatches": self.minibatches}
 
     @property
     def text_sections(self) -> dict[str, tuple[DataConfig, int]]:
-        """Also the text beside the rollouts."""
+        """Also includes the `ptx` text."""
         sections = super().text_sections
         if self.ptx is not None:
             sections["ptx"] = (self.ptx, self.run.micro_batches)

@@ -11,7 +11,7 @@ from jaxalign.data.paths import local_path
 
 PREFIX = "recipe:"
 
-# A link to the checkout's `configs/`; a wheel holds the files themselves.
+# In a checkout this links to `configs/`; a wheel holds the files themselves.
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
 
@@ -41,7 +41,7 @@ def recipe_path(name: str) -> pathlib.Path:
 
 
 def find_config(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a configuration is: `recipe:NAME`, or a file.
+    """Finds a configuration: `recipe:NAME`, or a file.
 
     Raises:
       ValueError: no such recipe or file, or a pipe or device.

@@ -1,4 +1,4 @@
-"""The options of a run's reference: the same for all preference runs."""
+"""The options of the reference, shared by all preference runs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ReferenceRun(Run):
 
     @property
     def reads_reference(self) -> bool:
-        """Whether the reference reads every batch: it is neither cached nor absent."""
+        """Whether the reference runs on every batch: it is neither cached nor absent."""
         return True
 
     @property
     def frozen_models(self) -> dict[str, str]:
-        """Also the reference, unless it moves, and is part of the checkpoint."""
+        """Also includes the reference, unless it moves and is therefore in the checkpoint."""
         if not self.reads_reference or self.reference_sync is not None:
             return super().frozen_models
         start = {"model.source": self.model.source}
@@ -62,7 +62,7 @@ class ReferenceRun(Run):
         )
 
     def _check_offload(self) -> None:
-        """Only parameters that no other model reads can be moved out of the way."""
+        """Only parameters that no other model reads can be offloaded."""
         apart = self.reference is not None or "reference" in self.mesh.rules_of
         own = apart or self.model.lora is None
         want(

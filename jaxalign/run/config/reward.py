@@ -18,9 +18,9 @@ class RewardRun(Run):
 
     Attributes:
       reward: the algorithm's options.
-      head: "pretrained" keeps the head of a reward model (a language model has none and gets a
-        fresh one); "fresh" keeps a reward model's body only, for another objective.
-      answers: the most answers in a ranking; None: as many as the largest has.
+      head: "pretrained" keeps the head of a reward model (a language model has none and gets a new
+        one); "fresh" keeps only a reward model's body, for another objective.
+      answers: the most answers in a ranking; None: the size of the largest ranking.
     """
 
     reward: reward.Config = reward.Config()

@@ -1,7 +1,7 @@
 """A run's configuration: frozen dataclasses that check themselves.
 
-Every option is a field of one dataclass, here or in an algorithm's `Config`, and no default hides
-anywhere else. `run.config.yaml` builds them from YAML and `key=value` overrides.
+Every option is a field of one dataclass, here or in an algorithm's `Config`, and defaults are
+defined nowhere else. `run.config.yaml` builds them from YAML and `key=value` overrides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 RUNS: dict[str, type[Run]] = {
     run.algorithm: run for run in (SFTRun, RewardRun, DPORun, KTORun, PPORun)
 }
-"""Algorithm → what its YAML describes. `jaxalign.run.tasks.register` adds those of other code."""
+"""Algorithm → its configuration class. `jaxalign.run.tasks.register` adds others."""
 
 
 def load_config(
@@ -79,7 +79,7 @@ def algorithm_of(values: Mapping[str, Any], remedy: str) -> str:
 
     Args:
       values: nested values.
-      remedy: what to do where it cannot be told, for the message.
+      remedy: what to do if the algorithm is unclear, for the message.
 
     Raises:
       ValueError: no section of an algorithm, several, or a pipeline.

@@ -1,7 +1,7 @@
 """YAML and `key=value` overrides → frozen dataclasses, with every problem in one error.
 
-A key that is no field of the dataclass is an error that names the nearest one. Nothing else in the
-package reads YAML.
+A key that is not a field of the dataclass is an error that names the nearest field. Nothing else in
+the package reads YAML.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
 
     Raises:
       ValueError: no such file or recipe, not UTF-8, broken YAML (with the line) or YAML beyond the
-        bounds of `jaxalign.run.config.yaml_loader`, or no mapping.
+        limits of `jaxalign.run.config.yaml_loader`, or not a mapping.
     """
     path = find_config(path)
     loaded = load_yaml_file(path)
@@ -43,7 +43,7 @@ def read_yaml(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads: a text that would be read as a number is put in quotes."""
+    """Writes YAML for `Loader`: quotes a text that would be read as a number."""
 
 
 _Dumper.add_implicit_resolver(*EXPONENT, list("-+0123456789"))
@@ -53,7 +53,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     """Applies `a.b=value` assignments, whose values are YAML, to nested values.
 
     Raises:
-      ValueError: not of the form `key=value`, or a key inside something that is no section.
+      ValueError: not of the form `key=value`, or a key inside a value that is not a section.
     """
     result = _copy(values)
     for assignment in assignments:
@@ -74,7 +74,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with those of `over` on top."""
+    """Nested values, overridden by those of `over`."""
     result = _copy(base)
     for key, value in over.items():
         inner = result.get(key)
@@ -137,7 +137,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
         required = field.default is dataclasses.MISSING and (
             field.default_factory is dataclasses.MISSING
         )
-        # An option that another one may stand for is wanted unless that is there.
+        # An option with an alternative is required unless the alternative is given.
         unless = field.metadata.get("unless")
         required |= unless is not None and unless not in values
         if required and key not in values:
@@ -152,7 +152,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    """One value of the annotated type, or a problem."""
+    """Converts one value to the annotated type, or records a problem."""
     if hint is Any:
         return value
     origin = typing.get_origin(hint)
@@ -196,7 +196,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
 
 
 def _unquoted(hint: Any, value: Any) -> str:
-    """A remedy for a number or truth value that was written as text."""
+    """A remedy for a number or boolean that was written as text."""
     if not isinstance(value, str):
         return ""
     try:
@@ -208,7 +208,7 @@ def _unquoted(hint: Any, value: Any) -> str:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of one of several types that an option may have."""
+    """Whether a value has one of several types that an option accepts."""
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping)
     if typing.get_origin(hint) is tuple:

@@ -1,7 +1,7 @@
-"""YAML within bounds: size, nodes, depth, aliases and numbers, and no error but ours.
+"""YAML with limits on size, nodes, depth, aliases and numbers, and with our own errors only.
 
-A few hundred bytes of YAML with aliases of aliases stand for billions of values. Here an alias
-counts as many nodes as it stands for, and one that stands for a value around it is refused.
+A few hundred bytes of YAML with aliases of aliases can expand to billions of values. Here an alias
+counts as many nodes as it expands to, and an alias to a value that contains it is an error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import yaml
 from jaxalign.data.bounds import MAX_DIGITS, check_plain
 
 MAX_BYTES = 2**20
-"""Bytes of a YAML file."""
+"""The maximum bytes of a YAML file."""
 MAX_NODES = 100_000
-"""Keys and values of a YAML text, with those that its aliases stand for."""
+"""The maximum number of keys and values in a YAML text, with aliases expanded."""
 MAX_DEPTH = 50
-"""Lists and sections within each other."""
+"""The maximum nesting depth."""
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MAX_BITS = 1000  # a float holds numbers below 2¹⁰²⁴
@@ -33,7 +33,7 @@ def load_yaml(text: str, where: str) -> Any:
       where: what it is, for the message: "config runs/a.yaml".
 
     Raises:
-      ValueError: broken YAML, or beyond the bounds; with the line and column.
+      ValueError: broken YAML, or a limit is exceeded; the message has the line and column.
     """
     try:
         return yaml.load(text, Loader)
@@ -47,7 +47,7 @@ def load_yaml_file(path: pathlib.Path) -> Any:
     """The value of a YAML file.
 
     Raises:
-      ValueError: not a plain file, larger than `MAX_BYTES`, not UTF-8, or as `load_yaml` has it.
+      ValueError: not a plain file, larger than `MAX_BYTES`, not UTF-8, or as `load_yaml`.
     """
     check_plain(path)
     raw = path.read_bytes()
@@ -68,7 +68,7 @@ def load_yaml_file(path: pathlib.Path) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML within bounds in which 1e-5 is a number, and a key given twice is an error."""
+    """Safe, limited YAML in which 1e-5 is a number and a duplicate key is an error."""
 
     def __init__(self, stream: Any):
         super().__init__(stream)
@@ -96,7 +96,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """The value of a node; whatever PyYAML raises becomes an error with line and column."""
+        """The value of a node; any error of PyYAML becomes an error with line and column."""
         number = node.tag in _NUMBERS and isinstance(node, yaml.ScalarNode)
         if number and len(node.value) > MAX_DIGITS:
             raise _refused(f"a number of more than {MAX_DIGITS} digits", node.start_mark)
@@ -111,7 +111,7 @@ class Loader(yaml.SafeLoader):
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """The section of a node, whose keys are scalars and all differ."""
+        """The section of a node; its keys must be distinct scalars."""
         if not isinstance(node, yaml.MappingNode):
             raise _refused(f"a {node.id} is no section", node.start_mark)
         seen: set[Any] = set()
@@ -130,6 +130,6 @@ def _refused(what: str, mark: Any) -> yaml.YAMLError:
 
 
 EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"))
-"""The resolver of 1e-5: YAML 1.1 wants a dot in a float, so that it would be a string."""
+"""The resolver for 1e-5, which would be a string because YAML 1.1 requires a dot in a float."""
 
 Loader.add_implicit_resolver(*EXPONENT, list("-+0123456789"))

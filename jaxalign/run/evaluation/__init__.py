@@ -1,1 +1,1 @@
-"""Measures of a language model, saved (`jaxalign eval`) or in training."""
+"""Evaluations of a language model, saved (`jaxalign eval`) or in training."""

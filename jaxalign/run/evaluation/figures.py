@@ -17,8 +17,8 @@ class Figure(NamedTuple):
       value: the number.
       low: lower end of its 95 % interval; None: it has none.
       high: upper end.
-      count: how many rows, pairs or tokens it is of.
-      unit: of `count`, for people.
+      count: the number of rows, pairs or tokens behind it.
+      unit: the unit of `count`, for display.
     """
 
     value: float
@@ -33,8 +33,8 @@ class Measured(NamedTuple):
 
     Attributes:
       figures: by name.
-      notes: what was left out or is special, for people.
-      rows: what was measured of each row, JSON-able.
+      notes: remarks, such as rows left out, for display.
+      rows: the measurements of each row, JSON-able.
     """
 
     figures: dict[str, Figure]

@@ -12,7 +12,7 @@ from jaxalign.run.evaluation.language_model import EvaluatedModel
 
 
 def check_harness(option: str = "--tasks") -> None:
-    """Raises ValueError where lm-eval is not installed; it names the extra."""
+    """Raises ValueError if lm-eval is not installed; the message names the extra."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f'{option} needs lm-eval, which is not installed; pip install "jaxalign[eval]", or '
@@ -32,12 +32,12 @@ def measure_tasks(
     """Runs tasks by name.
 
     Args:
-      model: what is measured.
+      model: the model to evaluate.
       tasks: names such as "hellaswag", of lm-eval or of YAML files in `include_path`.
-      include_path: folder of further tasks; those that name local files need no network.
+      include_path: folder with more tasks; tasks on local files need no network.
       num_fewshot: examples before each question; None: the task's own.
       apply_chat_template: whether prompts are written under the tokenizer's chat template.
-      option: which named the tasks, for messages.
+      option: the option that names the tasks, for messages.
 
     Returns:
       The figures of each task, with 95 % intervals from lm-eval's standard errors.

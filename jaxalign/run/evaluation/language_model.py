@@ -1,4 +1,4 @@
-"""The model that is measured: log-probabilities of documents, and answers to prompts."""
+"""The model to evaluate: log-probabilities of documents, and answers to prompts."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How a model is asked, the same for all measures.
+    """Options for running the model, the same for all evaluations.
 
     Attributes:
-      batch: documents of a forward pass, and answers sampled at a time.
+      batch: documents per forward pass, and answers sampled at a time.
       length: the longest document, tokens.
       max_new_tokens: the longest answer, tokens.
-      temperature: of answers; 0 is greedy.
-      seed: of sampling and of the bootstrap.
+      temperature: sampling temperature; 0 is greedy.
+      seed: seed of sampling and of the bootstrap.
       chat_template: a built-in name, a jinja file, or "none"; None: the tokenizer's own.
       thinking: "on", "off" or "auto".
-      limit: rows of each measure (for the loss, of each file); None: all.
+      limit: rows per evaluation (for the loss, per file); None: all.
     """
 
     batch: int = 16
@@ -55,10 +55,10 @@ class EvalOptions:
 
 
 class Sampled(NamedTuple):
-    """A prompt with an answer as tokens, of which the answer's are marked.
+    """A prompt and its answer as tokens, with the answer's tokens marked.
 
     Attributes:
-      document: their ids; `trained` marks the answer, its stop token included.
+      document: the ids; `trained` marks the answer, including its stop token.
       finished: whether the answer has a stop token.
     """
 
@@ -90,7 +90,7 @@ class EvaluatedModel:
         Args:
           source: folder, `.gguf` file or hub id.
           options: how it is asked.
-          option: what `source` was given for, for messages.
+          option: the option that holds `source`, for messages.
         """
         from jaxalign.hf import load_language_model, load_tokenizer
 
@@ -111,9 +111,9 @@ class EvaluatedModel:
     def logprobs_and_greedy(
         self, documents: Sequence[Encoded]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `logprobs`, and whether each token is the most probable one.
+        """Like `logprobs`, and also whether each token is the most probable one.
 
-        The second needs all logits of a row at a time, `[T, V]`.
+        The latter needs all logits of a row at once, `[T, V]`.
         """
         return [
             (logprobs, greedy > 0)
@@ -123,7 +123,7 @@ class EvaluatedModel:
     def _at_marks(
         self, run: Callable[..., Any], documents: Sequence[Encoded]
     ) -> list[list[np.ndarray]]:
-        """What `run` gives at the marked tokens of each document."""
+        """The results of `run` at the marked tokens of each document."""
         extent = extent_of(document.ids for document in documents)
         Limits.of(self.model).check(extent, "documents to evaluate")
         sizes = [len(document.ids) for document in documents]
@@ -141,7 +141,7 @@ class EvaluatedModel:
         return found
 
     def answers(self, prompts: Sequence[Any]) -> list[str]:
-        """An answer to each prompt: user messages, or conversations."""
+        """Answers each prompt: user messages, or conversations."""
         options = self.options
         return generate(
             self.model,
@@ -178,7 +178,7 @@ class EvaluatedModel:
         Args:
           encoded: the prompts.
           max_new_tokens: the longest answer.
-          **sampling: further options of `jaxalign.sample`, such as the temperature.
+          **sampling: other options of `jaxalign.sample`, such as the temperature.
         """
         options, tok = self.options, self.tok
         limits = Limits.of(self.model, max_new_tokens, tok)

@@ -1,4 +1,4 @@
-"""The model as lm-eval sees it: its requests answered in this process, without an export."""
+"""The model's interface to lm-eval: answers its requests in this process, without an export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxalign.run.evaluation.language_model import EvaluatedModel
 class JaxLM(TemplateLM):
     """lm-eval's interface to a language model; texts become tokens as in its own `hf` model.
 
-    Its length limit is `EvalOptions.length`: contexts that are longer lose their start, as there.
+    Its length limit is `EvalOptions.length`: longer contexts lose their start, as in `hf`.
 
     Args:
       model: the model.
@@ -35,13 +35,13 @@ class JaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         bos = self._model.tok.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
+        """A name for lm-eval's cache of requests."""
         return str(self._model.tok.name_or_path).replace("/", "__")
 
     def apply_chat_template(
@@ -81,13 +81,13 @@ class JaxLM(TemplateLM):
 
     @property
     def _longest(self) -> int:
-        # The last token of a document is a target only.
+        # The last token of a document is only a target.
         return self._model.options.length + 1
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """log π of whole texts, in windows where they are longer than the limit."""
+        """log π of whole texts, in windows if they are longer than the limit."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args

@@ -1,4 +1,4 @@
-"""What is measured of a language model on files: loss, GSM8K, IFEval, multiple choice."""
+"""Evaluations of a language model on files: loss, GSM8K, IFEval, multiple choice."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from jaxalign.types import Params, TokenBatch, Weighted
 
 
 def measure_loss(model: EvaluatedModel, files: Sequence[str], train_on: str = "all") -> Measured:
-    """Mean loss over the answers' tokens of files, in nats a token, and its perplexity.
+    """Mean loss over the answers' tokens in files, in nats per token, and the perplexity.
 
         perplexity = exp(−Σ log π(y_t | …) / Σ 1)
 
     Args:
-      model: what is measured.
-      files: conversations or texts; with several, each has figures of its own too.
-      train_on: which tokens count, as `jaxalign.data.train_on` says.
+      model: the model to evaluate.
+      files: conversations or texts; with several files, each also has its own figures.
+      train_on: which tokens count, see `jaxalign.data.train_on`.
     """
     options = model.options
     sources = list(files)
@@ -78,7 +78,7 @@ def measure_loss(model: EvaluatedModel, files: Sequence[str], train_on: str = "a
         perplexity = math.exp(loss) if loss < 700 else math.inf
         figures[f"perplexity{ending}"] = Figure(perplexity, None, None, int(count), "tokens")
     cut = batches.stats["cut"]
-    # Rows that --limit leaves out are not missing.
+    # Rows that --limit leaves out do not count as missing.
     dropped = sum(
         number
         for reason, number in batches.stats["dropped"].items()
@@ -109,7 +109,7 @@ def measure_ifeval(model: EvaluatedModel, files: Sequence[str]) -> Measured:
     """IFEval's four accuracies (`jaxalign.rewards.ifeval`)."""
     rows = rows_of(files, model.options)
     for row in rows:
-        follow("", row.data)  # a wrong row is an error before anything is sampled
+        follow("", row.data)  # raise for a bad row before sampling anything
     answers = model.answers([_question(row) for row in rows])
     data = [row.data for row in rows]
     checks = sum(len(row["instruction_id_list"]) for row in data)
@@ -125,10 +125,10 @@ def measure_ifeval(model: EvaluatedModel, files: Sequence[str]) -> Measured:
 def measure_choice(model: EvaluatedModel, files: Sequence[str]) -> Measured:
     """Multiple choice: how often the right choice has the largest log-probability.
 
-    `accuracy` compares log π(choice | question), `accuracy_norm` the same divided by the choice's
-    bytes. Rows have a question, `choices` (texts, or ARC's `{"text": […], "label": […]}`) and
-    `answer`, `answerKey`, `label` or `gold`: a number from 0, a letter, or the choice's text. Under
-    the template "none" a choice follows its question after a blank, as in few-shot prompts.
+    `accuracy` compares log π(choice | question); `accuracy_norm` divides it by the choice's number
+    of bytes. Rows have a question, `choices` (texts, or ARC's `{"text": […], "label": […]}`) and
+    `answer`, `answerKey`, `label` or `gold`: a number from 0, a letter, or the choice's text. With
+    the template "none", a space separates question and choice, as in few-shot prompts.
     """
     rows = rows_of(files, model.options)
     documents, sizes, golds = [], [], []
@@ -165,7 +165,7 @@ def _encode_choices(model: EvaluatedModel, row: Row, choices: Sequence[str]) -> 
 
 
 def _choices(row: Row) -> tuple[list[str], int]:
-    """The choices of a row and the place of the right one."""
+    """A row's choices and the index of the right one."""
     choices = row.data.get("choices")
     labels = [chr(ord("A") + i) for i in range(26)]
     if isinstance(choices, Mapping):
@@ -204,7 +204,7 @@ def rows_of(files: Sequence[str], options: EvalOptions) -> list[Row]:
 
 
 def _first(files: Sequence[str], limit: int) -> list[Any]:
-    """So many rows of each file, drawn by the seed."""
+    """A number of rows of each file, sampled with the seed."""
     from jaxalign.data import Source
 
     return [Source(path=file, rows=min(limit, len(read_rows(file)))) for file in files]

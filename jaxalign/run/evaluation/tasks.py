@@ -1,4 +1,4 @@
-"""The tasks of `run.eval_tasks`, measured on the policy while it is trained."""
+"""The tasks of `run.eval_tasks`, which evaluate the policy during training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MEASURES: Mapping[str, Callable[[EvaluatedModel, Sequence[str]], Measured]] = {
 
 
 class TaskEvaluator:
-    """Measures a policy on tasks, with the programs of the first time.
+    """Evaluates a policy on tasks, reusing the programs compiled the first time.
 
     Args:
-      tasks: what is measured.
+      tasks: the tasks.
       tok: the policy's tokenizer.
-      chat_template: of the run.
-      thinking: of the run's data.
+      chat_template: the run's.
+      thinking: the option of the run's data.
 
     Raises:
       ValueError: lm-eval is needed and not installed, or there are several processes.
@@ -86,7 +86,7 @@ class TaskEvaluator:
         results = measure_tasks(
             model, [task.task], task.include_path, task.num_fewshot, option=OPTION
         )
-        # A group of tasks has figures of its own and of each member.
+        # A group of tasks has its own figures and those of each member.
         figures = {
             figure if name == task.task else f"{name}/{figure}": value
             for name, measured in results.items()
@@ -95,6 +95,6 @@ class TaskEvaluator:
         return Measured(figures)
 
     def forget(self) -> None:
-        """Lets go of the parameters, which the next step may take the place of."""
+        """Releases the parameters, which the next step may donate."""
         for asked in self._models.values():
             asked.params = {}

@@ -1,4 +1,4 @@
-"""From a run's configuration to the training loop's task, and the table of all algorithms.
+"""Turns a run's configuration into the training loop's task; has the table of all algorithms.
 
     configuration → builder → parts → task → loop
 
@@ -69,12 +69,12 @@ MakeBatches = Callable[..., Batches[Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A row of the table: all that commands, `plan` and `bench` know of an algorithm.
+    """A row of the table: everything that commands, `plan` and `bench` know about an algorithm.
 
     Attributes:
       config: the class of its runs' configurations; its `algorithm` is the name.
-      help: one line for people.
-      example: the YAML to start from, below `configs/`.
+      help: one line of help.
+      example: the YAML to start from, in `configs/`.
       batches: configuration → what makes its batches.
       shapes: configuration → a batch of data as shapes, without shardings.
       build: (configuration, mesh, loader, data) → (train state, parts).
@@ -91,7 +91,7 @@ class Algorithm:
 
     @property
     def name(self) -> str:
-        """The command, and the section of a YAML."""
+        """The name of the command and of the YAML section."""
         return self.config.algorithm
 
 
@@ -113,12 +113,12 @@ def register(algorithm: Algorithm) -> None:
 
 
 class Built(NamedTuple):
-    """A task with what it was made from.
+    """A task with its ingredients.
 
     Attributes:
       task: what the loop runs.
       parts: models, step and `prepare`.
-      mesh: of the run.
+      mesh: the run's mesh.
       tok: the tokenizer.
     """
 
@@ -129,17 +129,17 @@ class Built(NamedTuple):
 
 
 def make_task(config: Run, loader: Loader | None = None) -> Task:
-    """The task of a configuration made by `load_config`: reads its data and models.
+    """Makes the task of a configuration from `load_config`; reads its data and models.
 
     Args:
-      config: of the run.
-      loader: where its models come from; files by default.
+      config: the run's config.
+      loader: the loader of its models; files by default.
     """
     return build_task(config, loader).task
 
 
 def build_task(config: Run, loader: Loader | None = None) -> Built:
-    """As `make_task`, with the parts of the task."""
+    """Like `make_task`, but also returns the parts of the task."""
     algorithm = algorithm_of_run(config)
     mesh = config.mesh.make()
     check_rows(config, mesh)
@@ -154,13 +154,13 @@ def build_task(config: Run, loader: Loader | None = None) -> Built:
 
 
 def load_data(config: Run) -> tuple[Any, Batches[Any], Batches[Any] | None]:
-    """Tokenizer, training and held-out data of a run as it would see them; loads no model."""
+    """Tokenizer, training and held-out data, as the run would see them; loads no model."""
     tok = run_tokenizer(config.model)
     return tok, *make_data(algorithm_of_run(config).batches(config), config, tok)
 
 
 def algorithm_of_run(config: Run) -> Algorithm:
-    """The row that a configuration belongs to.
+    """The table row of a configuration.
 
     Raises:
       ValueError: its algorithm was not registered.

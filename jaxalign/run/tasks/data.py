@@ -1,4 +1,4 @@
-"""The data of a run: what it trains on and what it holds out."""
+"""A run's training and held-out data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_data(
     template, seed = config.model.chat_template, config.run.seed
     data = config.data
     if config.run.epochs is not None:
-        data = dataclasses.replace(data, epochs=None)  # the run ends it
+        data = dataclasses.replace(data, epochs=None)  # the run ends before the data
     return section_data(make, data, tok, chat_template=template, seed=seed, mesh=mesh)
 
 
@@ -43,10 +43,10 @@ def section_data(
     seed: int,
     mesh: Mesh | None = None,
 ) -> tuple[Batches[Any], Batches[Any] | None]:
-    """What a section of data describes: batches to train on, and held-out ones or None.
+    """The batches of a data section: training batches, and held-out ones or None.
 
-    Every host reads and lays out all data, so that all know which rows belong to which batch, and
-    builds the rows that it holds of each.
+    Every host reads and packs all data, so that all agree on the rows of each batch. Each host
+    builds only its own rows.
 
     Args:
       make: one of the batch functions of `jaxalign.data`.
@@ -54,7 +54,7 @@ def section_data(
       tok: the run's tokenizer.
       chat_template: the run's.
       seed: the run's.
-      mesh: which says what this host holds; None: everything.
+      mesh: determines this host's rows; None: all rows.
     """
     host = (0, 1) if mesh is None else part_of_rows(mesh)
     shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(BatchOptions)}
@@ -85,9 +85,9 @@ def section_data(
 
 
 def _whole(sources: Sequence[str | Source]) -> list[str | Source]:
-    """Sources without weights and numbers of rows.
+    """Sources without their weights and numbers of rows.
 
-    Those shape what is trained; what `validation` holds out is measured whole.
+    These only affect training; all rows that `validation` holds out are evaluated.
     """
     return [
         source
@@ -98,12 +98,12 @@ def _whole(sources: Sequence[str | Source]) -> list[str | Source]:
 
 
 def names_of(batches: Batches[Any] | None) -> tuple[str, ...]:
-    """The sources by which figures are also logged."""
+    """The sources for which metrics are also logged."""
     return () if batches is None else batches.sources
 
 
 def total_of(config: Any, batches: Batches[Any]) -> int:
-    """Batches that the run trains on in all: by `run.epochs` or `run.steps`, or all there are."""
+    """The total batches of the run: by `run.epochs` or `run.steps`, or all of the data."""
     run = config.run
     if run.epochs is not None:
         assert batches.per_epoch is not None
@@ -114,6 +114,6 @@ def total_of(config: Any, batches: Batches[Any]) -> int:
     if run.steps is not None and run.steps > have and distributed.is_main():
         print(
             f"run.steps={run.steps}: the data ends after {have} steps, and the run with it "
-            f"(data.epochs={config.data.epochs}); data.epochs=null goes round the data"
+            f"(data.epochs={config.data.epochs}); data.epochs=null repeats the data"
         )
     return have if run.steps is None else min(run.steps, have)

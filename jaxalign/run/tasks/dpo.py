@@ -1,4 +1,4 @@
-"""DPO: a batch of pairs gets the log-probabilities of the reference, then is one update."""
+"""DPO: the reference adds log-probabilities to a batch of pairs, which is then one update."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from jaxalign.types import TrainState
 def build_dpo(
     config: DPORun, mesh: Mesh, loader: Loader, data: RunData
 ) -> tuple[TrainState, Parts]:
-    """The parts of a DPO run; its reference is in memory, moving or cached, or there is none."""
+    """The parts of a DPO run; its reference is in memory, moving, cached or absent."""
     policy = load_policy(config, mesh, loader, data.tok)
     prepare = reference = None
     if config.reference_cache is not None:
-        # Before the train state: both need not fit side by side.
+        # Before the train state, because both might not fit at the same time.
         prepare = _from_cache(_cache(config, policy, mesh, loader, data))
     tx = with_guard(scheduled_optimizer(config.optimizer, data.total), config.run)
     tx = reference_optimizer(tx, config.reference_sync)
@@ -91,11 +91,11 @@ def _cache(
     config: DPORun, policy: Policy, mesh: Mesh, loader: Loader, data: RunData
 ) -> ReferenceCache:
     if data.batches is None:
-        return ReferenceCache()  # nothing is going to be run
+        return ReferenceCache()  # nothing will be run
     training = data.batches
 
     def batches() -> Iterator[Any]:
-        """All that the run sees, held-out batches too."""
+        """All batches of the run, including held-out ones."""
         return itertools.chain(itertools.islice(training, data.total), data.held_out or ())
 
     return cached_reference(config, policy, batches, mesh, loader, data.tok)

@@ -39,7 +39,7 @@ class RewardEvaluator:
         self._details: dict[str, Any] = {}
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Figures of all held-out data: the step's metrics and those of `rewards.evaluation`."""
+        """Metrics of all held-out data: the step's metrics and those of `rewards.evaluation`."""
         sums, parts = [], []
         with jax.set_mesh(self._mesh):
             for batch in self._batches:

@@ -1,4 +1,4 @@
-"""KTO: a batch of answers gets log-probabilities of policy and reference, then is one update."""
+"""KTO: policy and reference add log-probabilities to a batch of answers, then one update."""
 
 from __future__ import annotations
 

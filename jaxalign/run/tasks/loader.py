@@ -1,4 +1,4 @@
-"""Where the arrays of a run come from: files here; shapes in `plan`, random numbers in `bench`."""
+"""The source of a run's arrays: files here; shapes in `plan`, random numbers in `bench`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from jaxalign.types import Params, TrainState
 
 
 class Loader(abc.ABC):
-    """All that a builder does with arrays. `run.tasks.models` is written in these terms.
+    """Everything a builder does with arrays; `run.tasks.models` uses only these methods.
 
     Attributes:
-      notes: what was assumed while loading, a sentence each.
+      notes: assumptions made while loading, one sentence each.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,8 @@ class Loader(abc.ABC):
 
         Args:
           source: folder, `.gguf` file or hub id.
-          config: dtypes, attention, and how the projections are kept.
-          mesh: where the parameters go.
+          config: dtypes, attention, and quantisation.
+          mesh: the mesh for the parameters.
           remat: what the backward pass keeps; "none" for models that are not trained.
         """
 
@@ -54,13 +54,13 @@ class Loader(abc.ABC):
     def load_scorer(
         self, source: str, config: ModelConfig, mesh: Mesh, attributes: tuple[str, ...] = ()
     ) -> tuple[Decoder | Scorer, Params]:
-        """As `load`, where a reward model or a critic is expected.
+        """Like `load`, if a reward model or a critic is expected.
 
         Args:
-          source: as in `load`, and so what follows.
-          config: also the remat policy: a critic is trained.
-          mesh: where the parameters go.
-          attributes: those that the run weighs, for loaders that read nothing.
+          source: as in `load`.
+          config: as in `load`; also the remat policy, because a critic is trained.
+          mesh: the mesh for the parameters.
+          attributes: the attributes that the run weighs, for loaders that read no files.
         """
 
     @abc.abstractmethod
@@ -69,7 +69,7 @@ class Loader(abc.ABC):
 
         Args:
           source: folder or hub id.
-          assume: what is not there is taken to be an adapter, by loaders that read nothing.
+          assume: treat a missing source as an adapter, in loaders that read no files.
         """
 
     @abc.abstractmethod
@@ -77,33 +77,33 @@ class Loader(abc.ABC):
         self, source: str, model: Decoder, params: Params, like: LoraConfig,
         attributes: tuple[str, ...] = (),
     ) -> Adapted:  # fmt: skip
-        """A reward model's adapter on a base that is in memory already.
+        """Loads a reward model's adapter on a base that is already in memory.
 
         Args:
           source: folder or hub id.
           model: the base.
           params: its parameters, which the adapter's model shares.
-          like: of other adapters on it, for loaders that read nothing.
+          like: the options of other adapters on the base, for loaders that read no files.
           attributes: as in `load_scorer`.
         """
 
     @abc.abstractmethod
     def make(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The arrays that a function gives; `place` lays them out."""
+        """The arrays that a function returns; `place` shards them."""
 
     @abc.abstractmethod
     def place(self, params: Params, shardings: Any) -> Params:
-        """Parameters laid out by a tree of shardings."""
+        """Shards parameters by a tree of shardings."""
 
     @abc.abstractmethod
     def to_host(self, params: Params) -> Params:
-        """Copies in the host's memory."""
+        """Copies arrays to host memory."""
 
     @abc.abstractmethod
     def init_state(
         self, params: Params, tx: optax.GradientTransformation, frozen: Params
     ) -> TrainState:
-        """The train state at the start, with copies of `params`."""
+        """The initial train state, with copies of `params`."""
 
     @abc.abstractmethod
     def start_reference(self, state: TrainState, params: Params) -> TrainState:
@@ -111,16 +111,16 @@ class Loader(abc.ABC):
 
 
 class ArrayLoader(Loader):
-    """Of arrays; a subclass says where they come from."""
+    """A loader of real arrays; subclasses define their source."""
 
     def load_scorer(
         self, source: str, config: ModelConfig, mesh: Mesh, attributes: tuple[str, ...] = ()
     ) -> tuple[Decoder | Scorer, Params]:
-        """As `load`: files say what kind of model they hold."""
+        """Same as `load`, because files tell their kind of model."""
         return self.load(source, config, mesh, remat=config.remat)
 
     def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
-        """A folder that is there."""
+        """The folder, if it exists and holds an adapter."""
         path = pathlib.Path(source).expanduser()
         return path if is_adapter(path) else None
 
@@ -136,7 +136,7 @@ class ArrayLoader(Loader):
         return function(*args)
 
     def place(self, params: Params, shardings: Any) -> Params:
-        """Moves arrays to where they are not yet."""
+        """Moves arrays that are not yet in place."""
         return jax.device_put(params, shardings)
 
     def to_host(self, params: Params) -> Params:
@@ -155,7 +155,7 @@ class ArrayLoader(Loader):
 
 
 class FileLoader(ArrayLoader):
-    """Of arrays, from model files: what a run uses."""
+    """Loads arrays from model files; runs use this loader."""
 
     def load(
         self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
@@ -172,16 +172,16 @@ class FileLoader(ArrayLoader):
         )
 
     def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
-        """A folder, or what the hub has."""
+        """A local folder, or a download from the hub."""
         path = locate(source, (ADAPTER_CONFIG, "config.json"))
         return path if is_adapter(path) else None
 
 
 class KeepingLoader(FileLoader):
-    """Of files, but for models that this process has made: those it hands over as they are.
+    """Loads from files, except for models that this process has made, which it passes on.
 
-    The stages of a pipeline use it so that no weights are written and read again between them. What
-    it hands over is shared, never copied; steps donate copies only (`init_state`).
+    The stages of a pipeline use it so that weights need not be written and read between them.
+    Models are shared, never copied; steps only donate copies (`init_state`).
     """
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ class KeepingLoader(FileLoader):
         self._kept: dict[str, tuple[Decoder | Scorer, Params]] = {}
 
     def keep(self, source: str, model: Decoder | Scorer, params: Params) -> None:
-        """From now on `source` stands for this model.
+        """Stores a model under the name `source`.
 
         Args:
           source: the folder that the model was, or will be, written to.
@@ -199,13 +199,13 @@ class KeepingLoader(FileLoader):
         self._kept[source] = model, params
 
     def forget(self, source: str) -> None:
-        """Lets go of a model; from now on `source` is a folder like any other."""
+        """Releases a model; `source` is then an ordinary folder again."""
         self._kept.pop(source, None)
 
     def load(
         self, source: str, config: ModelConfig, mesh: Mesh, *, remat: str
     ) -> tuple[Decoder | Scorer, Params]:
-        """The model that was kept under `source`, else as `FileLoader`."""
+        """The model stored under `source`, else as `FileLoader`."""
         if source not in self._kept:
             return super().load(source, config, mesh, remat=remat)
         model, params = self._kept[source]
@@ -220,5 +220,5 @@ class KeepingLoader(FileLoader):
         return kept, self.place(params, param_shardings(kept.axes, mesh, params))
 
     def find_adapter(self, source: str, *, assume: bool) -> pathlib.Path | None:
-        """None for a model that was kept, else as `FileLoader`."""
+        """None for a stored model, else as `FileLoader`."""
         return None if source in self._kept else super().find_adapter(source, assume=assume)

@@ -1,4 +1,4 @@
-"""The models of a run: checked against the tokenizer, with adapters, heads and layouts."""
+"""A run's models: checked against the tokenizer, with adapters, heads and shardings."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Policy(NamedTuple):
     """A model to train with its parameters, on a mesh.
 
     Attributes:
-      model: with adapters, if there are any.
-      params: what is trained.
-      frozen: the base under adapters, without what is trained of it; `{}` without adapters.
+      model: the model, with adapters if any.
+      params: the trained parameters.
+      frozen: the base under adapters, without its trained modules; `{}` without adapters.
     """
 
     model: Any
@@ -48,11 +48,11 @@ class Policy(NamedTuple):
     frozen: Params
 
     def start(self) -> tuple[Decoder, Params]:
-        """The model that training starts from: the base under adapters, else the model itself.
+        """The initial model of the training: the base under adapters, else the model itself.
 
         Raises:
-          ValueError: adapters that start as a part of the base (PiSSA): the rest of it is not the
-            model that training starts from.
+          ValueError: adapters that take a part of the base (PiSSA), because the rest is not the
+            initial model.
         """
         lora = self.model.lora
         if lora is not None and lora.init == "pissa":
@@ -71,9 +71,9 @@ def load_trained(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
     """The model to train, language or reward model, with its adapters.
 
     Args:
-      config: of the run.
-      mesh: where it goes.
-      loader: of its arrays.
+      config: the run's config.
+      mesh: the mesh for the model.
+      loader: the loader of its arrays.
       tok: the tokenizer, whose ids the model must know; None: not checked.
     """
     source, lora = config.model.source, config.model.lora
@@ -103,7 +103,7 @@ def load_policy(config: Run, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
 
 
 def load_trained_scorer(config: RewardRun, mesh: Mesh, loader: Loader, tok: Any) -> Policy:
-    """A reward model to train: as loaded, or with a fresh head; arguments as for `load_trained`."""
+    """A reward model to train, as loaded or with a new head; arguments as for `load_trained`."""
     loaded = load_trained(config, mesh, loader, tok)
     attributes, model = config.reward.attributes, loaded.model
     if isinstance(model, Scorer):
@@ -134,7 +134,7 @@ def with_fresh_head(
     model: Decoder, params: Params, key: jax.Array, attributes: tuple[str, ...], mesh: Mesh,
     loader: Loader,
 ) -> tuple[Scorer, Params]:  # fmt: skip
-    """A scorer with a head of its own on a language model, see `with_scalar_head`."""
+    """A scorer with a new head on a language model, see `with_scalar_head`."""
     scorer = Scorer(model, attributes)
     head = loader.make(
         lambda key: with_scalar_head(model, params, key, attributes)[1]["score"], key
@@ -148,7 +148,7 @@ def load_frozen(
 ) -> tuple[Decoder, Params]:
     """A frozen language model; `option` names `source` in messages.
 
-    It is kept in floats, unless it is the policy's own start.
+    It is in floats, unless it is the policy's own initial model.
     """
     if source != config.source:
         config = dataclasses.replace(config, quantize=None)
@@ -164,7 +164,7 @@ def with_single_score(
     mesh: Mesh,
     loader: Loader,
 ) -> tuple[Scorer, Params]:
-    """A reward model with one score: of several attributes, their weighted sum."""
+    """A reward model with a single score: several attributes become their weighted sum."""
     if weights is not None:
 
         def weigh(head: Params) -> Params:
@@ -184,14 +184,15 @@ def with_single_score(
 
 
 class Scorers:
-    """The models with a score of a PPO run, each loaded once, whatever it is for.
+    """A PPO run's reward models and critic; each source is loaded once, whatever its uses.
 
     Args:
-      config: of the run.
-      mesh: of the run; a model with devices of its own is placed on those.
-      loader: of their arrays.
+      config: the run's config.
+      mesh: the run's mesh; a model with its own devices is placed on those.
+      loader: the loader of their arrays.
       tok: the policy's tokenizer, or None.
-      policy: as it starts; a reward model may be an adapter on its base. None: none is.
+      policy: the initial policy; a reward model may be an adapter on its base. None: no reward
+        model is.
     """
 
     def __init__(
@@ -204,9 +205,10 @@ class Scorers:
         self._on_host: dict[int, tuple[Scorer, Params]] = {}
 
     def reward(self, spec: ModelReward) -> tuple[Scorer, Params]:
-        """One that scores answers, where the configuration keeps it: on devices or on the host.
+        """A reward model, on devices or in host memory as configured.
 
-        One on the policy's base stays on the devices, since the policy reads that too.
+        A reward model on the policy's base stays on the devices, since the policy also reads the
+        base.
         """
         with_policy_ids = spec.tokenizer == "policy"
         if self._policy is not None and shares_base(self._config, spec, self._loader):
@@ -236,7 +238,7 @@ class Scorers:
         return self._on_base[key]
 
     def critic(self) -> tuple[Scorer, Params]:
-        """What the critic starts from."""
+        """The initial critic."""
         source, weights = self._config.critic_start()
         return self._load("critic", source, weights, True)
 
@@ -245,7 +247,7 @@ class Scorers:
     ) -> tuple[Scorer, Params]:
         config, apart = self._config, self._config.mesh.apart.get(role)
         layout = config.mesh.rules_of.get(role, {})
-        # A critic of its own may have one score where the reward model has several.
+        # A separate critic may have a single score although the reward model has several.
         own_critic = role == "critic" and config.critic is not None
         key = f"{source} {weights} {own_critic} {sorted(layout.items())} {apart}"
         if key not in self._loaded:
@@ -259,7 +261,8 @@ class Scorers:
     def _scorer(
         self, source: str, weights: Mapping[str, float] | None, mesh: Mesh, own_critic: bool
     ) -> tuple[Scorer, Params]:
-        # The critic is trained, and a reward model may be one too: both are kept in floats.
+        # The critic is trained, and may share its source with a reward model, so both are in
+        # floats.
         options = dataclasses.replace(self._config.model, quantize=None)
         loaded, params = self._loader.load_scorer(source, options, mesh, tuple(weights or ()))
         model = expect_reward_model(loaded, source)
@@ -271,7 +274,7 @@ class Scorers:
 def load_critic(
     config: PPORun, policy: Policy, scorers: Scorers, mesh: Mesh, loader: Loader
 ) -> tuple[Scorer | None, Params | None]:
-    """The critic that a run begins with, without adapters: (model, parameters); or two None."""
+    """The initial critic of a run, without adapters: (model, parameters), or (None, None)."""
     options = config.ppo
     if not options.has_critic:
         return None, None
@@ -292,13 +295,13 @@ def load_critic(
 def with_adapters(
     config: PPORun, critic: Scorer, params: Params, mesh: Mesh, loader: Loader
 ) -> tuple[Scorer, Params, Params]:
-    """A critic of adapters and a head on its base, the policy's: (model, trained, frozen).
+    """A critic of adapters and a head on the policy's base: (model, trained, frozen).
 
     Args:
       config: of the run, with `critic: adapter`.
       critic: as `load_critic` loads it.
       params: its parameters; the base's arrays are the policy's own.
-      mesh: of the run.
+      mesh: the run's mesh.
       loader: of its models.
     """
     lora = config.model.lora
@@ -314,13 +317,13 @@ def with_adapters(
 
 
 def check_vocabulary(tok: Any, model: Decoder | Scorer, source: str) -> None:
-    """Refuses a tokenizer of another model; see `jaxalign.hf.special_tokens.check_rows_for`."""
+    """Raises ValueError for another model's tokenizer; see `hf.special_tokens.check_rows_for`."""
     if tok is not None:
         check_rows_for(tok, model.config.vocab_size, f"the model {source!r} has")
 
 
 def check_same_shape(reference: Decoder, policy: Decoder, source: str, start: str) -> None:
-    """Refuses a reference that cannot run with the policy's weights."""
+    """Raises ValueError for a reference that cannot run with the policy's weights."""
     if _shape_of(reference) != _shape_of(policy):
         raise ValueError(
             f"reference={source!r} has another shape than the policy {start!r}; wanted the model "
@@ -333,7 +336,7 @@ def _shape_of(model: Decoder) -> DecoderConfig:
 
 
 def place(tree: Params, model: Decoder | Scorer, mesh: Mesh, loader: Loader) -> Params:
-    """Lays out part of a model's parameters by the logical axes of the whole tree."""
+    """Shards part of a model's parameters by the logical axes of the whole tree."""
 
     def part(tree: Any, whole: Any) -> Any:
         if not isinstance(tree, dict):
@@ -347,7 +350,7 @@ def place(tree: Params, model: Decoder | Scorer, mesh: Mesh, loader: Loader) -> 
 def reshard_by_rules(
     params: Params, model: Decoder | Scorer, mesh: Mesh, over: Rules | None, loader: Loader
 ) -> Params:
-    """Parameters laid out as other rules say; as they are for None or no rules."""
+    """Reshards parameters by other rules; returns them unchanged for None or no rules."""
     if not over:
         return params
     with use_rules(over):
@@ -355,5 +358,5 @@ def reshard_by_rules(
 
 
 def pad_id(tok: Any) -> int:
-    """The id that fills rows up; masks exclude it everywhere, so any id will do."""
+    """The id that pads rows; masks exclude it everywhere, so any id works."""
     return 0 if tok.pad_token_id is None else int(tok.pad_token_id)

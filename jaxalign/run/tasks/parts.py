@@ -1,12 +1,12 @@
-"""What a run computes with, made once from its configuration: of arrays, or of shapes.
+"""The parts of a run, built once from its configuration: with arrays, or with shapes.
 
     configuration, loader, data → builder → (train state, parts)
 
-The loader decides what arrays are: those of files (a run), shapes with shardings (`plan`), random
-numbers (`bench`). Everything else is the same code, so what is planned and measured is what runs.
+The loader determines the arrays: from files (a run), shapes with shardings (`plan`), or random
+numbers (`bench`). All other code is the same, so plans and benchmarks match real runs.
 
-The trained arrays are in the train state alone, which steps donate. Parts live as long as the run
-and hold models, programs and frozen parameters, never what the state was made from.
+Only the train state, which steps donate, holds the trained arrays. Parts live as long as the run
+and hold models, programs and frozen parameters, but never the initial trained arrays.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from jaxalign.types import Params, TrainState
 
 
 class RunData(NamedTuple):
-    """The data of a run, or what is known of it where none is read.
+    """The data of a run, or what is known about it without reading it.
 
     Attributes:
       total: batches to train on (iterations, in PPO).
-      tok: the policy's tokenizer; None: nothing is read.
+      tok: the policy's tokenizer; None: no data is read.
       batches: training data, or None.
       held_out: held-out data, or None.
-      stop_tokens: what answers end with where there is no tokenizer to say so.
+      stop_tokens: the ids that end an answer, if there is no tokenizer.
     """
 
     total: int
@@ -53,7 +53,7 @@ class RunData(NamedTuple):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the training data's sources, by which figures are also logged."""
+        """Names of the training data's sources, for which metrics are also logged."""
         return names_of(self.batches)
 
     @property
@@ -66,17 +66,17 @@ def read_data(config: Run, make: Callable[..., Batches[Any]], tok: Any, mesh: An
     """Reads the data that a configuration names.
 
     Args:
-      config: of the run.
-      make: what makes batches, such as `jaxalign.data.sft_batches`.
+      config: the run's config.
+      make: the function that makes batches, such as `jaxalign.data.sft_batches`.
       tok: the tokenizer.
-      mesh: which says what rows this host holds.
+      mesh: determines this host's rows.
     """
     batches, held_out = make_data(make, config, tok, mesh)
     return RunData(total_of(config, batches), tok, batches, held_out)
 
 
 def report_of(data: RunData) -> str:
-    """What became of the rows and columns of a run's data; when streaming, of those read so far."""
+    """How the rows and columns of a run's data were used; when streaming, of those read so far."""
     named = {"training data": data.batches, "held-out data": data.held_out}
     return "\n\n".join(
         f"{name}\n{batches.report}" for name, batches in named.items() if batches is not None
@@ -84,7 +84,7 @@ def report_of(data: RunData) -> str:
 
 
 def unread_data(config: Run) -> RunData:
-    """For programs alone: as many batches as the run says or its schedule needs, one stop token."""
+    """Data for compiling only: the configured number of batches, or enough for the schedule."""
     steps = config.run.steps
     if steps is None:  # longer than the warm-up
         ratio = config.optimizer.warmup_ratio
@@ -94,13 +94,13 @@ def unread_data(config: Run) -> RunData:
 
 @dataclasses.dataclass(frozen=True)
 class BatchPrepare:
-    """What frozen models add to a batch of data before the step.
+    """Adds frozen models' outputs to a batch of data before the step.
 
     Attributes:
       run: (state, batch) → batch.
-      shapes: batch as shapes → what `run` makes of it, as shapes.
-      lower: (state, batch), as arrays or shapes → the program that `run` compiles, lowered; None:
-        it compiles none.
+      shapes: batch as shapes → the result of `run` as shapes.
+      lower: (state, batch), as arrays or shapes → the lowered program of `run`; None: it compiles
+        nothing.
     """
 
     run: Callable[[TrainState, Any], Any]
@@ -113,7 +113,7 @@ class BatchPrepare:
 
 
 def no_work(batch: Any) -> Work:
-    """Of a part that reads nothing."""
+    """The work of a part that reads nothing."""
     return Work()
 
 
@@ -127,12 +127,12 @@ class Parts:
       step: compiled, for the train state that was made with it.
       loss: of held-out data.
       prepare: adds what frozen models compute to a batch; None: nothing.
-      reference: the reference, where one is in use.
+      reference: the reference, if there is one.
       perturb: (batch, number) → the training batch with noise, where number counts batches from 0;
-        None: nothing is random.
-      update_work: batch → what the update reads of it, for FLOPs.
-      prepare_work: batch → what `prepare` reads of it, of models shaped like the policy.
-      notes: what was assumed, a sentence each.
+        None: no noise.
+      update_work: batch → the work of the update, for FLOPs.
+      prepare_work: batch → the work of `prepare`, for models shaped like the policy.
+      notes: assumptions, one sentence each.
     """
 
     policy: Any
@@ -148,12 +148,12 @@ class Parts:
 
     @property
     def has_head(self) -> bool:
-        """Whether the vocabulary head takes part."""
+        """Whether the loss uses the vocabulary head."""
         return not isinstance(self.policy, Scorer)
 
     @property
     def frozen_params(self) -> tuple[Params, ...]:
-        """Parameters in memory besides the train state's; some may be the state's own."""
+        """Frozen parameters in memory; some may also be in the train state."""
         held = None if self.reference is None else self.reference.held
         return () if held is None else (held,)
 
@@ -178,7 +178,7 @@ def scheduled_optimizer(config: OptimizerConfig, updates: int) -> optax.Gradient
 def learning_rates(config: OptimizerConfig, updates: int) -> np.ndarray:
     """The rate of each update of `scheduled_optimizer`, float32 `[updates]`.
 
-    All at once and beforehand, so that no step waits for its rate.
+    They are computed all at once in advance, so that no step waits for its rate.
     """
     schedule = make_schedule(_with_end(config, updates))
 
@@ -189,12 +189,12 @@ def learning_rates(config: OptimizerConfig, updates: int) -> np.ndarray:
 
 
 def _with_end(config: OptimizerConfig, updates: int) -> OptimizerConfig:
-    """The options with `total_steps` where they name none."""
+    """The options, with `total_steps` filled in if missing."""
     if config.total_steps is not None:
         return config
     return dataclasses.replace(config, total_steps=updates)
 
 
 def with_guard(tx: optax.GradientTransformation, run: RunConfig) -> optax.GradientTransformation:
-    """The optimizer, with the last gradient norms if the run skips spikes."""
+    """The optimizer, wrapped by `skip_spikes` if configured."""
     return tx if run.skip_spikes is None else skip_spikes(tx, run.skip_spikes)

@@ -1,4 +1,4 @@
-"""PPO: a batch of prompts becomes a rollout, cut into epochs × mini-batches of updates."""
+"""PPO: a batch of prompts becomes a rollout, split into epochs × mini-batches of updates."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ from jaxalign.types import Params, RolloutBatch, TokenBatch, TrainState
 
 
 class RewardModel(NamedTuple):
-    """A model among the rewards.
+    """A reward that is a model.
 
     Attributes:
-      spec: what the configuration says of it.
-      model: it.
-      params: its parameters, on devices or on the host.
+      spec: its configuration.
+      model: the model.
+      params: its parameters, on devices or in host memory.
     """
 
     spec: ModelReward
@@ -65,22 +65,22 @@ class RewardModel(NamedTuple):
     params: Params
 
     def reward(self) -> Any:
-        """Its scores as a reward function, and `.lower` for (params, tokens)."""
+        """A reward function of its scores, with `.lower` for (params, tokens)."""
         return model_reward(self.model, self.params, shift=self.spec.shift, scale=self.spec.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutParts(Parts):
-    """The parts of a run whose batches are prompts, and whose updates learn from rollouts.
+    """The parts of a run whose batches are prompts and whose updates use rollouts.
 
     Attributes:
-      options: of the algorithm, with the tokenizer's stop and padding tokens.
+      options: the algorithm's options, with the tokenizer's stop and padding tokens.
       critic: the critic's model, or None.
       reward_models: the models among the rewards.
-      reward: gives the answers' scores.
+      reward: scores the answers.
       rollout: (key, state, reference parameters, prompts, …) → rollout, see `ppo.make_prepare`.
-      watch: the time of its parts, "rollout" and "reward"; the rest is experience.
-      text: the batch of text that joins each update, as shapes; None: none does.
+      watch: times the parts "rollout" and "reward"; the rest is experience.
+      text: the batch of `ptx` text in each update, as shapes; None: no text.
     """
 
     options: ppo.Config
@@ -93,7 +93,7 @@ class RolloutParts(Parts):
 
     @property
     def frozen_params(self) -> tuple[Params, ...]:
-        """Also those of the reward models."""
+        """Also includes the reward models' parameters."""
         return (*super().frozen_params, *(scorer.params for scorer in self.reward_models))
 
 
@@ -159,7 +159,7 @@ def build_ppo(
 
 
 def with_tokens(config: PPORun, data: RunData, model: Any) -> ppo.Config:
-    """The options, with the tokenizer's stop and padding tokens where the run names none."""
+    """The options, with the tokenizer's stop and padding tokens if the run sets none."""
     options, tok = config.ppo, data.tok
     if not options.stop_tokens:
         stops = data.stop_tokens
@@ -174,7 +174,7 @@ def with_tokens(config: PPORun, data: RunData, model: Any) -> ppo.Config:
 def make_reward(
     config: PPORun, data: RunData, scorers: Scorers, models: tuple[RewardModel, ...]
 ) -> Callable[..., Any]:
-    """The weighted sum of all rewards; without a tokenizer, of the models among them."""
+    """The weighted sum of all rewards; without a tokenizer, only of the reward models."""
     if data.tok is not None and data.batches is not None:
         # One table of rows for all prompts: training data, then held-out data.
         rows = [*data.batches.examples]
@@ -229,7 +229,7 @@ def ppo_task(
 
 
 def _learning_rates(config: PPORun, parts: RolloutParts, data: RunData) -> dict[str, np.ndarray]:
-    """Of policy and critic, update by update; the policy's is 0 while only the critic learns."""
+    """Learning rates of policy and critic per update; the policy's is 0 in the critic's warm-up."""
     updates = config.ppo_epochs * config.minibatches
     total, waits = data.total * updates, config.critic_warmup * updates
     learns = max(1, data.total - config.critic_warmup) * updates
@@ -242,7 +242,7 @@ def _learning_rates(config: PPORun, parts: RolloutParts, data: RunData) -> dict[
 
 
 def check_blow_up(config: PPORun, metrics: dict[str, float]) -> None:
-    """Before an iteration's updates: stops a run that has left its reference, or hacks its reward.
+    """Stops a run, before an iteration's updates, if its KL or score is beyond the limits.
 
     Raises:
       FloatingPointError: |`objective/kl`| is above `stop_kl`, or |`objective/scores`| above
@@ -266,12 +266,12 @@ def _kl_of(metrics: dict[str, Any]) -> float:
 
 
 class Iteration:
-    """One iteration of PPO, and what surrounds it. `loop` holds what outlives an iteration.
+    """One iteration of PPO, with calibration and evaluation. `loop` holds state between iterations.
 
     Args:
-      config: of the run.
-      mesh: of the run.
-      parts: as `build_ppo` makes them.
+      config: the run's config.
+      mesh: the run's mesh.
+      parts: from `build_ppo`.
       data: prompts.
     """
 
@@ -290,9 +290,9 @@ class Iteration:
         """From prompts to the mini-batches of the iteration's updates, and its metrics.
 
         1. Sample answers, score them, compute advantages.
-        2. Describe them; move β and the scores' statistics for the next iteration.
-        3. Replace prompts whose answers all score alike, if configured (dynamic sampling).
-        4. Cut the rollout into epochs × mini-batches.
+        2. Compute metrics; update β and the scores' statistics for the next iteration.
+        3. Replace prompts whose answers all have the same score, if configured (dynamic sampling).
+        4. Split the rollout into epochs × mini-batches.
         """
         config, options = self._config, self._parts.options
         sample_key, shuffle_key = jax.random.split(key)
@@ -300,7 +300,7 @@ class Iteration:
         metrics = to_floats(ppo.rollout_metrics(rollout, options.samples, options.kl_estimator))
         metrics["kl_coef"] = loop["kl_coef"]
         check_blow_up(config, metrics)
-        # Further rollouts of this iteration are scaled and penalised as its first one.
+        # More rollouts of this iteration use the same scaling and β as its first one.
         before = dict(loop)
         self._update_loop(rollout, metrics["objective/kl"], loop)
         self._dump.write(loop["iterations"], rollout)
@@ -348,7 +348,7 @@ class Iteration:
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
 
     def _update_loop(self, rollout: RolloutBatch, measured_kl: float, loop: Loop) -> None:
-        """Updates what the next iteration starts from: β, and the statistics of all scores."""
+        """Updates the state for the next iteration: β, and the statistics of all scores."""
         options = self._parts.options
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
         loop["kl_coef"] = ppo.next_kl_coef(loop["kl_coef"], measured_kl, options, answers)
@@ -365,16 +365,16 @@ class Iteration:
         data: Iterator[Any],
         loop: Loop,
     ) -> tuple[RolloutBatch, Floats, Floats]:
-        """Dynamic sampling (DAPO): other prompts in the places of zero-variance groups.
+        """Dynamic sampling (DAPO): replaces zero-variance groups by other prompts.
 
         Returns:
-          The rollout; tokens, FLOPs and seconds that it took; how many batches, and groups left.
+          The rollout; its tokens, FLOPs and seconds; the number of batches, and of groups left.
         """
         samples = self._parts.options.samples
         draws, left = 1, ppo.count_equal_groups(rollout, samples)
         costs: Floats = {}
         while left and draws < self._config.prompt_draws:
-            # The first rollout has the plain key.
+            # The first rollout uses the unmodified key.
             number_key = jax.random.fold_in(key, draws)
             other, cost = self._roll_out(number_key, state, next(data), loop)
             rollout, left = ppo.fill_equal_groups(rollout, other, samples)
@@ -383,7 +383,7 @@ class Iteration:
         return rollout, costs, {"groups/draws": draws, "groups/left_equal": left}
 
     def calibrate(self, state: TrainState, loop: Loop) -> None:
-        """Before the first iteration: shifts (and scales) the reward by the reference's answers."""
+        """Shifts (and scales) the reward by the reference's answers, before the first iteration."""
         assert self._parts.reference is not None
         assert self._data.batches is not None
         prompts = next(iter(self._data.batches))
@@ -392,7 +392,7 @@ class Iteration:
             ppo.calibrate(
                 stream_key(self._config.run.seed, Stream.CALIBRATION),
                 self._parts.reference.model,
-                # It writes answers: its weights are read for every token.
+                # It generates answers, so its weights are read for every token.
                 jax.jit(on_device)(self._reference(state)),
                 prompts,
                 self._parts.reward,
@@ -402,7 +402,7 @@ class Iteration:
         )
 
     def evaluate(self, state: TrainState, loop: Loop) -> Floats:
-        """Figures of answers to the held-out prompts: sums over all of them, divided once."""
+        """Metrics of answers to the held-out prompts: sums over all answers, divided once."""
         # The same key every time: differences come from the policy, not from sampling.
         key = stream_key(self._config.run.seed, Stream.HELD_OUT)
         training, options = self._data.batches, self._parts.options
@@ -428,7 +428,7 @@ class Iteration:
 
 
 def _scaling(loop: Loop) -> dict[str, Any]:
-    """What turns a reward into scores, as `ppo.make_prepare` takes it."""
+    """The (shift, scale) from reward to score, for `ppo.make_prepare`."""
     return {
         "calibration": tuple(loop["calibration"]),
         "score_stats": ppo.ScoreStats(*loop["score_stats"]),
@@ -439,9 +439,9 @@ class TextStream:
     """Rows of text for every update; the position is in `loop`, so that a run resumes exactly.
 
     Args:
-      config: of the run, with `ptx`.
+      config: the run's config, with `ptx`.
       tok: the policy's tokenizer.
-      mesh: of the run.
+      mesh: the run's mesh.
     """
 
     def __init__(self, config: PPORun, tok: Any, mesh: Mesh):
@@ -457,7 +457,7 @@ class TextStream:
         self._iterator: Iterator[TokenBatch] | None = None
 
     def join(self, updates: Iterable[RolloutBatch], loop: Loop) -> Iterator[RolloutBatch]:
-        """The mini-batches, each with a batch of text."""
+        """Adds a batch of text to each mini-batch."""
         if self._iterator is None:
             if "ptx" in loop:
                 self._batches.set_state(loop["ptx"])

@@ -1,6 +1,6 @@
-"""The reference of a run, of which there are three kinds.
+"""The reference of a run; there are three kinds.
 
-- In memory: frozen parameters beside the train state, or the base under adapters.
+- In memory: separate frozen parameters, or the base under adapters.
 - Moving (TR-DPO): part of the optimizer's state, see `jaxalign.algorithms.moving_reference`.
 - Cached: log-probabilities of all data computed beforehand, see `reference_cache`; no parameters.
 """
@@ -55,20 +55,20 @@ class Reference:
 def reference_optimizer(
     tx: optax.GradientTransformation, sync: ReferenceSync | None
 ) -> optax.GradientTransformation:
-    """The optimizer, with the reference in its state where that is to move."""
+    """The optimizer, with the reference in its state if the reference moves."""
     return tx if sync is None else with_moving_reference(tx, sync)
 
 
 def reference_in_memory(
     config: AnyRun, policy: Policy, mesh: Mesh, loader: Loader, tok: Any
 ) -> Reference:
-    """The frozen reference: the model that is named, or the one that training starts from.
+    """The frozen reference: the configured model, or the initial model of the training.
 
     Args:
-      config: of the run.
-      policy: as it starts; without `reference` its weights are shared, not copied.
-      mesh: of the run.
-      loader: of arrays.
+      config: the run's config.
+      policy: the initial policy; without `reference` its weights are shared, not copied.
+      mesh: the run's mesh.
+      loader: the loader of arrays.
       tok: the policy's tokenizer, or None.
     """
     rules = config.mesh.rules_of.get("reference")
@@ -76,7 +76,7 @@ def reference_in_memory(
     if config.reference is None and not elsewhere:
         model, params = policy.start()
         params = reshard_by_rules(params, model, mesh, rules, loader)
-        # The policy reads the base under its adapters too: it stays on the device.
+        # The policy also reads the base under its adapters, so the base stays on the device.
         movable = bool(rules) or not policy.frozen
     else:
         model, params = _named(config, mesh, loader, tok)
@@ -89,7 +89,7 @@ def moving_reference(
 ) -> tuple[TrainState, Reference]:
     """The reference in the state of `reference_optimizer`'s optimizer, and that state.
 
-    It starts as the policy does, or as the model that the configuration names.
+    It starts as the initial policy, or as the configured model.
     """
     if config.reference is None:
         return state, Reference(policy.model, None)
@@ -100,7 +100,7 @@ def moving_reference(
 def make_reference(
     config: ReferenceRun, policy: Policy, state: TrainState, mesh: Mesh, loader: Loader, tok: Any
 ) -> tuple[TrainState, Reference]:
-    """The reference of a preference run, and the train state, which holds one that moves."""
+    """The reference of a preference run, and the train state, which holds a moving reference."""
     if config.reference_sync is not None:
         return moving_reference(config, policy, state, mesh, loader, tok)
     return state, reference_in_memory(config, policy, mesh, loader, tok)
@@ -124,11 +124,11 @@ def cached_reference(
     """The reference's log-probabilities of all pairs: read from the folder, or computed and saved.
 
     Args:
-      config: of the run, with `reference_cache`.
-      policy: as it starts.
-      batches: gives all batches of the run, held-out ones too.
-      mesh: of the run.
-      loader: of the reference, which is loaded only where there is no cache.
+      config: the run's config, with `reference_cache`.
+      policy: the initial policy.
+      batches: returns all batches of the run, including held-out ones.
+      mesh: the run's mesh.
+      loader: the loader of the reference, which is loaded only if there is no cache.
       tok: the policy's tokenizer.
 
     Raises:
@@ -160,7 +160,7 @@ def cached_reference(
 
 
 def _fingerprint(config: DPORun, policy: Policy, tok: Any) -> dict[str, Any]:
-    """All that decides the log-probabilities of a pair."""
+    """Everything that determines the log-probabilities of a pair."""
     template = resolve_chat_template(tok, config.model.chat_template)
     source = config.model.source if config.reference is None else config.reference
     return {

@@ -1,8 +1,8 @@
 """Log-probabilities of a frozen reference, computed once for all data and kept in a folder.
 
-A pair is found again by a hash of its token ids and masks, so that neither the order, nor packing,
-nor the number of epochs matters. What else decides the numbers is in the fingerprint, and a cache
-made under another fingerprint is refused: it says what differs.
+The key of a pair is a hash of its token ids and masks, so that order, packing and the number of
+epochs do not matter. Everything else that affects the numbers is in the fingerprint. A cache with
+another fingerprint is an error that names the differences.
 
     folder/fingerprint.json    what the numbers belong to
     folder/logps.npz           keys uint8 [N, 16], chosen float32 [N], rejected float32 [N]
@@ -43,7 +43,7 @@ class ReferenceCache:
         return len(self.logps)
 
     def add(self, batches: Iterable[AnyPairs], prepare: Callable[[AnyPairs], AnyPairs]) -> None:
-        """Runs the reference over all pairs that are not known yet.
+        """Runs the reference over all pairs that are not yet in the cache.
 
         Args:
           batches: on the host.
@@ -61,10 +61,10 @@ class ReferenceCache:
                     self.logps[key] = float(chosen[at]), float(rejected[at])
 
     def fill(self, batch: AnyPairs) -> AnyPairs:
-        """The batch with `ref_chosen_logps` and `ref_rejected_logps`; 0 where there is no pair.
+        """Adds `ref_chosen_logps` and `ref_rejected_logps` to a batch; 0 where there is no pair.
 
         Raises:
-          ValueError: a pair that the cache does not know.
+          ValueError: a pair is not in the cache.
         """
         keys = pair_keys(batch)
         both = np.zeros((2, *keys.shape), np.float32)
@@ -79,12 +79,12 @@ class ReferenceCache:
         return batch._replace(ref_chosen_logps=both[0], ref_rejected_logps=both[1])
 
     def missing(self, batches: Iterable[AnyPairs]) -> int:
-        """How many different pairs of the batches the cache does not know."""
+        """The number of distinct pairs of the batches that are not in the cache."""
         keys = {key for batch in batches for key in pair_keys(batch).flat}
         return len(keys - {None} - self.logps.keys())
 
     def save(self, folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> None:
-        """Writes the cache; the fingerprint last, so that a broken write is no cache."""
+        """Writes the cache; the fingerprint comes last, so an incomplete write does not count."""
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(self.logps), np.uint8).reshape(-1, 16)
@@ -103,7 +103,7 @@ class ReferenceCache:
         """Reads a cache; None if there is none in the folder.
 
         Raises:
-          ValueError: the cache belongs to something else; which parts of the fingerprint differ.
+          ValueError: the fingerprint differs; the message names the parts that differ.
         """
         path = pathlib.Path(folder)
         if not (path / "fingerprint.json").is_file():
@@ -112,11 +112,11 @@ class ReferenceCache:
             there = read_json_file(path / "fingerprint.json")
             if not isinstance(there, dict):
                 raise ValueError("fingerprint.json holds no object")
-            # Opened here, so that it is closed whatever numpy finds in it.
+            # Opened here, so that it is closed even if numpy fails.
             with (path / "logps.npz").open("rb") as raw, np.load(raw) as file:
                 columns = [file[name] for name in ("keys", "chosen", "rejected")]
             pairs = {k.tobytes(): (float(c), float(r)) for k, c, r in zip(*columns, strict=True)}
-        except Exception as error:  # numpy and zipfile raise what they find
+        except Exception as error:  # numpy and zipfile raise many types
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"reference cache {path}: unreadable ({what}); {REMEDY}") from error
         wrong = [
@@ -135,7 +135,7 @@ class ReferenceCache:
 def pair_keys(batch: PairBatch | SharedPairBatch) -> np.ndarray:
     """A 16-byte key of each pair, as objects `[B]` or `[B, S]`; None where there is no pair.
 
-    It depends on the token ids and on which of them are trained, not on where they stand.
+    It depends on the token ids and on which are trained, not on their position in the row.
     """
     if isinstance(batch, SharedPairBatch):
         sides = [batch.tokens, batch.tokens]

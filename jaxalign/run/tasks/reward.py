@@ -29,11 +29,11 @@ from jaxalign.run.tasks.task import Task, updates_task
 from jaxalign.types import GradedBatch, RankedBatch, StepBatch, TrainState
 
 RANKED_ANSWERS = 4
-"""Answers of a prompt that are assumed before the data is read."""
+"""The number of answers per prompt to assume before the data is read."""
 
 
 def judged_batches(config: RewardRun) -> Callable[..., Batches[Any]]:
-    """What makes the batches that the objective learns from."""
+    """The function that makes the objective's batches."""
     if config.reward.objective == "regression":
         return functools.partial(graded_batches, attributes=config.reward.attributes)
     if config.reward.objective == "ranking":
@@ -80,7 +80,7 @@ def build_reward_model(
 def reward_task(
     config: RewardRun, mesh: Mesh, state: TrainState, parts: Parts, data: RunData
 ) -> Task:
-    """Every batch of judged answers is one update; held-out scores are looked at all at once."""
+    """Every batch of judged answers is one update; held-out scores are evaluated all at once."""
     task = updates_task(config, mesh, state, parts, data)
     if data.held_out is None:
         return task

@@ -24,10 +24,10 @@ class RolloutDump:
     """Writes `rollouts.jsonl` and `histograms.jsonl` every few iterations.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       tok: the policy's tokenizer.
-      every: iterations between two dumps; 0: none are made.
-      samples: answers of a dump.
+      every: iterations between two dumps; 0: no dumps.
+      samples: answers per dump.
     """
 
     def __init__(self, folder: str | pathlib.Path, tok: Any, every: int, samples: int):
@@ -36,9 +36,9 @@ class RolloutDump:
         self._begun = False
 
     def write(self, step: int, rollout: RolloutBatch) -> None:
-        """Writes about the rollout of iteration `step`, from 1, if it is this one's turn.
+        """Dumps the rollout of iteration `step`, counted from 1, if a dump is due.
 
-        A resumed run drops what an earlier one wrote of the iterations that it does again.
+        A resumed run drops earlier dumps of the iterations that it repeats.
         """
         if not self._every:
             return
@@ -49,7 +49,7 @@ class RolloutDump:
                 _keep_before(self._folder / name, step)
         if (step - 1) % self._every:
             return
-        # Gathered by all hosts, written by one.
+        # All hosts gather, one writes.
         rows, counts = sample_rows(rollout, self._tok, self._samples), histograms(rollout)
         if main:
             _append(self._folder / SAMPLES, [{"step": step} | row for row in rows])
@@ -57,7 +57,7 @@ class RolloutDump:
 
 
 def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, Any]]:
-    """The first answers of a rollout with all that was computed of each of their tokens.
+    """The first answers of a rollout, with everything computed for each of their tokens.
 
     Lists are aligned: entry t of `tokens` (text pieces), `ids`, `logprobs`, `ref_logprobs`, `kl`
     (their difference), `rewards`, `advantages`, and with a critic `values` and `returns`, belong
@@ -121,18 +121,18 @@ def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _keep_before(path: pathlib.Path, step: int) -> None:
-    """Drops the lines of iteration `step` and later ones, and one that was cut off."""
+    """Drops the lines of iteration `step` and later, and a truncated line."""
     if not path.exists():
         return
     kept = []
-    # Split at "\n" alone: an answer may hold other ends of lines, such as U+2028.
+    # Split only at "\n": an answer may contain other line separators, such as U+2028.
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if parse_json(line)["step"] < step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    # Replaced whole: a run killed here keeps the old file.
+    # Replaced atomically: a run killed here keeps the old file.
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_text("".join(kept), encoding="utf-8")
     fresh.replace(path)

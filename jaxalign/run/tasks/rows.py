@@ -1,4 +1,4 @@
-"""Whether batches can be split evenly, and read by the model, before anything is compiled."""
+"""Checks, before compiling, that batches split evenly and that the model can read them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jaxalign.run.tasks.parts import RunData
 
 
 def check_rows(config: Run, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be split evenly over devices, micro-batches and mini-batches.
+    """Raises ValueError if a batch does not split evenly over devices, micro- and mini-batches.
 
     Raises:
-      ValueError: what does not divide, and what would.
+      ValueError: the message names what does not divide, and a number that does.
     """
     rows, sequences = config.data.rows, config.sequences
     name = "rows" if sequences == rows else "answers (× ppo.samples)"
@@ -48,7 +48,7 @@ def check_rows(config: Run, mesh: Mesh) -> None:
 
 
 def check_fits(config: Run, data: RunData) -> None:
-    """Refuses data that the model has no embeddings or positions for, before any weight is loaded.
+    """Raises ValueError, before loading weights, for data without embeddings or positions.
 
     Raises:
       ValueError: a token without a row, or rows beyond the learned positions.

@@ -1,7 +1,7 @@
-"""Batches of data as shapes: what each kind of data looks like before any is read.
+"""Batches of data as shapes, for each kind of data, without reading any.
 
-A batch without documents, built by the very function that lays out real ones, gives the shapes.
-Its zeros are never touched, so that even a large one takes no memory.
+The shapes come from an empty batch, built by the same function as real ones. Its zeros are never
+touched, so even a large batch takes no memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def text_shapes(config: Run) -> TokenBatch:
 
 
 def pair_shapes(config: Run) -> PairBatch:
-    """What DPO reads. How many pairs a packed row holds is known from data only: one is assumed."""
+    """What DPO reads. Only the data tells how many pairs a packed row holds, so one is assumed."""
     side = token_shapes(config.data)
     mask = array(config.data.rows, 1, dtype=jnp.bool_) if config.data.packing else None
     return PairBatch(side, side, mask=mask)
@@ -56,11 +56,11 @@ def prompt_shapes(config: Run) -> PromptBatch:
 
 
 def full_batch(shapes: Any, rows: int | None = None) -> Any:
-    """A batch on the host whose rows are one document each, as long as they may be.
+    """A batch on the host with one document of maximum length in each row.
 
     Args:
-      shapes: of the batch.
-      rows: so many rows instead, for what is proportional to them.
+      shapes: the batch's shapes.
+      rows: another number of rows, for quantities proportional to rows.
     """
 
     def fill(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a reward model is an adapter on the policy's base, of which there is one in memory."""
+"""Whether a reward model is an adapter on the policy's base, so that both share it in memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jaxalign.run.tasks.loader import Loader
 
 
 def shares_base(config: PPORun, spec: ModelReward, loader: Loader) -> bool:
-    """Whether a reward model is an adapter that goes on the policy's frozen base.
+    """Whether a reward model is an adapter that fits the policy's frozen base.
 
-    A line on standard error says why an adapter is a model of its own in memory instead.
+    If an adapter must be a separate model in memory, a line on standard error says why.
 
     Args:
-      config: of the run.
-      spec: what the configuration says of the reward model.
-      loader: of the run's models.
+      config: the run's config.
+      spec: the reward model's configuration.
+      loader: the loader of the run's models.
 
     Raises:
-      ValueError: `adapter: true`, and it is none on that base; says why.
+      ValueError: `adapter: true`, but it is not an adapter on that base; the message says why.
     """
     if config.model.lora is None and not spec.adapter:
         return False
@@ -49,7 +49,7 @@ def shares_base(config: PPORun, spec: ModelReward, loader: Loader) -> bool:
 
 
 def _own_place(config: PPORun) -> str | None:
-    """Why no reward model of this run shares the base."""
+    """Why no reward model of this run can share the base, or None."""
     if config.model.lora is None:
         return "model.lora is null, and the policy trains the whole model"
     if config.model.lora.init == "pissa":
@@ -62,7 +62,7 @@ def _own_place(config: PPORun) -> str | None:
 
 
 def _other_base(folder: pathlib.Path, source: str) -> str | None:
-    """Why an adapter does not go on the model `source`; None of one that is not there yet."""
+    """Why an adapter does not fit the model `source`; None for one that does not exist yet."""
     if not (folder / CONFIG).is_file():
         return None
     if read_config(folder).get("init_lora_weights") == "pissa":

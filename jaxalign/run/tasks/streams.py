@@ -1,4 +1,4 @@
-"""The PRNG streams of a run beside those of its steps, which are numbered from 0."""
+"""The PRNG streams of a run, apart from those of its steps, which are numbered from 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """What a stream is for. The numbers lie beyond every step's, and are part of saved runs."""
+    """The purpose of a stream. Its numbers are above every step's; saved runs depend on them."""
 
     HELD_OUT = 2**31 - 1
     ADAPTERS = 2**31 - 2

@@ -1,4 +1,4 @@
-"""What the training loop needs of an algorithm, and the task in which every batch is one update."""
+"""What the training loop needs from an algorithm, and the task with one update per batch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from jaxalign.types import Params, TrainState
 
 Floats = dict[str, float]
 Loop = dict[str, Any]
-"""JSON-able state of the loop besides the train state: the KL coefficient of PPO."""
+"""JSON-able state of the loop besides the train state, such as PPO's KL coefficient."""
 
 _BATCHES = "perturbed_batches"
-"""Entry of the loop's state: batches that got noise so far."""
+"""Entry of the loop's state: the number of batches with noise so far."""
 
 
 class Task(NamedTuple):
-    """What the loop needs of an algorithm.
+    """What the loop needs from an algorithm.
 
     Attributes:
       state: the train state at the start.
@@ -45,26 +45,29 @@ class Task(NamedTuple):
       total: batches (iterations, in PPO) in all.
       loop: starting value of the loop's own state.
       prepare_updates: (key, state, batch, loop, data) → (batches for the step, metrics known before
-        the update). May change `loop`, and may take further batches from the iterator `data`.
-        Among the metrics are `TOKENS` and `FLOPS`: real tokens and model FLOPs of this process's
-        rows, of which the loop makes rates.
-      evaluate: (state, loop) → held-out figures, or None without held-out data.
+        the update). May change `loop`, and may take further batches from the iterator `data`. The
+        metrics include `TOKENS` and `FLOPS`: real tokens and model FLOPs of this process's rows,
+        from which the loop computes rates.
+      evaluate: (state, loop) → held-out metrics, or None without held-out data.
       export: (state, folder) → (model, parameters) without adapters; writes the weights in Hugging
         Face form.
-      policy: state → (the language model without adapters, its parameters); None: it trains none.
+      policy: state → (the language model without adapters, its parameters); None: the task trains
+        no language model.
       details: curves and tables of the last evaluation, JSON-able, or None.
       on_train_start: (state, loop) → None; called once, before a run that is not resumed, to fill
         `loop`.
       early_stop: metrics of an update → whether to skip the other updates of this batch; None:
         never.
-      end_with: (state, batches done) → None to go on, or the train state that the run ends with
-        now. It sees every state after its updates; a state that it gives back later must be a copy.
-      learning_rates: names of rates → those of each update of the run, float32 `[updates]`, as
+      end_with: (state, batches done) → None to continue, or the final train state, which ends the
+        run now. It is called with every state after its updates; if it returns a state later, that
+        must be a copy.
+      learning_rates: names of rates → the rate of each update of the run, float32 `[updates]`, as
         metrics.
-      inputs: what decides the batches besides options and files → a digest, see `run.inputs`.
-      data_report: () → what became of the rows and columns of the data, for people.
-      async_metrics: whether a step may be dispatched before the last one's metrics are read. False
-        where `prepare_updates` waits for the devices in any case.
+      inputs: names of inputs that affect the batches besides options and files → digests, see
+        `run.inputs`.
+      data_report: () → a text on how the data's rows and columns were used.
+      async_metrics: whether a step may be dispatched before the previous step's metrics are read.
+        False if `prepare_updates` waits for the devices anyway.
     """
 
     state: TrainState
@@ -89,7 +92,7 @@ class Task(NamedTuple):
 
 
 def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data: RunData) -> Task:
-    """The task in which every batch, once prepared, is one update."""
+    """The task in which every prepared batch is one update."""
 
     def prepare_updates(
         key: jax.Array, state: TrainState, batch: Any, loop: Loop, more: Iterator[Any]
@@ -119,7 +122,7 @@ def updates_task(config: Any, mesh: Mesh, state: TrainState, parts: Parts, data:
 
 
 def with_averages(task: Task, config: Any) -> Task:
-    """The task that evaluates and exports averages of the weights, where its optimizer says so."""
+    """The task, evaluating and exporting averages of the weights if the optimizer has them."""
     uses = averages_for(config.optimizer)
 
     def average(state: TrainState) -> TrainState:
@@ -136,7 +139,7 @@ def with_averages(task: Task, config: Any) -> Task:
 def evaluator(
     loss: Loss, held_out: Batches[Any], mesh: Mesh, prepare: BatchPrepare | None = None
 ) -> Callable[[TrainState, Loop], Floats]:
-    """Held-out figures: sums over all batches, divided once."""
+    """Held-out metrics: sums over all batches, divided once."""
     evaluate = make_eval(loss)
 
     def run(state: TrainState, loop: Loop) -> Floats:
@@ -151,7 +154,7 @@ def evaluator(
 
 
 def with_eval_tasks(task: Task, config: Any, tok: Any) -> Task:
-    """The task that also measures `run.eval_tasks`, after its held-out figures."""
+    """The task, which also evaluates `run.eval_tasks` after the held-out data."""
     run = config.run
     if not run.eval_tasks:
         return task
@@ -170,7 +173,7 @@ def with_eval_tasks(task: Task, config: Any, tok: Any) -> Task:
 
 
 def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], tuple[Any, Params]]:
-    """The trained model of a state, adapters folded in where the base is in floats.
+    """The trained model of a state, with adapters merged if the base is in floats.
 
     Args:
       model: the trained model.
@@ -180,7 +183,7 @@ def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], 
     def whole(state: TrainState) -> tuple[Any, Params]:
         params = combine(state.params, state.frozen)
         params = params if part is None else params[part]
-        # Floats of a quantised base may not fit beside the run; the model reads it as it is.
+        # A quantised base in floats may not fit beside the run, so keep it quantised.
         return (model, params) if model.quantize is not None else whole_model(model, params)
 
     return whole
@@ -189,12 +192,12 @@ def whole_policy(model: Any, part: str | None = None) -> Callable[[TrainState], 
 def exporter(
     model: Any, tok: Any, config: ModelConfig, part: str | None = None
 ) -> Callable[[TrainState, Any], tuple[Any, Params]]:
-    """Writes the trained weights, adapters folded in, in Hugging Face form.
+    """Writes the trained weights, with adapters merged, in Hugging Face form.
 
     Args:
       model: the trained model.
       tok: its tokenizer.
-      config: what it started from.
+      config: the config of the model it started from.
       part: the model's key in the state's parameters; None: they are all its own.
     """
 

@@ -1,4 +1,4 @@
-"""What a tracker offers, and what it is told about the run."""
+"""The interface of a tracker, and what it knows about the run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple, Protocol
 
 
 class TrackedRun(NamedTuple):
-    """A run as its trackers see it.
+    """The run's data for trackers.
 
     Attributes:
-      folder: the run's.
+      folder: the run's folder.
       project: what the tracker groups runs by.
       name: of the run, for people: the last part of its folder.
       config: option → value, flat, such as `{"data.rows": 8}`.
-      identity: by which the tracker finds the run that an earlier start began; None: a new one.
-      done: steps done when this start begins.
+      identity: the tracker's id of the run from an earlier start; None: a new run.
+      done: steps done before this start.
     """
 
     folder: pathlib.Path
@@ -30,20 +30,20 @@ class TrackedRun(NamedTuple):
 class Tracker(Protocol):
     """A service or file format that shows the metrics of a run.
 
-    Its constructor takes a `TrackedRun`, and begins the tracker's run or continues it. A method
-    may raise any `Exception`: the caller reports it and stops using the tracker. All calls come
+    Its constructor takes a `TrackedRun`, and starts or continues the tracker's run. A method may
+    raise any `Exception`; the caller then reports it and stops using the tracker. All calls come
     from one thread.
 
     Attributes:
-      identity: by which a later start finds this run.
-      rewinds: whether, when it continues a run, it drops what it holds of later steps than `done`.
+      identity: the id with which a later start finds this run.
+      rewinds: whether, on continuing a run, it drops its data of steps after `done`.
     """
 
     identity: str
     rewinds: bool
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Records numbers of a step, by their names in `metrics.jsonl`."""
+        """Records a step's numbers, under their names in `metrics.jsonl`."""
 
     def histogram(
         self, step: int, name: str, edges: Sequence[float], counts: Sequence[float]
@@ -54,4 +54,4 @@ class Tracker(Protocol):
         """Records sampled answers: `prompt`, `answer` and further columns, the same in each row."""
 
     def close(self, *, failed: bool) -> None:
-        """Sends what is left and ends the tracker's run; `failed`: by an error."""
+        """Sends the remaining data and ends the tracker's run; `failed`: it ended with an error."""

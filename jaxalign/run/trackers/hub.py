@@ -1,4 +1,4 @@
-"""All trackers of a run: begun or continued, fed with what the run's folder gets, and closed."""
+"""All trackers of a run: starts or continues them, sends them the run's metrics, closes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxalign.run.trackers.table import load
 from jaxalign.run.trackers.tail import Tail
 
 IDENTITIES = "trackers.json"
-"""File of a run's folder: by what each tracker finds the run, and what it may lack."""
+"""File in a run's folder: each tracker's id of the run, and what it may lack."""
 
 _SAMPLE = ("prompt", "answer", "score", "finished", "trained")
 
@@ -33,23 +33,23 @@ def open_trackers(
     done: int,
     optional: bool,
 ) -> Trackers:
-    """Begins the trackers of a run, or continues those that an earlier start began.
+    """Starts the trackers of a run, or continues those of an earlier start.
 
-    A continued one gets each number once: what it has of the steps that the run does again is
-    neither sent again nor changed. A tracker that is new to the run, or that failed in an earlier
-    start, first gets what it lacks from `metrics.jsonl`. Process 0 writes; on the others the result
-    does nothing. To be called before `metrics.jsonl` is opened for writing.
+    A continued tracker gets each number once: numbers of repeated steps that it already has are
+    neither sent again nor changed. A tracker that is new to the run, or failed in an earlier start,
+    first gets the missing numbers from `metrics.jsonl`. Only process 0 writes; on the others the
+    result does nothing. Call this before `metrics.jsonl` is opened for writing.
 
     Args:
-      names: those of `run.trackers` that are installed.
-      folder: the run's.
-      project: what trackers group runs by.
+      names: the installed trackers among `run.trackers`.
+      folder: the run's folder.
+      project: the project under which trackers group runs.
       config: option → value, flat.
-      done: steps that the run resumes after; 0: it begins.
-      optional: print that a tracker does not begin, in place of an error.
+      done: the step after which the run resumes; 0: a new run.
+      optional: print a message if a tracker does not start, instead of raising an error.
 
     Raises:
-      ValueError: a tracker does not begin.
+      ValueError: a tracker does not start.
     """
     with distributed.fail_together("opening the trackers"):
         if not distributed.is_main():
@@ -58,7 +58,7 @@ def open_trackers(
         if not names and not known:
             return Trackers(folder, [], {}, done)
         rows = _rows(folder / METRICS)
-        # Where an earlier start got to, beyond the checkpoint too.
+        # The last step of an earlier start, even beyond the checkpoint.
         reached = {name: row["step"] for row in rows for name in row}
         kept = [row for row in rows if row["step"] <= done] if done else []
         senders: list[Sender] = []
@@ -79,7 +79,7 @@ def open_trackers(
                 continue
             end = entry.get("lacks_from", math.inf) - 1
             if tracker.rewinds:
-                # A run that starts over rewinds to before its first figures, which are of step 0.
+                # A run that starts over rewinds to before its first metrics, at step 0.
                 end = min(end, done if done else -1)
             held = {metric: int(min(step, end)) for metric, step in reached.items()}
             senders.append(Sender(name, tracker, held if run.identity is not None else {}))
@@ -91,14 +91,14 @@ def open_trackers(
 
 
 class Trackers:
-    """Hands what a run reports to its trackers. None of them ever stops the run.
+    """Passes a run's metrics to its trackers. A tracker never stops the run.
 
     Args:
-      folder: the run's.
-      senders: of the trackers in use.
+      folder: the run's folder.
+      senders: the senders of the trackers in use.
       known: the contents of `trackers.json`.
-      done: steps that the run resumes after.
-      rows: of `metrics.jsonl` up to there.
+      done: the step after which the run resumes.
+      rows: the lines of `metrics.jsonl` up to that step.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Trackers:
             self._scalars(row["step"], row)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends a step's numbers, and the histograms and samples that its folder has of it."""
+        """Sends a step's numbers, and its histograms and samples from the run's folder."""
         if not self._senders:
             return
         self._scalars(step, metrics)
@@ -148,7 +148,7 @@ class Trackers:
         self._drop_failed()
 
     def close(self, *, failed: bool = False) -> None:
-        """Waits for what is not sent yet, with a bound, and ends the trackers' runs."""
+        """Waits for unsent data, with a time limit, and ends the trackers' runs."""
         senders, self._senders = self._senders, []
         for sender in senders:
             sender.close(failed=failed)
@@ -172,7 +172,7 @@ class Trackers:
                 sender.close(failed=True, patience=0)
 
     def _report(self, senders: Sequence[Sender]) -> None:
-        """Prints what failed, and notes from which step on the tracker lacks numbers."""
+        """Prints the failure, and records the step from which the tracker lacks numbers."""
         for sender in senders:
             if sender.failure is not None:
                 step, cause = sender.failure
@@ -193,13 +193,13 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The undamaged lines of `metrics.jsonl`, if there is one."""
     if not path.exists():
         return []
-    # Split at "\n" alone, as `JsonlWriter` does.
+    # Split only at "\n", as `JsonlWriter` does.
     rows = map(parse_row, path.read_bytes().split(b"\n"))
     return [row for row in rows if row is not None]
 
 
 def _read_identities(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What an earlier start wrote; {} without a sound file."""
+    """The record of an earlier start; {} without a valid file."""
     if not path.exists():
         return {}
     try:
@@ -211,6 +211,6 @@ def _read_identities(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tracker shows of an answer: its texts, and sums over its tokens."""
+    """An answer's data for trackers: its texts, and sums over its tokens."""
     sums = {name: round(sum(row[name]), 6) for name in ("kl", "rewards") if name in row}
     return {name: row[name] for name in _SAMPLE if name in row} | sums

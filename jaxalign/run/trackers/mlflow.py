@@ -1,4 +1,4 @@
-"""MLflow: the server, data base or folder that `MLFLOW_TRACKING_URI` names."""
+"""MLflow: the server, database or folder that `MLFLOW_TRACKING_URI` names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxalign.run.trackers.base import TrackedRun
 
-_METRICS_AT_ONCE, _PARAMS_AT_ONCE, _PARAM_LENGTH = 1000, 100, 6000  # limits of its interface
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE, _PARAM_LENGTH = 1000, 100, 6000  # limits of its API
 
 
 class MLflow:
@@ -70,5 +70,5 @@ class MLflow:
 
 
 def _name(name: str) -> str:
-    """A name with other characters than MLflow allows written as their code points."""
+    """A name in which code points replace characters that MLflow does not allow."""
     return re.sub(r"[^\w\-. /:]|[^\x00-\x7f]", lambda found: f"_{ord(found[0]):x}_", name)

@@ -1,4 +1,4 @@
-"""A tracker in a thread of its own, so that a slow or dead server never holds up training."""
+"""Runs a tracker in its own thread, so that a slow or dead server never delays training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 from jaxalign.run.trackers.base import Tracker
 
 CAPACITY = 10_000
-"""Entries that may wait for a tracker: one a step, and some for histograms and samples."""
+"""The most entries that may wait for a tracker: one per step, plus histograms and samples."""
 
 PATIENCE = 60.0
-"""Seconds that a run waits at its end for what its trackers have not sent."""
+"""Seconds that a run waits at its end for unsent data."""
 
 
 class Failure(NamedTuple):
     """Why a tracker is no longer used.
 
     Attributes:
-      step: the first one that it may lack.
-      cause: for people.
+      step: the first step that it may lack.
+      cause: the reason, for display.
     """
 
     step: int
@@ -33,15 +33,15 @@ class _End(NamedTuple):
 
 
 class Sender:
-    """Hands entries to a tracker, in order; after the first failure it drops them.
+    """Passes entries to a tracker in order; after the first failure it drops them.
 
     Args:
-      name: in `run.trackers`.
-      tracker: its methods are called in this sender's thread only.
-      held: metric → the last step of which the tracker has it. Such entries are left out.
+      name: its name in `run.trackers`.
+      tracker: its methods are called only in this sender's thread.
+      held: metric → the last step for which the tracker has it; such entries are skipped.
 
     Attributes:
-      failure: what happened, or None; set once.
+      failure: the failure, or None; set once.
     """
 
     def __init__(self, name: str, tracker: Tracker, held: Mapping[str, int]):
@@ -55,7 +55,7 @@ class Sender:
         self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Queues the numbers of a step that the tracker lacks."""
+        """Queues those numbers of a step that the tracker lacks."""
         lacking = {k: v for k, v in values.items() if step > self._held.get(k, -1)}
         if lacking:
             self._put(step, lambda: self._tracker.scalars(step, lacking))
@@ -71,7 +71,7 @@ class Sender:
             self._put(step, lambda: self._tracker.samples(step, rows))
 
     def close(self, *, failed: bool, patience: float = PATIENCE) -> None:
-        """Sends what waits and ends the tracker's run; gives up after `patience` seconds."""
+        """Sends waiting entries and ends the tracker's run; gives up after `patience` seconds."""
         try:
             self._queue.put(_End(failed), timeout=patience)
             self._thread.join(patience)

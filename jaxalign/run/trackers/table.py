@@ -12,11 +12,11 @@ from jaxalign.run.trackers.base import TrackedRun, Tracker
 
 
 class Entry(NamedTuple):
-    """A tracker that may be chosen.
+    """An available tracker.
 
     Attributes:
-      package: what to install.
-      module: what that package is imported as.
+      package: the package to install.
+      module: the package's import name.
       path: `module:class` of its `Tracker`.
     """
 
@@ -33,18 +33,18 @@ TRACKERS = {
     "wandb": Entry("wandb", "wandb", f"{_HERE}.wandb:WandB"),
     "mlflow": Entry("mlflow", "mlflow", f"{_HERE}.mlflow:MLflow"),
 }
-"""Name in `run.trackers` → what it is."""
+"""Name in `run.trackers` → its entry."""
 
 
 def usable(names: Iterable[str], *, optional: bool) -> list[str]:
-    """Those of the chosen trackers whose package is installed; none on other processes than 0.
+    """The chosen trackers whose package is installed; none on processes other than 0.
 
     Args:
-      names: of `run.trackers`.
-      optional: leave a missing one out and print that, in place of an error.
+      names: the names in `run.trackers`.
+      optional: skip and print a missing tracker, instead of raising an error.
 
     Raises:
-      ValueError: a package is missing; it names the extra.
+      ValueError: a package is missing; the message names the extra.
     """
     names = list(names) if distributed.is_main() else []
     missing = [name for name in names if importlib.util.find_spec(TRACKERS[name].module) is None]

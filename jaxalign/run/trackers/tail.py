@@ -1,4 +1,4 @@
-"""Follows a JSONL file of the run's folder: the rows of a step, once that step is reported."""
+"""Follows a JSONL file in the run's folder: returns a step's rows once the step is reported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxalign.run.metrics import parse_row
 
 
 class Tail:
-    """Reads what is appended to a file whose rows have a `step`.
+    """Reads rows, each with a `step`, as they are appended to a file.
 
-    The file is first read when it is first asked for: a resumed run has by then dropped the rows
-    of the steps that it does again.
+    The file is first read at the first request. By then a resumed run has dropped the rows of the
+    steps that it repeats.
 
     Args:
       path: the file, which need not exist.
-      after: the last step that is of no interest.
+      after: ignore rows up to this step.
     """
 
     def __init__(self, path: pathlib.Path, after: int):
@@ -25,14 +25,14 @@ class Tail:
         self._waiting: list[dict[str, Any]] = []
 
     def until(self, step: int) -> list[dict[str, Any]]:
-        """The rows up to a step that were not yet returned; those of later steps wait."""
+        """The rows up to a step that were not yet returned; later rows wait."""
         self._waiting += [row for row in self._read() if row["step"] > self._after]
         ready = [row for row in self._waiting if row["step"] <= step]
         self._waiting = [row for row in self._waiting if row["step"] > step]
         return ready
 
     def _read(self) -> list[dict[str, Any]]:
-        """Rows of the whole lines that were appended since the last call."""
+        """Rows of the complete lines that were appended since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:

@@ -16,8 +16,8 @@ FOLDER = "tensorboard"
 class TensorBoard:
     """Writes event files; see `Tracker`.
 
-    A resumed run writes a further file, which begins with the step after which TensorBoard ignores
-    the earlier ones.
+    A resumed run writes another file. It begins with the step from which TensorBoard ignores the
+    earlier files.
     """
 
     identity = FOLDER
@@ -27,12 +27,12 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         continues = run.identity is not None
-        # Step 0 holds the held-out figures before the first update: they are measured again.
+        # Step 0 has the held-out metrics before the first update, which are measured again.
         purge = run.done + 1 if run.done else 0
         self._writer = SummaryWriter(
             str(run.folder / FOLDER),
             purge_step=purge if continues else None,
-            # Its file names count seconds, and a second file of one second would replace the first.
+            # File names have a resolution of one second; a second file would replace the first.
             filename_suffix=f".{time.time_ns()}",
         )
         if not continues:
@@ -47,7 +47,7 @@ class TensorBoard:
     def histogram(
         self, step: int, name: str, edges: Sequence[float], counts: Sequence[float]
     ) -> None:
-        """Records a histogram; its mean and variance are those of the middles of the bins."""
+        """Records a histogram; its mean and variance are computed from the bins' centres."""
         bounds, numbers = np.asarray(edges, np.float64), np.asarray(counts, np.float64)
         middles = (bounds[1:] + bounds[:-1]) / 2
         self._writer.add_histogram_raw(
@@ -67,7 +67,7 @@ class TensorBoard:
         self._writer.add_text("samples", "\n\n---\n\n".join(map(_markdown, rows)), step)
 
     def close(self, *, failed: bool) -> None:
-        """Writes what is left."""
+        """Writes the remaining data."""
         self._writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Trackio: a local data base that `trackio show` serves, or a Space of the Hugging Face hub."""
+"""Trackio: a local database that `trackio show` serves, or a Space on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ class Trackio:
         self._run.log({"samples": traces}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Sends what is left."""
+        """Sends the remaining data."""
         self._run.finish()

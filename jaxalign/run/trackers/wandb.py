@@ -14,8 +14,8 @@ from jaxalign.run.trackers.base import TrackedRun
 class WandB:
     """Logs to Weights & Biases; see `Tracker`.
 
-    What is logged there cannot be taken back, so a step is logged once, and `step` is the axis of
-    all charts: W&B's own counter would refuse a number that comes late.
+    Logged data cannot be removed there, so a step is logged only once. `step` is the axis of all
+    charts, because W&B's own counter would reject a late number.
     """
 
     rewinds = False
