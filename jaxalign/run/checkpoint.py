@@ -19,12 +19,13 @@ import orbax.checkpoint as ocp
 from jaxalign.hf import checksums
 from jaxalign.parallel import distributed
 from jaxalign.run.saved_averages import wanted_averages, with_averages
-from jaxalign.run.storage import failure_of, retry, say, what_is_safe
+from jaxalign.run.storage import MOVED, Place, failure_of, retry, say, what_is_safe
 from jaxalign.types import Params, TrainState
 
 # Files that Orbax may rewrite after the checksums, and files that a run never reads.
 _NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+_LOOP_CLOSED = "Event loop is closed"  # asyncio's words
 _SLOW_SECONDS = 30.0
 
 
@@ -63,6 +64,7 @@ class Checkpoints:
         self._quiet = _quiet_failures()
         self._quiet.__enter__()
         self._manager = self._make_manager()
+        self._place = Place(self._folder)
 
     def _make_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -162,6 +164,9 @@ class Checkpoints:
                 raise
             self._reopen()
             return os.strerror(failure)
+        if self._moved():
+            self._clear()
+            return os.strerror(errno.ENOENT)
         waited = time.monotonic() - began
         if waited > _SLOW_SECONDS and distributed.is_main():
             say(
@@ -182,7 +187,7 @@ class Checkpoints:
             if again:
                 self._reopen()
             again = True
-            if not self._folder.is_dir():
+            if self._moved():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
             self._manager.save(
                 step,
@@ -192,20 +197,30 @@ class Checkpoints:
             )
             if wait:
                 self._manager.wait_until_finished()
+                if self._moved():
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
 
         def safe() -> str:
             self._clear()
-            return what_is_safe(self._folder)
+            return MOVED if self._moved() else what_is_safe(self._folder)
 
         if jax.process_count() > 1:  # a process must not retry without the others
             attempt()
             return
         retry(attempt, f"checkpoint {self._folder}/{step}", self._folder, safe=safe)
 
+    def _moved(self) -> bool:
+        """Whether the folder is gone, or only what pending writes have created in its place."""
+        if self._place.is_there():
+            return False
+        ours = {self._folder, self._folder / str(self._saving)}
+        found = {*self._folder.parent.glob("*"), *self._folder.glob("*")}
+        return all(path in ours or _UNFINISHED in path.name for path in found)
+
     def _reopen(self) -> None:
         """Replaces the manager, which never forgets a failure, by a new one."""
         self._clear()
-        if self._folder.is_dir():
+        if not self._moved():
             self._manager = self._make_manager()
 
     def _clear(self) -> None:
@@ -214,6 +229,15 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._manager.close()
         self.remove_unfinished()
+        self._remove_strays()
+
+    def _remove_strays(self) -> None:
+        """Removes what a pending write has created in the place of a folder that was moved."""
+        if self._saving is not None and self._moved():
+            shutil.rmtree(self._folder / str(self._saving), ignore_errors=True)
+            with contextlib.suppress(OSError):  # gone, or it holds something else
+                self._folder.rmdir()
+                self._folder.parent.rmdir()
 
     def restore(
         self, state: TrainState, step: int | None = None
@@ -406,7 +430,9 @@ class Checkpoints:
         finally:
             if self._failed:  # a pending write may have recreated its folder
                 self.remove_unfinished()
-            self._quiet.__exit__(None, None, None)
+            self._remove_strays()
+            if not self._failed:  # else pending writes go on failing until the process ends
+                self._quiet.__exit__(None, None, None)
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -426,24 +452,31 @@ def _quiet_failures() -> Iterator[None]:
     """Hides the tracebacks of failed saves: the same error is raised, and printed in one line.
 
     Orbax logs it once per thread, asyncio once per write. For pending writes, TensorStore reports
-    that their event loop is closed.
+    through either hook of Python that their event loop is closed.
     """
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    unraisable_hook, hook = sys.unraisablehook, sys.excepthook
 
-    def show(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
+    def show_unraisable(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != _LOOP_CLOSED:
+            unraisable_hook(unraisable)
+
+    def show(kind: Any, error: BaseException, traceback: Any) -> None:
+        if str(error) != _LOOP_CLOSED:
+            hook(kind, error, traceback)
 
     for logger in loggers:
         logger.addFilter(_no_failed_save)
-    sys.unraisablehook = show
+    sys.unraisablehook, sys.excepthook = show_unraisable, show
     try:
         yield
     finally:
         for logger in loggers:
             logger.removeFilter(_no_failed_save)
-        if sys.unraisablehook is show:
-            sys.unraisablehook = hook
+        if sys.unraisablehook is show_unraisable:
+            sys.unraisablehook = unraisable_hook
+        if sys.excepthook is show:
+            sys.excepthook = hook
 
 
 def _no_failed_save(record: logging.LogRecord) -> bool:

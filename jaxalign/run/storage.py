@@ -170,11 +170,35 @@ def what_is_safe(folder: pathlib.Path) -> str:
     )
 
 
+MOVED = "Nothing in it has changed: run.resume=auto goes on from its newest checkpoint"
+"""What is safe if the whole folder was moved away."""
+
+
+class Place:
+    """A folder, which may be moved away while a run writes to it.
+
+    What creates missing folders would then start another one in its place.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._was = folder.stat() if folder.is_dir() else None
+
+    def is_there(self) -> bool:
+        """Whether the folder is there, and the one it was."""
+        try:
+            now = self._folder.stat()
+        except OSError:
+            return False
+        return self._was is None or os.path.samestat(now, self._was)
+
+
 class LineFile:
     """A text file for appending whole lines: each write arrives completely or not at all.
 
     Writes are not buffered. If the file was removed or replaced meanwhile, the write goes to the
-    current file of that name, so that no line is lost in a deleted file.
+    current file of that name, so that no line is lost in a deleted file. If its folder was moved
+    away, the write fails until it is back.
 
     Args:
       path: the file; its folder must exist.
@@ -183,6 +207,7 @@ class LineFile:
 
     def __init__(self, path: pathlib.Path, safe: Callable[[], str] = str):
         self._path, self._safe = path, safe
+        self._place = Place(path.parent)
         self._file = path.open("ab", buffering=0)
 
     def write(self, text: str) -> None:
@@ -192,7 +217,11 @@ class LineFile:
           StorageError: see `retry`.
         """
         data = text.encode()
-        retry(lambda: self._append(data), str(self._path), self._path.parent, safe=self._safe)
+
+        def safe() -> str:
+            return self._safe() if self._place.is_there() else MOVED
+
+        retry(lambda: self._append(data), str(self._path), self._path.parent, safe=safe)
 
     def flush(self) -> None:
         """Does nothing, because writes are not buffered."""
@@ -203,6 +232,8 @@ class LineFile:
 
     def _append(self, data: bytes) -> None:
         if not self._has_name():
+            if not (self._path.exists() or self._place.is_there()):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path.parent)
             fresh = self._path.open("ab", buffering=0)
             self._file.close()
             self._file = fresh

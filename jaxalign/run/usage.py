@@ -13,6 +13,7 @@ import jax
 from jaxalign.data.bounds import read_json_file
 from jaxalign.data.paths import replace_text
 from jaxalign.parallel import distributed
+from jaxalign.run.record import RECORD
 
 USAGE = "usage.json"
 """File of a run's folder, in bytes: `host_bytes` of process 0, `device_bytes` of its fullest device
@@ -20,8 +21,11 @@ where the device counts them. A resumed run keeps the larger ones."""
 
 
 def write_usage(folder: pathlib.Path) -> None:
-    """Writes the peaks so far. On a full disk the old file stays and the run continues."""
-    if not distributed.is_main() or not folder.is_dir():
+    """Writes the peaks so far. On a full disk the old file stays and the run continues.
+
+    Nothing is written without the run's record: its folder was moved, and another took its place.
+    """
+    if not distributed.is_main() or not (folder / RECORD).exists():
         return
     path = folder / USAGE
     with contextlib.suppress(OSError):

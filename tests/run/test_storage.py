@@ -133,6 +133,24 @@ def test_lines_follow_the_name_of_the_file(clock, tmp_path):
     assert not folder.exists()
 
 
+def test_a_folder_that_was_moved_is_not_replaced_by_another(clock, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = JsonlWriter(folder / "metrics.jsonl")
+    writer.write(1, {"loss": 1.0})
+    folder.rename(tmp_path / "away")
+    folder.mkdir()  # as a pending write does
+
+    def back():
+        folder.rmdir()
+        (tmp_path / "away").rename(folder)
+
+    clock.then[3] = back
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in chatmodel.lines(folder)] == [1, 2]
+
+
 SIZE = 300  # kB of weights that do not compress
 
 
@@ -191,10 +209,45 @@ def test_storage_that_stays_full_ends_with_the_older_ones_intact(
     store.close()
 
 
+def test_what_a_pending_save_makes_in_the_place_of_a_moved_folder_is_removed(
+    clock, states, tmp_path
+):
+    folder, away = tmp_path / "run", tmp_path / "away"
+    store = Checkpoints(folder / "checkpoints", keep=None)
+    store.save(1, states[1], {"done": 1})
+    store.finish(1, states[1], {"done": 1})
+    store.save(2, states[2], {"done": 2})
+    store._manager.wait_until_finished()
+    folder.rename(away)
+    shutil.copytree(away / "checkpoints/2", folder / "checkpoints/2")  # created anew by the save
+    shutil.rmtree(away / "checkpoints/2")
+    clock.then[2] = lambda: away.rename(folder)  # which fails where anything is
+    store.save(3, states[3], {"done": 3})
+    store.finish(3, states[3], {"done": 3})
+    store.close()
+    assert clock.waited == [0.5, 1]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "3"]
+
+
+def test_a_copy_in_the_place_of_the_folder_is_used(clock, states, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    store = Checkpoints(folder, keep=None)
+    store.save(1, states[1], {"done": 1})
+    store.finish(1, states[1], {"done": 1})
+    (folder.parent / "run.json").write_text("{}")
+    folder.parent.rename(tmp_path / "away")
+    shutil.copytree(tmp_path / "away", folder.parent)
+    store.save(2, states[2], {"done": 2})
+    store.finish(2, states[2], {"done": 2})
+    store.close()
+    assert not clock.waited
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
 def test_a_folder_that_vanished_is_not_made_anew(clock, states, tmp_path):
     store = Checkpoints(tmp_path / "c")
     shutil.rmtree(tmp_path / "c")
-    with pytest.raises(StorageError, match=r"No such file or directory.*no complete checkpoint"):
+    with pytest.raises(StorageError, match=r"No such file or directory.*Nothing in it has changed"):
         store.save(1, states[1], {"done": 1})
     assert clock.waited == ALL
     assert not (tmp_path / "c").exists()
