@@ -26,6 +26,7 @@ from jaxalign.algorithms.state import opt_state_shardings
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
+from jaxalign.parallel.rules import use_rules
 from jaxalign.parallel.sharding import param_shardings, partition_spec
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
@@ -75,6 +76,16 @@ def test_every_mesh_gives_what_one_device_gives(name, shape):
     state = case.state(param_shardings(case.axes, mesh, case.shapes))
     step = compile_step(case.step(case.tx), state, mesh)
     same(alone(name), step(state, case.padded()))
+
+
+@pytest.mark.parametrize("how", ["ring", "ulysses"])
+def test_how_devices_along_sequence_exchange_does_not_show(how):
+    case = CASES["sft"]
+    mesh = make_mesh(fsdp=2, sequence=2, tensor=2)
+    with use_rules(None, sequence_attention=how):
+        state = case.state(param_shardings(case.axes, mesh, case.shapes))
+        step = compile_step(case.step(case.tx), state, mesh)
+    same(alone("sft"), step(state, case.padded()))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
