@@ -301,6 +301,9 @@ def test_a_cache_in_half_precision_changes_little(params):
     first = np.asarray(want.mask)[:, 0]
     np.testing.assert_allclose(got.logprobs[first, :2], want.logprobs[first, :2], atol=1e-2)
     assert np.any(np.asarray(got.logprobs) != np.asarray(want.logprobs))
+    less = run(params, temperature=0.0, cache_dtype="float8_e4m3fn")  # 3 bits of mantissa, not 7
+    apart = [np.abs(np.asarray(x.logprobs - want.logprobs))[first, :2].mean() for x in (got, less)]
+    assert apart[0] < apart[1] < 0.1
 
 
 @pytest.mark.parametrize(

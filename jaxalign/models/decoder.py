@@ -31,7 +31,7 @@ from jaxalign.models.attention.dispatch import (
     check_kind,
     report_fallback,
 )
-from jaxalign.models.attention.kv_cache import Cache, empty_cache, split
+from jaxalign.models.attention.kv_cache import Cache, empty_cache, split, to_cache
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, LoraConfig
@@ -312,7 +312,7 @@ class Decoder:
                 x, inputs_of(attributes), kind
             )
             cached = jax.tree.map(  # [B, T, K, d] → [B, K, T, d]
-                lambda y: y[:, :length].astype(dtype).transpose(0, 2, 1, 3), cached
+                lambda y: to_cache(y[:, :length], dtype).transpose(0, 2, 1, 3), cached
             )
             experts = None
             if keep_experts and routing is not None:

@@ -10,7 +10,7 @@ from jaxalign.losses import ppo as losses
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce++", "reinforce++_baseline")
 _COMPARING = ("rloo", "grpo", "reinforce++_baseline")
 _IS_LEVELS = ("token", "sequence")
-_CACHE_DTYPES = ("float32", "bfloat16", "float16")
+_CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 _READ_BY = (
     (("lam", "clip_range_value", "vf_coef", "whiten_rewards", "shared_critic"), ("gae",)),

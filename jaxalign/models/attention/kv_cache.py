@@ -95,9 +95,17 @@ def split(x: jax.Array) -> jax.Array:
     return constrain(x, f"cache_rows {'hidden' if whole else 'cache_heads'} cache_length hidden")
 
 
+def to_cache(x: jax.Array, dtype: Any) -> jax.Array:
+    """Converts keys or values to the cache's dtype; values beyond an 8-bit float's saturate."""
+    if jnp.finfo(dtype).bits == 8:
+        most = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
+
+
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
     """Writes the keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
-    new = new.astype(layer.dtype).transpose(0, 2, 1, 3)
+    new = to_cache(new, layer.dtype).transpose(0, 2, 1, 3)
     return jax.lax.dynamic_update_slice(layer, new, (0, 0, used, 0))
 
 
