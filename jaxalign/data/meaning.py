@@ -56,6 +56,13 @@ def check_unused(row: Row, name: str, example: Any, *, trained: bool, by_columns
         return
     if meaning in ("weight", "no_weight"):
         wrong = trained
+    elif meaning in ("system", "context") and isinstance(value, list | dict):
+        raise RowError(
+            row.origin,
+            f"{name}: a column that would be lost",
+            f"{name}: the column is not read, since its name means a {meaning} and it holds no "
+            f"text; join it into one text, or leave it out by `columns: {{{name}: {IGNORE}}}`",
+        )
     elif not isinstance(value, str) or not value.strip() or meaning is None:
         return
     elif meaning == "prompt":

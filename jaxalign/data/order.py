@@ -93,7 +93,8 @@ def _rows(pools: Sequence[Pool], passes: int | None, seed: int, shuffle: bool) -
     """Row numbers over all passes."""
     if len(pools) == 1 and pools[0].rows == pools[0].share:
         data = grain.MapDataset.source(range(pools[0].rows)).seed(seed)
-        return (data.shuffle() if shuffle else data).repeat(passes)
+        again = _times(pools[0].rows, passes) // pools[0].rows
+        return (data.shuffle() if shuffle else data).repeat(again)
     return grain.MapDataset.source(_Mixture(pools, passes, seed, shuffle))
 
 
@@ -176,5 +177,8 @@ class _Buckets:
         return plan
 
 
+_ENDLESS = 2**62  # not sys.maxsize: grain divides lengths as floats, which would round it up
+
+
 def _times(size: int, passes: int | None) -> int:
-    return sys.maxsize // size * size if passes is None else size * passes
+    return _ENDLESS // size * size if passes is None else size * passes

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxalign.data.examples import Message
+from jaxalign.data.presence import REASONING
 from jaxalign.data.render import Chat, key_of
 
 _TAGS = re.compile(r"(\s*</?think>\s*)")
@@ -58,8 +59,9 @@ def placeholders_of(chat: Chat) -> Placeholders:
         # Templates may parse tools' answers as JSON.
         if not message["content"].lstrip().startswith(("{", "[")):
             changed["content"] = hide(message["content"])
-        if isinstance(message.get("reasoning_content"), str):
-            changed["reasoning_content"] = hide(message["reasoning_content"])
+        for name in REASONING:
+            if isinstance(message.get(name), str):
+                changed[name] = hide(message[name])
         messages.append(changed)
     around = key_of({"tools": chat.tools, "kwargs": chat.kwargs, "thinking": chat.thinking})
     keys = (around, *(key_of(message) for message in messages))

@@ -13,13 +13,16 @@ from jaxalign.data.render import Chat
 LEFT_OUT = "the chat template leaves out a turn"
 """The reason of the error."""
 
+REASONING = ("reasoning_content", "thinking")
+"""The fields of a message in which templates read reasoning."""
+
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
     """Reasoning and answer of a message, stripped of whitespace."""
     before, closing, after = message["content"].rpartition(_CLOSE)
-    apart = message.get("reasoning_content", "").strip()
+    apart = next((message[name].strip() for name in REASONING if name in message), "")
     if not closing:
         return apart, message["content"].strip()
     inside = before.strip().removeprefix(_OPEN).strip()
@@ -33,7 +36,7 @@ def reasons(message: Message) -> bool:
 
 def without_reasoning(message: Message) -> Message:
     """An answer without its reasoning, whether in a separate field or in `<think>`."""
-    answer = {key: value for key, value in message.items() if key != "reasoning_content"}
+    answer = {key: value for key, value in message.items() if key not in REASONING}
     return answer | {"content": split_reasoning(message)[1]}
 
 

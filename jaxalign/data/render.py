@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 NONE = "none"
 """The name for no template: prompt and completion as plain text."""
 
+_READS_THINKING = re.compile(
+    r"""message(\.thinking\b|\[["']thinking["']\]|\.get\(["']thinking["'])"""
+)
+"""Templates that read reasoning from the field `thinking` of a message (gpt-oss)."""
+
 # With these variables, templates of reasoning models put an empty, closed reasoning block in the
 # generation prompt. Answers without reasoning are trained and generated after it, answers with
 # reasoning after the open header. Other templates ignore these variables.
@@ -164,7 +169,9 @@ class Renderer:
             return message
         message = dict(message)
         thought = message.pop("reasoning_content").strip()
-        if thought:
+        if thought and _READS_THINKING.search(self.template):
+            message["thinking"] = thought
+        elif thought:
             message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
         return message
 

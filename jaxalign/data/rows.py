@@ -332,7 +332,10 @@ _PREFERENCES = (
 
 
 def _prompt(row: Row) -> Prompt:
-    return Prompt(prompt_of(row), row.origin, row.data, tools_of(row), template_kwargs_of(row))
+    if row.data.has("instruction") and row.data.has("output"):
+        return _alpaca_task(row)  # `prompt` is both of them, in a template
+    prompt = _shared_prompt(row, prompt_of(row))
+    return Prompt(prompt, row.origin, row.data, tools_of(row), template_kwargs_of(row))
 
 
 def _alpaca_task(row: Row) -> Prompt:
@@ -349,6 +352,7 @@ _PROMPTS = (
     Form("prompt", ("prompt",), _prompt),
     Form("alpaca", ("instruction",), _alpaca_task),
     Form("gsm8k", ("question", "answer"), _prompt),
+    Form("prompt", ("question",), _prompt),
     Form("sharegpt", ("conversations",), _prompt),
     Form("messages", ("messages",), _prompt),
     Form("preference", ("chosen", "rejected"), _prompt_of_pair),

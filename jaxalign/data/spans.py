@@ -250,13 +250,40 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
     tail = done[place + len(answer) : end]
     if not tail:
         raise _unmarkable(chat, at)
-    if thought or opened:
+    produced = _after_header(render, chat, at, head, done[:end])
+    if produced is not None:
+        text = f"{head}{produced}"
+    elif thought or opened:
         before = "" if opened else f"{_OPEN}\n"
         text = f"{head}{before}{thought}\n{_CLOSE}\n\n{answer}{tail}"
     else:
         text = f"{head}{_blanks_before(done[:place], head)}{answer}{tail}"
     check_turns(chat, at + 1, text)
     return Document(0, text, [(len(head), len(text))])
+
+
+def _after_header(render: Renderer, chat: Chat, at: int, head: str, done: str) -> str | None:
+    """What a template writes for a turn between the generation prompt's header and the turn's end.
+
+    That may be more than the answer: gpt-oss names the channel of each part. None where blocks of
+    reasoning are in the way, or the header is not found.
+    """
+    thought, answer = split_reasoning(chat.messages[at])
+    before = render.one(chat.upto(at))
+    header = head.removeprefix(before)
+    if header == head or not header.strip() or _OPEN in header or _CLOSE in header:
+        return None
+    place = done.rfind(answer)
+    place = done.rfind(thought, 0, place) if thought else place
+    start = done.rfind(header, 0, max(place, 0))
+    produced = done[start + len(header) :]
+    if start < 0 or not _shows(chat, at, produced):
+        return None
+    mine = thought + answer
+    others = [m["content"] for m in chat.messages[:at] if m["content"] not in mine]
+    if any(text in produced for text in (_OPEN, _CLOSE, *others)):
+        return None
+    return produced
 
 
 def _own_calls(render: Renderer, chat: Chat, at: int, head: str, done: str) -> Document:

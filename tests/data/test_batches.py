@@ -49,6 +49,17 @@ def test_the_last_batch_is_filled_with_empty_rows(tiny, talks):
     assert not last.loss_mask[1:].any()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("buckets", [None, (210, 420)])
+def test_rows_of_any_number_go_on_for_ever(tiny, talks, rows, buckets):
+    batches = sft_batches(
+        talks[:5], tiny, rows=rows, length=420, packing=False, epochs=None, buckets=buckets
+    )
+    for _, batch in zip(range(12), batches, strict=False):
+        assert len(batch.inputs) == rows
+    batches.close()
+
+
 def test_epochs_reshuffle_and_run_on_across_their_ends(tiny, talks):
     def order(**options):
         batches = sft_batches(talks, tiny, rows=5, length=420, packing=False, **options)

@@ -94,6 +94,35 @@ def test_reasoning_of_a_column_goes_before_the_answer(name):
     }  # fmt: skip
 
 
+def test_prompts_are_those_that_training_reads():
+    """For PPO as for SFT, KTO and DPO."""
+    row = {"id": "a.1", "system_prompt": "One word.", "question": "Which colour?"}
+    for more in ({"response": "Blue"}, {"output": "Blue"}, {}):
+        asked = to_prompt(Row(row | more, "f:1")).messages
+        assert _says(asked) == [("system", "One word."), ("user", "Which colour?")]
+    row = {"instruction": "Add 2 and 3.", "input": "", "output": "5"}
+    row["prompt"] = "### Instruction:\nAdd 2 and 3.\n\n### Output:\n5"
+    assert _says(to_prompt(Row(row, "f:1")).messages) == [("user", "Add 2 and 3.")]
+    assert _says(to_prompt(Row({"prompt": "p", "answer": "5"}, "f:1")).messages) == [("user", "p")]
+    turns = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "Legs?"}]
+    sides = {
+        side: [*turns, {"role": "assistant", "content": text}]
+        for side, text in (("chosen", "8"), ("rejected", "6"))
+    }
+    asked = to_prompt(Row({"prompt": "Legs?", **sides}, "f:1")).messages
+    assert _says(asked) == [("system", "Be exact."), ("user", "Legs?")]
+
+
+@pytest.mark.parametrize("name", ["contexts", "documents", "context"])
+@pytest.mark.parametrize("value", [["It is."], {"a": "It is."}])
+def test_a_context_that_is_no_text_is_refused(name, value):
+    row = Row({"question": "Is it?", "answer": "Yes.", name: value}, "f:1")
+    for read in (to_conversation, to_prompt):
+        with pytest.raises(ValueError, match=rf"{name}: .*(join it|wanted)"):
+            read(row)
+        assert read(row, columns={name: "ignore"})
+
+
 def test_the_form_decides_between_a_prompt_and_an_instruction():
     row = {"instruction": "Add 2 and 3.", "input": "", "output": "5"}
     row["prompt"] = "### Instruction:\nAdd 2 and 3.\n\n### Output:\n5"

@@ -172,3 +172,45 @@ def test_a_call_after_a_prompt_with_a_block_of_reasoning(tok, thinking):
     assert prompt == sampled.tolist()
     empty = "\n</think>\n\n" if thinking == "on" else "\n"
     assert said == f'{empty}<call>{{"name": "look", "arguments": {{"at": "sky"}}}}</call><|im_end|>'
+
+
+# As gpt-oss: a channel for each part, reasoning in `thinking` and none of it in earlier turns. What
+# is said beside a call is dropped once a later answer is there.
+CHANNELS = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}<|m|>"
+    "{{ m.content }}<|im_end|>{% else %}"
+    "{% set message = m %}"
+    "{% if m.tool_calls %}{% if m.content and loop.index0 + 3 > messages|length %}"
+    "<|im_start|>assistant<|c|>analysis<|m|>{{ m.content }}<|im_end|>{% endif %}"
+    "<|im_start|>assistant<|c|>call<|m|>{{ m.tool_calls[0].function.name }}<|im_end|>"
+    "{% else %}{% if message.thinking and loop.last %}"
+    "<|im_start|>assistant<|c|>analysis<|m|>{{ message.thinking }}<|im_end|>{% endif %}"
+    "<|im_start|>assistant<|c|>final<|m|>{{ m.content }}<|im_end|>{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+def _answers(tok, row):
+    """What is trained of a row, document by document."""
+    found = encode_training(tok, [to_conversation(Row(row, "f:1"))], CHANNELS)
+    return [tok.decode(x.ids[np.asarray(x.trained)].tolist()) for _, x in found]
+
+
+def test_reasoning_goes_where_the_template_reads_it(tok):
+    assert _answers(tok, _row("Two and two.")) == [
+        "<|c|>analysis<|m|>Two and two.<|im_end|>"
+        "<|im_start|>assistant<|c|>final<|m|>Four.<|im_end|>"
+    ]
+
+
+def test_what_a_template_writes_before_an_answer_stays_in_a_document_of_its_own(tok):
+    call = {"function": {"name": "add", "arguments": {}}, "type": "function"}
+    row = {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "4"},
+        ],
+    }
+    assert "<|c|>final<|m|>4<|im_end|>" in _answers(tok, row)
