@@ -175,7 +175,7 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{name}.", problems)
     if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
+        items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         inner = typing.get_args(hint)[0]
         return tuple(
             _convert(inner, item, f"{name}[{i}]", problems) for i, item in enumerate(items)
