@@ -352,7 +352,7 @@ _PROMPTS = (
     Form("prompt", ("prompt",), _prompt),
     Form("alpaca", ("instruction",), _alpaca_task),
     Form("gsm8k", ("question", "answer"), _prompt),
-    Form("prompt", ("question",), _prompt),
+    Form("prompt", ("question", "|".join(ANSWERS)), _prompt),
     Form("sharegpt", ("conversations",), _prompt),
     Form("messages", ("messages",), _prompt),
     Form("preference", ("chosen", "rejected"), _prompt_of_pair),

@@ -97,7 +97,7 @@ def test_reasoning_of_a_column_goes_before_the_answer(name):
 def test_prompts_are_those_that_training_reads():
     """For PPO as for SFT, KTO and DPO."""
     row = {"id": "a.1", "system_prompt": "One word.", "question": "Which colour?"}
-    for more in ({"response": "Blue"}, {"output": "Blue"}, {}):
+    for more in ({"response": "Blue"}, {"output": "Blue"}):
         asked = to_prompt(Row(row | more, "f:1")).messages
         assert _says(asked) == [("system", "One word."), ("user", "Which colour?")]
     row = {"instruction": "Add 2 and 3.", "input": "", "output": "5"}
