@@ -183,7 +183,7 @@ def _form_of(row: Row, forms: tuple[Form, ...], form: str | None, hint: str) -> 
         for candidate in named:
             if candidate.fits(data):
                 return candidate
-        wanted = " or ".join(" + ".join(candidate.needs) for candidate in named)
+        wanted = " or ".join(dict.fromkeys(" + ".join(candidate.needs) for candidate in named))
         raise _unknown(row, f"{wanted} (form {form!r})")
     filled = {column for column, value in data.items() if value is not None}
     seen = [candidate for candidate in forms if not candidate.by_name]

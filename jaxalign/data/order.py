@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+_ENDLESS = 2**62  # not sys.maxsize: grain divides lengths as floats, which would round it up
+
 
 class Pool(NamedTuple):
     """A part of a mixture.
@@ -93,8 +95,8 @@ def _rows(pools: Sequence[Pool], passes: int | None, seed: int, shuffle: bool) -
     """Row numbers over all passes."""
     if len(pools) == 1 and pools[0].rows == pools[0].share:
         data = grain.MapDataset.source(range(pools[0].rows)).seed(seed)
-        again = _times(pools[0].rows, passes) // pools[0].rows
-        return (data.shuffle() if shuffle else data).repeat(again)
+        data = data.shuffle() if shuffle else data
+        return data.repeat(_ENDLESS // len(data) if passes is None else passes)
     return grain.MapDataset.source(_Mixture(pools, passes, seed, shuffle))
 
 
@@ -175,9 +177,6 @@ class _Buckets:
             key = np.random.default_rng([self._seed, number])
             plan = [plan[i] for i in key.permutation(len(plan))] + short
         return plan
-
-
-_ENDLESS = 2**62  # not sys.maxsize: grain divides lengths as floats, which would round it up
 
 
 def _times(size: int, passes: int | None) -> int:

@@ -331,9 +331,13 @@ _PREFERENCES = (
 # Prompts
 
 
+def _prompt_or_task(row: Row) -> Prompt:
+    """Beside an instruction and its output, `prompt` is both of them in a template."""
+    data: Any = row.data
+    return (_alpaca_task if data.has("instruction") and data.has("output") else _prompt)(row)
+
+
 def _prompt(row: Row) -> Prompt:
-    if row.data.has("instruction") and row.data.has("output"):
-        return _alpaca_task(row)  # `prompt` is both of them, in a template
     prompt = _shared_prompt(row, prompt_of(row))
     return Prompt(prompt, row.origin, row.data, tools_of(row), template_kwargs_of(row))
 
@@ -349,7 +353,8 @@ def _prompt_of_pair(row: Row) -> Prompt:
 
 
 _PROMPTS = (
-    Form("prompt", ("prompt",), _prompt),
+    Form("prompt", ("prompt",), _prompt, by_name=True),
+    Form("prompt", ("prompt",), _prompt_or_task),
     Form("alpaca", ("instruction",), _alpaca_task),
     Form("gsm8k", ("question", "answer"), _prompt),
     Form("prompt", ("question", "|".join(ANSWERS)), _prompt),

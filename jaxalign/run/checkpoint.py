@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import pathlib
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign.hf import checksums
 from jaxalign.parallel import distributed
+from jaxalign.run.quiet import quiet_failures, without_warnings
 from jaxalign.run.saved_averages import wanted_averages, with_averages
 from jaxalign.run.storage import MOVED, Place, failure_of, retry, say, what_is_safe
 from jaxalign.types import Params, TrainState
@@ -25,7 +24,6 @@ from jaxalign.types import Params, TrainState
 # Files that Orbax may rewrite after the checksums, and files that a run never reads.
 _NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
-_LOOP_CLOSED = "Event loop is closed"  # asyncio's words
 _SLOW_SECONDS = 30.0
 
 
@@ -61,7 +59,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._failed = False
         self._checked: dict[int, str] = {}  # step → what is wrong with it
-        self._quiet = _quiet_failures()
+        self._quiet = quiet_failures()
         self._quiet.__enter__()
         self._manager = self._make_manager()
         self._place = Place(self._folder)
@@ -78,7 +76,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
-        with _without_warnings() if self._read_only else contextlib.nullcontext():
+        with without_warnings() if self._read_only else contextlib.nullcontext():
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     @property
@@ -187,8 +185,7 @@ class Checkpoints:
             if again:
                 self._reopen()
             again = True
-            if self._moved():
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
+            self._check_place()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -197,8 +194,7 @@ class Checkpoints:
             )
             if wait:
                 self._manager.wait_until_finished()
-                if self._moved():
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
+                self._check_place()
 
         def safe() -> str:
             self._clear()
@@ -208,6 +204,10 @@ class Checkpoints:
             attempt()
             return
         retry(attempt, f"checkpoint {self._folder}/{step}", self._folder, safe=safe)
+
+    def _check_place(self) -> None:
+        if self._moved():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._folder)
 
     def _moved(self) -> bool:
         """Whether the folder is gone, or only what pending writes have created in its place."""
@@ -428,10 +428,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
         finally:
-            if self._failed:  # a pending write may have recreated its folder
-                self.remove_unfinished()
             self._remove_strays()
-            if not self._failed:  # else pending writes go on failing until the process ends
+            if (
+                self._failed
+            ):  # pending writes may recreate its folder, and fail until the process ends
+                self.remove_unfinished()
+            else:
                 self._quiet.__exit__(None, None, None)
 
 
@@ -445,57 +447,6 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         steps = [info.step for info in checkpoints]
         newest = sorted(steps)[-self._keep :]
         return [step in newest or step == self._store.best for step in steps]
-
-
-@contextlib.contextmanager
-def _quiet_failures() -> Iterator[None]:
-    """Hides the tracebacks of failed saves: the same error is raised, and printed in one line.
-
-    Orbax logs it once per thread, asyncio once per write. For pending writes, TensorStore reports
-    through either hook of Python that their event loop is closed.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    unraisable_hook, hook = sys.unraisablehook, sys.excepthook
-
-    def show_unraisable(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != _LOOP_CLOSED:
-            unraisable_hook(unraisable)
-
-    def show(kind: Any, error: BaseException, traceback: Any) -> None:
-        if str(error) != _LOOP_CLOSED:
-            hook(kind, error, traceback)
-
-    for logger in loggers:
-        logger.addFilter(_no_failed_save)
-    sys.unraisablehook, sys.excepthook = show_unraisable, show
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_no_failed_save)
-        if sys.unraisablehook is show_unraisable:
-            sys.unraisablehook = unraisable_hook
-        if sys.excepthook is show:
-            sys.excepthook = hook
-
-
-def _no_failed_save(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    if error is None:
-        return True
-    return "orbax" not in record.pathname and failure_of(error) is None
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hides Orbax's warning that a folder opened for reading is read-only."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def test_prompts_are_those_that_training_reads():
     row = {"instruction": "Add 2 and 3.", "input": "", "output": "5"}
     row["prompt"] = "### Instruction:\nAdd 2 and 3.\n\n### Output:\n5"
     assert _says(to_prompt(Row(row, "f:1")).messages) == [("user", "Add 2 and 3.")]
+    named = to_prompt(Row(row, "f:1"), form="prompt")
+    assert _says(named.messages) == [("user", row["prompt"])]
     assert _says(to_prompt(Row({"prompt": "p", "answer": "5"}, "f:1")).messages) == [("user", "p")]
     turns = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "Legs?"}]
     sides = {

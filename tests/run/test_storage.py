@@ -4,7 +4,9 @@ import errno
 import os
 import resource
 import shutil
+import sys
 import time
+import types
 
 import chatmodel
 import jax
@@ -20,8 +22,11 @@ from jaxalign.run import storage
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.lock import FolderLock
 from jaxalign.run.metrics import JsonlWriter
+from jaxalign.run.quiet import quiet_failures
+from jaxalign.run.record import RECORD
 from jaxalign.run.reporter import Reporter, StepRecord
 from jaxalign.run.storage import LineFile, StorageError, describe, failure_of, retry
+from jaxalign.run.usage import USAGE, write_usage
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -227,6 +232,30 @@ def test_what_a_pending_save_makes_in_the_place_of_a_moved_folder_is_removed(
     store.close()
     assert clock.waited == [0.5, 1]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "3"]
+
+
+def test_only_the_end_of_asyncios_loop_is_hidden(monkeypatch):
+    shown, hooks = [], (sys.excepthook, sys.unraisablehook)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(str(error[1])))
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(str(found.exc_value)))
+    with quiet_failures():
+        for text in ("Event loop is closed", "another"):
+            error = RuntimeError(text)
+            sys.excepthook(RuntimeError, error, None)
+            sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert shown == ["another"] * 2
+    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+    assert len(shown) == 3
+    monkeypatch.undo()
+    assert (sys.excepthook, sys.unraisablehook) == hooks
+
+
+def test_a_folder_without_a_record_gets_no_usage(tmp_path):
+    write_usage(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / RECORD).write_text("{}")
+    write_usage(tmp_path)
+    assert (tmp_path / USAGE).exists()
 
 
 def test_a_copy_in_the_place_of_the_folder_is_used(clock, states, tmp_path):
