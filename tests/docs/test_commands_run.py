@@ -28,6 +28,15 @@ ELSEWHERE = {
     "data CONFIG [key=value …] [--as sft] [--examples 3] [--batches N] [--html page.html]": "form",
 }
 
+# Parts of lines that are not run here, and what runs such lines.
+PARTS = {
+    "owner/": "a model of the hub: tests/commands/test_adapter_commands.py",
+    "exports/": "adapters: tests/commands/test_adapter_commands.py",
+    "gs://": "a bucket: tests/run/test_remote_runs.py",
+    "--tasks": "needs lm-eval: tests/commands/test_lm_eval.py",
+    "run.trackers": "needs the trackers: tests/run/test_tracker_packages.py",
+}
+
 
 def printed():
     """(page, command line) of every `jaxalign …` in README and docs, in order."""
@@ -40,11 +49,10 @@ def printed():
 
 
 def reason(words):
-    """Why a command is not run here; an exception names a command, or a whole line."""
+    """Why a command is not run here; an exception names a command, a part, or a whole line."""
     line = " ".join(words)
-    if any(name in line for name in ("owner/", "exports/", "=gs://")):
-        return "others' models and adapters: tests/commands/test_adapter_commands.py"
-    return next((ELSEWHERE[start] for start in (words[0], line) if start in ELSEWHERE), "")
+    part = next((found for part, found in PARTS.items() if part in line), "")
+    return part or next((ELSEWHERE[start] for start in (words[0], line) if start in ELSEWHERE), "")
 
 
 def small_configs(chat_models, folder):
@@ -69,7 +77,13 @@ def small_configs(chat_models, folder):
     chatmodel.write_rows(folder / "pairs.jsonl", chatmodel.PAIRS)
     (folder / "trl-sft.yaml").write_text("packing: true\nlearning_rate: 1.0e-5\n", encoding="utf-8")
     (folder / "args.json").write_text('{"beta": 0.1, "max_length": 512}', encoding="utf-8")
-    chatmodel.write_rows(folder / "answers.jsonl", chatmodel.PAIRS)
+    for name in ("answers.jsonl", "reward-bench.jsonl"):
+        chatmodel.write_rows(folder / name, chatmodel.PAIRS)
+    chatmodel.write_rows(folder / "held-out.jsonl", chatmodel.CONVERSATIONS)
+    chatmodel.write_rows(folder / "prompts.jsonl", chatmodel.PROMPTS)
+    choice = {"question": "1+1", "choices": ["two", "3"], "answer": 0}
+    chatmodel.write_rows(folder / "arc.jsonl", [choice])
+    chatmodel.write_rows(folder / "gsm8k-test.jsonl", [{"question": "1+1", "answer": "#### 2"}])
     (folder / "runs/synth").mkdir(parents=True)
     chatmodel.write_rows(folder / "runs/synth/tasks.jsonl", chatmodel.CONVERSATIONS)
     # A source is a folder or a file; this one is a folder under the file's name.
@@ -106,5 +120,5 @@ def test_they_run(chat_models, tmp_path, monkeypatch, capsys):
         assert pathlib.Path(made).exists()
     assert {path.parent.name for path in pathlib.Path("runs").glob("*/model")} == {
         *("sft", "second", "dft", "reward", "scorer", "dpo", "ipo", "dpo_sft"),
-        *("kto", "kto_weighted", "ppo", "ppo_target"),
+        *("kto", "kto_weighted", "ppo", "ppo_target", "mine"),
     }
