@@ -8,6 +8,8 @@ import pytest
 
 from jaxalign.commands import cli
 from jaxalign.commands.eval.harness import check_harness
+from jaxalign.run import loop
+from jaxalign.run.config.runs import load_config
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
@@ -107,3 +109,25 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jaxalign\[eval\]"'):
         check_harness()
+
+
+def test_a_run_measures_it_at_every_evaluation(chat_models, tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = {"task": "letters", "include_path": str(tasks), "length": 48}
+    options = {"eval_every": 1, "eval_tasks": [task]}
+    values = chatmodel.settings("sft", chat_models, tmp_path / "run", steps=2, **options)
+    values["data"]["eval"] = []
+    loop.train(load_config("sft", values))
+    found = {
+        row["step"]: row["eval/letters/acc_norm"]
+        for row in chatmodel.lines(tmp_path / "run")
+        if "eval/letters/acc_norm" in row
+    }
+    assert found.keys() == {0, 1, 2}
+    out = tmp_path / "out.json"
+    command = ["eval", str(tmp_path / "run/model"), "--tasks", "letters", "--length", "48"]
+    assert cli.main([*command, "--include-path", str(tasks), "--out", str(out)]) == 0
+    assert (
+        found[2]
+        == json.loads(out.read_text())["results"]["letters"]["figures"]["acc_norm"]["value"]
+    )
