@@ -6,9 +6,11 @@
 The guard runs on the devices, in the step's own program: nothing is read back to the host. The
 metric `bad_steps` is 1 if the state was left unchanged, and 0 otherwise.
 
-The select needs no extra memory, since the compiler fuses it into the loop that updates an array.
-The check of the new weights cannot be fused: its result is known only after the last array. So the
-update is computed an extra time beforehand, in a branch that returns one bit and keeps no array.
+Whether all new weights are finite is known only after the last array, when the first old ones
+would already be overwritten. So the update is computed an extra time beforehand, in a branch that
+returns one bit and keeps no array. Then the state is chosen without a second copy of it: by
+`where`, which the compiler fuses into the loop that updates an array, or in a branch
+(`Backend.update_in_branch`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.models.backend import backend
 from jaxalign.types import Array, Params, TrainState
 
 WARM_UP = 10
@@ -108,7 +111,7 @@ def guarded_update(
     """One optimizer step, if loss, gradient and new weights are finite and the norm is not a spike.
 
     Optimizer state in host memory goes to the device one array at a time. In that case the new
-    weights are not checked beforehand.
+    weights are not checked.
 
     Args:
       tx: the optimizer.
@@ -118,27 +121,43 @@ def guarded_update(
       norm: global 2-norm of `grads`. One that overflows float32 counts as not finite.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    if not _on_host(state.opt_state):
+    on_host = _on_host(state.opt_state)
+    if not on_host:
         finite = jax.lax.cond(finite, _stays_finite(tx), _never, grads, state)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = state._replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        frozen={},
-    )
-    old, limits = state._replace(frozen={}), _limits(state.opt_state)
+    limits = _limits(state.opt_state)
     ok = functools.reduce(jnp.logical_and, [norm <= limit for limit in limits], finite)
+
+    def update(params: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def keep(params: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
+        if not limits:
+            return params, opt_state
+        _, seen = tx.update(grads, opt_state, params)
+        return params, _choose(jnp.zeros((), bool), finite, seen, opt_state)
+
+    old = (state.params, state.opt_state)
+    if backend().update_in_branch and not on_host:
+        params, opt_state = jax.lax.cond(ok, update, keep, *old, grads)
+    else:
+        params, opt_state = _choose(ok, finite, update(*old, grads), old)
+    new = state._replace(
+        step=state.step + ok.astype(state.step.dtype), params=params, opt_state=opt_state
+    )
+    return Guarded(new, 1.0 - ok.astype(jnp.float32))
+
+
+def _choose(ok: jax.Array, finite: jax.Array, new: Any, old: Any) -> Any:
+    """The new arrays if `ok`, else the old ones; but a spike's norm is remembered, if `finite`."""
 
     def choose(ours: Any, theirs: Any) -> Any:
         if not isinstance(ours, SpikeState):
             return jnp.where(ok, ours, theirs)
         seen = jax.tree.map(functools.partial(jnp.where, finite), ours, theirs)
-        # A spike is remembered too.
         return seen._replace(inner=jax.tree.map(choose, ours.inner, theirs.inner))
 
-    kept = jax.tree.map(choose, new, old, is_leaf=_is_spike_state)
-    return Guarded(kept._replace(frozen=state.frozen), 1.0 - ok.astype(jnp.float32))
+    return jax.tree.map(choose, new, old, is_leaf=_is_spike_state)
 
 
 def _is_spike_state(x: Any) -> bool:

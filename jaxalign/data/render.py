@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxalign.data.bounds import check_plain
+from jaxalign.data.day import with_day
 from jaxalign.data.ends import end_tokens
 from jaxalign.data.examples import Messages, RowError, Tools
 from jaxalign.data.paths import local_path
@@ -133,7 +134,7 @@ class Renderer:
         template: str,
         kwargs: Mapping[str, Any] | None = None,
     ):
-        self.template = template
+        self.template = with_day(template)
         self._tok = tok
         self.added = sorted({*tok.get_added_vocab(), *tok.all_special_tokens}, key=len)[::-1]
         self.cache: dict[Any, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from jaxalign.data.remote import is_address
 from jaxalign.parallel import distributed
 from jaxalign.run.changes import Changes, config_changes, input_changes, length_change
 from jaxalign.run.config.base import Run
-from jaxalign.run.inputs import file_inputs, source_paths
+from jaxalign.run.inputs import DAY, file_inputs, recorded_day, source_paths
 from jaxalign.run.lock import FolderLock
 from jaxalign.run.mirror import Mirror
 from jaxalign.run.record import (
@@ -70,6 +71,12 @@ class RunFolder:
         """Uploads the folder and waits; None if the folder is local."""
         return None if self._mirror is None else self._mirror.publish
 
+    def day(self) -> datetime.date:
+        """The day of the run's first start, the same on all processes."""
+        own = recorded_day((self._record or {}).get("inputs", {})).isoformat()
+        every = distributed.all_gather_text("the day that the template writes", own)
+        return datetime.date.fromisoformat(every[0])
+
     def check_files(self) -> None:
         """Compares configuration and files with those of the run's first start.
 
@@ -113,6 +120,11 @@ class RunFolder:
             )
         for change in every:
             print(f"  changed: {change}", flush=True)
+        day = self._inputs.get(DAY, "")
+        if done and day != datetime.date.today().isoformat() and day:
+            print(
+                f"  the chat template goes on writing {day}, the day of the first start", flush=True
+            )
         changes = {change.name: [change.old, change.new] for change in every}
         write_record(self._folder, self._config, self._inputs, task.total, done, changes)
         if self._mirror is not None:

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxalign.data.chat import resolve_chat_template
+from jaxalign.data.day import written_day
 from jaxalign.run.config.base import Run
 from jaxalign.run.config.data import DataConfig
 from jaxalign.run.config.eval_tasks import EvalTask
@@ -26,8 +27,8 @@ from jaxalign.run.digests import (
     weights_digest,
 )
 
-_DAY = "strftime_now"
-"""A template that calls this function writes the date into every conversation."""
+DAY = "day that the template writes"
+"""The name of this input."""
 
 
 def file_inputs(config: Run) -> dict[str, str]:
@@ -62,9 +63,17 @@ def text_inputs(config: Run, tok: Any) -> dict[str, str]:
     with contextlib.suppress(ValueError):  # plain texts need no template
         template = resolve_chat_template(tok, config.model.chat_template)
         found["chat_template"] = text_digest(template)
-        if _DAY in template:
-            found["day that the template writes"] = datetime.date.today().isoformat()
+        day = written_day(template)
+        if day is not None:
+            found[DAY] = day.isoformat()
     return found
+
+
+def recorded_day(inputs: Mapping[str, str]) -> datetime.date:
+    """The day that a run's template writes since its first start; today if there is none."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return datetime.date.fromisoformat(inputs[DAY])
+    return datetime.date.today()
 
 
 def source_paths(config: Run) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxalign.data import filled
+from jaxalign.data.day import keep_day
 from jaxalign.parallel import distributed
 from jaxalign.run.bad_steps import BadSteps, check_weights, origins_of
 from jaxalign.run.best import BestStep
@@ -128,6 +129,7 @@ def _train(
     with distributed.fail_together("looking for the trackers"):
         trackers_used = usable(run.trackers, optional=run.trackers_optional)
     opened = stack.enter_context(open_folder(config))
+    stack.enter_context(keep_day(opened.day()))
 
     # ---------------------------------------------------------------- models, data, step
     task = make_task(config) if hooks.loader is None else make_task(config, hooks.loader)

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxalign.data.day import keep_day
 from jaxalign.run.bad_steps import BadSteps
 from jaxalign.run.checkpoint import Checkpoints
 from jaxalign.run.folder import CHECKPOINTS, has_checkpoints
+from jaxalign.run.inputs import recorded_day
 from jaxalign.run.loop import run_step
 from jaxalign.run.past import Past, read_past, without
 from jaxalign.run.progress import Progress
@@ -102,6 +104,7 @@ def open_replay(
         stack.enter_context(config.mesh.use_rules())
         changes = [] if not past.inputs else past.file_changes()
         _settle(past, changes, allow_changes)
+        stack.enter_context(keep_day(recorded_day(past.inputs)))
         built = build_task(config)
         stack.callback(built.task.batches.close)
         texts = [

@@ -1,5 +1,6 @@
 """Going on with a run: under which changes it does, and what its folder says of them."""
 
+import datetime
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ from jaxalign.run.changes import FREE, flat_values
 from jaxalign.run.config.runs import RUNS, load_config
 from jaxalign.run.config.yaml import merge, read_yaml, yaml_text
 from jaxalign.run.folder import open_folder
+from jaxalign.run.replay import open_replay
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -229,6 +231,46 @@ def test_the_day_that_a_template_writes_is_part_of_a_run(place):
     resumed = load_config("sft", settings("sft", place), ["run.resume=true"])
     with open_folder(resumed) as opened, pytest.raises(ValueError, match=told):
         opened.check_task(task(**later))
+
+
+def test_the_day_of_the_first_start_stays(chat_models, tmp_path, monkeypatch, capsys):
+    """Rows, metrics and replays are those of a run that was never stopped."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ '<|im_start|>' + strftime_now('%Y-%m-%d') }}" + chatmodel.CHATML)
+
+    def config(folder, steps, *more):
+        values = chatmodel.settings("sft", chat_models, tmp_path / folder, steps=steps)
+        values["model"]["chat_template"] = str(template)
+        values["data"]["length"] = 64
+        return load_config("sft", values, ["run.save_every=1", *more])
+
+    class Later(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 2, 3)
+
+    first = datetime.date.today().isoformat()
+    loop.train(config("whole", 4))
+    loop.train(config("parts", 2))
+    monkeypatch.setattr(datetime, "date", Later)
+    loop.train(config("parts", 4, "run.resume=true"))
+    assert f"goes on writing {first}" in capsys.readouterr().out
+    whole, parts = (
+        [row["loss"] for row in chatmodel.lines(tmp_path / name) if "loss" in row]
+        for name in ("whole", "parts")
+    )
+    assert len(whole) == 4
+    assert whole == parts
+    with open_replay(tmp_path / "parts", 4) as replay:
+        assert replay.past.inputs[inputs.DAY] == first
+        rows = next(iter(replay.built.task.batches))
+        written = replay.built.tok.decode(rows.inputs[0])
+    assert first in written
+    # A run that begins on the later day writes that day.
+    loop.train(config("later", 1))
+    assert (
+        json.loads((tmp_path / "later/run.json").read_text())["inputs"][inputs.DAY] == "2031-02-03"
+    )
 
 
 def test_other_versions_and_devices_are_said(place, capsys):
