@@ -34,11 +34,11 @@ from jaxalign.data.examples import (
 )
 from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
 from jaxalign.data.files import Row
-from jaxalign.data.meaning import ANSWERS
+from jaxalign.data.meaning import ANSWERS, Untrained
 from jaxalign.data.messages import is_messages, read_messages, same_turn, untrained
 from jaxalign.data.names import flag, meaning_of
 from jaxalign.data.transcripts import is_transcript, read_transcript, split_messages, split_texts
-from jaxalign.data.turns import answer_of, check_last, has_prompt, pick, prompt_of
+from jaxalign.data.turns import answer_of, check_last, check_trained, has_prompt, pick, prompt_of
 
 SIDES = ("chosen", "rejected")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -208,6 +208,12 @@ def _conversation(row: Row, messages: Messages, first: int) -> Conversation:
     context = untrained(messages, row.origin)
     kwargs = template_kwargs_of(row)
     made = Conversation(messages, row.origin, first, tools_of(row), context, template_kwargs=kwargs)
+    if not made.trained_turns() and context:
+        raise Untrained(
+            row.origin,
+            "messages: not to be trained",
+            "messages: every answer is flagged as not to be trained; the row is left out",
+        )
     if not made.trained_turns():
         fail_with(
             row.origin,
@@ -260,6 +266,7 @@ def _preference(row: Row) -> Preference:
         prompt, chosen, rejected = _apart(row)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         check_last(answer, key, origin)
+        check_trained(answer, key, origin)
     kwargs = template_kwargs_of(row)
     return Preference(prompt, chosen, rejected, _margin(row), origin, tools_of(row), kwargs)
 
@@ -408,6 +415,8 @@ def _ranked(row: Row) -> Ranked:
     prompt = prompt_of(row)
     given = items(data[key], key, origin, "answers")
     answers = [answer_of(each, f"{key}[{n}]", origin, prompt) for n, each in enumerate(given)]
+    for n, answer in enumerate(answers):
+        check_trained(answer, f"{key}[{n}]", origin)
     ranks = [
         number(each, f"{order}[{n}]", origin)
         for n, each in enumerate(items(data[order], order, origin, "numbers"))

@@ -30,7 +30,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxalign.data.examples import Conversation, RowError
+from jaxalign.data.examples import Conversation, Message, RowError
 from jaxalign.data.placeholders import filled, placeholders_of
 from jaxalign.data.presence import (
     LEFT_OUT,
@@ -219,6 +219,13 @@ def _shows(chat: Chat, at: int, text: str) -> bool:
     return answer in text and inside in text and thought in text
 
 
+def _left_out(message: Message) -> str:
+    """What a template is likely to have left out of a turn."""
+    if "tool_calls" in message:
+        return "such as its text or reasoning beside a call"
+    return "such as text before a second </think>"
+
+
 def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: bool) -> Document:
     """The turn as the end of a separate document."""
     message = chat.messages[at]
@@ -240,7 +247,7 @@ def _own(render: Renderer, chat: Chat, at: int, head: str, done: str, thinking: 
             chat.origin,
             "the chat template leaves something out",
             f"the chat template leaves out a part of what messages[{at}] (assistant) says, "
-            "such as text before a second </think>; correct the row, or pass another chat_template",
+            f"{_left_out(message)}; correct the row, or pass another chat_template",
         )
     if "tool_calls" in message and _BLOCK.search(head):
         return _own_calls(render, chat, at, head, done)

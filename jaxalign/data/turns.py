@@ -8,8 +8,8 @@ from jaxalign.data.columns import is_listed, with_system
 from jaxalign.data.examples import Message, Messages
 from jaxalign.data.fields import fail, fail_with, items, short, text
 from jaxalign.data.files import Row
-from jaxalign.data.meaning import PROMPTS
-from jaxalign.data.messages import is_messages, read_messages, same_turn
+from jaxalign.data.meaning import PROMPTS, Untrained
+from jaxalign.data.messages import is_messages, read_messages, same_turn, untrained
 from jaxalign.data.transcripts import is_transcript, read_transcript, without_open_answer
 
 
@@ -112,6 +112,16 @@ def check_last(messages: Messages, key: str, origin: str) -> None:
     role = messages[-1]["role"]
     if role != "assistant":
         fail_with(origin, key, f"ends with a {role} turn, wanted the assistant's answer")
+
+
+def check_trained(messages: Messages, key: str, origin: str) -> None:
+    """Raises `Untrained` if a turn of a compared answer is flagged as not to be trained."""
+    if untrained(messages, origin):
+        raise Untrained(
+            origin,
+            f"{key}: not to be trained",
+            f"{key}: a turn is flagged as not to be trained; the row is left out",
+        )
 
 
 def _text_or_messages(value: Any, key: str, origin: str) -> Messages:

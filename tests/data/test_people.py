@@ -18,6 +18,7 @@ from jaxalign.data import (
     to_conversation,
     to_preference,
     to_prompt,
+    to_ranked,
     to_unpaired,
 )
 
@@ -197,6 +198,35 @@ def test_flags_that_keep_a_turn_from_training(flag):
     assert list(read_examples([whole], to_conversation, faults=faults)) == []
     (name,) = flag
     assert (faults.read, faults.dropped) == (1, {f"{name}: not to be trained": 1})
+
+
+def test_rows_whose_answers_are_all_flagged_are_left_out_and_counted():
+    ask = {"role": "user", "content": "a?"}
+    bad = {"role": "assistant", "content": "bad", "loss": False}
+    good = {"role": "assistant", "content": "good"}
+    rows = {
+        "messages": (to_conversation, {"messages": [ask, bad]}),
+        "chosen": (to_preference, {"prompt": "a?", "chosen": [bad], "rejected": [good]}),
+        "rejected": (to_preference, {"chosen": [ask, good], "rejected": [ask, bad]}),
+        "answers[1]": (to_ranked, {"prompt": "a?", "answers": [[good], [bad]], "ranks": [1, 2]}),
+    }
+    for key, (reader, row) in rows.items():
+        faults = Faults("stop")
+        assert list(read_examples([row], reader, faults=faults)) == []
+        assert faults.dropped == {f"{key}: not to be trained": 1}
+    # A flagged turn of the prompt is context in any case.
+    pair = {"chosen": [ask, bad, ask, good], "rejected": [ask, bad, ask, good | {"content": "no"}]}
+    assert len(to_preference(Row(pair, "f:1")).prompt) == 3
+
+
+def test_variables_of_the_template_must_be_an_object():
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    given = _talk(messages=turns, chat_template_kwargs='{"mood": "glad"}').template_kwargs
+    assert given == {"mood": "glad"}
+    assert _talk(messages=turns, chat_template_kwargs="{}").template_kwargs is None
+    for wrong in ("glad", "[1]", ["mood"]):
+        with pytest.raises(RowError, match="chat_template_kwargs: .*an object of variable: value"):
+            _talk(messages=turns, chat_template_kwargs=wrong)
 
 
 def test_flags_in_a_list_for_the_messages():
