@@ -206,12 +206,12 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     else:
         if config.total_steps is None:
             raise ValueError(
-                f"optimizer schedule={config.schedule!r} wants total_steps (updates in all); "
+                f"optimizer.schedule={config.schedule!r} wants total_steps (updates in all); "
                 "set it, or use schedule='constant'"
             )
         if config.total_steps <= warmup:
             raise ValueError(
-                f"optimizer warmup_steps={warmup}: wanted fewer than the {config.total_steps} "
+                f"optimizer.warmup_steps={warmup}: wanted fewer than the {config.total_steps} "
                 f"updates in all (total_steps, which a run counts from run.steps and its data); "
                 f"lower warmup_steps, or train for longer"
             )

@@ -43,7 +43,7 @@ class Config:
         `losses.sft.dft`.
       log_entropy: also log the mean entropy of the predictions (`entropy`, nats); costs another
         pass over each chunk of logits.
-      neftune_alpha: α of the noise on the embeddings of training batches, see `algorithms.neftune`;
+      neftune_alpha: α of the noise on the embeddings of training batches, see docs/optimizers.md;
         5 to 15 in the paper. None: no noise.
     """
 

@@ -200,7 +200,8 @@ def _unknown(row: Row, wanted: str) -> RowError:
     source = getattr(row.data, "source", row.data)
     message = (
         f"got the columns {keys(source)}, wanted {wanted}; correct the row, or say what the "
-        "columns are called by `columns: {ours: theirs}`"
+        "columns are called by `columns: {ours: theirs}` of the source (in a configuration: "
+        "data.train: [{path: …, columns: {…}}])"
     )
     return RowError(row.origin, "columns of no known form", message)
 

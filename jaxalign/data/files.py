@@ -152,7 +152,7 @@ def _joined(
 def _line_row(path: pathlib.Path, number: int, line: bytes) -> Row | RowError:
     origin = f"{path}:{number}"
     try:
-        return _row(_DECODER.decode(line.decode("utf-8")), line, origin)
+        return _row(_DECODER.decode(line.decode("utf-8").rstrip("\r\n")), line, origin)
     except (ValueError, RecursionError) as error:
         return RowError(origin, *_json_fault(error))
 

@@ -170,7 +170,7 @@ def _braced(text: str, start: int) -> str:
 @register_reward
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gsm8kReward(RewardSpec):
-    """The final number of a calculation; see this module.
+    """The final number of a calculation: 1 if it is the row's, else 0. docs/rewards.md.
 
     Attributes:
       extract: "strict" or "flexible".

@@ -164,7 +164,7 @@ def _langdetect() -> Detect:
 @register_reward
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IfevalReward(RewardSpec):
-    """Checkable instructions; see this module.
+    """Checkable instructions of the row, as IFEval has them. docs/rewards.md.
 
     Attributes:
       mode: "strict" or "loose".

@@ -137,6 +137,9 @@ def load_run(
     """
     place = fetch_run(folder, "folder")
     path = place / "config.yaml"
+    if not path.is_file():
+        lacks = f"no {path.name} in it" if place.is_dir() else "no such folder"
+        raise ValueError(f"{folder}: {lacks}; wanted a run's folder, or a model")
     values = read_yaml(path)
     algorithm = next((name for name in RUNS if name in values), None)
     if algorithm is None:

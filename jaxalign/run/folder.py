@@ -189,15 +189,17 @@ def has_checkpoints(folder: pathlib.Path) -> bool:
 def _check_contents(config: Run, folder: pathlib.Path) -> None:
     """Raises ValueError if files of a user or of another run would be replaced."""
     run = config.run
+    replace = "choose another folder, or replace them with --overwrite (run.overwrite=true)"
+    earlier = f"these are of an earlier run, which left no checkpoint to go on from; {replace}"
+    if has_checkpoints(folder):
+        earlier = f"these are of an earlier run; go on with it (run.resume=true), {replace}"
     check_free(
         folder,
         "run.folder",
         overwrite=run.overwrite or bool(run.resume),
         sources=source_paths(config),
         names=_OUTPUTS,
-        remedy="these are of an earlier run; go on with it (run.resume=true, or auto if it may "
-        "have no checkpoint yet), choose another folder, or replace them with --overwrite "
-        "(run.overwrite=true)",
+        remedy=earlier,
     )
     if not run.resume and not run.overwrite and not is_empty(folder / CONFIG):
         raise ValueError(

@@ -132,7 +132,7 @@ class WriterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructConfig:
-    """Self-Instruct; see `jaxalign.commands.synth.instruct`.
+    """Self-Instruct; see docs/synthesis.md.
 
     Attributes:
       seeds: seed tasks: files, folders, globs or hub ids with the columns `instruction` and
@@ -185,7 +185,7 @@ class InstructConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """Preference pairs; see `jaxalign.commands.synth.preferences`.
+    """Preference pairs; see docs/synthesis.md.
 
     Attributes:
       prompts: files, folders, globs or hub ids of prompts.

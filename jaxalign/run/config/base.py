@@ -33,7 +33,7 @@ class ModelConfig:
       dtype: dtype of the master weights.
       compute_dtype: dtype of activations; None: bfloat16 on GPU and TPU, float32 on CPU.
       remat: "none", "dots", "block" or "offload": what the backward pass recomputes, see
-        `jaxalign.models.decoder.REMAT`.
+        docs/memory.md.
       lora: adapters; None trains all weights.
       quantize: with `lora`, how to quantise the projections of the frozen base's blocks: "nf4",
         "nf4-double" or "int8" (QLoRA); None: they stay in `dtype`, as embeddings, norms and heads
@@ -76,7 +76,7 @@ class RunConfig:
     Attributes:
       folder: the run's folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `data.txt` (how
         rows and columns were used), `checkpoints/`, and the final weights in `model/`. A folder in
-        a bucket (`gs://…`, `s3://…`) has a local copy, see `jaxalign.run.remote`.
+        a bucket (`gs://…`, `s3://…`) has a local copy, see docs/launching.md.
       seed: the seed of every random choice.
       steps: batches to train on (iterations, in PPO); None: until the data ends. If `data.epochs`
         is null, the data repeats. Otherwise the run ends with the data, and prints so before it

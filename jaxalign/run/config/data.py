@@ -20,7 +20,7 @@ def want(ok: bool, name: str, got: Any, wanted: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(BatchOptions):
-    """A section `data`: what is read, and all of `BatchOptions`. docs/data.md has examples.
+    """A section `data`: what is read, and how rows become batches. docs/data.md has examples.
 
     Attributes:
       train: files, folders, globs or hub ids, or sources with options (`path`, `name`, `split`,

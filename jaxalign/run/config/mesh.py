@@ -33,7 +33,7 @@ class MeshConfig:
         sizes above then count the remaining devices. Such a model is split along `fsdp`.
       sequence_attention: how a device attends to other devices' parts of a row: "gather" all keys
         and values, pass them round a "ring", or exchange tokens for heads ("ulysses"); "auto"
-        chooses, see `jaxalign.models.attention.exchange`.
+        chooses, see docs/parallel.md.
     """
 
     data: int = 1

@@ -7,7 +7,6 @@ the package reads YAML.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 import types
 import typing
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from jaxalign.run.config import nearest
 from jaxalign.run.config.recipes import find_config
 from jaxalign.run.config.yaml_loader import EXPONENT, load_yaml, load_yaml_file
 
@@ -89,9 +89,17 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
+class _Problems(list[str]):
+    """What is wrong with the values of a configuration of class `root`."""
+
+    def __init__(self, root: Any):
+        super().__init__()
+        self.root = root
+
+
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Nested values → a dataclass, with every problem collected into one error."""
-    problems: list[str] = []
+    problems = _Problems(cls)
     built = _build(cls, values, "", problems)
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
@@ -117,7 +125,7 @@ def write_yaml(path: str | pathlib.Path, config: Any) -> None:
     pathlib.Path(path).write_text(yaml_text(config), encoding="utf-8")
 
 
-def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+def _build(cls: Any, values: Any, where: str, problems: _Problems) -> Any:
     if not isinstance(values, Mapping):
         problems.append(f"{where.rstrip('.') or 'top level'}: wanted a section, got {values!r}")
         return None
@@ -128,8 +136,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     for key, value in values.items():
         name = f"{where}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            hint = nearest.hint(str(key), where, fields, problems.root)
             problems.append(f"{name}: unknown key; {hint}")
             continue
         arguments[key] = _convert(hints[key], value, name, problems)
@@ -151,7 +158,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
         return None
 
 
-def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+def _convert(hint: Any, value: Any, name: str, problems: _Problems) -> Any:
     """Converts one value to the annotated type, or records a problem."""
     if hint is Any:
         return value
