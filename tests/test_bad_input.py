@@ -342,7 +342,7 @@ def test_a_reward_model_does_not_answer(chat_models, capsys):
 def test_exporting_what_is_no_run_is_told(chat_models, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert cli.main(["export", str(tmp_path), "--out", out]) == 2
-    assert "config.yaml': no such file" in capsys.readouterr().err
+    assert "no config.yaml in it; wanted a run's folder, or a model" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("model: {source: x}\n")
     assert cli.main(["export", str(tmp_path), "--out", out]) == 2
     error = capsys.readouterr().err

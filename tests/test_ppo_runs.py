@@ -149,6 +149,33 @@ def test_updates_are_packed_where_the_option_says_so(chat_models, tmp_path, monk
     assert np.isfinite(result.history[0]["loss"])
 
 
+def test_shared_prompts_change_no_figure(chat_models, tmp_path, monkeypatch):
+    """Of the first iteration: log-probabilities, KL, advantages, update."""
+    shapes = []
+    cut = ppo.minibatches
+
+    def see(*args, **options):
+        for part in cut(*args, **options):
+            shapes.append((part.tokens.inputs.size, part.tokens.branch_ids is not None))
+            yield part
+
+    monkeypatch.setattr(ppo, "minibatches", see)
+
+    def first(name, packed, **more):
+        changes = {"ppo": GRPO | packed, "ppo_epochs": 1, "minibatches": 1} | more
+        options = {"steps": 1, "checkpoint": False, "export": False}
+        return loop.train(settings(chat_models, tmp_path / name, changes, **options)).history[0]
+
+    alone = first("alone", {})
+    both = {"shared_prompts": True, "pack_experience": 8}
+    shared = first("shared", both, pack_updates=8)
+    assert [branches for _, branches in shapes] == [False, True]
+    assert shapes[1][0] < shapes[0][0]
+    for name, value in alone.items():
+        if not name.startswith(("time/", "logprobs/", "throughput/")) and name != "compiles":
+            assert shared[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
+
+
 def test_frozen_models_wait_in_host_memory(chat_models, tmp_path, monkeypatch):
     moved = []
 

@@ -502,7 +502,7 @@ def test_what_cannot_be_exported_is_named(runs, tmp_path):
         export.export_run(folder, str(tmp_path / "out"), part="critic")
     with pytest.raises(ValueError, match=r"no checkpoint 99 in .*there are: 2, 4"):
         export.export_run(folder, str(tmp_path / "out"), step=99)
-    with pytest.raises(ValueError, match=r"config\.yaml.*no such file"):
+    with pytest.raises(ValueError, match=r"no config\.yaml in it"):
         export.export_run(str(tmp_path), str(tmp_path / "out"))
 
 

@@ -225,7 +225,7 @@ def test_variables_of_the_template_must_be_an_object():
     assert given == {"mood": "glad"}
     assert _talk(messages=turns, chat_template_kwargs="{}").template_kwargs is None
     for wrong in ("glad", "[1]", ["mood"]):
-        with pytest.raises(RowError, match="chat_template_kwargs: .*an object of variable: value"):
+        with pytest.raises(RowError, match=r"chat_template_kwargs: .*an object of variable: value"):
             _talk(messages=turns, chat_template_kwargs=wrong)
 
 

@@ -39,6 +39,10 @@ class Config:
       router_replay: for a mixture of experts: the trainer's passes use the experts that the sampler
         took (Ma et al. 2025, https://arxiv.org/abs/2510.11370). Without it, rounding may flip a
         near-tie between two experts, and so change a token's log-probability.
+      pack_experience: 0: the rollout's log-probabilities and values are computed one answer per
+        row. n: in packed rows, with the smallest of n shapes that holds them (`minibatches` packs
+        the updates). Not used with `router_replay`.
+      shared_prompts: packed rows hold a prompt once, followed by its answers (`samples` > 1).
 
       missing_eos_penalty: subtracted from the score of an answer without a stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.
@@ -92,6 +96,8 @@ class Config:
     cache_dtype: str | None = None
     logprob_tolerance: float = 0.05
     router_replay: bool = False
+    pack_experience: int = 0
+    shared_prompts: bool = False
     # Scores and rewards.
     missing_eos_penalty: float = 0.0
     normalize_scores: bool = False
@@ -191,6 +197,9 @@ def _check_options(config: Config) -> None:
     want(config.samples >= 1, "samples", "a positive integer")
     compares = config.advantage_estimator in _COMPARING or config.skip_equal_groups
     want(config.samples > 1 or not compares, "samples", "2 or more: answers are compared")
+    want(config.pack_experience >= 0, "pack_experience", "0 or more")
+    alone = config.shared_prompts and config.samples == 1
+    want(not alone, "shared_prompts", "False with samples=1: one answer has its prompt to itself")
     want(config.slots is None or config.slots >= 1, "slots", "a positive integer, or null")
     wanted = f"{', '.join(_CACHE_DTYPES)} or null"
     want(config.cache_dtype in (None, *_CACHE_DTYPES), "cache_dtype", wanted)

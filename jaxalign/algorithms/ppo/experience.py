@@ -15,7 +15,7 @@ There are B answers. Rows have T + 1 columns; the last predicts nothing, so the 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxalign.algorithms.ppo.advantages import CRITIC_FREE, Shaped, gae
 from jaxalign.algorithms.ppo.config import Config
+from jaxalign.algorithms.ppo.packing import RowPlan, pack_tokens, plan_rollout, unpack
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
@@ -30,8 +31,16 @@ from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import mesh_of, reshard_batch, use_mesh
+from jaxalign.parallel.sharding import mesh_of, reshard_batch, shard_batch, use_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
+
+
+class Packed(NamedTuple):
+    """A rollout's tokens in fewer rows, and where each position comes from."""
+
+    tokens: TokenBatch
+    plan: RowPlan
+
 
 ScoreScale = tuple[Array | float, Array | float]
 """(shift, scale): scores become (score − shift) / scale."""
@@ -71,6 +80,22 @@ def make_experience(
         tokens = _without_last_column(tokens)
         return _token_logprobs(reference, on_device(ref_params), tokens, temperature)[0]
 
+    def packed(tokens: TokenBatch, experts: Array | None, mesh: Any) -> Packed | None:
+        """The rows in which the models read the rollout; None: its own."""
+        if not config.pack_experience or experts is not None:
+            return None
+        tokens = _without_last_column(tokens)
+        plan = plan_rollout(
+            tokens,
+            tokens.loss_mask,
+            sizes=config.pack_experience,
+            samples=config.samples if config.shared_prompts else 1,
+        )
+        if plan is None:
+            return None
+        rows = pack_tokens(tokens, plan)
+        return Packed(rows if mesh is None else shard_batch(rows, mesh), plan)
+
     experience = jax.jit(functools.partial(_experience, model, critic, reference, config))
 
     def run(
@@ -87,13 +112,16 @@ def make_experience(
     ) -> RolloutBatch:
         mesh, ref_mesh = mesh_of(state.params), mesh_of(ref_params)
         rest = (tokens, scores, finished, sampler_logprobs, kl_coef, temperature, score_scale)
+        pack = packed(tokens, experts, mesh)
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
-            return experience(state, ref_params, *rest, experts=experts)
+            return experience(state, ref_params, *rest, experts=experts, packed=pack)
         # The reference has its own devices: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
         with use_mesh(ref_mesh):
             logprobs = reference_logprobs(ref_params, reshard_batch(tokens, ref_mesh), used)
-        return experience(state, None, *rest, reshard_batch(logprobs, mesh), experts=experts)
+        return experience(
+            state, None, *rest, reshard_batch(logprobs, mesh), experts=experts, packed=pack
+        )
 
     def lower(state: TrainState, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         with use_mesh(mesh_of(state.params)):
@@ -118,10 +146,12 @@ def _experience(
     score_scale: ScoreScale | None = None,
     ref_logprobs: Array | None = None,
     experts: Array | None = None,
+    packed: Packed | None = None,
 ) -> RolloutBatch:
     """Steps 3 to 7 as one program; see `make_experience` for the arguments.
 
-    `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices.
+    `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices. The models
+    read the rows of `packed`, if given.
     """
     tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
     replayed = tokens if experts is None else tokens._replace(experts=experts)
@@ -131,11 +161,17 @@ def _experience(
     used_temperature = config.temperature if temperature is None else temperature
     coef = config.kl_coef if kl_coef is None else kl_coef
 
+    def unpacked(x: jax.Array) -> jax.Array:
+        return x if packed is None else unpack(x, packed.plan, mask.shape)
+
     # 3. Log-probabilities, [B, T].
-    old_logprobs, hidden = _token_logprobs(model, params["policy"], replayed, used_temperature)
+    read_rows = replayed if packed is None else packed.tokens  # [B, T] or [rows, length]
+    ref_rows = tokens if packed is None else packed.tokens
+    logprobs, hidden = _token_logprobs(model, params["policy"], read_rows, used_temperature)
+    old_logprobs = unpacked(logprobs)
     if ref_logprobs is None:
         own = on_device(ref_params or {})
-        ref_logprobs, _ = _token_logprobs(reference, own, tokens, used_temperature)
+        ref_logprobs = unpacked(_token_logprobs(reference, own, ref_rows, used_temperature)[0])
 
     # 4. KL, [B, T].
     token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
@@ -161,8 +197,8 @@ def _experience(
         advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
     else:
         if not config.shared_critic:
-            hidden, _ = read(critic, params["critic"], tokens)
-        values = critic.scores(params["critic"], hidden)
+            hidden, _ = read(critic, params["critic"], ref_rows)
+        values = unpacked(critic.scores(params["critic"], hidden))
         advantages, returns = gae(shaped, values, config)
     if config.whitens:
         advantages = whiten(advantages, trained, ddof=config.whiten_ddof)

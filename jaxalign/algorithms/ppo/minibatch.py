@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.algorithms.ppo.packing import pack_rows, plan_rows, without_answers
+from jaxalign.algorithms.ppo.rows import answer_mask_of
 from jaxalign.parallel.sharding import all_gather_rows, mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, RolloutBatch
 
@@ -21,6 +22,7 @@ def minibatches(
     *,
     pack: int = 0,
     multiple: int = 1,
+    samples: int = 1,
     permutations: Array | None = None,
 ) -> Iterator[RolloutBatch]:
     """Splits a rollout into `epochs × count` mini-batches of whole rows.
@@ -36,6 +38,8 @@ def minibatches(
         fewer, longer rows (`packing`), with the smallest of n shapes that holds them: a step
         compiles at most n shapes. Losses and gradients are the same. `scores`, `finished` and
         `valid` are then None, because they belong to answers and not to rows.
+      samples: with `pack`: so many adjacent rows answer one prompt, and packed rows hold it once
+        for those of them that are in one mini-batch. 1: every answer has its own copy.
       multiple: the number of packed rows is a multiple of this (and of the mesh's row shards), for
         steps with as many `micro_batches`.
       permutations: int `[epochs, B]`, the order of rows in each epoch, instead of the orders from
@@ -45,24 +49,30 @@ def minibatches(
       ValueError: B is not a multiple of `count`, or a number is out of range.
     """
     rows = rollout.advantages.shape[0]
-    if epochs < 1 or count < 1 or pack < 0 or multiple < 1:
+    if min(epochs, count, multiple, samples) < 1 or pack < 0:
         raise ValueError(
-            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}: wanted positive "
-            "integers (pack also 0)"
+            f"epochs={epochs}, count={count}, pack={pack}, multiple={multiple}, samples={samples}: "
+            "wanted positive integers (pack also 0)"
         )
     if rows % count:
         raise ValueError(f"{rows} rollout rows do not divide into count={count} mini-batches")
     mesh = mesh_of(rollout)
     multiple *= row_shards(mesh) if mesh is not None else 1
-    tokens = None
+    tokens, start = None, 0
     if pack:
         rollout = without_answers(rollout)
         tokens = all_gather_rows(rollout.tokens.segment_ids) > 0
+        # Answers begin in one column: the first that any of them is predicted in.
+        answers = all_gather_rows(jnp.asarray(answer_mask_of(rollout)))
+        start = int(answers.any(0).argmax())
     for order in _orders(key, epochs, rows, permutations):
         for part_rows in np.split(order, count):
             plan = None
             if tokens is not None:
-                plan = plan_rows(tokens, part_rows.tolist(), sizes=pack, multiple=multiple)
+                plan = plan_rows(
+                    tokens, part_rows.tolist(), sizes=pack, multiple=multiple, samples=samples,
+                    start=start,
+                )  # fmt: skip
             if plan is None:
                 part = _take_rows(rollout, part_rows)
             else:

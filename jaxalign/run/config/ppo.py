@@ -140,6 +140,13 @@ class PPORun(Run):
         want(self.ppo_epochs > 0, "ppo_epochs", self.ppo_epochs, "positive")
         want(self.minibatches > 0, "minibatches", self.minibatches, "positive")
         want(self.pack_updates >= 0, "pack_updates", self.pack_updates, "0 or more")
+        packs = bool(self.pack_updates or self.ppo.pack_experience)
+        want(
+            packs or not self.ppo.shared_prompts,
+            "ppo.shared_prompts",
+            True,
+            "false without pack_updates and ppo.pack_experience: only packed rows share prompts",
+        )
         answers = self.data.rows * self.ppo.samples
         want(
             answers % self.minibatches == 0,

@@ -316,6 +316,7 @@ class Iteration:
             config.ppo_epochs,
             config.minibatches,
             pack=config.pack_updates,
+            samples=options.samples if options.shared_prompts else 1,
             multiple=config.run.micro_batches,
         )
         if self._text is not None:
