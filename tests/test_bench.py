@@ -85,6 +85,10 @@ def test_an_iteration_of_ppo_reads_the_answers_with_every_model():
     twice = forward_flops(TINY, Work(1.0, 5.0))
     assert shared.rollout == one - twice
     assert shared.update == 3 * one
+    passes = ppo_flops(
+        tokens, tiny.DECODER, None, [], epochs=1, samples=2, shared_prompts=True
+    )  # of policy and reference, and of the update
+    assert (passes.scoring, passes.update) == (2 * (one - twice), 3 * (one - twice))
 
 
 def test_rates():

@@ -31,19 +31,21 @@ class Limits(NamedTuple):
         length.
       answer: tokens that are sampled after a document.
       tok: the tokenizer, to name a token; or None.
+      context: the positions that the model was made for; None: unknown.
     """
 
     rows: int
     positions: int | None = None
     answer: int = 0
     tok: Any = None
+    context: int | None = None
 
     @classmethod
     def of(cls, model: Any, answer: int = 0, tok: Any = None) -> Limits:
         """The limits of a decoder or scorer."""
         config = model.config
         positions = config.max_positions if config.learned_positions else None
-        return cls(config.vocab_size, positions, answer, tok)
+        return cls(config.vocab_size, positions, answer, tok, config.max_positions)
 
     def check(self, extent: Extent, name: str) -> None:
         """Raises ValueError for ids and positions for which the model has no embedding.
@@ -76,6 +78,19 @@ class Limits(NamedTuple):
                 f"n_positions={self.positions} learned positions; wanted {remedy} (length cuts, "
                 "max_tokens drops longer rows)"
             )
+
+    def note(self, extent: Extent, name: str) -> str:
+        """A line about documents beyond the positions the model was made for; "" if there are none.
+
+        Rotary positions go on beyond them, but the model may be poor where it has never been.
+        """
+        if self.context is None or extent.longest + self.answer <= self.context:
+            return ""
+        answer = f", with {self.answer} more to be sampled" if self.answer else ""
+        return (
+            f"{name}: the longest has {extent.longest} tokens{answer}; the model was made for "
+            f"{self.context} (max_position_embeddings)"
+        )
 
 
 def extent_of(documents: Iterable[Sequence[int] | np.ndarray]) -> Extent:

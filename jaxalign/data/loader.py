@@ -127,6 +127,9 @@ class Batches(Generic[Batch]):
         self._limits = limits
         if self._extent is not None:
             limits.check(self._extent, self._name)
+            note = limits.note(self._extent, self._name)
+            if note:
+                print(note, flush=True)
 
     def __len__(self) -> int:
         """Batches in all epochs together."""

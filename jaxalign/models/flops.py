@@ -127,6 +127,7 @@ def ppo_flops(
     samples: int = 1,
     frozen: bool = False,
     shared_critic: bool = False,
+    shared_prompts: bool = False,
 ) -> PPOFlops:
     """FLOPs of the iteration that generates a rollout and trains on it.
 
@@ -139,6 +140,8 @@ def ppo_flops(
       samples: answers per prompt; each prompt is read once.
       frozen: whether only the policy's adapters are trained.
       shared_critic: the critic is a head on the policy.
+      shared_prompts: policy, reference and critic also read each prompt once in their passes over
+        the rollout, as in mini-batches of whole groups.
     """
     whole, mask = work_of(tokens), np.asarray(tokens.loss_mask)
     read = (np.asarray(tokens.segment_ids) > 0) & ~mask
@@ -147,10 +150,11 @@ def ppo_flops(
     written = Work(
         whole.tokens - part * read.sum(), whole.pairs - part * again.sum(), whole.trained
     )
-    one = forward_flops(policy.config, whole)
+    passed = written if shared_prompts else whole
+    one = forward_flops(policy.config, passed)
     apart = critic is not None and not shared_critic
     adapted = getattr(getattr(critic, "base", None), "lora", None) is not None
-    values = forward_flops(critic.config, whole, head=False) if apart else 0.0
+    values = forward_flops(critic.config, passed, head=False) if apart else 0.0
     scored = sum(forward_flops(scorer.config, whole, head=False) for scorer in scorers)
     return PPOFlops(
         rollout=forward_flops(policy.config, written),

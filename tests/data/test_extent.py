@@ -58,3 +58,14 @@ def test_pairs_and_prompts_are_looked_at_too():
     prompts.check_model(Limits(259, 41, answer=20))  # 21 tokens of prompt
     with pytest.raises(ValueError, match=r"21 tokens, with 20 more to be sampled.*n_positions=40"):
         prompts.check_model(Limits(259, 40, answer=20))
+
+
+def test_rows_beyond_the_context_that_a_model_was_made_for_are_said(capsys):
+    rows = [{"text": "a b c d e f g h"}] * 4
+    batches = sft_batches(rows, TOK, rows=2, length=64)
+    longest = batches._extent.longest
+    batches.check_model(Limits(259, context=longest))
+    assert "was made for" not in capsys.readouterr().out
+    batches.check_model(Limits(259, context=longest - 1))
+    told = f"the longest has {longest} tokens; the model was made for {longest - 1}"
+    assert told in capsys.readouterr().out

@@ -344,6 +344,7 @@ class Iteration:
             samples=parts.options.samples,
             frozen=parts.adapted,
             shared_critic=parts.options.shared_critic,
+            shared_prompts=parts.options.shared_prompts,
         )
         real = float(np.sum(tokens.segment_ids > 0))
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
