@@ -49,8 +49,9 @@ def test_stages_say_what_their_figures_mean():
         {"objective/scores": 2.0, "objective/kl": 3.0},
     ]
     told = story.ppo(result({}, {"objective/kl": 3.5}, history), 7, "its KL came to 4.1 nats")
-    assert "from -1.00 to 2.00 on training prompts, 3.5 nats an answer" in told
-    assert told.endswith("; it ended after 2 of 7 iterations, since its KL came to 4.1 nats.")
+    assert "from -1.00 to 2.00 on training prompts" in told
+    assert "; it ended after 2 of 7 iterations, since its KL came to 4.1 nats." in told
+    assert "Its answers are now 3.5 nats from the SFT model's" in told
     assert "ended" not in story.ppo(result({}, {}, history), 2, "")
     last = {"rewards/accuracies": 0.75, "rewards/margins": 1.25}
     assert "in 75% of pairs that it had not seen, by 1.25 nats" in story.dpo(result({}, {}, [last]))

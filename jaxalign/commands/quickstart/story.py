@@ -48,8 +48,8 @@ def ppo(result: Result, steps: int, stopped: str) -> str:
         end = f"; it ended after {done} of {steps} iterations, since {stopped}"
     return (
         f"PPO: the reward model's mean score went from {first['objective/scores']:.2f} to "
-        f"{last['objective/scores']:.2f} on training prompts, {kl:.1f} nats an answer away from "
-        f"the SFT model (beyond 5 it would begin to talk another language){end if stopped else ''}."
+        f"{last['objective/scores']:.2f} on training prompts{end if stopped else ''}. Its answers "
+        f"are now {kl:.1f} nats from the SFT model's (the aim is at most 5)."
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +138,8 @@ def write_summary(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
     report = write_report(folder)
     print("\n" + page)
     print(f"written to {folder / 'summary.json'}, {folder / 'summary.md'}, {report}")
+    command = "jaxalign" if shutil.which("jaxalign") else f"{sys.executable} -m jaxalign"
+    print(f"talk to the model: {command} chat {folder / 'ppo' / 'model'}")
 
 
 def _content_words(answers: Sequence[str]) -> float:
