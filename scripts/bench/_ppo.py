@@ -18,15 +18,16 @@ PAD, STOP, FIRST = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Iterations of PPO (float32, AdamW, 4 epochs, one mini-batch), or calls of generation.
+    """Iterations of PPO or GRPO (float32, AdamW, one mini-batch), or calls of generation.
 
     Attributes:
-      what: "ppo" or "generate".
+      what: "ppo", "grpo" or "generate".
       policy: folder in Hugging Face form, also the reference.
       scorer: the same of a reward model, also the start of the critic; PPO only.
       shape: vocabulary, hidden, layers, heads, width of the MLP.
       vocab: ids are drawn from FIRST to this.
-      prompts: rows.
+      prompts: rows; GRPO: each prompt is in `samples` adjacent rows.
+      samples: answers to each prompt; GRPO only.
       prompt_length: tokens of each prompt.
       new_tokens: the longest answer.
       lengths: of the answers of each iteration; each side makes an answer end at its length, and
@@ -44,6 +45,7 @@ class Rollouts:
     vocab: int
     shape: tuple[int, int, int, int, int]
     prompts: int = 16
+    samples: int = 1
     prompt_length: int = 64
     new_tokens: int
     lengths: list[list[int]]
@@ -60,8 +62,9 @@ class Rollouts:
 
     def prompt_ids(self) -> np.ndarray:
         """Random prompts, the same in every step: `[B, P]`."""
-        shape = (self.prompts, self.prompt_length)
-        return np.random.default_rng(1).integers(FIRST, self.vocab, shape).astype(np.int32)
+        shape = (self.prompts // self.samples, self.prompt_length)
+        ids = np.random.default_rng(1).integers(FIRST, self.vocab, shape).astype(np.int32)
+        return ids.repeat(self.samples, axis=0)
 
 
 def draw_lengths(kind: str, draws: int, prompts: int, longest: int, shortest: int = 4):

@@ -77,6 +77,55 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
         }
 
 
+def grouped(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
+    """GRPO: several answers to each prompt, an update an iteration, a reward that costs nothing."""
+    each = jax.tree.map(lambda x: x[:: job.samples], prompts)
+    config = ppo.Config(
+        max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0, samples=job.samples,
+        advantage_estimator="grpo", loss_aggregation="sequence", kl_in="loss", kl_estimator="k3",
+        kl_coef=0.04, pack_experience=job.pack, shared_prompts=True,
+    )  # fmt: skip
+    tx = ja.make_optimizer(
+        ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
+    )
+    state = ja.init_state(ppo.init_params(params), tx)
+
+    def reward(tokens: Any, prompts: Any) -> np.ndarray:
+        return np.asarray(tokens.inputs)[:, job.prompt_length].astype(np.float32) % 7
+
+    prepare = ppo.make_prepare(model, None, reward, config)
+    steps: dict[tuple[int, ...], Any] = {}
+    reference = jax.tree.map(lambda x: x.copy(), params)
+    for number, lengths in enumerate(job.steps):
+        start = time.perf_counter()
+        ppo_prepare.sample = functools.partial(sample, lengths=np.array(lengths))
+        rollout = prepare(jax.random.key(number), state, reference, each)
+        prepared = time.perf_counter()
+        metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout, job.samples)]
+        for part in ppo.minibatches(
+            jax.random.key(number), rollout, job.epochs, 1, pack=job.pack, samples=job.samples
+        ):
+            shape = part.tokens.inputs.shape
+            if shape not in steps:
+                group = job.row_group or cached_rows(shape[1])
+                parts = row_parts(shape[0], group, jax.device_count())
+                of_rows = ppo.make_step(model, None, tx, config, micro_batches=parts)
+                steps[shape] = ja.compile_step(of_rows, state)
+            state, of_step = steps[shape](state, part)
+            metrics.append(of_step)
+        logged = [{k: float(v) for k, v in x.items()} for x in metrics]
+        yield {
+            "written": int(np.asarray(rollout.tokens.loss_mask).sum()),
+            "prepare": round(prepared - start, 4),
+            "kl": logged[0]["objective/kl"],
+            "loss": logged[-1]["loss"],
+            "positions": int(part.tokens.inputs.size),
+        }
+
+
+RUNS = {"ppo": iterations, "grpo": grouped, "generate": generations}
+
+
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_rollouts(folder), folder / "ppo_ours"
@@ -87,9 +136,8 @@ def main() -> None:
     rows = np.arange(job.prompts, dtype=np.int32)
     ids = job.prompt_ids()
     prompts = ja.PromptBatch(ids, np.ones(ids.shape, bool), rows)
-    run = iterations if job.what == "ppo" else generations
     start = time.perf_counter()
-    for number, row in enumerate(run(job, model, params, prompts)):
+    for number, row in enumerate(RUNS[job.what](job, model, params, prompts)):
         now = time.perf_counter()
         append(out / "steps.jsonl", {"step": number, "seconds": round(now - start, 4)} | row)
         start = time.perf_counter()

@@ -1,6 +1,7 @@
 """The peers' side of `ppo_speed.py`: PYTHON-OF-THE-PEER _ppo_trl.py FOLDER
 
-PPO is TRL's experimental PPOTrainer, generation transformers' own `generate`.
+PPO is TRL's experimental PPOTrainer (1.12), GRPO its GRPOTrainer (1.16), generation transformers'
+own `generate`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import numpy as np
 import torch
 from _job import append, peak_mib
-from _ppo import PAD, STOP, Rollouts, read_rollouts
+from _ppo import FIRST, PAD, STOP, Rollouts, read_rollouts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -72,12 +73,20 @@ class Recorder(TrainerCallback):
         self._ended = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._row = {"kl": logs["objective/kl"], "loss": logs["loss/policy_avg"]}
+        names = {"kl": ("objective/kl", "kl"), "loss": ("loss/policy_avg", "loss")}
+        found = {k: logs[n] for k, known in names.items() for n in known if n in (logs or {})}
+        self._row = found or self._row
+        # What GRPO's trainer wrote, as it counts it: another length would be another job.
+        mean = (logs or {}).get("completions/mean_length")
+        wanted = self._job.steps[min(state.global_step, len(self._job.steps)) - 1]
+        if mean is not None and abs(float(mean) - np.mean(wanted)) > 1e-3:
+            raise ValueError(f"answers of {mean} tokens, wanted {np.mean(wanted)}")
 
     def on_step_end(self, args, state, control, **kwargs):
         now, number = time.perf_counter(), state.global_step - 1
         row = {"step": number, "seconds": round(now - self._ended, 4)}
-        append(self._path, row | {"written": sum(self._job.steps[number])} | self._row)
+        if number < len(self._job.steps):
+            append(self._path, row | {"written": sum(self._job.steps[number])} | self._row)
         self._set(number + 1)
         self._ended = time.perf_counter()
 
@@ -138,13 +147,65 @@ def iterations(job: Rollouts, out: pathlib.Path) -> None:
     trainer.train()
 
 
+def groups(job: Rollouts, out: pathlib.Path) -> None:
+    """GRPO; prompts are words, one for each id, since the trainer takes text."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    # Special tokens are also found inside words: their names must not begin other names.
+    names = {"<pad>": PAD, "<end>": STOP} | {f"w{i}": i for i in range(FIRST, job.vocab)}
+    words = Tokenizer(WordLevel(names, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", padding_side="left"
+    )
+    policy = AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32)
+    args = GRPOConfig(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=job.prompts,
+        gradient_accumulation_steps=1,
+        num_generations=job.samples,
+        max_completion_length=job.new_tokens,
+        num_iterations=job.epochs,
+        max_steps=len(job.steps) * job.epochs,
+        beta=0.04,
+        loss_type="grpo",
+        temperature=1.0,
+        top_k=0,
+        learning_rate=3e-6,
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    ids = job.prompt_ids()[:: job.samples]
+    data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids.tolist()]})
+
+    def reward(completion_ids, **_):
+        return [float(row[0] % 7) for row in completion_ids]
+
+    recorder = Recorder(job, policy, out / "steps.jsonl")
+    trainer = GRPOTrainer(policy, reward, args, data, processing_class=tok, callbacks=[recorder])
+    trainer.train()
+
+
+RUNS = {"ppo": iterations, "grpo": groups, "generate": generations}
+
+
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     job, out = read_rollouts(folder), folder / "ppo_trl"
     out.mkdir(exist_ok=True)
     torch.set_num_threads(job.threads)
     np.random.seed(0)
-    (iterations if job.what == "ppo" else generations)(job, out)
+    RUNS[job.what](job, out)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")}
     done = {"peak_mib": round(peak_mib(), 1), "versions": versions}
     (out / "done.json").write_text(json.dumps(done) + "\n")

@@ -1,6 +1,6 @@
 """Speed of a whole PPO iteration against TRL's trainer, and of generation against transformers.
 
-    PEER=$(bash scripts/bench/_peers.sh trl-1.12.0)
+    PEER=$(bash scripts/bench/_peers.sh trl-1.12.0)     # of GRPO: trl-1.16.0, with --what grpo
     python scripts/bench/ppo_speed.py --peer $PEER --work FOLDER \
         --out docs/results/ppo_speed.jsonl
 
@@ -9,7 +9,9 @@ prompts of 64 tokens, float32. `ppo` (S): answers of 64 tokens, scored by a rewa
 shape, 4 epochs of updates of policy and critic; "full", or "ragged": every answer stops at a length
 drawn uniformly from 4 to 64, at which both sides are told to end it (ours by `lengths=`, TRL's
 `generate` by a logits processor), so that both write and learn the same number of tokens.
-`generate`: 128 new tokens by sampling. Peer and ours run in turn, each time in a fresh process. The
+`grpo` (S): 8 prompts of 256 tokens with 8 answers each of up to 64, one update an iteration, KL in
+the loss, a reward that costs nothing; ours packs rows whose answers share their prompt. `generate`:
+128 new tokens by sampling. Peer and ours run in turn, each time in a fresh process. The
 first pass over the drawn lengths, in which ours compiles, is left out; figures are medians of the
 rest over all repeats. TRL 1.12 is the last with a PPOTrainer. It runs without gradient
 checkpointing, and glibc keeps its memory (`_job.ALLOCATOR`).
@@ -41,9 +43,11 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
     model, params = random_llama(size)
     policy = save_start("ppo", model, params, folder / f"policy-{size}")
     scorer = save_start("reward", model, params, folder / f"scorer-{size}") if what == "ppo" else ""
-    new_tokens = 64 if what == "ppo" else 128
-    prompts = Rollouts.prompts
-    draws = arguments.draws if what == "ppo" and kind == "ragged" else 1
+    new_tokens = 128 if what == "generate" else 64
+    groups = {"prompts": 64, "samples": 8, "prompt_length": 256, "epochs": 1}
+    shape = groups if what == "grpo" else {}
+    prompts = shape.get("prompts", Rollouts.prompts)
+    draws = arguments.draws if what != "generate" and kind == "ragged" else 1
     return Rollouts(
         what=what,
         policy=policy,
@@ -53,9 +57,10 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
         new_tokens=new_tokens,
         lengths=draw_lengths(kind, draws, prompts, new_tokens),
         passes=arguments.passes + 1,
-        pack=arguments.pack if kind == "ragged" else 0,
+        pack=arguments.pack if kind == "ragged" or what == "grpo" else 0,
         row_group=arguments.row_group,
         threads=arguments.threads,
+        **shape,
     )
 
 
@@ -122,7 +127,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are appended here")
     arguments = parser.parse_args()
-    cases = [("ppo", "S", kind) for kind in arguments.kinds if "ppo" in arguments.what]
+    cases = [
+        (what, "S", kind)
+        for what in ("ppo", "grpo")
+        for kind in arguments.kinds
+        if what in arguments.what
+    ]
     cases += [
         ("generate", size, "full") for size in arguments.sizes if "generate" in arguments.what
     ]
