@@ -41,7 +41,9 @@ def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator
     critic, rm_params = ja.load_pretrained(
         job.scorer, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32"
     )
-    config = ppo.Config(max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0)
+    config = ppo.Config(
+        max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0, pack_experience=job.pack
+    )
     adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
     tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
     state = ja.init_state(ppo.init_params(params, rm_params), tx)
