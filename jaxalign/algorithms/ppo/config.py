@@ -42,7 +42,8 @@ class Config:
       pack_experience: 0: the rollout's log-probabilities and values are computed one answer per
         row. n: in packed rows, with the smallest of n shapes that holds them (`minibatches` packs
         the updates). Not used with `router_replay`.
-      shared_prompts: packed rows hold a prompt once, followed by its answers (`samples` > 1).
+      shared_prompts: packed rows hold a prompt once, followed by its answers (`samples` > 1). The
+        balance loss of a mixture of experts then counts its tokens once.
 
       missing_eos_penalty: subtracted from the score of an answer without a stop token; ≥ 0.
       normalize_scores: subtract the mean and divide by the standard deviation of all scores so far.

@@ -68,8 +68,7 @@ def packed_shape(
 
     Rows become about one to two times as long, or, with `together > 1` answers to each prompt, long
     enough for the answers of two prompts, so that a prompt with many tokens fits beside one with
-    few.
-    Their length is a multiple of 8; their number is a multiple of `multiple`.
+    few. Their length is a multiple of 8; their number is a multiple of `multiple`.
     """
     fewer = 2 * together if together > 1 else 2 ** (math.floor(math.log2(sizes / part)) + 1)
     count = math.ceil(rows / fewer / multiple) * multiple
@@ -106,7 +105,9 @@ def plan_rows(
     for row in which:
         if counts[row]:
             prompts.setdefault(row // samples if samples > 1 else row, []).append(row)
-    together = round(len(which) / max(len(prompts), 1)) if samples > 1 else 1
+    # So many answers of a prompt are expected in a part of the rollout: the same number for all of
+    # its mini-batches, which then have the same shapes.
+    together = max(1, round(samples * len(which) / len(tokens)))
     for part in range(1, sizes):
         shape = packed_shape(len(which), tokens.shape[1], part, sizes, multiple, together)
         rows, length = shape
