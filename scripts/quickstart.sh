@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# The main job, from a fresh clone: bash scripts/quickstart.sh [options of `jaxalign quickstart`]
+# The main job, from a fresh clone:
 #
-# Installs jaxalign and the versions in constraints/ into .venv, fetches a small chat model unless --model names one, and runs SFT,
-# reward model, PPO and DPO on the example data. Results: runs/quickstart/summary.md.
+#   bash scripts/quickstart.sh [--newest] [options of `jaxalign quickstart`]
+#
+# Installs jaxalign and the versions in constraints/ into .venv, fetches a small chat model unless
+# --model names one, and runs SFT, reward model, PPO and DPO on the example data. Results:
+# runs/quickstart/summary.md. --newest takes what resolves today instead, in .venv-newest.
 # Needs Python ≥ 3.11 with its venv module; PYTHON names another interpreter than python3.
 
 set -euo pipefail
@@ -29,6 +32,10 @@ fetch_model() {
   [[ -n "$MODEL" ]] || die "no $MODEL_FILE in $MODEL_CACHE; remove that folder and start again"
 }
 
+if [[ "${1:-}" == --newest ]]; then
+  use_newest
+  shift
+fi
 own_model=0
 for argument in "$@"; do
   case "$argument" in
