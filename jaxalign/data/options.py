@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from jaxalign.data.faults import ON_ERROR
 from jaxalign.data.scripts import check_scripts
+from jaxalign.data.time_limit import TEMPLATE_SECONDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +72,8 @@ class BatchOptions:
         is removed from the training text (counted).
       chat_template_kwargs: variables for the chat template, such as `enable_thinking`; a row's
         column of this name takes precedence.
+      template_timeout: seconds that the chat template may take for one row; null: no limit. Not
+        enforced in the thread that reads a stream.
       streaming: read, render, tokenise and pack during training, one window at a time, for data
         that does not fit in memory.
       window: when streaming, the number of rows that are held in memory, shuffled and packed
@@ -96,6 +100,7 @@ class BatchOptions:
     special_tokens_in_text: str = "escape"
     thinking: str = "auto"
     chat_template_kwargs: dict[str, Any] | None = None
+    template_timeout: float | None = TEMPLATE_SECONDS
     streaming: bool = False
     window: int = 1024
     prefetch: int = 2
@@ -136,6 +141,9 @@ class BatchOptions:
         check_scripts(self.scripts)
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}, wanted a positive number")
+        limit = self.template_timeout
+        if limit is not None and not 0 < limit < math.inf:
+            raise ValueError(f"template_timeout: got {limit!r}, wanted positive seconds, or null")
         held_out = self.validation
         if held_out is not None and not (
             0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))

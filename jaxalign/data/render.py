@@ -15,6 +15,7 @@ from jaxalign.data.day import with_day
 from jaxalign.data.ends import end_tokens
 from jaxalign.data.examples import Messages, RowError, Tools
 from jaxalign.data.paths import local_path
+from jaxalign.data.time_limit import TEMPLATE_SECONDS, OutOfTime, call_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,6 +122,7 @@ class Renderer:
       tok: a transformers tokenizer.
       template: jinja text.
       kwargs: further variables of the template, for all conversations.
+      seconds: how long one rendering may take, see `data.time_limit`; None: no limit.
 
     Attributes:
       template: jinja text.
@@ -133,9 +135,11 @@ class Renderer:
         tok: PreTrainedTokenizerBase,
         template: str,
         kwargs: Mapping[str, Any] | None = None,
+        seconds: float | None = TEMPLATE_SECONDS,
     ):
         self.template = with_day(template)
         self._tok = tok
+        self._seconds = seconds
         self.added = sorted({*tok.get_added_vocab(), *tok.all_special_tokens}, key=len)[::-1]
         self.cache: dict[Any, Any] = {}
         self._special: dict[str, Any] = dict(tok.special_tokens_map)
@@ -246,13 +250,22 @@ class Renderer:
         mode = {} if thinking is None else THINK_FIRST if thinking else ANSWER_AT_ONCE
         variables = self._special | mode | self._kwargs | dict(chat.kwargs or {}) | more
         try:
-            return render_jinja_template(
+            return call_within(
+                self._seconds,
+                render_jinja_template,
                 [list(chat.messages)],
                 tools=list(chat.tools) if chat.tools else None,
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt,
                 **variables,
             )
+        except OutOfTime:
+            raise RowError(
+                chat.origin,
+                "the chat template took too long",
+                f"the chat template took more than {self._seconds:g} s for this row; change the "
+                "template, or raise template_timeout",
+            ) from None
         except Exception as error:  # templates can raise anything
             raise RowError(
                 chat.origin,

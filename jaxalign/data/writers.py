@@ -15,6 +15,7 @@ from jaxalign.data.placeholders import placeholders_of
 from jaxalign.data.presence import LEFT_OUT, check_turns, reasons, without_reasoning
 from jaxalign.data.render import Chat, Renderer, resolve_chat_template
 from jaxalign.data.spans import Document, find_documents
+from jaxalign.data.time_limit import TEMPLATE_SECONDS
 from jaxalign.data.tokens import SpecialTokens, places_of, tokenize, tokens_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Style:
       rendered: whether an already rendered prompt, in rows of prompt and completion, is used as it
         is rather than wrapped again.
       thinking: "auto", "on" or "off"; see `jaxalign.data.options.BatchOptions`.
+      seconds: how long one rendering may take; None: no limit.
       found: token → how often it occurred in message text; updated while encoding.
     """
 
@@ -40,6 +42,7 @@ class Style:
     special_tokens: str = "escape"
     rendered: bool = False
     thinking: str = "auto"
+    seconds: float | None = TEMPLATE_SECONDS
     found: Counter[str] = dataclasses.field(default_factory=Counter)
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -52,7 +55,8 @@ class Style:
     def of(cls, options: Options) -> Style:
         """The style for a batch function's options; rows may be already rendered."""
         kwargs, special = options.chat_template_kwargs, options.special_tokens_in_text
-        return cls(kwargs, special, rendered=True, thinking=options.thinking)
+        limit = options.template_timeout
+        return cls(kwargs, special, rendered=True, thinking=options.thinking, seconds=limit)
 
     def notes(self) -> list[str]:
         """Lines to print about special tokens in message text and about reasoning left out."""
@@ -93,7 +97,9 @@ class Writers:
         uses_tools = bool(tools) or any("tool_calls" in message for message in messages)
         template = self._with_tools if uses_tools else self.template
         if template not in self._renderers:
-            self._renderers[template] = Renderer(self.tok, template, self.style.kwargs)
+            self._renderers[template] = Renderer(
+                self.tok, template, self.style.kwargs, self.style.seconds
+            )
         return self._renderers[template]
 
     def encode(self, documents: Sequence[Document]) -> Iterator[tuple[list[int], np.ndarray]]:

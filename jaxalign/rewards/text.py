@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxalign.data.time_limit import OutOfTime, call_within
 from jaxalign.parallel.sharding import local_rows
 from jaxalign.rewards.cases import Case, RewardError, Rows, cases_of, origin_in
-from jaxalign.rewards.limits import OutOfTime, call_within
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def text_reward(
       name: the reward's name in errors; None: the function's name.
       with_prefill: True: the completion includes the start of the answer that the template wrote at
         the end of the prompt, such as `<think>`. False: only the policy's own text.
-      timeout: seconds allowed per answer, see `jaxalign.rewards.limits`; None: no limit.
+      timeout: seconds allowed per answer, see `jaxalign.data.time_limit`; None: no limit.
 
     Raises:
       ValueError: the function needs the row, and `rows` is None.

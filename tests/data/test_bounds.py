@@ -5,9 +5,10 @@ import json
 import os
 import stat
 
+import chatty
 import pytest
 
-from jaxalign.data import RowError, files, read_rows
+from jaxalign.data import RowError, files, read_rows, sft_batches
 from jaxalign.data.bounds import (
     check_plain,
     check_plain_folder,
@@ -15,6 +16,7 @@ from jaxalign.data.bounds import (
     read_json_file,
     repeated,
 )
+from jaxalign.data.options import BatchOptions
 
 DEEP = "[" * 100_000 + "]" * 100_000
 DEEP_ENOUGH = '{"a": ' * 101 + "1" + "}" * 101  # what Python would still read
@@ -121,3 +123,20 @@ def test_json_files_have_a_size(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
     with pytest.raises(ValueError, match=r"a\.json has 12 bytes, wanted at most 10"):
         read_json_file(tmp_path / "a.json")
+
+
+SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_is_an_error_of_its_row():
+    tok = chatty.tokenizer(["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    rows = [{"prompt": "hi", "completion": "you"}]
+    options = {"rows": 1, "length": 64, "chat_template": SLOW + chatty.CHATML}
+    with pytest.raises(ValueError, match=r"row 1: the chat template took more than 0\.05 s"):
+        sft_batches(rows, tok, template_timeout=0.05, **options)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_a_time_limit_for_templates_is_positive(seconds):
+    with pytest.raises(ValueError, match="template_timeout: got"):
+        BatchOptions(template_timeout=seconds)
