@@ -21,6 +21,7 @@ from jaxalign.data.columns import (
     tools_of,
     with_system,
 )
+from jaxalign.data.conversation_forms import CONVERSATIONS, PROMPT
 from jaxalign.data.examples import (
     Conversation,
     Graded,
@@ -34,9 +35,8 @@ from jaxalign.data.examples import (
 )
 from jaxalign.data.fields import fail, fail_with, items, number, parsed, short, text, truth, untyped
 from jaxalign.data.files import Row
-from jaxalign.data.meaning import ANSWERS, Untrained
-from jaxalign.data.messages import is_messages, read_messages, same_turn, untrained
-from jaxalign.data.names import flag, meaning_of
+from jaxalign.data.meaning import ANSWERS
+from jaxalign.data.messages import is_messages, read_messages, same_turn
 from jaxalign.data.transcripts import is_transcript, read_transcript, split_messages, split_texts
 from jaxalign.data.turns import answer_of, check_last, check_trained, has_prompt, pick, prompt_of
 
@@ -58,7 +58,7 @@ def to_conversation(row: Row, columns: Columns = None, form: str | None = None) 
         hint += "answers by `columns: {completion: chosen}`)"
     elif "text" in row.data:
         hint = " (plain text is read by to_text)"
-    return read_form(row, _CONVERSATIONS, columns, form, hint, trained=True)
+    return read_form(row, CONVERSATIONS, columns, form, hint, trained=True)
 
 
 def to_preference(row: Row, columns: Columns = None, form: str | None = None) -> Preference:
@@ -127,122 +127,6 @@ def to_graded(row: Row, columns: Columns = None, form: str | None = None) -> Gra
 def to_steps(row: Row, columns: Columns = None, form: str | None = None) -> Steps:
     """Reads steps of reasoning (`completions` or `steps`) with their `labels` in [0, 1]."""
     return read_form(row, _STEPS, columns, form)
-
-
-_PROMPT = "prompt|instruction|question"
-
-
-# Conversations
-
-
-def _messages(row: Row) -> Conversation:
-    key = pick(row.data, "messages", "conversations")
-    messages = _flagged(row, read_messages(row.data[key], key, row.origin))
-    return _conversation(row, with_system(row, messages), 0)
-
-
-def _flagged(row: Row, messages: Messages) -> Messages:
-    """Messages with the weights that a column lists for them, one for each."""
-    for name in list(row.data):
-        given = untyped(dict.get(row.data, name))
-        meaning = meaning_of(name)
-        if meaning not in ("weight", "no_weight") or not isinstance(given, list):
-            continue
-        flags = [flag(value) for value in items(row.data[name], name, row.origin, "0 or 1")]
-        if len(flags) != len(messages) or None in flags:
-            fail(row.origin, name, short(given), f"0 or 1 for each of {len(messages)} messages")
-        messages = tuple(
-            message | {"weight": 0}
-            if message["role"] == "assistant" and on != (meaning == "weight")
-            else message
-            for message, on in zip(messages, flags, strict=True)
-        )
-    return messages
-
-
-def _answered(row: Row, key: str, prompt: Messages) -> Messages:
-    """The answer in a column, with the reasoning of a separate column."""
-    thinking = text(row.data.get("thinking") or "", "thinking", row.origin, may_be_empty=True)
-    return answer_of(row.data[key], key, row.origin, prompt, thinking)
-
-
-def _completion(row: Row) -> Conversation:
-    key = pick(row.data, *ANSWERS)
-    prompt = prompt_of(row)
-    return _conversation(row, prompt + _answered(row, key, prompt), len(prompt))
-
-
-def _alpaca(row: Row) -> Conversation:
-    prompt = prompt_of(row, "instruction")
-    return _conversation(row, prompt + _answered(row, "output", prompt), 0)
-
-
-def _gsm8k(row: Row) -> Conversation:
-    prompt = prompt_of(row, "question")
-    return _conversation(row, prompt + _answered(row, "answer", prompt), len(prompt))
-
-
-def _seed_task(row: Row) -> Conversation:
-    instances = items(
-        row.data["instances"], "instances", row.origin, "objects with input and output"
-    )
-    if len(instances) != 1 or not isinstance(instances[0], dict) or "output" not in instances[0]:
-        fail(
-            row.origin,
-            "instances",
-            f"{len(instances)} instances",
-            "one, with input and output",
-            "write a row for each",
-        )
-    data: Any = row.data
-    inner = {key: instances[0].get(key) for key in ("input", "output")}
-    return _alpaca(Row(data.changed(inner), row.origin))
-
-
-def _transcript(row: Row) -> Conversation:
-    return _conversation(row, read_transcript(row.data["text"], "text", row.origin), 0)
-
-
-def _conversation(row: Row, messages: Messages, first: int) -> Conversation:
-    """The conversation, if it has something to train and something to answer."""
-    context = untrained(messages, row.origin)
-    kwargs = template_kwargs_of(row)
-    made = Conversation(messages, row.origin, first, tools_of(row), context, template_kwargs=kwargs)
-    if not made.trained_turns() and context:
-        raise Untrained(
-            row.origin,
-            "messages: not to be trained",
-            "messages: every answer is flagged as not to be trained; the row is left out",
-        )
-    if not made.trained_turns():
-        fail_with(
-            row.origin,
-            "messages",
-            "got no assistant turn, wanted at least one to train on",
-            "add the answer or remove the row",
-        )
-    if messages[0]["role"] == "assistant":
-        fail_with(
-            row.origin,
-            "messages[0]",
-            "got an assistant turn, wanted a system or user turn before the first answer",
-            "add it",
-        )
-    return made
-
-
-_CONVERSATIONS = (
-    Form("messages", ("messages",), _messages),
-    Form("sharegpt", ("conversations",), _messages),
-    Form("completion", ("prompt", "completion|response"), _completion),
-    Form("alpaca", ("instruction", "output"), _alpaca),
-    Form("completion", ("instruction|question", "response"), _completion),
-    Form("gsm8k", ("question", "answer"), _gsm8k),
-    Form("seed_task", ("instruction", "instances"), _seed_task),
-    Form("completion", (f"{_PROMPT}|conversations|messages", "|".join(ANSWERS)), _completion),
-)
-# A transcript is also plain text, so this form must be named.
-_CONVERSATIONS += (Form("hh", ("text",), _transcript, by_name=True),)
 
 
 # Preferences
@@ -401,7 +285,7 @@ def _unpaired(row: Row, form: Form) -> Unpaired:
 
 _UNPAIRED = tuple(
     Form(each.name, (*each.needs, "label|kto_tag"), functools.partial(_unpaired, form=each))
-    for each in _CONVERSATIONS
+    for each in CONVERSATIONS
     if not each.by_name
 )
 
@@ -437,7 +321,7 @@ def _ranked_pair(row: Row) -> Ranked:
 
 
 _RANKED = (
-    Form("ranked", (_PROMPT, "answers|completions", "scores|ranks"), _ranked),
+    Form("ranked", (PROMPT, "answers|completions", "scores|ranks"), _ranked),
     Form("preference", ("chosen", "rejected"), _ranked_pair),
 )
 
@@ -467,8 +351,8 @@ def _graded(row: Row) -> Graded:
 
 
 _GRADED = (
-    Form("graded", (_PROMPT, "response|completion|output|answer", "scores"), _graded),
-    Form("graded", (_PROMPT, "response|completion|output|answer", "|".join(HELPSTEER)), _graded),
+    Form("graded", (PROMPT, "response|completion|output|answer", "scores"), _graded),
+    Form("graded", (PROMPT, "response|completion|output|answer", "|".join(HELPSTEER)), _graded),
 )
 
 
@@ -499,4 +383,4 @@ def _label(value: object, key: str, origin: str) -> float:
     return found
 
 
-_STEPS = (Form("steps", (_PROMPT, "completions|steps", "labels"), _steps),)
+_STEPS = (Form("steps", (PROMPT, "completions|steps", "labels"), _steps),)

@@ -429,9 +429,8 @@ class Checkpoints:
             self._manager.close()
         finally:
             self._remove_strays()
-            if (
-                self._failed
-            ):  # pending writes may recreate its folder, and fail until the process ends
+            if self._failed:
+                # Pending writes may recreate its folder, and fail until the process ends.
                 self.remove_unfinished()
             else:
                 self._quiet.__exit__(None, None, None)

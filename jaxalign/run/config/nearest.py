@@ -54,6 +54,8 @@ def hint(key: str, where: str, fields: Iterable[str], root: Any) -> str:
     """
     sections = _sections(root)
     option = _OPTIONS.get(key.lower().replace("-", "_"), "")
+    if "[" in where:  # an entry of a list, such as a reward, has keys of its own
+        option = ""
     if option.partition(".")[0] in sections:
         return f"did you mean {option}?"
     near = difflib.get_close_matches(key, fields, 1, 0.5)
