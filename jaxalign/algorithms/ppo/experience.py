@@ -23,7 +23,13 @@ import numpy as np
 
 from jaxalign.algorithms.ppo.advantages import CRITIC_FREE, Shaped, gae
 from jaxalign.algorithms.ppo.config import Config
-from jaxalign.algorithms.ppo.packing import RowPlan, pack_tokens, plan_rollout, unpack
+from jaxalign.algorithms.ppo.packing import (
+    RowPlan,
+    pack_tokens,
+    plan_rows,
+    tokens_and_start,
+    unpack,
+)
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
@@ -31,7 +37,7 @@ from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.parallel.host_memory import on_device
-from jaxalign.parallel.sharding import mesh_of, reshard_batch, shard_batch, use_mesh
+from jaxalign.parallel.sharding import mesh_of, reshard_batch, row_shards, shard_batch, use_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
 
 
@@ -85,11 +91,14 @@ def make_experience(
         if not config.pack_experience or experts is not None:
             return None
         tokens = _without_last_column(tokens)
-        plan = plan_rollout(
-            tokens,
-            tokens.loss_mask,
+        there, start = tokens_and_start(tokens, tokens.loss_mask)
+        plan = plan_rows(
+            there,
+            range(len(there)),
             sizes=config.pack_experience,
+            multiple=1 if mesh is None else row_shards(mesh),
             samples=config.samples if config.shared_prompts else 1,
+            start=start,
         )
         if plan is None:
             return None

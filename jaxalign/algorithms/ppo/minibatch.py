@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.algorithms.ppo.packing import pack_rows, plan_rows, without_answers
+from jaxalign.algorithms.ppo.packing import (
+    pack_rows,
+    plan_rows,
+    tokens_and_start,
+    without_answers,
+)
 from jaxalign.algorithms.ppo.rows import answer_mask_of
-from jaxalign.parallel.sharding import all_gather_rows, mesh_of, row_shards, shard_batch
+from jaxalign.parallel.sharding import mesh_of, row_shards, shard_batch
 from jaxalign.types import Array, RolloutBatch
 
 
@@ -61,10 +66,7 @@ def minibatches(
     tokens, start = None, 0
     if pack:
         rollout = without_answers(rollout)
-        tokens = all_gather_rows(rollout.tokens.segment_ids) > 0
-        # Answers begin in one column: the first that any of them is predicted in.
-        answers = all_gather_rows(jnp.asarray(answer_mask_of(rollout)))
-        start = int(answers.any(0).argmax())
+        tokens, start = tokens_and_start(rollout.tokens, jnp.asarray(answer_mask_of(rollout)))
     for order in _orders(key, epochs, rows, permutations):
         for part_rows in np.split(order, count):
             plan = None

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.parallel.sharding import all_gather_rows, mesh_of, row_shards
+from jaxalign.parallel.sharding import all_gather_rows
 from jaxalign.types import Array, RolloutBatch, TokenBatch
 
 
@@ -123,27 +123,15 @@ def plan_rows(
     return None
 
 
-def plan_rollout(
-    tokens: TokenBatch, answers: Array, *, sizes: int, samples: int = 1
-) -> RowPlan | None:
-    """Like `plan_rows`, for all rows of device arrays, which may lie on a mesh.
+def tokens_and_start(tokens: TokenBatch, answers: Array) -> tuple[np.ndarray, int]:
+    """What `plan_rows` needs of device arrays, which may lie on a mesh: `tokens` and `start`.
 
     Args:
       tokens: prompts and answers `[B, T]`.
       answers: bool `[B, T]`, where an answer's token is predicted. All answers begin in one column.
-      sizes: see `plan_rows`.
-      samples: see `plan_rows`.
     """
-    mesh = mesh_of(tokens)
     there, answered = all_gather_rows((tokens.segment_ids, answers))
-    return plan_rows(
-        there > 0,
-        range(len(there)),
-        sizes=sizes,
-        multiple=1 if mesh is None else row_shards(mesh),
-        samples=samples,
-        start=int(answered.any(0).argmax()),
-    )
+    return there > 0, int(answered.any(0).argmax())
 
 
 def _units(tokens: np.ndarray, answers: list[int], start: int, length: int) -> list[_Unit]:
