@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxalign.algorithms import ppo
-from jaxalign.algorithms.ppo.packing import packed_shape, plan_rows
+from jaxalign.algorithms.ppo.packing import packed_shape, plan_rows, unpack
 from jaxalign.algorithms.state import init_state
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, shard_batch
@@ -184,6 +184,15 @@ def test_every_branch_is_an_answer_to_the_averages(state, how):
         sums, _ = loss.terms(state.params, batch)
         found.append((sums["policy"], loss.count(batch)["policy"]))
     np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_values_go_back_where_they_come_from():
+    kept = np.array([[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+    plan = plan_rows(kept, range(3), sizes=12)
+    assert (plan.segment_ids == 0).any()  # padding, whose values go nowhere
+    packed = np.where(plan.segment_ids > 0, 10.0 * plan.row + plan.column + 1, 99.0)
+    want = np.where(kept, 10.0 * np.arange(3)[:, None] + np.arange(4) + 1, 0.0)
+    np.testing.assert_array_equal(unpack(packed.astype(np.float32), plan, (3, 4)), want)
 
 
 def test_groups_that_no_row_holds_are_cut_between_answers():
