@@ -23,6 +23,8 @@ from jaxalign.commands.bench.case import cached_rows, row_parts
 from jaxalign.rewards import model_reward
 from jaxalign.sampling.generate import sample
 
+ADAM = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
+
 
 def load(folder: str) -> tuple[Any, Any]:
     return ja.load_pretrained(folder, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32")
@@ -38,70 +40,55 @@ def generations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterato
 
 
 def iterations(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
+    """PPO with a reward model and a critic."""
     critic, rm_params = ja.load_pretrained(
         job.scorer, mesh=ja.make_mesh(data=-1, fsdp=1), compute_dtype="float32"
     )
     config = ppo.Config(
         max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0, pack_experience=job.pack
     )
-    adam = ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
-    tx = ppo.make_optimizer(ja.make_optimizer(adam), ja.make_optimizer(adam))
+    tx = ppo.make_optimizer(ja.make_optimizer(ADAM), ja.make_optimizer(ADAM))
     state = ja.init_state(ppo.init_params(params, rm_params), tx)
     prepare = ppo.make_prepare(model, critic, model_reward(critic, rm_params), config)
-    steps: dict[int, Any] = {}  # of every number of rows that a batch may have
+
+    def make_step(parts: int) -> Any:
+        return ppo.make_step(model, critic, tx, config, micro_batches=parts)
+
+    return updates(job, state, prepare, make_step, params, prompts)
+
+
+def grouped(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
+    """GRPO: several answers to each prompt, an update an iteration, a reward that costs nothing."""
+    config = ppo.Config(
+        max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0, samples=job.samples,
+        advantage_estimator="grpo", loss_aggregation="sequence", kl_in="loss", kl_estimator="k3",
+        kl_coef=0.04, pack_experience=job.pack, shared_prompts=True,
+    )  # fmt: skip
+    tx = ja.make_optimizer(ADAM)
+    state = ja.init_state(ppo.init_params(params), tx)
+
+    def reward(tokens: Any, prompts: Any) -> np.ndarray:
+        return np.asarray(tokens.inputs)[:, job.prompt_length].astype(np.float32) % 7
+
+    def make_step(parts: int) -> Any:
+        return ppo.make_step(model, None, tx, config, micro_batches=parts)
+
+    prepare = ppo.make_prepare(model, None, reward, config)
+    each = jax.tree.map(lambda x: x[:: job.samples], prompts)
+    return updates(job, state, prepare, make_step, params, each)
+
+
+def updates(
+    job: Rollouts, state: Any, prepare: Any, make_step: Any, params: Any, prompts: Any
+) -> Iterator[dict[str, Any]]:
+    """The iterations of a job; `make_step` makes the step of so many micro-batches."""
+    steps: dict[tuple[int, ...], Any] = {}  # of every shape that a batch may have
     reference = jax.tree.map(lambda x: x.copy(), params)
     for number, lengths in enumerate(job.steps):
         start = time.perf_counter()
         # The peer's answers end where its `generate` is told to; so do ours.
         ppo_prepare.sample = functools.partial(sample, lengths=np.array(lengths))
         rollout = prepare(jax.random.key(number), state, reference, prompts)
-        prepared = time.perf_counter()
-        metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout)]
-        for part in ppo.minibatches(
-            jax.random.key(number), rollout, epochs=job.epochs, count=1, pack=job.pack
-        ):
-            rows = part.tokens.inputs.shape[0]
-            if rows not in steps:
-                group = job.row_group or cached_rows(part.tokens.inputs.shape[1])
-                parts = row_parts(rows, group, jax.device_count())
-                of_rows = ppo.make_step(model, critic, tx, config, micro_batches=parts)
-                steps[rows] = ja.compile_step(of_rows, state)
-            state, of_step = steps[rows](state, part)
-            metrics.append(of_step)
-        logged = [{k: float(v) for k, v in x.items()} for x in metrics]
-        yield {
-            "written": int(np.asarray(rollout.tokens.loss_mask).sum()),
-            "prepare": round(prepared - start, 4),
-            "kl": logged[0]["objective/kl"],
-            "loss": logged[-1]["loss"],
-            "positions": int(part.tokens.inputs.size),
-            "compiles": sum(step.compiles for step in steps.values()),
-        }
-
-
-def grouped(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[dict[str, Any]]:
-    """GRPO: several answers to each prompt, an update an iteration, a reward that costs nothing."""
-    each = jax.tree.map(lambda x: x[:: job.samples], prompts)
-    config = ppo.Config(
-        max_new_tokens=job.new_tokens, pad_token=PAD, temperature=1.0, samples=job.samples,
-        advantage_estimator="grpo", loss_aggregation="sequence", kl_in="loss", kl_estimator="k3",
-        kl_coef=0.04, pack_experience=job.pack, shared_prompts=True,
-    )  # fmt: skip
-    tx = ja.make_optimizer(
-        ja.OptimizerConfig(learning_rate=3e-6, schedule="linear", total_steps=1000)
-    )
-    state = ja.init_state(ppo.init_params(params), tx)
-
-    def reward(tokens: Any, prompts: Any) -> np.ndarray:
-        return np.asarray(tokens.inputs)[:, job.prompt_length].astype(np.float32) % 7
-
-    prepare = ppo.make_prepare(model, None, reward, config)
-    steps: dict[tuple[int, ...], Any] = {}
-    reference = jax.tree.map(lambda x: x.copy(), params)
-    for number, lengths in enumerate(job.steps):
-        start = time.perf_counter()
-        ppo_prepare.sample = functools.partial(sample, lengths=np.array(lengths))
-        rollout = prepare(jax.random.key(number), state, reference, each)
         prepared = time.perf_counter()
         metrics: list[dict[str, jax.Array]] = [ppo.rollout_metrics(rollout, job.samples)]
         for part in ppo.minibatches(
@@ -111,8 +98,7 @@ def grouped(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[di
             if shape not in steps:
                 group = job.row_group or cached_rows(shape[1])
                 parts = row_parts(shape[0], group, jax.device_count())
-                of_rows = ppo.make_step(model, None, tx, config, micro_batches=parts)
-                steps[shape] = ja.compile_step(of_rows, state)
+                steps[shape] = ja.compile_step(make_step(parts), state)
             state, of_step = steps[shape](state, part)
             metrics.append(of_step)
         logged = [{k: float(v) for k, v in x.items()} for x in metrics]
@@ -122,6 +108,7 @@ def grouped(job: Rollouts, model: Any, params: Any, prompts: Any) -> Iterator[di
             "kl": logged[0]["objective/kl"],
             "loss": logged[-1]["loss"],
             "positions": int(part.tokens.inputs.size),
+            "compiles": sum(step.compiles for step in steps.values()),
         }
 
 
