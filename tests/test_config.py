@@ -18,6 +18,7 @@ from jaxalign.data import Source
 from jaxalign.losses.preference import option_names
 from jaxalign.models.lora import LoraConfig
 from jaxalign.rewards.specs import RewardSpec
+from jaxalign.run.config import nearest
 from jaxalign.run.config import runs as configs
 from jaxalign.run.config.early_stopping import EarlyStopping
 from jaxalign.run.config.eval_tasks import EvalTask
@@ -215,6 +216,11 @@ def test_written_and_read_again_is_the_same(tmp_path, algorithm):
     ("assignment", "told"),
     [
         ("data.lenght=8", "data.lenght: unknown key; did you mean data.length?"),
+        ("optimizer.lr=1", "optimizer.lr: unknown key; did you mean optimizer.learning_rate?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+        ("data.batch-size=1", "data.batch-size: unknown key; did you mean data.rows?"),
+        ("data.columns={}", "did you mean data.train: [{path: …, columns: …}]?"),
+        ("model.warmup_ratio=1", "did you mean optimizer.warmup_ratio?"),
         ("optimiser.eps=1", "optimiser: unknown key; did you mean optimizer?"),
         ("optimizer.learningrate=1", "did you mean optimizer.learning_rate?"),
         ("sft.log_entropie=true", "did you mean sft.log_entropy?"),
@@ -639,3 +645,14 @@ def test_every_option_is_read(cls):
     if cls is dpo.Config:  # passed on by their names in the table of losses
         found |= set(option_names())
     assert not options - found
+
+
+@pytest.mark.parametrize("option", nearest._ELSEWHERE)
+def test_the_option_that_a_key_of_others_means_is_there(option):
+    section, name = re.match(r"(\w+)\.(\w+)", option).groups()
+    inner = typing.get_type_hints(configs.SFTRun)[section]
+    assert name in {field.name for field in dataclasses.fields(inner)}
+    for key in nearest._ELSEWHERE[option].split():
+        assert option in nearest.hint(key, "", (), configs.SFTRun)
+    # An entry of a list has keys of its own.
+    assert nearest.hint("columns", "rewards[0].", ("kind",), configs.SFTRun) == "known: kind"

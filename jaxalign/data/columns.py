@@ -380,8 +380,10 @@ def template_kwargs_of(row: Row) -> dict[str, Any] | None:
     """The column `chat_template_kwargs`: variables of the template for this row."""
     value = row.data.get("chat_template_kwargs")
     if isinstance(value, str):
-        value = (parsed(value) or value) if value.strip() else None
-    if value in (None, {}, "{}"):
+        found = parsed(value)
+        absent = value.strip() in ("", "null")
+        value = None if absent else value if found is None else found
+    if value in (None, {}):
         return None
     if not isinstance(value, dict):
         fail(row.origin, "chat_template_kwargs", short(value), "an object of variable: value")

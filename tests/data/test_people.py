@@ -223,7 +223,8 @@ def test_variables_of_the_template_must_be_an_object():
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
     given = _talk(messages=turns, chat_template_kwargs='{"mood": "glad"}').template_kwargs
     assert given == {"mood": "glad"}
-    assert _talk(messages=turns, chat_template_kwargs="{}").template_kwargs is None
+    for absent in ("{}", " null ", "", None, {}):
+        assert _talk(messages=turns, chat_template_kwargs=absent).template_kwargs is None
     for wrong in ("glad", "[1]", ["mood"]):
         with pytest.raises(RowError, match=r"chat_template_kwargs: .*an object of variable: value"):
             _talk(messages=turns, chat_template_kwargs=wrong)

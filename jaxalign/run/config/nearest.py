@@ -13,10 +13,9 @@ _ELSEWHERE = {
     "data.length": "max_length max_seq_length max_seq_len seq_len sequence_length block_size "
     "context_length cutoff_len",
     "data.epochs": "num_epochs num_train_epochs n_epochs",
-    "data.train": "dataset datasets dataset_name train_file train_files files path",
+    "data.train": "dataset datasets dataset_name train_file train_files files",
     "data.train: [{path: …, columns: …}]": "columns",
     "data.train: [{path: …, form: …}]": "form",
-    "data.on_error": "skip_errors",
     "model.source": "model_name model_name_or_path base_model pretrained",
     "model.dtype": "torch_dtype precision param_dtype",
     "model.compute_dtype": "bf16 fp16",
