@@ -244,12 +244,18 @@ def test_the_day_of_the_first_start_stays(chat_models, tmp_path, monkeypatch, ca
         values["data"]["length"] = 64
         return load_config("sft", values, ["run.save_every=1", *more])
 
-    class Later(datetime.date):
+    class First(datetime.date):  # no day on which transformers' own clock could write the same
+        @classmethod
+        def today(cls):
+            return cls(2024, 5, 6)
+
+    class Later(First):
         @classmethod
         def today(cls):
             return cls(2031, 2, 3)
 
-    first = datetime.date.today().isoformat()
+    first = "2024-05-06"
+    monkeypatch.setattr(datetime, "date", First)
     loop.train(config("whole", 4))
     loop.train(config("parts", 2))
     monkeypatch.setattr(datetime, "date", Later)
