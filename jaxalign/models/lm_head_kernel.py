@@ -46,7 +46,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.exp_sum import ExpSum, exp_sum
+from jaxalign.models.exp_sum import ExpSum, exp_sum, exp_sum_beside
 from jaxalign.models.lm_head_split import HeadSplit, Operands, head_split
 
 Entropy = Literal["none", "value", "gradient"]
@@ -202,9 +202,9 @@ def _forward_shard(
     def chunk_step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         take = functools.partial(_take_chunk, i, chunk)
         z, top, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, D] → [R·c, V]
-        sums = exp_sum(z)
         column = take(targets) - first  # [R·c]
         chosen = jnp.take_along_axis(z, column[..., None], axis=-1, mode="clip")[..., 0]
+        sums = exp_sum_beside(z, column, chosen) if entropy == "none" else exp_sum(z)
         new = [top, chosen, *sums]
         if entropy != "none":
             logz = sums.log()[..., None]
@@ -216,30 +216,31 @@ def _forward_shard(
     zeros, ones = (fill(targets.shape, jnp.float32) for fill in (jnp.zeros, jnp.ones))  # [R, N]
     start = (zeros, zeros, ones, zeros) + ((zeros,) if entropy != "none" else ())
     count = _num_chunks(num_valid, targets.shape[1], chunk)
-    top, chosen, ties, rest, *means = jax.lax.fori_loop(0, count, chunk_step, start)
-    sums, mean = ExpSum(ties, rest), means[0] if means else zeros
+    top, chosen, apart, rest, *means = jax.lax.fori_loop(0, count, chunk_step, start)
+    sums, mean = ExpSum(apart, rest), means[0] if means else zeros
     if split.vocabulary:
         own = (targets >= first) & (targets < first + columns)
         top, chosen, sums, mean = _join_vocabulary(
-            split.vocabulary, temperature, own, top, chosen, sums, mean
+            split.vocabulary, temperature, entropy, own, top, chosen, sums, mean
         )
         if num_valid is not None:
             done = jnp.arange(targets.shape[1])[None] < count * chunk
             chosen, mean = (jnp.where(done, x, 0.0) for x in (chosen, mean))
-            sums = ExpSum(jnp.where(done, sums.ties, 1.0), jnp.where(done, sums.rest, 0.0))
+            sums = ExpSum(jnp.where(done, sums.apart, 1.0), jnp.where(done, sums.rest, 0.0))
     logz = sums.log()
     return Normalizers(top, logz, mean, chosen - logz), head
 
 
 def _join_vocabulary(
-    axes: tuple[str, ...], temperature: jax.Array, own: jax.Array, top: jax.Array,
-    chosen: jax.Array, sums: ExpSum, mean: jax.Array,
+    axes: tuple[str, ...], temperature: jax.Array, entropy: Entropy, own: jax.Array,
+    top: jax.Array, chosen: jax.Array, sums: ExpSum, mean: jax.Array,
 ) -> tuple[jax.Array, jax.Array, ExpSum, jax.Array]:  # fmt: skip
     """The results of one part of the vocabulary, joined with those of the other parts.
 
     Args:
       axes: mesh axes that shard the vocabulary.
       temperature: float32 scalar.
+      entropy: if "none", the target is what stands apart in `sums`; else the largest logits are.
       own: `[R, N]`, whether the target is in this part.
       top, chosen, sums, mean: the results of this part, `[R, N]`.
     """
@@ -247,9 +248,10 @@ def _join_vocabulary(
     shift = (top - largest) / temperature  # d_s
     logz = sums.log() + shift
     # If another part has a larger logit, this part's largest becomes one of the rest.
-    at_top = shift >= 0
-    rest = jnp.exp(shift) * (sums.rest + jnp.where(at_top, 0.0, sums.ties))
-    joined = ExpSum(*jax.lax.psum((jnp.where(at_top, sums.ties, 0.0), rest), axes))
+    stays = (shift >= 0) | (entropy == "none")
+    apart, moved = jnp.where(stays, sums.apart, 0.0), jnp.where(stays, 0.0, sums.apart)
+    scale = jnp.exp(shift)
+    joined = ExpSum(*jax.lax.psum((scale * apart, scale * (sums.rest + moved)), axes))
     mean = jnp.exp(logz - joined.log()) * (mean + shift)
     chosen = jnp.where(own, chosen + shift, 0.0)
     chosen, mean = jax.lax.psum((chosen, mean), axes)
@@ -410,9 +412,11 @@ def _total_shard(
         take = functools.partial(_take_chunk, i, chunk)
         states, column = take(hidden), take(targets)[..., None]
         z, _, pullback = _logits(finish, states, head, temperature)  # [R·c, D] → [R·c, V]
-        logz = exp_sum(z).log()  # [R·c]
+        value = jnp.take_along_axis(z, column, axis=-1, mode="clip")[..., 0]  # [R·c]
+        sums = exp_sum(z) if entropy else exp_sum_beside(z, column[..., 0], value)
+        logz = sums.log()
         probs = jnp.exp(z - logz[..., None])
-        logprobs = jnp.take_along_axis(z, column, axis=-1, mode="clip")[..., 0] - logz
+        logprobs = value - logz
         new = [logprobs]
         if entropy:
             new.append(logz - jnp.sum(probs * z, axis=-1))

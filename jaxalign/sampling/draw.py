@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.exp_sum import exp_sum
+from jaxalign.models.exp_sum import exp_sum_beside
 from jaxalign.parallel.sharding import constrain
 
 
@@ -59,7 +59,7 @@ def sample_tokens(
     )
     token = jax.lax.cond(greedy, lambda: _most_likely(scaled), lambda: _sample(keys, filtered))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, chosen - exp_sum(scaled).log()
+    return token, chosen - exp_sum_beside(scaled, token, chosen).log()
 
 
 def _most_likely(logits: jax.Array) -> jax.Array:

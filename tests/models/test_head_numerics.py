@@ -57,6 +57,9 @@ def measured(logits, targets, temperature, to_logprobs, to_entropy, kind):
     """The same by the fused head."""
 
     def total(hidden):
+        if kind == "none":
+            logprobs = target_logprobs(MODEL, HEAD, hidden, targets, temperature, chunk=5)
+            return jnp.sum(to_logprobs * logprobs), (logprobs,)
         entropy_gradient = kind == "gradient"
         logprobs, entropy = target_logprobs(
             MODEL, HEAD, hidden, targets, temperature,
@@ -71,9 +74,10 @@ def measured(logits, targets, temperature, to_logprobs, to_entropy, kind):
 
 def agree(got, want):
     """1e-6 relative: of each number, and of gradients of the largest entry of a position."""
-    for have, value in zip(got[:2], want[:2], strict=True):
+    *values, gradient = got  # with or without entropies
+    for have, value in zip(values, want[: len(values)], strict=True):
         np.testing.assert_allclose(have, value, rtol=1e-6, atol=1e-12)
-    error = np.abs(got[2] - want[2]).max(-1)
+    error = np.abs(gradient - want[2]).max(-1)
     np.testing.assert_array_less(error, 1e-6 * np.abs(want[2]).max(-1) + 1e-12)
 
 
@@ -84,20 +88,23 @@ def test_any_offset_and_temperature(offset, temperature):
     rng = np.random.default_rng(1)
     to_logprobs = rng.normal(size=targets.shape).astype(np.float32)
     to_entropy = np.zeros(targets.shape, np.float32)
-    for kind in ("value", "gradient"):
+    for kind in ("none", "value", "gradient"):
         got = measured(logits, targets, temperature, to_logprobs, to_entropy, kind)
         agree(got, exact(logits, targets, temperature, to_logprobs, to_entropy))
-        to_entropy = rng.normal(size=targets.shape).astype(np.float32)
+        if kind == "value":
+            to_entropy = rng.normal(size=targets.shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("offset", [100.0, 1e4])
-def test_the_sum_whose_gradient_is_formed_at_once(offset):
+def test_the_sum_whose_gradient_is_formed_at_once(offset, entropy):
     logits, targets = case(offset)
     mask = np.ones(targets.shape, bool)
 
     def total(hidden):
-        result = target_sum(MODEL, HEAD, hidden, targets, mask, entropy=True, chunk=5)
-        return result.total, (result.logprobs, result.entropy)
+        result = target_sum(MODEL, HEAD, hidden, targets, mask, entropy=entropy, chunk=5)
+        values = (result.logprobs, result.entropy) if entropy else (result.logprobs,)
+        return result.total, values
 
     (value, got), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
     weights = np.ones(targets.shape)
@@ -106,12 +113,15 @@ def test_the_sum_whose_gradient_is_formed_at_once(offset):
     np.testing.assert_allclose(value, want[0].sum(), rtol=1e-6)
 
 
-def test_a_vocabulary_over_devices():
+@pytest.mark.parametrize("kind", ["none", "gradient"])
+def test_a_vocabulary_over_devices(kind):
     """Each part has a maximum of its own; some parts hold ties with the largest of all."""
     logits, targets = case(1e4)
     mesh = make_mesh(data=1, fsdp=1, tensor=4, devices=jax.devices()[:4])
     rng = np.random.default_rng(1)
     weights = [rng.normal(size=targets.shape).astype(np.float32) for _ in range(2)]
+    if kind == "none":
+        weights[1] = np.zeros_like(weights[1])
     with jax.set_mesh(mesh):
-        got = jax.device_get(measured(logits, targets, 0.1, *weights, "gradient"))
+        got = jax.device_get(measured(logits, targets, 0.1, *weights, kind))
     agree(got, exact(logits, targets, 0.1, *weights))
