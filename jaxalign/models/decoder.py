@@ -31,7 +31,7 @@ from jaxalign.models.attention.dispatch import (
     check_kind,
     report_fallback,
 )
-from jaxalign.models.attention.kv_cache import Cache, empty_cache, split, to_cache
+from jaxalign.models.attention.kv_cache import Cache, empty_cache, split, to_cache, write_columns
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, LoraConfig
@@ -360,9 +360,9 @@ class Decoder:
           Hidden states `[B, T, D]` of the new tokens, and the updated cache.
         """
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
-        segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.used))
+        segments = write_columns(cache.segment_ids, segment_ids, cache.used, axis=1)
         positions = jnp.asarray(positions, jnp.int32)
-        key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
+        key_positions = write_columns(cache.positions, positions, cache.used, axis=1)
         query, key = Segments(segment_ids, positions), Segments(segments, key_positions)
         mask = MaskSpec(query, key, cached=True)  # T queries, S columns of the cache
         inputs_of = attention_inputs(self.config, mask, matrix=True)
@@ -379,8 +379,7 @@ class Decoder:
             )
             if experts is not None and routing is not None:
                 new = expert_numbers(routing, self.config)
-                at = (0, cache.used, 0)
-                taken.append(jax.lax.dynamic_update_slice(experts[layer], new, at))
+                taken.append(write_columns(experts[layer], new, cache.used, axis=1))
             x = constrain(x, "rows new hidden")
         used = cache.used + segment_ids.shape[1]
         experts = None if experts is None else tuple(taken)

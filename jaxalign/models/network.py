@@ -69,7 +69,7 @@ class Block(nnx.Module):
           x: `[B, T, D]`, T new tokens of each row.
           inputs: as for a call; the mask is a matrix `[B, 1, T, S]`.
           keys, values: this layer's cache, `[B, K, S, head_dim]`.
-          used: int32 scalar, the column to write next.
+          used: the column to write next, an int32 scalar or `[B]`.
         """
         query, key, value = self._project(x, inputs)
         keys, values = write(keys, key, used), write(values, value, used)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxalign.models.backend import backend
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.moe import expert_dtype
@@ -21,6 +22,8 @@ from jaxalign.run.tasks.ppo import RolloutParts, name_of
 from jaxalign.run.tasks.shapes import array, as_shapes
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
+from jaxalign.sampling.speculate import advance_until, begin, widen
+from jaxalign.sampling.weights import convert
 from jaxalign.types import Params, RolloutBatch, Scores, TokenBatch, TrainState
 
 # Scalars and keys have no sharding where a run makes them without a mesh in context.
@@ -53,7 +56,10 @@ def _compile_sampling(
     """Compiles the programs of `sampling.generate.sample`."""
     model, mesh, options = parts.policy, compiler.mesh, parts.options
     rules = config.mesh.rules_of.get("rollout")
-    known = () if rules else policy  # else it has its own copy while it generates
+    if options.sampling_weights is not None:
+        model, policy = _narrower(compiler, model, policy, options.sampling_weights)
+    # With rules or in fewer bits, it has its own copy while it generates.
+    known = () if rules or options.sampling_weights is not None else policy
     params = reshard_by_rules(policy, model, mesh, rules, ShapeLoader())
     length, new = config.data.length, options.max_new_tokens
     answers = config.data.rows * options.samples
@@ -84,14 +90,18 @@ def _compile_sampling(
                 model, params, tokens, mask, first, kind, keep_experts=options.router_replay
             )
 
-    log("compiling empty slots …")
-    lowered = lower_slots()
-    state = _results(lowered, lowered.compile())
     compiled = compiler(
         "prefill", lower_prefill, known=known, batch=(tokens, mask),
         times=math.ceil(config.data.rows / group), made="cache",
         useful=row_flops(model.config, group, length, head=False),
     )  # fmt: skip
+    if options.speculate:
+        prompts = _results(lower_prefill(), compiled)
+        _compile_speculation(compiler, model, params, known, prompts, tokens, sampling, options)
+        return
+    log("compiling empty slots …")
+    lowered = lower_slots()
+    state = _results(lowered, lowered.compile())
     # The slots are there before the prompts are read.
     prefill = compiler.done[-1]
     cache = prefill.cache + device_bytes(state)
@@ -113,6 +123,65 @@ def _compile_sampling(
         "decode", lower_decode, known=known, batch=(tokens, mask), cache=(state, prompts),
         trips=math.ceil(new / loops), times=math.ceil(answers / slots), useful=written + head,
     )  # fmt: skip
+
+
+def _compile_speculation(
+    compiler: Compiler, model: Any, params: Params, known: Any, prompts: Any, tokens: Any,
+    sampling: Sampling, options: Any,
+) -> None:  # fmt: skip
+    """Compiles the decode loop with drafts, for its last and largest cache.
+
+    Its costs are those of a step for each token, as if no draft were ever accepted.
+    """
+    (count, length), new = tokens.shape, options.max_new_tokens
+    answers, mesh, ahead = count * options.samples, compiler.mesh, options.speculate
+    key = as_shapes(jax.eval_shape(lambda: jax.random.key(0)))
+    number = array(dtype=jnp.int32)
+    with use_mesh(mesh):
+        if backend().decode_weights_by_layer:
+            lowered = jax.jit(model.by_layer).lower(params)
+            params = _results(lowered, lowered.compile())
+
+    def lower_begin() -> Any:
+        with use_mesh(mesh):
+            return begin.lower(
+                model, params, prompts, tokens, array(answers, dtype=jnp.int32), key, sampling,
+                samples=options.samples, longest=new, speculate=ahead,
+            )  # fmt: skip
+
+    begun = _results(lower_begin(), lower_begin().compile())
+
+    def lower_widen() -> Any:
+        with use_mesh(mesh):
+            return widen.lower(begun, columns=length + new + ahead)
+
+    begun = _results(lower_widen(), lower_widen().compile())
+
+    def lower_loop() -> Any:
+        with use_mesh(mesh):
+            return advance_until.lower(
+                model, params, begun, key, sampling, number,
+                prompt_length=length, stage_end=new, speculate=ahead,
+            )  # fmt: skip
+
+    written = row_flops(model.config, answers, length + new, head=False)
+    written -= row_flops(model.config, answers, length, head=False)
+    head = 2.0 * answers * new * model.config.hidden_size * model.config.vocab_size
+    compiler(
+        "decode", lower_loop, known=known, cache=(begun, prompts), trips=new, useful=written + head
+    )
+
+
+def _narrower(compiler: Compiler, model: Any, policy: Params, kind: str) -> tuple[Any, Params]:
+    """The model and the weights that sampling reads, see `sampling.weights`."""
+    if kind == "int8":
+        model = dataclasses.replace(model, quantize=kind)
+
+    def lower() -> Any:
+        with use_mesh(compiler.mesh):
+            return convert.lower(model, policy, kind)
+
+    return model, _results(lower(), compiler("sampling weights", lower, known=policy))
 
 
 def _results(lowered: Any, compiled: Any) -> Any:

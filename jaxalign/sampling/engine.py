@@ -229,6 +229,17 @@ def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     )
 
 
+def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
+    """Every prompt `samples` times, one copy for each of its answers."""
+
+    def repeat(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, samples, axis=0)  # [Q, …] → [Q · samples, …]
+
+    # `used`, the only scalar, is the same for all rows.
+    cache = jax.tree.map(lambda x: repeat(x) if x.ndim else x, prompts.cache)
+    return Prompts(cache, repeat(prompts.last_hidden), repeat(prompts.length), prompts.first)
+
+
 def fill_all(slots: Slots, prompts: Prompts, samples: int) -> Slots:
     """Fills all slots if there is one for every answer: slot r takes answer r."""
 

@@ -28,6 +28,7 @@ from jaxalign.parallel.sharding import (
 )
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts
+from jaxalign.sampling.speculate import decode_speculative
 from jaxalign.sampling.stream import TextPieces, Watch, decode_watched
 from jaxalign.types import Array, Params, PromptBatch
 
@@ -67,6 +68,7 @@ class EngineOptions:
       slots: answers generated at a time.
       cache_dtype: dtype of keys and values.
       keep_experts: whether the experts that tokens take are kept.
+      speculate: draft tokens of a step; 0: no drafts.
     """
 
     max_new_tokens: int
@@ -74,6 +76,7 @@ class EngineOptions:
     slots: int
     cache_dtype: str
     keep_experts: bool = False
+    speculate: int = 0
 
 
 def sample(
@@ -96,6 +99,7 @@ def sample(
     rules: Rules | None = None,
     watch: Watch | None = None,
     keep_experts: bool = False,
+    speculate: int = 0,
 ) -> Generation:
     """Samples answers to every prompt.
 
@@ -128,6 +132,9 @@ def sample(
       watch: called every few steps with the tokens so far; it does not change the answers. It
         requires a slot for every answer. None: no call.
       keep_experts: also return the experts that tokens take; for mixtures of experts only.
+      speculate: up to this many tokens of a step are drafted by looking up the newest tokens in
+        the prompt and the answer so far (`jaxalign.sampling.speculate`). The answers stay the same;
+        text that repeats takes fewer steps. It requires a slot for every answer. 0: no drafts.
 
     Raises:
       ValueError: a value out of its range, or `keep_experts` for a model without experts.
@@ -140,6 +147,11 @@ def sample(
         raise ValueError(f"slots={slots} with watch: wanted None, a slot for every answer")
     if watch is not None and keep_experts:
         raise ValueError("keep_experts=True with watch: wanted one of them")
+    if speculate and (slots is not None or keep_experts or speculate < 0):
+        raise ValueError(
+            f"speculate={speculate} with slots={slots} and keep_experts={keep_experts}: wanted a "
+            "positive integer, slots=None (a slot for every answer) and keep_experts=False"
+        )
     if keep_experts and not model.config.num_experts:
         raise ValueError("keep_experts=True: the model is no mixture of experts; leave it out")
     sampling = _sampling(temperature, top_k, top_p, stop_tokens, pad_token)
@@ -151,6 +163,7 @@ def sample(
         slots=answers if slots is None else min(slots, answers),
         cache_dtype=jnp.dtype(model.compute_dtype if cache_dtype is None else cache_dtype).name,
         keep_experts=keep_experts,
+        speculate=speculate,
     )
     home = mesh_of(params)
     with use_rules(rules):
@@ -219,6 +232,15 @@ def _run(
             f"{row_shards(mesh)} shards of rows; use a multiple"
         )
     dtype = options.cache_dtype
+    if options.speculate:
+        with use_mesh(mesh):
+            prefilled = read_prompts(model, params, *prompts[:2], jnp.int32(0), dtype)
+            tokens, logprobs, ends, steps = decode_speculative(
+                model, params, prefilled, prompts.tokens, limits, key, sampling, samples=samples,
+                max_new_tokens=options.max_new_tokens, speculate=options.speculate, watch=watch,
+            )  # fmt: skip
+            mask, finished = _ends(tokens, ends, sampling.stop_tokens)
+        return Generation(tokens, logprobs, mask, finished, steps)
     with use_mesh(mesh):
         state = empty_slots(
             model,
@@ -307,6 +329,7 @@ def generate(
     thinking: str = "auto",
     chat_template_kwargs: dict[str, Any] | None = None,
     rows: int = 16,
+    speculate: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Answers prompts in text.
@@ -328,6 +351,8 @@ def generate(
         "auto" close the reasoning block, as in training on answers without reasoning.
       chat_template_kwargs: further variables of the template, as a JSON object.
       rows: prompts decoded at a time.
+      speculate: draft up to this many tokens of a step from the text so far; the answers stay the
+        same, and text that repeats takes fewer steps. 0 is off.
       on_text: called with pieces of the answer to a single prompt, while it is sampled. A piece
         never ends inside a character, and the joined pieces equal the returned answer.
 
@@ -393,6 +418,7 @@ def generate(
             top_p=top_p,
             stop_tokens=stops,
             pad_token=pad,
+            speculate=speculate,
             watch=None if pieces is None else pieces.watch,
         )
         tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)

@@ -31,7 +31,8 @@ def compiled_texts(folder):
 def without_places(text):
     """A program without the lines of Python that it came from."""
     lines = [line for line in text.splitlines() if not line.startswith("#loc")]
-    return re.sub(r' loc\((?:"[^"]*"(?:\([^()]*\))?|[^()"]*)\)', "", "\n".join(lines))
+    place = r'"[^"]*"(?:\([^()]*\))?|callsite\([^()]*\)|[^()"]*'
+    return re.sub(rf" loc\((?:{place})\)", "", "\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,11 @@ def without_places(text):
             "ppo",
             {"ppo": {"stop_tokens": [2], "samples": 2}, "data": {"rows": 8}},
             {"prefill", "decode", "score", "experience", "update"},
+        ),
+        (
+            "ppo",
+            {"ppo": {"stop_tokens": [2], "speculate": 2, "sampling_weights": "int8"}},
+            {"sampling weights", "prefill", "decode", "score", "experience", "update"},
         ),
     ],
 )

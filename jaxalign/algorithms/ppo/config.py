@@ -6,6 +6,7 @@ import dataclasses
 
 from jaxalign.losses import advantages, aggregate
 from jaxalign.losses import ppo as losses
+from jaxalign.sampling.weights import WEIGHTS
 
 ESTIMATORS = ("gae", "rloo", "grpo", "reinforce++", "reinforce++_baseline")
 _COMPARING = ("rloo", "grpo", "reinforce++_baseline")
@@ -33,7 +34,10 @@ class Config:
         differs from the distribution whose log-probabilities are trained.
       samples: answers per prompt; more than one for estimators that compare them.
       slots: answers sampled at a time, see `sample`; None: all.
+      speculate: draft tokens of a decode step, see `sample`; 0: none. It requires `slots=None`.
       cache_dtype: dtype of the key-value cache while sampling; None: the model's compute dtype.
+      sampling_weights: "bfloat16" or "int8": sampling reads a copy of the weights in fewer bits,
+        made anew for every rollout; None: the weights themselves. See `jaxalign.sampling.weights`.
       logprob_tolerance: the largest mean |sampler − trainer| difference of log-probabilities, in
         nats per token, that `prepare` accepts; above it the run stops.
       router_replay: for a mixture of experts: the trainer's passes use the experts that the sampler
@@ -94,7 +98,9 @@ class Config:
     top_p: float = 1.0
     samples: int = 1
     slots: int | None = None
+    speculate: int = 0
     cache_dtype: str | None = None
+    sampling_weights: str | None = None
     logprob_tolerance: float = 0.05
     router_replay: bool = False
     pack_experience: int = 0
@@ -202,6 +208,11 @@ def _check_options(config: Config) -> None:
     alone = config.shared_prompts and config.samples == 1
     want(not alone, "shared_prompts", "False with samples=1: one answer has its prompt to itself")
     want(config.slots is None or config.slots >= 1, "slots", "a positive integer, or null")
+    want(config.speculate >= 0, "speculate", "0 (off) or a positive integer")
+    whole = config.slots is None and not config.router_replay
+    want(whole or not config.speculate, "speculate", "0 with slots or router_replay")
+    wanted = f"{', '.join(WEIGHTS)} or null"
+    want(config.sampling_weights in (None, *WEIGHTS), "sampling_weights", wanted)
     wanted = f"{', '.join(_CACHE_DTYPES)} or null"
     want(config.cache_dtype in (None, *_CACHE_DTYPES), "cache_dtype", wanted)
     want(config.temperature > 0, "temperature", "a positive number (sampling, not greedy)")

@@ -31,6 +31,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.rules import Rules
 from jaxalign.parallel.sharding import all_gather_rows, local_rows, mesh_of, shard_batch, use_mesh
 from jaxalign.sampling.generate import Generation, sample
+from jaxalign.sampling.weights import sampling_weights
 from jaxalign.types import (
     Array,
     Params,
@@ -156,6 +157,8 @@ def sample_answers(
     Returns:
       (the prompts, each repeated for its answers; the answers; prompts and answers joined as rows).
     """
+    home = mesh_of(params)
+    model, params = sampling_weights(model, params, config.sampling_weights)
     answers = sample(
         model,
         params,
@@ -173,8 +176,9 @@ def sample_answers(
         mesh=mesh,
         rules=rules,
         keep_experts=config.router_replay,
+        speculate=config.speculate,
     )
-    with use_mesh(mesh_of(params)):
+    with use_mesh(home):
         if config.samples > 1:
             prompts = _repeat(prompts, config.samples)
         return prompts, answers, _join(prompts, answers, config.pad_token)

@@ -8,6 +8,7 @@ products take.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class Cache(NamedTuple):
       values: for each layer `[B, K, S, head_dim]`.
       segment_ids: int32 `[B, S]`; 0 for empty columns and padding.
       positions: int32 `[B, S]`.
-      used: int32 scalar, the next column to write.
+      used: the next column to write: an int32 scalar, or `[B]`, a column for each row.
       experts: for each layer integers `[B, S, k]`, the experts of each token. None: not kept.
     """
 
@@ -105,8 +106,18 @@ def to_cache(x: jax.Array, dtype: Any) -> jax.Array:
 
 def write(layer: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
     """Writes the keys or values of T new tokens, `[B, T, K, head_dim]`, from column `used` on."""
-    new = to_cache(new, layer.dtype).transpose(0, 2, 1, 3)
-    return jax.lax.dynamic_update_slice(layer, new, (0, 0, used, 0))
+    return write_columns(layer, to_cache(new, layer.dtype).transpose(0, 2, 1, 3), used, axis=2)
+
+
+def write_columns(into: jax.Array, new: jax.Array, used: jax.Array, axis: int) -> jax.Array:
+    """Writes `new` into `into`, from index `used` of an axis on, which is a scalar or `[B]`.
+
+    With one column for all rows this is an update in place; a column for each row is a scatter.
+    """
+    if used.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(into, new, used, axis)
+    row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return jax.vmap(row)(into, new, used)
 
 
 def attend_cached(
