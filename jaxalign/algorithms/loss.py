@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.base import LanguageModel, ScalarModel, read, read_counts
+from jaxalign.models.ops import take_columns
 from jaxalign.types import Array, Params, TokenBatch, Weighted
 
 Sums = dict[str, Array]
@@ -86,12 +87,19 @@ class HiddenLoss(NamedTuple):
       terms: (parameters, hidden states `[R, T, D]`, batch) → `Terms`.
       token_weights: whether the loss uses `TokenBatch.weights`; if not, rows with weights are an
         error.
+      columns: batch → int32 `[R, Q]`, the columns whose hidden states `terms` gets, then `[R, Q,
+        D]`. The model may save work elsewhere. None, here or as a result: all columns.
     """
 
     tokens: Callable[[Any], TokenBatch]
     count: Callable[[Any], Sums]
     terms: Callable[[Params, jax.Array, Any], Terms]
     token_weights: bool = False
+    columns: Callable[[Any], Array | None] | None = None
+
+    def columns_of(self, batch: Any) -> Array | None:
+        """The columns of a batch that `terms` reads; None: all."""
+        return None if self.columns is None else self.columns(batch)
 
 
 def run_model(
@@ -114,7 +122,7 @@ def run_model(
                 "TokenBatch.weights: this loss has no weights of tokens, wanted None; SFT has, and "
                 "pairs have PairBatch.weights"
             )
-        hidden, extra = read(model, own, tokens)
+        hidden, extra = read(model, own, tokens, loss.columns_of(batch))
         terms = loss.terms(params, hidden, batch)
         added = {f"{prefix}{name}": term for name, term in extra.items()}
         sums = {name: term.total for name, term in added.items()}
@@ -156,19 +164,28 @@ def with_model_terms(
 
 
 def join_losses(*losses: HiddenLoss) -> HiddenLoss:
-    """Joins several losses on the hidden states of the same rows, which the first loss selects."""
+    """Joins several losses on the hidden states of the same rows, which the first loss selects.
+
+    All columns are read unless all losses read those of one function.
+    """
+    together = all(loss.columns is losses[0].columns for loss in losses)
 
     def count(batch: Any) -> Sums:
         return _added(loss.count(batch) for loss in losses)
 
+    def part_of(loss: HiddenLoss, hidden: jax.Array, batch: Any) -> jax.Array:
+        columns = None if together else loss.columns_of(batch)
+        return hidden if columns is None else take_columns(hidden, jnp.asarray(columns))
+
     def terms(params: Params, hidden: jax.Array, batch: Any) -> Terms:
-        parts = [loss.terms(params, hidden, batch) for loss in losses]
+        parts = [loss.terms(params, part_of(loss, hidden, batch), batch) for loss in losses]
         return parts[0]._replace(
             sums=_added(part.sums for part in parts),
             metrics=_added(part.metrics for part in parts),
         )
 
-    return HiddenLoss(losses[0].tokens, count, terms)
+    columns = losses[0].columns if together else None
+    return HiddenLoss(losses[0].tokens, count, terms, columns=columns)
 
 
 def add_losses(*losses: Loss) -> Loss:

@@ -16,12 +16,12 @@ from jaxalign.algorithms.by_source import source_of_rows
 from jaxalign.algorithms.loss import Entries, Figures, HiddenLoss, Sums, Terms
 from jaxalign.algorithms.pairs import Pairs, layout, pair_mask, pair_sources
 from jaxalign.losses.graded import squared_error
-from jaxalign.losses.masked import as_bool, keep, weighted
+from jaxalign.losses.masked import as_bool, keep, last_index, weighted
 from jaxalign.losses.process import step_bce
 from jaxalign.losses.ranking import all_pairs, better, plackett_luce
 from jaxalign.losses.reward import bradley_terry
 from jaxalign.models.base import ScalarModel
-from jaxalign.models.scorer import Scorer, last_hidden
+from jaxalign.models.scorer import Scorer
 from jaxalign.types import Array, GradedBatch, Params, RankedBatch, StepBatch, TokenBatch
 
 Examples = dict[str, jax.Array]
@@ -50,6 +50,10 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         mask = pair_mask(batch)
         return {"preference": weighted(mask, mask, batch.weights).weight}
 
+    def ends(batch: Pairs) -> jax.Array:
+        rows = layout(batch)
+        return last_index(rows.sides, rows.count)
+
     def sides(scores: jax.Array, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Mask before the arithmetic: a NaN in an empty slot must not reach a gradient.
         mask = pair_mask(batch)
@@ -57,8 +61,7 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         return keep(chosen, mask), keep(rejected, mask), mask
 
     def terms(params: Params, hidden: jax.Array, batch: Pairs) -> Terms:
-        rows = layout(batch)
-        scores = scorer.scores(params, last_hidden(hidden, rows.sides, rows.count))
+        scores = scorer.scores(params, hidden)  # [R, S]
         chosen, rejected, mask = sides(scores, batch)
         margin = None if batch.margin is None else keep(batch.margin, mask)
         losses = bradley_terry(chosen, rejected, margin, center_coef, label_smoothing)
@@ -76,7 +79,8 @@ def pairs(scorer: ScalarModel, center_coef: float, label_smoothing: float) -> Ob
         arrays = {"chosen": chosen, "rejected": rejected, "mask": mask}
         return _with_source(arrays, pair_sources(batch))
 
-    return Objective(HiddenLoss(lambda batch: layout(batch).tokens, count, terms), examples)
+    loss = HiddenLoss(lambda batch: layout(batch).tokens, count, terms, columns=ends)
+    return Objective(loss, examples)
 
 
 def ranking(
@@ -101,8 +105,7 @@ def ranking(
         return source_of_rows(jax.tree.map(lambda x: x[:, 0], batch.answers))
 
     def terms(params: Params, hidden: jax.Array, batch: RankedBatch) -> Terms:
-        last = last_hidden(hidden, tokens(batch).segment_ids)
-        outputs = scorer.scores(params, last).reshape(batch.mask.shape)  # [B, K]
+        outputs = scorer.scores(params, hidden).reshape(batch.mask.shape)  # [B · K, 1] → [B, K]
         exists, pairs, ranked = order(batch)
         scores = keep(outputs, exists)
         if kind == "plackett_luce":
@@ -129,7 +132,10 @@ def ranking(
         }
         return _with_source(arrays, source(batch))
 
-    return Objective(HiddenLoss(tokens, count, terms), examples)
+    def ends(batch: RankedBatch) -> jax.Array:
+        return last_index(tokens(batch).segment_ids, 1)
+
+    return Objective(HiddenLoss(tokens, count, terms, columns=ends), examples)
 
 
 def regression(scorer: Scorer) -> Objective:
@@ -139,8 +145,7 @@ def regression(scorer: Scorer) -> Objective:
         return {"mse": jnp.sum(as_bool(batch.mask), dtype=jnp.float32)}
 
     def terms(params: Params, hidden: jax.Array, batch: GradedBatch) -> Terms:
-        last = last_hidden(hidden, batch.tokens.segment_ids)
-        scores = scorer.outputs(params, last)[:, 0]  # [B, A]
+        scores = scorer.outputs(params, hidden)[:, 0]  # [B, 1, A] → [B, A]
         if batch.mask.shape[1] != len(scorer.attributes):
             raise ValueError(
                 f"a batch with {batch.mask.shape[1]} grades an answer, for a reward model with the "
@@ -163,7 +168,11 @@ def regression(scorer: Scorer) -> Objective:
         arrays = {"scores": keep(scores, mask), "grades": keep(batch.scores, mask), "mask": mask}
         return _with_source(arrays, source_of_rows(batch.tokens))
 
-    return Objective(HiddenLoss(lambda batch: batch.tokens, count, terms), examples)
+    def ends(batch: GradedBatch) -> jax.Array:
+        return last_index(batch.tokens.segment_ids, 1)
+
+    loss = HiddenLoss(lambda batch: batch.tokens, count, terms, columns=ends)
+    return Objective(loss, examples)
 
 
 def steps(scorer: ScalarModel) -> Objective:

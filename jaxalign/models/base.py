@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any, Protocol
 
@@ -274,20 +275,23 @@ class ScalarModel(Protocol):
         ...
 
 
-def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dict[str, Weighted]]:
+def read(
+    model: Any, params: Params, tokens: TokenBatch, columns: Array | None = None
+) -> tuple[jax.Array, dict[str, Weighted]]:
     """Runs a model over a batch: what algorithms call instead of `model.apply`.
 
     Args:
       model: a `LanguageModel` or `ScalarModel`. It may offer more than those protocols require:
         `apply(…, branch_ids=…)`, `apply(…, noise=…)` and `apply(…, experts=…)`, needed only for
-        batches with branches, noise or experts; and `extra_terms` with `apply_with_losses`, if it
-        has its own loss terms.
+        batches with branches, noise or experts; `apply(…, columns=…)`, which may save work; and
+        `extra_terms` with `apply_with_losses`, if it has its own loss terms.
       params: its parameters.
       tokens: the batch.
+      columns: int32 `[B, Q]`, the columns whose hidden states are read; None: all.
 
     Returns:
-      (hidden states `[B, T, D]`, the model's own loss terms by name, already scaled: `router` for a
-      mixture of experts, else none). `read_counts` gives the terms' weights.
+      (hidden states `[B, T, D]`, or `[B, Q, D]`; the model's own loss terms by name, already
+      scaled: `router` for a mixture of experts, else none). `read_counts` gives the terms' weights.
 
     Raises:
       ValueError: a `loss_mask` of floats.
@@ -305,9 +309,16 @@ def read(model: Any, params: Params, tokens: TokenBatch) -> tuple[jax.Array, dic
     # Placeholder batches have an array in every field; that does not mean replay.
     if tokens.experts is not None and jnp.ndim(tokens.experts) == 4:
         more["experts"] = tokens.experts
-    run = model.apply_with_losses if getattr(model, "extra_terms", ()) else model.apply
+    has_terms = bool(getattr(model, "extra_terms", ()))
+    run = model.apply_with_losses if has_terms else model.apply
+    itself = columns is not None and "columns" in inspect.signature(run).parameters
+    if itself:
+        more["columns"] = columns
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
-    return out if getattr(model, "extra_terms", ()) else (out, {})
+    hidden, terms = out if has_terms else (out, {})
+    if columns is not None and not itself:
+        hidden = jnp.take_along_axis(hidden, jnp.asarray(columns)[..., None], axis=1)
+    return hidden, terms
 
 
 def read_counts(model: Any, tokens: TokenBatch) -> dict[str, jax.Array]:

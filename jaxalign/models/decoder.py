@@ -39,11 +39,11 @@ from jaxalign.models.embedding_noise import draw_noise
 from jaxalign.models.layers import make_norm
 from jaxalign.models.moe import Routing, expert_dtype, expert_numbers
 from jaxalign.models.network import Block, Stack, abstract_block, abstract_stack, with_values
-from jaxalign.models.ops import look_up
+from jaxalign.models.ops import look_up, take_columns
 from jaxalign.models.per_layer import LayerAttributes, attention_inputs, layer_attributes
 from jaxalign.models.quantized import check_kind as check_quantize
 from jaxalign.models.rows import Rows, layer_rows, like_rows, pad_to_shards
-from jaxalign.parallel.sharding import constrain
+from jaxalign.parallel.sharding import axis_shards, constrain
 from jaxalign.parallel.zigzag import from_zigzag
 from jaxalign.types import Array, EmbeddingNoise, Params, Weighted
 
@@ -62,8 +62,8 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 input; the block's input, in the host's memory."""
 
 
-def _layer(stacked: Any, layer: int) -> Any:
-    """One layer of a pytree of arrays `[L, …]`."""
+def _layer(stacked: Any, layer: int | slice) -> Any:
+    """One layer, or several, of a pytree of arrays `[L, …]`."""
     return jax.tree.map(lambda x: x[layer], stacked)
 
 
@@ -137,6 +137,7 @@ class Decoder:
         branch_ids: Array | None = None,
         noise: EmbeddingNoise | None = None,
         experts: Array | None = None,
+        columns: Array | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -151,11 +152,15 @@ class Decoder:
           noise: noise for the embeddings, added before `embed_scale`. By default there is none.
           experts: integers `[B, T, L, k]`, the experts that tokens take in each layer. By default
             the routers choose.
+          columns: int32 `[B, Q]`, the columns whose hidden states are wanted, which may save most
+            of the last layer. By default all.
 
         Returns:
-          Hidden states `[B, T, D]` after the final norm, in `compute_dtype`.
+          Hidden states `[B, T, D]`, or `[B, Q, D]`, after the final norm, in `compute_dtype`.
         """
-        return self._run(params, inputs, positions, segment_ids, branch_ids, noise, experts)[0]
+        return self._run(
+            params, inputs, positions, segment_ids, branch_ids, noise, experts, columns
+        )[0]
 
     def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
         """The kind of attention for rows of this length, and why.
@@ -211,7 +216,7 @@ class Decoder:
     def _run(
         self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
         branch_ids: Array | None, noise: EmbeddingNoise | None = None,
-        experts: Array | None = None, *, collect: bool = False,
+        experts: Array | None = None, columns: Array | None = None, *, collect: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Hidden states `[B, T, D]`; with `collect` also the routing, summed over layers."""
         config = self.config
@@ -257,12 +262,28 @@ class Decoder:
         if experts is not None:  # [B, T, L, k] → [L, B, T, k]
             experts = jnp.moveaxis(like_rows(experts, inputs.shape[1], zigzag), 2, 0)
         layers = (self._stacked(params), layer_attributes(config), experts)  # [L, …] each
-        unroll = config.num_layers if config.num_layers <= backend().unrolled_layers else 1
+        unrolled = config.num_layers <= backend().unrolled_layers
+        unroll = config.num_layers if unrolled else 1
+        fewer = columns is not None and columns.shape[1] < length and not config.num_experts
+        if fewer and unrolled and kind == "xla" and axis_shards("length") == 1:
+            # A slice of the stacked layers would be a copy of them in a loop, but not unrolled.
+            first, (last, attributes, _) = (_layer(layers, slice(0, -1)), _layer(layers, -1))
+            (x, total), _ = jax.lax.scan(step, carry, first, unroll=unroll)
+
+            def read(layer: Params, x: jax.Array, columns: jax.Array) -> jax.Array:
+                x = checkpoint_name(x, "block_input")
+                return self._block(layer).at_columns(x, inputs_of(attributes), columns)
+
+            if policy is not None:
+                read = jax.checkpoint(read, policy=policy, prevent_cse=False)
+            x = read(last, x, jnp.asarray(columns))
+            return self._norm(params, constrain(x, "rows length hidden")), total
         (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
         results = (self._norm(params, x), total)
         if zigzag:
             results = jax.tree.map(from_zigzag, results)
-        return jax.tree.map(lambda y: y[:, :length], results)
+        x, total = jax.tree.map(lambda y: y[:, :length], results)
+        return x if columns is None else take_columns(x, jnp.asarray(columns)), total
 
     def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> Rows:
         """Whole rows `[B, T]` in the form for the layers; `balance` as for `layer_rows`."""

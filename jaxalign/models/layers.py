@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxalign.models.adapters import adapter_of, column_lengths, length_factor
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.ops import project
+from jaxalign.models.ops import project, take_columns
 from jaxalign.models.quantized import QuantizedKernel, make_kernel
 from jaxalign.models.rope import Rope, rotate
 
@@ -182,11 +182,18 @@ class Attention(nnx.Module):
         self.query_norm = make_norm(config, sizes[0]) if normed else None
         self.key_norm = make_norm(config, sizes[1]) if normed else None
 
-    def project(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values `[B, T, heads, head_dim]`, normalised and rotated."""
-        query = self._heads(self.query(x), self.query_norm, rope)
+    def project(
+        self, x: jax.Array, rope: Rope | None, columns: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, T, heads, head_dim]`, normalised and rotated.
+
+        With `columns` `[B, Q]`, the queries of those columns only.
+        """
         key = self._heads(self.key(x), self.key_norm, rope)
-        return query, key, self._heads(self.value(x), None, None)
+        value = self._heads(self.value(x), None, None)
+        if columns is not None:
+            x, rope = jax.tree.map(lambda y: take_columns(y, columns), (x, rope))
+        return self._heads(self.query(x), self.query_norm, rope), key, value
 
     def merge(self, attended: jax.Array) -> jax.Array:
         """`[B, T, H, head_dim]` → `[B, T, D]`."""

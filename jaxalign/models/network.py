@@ -18,6 +18,7 @@ from jaxalign.models.attention.xla import attend
 from jaxalign.models.base import DecoderConfig, LoraConfig
 from jaxalign.models.layers import INIT_STD, MLP, Attention, draw_factor, make_norm
 from jaxalign.models.moe import Experts, Routing
+from jaxalign.models.ops import take_columns
 from jaxalign.models.per_layer import AttentionInputs
 from jaxalign.types import Params
 
@@ -43,6 +44,16 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Routing | None]:
         """`[B, T, D]` → `[B, T, D]`, and the router's choices, if there is a router."""
         return self.with_keys_values(x, inputs, kind, experts)[0]
+
+    def at_columns(self, x: jax.Array, inputs: AttentionInputs, columns: jax.Array) -> jax.Array:
+        """`[B, T, D]` → `[B, Q, D]`: a call's results at `columns` `[B, Q]`, and no others.
+
+        Keys and values are formed at every column, the rest at Q of them.
+        """
+        query, key, value = self._project(x, inputs, columns)
+        mask = inputs.mask.at_columns(columns)
+        attended = attend(query, key, value, mask, inputs.scale, self.softcap)
+        return self._finish(take_columns(x, columns), attended)[0]
 
     def with_keys_values(
         self, x: jax.Array, inputs: AttentionInputs, kind: str, experts: jax.Array | None = None
@@ -78,11 +89,11 @@ class Block(nnx.Module):
         return self._finish(x, attended), keys, values
 
     def _project(
-        self, x: jax.Array, inputs: AttentionInputs
+        self, x: jax.Array, inputs: AttentionInputs, columns: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[B, T, D]` → queries `[B, T, H, d]`, keys and values `[B, T, K, d]`."""
         x = x if self.attention_norm is None else self.attention_norm(x)
-        return self.attention.project(x, inputs.rope)
+        return self.attention.project(x, inputs.rope, columns)
 
     def _finish(
         self, x: jax.Array, attended: jax.Array, experts: jax.Array | None = None

@@ -1,4 +1,4 @@
-"""Projection and embedding look-up, each with a custom backward pass."""
+"""Projection and embedding look-up, each with a custom backward pass; columns of rows."""
 
 from __future__ import annotations
 
@@ -101,3 +101,8 @@ def _look_up_backward(
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def take_columns(x: jax.Array, columns: jax.Array) -> jax.Array:
+    """`x[b, columns[b, q]]`: `[B, T, …]` and int `[B, Q]` → `[B, Q, …]`."""
+    return jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, columns)

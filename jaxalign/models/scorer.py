@@ -59,9 +59,10 @@ class Scorer:
         positions: Array | None = None,
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
+        columns: Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids, branch_ids)
+        """Hidden states `[B, T, D]`, or of some columns `[B, Q, D]`, as `Decoder.apply`."""
+        return self.base.apply(params, inputs, positions, segment_ids, branch_ids, columns=columns)
 
     @property
     def extra_terms(self) -> tuple[str, ...]:
@@ -178,9 +179,9 @@ def pooled_scores(
     Returns:
       float32 `[B]`, or `[B, S]` with `count`; meaningless finite values where there is no sequence.
     """
-    hidden, _ = read(scorer, params, tokens)
-    last = last_hidden(hidden, tokens.segment_ids, 1 if count is None else count)
-    pooled = scorer.scores(params, last)
+    last = last_index(tokens.segment_ids, 1 if count is None else count)
+    hidden, _ = read(scorer, params, tokens, last)
+    pooled = scorer.scores(params, hidden)
     return pooled[:, 0] if count is None else pooled
 
 

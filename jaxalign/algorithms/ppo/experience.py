@@ -252,7 +252,12 @@ def _token_logprobs(
     """(log π of the answers' tokens `[B, T]`, 0 elsewhere; hidden states `[B, T, D]`)."""
     mask = tokens.loss_mask
     hidden, _ = read(model, params, tokens)
-    logprobs = target_logprobs(model, params, hidden, tokens.targets, temperature, mask=mask)
+    # With entropies, like the policy's loss: the same sums give the same bits, so that the first
+    # ratio π/π_old is 1, and the first KL 0.
+    logprobs, _ = target_logprobs(
+        model, params, hidden, tokens.targets, temperature,
+        entropy=True, entropy_gradient=False, mask=mask,
+    )  # fmt: skip
     return jnp.where(mask, logprobs, 0.0), hidden
 
 

@@ -68,6 +68,14 @@ class MaskSpec:
         """The same spec with its matrix, which short rows make once for all layers."""
         return dataclasses.replace(self, matrix=make_mask(self))
 
+    def at_columns(self, columns: jax.Array) -> MaskSpec:
+        """The mask of the queries in `columns` `[B, Q]` only.
+
+        Queries no longer are the keys' columns, so their positions say what is later.
+        """
+        query = jax.tree.map(lambda x: jnp.take_along_axis(x, columns, axis=1), self.query)
+        return dataclasses.replace(self, query=query, cached=True, matrix=None)
+
 
 def make_mask(
     spec: MaskSpec, start: Any = 0, size: int | None = None, stop: int | None = None
