@@ -285,6 +285,8 @@ class RolloutBatch(NamedTuple):
       reward_parts: name → the scores of each of several rewards, before weights and penalties.
       non_score_rewards: float32 `[B]`, −β Σ_t kl_t: the sum of an answer's rewards without its
         score. None: rewards minus scores.
+      columns: int32 `[B, Q]`, the columns whose hidden states an update reads, among them all of
+        its masks. None: all columns.
     """
 
     tokens: TokenBatch
@@ -306,3 +308,4 @@ class RolloutBatch(NamedTuple):
     ptx: TokenBatch | None = None
     reward_parts: dict[str, Scores] | None = None
     non_score_rewards: Array | None = None
+    columns: Array | None = None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxalign.algorithms.ppo.experience import num_columns
 from jaxalign.models.backend import backend
 from jaxalign.models.base import combine
 from jaxalign.models.flops import row_flops
@@ -241,9 +242,14 @@ def lower_experience(
     if parts.options.router_replay:
         shape = (rows, length, model.num_layers, model.experts_per_token)
         experts = on_rows(array(*shape, dtype=expert_dtype(model)), mesh)
+    columns = None
+    with use_mesh(mesh):
+        count = num_columns(length - 1, parts.options)
+    if count is not None:
+        columns = on_rows(array(rows, count, dtype=jnp.int32), mesh)
     lowered = parts.rollout.lower(
         state, reference, tokens, scores, finished, recorded, array(), array(), scale,
-        experts=experts,
+        experts=experts, columns=columns,
     )  # fmt: skip
     known = (state.params, state.frozen, reference)
     return Experience(lowered, known, (tokens, scores, finished, recorded, experts))

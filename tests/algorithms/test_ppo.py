@@ -343,6 +343,50 @@ def test_sampler_that_strays_from_the_trainer_stops_the_run(state, reference):
         make(KEY, state, reference, prompts())
 
 
+@pytest.mark.parametrize("options", [{}, {"score_at": "after_eos"}, {"kl_in": "loss"}], ids=str)
+def test_updates_read_only_the_columns_of_answers(options, state, reference):
+    """Loss, gradient and metrics are those of whole rows; so is the rollout itself."""
+    config = dataclasses.replace(CONFIG, **options)
+    rollout = prepare(config)(KEY, state, reference, prompts(filled=7))
+    rows, length = rollout.advantages.shape
+    assert rollout.columns.shape == (rows, config.max_new_tokens + 1)
+    assert config.max_new_tokens + 1 < length
+    loss = ppo.make_loss(tiny.DECODER, tiny.SCORER, config)
+
+    @jax.jit
+    def run(params, batch):
+        def total(params):
+            sums, metrics = loss.terms(params, batch)
+            return sum(sums.values()), metrics
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    moved = jax.tree.map(lambda x: 1.02 * x, state.params)
+    (got, metrics), gradient = run(moved, rollout)
+    (want, wanted), whole = run(moved, rollout._replace(columns=None))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for name, figure in wanted.items():
+        np.testing.assert_allclose(metrics[name].total, figure.total, 1e-4, 1e-5, err_msg=name)
+        assert metrics[name].weight == figure.weight
+    for have, value in zip(jax.tree.leaves(gradient), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(have, value, atol=1e-5 * float(jnp.abs(value).max()) + 1e-7)
+
+
+def test_longer_answers_of_other_origin_are_read_whole(state, reference, rollout):
+    """A config that says less than the answers hold: nothing of them is left out."""
+    shorter = dataclasses.replace(CONFIG, max_new_tokens=2)
+    tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), rollout.tokens)
+    for config, columns in ((CONFIG, True), (shorter, False)):
+        make = ppo.make_experience(tiny.DECODER, tiny.SCORER, config)
+        got = make(state, reference, tokens, rollout.scores, rollout.finished)
+        assert (got.columns is not None) == columns
+        np.testing.assert_allclose(got.old_logprobs, rollout.old_logprobs, atol=1e-5)
+        mask = np.asarray(got.value_mask)
+        np.testing.assert_allclose(
+            got.old_values[mask], np.asarray(rollout.old_values)[mask], atol=1e-5
+        )
+
+
 def test_adaptive_kl():
     config = ppo.Config(kl_target=6.0, kl_horizon=1000.0)
     # error clip(12/6 − 1) = 0.2; 1 + 0.2 · 250/1000 = 1.05

@@ -40,8 +40,9 @@ SCORER = 4 * (EMBEDDING + BLOCKS + NORMS + 32 // 8)
 # A device has 1 of 8 rows of 32 tokens: four int32 and a bool a token.
 TOKENS = 32 * (4 * 4 + 1)
 # 32 + 6 − 1 columns: four int32, seven float32, two masks; score, rewards but for it, temperature
-# and two flags a row, and of the reward that was added up its score and whether it applies.
-ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 3 * 4 + 2 + 4 + 1
+# and two flags a row, and of the reward that was added up its score and whether it applies. Of the
+# 6 + 1 columns that an update reads, the numbers.
+ROLLOUT = 37 * ((4 + 7) * 4 + 2) + 3 * 4 + 2 + 4 + 1 + 7 * 4
 
 PROGRAMS = {
     "sft": ["update"],

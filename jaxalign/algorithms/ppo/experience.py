@@ -30,12 +30,15 @@ from jaxalign.algorithms.ppo.packing import (
     tokens_and_start,
     unpack,
 )
+from jaxalign.algorithms.ppo.rows import answer_columns
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import masked_sum, whiten
+from jaxalign.models.backend import backend
 from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
+from jaxalign.models.ops import take_columns
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, reshard_batch, row_shards, shard_batch, use_mesh
 from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
@@ -122,21 +125,45 @@ def make_experience(
         mesh, ref_mesh = mesh_of(state.params), mesh_of(ref_params)
         rest = (tokens, scores, finished, sampler_logprobs, kl_coef, temperature, score_scale)
         pack = packed(tokens, experts, mesh)
+        columns = None if pack is not None else read_columns(tokens, config)
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
-            return experience(state, ref_params, *rest, experts=experts, packed=pack)
+            return experience(
+                state, ref_params, *rest, experts=experts, packed=pack, columns=columns
+            )
         # The reference has its own devices: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
         with use_mesh(ref_mesh):
             logprobs = reference_logprobs(ref_params, reshard_batch(tokens, ref_mesh), used)
         return experience(
-            state, None, *rest, reshard_batch(logprobs, mesh), experts=experts, packed=pack
-        )
+            state, None, *rest, reshard_batch(logprobs, mesh), experts=experts, packed=pack,
+            columns=columns,
+        )  # fmt: skip
 
     def lower(state: TrainState, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         with use_mesh(mesh_of(state.params)):
             return experience.lower(state, *args, **kwargs)
 
     return Prepare(run, lower)
+
+
+def read_columns(tokens: TokenBatch, config: Config) -> jax.Array | None:
+    """The columns whose hidden states the models' last layers form, `[B, Q]`; None: all.
+
+    None where that saves nothing (see `Backend.unrolled_layers`), or where an answer, of other
+    origin, is longer than `max_new_tokens`.
+    """
+    mask = _without_last_column(tokens.loss_mask)
+    count = num_columns(mask.shape[1], config)
+    if count is None:
+        return None
+    columns, hold_all = answer_columns(mask, count)
+    return columns if bool(hold_all) else None
+
+
+def num_columns(length: int, config: Config) -> int | None:
+    """Q of `read_columns` for rows of so many columns; None: all of them."""
+    count = config.max_new_tokens + 1
+    return count if backend().unrolled_layers and count < length else None
 
 
 def _experience(
@@ -156,11 +183,12 @@ def _experience(
     ref_logprobs: Array | None = None,
     experts: Array | None = None,
     packed: Packed | None = None,
+    columns: Array | None = None,
 ) -> RolloutBatch:
     """Steps 3 to 7 as one program; see `make_experience` for the arguments.
 
     `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices. The models
-    read the rows of `packed`, if given.
+    read the rows of `packed`, if given, and form the hidden states of `columns`.
     """
     tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
     replayed = tokens if experts is None else tokens._replace(experts=experts)
@@ -171,16 +199,22 @@ def _experience(
     coef = config.kl_coef if kl_coef is None else kl_coef
 
     def unpacked(x: jax.Array) -> jax.Array:
+        if columns is not None:
+            row = jnp.arange(mask.shape[0])[:, None]
+            return jnp.zeros(mask.shape, x.dtype).at[row, columns].set(x)
         return x if packed is None else unpack(x, packed.plan, mask.shape)
 
     # 3. Log-probabilities, [B, T].
     read_rows = replayed if packed is None else packed.tokens  # [B, T] or [rows, length]
     ref_rows = tokens if packed is None else packed.tokens
-    logprobs, hidden = _token_logprobs(model, params["policy"], read_rows, used_temperature)
+    logprobs, hidden = _token_logprobs(
+        model, params["policy"], read_rows, used_temperature, columns
+    )
     old_logprobs = unpacked(logprobs)
     if ref_logprobs is None:
         own = on_device(ref_params or {})
-        ref_logprobs = unpacked(_token_logprobs(reference, own, ref_rows, used_temperature)[0])
+        logprobs, _ = _token_logprobs(reference, own, ref_rows, used_temperature, columns)
+        ref_logprobs = unpacked(logprobs)
 
     # 4. KL, [B, T].
     token_kl = losses.kl(old_logprobs, ref_logprobs, config.kl_estimator)
@@ -206,7 +240,7 @@ def _experience(
         advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
     else:
         if not config.shared_critic:
-            hidden, _ = read(critic, params["critic"], ref_rows)
+            hidden, _ = read(critic, params["critic"], ref_rows, columns)
         values = unpacked(critic.scores(params["critic"], hidden))
         advantages, returns = gae(shaped, values, config)
     if config.whitens:
@@ -234,6 +268,7 @@ def _experience(
         temperature=rows(temperature),
         kl_coef=rows(kl_coef) if config.kl_in == "loss" else None,
         non_score_rewards=non_score,
+        columns=columns,
     )
 
 
@@ -247,15 +282,21 @@ def scale_scores(
 
 
 def _token_logprobs(
-    model: LanguageModel, params: Params, tokens: TokenBatch, temperature: Array | float
-) -> tuple[jax.Array, jax.Array]:
-    """(log π of the answers' tokens `[B, T]`, 0 elsewhere; hidden states `[B, T, D]`)."""
-    mask = tokens.loss_mask
-    hidden, _ = read(model, params, tokens)
+    model: LanguageModel, params: Params, tokens: TokenBatch, temperature: Array | float,
+    columns: Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(log π of the answers' tokens `[B, T]`, 0 elsewhere; hidden states `[B, T, D]`).
+
+    With `columns` `[B, Q]` the results are of those columns.
+    """
+    hidden, _ = read(model, params, tokens, columns)
+    mask, targets = tokens.loss_mask, tokens.targets
+    if columns is not None:
+        mask, targets = (take_columns(jnp.asarray(x), columns) for x in (mask, targets))
     # With entropies, like the policy's loss: the same sums give the same bits, so that the first
     # ratio π/π_old is 1, and the first KL 0.
     logprobs, _ = target_logprobs(
-        model, params, hidden, tokens.targets, temperature,
+        model, params, hidden, targets, temperature,
         entropy=True, entropy_gradient=False, mask=mask,
     )  # fmt: skip
     return jnp.where(mask, logprobs, 0.0), hidden

@@ -21,7 +21,7 @@ from jaxalign.algorithms.loss import (
     with_model_terms,
 )
 from jaxalign.algorithms.ppo.config import Config
-from jaxalign.algorithms.ppo.rows import value_mask_of
+from jaxalign.algorithms.ppo.rows import at_columns, columns_of, value_mask_of
 from jaxalign.losses import aggregate as averages
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import keep, weighted
@@ -69,6 +69,7 @@ def policy_loss(model: LanguageModel, config: Config) -> HiddenLoss:
         return {"policy": weight}
 
     def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
+        batch = at_columns(batch)
         tokens = batch.tokens
         # Stored per row, with equal values: micro-batches split every array of the batch by rows.
         temperature = batch.temperature
@@ -86,7 +87,7 @@ def policy_loss(model: LanguageModel, config: Config) -> HiddenLoss:
         )
         return _policy_terms(logprobs, entropy, kl_coef, batch, config)
 
-    return HiddenLoss(lambda batch: batch.tokens, count, terms)
+    return HiddenLoss(lambda batch: batch.tokens, count, terms, columns=columns_of)
 
 
 def _policy_terms(
@@ -152,11 +153,14 @@ def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
         return {"value": jnp.sum(value_mask_of(batch), dtype=jnp.float32)}
 
     def terms(params: Params, hidden: jax.Array, batch: RolloutBatch) -> Terms:
-        average, metrics = _value_terms(critic.scores(params["critic"], hidden), batch, config)
+        values = critic.scores(params["critic"], hidden)
+        average, metrics = _value_terms(values, at_columns(batch), config)
         return Terms({"value": config.vf_coef * average.total}, metrics)
 
     # A separate critic has its own routers.
-    return HiddenLoss(lambda batch: batch.tokens._replace(experts=None), count, terms)
+    return HiddenLoss(
+        lambda batch: batch.tokens._replace(experts=None), count, terms, columns=columns_of
+    )
 
 
 def _value_terms(

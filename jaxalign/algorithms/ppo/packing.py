@@ -189,6 +189,7 @@ def without_answers(rollout: RolloutBatch) -> RolloutBatch:
         finished=None,
         valid=None,
         non_score_rewards=None,
+        columns=None,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.ops import take_columns
 from jaxalign.sampling.generate import Generation
 from jaxalign.types import Array, PromptBatch, RolloutBatch, TokenBatch
 
@@ -39,6 +42,41 @@ def join_tokens(prompts: PromptBatch, answers: Generation, pad_token: int = 0) -
 def answer_mask_of(rollout: RolloutBatch) -> Array:
     """The tokens of all answers, whether or not in the loss: `[B, T]`."""
     return rollout.tokens.loss_mask if rollout.answer_mask is None else rollout.answer_mask
+
+
+def columns_of(rollout: RolloutBatch) -> Array | None:
+    """The columns whose hidden states an update reads; None: all."""
+    return rollout.columns
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def answer_columns(mask: Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """So many columns of each row, from its answer's first on.
+
+    Args:
+      mask: bool `[B, T]`, the answers' tokens.
+      count: Q, at least one more than an answer has, for a value after it.
+
+    Returns:
+      int32 `[B, Q]`, in order; bool scalar, whether they hold all of the mask.
+    """
+    mask = jnp.asarray(mask, bool)
+    first = jnp.minimum(jnp.argmax(mask, axis=1), mask.shape[1] - count)  # [B]
+    columns = first[:, None].astype(jnp.int32) + jnp.arange(count, dtype=jnp.int32)[None]
+    return columns, jnp.sum(jnp.take_along_axis(mask, columns, axis=1)) == jnp.sum(mask)
+
+
+def at_columns(rollout: RolloutBatch) -> RolloutBatch:
+    """The rollout's per-token arrays at `columns`: `[B, T, …]` → `[B, Q, …]`."""
+    columns, shape = rollout.columns, jnp.shape(rollout.advantages)
+    if columns is None:
+        return rollout
+
+    def take(x: Array) -> Array:
+        return take_columns(jnp.asarray(x), columns) if jnp.shape(x)[:2] == shape else x
+
+    own = rollout._replace(columns=None, ptx=None, reward_parts=None)
+    return jax.tree.map(take, own)
 
 
 def value_mask_of(rollout: RolloutBatch) -> Array:
