@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.backend import backend
 from jaxalign.parallel.sharding import constrain, constrain_last
+from jaxalign.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -103,6 +104,6 @@ def _look_up_backward(
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def take_columns(x: jax.Array, columns: jax.Array) -> jax.Array:
+def take_columns(x: jax.Array, columns: Array) -> jax.Array:
     """`x[b, columns[b, q]]`: `[B, T, …]` and int `[B, Q]` → `[B, Q, …]`."""
-    return jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, columns)
+    return jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))(x, jnp.asarray(columns))
