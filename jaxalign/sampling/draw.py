@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.exp_sum import exp_sum_beside
+from jaxalign.models.exp_sum import ExpSum
 from jaxalign.parallel.sharding import constrain
 
 
@@ -54,12 +54,20 @@ def sample_tokens(
     # Shift the largest to 0 before the division: float32 keeps few decimals of large numbers.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = constrain(shifted / jnp.where(greedy, 1.0, sampling.temperature), "rows vocab_logits")
-    filtered = jax.lax.cond(
-        (sampling.top_k > 0) | (sampling.top_p < 1), _filter, lambda x, _: x, scaled, sampling
+    mass = _mass(scaled)
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1)
+    token = jax.lax.cond(
+        greedy,
+        lambda: _most_likely(scaled),
+        lambda: jax.lax.cond(
+            filters,
+            lambda: _sample(keys, _mass(_filter(scaled, sampling))),
+            lambda: _sample(keys, mass),
+        ),
     )
-    token = jax.lax.cond(greedy, lambda: _most_likely(scaled), lambda: _sample(keys, filtered))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, chosen - exp_sum_beside(scaled, token, chosen).log()
+    # The token apart from the others, as in the vocabulary head: the logarithm keeps its digits.
+    return token, chosen - ExpSum(jnp.exp(chosen), _others(mass, token)).log()
 
 
 def _most_likely(logits: jax.Array) -> jax.Array:
@@ -73,20 +81,44 @@ def _most_likely(logits: jax.Array) -> jax.Array:
     return jnp.minimum(first, size - 1)  # a row of NaN has no largest logit
 
 
-def _sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """Samples a token per row with probability softmax(logits): `[B, V]` → int32 `[B]`.
+class Mass(NamedTuple):
+    """exp(z) of all tokens, in N blocks of W tokens, √V to 2√V.
 
-    The largest logit of a row is 0; no filter removes it.
+    Attributes:
+      tokens: `[B, N, W]`, 0 beyond the vocabulary.
+      blocks: `[B, N]`, the sum of each block.
     """
+
+    tokens: jax.Array
+    blocks: jax.Array
+
+
+def _mass(logits: jax.Array) -> Mass:
+    """Of logits `[B, V]`, whose largest in a row is 0; no filter removes it."""
     rows, size = logits.shape
-    width = 2 ** math.ceil(math.log2(size) / 2)  # tokens of a block, √V to 2√V
+    width = 2 ** math.ceil(math.log2(size) / 2)
     blocks = -(-size // width)
-    mass = jnp.exp(logits)  # [B, V]
-    mass = jnp.pad(mass, ((0, 0), (0, blocks * width - size))).reshape(rows, blocks, width)
+    mass = jnp.pad(jnp.exp(logits), ((0, 0), (0, blocks * width - size)))
+    mass = mass.reshape(rows, blocks, width)
+    return Mass(mass, jnp.sum(mass, axis=-1))
+
+
+def _sample(keys: jax.Array, mass: Mass) -> jax.Array:
+    """Samples a token per row in proportion to its mass: int32 `[B]`."""
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)  # [B, 2]
-    block = _invert(jnp.sum(mass, axis=-1), uniform[:, 0])  # [B]
-    in_block = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]  # [B, width]
-    return block * width + _invert(in_block, uniform[:, 1])
+    block = _invert(mass.blocks, uniform[:, 0])  # [B]
+    in_block = jnp.take_along_axis(mass.tokens, block[:, None, None], axis=1)[:, 0]  # [B, W]
+    return block * mass.tokens.shape[2] + _invert(in_block, uniform[:, 1])
+
+
+def _others(mass: Mass, token: jax.Array) -> jax.Array:
+    """The mass of all tokens but one, `[B]`: the other blocks, and the others of its block."""
+    _, blocks, width = mass.tokens.shape
+    block, place = token // width, token % width
+    in_block = jnp.take_along_axis(mass.tokens, block[:, None, None], axis=1)[:, 0]  # [B, W]
+    beside = jnp.where(jnp.arange(width)[None] == place[:, None], 0.0, in_block)
+    elsewhere = jnp.where(jnp.arange(blocks)[None] == block[:, None], 0.0, mass.blocks)
+    return jnp.sum(beside, axis=-1) + jnp.sum(elsewhere, axis=-1)
 
 
 def _invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
