@@ -184,3 +184,20 @@ def test_platforms_are_named_in_few_files():
         module = name_of(path)
         if room(module) not in ("parallel", "plan") and module not in tables:
             assert not list(platform_words(path)), f"{path}: ask `models.backend.backend()` instead"
+
+
+def test_no_function_is_longer_than_a_page():
+    """80 lines of code at most, without signature, docstring, comments and blank lines."""
+    long = {}
+    for path in PACKAGE.rglob("*.py"):
+        lines = path.read_text("utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            first = node.body[0]
+            told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            body = lines[first.end_lineno if told else first.lineno - 1 : node.end_lineno]
+            code = [line for line in body if line.strip() and not line.strip().startswith("#")]
+            if len(code) > 80:
+                long[f"{path.relative_to(PACKAGE)}: {node.name}"] = len(code)
+    assert not long

@@ -144,11 +144,14 @@ class Logits(NamedTuple):
     Attributes:
       shifted: z `[P, V]`, at most 0.
       top: the amount subtracted from x, `[P]`.
+      chosen: maps columns `[P]` to their z, `[P]`. It reads x: were z read, it would have to be
+        stored, a pass over `[P, V]` more.
       pullback: maps a gradient of z `[P, V]` to the gradient of `hidden·head`.
     """
 
     shifted: jax.Array
     top: jax.Array
+    chosen: Callable[[jax.Array], jax.Array]
     pullback: Callable[[jax.Array], jax.Array]
 
 
@@ -162,7 +165,12 @@ def _logits(
     if top is None:
         top = jnp.max(finished, axis=-1)
     shifted = (finished - top[..., None]) / temperature
-    return Logits(shifted, top, lambda g: pullback(g / temperature)[0])
+
+    def chosen(column: jax.Array) -> jax.Array:
+        x = jnp.take_along_axis(finished, column[..., None], axis=-1, mode="clip")[..., 0]
+        return (x - top) / temperature
+
+    return Logits(shifted, top, chosen, lambda g: pullback(g / temperature)[0])
 
 
 Saved = tuple[Operands, Normalizers]
@@ -201,9 +209,12 @@ def _forward_shard(
 
     def chunk_step(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         take = functools.partial(_take_chunk, i, chunk)
-        z, top, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, D] → [R·c, V]
+        z, top, of_column, _ = _logits(finish, take(hidden), head, temperature)  # [R·c, V]
         column = take(targets) - first  # [R·c]
-        chosen = jnp.take_along_axis(z, column[..., None], axis=-1, mode="clip")[..., 0]
+        if entropy == "none":
+            chosen = of_column(column)
+        else:  # three passes over z: storing it costs less than dividing three times
+            chosen = jnp.take_along_axis(z, column[..., None], axis=-1, mode="clip")[..., 0]
         sums = exp_sum_beside(z, column, chosen) if entropy == "none" else exp_sum(z)
         new = [top, chosen, *sums]
         if entropy != "none":
@@ -288,7 +299,7 @@ def _backward_shard(
     def chunk_step(i: jax.Array, sums: HeadGradients) -> HeadGradients:
         take = functools.partial(_take_chunk, i, chunk)
         states = take(hidden)  # [R·c, D]
-        z, _, pullback = _logits(finish, states, head, temperature, take(top))  # [R·c, V]
+        z, _, _, pullback = _logits(finish, states, head, temperature, take(top))  # [R·c, V]
         probs = jnp.exp(z - take(logz)[..., None])
         chosen = vocabulary == take(targets)[..., None]
         to_logits = _to_logits(probs, chosen, take(logprobs), take(to_logprobs))
@@ -410,17 +421,18 @@ def _total_shard(
     def chunk_step(i: jax.Array, carry: tuple[Any, HeadGradients]) -> tuple[Any, HeadGradients]:
         results, gradients = carry
         take = functools.partial(_take_chunk, i, chunk)
-        states, column = take(hidden), take(targets)[..., None]
-        z, _, pullback = _logits(finish, states, head, temperature)  # [R·c, D] → [R·c, V]
-        value = jnp.take_along_axis(z, column, axis=-1, mode="clip")[..., 0]  # [R·c]
-        sums = exp_sum(z) if entropy else exp_sum_beside(z, column[..., 0], value)
+        states, column = take(hidden), take(targets)  # [R·c, D], [R·c]
+        z, _, of_column, pullback = _logits(finish, states, head, temperature)  # [R·c, V]
+        value = of_column(column)
+        sums = exp_sum(z) if entropy else exp_sum_beside(z, column, value)
         logz = sums.log()
         probs = jnp.exp(z - logz[..., None])
         logprobs = value - logz
         new = [logprobs]
         if entropy:
             new.append(logz - jnp.sum(probs * z, axis=-1))
-        to_logits = _to_logits(probs, vocabulary == column, logprobs, take(weights))
+        chosen = vocabulary == column[..., None]
+        to_logits = _to_logits(probs, chosen, logprobs, take(weights))
         to_logits = pullback(to_logits).astype(hidden.dtype)
         gradients = _add_gradients(i, chunk, states, head, to_logits, gradients)
         return tuple(map(functools.partial(_put_chunk, i, chunk), results, new)), gradients

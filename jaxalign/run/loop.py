@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from jaxalign.run.progress import Progress
 from jaxalign.run.record import check_hosts, write_data_report
 from jaxalign.run.remote import check_processes, local_folder, named_by_address
 from jaxalign.run.reporter import Reporter, Seen, StepRecord, pop_work
+from jaxalign.run.running import Running
 from jaxalign.run.stopping import Clock, StopRequest, Wishes, stop_on_signals
 from jaxalign.run.storage import retry, what_is_safe
 from jaxalign.run.tasks import Task, make_task
@@ -151,28 +152,16 @@ def _train(
     # ---------------------------------------------------------------- before the first step
     opened.begin(task, done)
     write_data_report(folder, task.data_report())
-    name = title or type(config).__name__.removesuffix("Run").lower()
-    seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
-    trackers = open_trackers(
-        trackers_used, folder=folder, project=run.tracker_project,
-        config=flat_values(to_values(config)), done=done, optional=run.trackers_optional,
-    )  # fmt: skip
-    stack.push(functools.partial(_close_trackers, trackers))
-    reporter = Reporter(
-        folder, name, task.total, done, run.log_every, seen,
-        bad_steps=bad_steps, make_bar=hooks.make_bar, trackers=trackers,
-    )  # fmt: skip
-    stack.callback(reporter.close)
     stack.callback(task.batches.close)
-    best = _best_so_far(run, store, reporter)
-    early = EarlyStopper(run.early_stopping, position.get("early"))
     if task.on_train_start is not None and done == 0:
-        task.on_train_start(state, loop)
-    measured = done == 0 and hooks.evaluate_first
-    before = _evaluate(task, state, loop, 0, reporter, early) if measured else {}
+        task.on_train_start(state, loop)  # it may read the first batches, so `progress` comes later
+    running = _start(config, title, hooks, stack, trackers_used, task, store, loop, done, position)
+    reporter, best = running.reporter, running.best
+    early, progress = running.early, running.progress
+    if done == 0 and hooks.evaluate_first:
+        running.evaluate(state, 0)
+    before = running.figures
     best.is_better(before)  # a misspelt metric is an error now, not hours later
-    after, saved_at = before, done
-    progress = Progress(config, task, state, position.get("taken", done))
     root = jax.random.key(run.seed)
     _stop_before_start(stop, done)
     reporter.start_clock()
@@ -199,17 +188,13 @@ def _train(
         reporter.add(record, keep=0 if settle else 1)
         state = state if ended is None else ended
         if evaluates:
-            after = _evaluate(task, state, loop, done, reporter, early)
-            saves = saves or best.is_better(after)
-        if saves and bad_steps.holds_news(done, saved_at):
-            if evaluates:
-                _mark_best(store, best, done, after)
-            _save(store, task, state, _position(task, loop, done, progress, reporter, early))
-            saved_at = done
+            running.evaluate(state, done)
+            saves = saves or best.is_better(running.figures)
+        if saves and running.save(state, done, evaluated=evaluates):
             clock.saved()
             reporter.wishes = reporter.wishes._replace(save=False)
         if stops:
-            _finish(store, state, _position(task, loop, done, progress, reporter, early))
+            running.finish(state, done)
             raise distributed.Preempted(_how_to_go_on(done, task.total, stop, run, store))
         if ended is not None:
             break
@@ -222,28 +207,55 @@ def _train(
     reporter.close_bar()
     if early.ends and done < task.total:
         print(f"step {done} of {task.total}: {early.message()}")
-    if _lacks_evaluation(reporter, done):
-        after = _evaluate(task, state, loop, done, reporter)
-    write_data_report(folder, task.data_report())  # by now a stream has been read
-    bad_steps.check_end(state, after)
-    news = bad_steps.holds_news(done, saved_at)
-    position = _position(task, loop, done, progress, reporter, early)
-    if news or saved_at == done:
-        _mark_best(store, best, done, after)
-    if news:
-        _save(store, task, state, position)
-    _finish(store, state, position)
-    exported = folder / MODEL if run.export else None
-    if exported is not None:
-        check_weights(state.params, f"step {done}")
-        model, params = _export(task, state, exported)
-        if hooks.loader is not None:
-            hooks.loader.keep(str(exported), model, params)
+    running.end(state, done)
+    exported = _export_last(task, state, done, folder, hooks) if run.export else None
     if (line := best.message(run.folder)) is not None and distributed.is_main():
         print(line, flush=True)
-    seconds = time.perf_counter() - began
+    seconds, figures = time.perf_counter() - began, running.figures
     return Result(
-        folder, exported, before, after, reporter.history, seconds, stop.signal, best.step
+        folder, exported, before, figures, reporter.history, seconds, stop.signal, best.step
+    )
+
+
+def _start(
+    config: Any,
+    title: str | None,
+    hooks: Hooks,
+    stack: contextlib.ExitStack,
+    trackers_used: Sequence[str],
+    task: Task,
+    store: Checkpoints | None,
+    loop: Loop,
+    done: int,
+    position: dict[str, Any],
+) -> Running:
+    """Opens what reports on the run; `position` is the one to go on from, or {}."""
+    run: RunConfig = config.run
+    folder = local_folder(run.folder)
+    name = title or type(config).__name__.removesuffix("Run").lower()
+    seen, bad_steps = Seen(**position.get("seen", {})), BadSteps(run.bad_steps, loop)
+    trackers = open_trackers(
+        trackers_used, folder=folder, project=run.tracker_project,
+        config=flat_values(to_values(config)), done=done, optional=run.trackers_optional,
+    )  # fmt: skip
+    stack.push(functools.partial(_close_trackers, trackers))
+    reporter = Reporter(
+        folder, name, task.total, done, run.log_every, seen,
+        bad_steps=bad_steps, make_bar=hooks.make_bar, trackers=trackers,
+    )  # fmt: skip
+    stack.callback(reporter.close)
+    return Running(
+        task=task,
+        loop=loop,
+        folder=folder,
+        store=store,
+        reporter=reporter,
+        best=_best_so_far(run, store, reporter),
+        bad_steps=bad_steps,
+        early=EarlyStopper(run.early_stopping, position.get("early")),
+        progress=Progress(config, task, task.state, position.get("taken", done)),
+        figures={},
+        saved_at=done,
     )
 
 
@@ -290,30 +302,6 @@ def run_step(
     return state, record, wishes
 
 
-def _evaluate(
-    task: Task,
-    state: TrainState,
-    loop: Loop,
-    step: int,
-    reporter: Reporter,
-    early: EarlyStopper | None = None,
-) -> dict[str, float]:
-    """Computes and records held-out metrics; {} without held-out data."""
-    if task.evaluate is None:
-        return {}
-    figures = task.evaluate(state, loop)
-    reporter.evaluation(step, figures, None if task.details is None else task.details())
-    if early is not None:
-        early.add(step, figures)
-    return figures
-
-
-def _lacks_evaluation(reporter: Reporter, done: int) -> bool:
-    """Whether to evaluate after the last step; all hosts agree."""
-    own = "" if reporter.has_evaluation(done) else "lacking"
-    return distributed.all_gather_text("the last evaluation", own)[0] == "lacking"
-
-
 def _stop_before_start(stop: StopRequest, done: int) -> None:
     """Ends a run that received a stop signal during set-up."""
     if stop.signal is not None and jax.process_count() == 1:
@@ -338,37 +326,15 @@ def _how_to_go_on(
     return f"stopped after step {done} of {total}, as {cause}; {saved}"
 
 
-def _position(
-    task: Task,
-    loop: Loop,
-    done: int,
-    progress: Progress,
-    reporter: Reporter,
-    early: EarlyStopper,
-) -> dict[str, Any]:
-    """A run's position, besides its train state, as JSON-able data."""
-    return {
-        "loop": loop,
-        "done": done,
-        "batches": task.batches.get_state(),
-        "taken": progress.batches.taken,
-        "seen": reporter.seen._asdict(),
-        "early": early.state(),
-    }
-
-
-def _save(
-    store: Checkpoints | None, task: Task, state: TrainState, position: dict[str, Any]
-) -> None:
-    if store is not None:
-        check_weights(state.params, f"step {position['done']}")
-        store.save(position["done"], state, position)
-
-
-def _finish(store: Checkpoints | None, state: TrainState, position: dict[str, Any]) -> None:
-    """Waits until the last checkpoint is on disk."""
-    if store is not None:
-        store.finish(position["done"], state, position)
+def _export_last(
+    task: Task, state: TrainState, done: int, folder: pathlib.Path, hooks: Hooks
+) -> pathlib.Path:
+    """Exports the weights of the last step, which the hooks may keep too."""
+    check_weights(state.params, f"step {done}")
+    model, params = _export(task, state, folder / MODEL)
+    if hooks.loader is not None:
+        hooks.loader.keep(str(folder / MODEL), model, params)
+    return folder / MODEL
 
 
 def _export(task: Task, state: TrainState, target: pathlib.Path) -> tuple[Any, Any]:
@@ -393,15 +359,6 @@ def _best_so_far(run: RunConfig, store: Checkpoints | None, reporter: Reporter) 
         best.resume({int(step): figures for step, figures in known.items()}, store.steps)
         store.best = best.step
     return best
-
-
-def _mark_best(
-    store: Checkpoints | None, best: BestStep, step: int, figures: dict[str, float]
-) -> None:
-    """Marks a step's checkpoint as the best if its metrics are; called before it is saved."""
-    best.add(step, figures)
-    if store is not None:
-        store.best = best.step
 
 
 def _restore(store: Checkpoints, task: Task, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:
