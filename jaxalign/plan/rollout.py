@@ -22,7 +22,7 @@ from jaxalign.run.tasks.models import reshard_by_rules
 from jaxalign.run.tasks.ppo import RolloutParts, name_of
 from jaxalign.run.tasks.shapes import array, as_shapes
 from jaxalign.sampling.draw import Sampling
-from jaxalign.sampling.engine import decode, empty_slots, read_prompts, stages
+from jaxalign.sampling.engine import decode, empty_slots, read_prompts, split_layers, stages
 from jaxalign.sampling.speculate import advance_until, begin, widen
 from jaxalign.sampling.weights import convert
 from jaxalign.types import Params, RolloutBatch, Scores, TokenBatch, TrainState
@@ -140,7 +140,7 @@ def _compile_speculation(
     number = array(dtype=jnp.int32)
     with use_mesh(mesh):
         if backend().decode_weights_by_layer:
-            lowered = jax.jit(model.by_layer).lower(params)
+            lowered = split_layers.lower(model, params)
             params = _results(lowered, lowered.compile())
 
     def lower_begin() -> Any:

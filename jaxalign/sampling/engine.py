@@ -202,6 +202,12 @@ def decode(
     return collect_answers(slots, jnp.arange(slots.row.shape[0]), sampling.pad_token)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def split_layers(model: Decoder, params: Params) -> Params:
+    """The parameters by layer, for loops that start more than once with them."""
+    return model.by_layer(params)
+
+
 def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     """Copies the answers of slots `which`, int32 `[n]`, from the rings to their rows."""
     longest = slots.tokens.shape[1]  # R

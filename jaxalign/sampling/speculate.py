@@ -29,7 +29,7 @@ from jaxalign.models.attention.kv_cache import Cache, resize_cache
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
 from jaxalign.sampling.draw import Sampling, sample_tokens
-from jaxalign.sampling.engine import Prompts, repeat_prompts, stages
+from jaxalign.sampling.engine import Prompts, repeat_prompts, split_layers, stages
 from jaxalign.sampling.stream import CHUNK, Watch
 from jaxalign.types import Array, Params
 
@@ -92,7 +92,7 @@ def decode_speculative(
       number of decode steps.
     """
     if backend().decode_weights_by_layer:
-        params = jax.jit(model.by_layer)(params)
+        params = split_layers(model, params)
     prompt_length = tokens.shape[1]
     answers = begin(
         model, params, prompts, tokens, limits, key, sampling,

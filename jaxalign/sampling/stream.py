@@ -24,6 +24,7 @@ from jaxalign.sampling.engine import (
     collect_answers,
     decode_step,
     fill_all,
+    split_layers,
     stages,
 )
 from jaxalign.types import Array, Params
@@ -59,7 +60,7 @@ def decode_watched(
     ends = stages(slots.tokens.shape[1])
     ring_start = prompts.cache.segment_ids.shape[1]
     if backend().decode_weights_by_layer:
-        params = jax.jit(model.by_layer)(params)
+        params = split_layers(model, params)
     slots = _fill(slots, prompts, columns=ring_start + ends[0], samples=samples)
     done = 0
     for end in ends:

@@ -58,7 +58,7 @@ def decode(arguments: argparse.Namespace, model: Any, params: Any, tok: Any) -> 
     """Seconds, steps and tokens of plain and speculative decoding, for each kind and number."""
     stops, found = stop_token_ids(tok, None, model), []
     for kind in ("repeats", "free"):
-        for count in (1, 4, 16):
+        for count in arguments.rows:
             ids = [
                 np.asarray(encode_prompt(tok, prompt), np.int32)
                 for prompt in prompts_of(kind, count)
@@ -138,6 +138,7 @@ def main() -> None:
     """Measures; see the top."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--speculate", type=int, default=4)
