@@ -175,7 +175,7 @@ def join_losses(*losses: HiddenLoss) -> HiddenLoss:
 
     def part_of(loss: HiddenLoss, hidden: jax.Array, batch: Any) -> jax.Array:
         columns = None if together else loss.columns_of(batch)
-        return hidden if columns is None else take_columns(hidden, jnp.asarray(columns))
+        return hidden if columns is None else take_columns(hidden, columns)
 
     def terms(params: Params, hidden: jax.Array, batch: Any) -> Terms:
         parts = [loss.terms(params, part_of(loss, hidden, batch), batch) for loss in losses]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign.models.lora_config import LORA_TARGETS as LORA_TARGETS
 from jaxalign.models.lora_config import LoraConfig as LoraConfig
+from jaxalign.models.ops import take_columns
 from jaxalign.types import Array, EmbeddingNoise, Params, TokenBatch, Weighted
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -317,7 +318,7 @@ def read(
     out = run(params, tokens.inputs, tokens.positions, tokens.segment_ids, **more)
     hidden, terms = out if has_terms else (out, {})
     if columns is not None and not itself:
-        hidden = jnp.take_along_axis(hidden, jnp.asarray(columns)[..., None], axis=1)
+        hidden = take_columns(hidden, columns)
     return hidden, terms
 
 

@@ -294,7 +294,7 @@ class Decoder:
         if zigzag:
             results = jax.tree.map(from_zigzag, results)
         x, total = jax.tree.map(lambda y: y[:, :length], results)
-        return x if columns is None else take_columns(x, jnp.asarray(columns)), total
+        return x if columns is None else take_columns(x, columns), total
 
     def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> Rows:
         """Whole rows `[B, T]` in the form for the layers; `balance` as for `layer_rows`."""

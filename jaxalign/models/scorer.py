@@ -183,18 +183,3 @@ def pooled_scores(
     hidden, _ = read(scorer, params, tokens, last)
     pooled = scorer.scores(params, hidden)
     return pooled[:, 0] if count is None else pooled
-
-
-def last_hidden(hidden: jax.Array, segment_ids: Array, count: int = 1) -> jax.Array:
-    """The hidden state at the last token of each sequence.
-
-    Args:
-      hidden: `[B, T, D]`.
-      segment_ids: int `[B, T]`, 0 on padding.
-      count: S, the largest number of sequences a row holds.
-
-    Returns:
-      `[B, S, D]`; the state at position 0 where a row has no such sequence.
-    """
-    last = last_index(segment_ids, count)
-    return jnp.take_along_axis(hidden, last[:, :, None], axis=1)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms.ppo.experience import num_columns
 from jaxalign.models.backend import backend
-from jaxalign.models.base import combine
+from jaxalign.models.base import DecoderConfig, combine
 from jaxalign.models.flops import row_flops
 from jaxalign.models.moe import expert_dtype
 from jaxalign.parallel.sharding import replicated, use_mesh
@@ -24,7 +24,7 @@ from jaxalign.run.tasks.shapes import array, as_shapes
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts, split_layers, stages
 from jaxalign.sampling.speculate import advance_until, begin, widen
-from jaxalign.sampling.weights import convert
+from jaxalign.sampling.weights import convert, sampling_model
 from jaxalign.types import Params, RolloutBatch, Scores, TokenBatch, TrainState
 
 # Scalars and keys have no sharding where a run makes them without a mesh in context.
@@ -115,14 +115,12 @@ def _compile_sampling(
                 model, params, state, prompts, key, sampling, last, samples=options.samples
             )
 
-    written = row_flops(model.config, slots, length + new, head=False)
-    written -= row_flops(model.config, slots, length, head=False)
-    head = 2.0 * slots * new * model.config.hidden_size * model.config.vocab_size
     with use_mesh(mesh):
         loops = len(stages(new)) if slots == answers else 1
     compiler(
         "decode", lower_decode, known=known, batch=(tokens, mask), cache=(state, prompts),
-        trips=math.ceil(new / loops), times=math.ceil(answers / slots), useful=written + head,
+        trips=math.ceil(new / loops), times=math.ceil(answers / slots),
+        useful=_decode_flops(model.config, slots, length, new),
     )  # fmt: skip
 
 
@@ -142,21 +140,13 @@ def _compile_speculation(
         if backend().decode_weights_by_layer:
             lowered = split_layers.lower(model, params)
             params = _results(lowered, lowered.compile())
-
-    def lower_begin() -> Any:
-        with use_mesh(mesh):
-            return begin.lower(
-                model, params, prompts, tokens, array(answers, dtype=jnp.int32), key, sampling,
-                samples=options.samples, longest=new, speculate=ahead,
-            )  # fmt: skip
-
-    begun = _results(lower_begin(), lower_begin().compile())
-
-    def lower_widen() -> Any:
-        with use_mesh(mesh):
-            return widen.lower(begun, columns=length + new + ahead)
-
-    begun = _results(lower_widen(), lower_widen().compile())
+        lowered = begin.lower(
+            model, params, prompts, tokens, array(answers, dtype=jnp.int32), key, sampling,
+            samples=options.samples, longest=new, speculate=ahead,
+        )  # fmt: skip
+        begun = _results(lowered, lowered.compile())
+        lowered = widen.lower(begun, columns=length + new + ahead)
+        begun = _results(lowered, lowered.compile())
 
     def lower_loop() -> Any:
         with use_mesh(mesh):
@@ -165,18 +155,22 @@ def _compile_speculation(
                 prompt_length=length, stage_end=new, speculate=ahead,
             )  # fmt: skip
 
-    written = row_flops(model.config, answers, length + new, head=False)
-    written -= row_flops(model.config, answers, length, head=False)
-    head = 2.0 * answers * new * model.config.hidden_size * model.config.vocab_size
     compiler(
-        "decode", lower_loop, known=known, cache=(begun, prompts), trips=new, useful=written + head
-    )
+        "decode", lower_loop, known=known, cache=(begun, prompts), trips=new,
+        useful=_decode_flops(model.config, answers, length, new),
+    )  # fmt: skip
+
+
+def _decode_flops(config: DecoderConfig, rows: int, length: int, new: int) -> float:
+    """FLOPs of so many new tokens in each row, after prompts of `length`."""
+    written = row_flops(config, rows, length + new, head=False)
+    written -= row_flops(config, rows, length, head=False)
+    return written + 2.0 * rows * new * config.hidden_size * config.vocab_size
 
 
 def _narrower(compiler: Compiler, model: Any, policy: Params, kind: str) -> tuple[Any, Params]:
     """The model and the weights that sampling reads, see `sampling.weights`."""
-    if kind == "int8":
-        model = dataclasses.replace(model, quantize=kind)
+    model = sampling_model(model, kind)
 
     def lower() -> Any:
         with use_mesh(compiler.mesh):

@@ -37,17 +37,23 @@ def sampling_weights(model: Decoder, params: Params, kind: str | None) -> tuple[
     """
     if kind is None:
         return model, params
-    if kind not in WEIGHTS:
-        raise ValueError(f"sampling_weights={kind!r}: wanted one of {', '.join(WEIGHTS)}, or null")
-    if kind == "int8":
-        if model.quantize is not None:
-            raise ValueError(
-                f"sampling_weights='int8' with a base that is kept as {model.quantize}: its "
-                "weights are in fewer bits already; leave sampling_weights out"
-            )
-        model = dataclasses.replace(model, quantize="int8")
+    model = sampling_model(model, kind)
     with use_mesh(mesh_of(params)):
         return model, convert(model, params, kind)
+
+
+def sampling_model(model: Decoder, kind: str) -> Decoder:
+    """The model of `sampling_weights`; it raises what that raises."""
+    if kind not in WEIGHTS:
+        raise ValueError(f"sampling_weights={kind!r}: wanted one of {', '.join(WEIGHTS)}, or null")
+    if kind != "int8":
+        return model
+    if model.quantize is not None:
+        raise ValueError(
+            f"sampling_weights='int8' with a base that is kept as {model.quantize}: its weights "
+            "are in fewer bits already; leave sampling_weights out"
+        )
+    return dataclasses.replace(model, quantize=kind)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind"))

@@ -387,6 +387,24 @@ def test_longer_answers_of_other_origin_are_read_whole(state, reference, rollout
         )
 
 
+@pytest.mark.parametrize(
+    ("mask", "count", "columns", "holds"),
+    [
+        ([0, 1, 1, 1, 0, 0], 4, [1, 2, 3, 4], True),
+        ([0, 1, 1, 1, 0, 0], 3, [1, 2, 3], False),  # the critic may be trained one column after
+        ([0, 0, 0, 1, 1, 1], 3, [3, 4, 5], True),  # there is none
+        ([0, 0, 0, 0, 1, 0], 3, [3, 4, 5], True),
+        ([0, 0, 0, 0, 0, 0], 2, [0, 1], True),
+    ],
+)
+def test_columns_of_answers_by_hand(mask, count, columns, holds):
+    from jaxalign.algorithms.ppo.rows import answer_columns
+
+    got, all_held = answer_columns(np.array([mask], bool), count)
+    np.testing.assert_array_equal(got[0], columns)
+    assert bool(all_held) == holds
+
+
 def test_adaptive_kl():
     config = ppo.Config(kl_target=6.0, kl_horizon=1000.0)
     # error clip(12/6 − 1) = 0.2; 1 + 0.2 · 250/1000 = 1.05

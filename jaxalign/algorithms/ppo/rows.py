@@ -58,12 +58,14 @@ def answer_columns(mask: Array, count: int) -> tuple[jax.Array, jax.Array]:
       count: Q, at least one more than an answer has, for a value after it.
 
     Returns:
-      int32 `[B, Q]`, in order; bool scalar, whether they hold all of the mask.
+      int32 `[B, Q]`, in order; bool scalar, whether they hold all of the mask, and the column after
+      each answer if there is one.
     """
     mask = jnp.asarray(mask, bool)
     first = jnp.minimum(jnp.argmax(mask, axis=1), mask.shape[1] - count)  # [B]
     columns = first[:, None].astype(jnp.int32) + jnp.arange(count, dtype=jnp.int32)[None]
-    return columns, jnp.sum(jnp.take_along_axis(mask, columns, axis=1)) == jnp.sum(mask)
+    valued = mask.at[:, 1:].set(mask[:, 1:] | mask[:, :-1])
+    return columns, jnp.sum(jnp.take_along_axis(valued, columns, axis=1)) == jnp.sum(valued)
 
 
 def at_columns(rollout: RolloutBatch) -> RolloutBatch:
