@@ -416,6 +416,7 @@ OUT_OF_RANGE = {
         "ppo.slots=0",
         "ppo.cache_dtype=int8",
         "ppo.speculate=-1",
+        "ppo.score_early=maybe",
         "ppo.sampling_weights=int4",
         "ppo.scale_rewards=rows",
         "ppo.importance_sampling_level=word",

@@ -75,8 +75,10 @@ class Backend:
         and between loops the cache is copied, for which accelerators lack the memory.
       decode_stage_columns: the fewest columns by which such a cache grows. Not measured.
       decode_free_tokens: n₀: a decode step of n tokens costs as much as n₀ + n tokens of a long
-        text, n₀ of them for reading the weights. Speculation weighs its drafts by it. Accelerators:
-        FLOPs while a byte is moved, 295 on an H100, 240 on a v5e. CPU: 8. Not measured.
+        text, n₀ of them for reading the weights. Speculation weighs its drafts by it, and a rollout
+        its slots. CPU: 8; 3 of S and 10 of M by the steps of 1 to 16 rows on an AMD EPYC
+        (`scripts/bench/refill.py`). Accelerators: FLOPs while a byte is moved, 295 on an H100, 240
+        on a v5e; not measured.
       attention_mask_length: the longest rows for which XLA attention reads the mask from a matrix
         `[B, 1, T, T]`, made once for all layers. For longer rows the mask is computed block by
         block, so that memory is linear in the length. Not measured.

@@ -21,6 +21,7 @@ from jaxalign.plan.programs import Compiler, Log, chunks, device_bytes, on_rows
 from jaxalign.run.tasks.models import reshard_by_rules
 from jaxalign.run.tasks.ppo import RolloutParts, name_of
 from jaxalign.run.tasks.shapes import array, as_shapes
+from jaxalign.sampling import stream
 from jaxalign.sampling.draw import Sampling
 from jaxalign.sampling.engine import decode, empty_slots, read_prompts, split_layers, stages
 from jaxalign.sampling.speculate import advance_until, begin, widen
@@ -109,6 +110,10 @@ def _compile_sampling(
     compiler.done[-1] = dataclasses.replace(prefill, cache=cache)
     prompts = _results(lower_prefill(), compiled)
 
+    if options.score_early:
+        _compile_watched(compiler, model, params, known, state, prompts, key, sampling, options)
+        return
+
     def lower_decode() -> Any:
         with use_mesh(mesh):
             return decode.lower(
@@ -120,6 +125,39 @@ def _compile_sampling(
     compiler(
         "decode", lower_decode, known=known, batch=(tokens, mask), cache=(state, prompts),
         trips=math.ceil(new / loops), times=math.ceil(answers / slots),
+        useful=_decode_flops(model.config, slots, length, new),
+    )  # fmt: skip
+
+
+def _compile_watched(
+    compiler: Compiler, model: Any, params: Params, known: Any, state: Any, prompts: Any, key: Any,
+    sampling: Sampling, options: Any,
+) -> None:  # fmt: skip
+    """Compiles the decode loop that stops every few tokens, for its last and largest cache."""
+    mesh, new = compiler.mesh, options.max_new_tokens
+    length, slots = prompts.cache.segment_ids.shape[1], state.row.shape[0]
+    with use_mesh(mesh):
+        ends = stages(new)
+        if backend().decode_weights_by_layer:
+            lowered = split_layers.lower(model, params)
+            params = _results(lowered, lowered.compile())
+        lowered = stream.fill.lower(
+            state, prompts, columns=length + ends[0], samples=options.samples
+        )
+        filled = _results(lowered, lowered.compile())
+        for end in ends:
+            lowered = stream.widen.lower(filled, columns=length + end)
+            filled = _results(lowered, lowered.compile())
+
+    def lower_loop() -> Any:
+        until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+        with use_mesh(mesh):
+            return stream.decode_until.lower(
+                model, params, filled, key, sampling, until, ring_start=length
+            )
+
+    compiler(
+        "decode", lower_loop, known=known, cache=(filled, prompts), trips=new,
         useful=_decode_flops(model.config, slots, length, new),
     )  # fmt: skip
 

@@ -113,11 +113,27 @@ def cases_of(
         zip(*local_rows(arrays), strict=True)
     ):
         if answer_mask.any():
-            read = str(tok.decode(prompt[prompt_mask], skip_special_tokens=True))
-            written = str(tok.decode(targets[answer_mask], skip_special_tokens=True))
-            case = Case(read, written, place, prefilled=prefilled(tok, prompt[prompt_mask]))
-            cases.append(rows.fill(case, int(index)))
+            ids = prompt[prompt_mask], targets[answer_mask]
+            cases.append(case_of(tok, *ids, place, int(index), rows))
     return cases
+
+
+def case_of(
+    tok: PreTrainedTokenizerBase, prompt: Any, answer: Any, place: int, index: int, rows: Rows
+) -> Case:
+    """One answer as text.
+
+    Args:
+      tok: the policy's tokenizer.
+      prompt, answer: token ids, int `[n]` each.
+      place: the answer's row in the batch.
+      index: the prompt's row of data.
+      rows: the data rows.
+    """
+    read = str(tok.decode(prompt, skip_special_tokens=True))
+    written = str(tok.decode(answer, skip_special_tokens=True))
+    case = Case(read, written, place, prefilled=prefilled(tok, prompt))
+    return rows.fill(case, index)
 
 
 def prefilled(tok: PreTrainedTokenizerBase, prompt: Any) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxalign.parallel.sharding import local_rows, mesh_of
 from jaxalign.rewards.cases import RewardError
-from jaxalign.rewards.text import scores_of
+from jaxalign.rewards.text import TextReward, scores_of
 from jaxalign.types import PromptBatch, Scores, TokenBatch
+
+if TYPE_CHECKING:
+    from jaxalign.sampling.stream import Watch
 
 
 def combine_rewards(
@@ -77,6 +80,23 @@ def combine_rewards(
             )
         return Scores(total.astype(np.float32), answered, parts)
 
+    def early_watch(prompts: PromptBatch) -> Watch | None:
+        found = [
+            reward.early_watch(prompts, name)
+            for name, reward in rewards.items()
+            if isinstance(reward, TextReward)
+        ]
+        watches = [watch for watch in found if watch is not None]
+        if not watches:
+            return None
+
+        def watch(tokens: np.ndarray, counts: np.ndarray) -> None:
+            for each in watches:
+                each(tokens, counts)
+
+        return watch
+
+    reward.early_watch = early_watch  # pyrefly: ignore[missing-attribute]
     return reward
 
 

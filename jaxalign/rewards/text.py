@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxalign.data.time_limit import OutOfTime, call_within
 from jaxalign.parallel.sharding import local_rows
-from jaxalign.rewards.cases import Case, RewardError, Rows, cases_of, origin_in
+from jaxalign.rewards.cases import Case, RewardError, Rows, case_of, cases_of, origin_in
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from jaxalign.sampling.stream import Watch
 
 ScoreCases = Callable[[Sequence[Case]], Sequence[float | None]]
 """Cases → one score per case; None: the reward does not apply to it."""
@@ -34,13 +36,26 @@ class TextReward:
       tok: the policy's tokenizer.
       rows: the data rows behind the prompts; see `text_reward`.
       name: the reward's name in errors.
+      by_answer: whether the score of an answer depends on no other answer of the batch.
+
+    Attributes:
+      name: as above.
+      by_answer: as above.
     """
 
-    def __init__(self, score_cases: ScoreCases, tok: PreTrainedTokenizerBase, rows: Any, name: str):
-        self.name = name
+    def __init__(
+        self,
+        score_cases: ScoreCases,
+        tok: PreTrainedTokenizerBase,
+        rows: Any,
+        name: str,
+        by_answer: bool = False,
+    ):
+        self.name, self.by_answer = name, by_answer
         self._score_cases = score_cases
         self._tok = tok
         self._rows = rows if isinstance(rows, Rows) else Rows(rows)
+        self._early: dict[tuple[int, str, str], float | None] = {}
 
     def __call__(self, tokens: TokenBatch, prompts: PromptBatch) -> np.ndarray:
         """Scores of all answers, float32 `[B]`."""
@@ -75,12 +90,53 @@ class TextReward:
             remaining = iter(scores)
             return [next(remaining) if applies(case) else None for case in cases]
 
-        return TextReward(score_cases, self._tok, self._rows, self.name)
+        return TextReward(score_cases, self._tok, self._rows, self.name, self.by_answer)
+
+    def early_watch(self, prompts: PromptBatch, name: str | None = None) -> Watch | None:
+        """Scores answers as they end, while others are being written: a `watch` for `sample`.
+
+        The next call takes these scores for the same answers. Functions run in this thread, while
+        the devices compute, so that `timeout` holds.
+
+        Args:
+          prompts: the prompts of that call, one per answer.
+          name: the reward's name in errors; None: its own name.
+
+        Returns:
+          None for a reward that scores all answers of a batch together.
+        """
+        if not self.by_answer:
+            return None
+        rows = PromptBatch(*map(np.asarray, prompts))
+        early = self._early = {}
+        before = np.zeros(len(rows.index), np.int32)
+        scored = np.zeros(len(rows.index), np.bool_)
+
+        def watch(tokens: np.ndarray, counts: np.ndarray) -> None:
+            ended = (counts == before) & (counts > 0) & ~scored
+            before[:] = counts
+            for place in map(int, np.flatnonzero(ended)):
+                scored[place] = True
+                prompt, answer = (
+                    rows.tokens[place][rows.mask[place]],
+                    tokens[place, : counts[place]],
+                )
+                index = int(rows.index[place])
+                case = case_of(self._tok, prompt, answer, place, index, self._rows)
+                early[_key(case)] = self._scores_of([case], self.name if name is None else name)[0]
+
+        return watch
 
     def _score(
         self, tokens: TokenBatch, prompts: PromptBatch, name: str
     ) -> tuple[list[Case], list[float | None]]:
         cases = cases_of(self._tok, tokens, prompts, self._rows)
+        early, self._early = self._early, {}
+        rest = [case for case in cases if _key(case) not in early]
+        scores = iter(self._scores_of(rest, name))
+        return cases, [early[_key(case)] if _key(case) in early else next(scores) for case in cases]
+
+    def _scores_of(self, cases: Sequence[Case], name: str) -> list[float | None]:
         try:
             scores = self._score_cases(cases) if cases else []
         except _CaseFailed as failure:
@@ -102,7 +158,7 @@ class TextReward:
         if not hasattr(scores, "__len__") or len(scores) != len(cases):
             count = len(scores) if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
             raise RewardError(f"reward {name!r} gave {count} scores for {len(cases)} answers")
-        return cases, [_number(s, case, name) for s, case in zip(scores, cases, strict=True)]
+        return [_number(s, case, name) for s, case in zip(scores, cases, strict=True)]
 
     def _scatter(
         self, tokens: TokenBatch, cases: Sequence[Case], scores: Sequence[float | None]
@@ -172,7 +228,7 @@ def text_reward(
                 raise _CaseFailed(case, error, timeout) from error
         return scores
 
-    return TextReward(score_cases, tok, rows, name)
+    return TextReward(score_cases, tok, rows, name, by_answer=True)
 
 
 def batch_reward(
@@ -221,6 +277,11 @@ def batch_reward(
         return call_within(timeout, lambda: function(**values))
 
     return TextReward(score_cases, tok, rows, _name_of(function) if name is None else name)
+
+
+def _key(case: Case) -> tuple[int, str, str]:
+    """What tells an answer of a batch: a row of data may be no key of a dict."""
+    return case.place, case.prompt, case.completion
 
 
 class _CaseFailed(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
@@ -98,6 +99,7 @@ class Stopwatch:
     def around(self, run: Callable[..., Any], before: str, within: str) -> Callable[..., Any]:
         """Wraps `run`: ends the part `before` once its inputs are ready, then `within`."""
 
+        @functools.wraps(run)
         def timed(*arguments: Any) -> Any:
             self.lap(before, arguments)
             result = run(*arguments)

@@ -350,7 +350,7 @@ def generate(
       thinking: for templates with two generation prompts: "on" lets the model reason; "off" and
         "auto" close the reasoning block, as in training on answers without reasoning.
       chat_template_kwargs: further variables of the template, as a JSON object.
-      rows: prompts decoded at a time.
+      rows: answers written at a time; a finished one makes room for the next prompt.
       speculate: draft up to this many tokens of a step from the text so far; the answers stay the
         same, and text that repeats takes fewer steps. 0 is off.
       on_text: called with pieces of the answer to a single prompt, while it is sampled. A piece
@@ -404,13 +404,18 @@ def generate(
         rows = -(-rows // row_shards(mesh)) * row_shards(mesh)
     pad = tok.pad_token_id if isinstance(tok.pad_token_id, int) else 0
     pieces = None if on_text is None else TextPieces(tok, on_text)
+    # On one shard of rows all prompts wait in one queue, and a finished answer makes room for the
+    # next prompt. With several, or with drafts, which need a slot for every answer, groups of
+    # `rows` prompts follow each other.
+    queued = not speculate and (mesh is None or row_shards(mesh) == 1)
+    together = -(-len(encoded) // rows) * rows if queued else rows
     answers: list[str] = []
-    for start in range(0, len(encoded), rows):
-        group = range(start, min(start + rows, len(encoded)))
+    for start in range(0, len(encoded), together):
+        group = range(start, min(start + together, len(encoded)))
         out = sample(
             model,
             params,
-            prompt_rows(encoded, list(group), rows, length, pad),
+            prompt_rows(encoded, list(group), together, length, pad),
             jax.random.fold_in(key, start),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -418,6 +423,7 @@ def generate(
             top_p=top_p,
             stop_tokens=stops,
             pad_token=pad,
+            slots=rows if together > rows else None,
             speculate=speculate,
             watch=None if pieces is None else pieces.watch,
         )

@@ -36,7 +36,8 @@ CHUNK = 4
 """Tokens per chunk: enough to be worth starting a loop."""
 
 Watch = Callable[[np.ndarray, np.ndarray], None]
-"""(tokens `[N, R]`, number of tokens of each answer `[N]`) → None, called after every chunk."""
+"""(tokens `[N, R]`, number of tokens of each answer `[N]`) → None, called after every chunk, while
+the next one is computed. An answer with as many tokens as at the last call has ended."""
 
 _HALF = "\ufffd"  # a tokenizer's replacement for an incomplete character
 
@@ -61,35 +62,40 @@ def decode_watched(
     ring_start = prompts.cache.segment_ids.shape[1]
     if backend().decode_weights_by_layer:
         params = split_layers(model, params)
-    slots = _fill(slots, prompts, columns=ring_start + ends[0], samples=samples)
-    done = 0
+    slots = fill(slots, prompts, columns=ring_start + ends[0], samples=samples)
+    done, live, written = 0, True, None
     for end in ends:
-        slots = _widen(slots, columns=ring_start + end)
-        going = True
-        while going and done < end:
-            until = jnp.int32(min(done + CHUNK, end))
-            slots = _decode_until(model, params, slots, key, sampling, until, ring_start=ring_start)
-            done, live = int(slots.steps), np.asarray(slots.live)
-            going = bool(live.any())
-            watch(np.asarray(slots.token_ring), np.asarray(slots.count))
-        if not going:
-            break
-    return _collect(slots, sampling.pad_token)
+        if live:
+            slots = widen(slots, columns=ring_start + end)
+        while live and done < end:
+            done = min(done + CHUNK, end)
+            until = jnp.int32(done)
+            slots = decode_until(model, params, slots, key, sampling, until, ring_start=ring_start)
+            if written is not None:  # by the chunk before, while this one is computed
+                watch(*written)
+            # Copies: the next chunk is computed in the same memory.
+            written = np.array(slots.token_ring), np.array(slots.count)
+            live = bool(np.any(slots.live))
+    if written is not None:
+        watch(*written)
+    return collect(slots, sampling.pad_token)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "samples"))
-def _fill(slots: Slots, prompts: Prompts, *, columns: int, samples: int) -> Slots:
+def fill(slots: Slots, prompts: Prompts, *, columns: int, samples: int) -> Slots:
+    """Fills all slots; the cache gets so many columns, enough for the first stage."""
     slots = slots._replace(cache=resize_cache(slots.cache, columns))
     return fill_all(slots, prompts, samples)
 
 
 @functools.partial(jax.jit, static_argnames="columns")
-def _widen(slots: Slots, *, columns: int) -> Slots:
+def widen(slots: Slots, *, columns: int) -> Slots:
+    """Gives the cache so many columns."""
     return slots._replace(cache=resize_cache(slots.cache, columns))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "ring_start"), donate_argnames="slots")
-def _decode_until(
+def decode_until(
     model: Decoder, params: Params, slots: Slots, key: jax.Array, sampling: Sampling,
     until: Array, *, ring_start: int,
 ) -> Slots:  # fmt: skip
@@ -101,7 +107,8 @@ def _decode_until(
 
 
 @jax.jit
-def _collect(slots: Slots, pad_token: Array) -> Slots:
+def collect(slots: Slots, pad_token: Array) -> Slots:
+    """Copies all answers out of the rings."""
     return collect_answers(slots, jnp.arange(slots.row.shape[0]), pad_token)
 
 

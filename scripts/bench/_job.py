@@ -19,7 +19,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,6 +167,19 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 0.79 s with it, DPO 2.0 and 2.1 s, a PPO iteration 5.6 and 5.5 to 6.8 s."""
 
 
+def environment(side: str, threads: int, devices: int = 1) -> dict[str, str]:
+    """The environment variables with which a side's interpreter starts."""
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    if side.endswith("ours"):
+        root = pathlib.Path(__file__).resolve().parents[2]
+        paths = [str(root), os.environ.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return HUGE_PAGES | {"JAX_NUM_CPU_DEVICES": str(devices)} | env
+    env |= ALLOCATOR | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env.pop("PYTHONPATH", None)
+    return env
+
+
 def carry_out(
     side: str,
     python: str,
@@ -187,16 +200,8 @@ def carry_out(
     """
     done = folder / side / "done.json"
     if not done.exists():
-        here = pathlib.Path(__file__).resolve()
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        if side.endswith("ours"):
-            paths = [str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
-            env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-            env = HUGE_PAGES | {"JAX_NUM_CPU_DEVICES": str(devices)} | env
-        else:
-            env |= ALLOCATOR | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            env.pop("PYTHONPATH", None)
-        program = here.with_name(f"_{side}.py" if script is None else script)
+        program = pathlib.Path(__file__).with_name(f"_{side}.py" if script is None else script)
+        env = environment(side, threads, devices)
         subprocess.run([python, str(program), str(folder), side], env=env, check=True)
     return json.loads(done.read_text())
 
@@ -227,19 +232,56 @@ def curve_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(np.max(np.abs(np.subtract(ours, theirs))))
 
 
-def machine() -> dict[str, Any]:
-    """Date, processor and cores, for a results file."""
+def machine(pythons: Mapping[str, str] | None = None, threads: int = 2) -> dict[str, Any]:
+    """The date and what was measured on, for a results file.
+
+    Args:
+      pythons: side → interpreter: the rate of a matrix product in its libraries is recorded too.
+      threads: cores that a side may use.
+
+    Returns:
+      `processor` (the kernel's name), `family` (family, model and stepping, since a name may stand
+      for several processors), `instructions` (the vector and matrix sets), `huge_pages` (the
+      kernel's setting), cores, Python, and with `pythons` also `matmul_gflops`.
+    """
     import datetime
     import platform
 
-    model = platform.processor()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
+    info = cpu_info()
+    pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = {
         "date": datetime.date.today().isoformat(),
-        "processor": model,
+        "processor": info.get("model name", platform.processor()),
+        "family": "/".join(info.get(k, "") for k in ("cpu family", "model", "stepping")),
+        "instructions": [name for name in INSTRUCTIONS if name in info.get("flags", "").split()],
+        "huge_pages": pages.read_text().strip() if pages.exists() else "",
         "cores": len(os.sched_getaffinity(0)),
         "python": ".".join(map(str, sys.version_info[:2])),
     }
+    if pythons is not None:
+        found["matmul_gflops"] = {
+            side: matmul_gflops(side, python, threads) for side, python in pythons.items()
+        }
+    return found
+
+
+INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+"""Names in /proc/cpuinfo of what matters to matrix products."""
+
+
+def cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    path = pathlib.Path("/proc/cpuinfo")
+    text = path.read_text().split("\n\n")[0] if path.exists() else ""
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def matmul_gflops(side: str, python: str, threads: int) -> dict[str, float]:
+    """Library → GFLOP/s of a side's interpreter, in the environment in which the side runs."""
+    program = pathlib.Path(__file__).with_name("_rates.py")
+    command = [python, str(program)]
+    result = subprocess.run(
+        command, env=environment(side, threads), check=True, capture_output=True, text=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])

@@ -64,14 +64,19 @@ def make_job(arguments: argparse.Namespace, what: str, size: str, kind: str) -> 
     )
 
 
+def pythons_of(arguments: argparse.Namespace, what: str) -> dict[str, str]:
+    """Side → interpreter, ours last."""
+    pythons = {SIDES[0]: arguments.peer}
+    if what == "generate" and arguments.tunix is not None:
+        pythons["ppo_tunix"] = arguments.tunix
+    return pythons | {SIDES[1]: sys.executable}
+
+
 def measure(
     arguments: argparse.Namespace, case: pathlib.Path, job: Rollouts
 ) -> dict[str, dict[str, list]]:
     """Runs both sides in turn, several times: the seconds of every measured step."""
-    pythons = {SIDES[0]: arguments.peer}
-    if job.what == "generate" and arguments.tunix is not None:
-        pythons["ppo_tunix"] = arguments.tunix
-    pythons[SIDES[1]] = sys.executable
+    pythons = pythons_of(arguments, job.what)
     found: dict[str, dict[str, list]] = {side: {"seconds": [], "peak_mib": []} for side in pythons}
     for repeat in range(arguments.repeats):
         folder = case / f"repeat-{repeat}"
@@ -144,7 +149,7 @@ def main() -> None:
         written = sum(map(sum, job.lengths)) / len(job.lengths)
         row = {"benchmark": "ppo_speed", "what": what, "size": size, "answers": kind}
         row |= {**summary(found, written), "job": dataclasses.asdict(job), "repeats": found}
-        row |= machine()
+        row |= machine(pythons_of(arguments, what), arguments.threads)
         for name in ("policy", "scorer"):  # where they lay is of no interest
             del row["job"][name]
         print(json.dumps({k: v for k, v in row.items() if k not in ("job", "repeats")}))

@@ -151,7 +151,8 @@ def main() -> None:
             found = measure(arguments, case, job)
             row = {"benchmark": "preference_speed", "size": arguments.size, "algorithm": algorithm}
             row |= {"rows": kind, **summary(found), "prompt_share": arguments.prompt_share}
-            row |= {"job": dataclasses.asdict(job), "repeats": found, **machine()}
+            row |= {"job": dataclasses.asdict(job), "repeats": found}
+            row |= machine({"trl": arguments.peer, "ours": sys.executable}, arguments.threads)
             for name in ("model", "train"):  # where they lay is of no interest
                 del row["job"][name]
             print(json.dumps({k: v for k, v in row.items() if k not in ("job", "repeats")}))

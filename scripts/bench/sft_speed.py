@@ -141,7 +141,8 @@ def main() -> None:
         found = measure(arguments, arguments.work.absolute() / f"sft-{size}-{kind}", job)
         row = {"benchmark": "sft_speed", "size": size, "rows": kind, **summary(found)}
         print(json.dumps(row))
-        row |= {"job": dataclasses.asdict(job), "repeats": found, **machine()}
+        row |= {"job": dataclasses.asdict(job), "repeats": found}
+        row |= machine(sides_of(arguments, kind), arguments.threads)
         del row["job"]["model"]  # where it lay is of no interest
         if arguments.out is not None:
             append(arguments.out, row)

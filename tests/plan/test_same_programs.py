@@ -49,6 +49,20 @@ def without_places(text):
         ),
         (
             "ppo",
+            {
+                "ppo": {
+                    "stop_tokens": [2],
+                    "score_early": True,
+                    "advantage_estimator": "rloo",
+                    "samples": 2,
+                },
+                "reward_model": None,
+                "rewards": [{"kind": "regex", "pattern": "a"}],
+            },
+            {"prefill", "decode", "experience", "update"},
+        ),
+        (
+            "ppo",
             {"ppo": {"stop_tokens": [2], "speculate": 2, "sampling_weights": "int8"}},
             {"sampling weights", "prefill", "decode", "score", "experience", "update"},
         ),

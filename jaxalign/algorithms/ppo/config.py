@@ -33,8 +33,12 @@ class Config:
       top_k, top_p: sampling filters, off (0 and 1) by default, because with them the sampler
         differs from the distribution whose log-probabilities are trained.
       samples: answers per prompt; more than one for estimators that compare them.
-      slots: answers sampled at a time, see `sample`; None: all.
+      slots: answers sampled at a time, see `sample`; None: all. In a run, None becomes fewer where
+        the last rollout's answers were so ragged that this is faster (`jaxalign.sampling.refill`).
       speculate: draft tokens of a decode step, see `sample`; 0: none. It requires `slots=None`.
+      score_early: score an answer as soon as it has ended, while the others are being written. It
+        requires a reward that scores each answer by itself in Python, `slots=None`, no `speculate`
+        and one process. The scores stay the same.
       cache_dtype: dtype of the key-value cache while sampling; None: the model's compute dtype.
       sampling_weights: "bfloat16" or "int8": sampling reads a copy of the weights in fewer bits,
         made anew for every rollout; None: the weights themselves. See `jaxalign.sampling.weights`.
@@ -99,6 +103,7 @@ class Config:
     samples: int = 1
     slots: int | None = None
     speculate: int = 0
+    score_early: bool = False
     cache_dtype: str | None = None
     sampling_weights: str | None = None
     logprob_tolerance: float = 0.05
@@ -211,6 +216,12 @@ def _check_options(config: Config) -> None:
     want(config.speculate >= 0, "speculate", "0 (off) or a positive integer")
     whole = config.slots is None and not config.router_replay
     want(whole or not config.speculate, "speculate", "0 with slots or router_replay")
+    early = whole and not config.speculate
+    want(
+        early or not config.score_early,
+        "score_early",
+        "False with slots, speculate or router_replay",
+    )
     wanted = f"{', '.join(WEIGHTS)} or null"
     want(config.sampling_weights in (None, *WEIGHTS), "sampling_weights", wanted)
     wanted = f"{', '.join(_CACHE_DTYPES)} or null"

@@ -31,6 +31,7 @@ from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.rules import Rules
 from jaxalign.parallel.sharding import all_gather_rows, local_rows, mesh_of, shard_batch, use_mesh
 from jaxalign.sampling.generate import Generation, sample
+from jaxalign.sampling.stream import Watch
 from jaxalign.sampling.weights import sampling_weights
 from jaxalign.types import (
     Array,
@@ -81,12 +82,13 @@ def make_prepare(
 
     Returns:
       `prepare(key, state, ref_params, prompts, kl_coef=None, *, temperature=None, calibration=None,
-      score_stats=None)`. `kl_coef` and `temperature` override the configured ones without
-      recompilation. `calibration = (shift, scale)` turns the scores of `reward_fn` into (score −
-      shift) / scale. With `normalize_scores`, `score_stats` are the statistics of all scores so far
-      (`next_score_stats` adds this rollout's). `prepare` raises ValueError if a score is not
-      finite, or if the sampler's log-probabilities differ from the trainer's by more than
-      `logprob_tolerance` on average. `.lower` is the `lower` of `make_experience`.
+      score_stats=None, slots=None)`. `kl_coef` and `temperature` override the configured ones
+      without recompilation, `slots` overrides `config.slots`. `calibration = (shift, scale)` turns
+      the scores of `reward_fn` into (score − shift) / scale. With `normalize_scores`, `score_stats`
+      are the statistics of all scores so far (`next_score_stats` adds this rollout's). `prepare`
+      raises ValueError if a score is not finite, or if the sampler's log-probabilities differ from
+      the trainer's by more than `logprob_tolerance` on average. `.lower` is the `lower` of
+      `make_experience`.
     """
     config = Config() if config is None else config
     config.check_stop_tokens()
@@ -110,6 +112,7 @@ def make_prepare(
         temperature: float | Array | None = None,
         calibration: tuple[float, float] | None = None,
         score_stats: ScoreStats | None = None,
+        slots: int | None = None,
     ) -> RolloutBatch:
         mesh = mesh_of(state.params)
         temperature = config.temperature if temperature is None else temperature
@@ -118,9 +121,10 @@ def make_prepare(
 
         # 1. Sample: B = prompts · samples answers of up to R tokens.
         policy = combine(state.params, state.frozen)["policy"]
+        watch = _early_watch(reward_fn, prompts, config) if config.score_early else None
         prompts, answers, tokens = sample_answers(
             key, model, policy, _on_mesh(prompts, mesh), config, temperature,
-            mesh=rollout_mesh, rules=rollout_rules,
+            mesh=rollout_mesh, rules=rollout_rules, slots=slots, watch=watch,
         )  # fmt: skip
         with use_mesh(mesh):
             # 2. Score: [B] on the host, then split over the mesh.
@@ -141,6 +145,21 @@ def make_prepare(
     return Prepare(prepare, experience.lower)
 
 
+def _early_watch(reward_fn: RewardFn, prompts: PromptBatch, config: Config) -> Watch:
+    """Scores answers while others are being written, see `TextReward.early_watch`."""
+    if jax.process_count() > 1:
+        raise ValueError(f"ppo score_early=True on {jax.process_count()} processes: wanted one")
+    repeated = PromptBatch(*(np.asarray(x).repeat(config.samples, axis=0) for x in prompts))
+    start = getattr(reward_fn, "early_watch", None)
+    watch = None if start is None else start(repeated)
+    if watch is None:
+        raise ValueError(
+            "ppo score_early=True: no reward scores each answer by itself in Python; wanted one "
+            "that text_reward makes (function with calls: row, gsm8k, ifeval, regex)"
+        )
+    return watch
+
+
 def sample_answers(
     key: jax.Array,
     model: Decoder,
@@ -151,8 +170,12 @@ def sample_answers(
     *,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    slots: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[PromptBatch, Generation, TokenBatch]:
     """Samples `config.samples` answers to each prompt, on `mesh` and with `rules` if given.
+
+    `slots` overrides `config.slots`; for `watch` see `sample`.
 
     Returns:
       (the prompts, each repeated for its answers; the answers; prompts and answers joined as rows).
@@ -171,12 +194,13 @@ def sample_answers(
         stop_tokens=config.stop_tokens,
         pad_token=config.pad_token,
         samples=config.samples,
-        slots=config.slots,
+        slots=config.slots if slots is None else slots,
         cache_dtype=config.cache_dtype,
         mesh=mesh,
         rules=rules,
         keep_experts=config.router_replay,
         speculate=config.speculate,
+        watch=watch,
     )
     with use_mesh(home):
         if config.samples > 1:

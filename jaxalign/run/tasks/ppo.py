@@ -48,7 +48,8 @@ from jaxalign.run.tasks.rollout_log import RolloutDump
 from jaxalign.run.tasks.shapes import token_shapes
 from jaxalign.run.tasks.streams import Stream, stream_key
 from jaxalign.run.tasks.task import Floats, Loop, Task, exporter, whole_policy
-from jaxalign.types import Params, RolloutBatch, TokenBatch, TrainState
+from jaxalign.sampling.refill import refilled_slots
+from jaxalign.types import Params, PromptBatch, RolloutBatch, TokenBatch, TrainState
 
 
 class RewardModel(NamedTuple):
@@ -276,7 +277,7 @@ class Iteration:
     """
 
     def __init__(self, config: PPORun, mesh: Mesh, parts: RolloutParts, data: RunData):
-        self._config, self._parts, self._data = config, parts, data
+        self._config, self._parts, self._data, self._mesh = config, parts, data, mesh
         self._dump = RolloutDump(
             local_folder(config.run.folder), data.tok, config.dump_every, config.dump_samples
         )
@@ -302,7 +303,7 @@ class Iteration:
         check_blow_up(config, metrics)
         # More rollouts of this iteration use the same scaling and β as its first one.
         before = dict(loop)
-        self._update_loop(rollout, metrics["objective/kl"], loop)
+        self._update_loop(rollout, metrics, loop)
         self._dump.write(loop["iterations"], rollout)
         if config.prompt_draws > 1:
             rollout, more_costs, counts = self._replace_zero_variance(
@@ -330,8 +331,9 @@ class Iteration:
         parts = self._parts
         parts.watch.start()
         rollout = parts.rollout(
-            key, state, self._reference(state), prompts, loop["kl_coef"], **_scaling(loop)
-        )
+            key, state, self._reference(state), prompts, loop["kl_coef"], **_scaling(loop),
+            slots=self._slots(prompts, loop),
+        )  # fmt: skip
         jax.block_until_ready(rollout)
         seconds = parts.watch.stop("experience")
         tokens = local_rows(rollout.tokens)
@@ -349,11 +351,21 @@ class Iteration:
         real = float(np.sum(tokens.segment_ids > 0))
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
 
-    def _update_loop(self, rollout: RolloutBatch, measured_kl: float, loop: Loop) -> None:
-        """Updates the state for the next iteration: β, and the statistics of all scores."""
+    def _slots(self, prompts: PromptBatch, loop: Loop) -> int | None:
+        """Slots for this rollout, by the lengths of the last one's answers; None: as configured."""
+        options, lengths = self._parts.options, loop.get("answer_lengths")
+        if lengths is None or options.slots or options.speculate or options.score_early:
+            return None
+        answers = prompts.tokens.shape[0] * options.samples
+        return refilled_slots(answers, *lengths, mesh=self._mesh)
+
+    def _update_loop(self, rollout: RolloutBatch, metrics: Floats, loop: Loop) -> None:
+        """Updates the state for the next iteration: β, lengths, the statistics of all scores."""
         options = self._parts.options
         answers = int(jnp.sum(rollout.valid))  # pyrefly: ignore[bad-argument-type]
+        measured_kl = metrics["objective/kl"]
         loop["kl_coef"] = ppo.next_kl_coef(loop["kl_coef"], measured_kl, options, answers)
+        loop["answer_lengths"] = [metrics["response/length"], metrics["response/length_max"]]
         if options.normalize_scores:
             stats = ppo.ScoreStats(*loop["score_stats"])
             loop["score_stats"] = list(ppo.next_score_stats(stats, rollout))
