@@ -66,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(given)
     command: Command = parsed.subcommand
 
+    from jaxalign.commands.startup.freed_memory import return_freed_memory
     from jaxalign.commands.startup.program_cache import cache_programs
     from jaxalign.parallel import distributed
 
     try:
         if command.compiles:
             cache_programs()
+            return_freed_memory()
         return command.run(parsed) or 0
     except distributed.Preempted as stopped:
         print(f"jaxalign {command.name}: {stopped}", file=sys.stderr)

@@ -152,7 +152,15 @@ def read_steps(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process, MiB."""
+    """Peak resident memory of this program, MiB.
+
+    From /proc where there is one: the peak of `getrusage` also counts the process that started this
+    one, up to its `exec`.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(peaks[0].split()[1]) / 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

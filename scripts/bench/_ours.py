@@ -17,6 +17,7 @@ from _job import Job, Pairs, append, load_pairs, peak_mib, read_job
 import jaxalign as ja
 from jaxalign import dpo, reward
 from jaxalign.commands.bench.case import cached_rows, row_parts
+from jaxalign.commands.startup.freed_memory import return_freed_memory
 from jaxalign.data.branches import shared_rows, shared_size
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
@@ -146,6 +147,7 @@ def score(job: Job, scorer: Any, params: Any, pairs: Pairs) -> tuple[np.ndarray,
 
 
 def main() -> None:
+    return_freed_memory()  # as the `jaxalign` command does
     folder = pathlib.Path(sys.argv[1])
     job, out = read_job(folder), folder / "ours"
     out.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ import jaxalign as ja
 from jaxalign import ppo
 from jaxalign.algorithms.ppo import prepare as ppo_prepare
 from jaxalign.commands.bench.case import cached_rows, row_parts
+from jaxalign.commands.startup.freed_memory import return_freed_memory
 from jaxalign.rewards import model_reward
 from jaxalign.sampling.generate import sample
 
@@ -116,6 +117,7 @@ RUNS = {"ppo": iterations, "grpo": grouped, "generate": generations}
 
 
 def main() -> None:
+    return_freed_memory()  # as the `jaxalign` command does
     folder = pathlib.Path(sys.argv[1])
     job, out = read_rollouts(folder), folder / "ppo_ours"
     out.mkdir(exist_ok=True)

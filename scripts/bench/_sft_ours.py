@@ -16,6 +16,7 @@ import jaxalign as ja
 from jaxalign import sft
 from jaxalign.commands.bench.case import cached_rows, row_parts
 from jaxalign.commands.bench.machine import matmul_rate
+from jaxalign.commands.startup.freed_memory import return_freed_memory
 from jaxalign.data.chat import Encoded
 from jaxalign.data.packing import best_fit, token_rows
 
@@ -33,6 +34,7 @@ def batches(job: Texts) -> list[list[list[int]]]:
 
 
 def main() -> None:
+    return_freed_memory()  # as the `jaxalign` command does
     folder = pathlib.Path(sys.argv[1])
     job, out = read_texts(folder), folder / sys.argv[2]
     out.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from jaxalign.commands.startup.freed_memory import COMPILED
 from jaxalign.parallel.chips import chip_of, peak_flops
 from jaxalign.parallel.sharding import replicated, rows_sharding
 
@@ -86,7 +87,7 @@ class Compiled:
 
     def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """Collects the durations that JAX records."""
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILED:
             self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
 
