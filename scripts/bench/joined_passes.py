@@ -2,11 +2,11 @@
 
     python scripts/bench/joined_passes.py [--sizes S M] [--rows 8] [--out FILE]
 
-`apart` and `joined` are two models of one shape, such as policy and critic: two passes, or one under
-`vmap` over their stacked weights. `three` and `one` are three passes over the same weights, such as
-policy, reference and critic as adapters of one base, or one pass over their rows end to end (without
-the adapters' own products: an upper bound). Rows of 128 tokens; all take turns in one process;
-milliseconds are medians.
+`apart` and `joined` are two models of one shape, such as policy and critic: two passes, or one
+under `vmap` over their stacked weights. `three` and `one` are three passes over the same weights,
+such as policy, reference and critic as adapters of one base, or one pass over their rows end to end
+(without the adapters' own products: an upper bound). Rows of 128 tokens; all take turns in one
+process; milliseconds are medians.
 """
 
 from __future__ import annotations
