@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxalign.parallel.sharding import local_rows, mesh_of
 from jaxalign.rewards.cases import RewardError
-from jaxalign.rewards.text import TextReward, scores_of
+from jaxalign.rewards.text import scores_of
 from jaxalign.types import PromptBatch, Scores, TokenBatch
 
 if TYPE_CHECKING:
@@ -80,11 +80,13 @@ def combine_rewards(
             )
         return Scores(total.astype(np.float32), answered, parts)
 
-    def early_watch(prompts: PromptBatch) -> Watch | None:
+    def early_watch(prompts: PromptBatch, name: str | None = None) -> Watch | None:
+        # A reward under two names keeps one set of early scores.
+        different = {id(reward): (own, reward) for own, reward in rewards.items()}
         found = [
-            reward.early_watch(prompts, name)
-            for name, reward in rewards.items()
-            if isinstance(reward, TextReward)
+            reward.early_watch(prompts, own)  # pyrefly: ignore[missing-attribute]
+            for own, reward in different.values()
+            if getattr(reward, "early_watch", None) is not None
         ]
         watches = [watch for watch in found if watch is not None]
         if not watches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import pathlib
@@ -99,13 +98,14 @@ class Stopwatch:
     def around(self, run: Callable[..., Any], before: str, within: str) -> Callable[..., Any]:
         """Wraps `run`: ends the part `before` once its inputs are ready, then `within`."""
 
-        @functools.wraps(run)
         def timed(*arguments: Any) -> Any:
             self.lap(before, arguments)
             result = run(*arguments)
             self.lap(within, result)
             return result
 
+        # A reward that scores answers while they are being written, see `ppo.score_early`.
+        timed.early_watch = getattr(run, "early_watch", None)  # pyrefly: ignore[missing-attribute]
         return timed
 
 

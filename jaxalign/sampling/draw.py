@@ -36,6 +36,16 @@ class Sampling(NamedTuple):
     pad_token: Any
 
 
+def answer_keys(key: jax.Array, answers: jax.Array) -> jax.Array:
+    """The keys of answers, int32 `[S]` → keys `[S]`.
+
+    Args:
+      key: one key, folded with each answer's number; or the keys of all answers, `[N]`.
+      answers: their numbers.
+    """
+    return key[answers] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, answers)
+
+
 def sample_tokens(
     keys: jax.Array, logits: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:

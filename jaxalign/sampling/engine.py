@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxalign.models.attention.kv_cache import Cache, resize_cache
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
-from jaxalign.sampling.draw import Sampling, sample_tokens
+from jaxalign.sampling.draw import Sampling, answer_keys, sample_tokens
 from jaxalign.types import Array, Params
 
 
@@ -159,7 +159,7 @@ def decode(
       slots: donated; the returned state replaces it.
       prompts: the group from which slots are filled.
       key: PRNG key. Token i of answer r is sampled with `fold_in(fold_in(key, r), i)`, whichever
-        slot the answer is in.
+        slot the answer is in. Or the keys of all answers, `[N]`, in place of `fold_in(key, r)`.
       sampling: how tokens are sampled.
       last_group: bool scalar, whether this is the last group.
       samples: answers per prompt.
@@ -336,8 +336,7 @@ def decode_step(
     longest = slots.tokens.shape[1]  # R
     column = slots.steps % longest
     logits = model.logits(params, slots.last_hidden[:, None])[:, 0]  # [S, D] → [S, V]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.row)  # [S]
-    keys = jax.vmap(jax.random.fold_in)(row_keys, slots.count)  # [S]
+    keys = jax.vmap(jax.random.fold_in)(answer_keys(key, slots.row), slots.count)  # [S]
     token, logprob = sample_tokens(keys, logits, sampling)  # [S]
     stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
     hidden, cache = model.extend(

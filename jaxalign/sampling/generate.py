@@ -107,7 +107,8 @@ def sample(
       model: the language model.
       params: its parameters; the rows are split over their mesh.
       prompts: padded on the left.
-      key: PRNG key; the same key gives the same answers on any mesh.
+      key: PRNG key; the same key gives the same answers on any mesh. Answer r uses `fold_in(key,
+        r)`; or pass the keys of all answers, `[B·samples]`.
       max_new_tokens: R, static.
       temperature: divides the logits; 0 means greedy.
       top_k: only the k most likely tokens; 0: all.
@@ -221,6 +222,7 @@ def _run(
     limits: np.ndarray, options: EngineOptions, mesh: Mesh | None, watch: Watch | None,
 ) -> Generation:  # fmt: skip
     """Prefills group by group and decodes; `limits` `[N]`, the most tokens of each answer."""
+    filled = _filled(prompts, options)
     if mesh is not None:
         prompts = shard_batch(prompts, mesh)
     count, slots, samples = prompts.tokens.shape[0], options.slots, options.samples
@@ -252,7 +254,7 @@ def _run(
             cache_dtype=dtype,
             keep_experts=options.keep_experts,
         )
-        for first in range(0, count, group):
+        for first in range(0, filled, group):
             # The last group starts earlier instead of being shorter, so that all groups have one
             # shape.
             start = min(first, count - group)
@@ -266,12 +268,24 @@ def _run(
                     model, params, state, prefilled, key, sampling, samples=samples, watch=watch
                 )
                 continue
-            last_group = jnp.asarray(first + group >= count)
+            last_group = jnp.asarray(first + group >= filled)
             state = decode(
                 model, params, state, prefilled, key, sampling, last_group, samples=samples
             )
         mask, finished = _ends(state.tokens, state.lengths, sampling.stop_tokens)
     return Generation(state.tokens, state.logprobs, mask, finished, state.steps, state.experts)
+
+
+def _filled(prompts: PromptBatch, options: EngineOptions) -> int:
+    """The number of rows up to the last prompt of a queue: empty rows after it are not prefilled.
+
+    All rows where there is no queue, or where the prompts are on devices already.
+    """
+    count = prompts.tokens.shape[0]
+    if options.slots >= count * options.samples or not isinstance(prompts.mask, np.ndarray):
+        return count
+    rows = np.flatnonzero(prompts.mask.any(axis=1))
+    return int(rows[-1]) + 1 if len(rows) else 1
 
 
 @jax.jit
@@ -297,6 +311,13 @@ def _limits(lengths: Array | None, answers: int, max_new_tokens: int) -> np.ndar
             f"max_new_tokens={max_new_tokens}"
         )
     return limits.astype(np.int32)
+
+
+def _group_keys(key: jax.Array, count: int, rows: int) -> jax.Array:
+    """The keys of so many answers, as if groups of `rows` were sampled one after the other."""
+    number = jnp.arange(count)
+    groups = jax.vmap(jax.random.fold_in, (None, 0))(key, number // rows * rows)
+    return jax.vmap(jax.random.fold_in)(groups, number % rows)
 
 
 def expect_decoder(model: Any, what: str) -> None:
@@ -391,7 +412,7 @@ def generate(
     Limits.of(model, max_new_tokens, tok).check(extent_of(encoded), "prompts")
     stops = stop_token_ids(tok, chat_template, model)
     key = jax.random.key(0) if key is None else key
-    # One shape for all groups: the longest prompt, up to a multiple of 16.
+    # One length for all: the longest prompt, up to a multiple of 16.
     length = -(-max(map(len, encoded)) // 16) * 16
     rows = min(rows, len(encoded))
     mesh = mesh_of(params)
@@ -406,9 +427,11 @@ def generate(
     pieces = None if on_text is None else TextPieces(tok, on_text)
     # On one shard of rows all prompts wait in one queue, and a finished answer makes room for the
     # next prompt. With several, or with drafts, which need a slot for every answer, groups of
-    # `rows` prompts follow each other.
+    # `rows` prompts follow each other. Both use the same keys, so the answers are the same.
     queued = not speculate and (mesh is None or row_shards(mesh) == 1)
-    together = -(-len(encoded) // rows) * rows if queued else rows
+    together = rows
+    while queued and together < len(encoded):
+        together *= 2  # few shapes, whatever the number of prompts
     answers: list[str] = []
     for start in range(0, len(encoded), together):
         group = range(start, min(start + together, len(encoded)))
@@ -416,7 +439,9 @@ def generate(
             model,
             params,
             prompt_rows(encoded, list(group), together, length, pad),
-            jax.random.fold_in(key, start),
+            jax.random.fold_in(key, start)
+            if together == rows
+            else _group_keys(key, together, rows),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

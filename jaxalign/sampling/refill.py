@@ -17,7 +17,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from jaxalign.models.backend import backend
-from jaxalign.parallel.sharding import row_shards, use_mesh
+from jaxalign.parallel.sharding import axis_shards, use_mesh
 
 
 def refilled_slots(
@@ -29,13 +29,14 @@ def refilled_slots(
       answers: B, at least 1.
       mean_length: tokens of an answer, ΣL / B.
       longest: R, tokens of the longest answer.
-      mesh: where answers are sampled. If their rows are split over devices, there is a slot for
-        every answer: a queue would gather the prompts' keys and values on every device.
+      mesh: where answers are sampled, under the rules in context. If rows are split over devices,
+        there is a slot for every answer: a queue would gather the prompts' keys and values on every
+        device.
 
     Returns:
       S; None: a slot for every answer.
     """
-    if mesh is not None and row_shards(mesh) > 1:
+    if mesh is not None and max(axis_shards(axis, mesh) for axis in ("rows", "cache_rows")) > 1:
         return None
     with use_mesh(mesh):
         free = backend().decode_free_tokens  # n₀

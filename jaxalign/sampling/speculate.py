@@ -28,7 +28,7 @@ import numpy as np
 from jaxalign.models.attention.kv_cache import Cache, resize_cache
 from jaxalign.models.backend import backend
 from jaxalign.models.decoder import Decoder
-from jaxalign.sampling.draw import Sampling, sample_tokens
+from jaxalign.sampling.draw import Sampling, answer_keys, sample_tokens
 from jaxalign.sampling.engine import Prompts, repeat_prompts, split_layers, stages
 from jaxalign.sampling.stream import CHUNK, Watch
 from jaxalign.types import Array, Params
@@ -280,7 +280,7 @@ def _take(
     """
     rows, new, _ = hidden.shape
     number = answers.count[:, None] + jnp.arange(new, dtype=jnp.int32)[None]  # [N, T]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))  # [N]
+    row_keys = answer_keys(key, jnp.arange(rows))  # [N]
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys, number)  # [N, T]
     logits = model.logits(params, hidden)  # [N, T, V]
     sampled, logprobs = sample_tokens(keys.reshape(-1), logits.reshape(rows * new, -1), sampling)

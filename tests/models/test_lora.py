@@ -199,8 +199,9 @@ def test_every_kind_merges_as_numpy_says(rich, base):
     # On a tied model the look-up and the head have adapters of their own.
     assert model.config.tie_embeddings
     assert not plain.config.tie_embeddings
+    # Logits reach 10: 5e-5 are a few of their last bits, and products differ by processor.
     np.testing.assert_allclose(
-        logits(plain)(merged, batch().inputs), logits(model)(together, batch().inputs), 1e-5, 1e-5
+        logits(plain)(merged, batch().inputs), logits(model)(together, batch().inputs), 1e-5, 5e-5
     )
     table = base["embed"]["embedding"]
     if config is MIXED:

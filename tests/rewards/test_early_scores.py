@@ -133,3 +133,27 @@ def test_a_run_is_the_same_with_early_scores(chat_models, tmp_path):
         for name, value in late.items():
             np.testing.assert_allclose(early[name], value, 1e-5, 1e-6, err_msg=name)
     assert 0 < runs[0][0]["applies/regex"] < 1
+
+
+def test_a_reward_under_two_names_is_scored_early_once(policy):
+    seen = []
+
+    def score(prompt, completion):
+        seen.append(completion)
+        return float(len(completion))
+
+    one = text_reward(score, TOK)
+    nested = combine_rewards({"inner": combine_rewards({"a": one, "b": one})})
+    late = rollout(policy, nested, early=False)
+    count, seen[:] = len(seen), []
+    early = rollout(policy, nested, early=True)
+    np.testing.assert_array_equal(early.scores, late.scores)
+    assert len(seen) == count
+
+
+def test_a_run_without_such_a_reward_stops_before_it_starts(chat_models, tmp_path):
+    values = chatmodel.settings("ppo", chat_models, tmp_path / "run", steps=2)
+    values["ppo"]["score_early"] = True
+    with pytest.raises(ValueError, match="score_early=True: no reward scores each answer"):
+        loop.train(load_config("ppo", values))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -121,7 +121,7 @@ def make_prepare(
 
         # 1. Sample: B = prompts · samples answers of up to R tokens.
         policy = combine(state.params, state.frozen)["policy"]
-        watch = _early_watch(reward_fn, prompts, config) if config.score_early else None
+        watch = early_watch(reward_fn, prompts, config) if config.score_early else None
         prompts, answers, tokens = sample_answers(
             key, model, policy, _on_mesh(prompts, mesh), config, temperature,
             mesh=rollout_mesh, rules=rollout_rules, slots=slots, watch=watch,
@@ -145,8 +145,12 @@ def make_prepare(
     return Prepare(prepare, experience.lower)
 
 
-def _early_watch(reward_fn: RewardFn, prompts: PromptBatch, config: Config) -> Watch:
-    """Scores answers while others are being written, see `TextReward.early_watch`."""
+def early_watch(reward_fn: RewardFn, prompts: PromptBatch, config: Config) -> Watch:
+    """Scores answers while others are being written, see `TextReward.early_watch`.
+
+    Raises:
+      ValueError: several processes, or no reward that scores each answer by itself.
+    """
     if jax.process_count() > 1:
         raise ValueError(f"ppo score_early=True on {jax.process_count()} processes: wanted one")
     repeated = PromptBatch(*(np.asarray(x).repeat(config.samples, axis=0) for x in prompts))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
+from jaxalign.algorithms.ppo.prepare import early_watch
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.data import Batches, sft_batches, stop_token_ids
 from jaxalign.models.flops import ppo_flops
@@ -135,6 +136,8 @@ def build_ppo(
         if isinstance(spec, ModelReward)
     )
     reward, watch = make_reward(config, data, scorers, reward_models), Stopwatch()
+    if options.score_early and data.tok is not None and data.batches is not None:
+        early_watch(reward, PromptBatch(*np.zeros((3, 0, 1), np.int32)), options)  # raises if none
     rollout = ppo.make_prepare(
         policy.model,
         critic,
@@ -357,7 +360,8 @@ class Iteration:
         if lengths is None or options.slots or options.speculate or options.score_early:
             return None
         answers = prompts.tokens.shape[0] * options.samples
-        return refilled_slots(answers, *lengths, mesh=self._mesh)
+        with self._config.mesh.use_rules("rollout"):
+            return refilled_slots(answers, *lengths, mesh=self._mesh)
 
     def _update_loop(self, rollout: RolloutBatch, metrics: Floats, loop: Loop) -> None:
         """Updates the state for the next iteration: β, lengths, the statistics of all scores."""
