@@ -69,7 +69,11 @@ def one_and_eight():
 
 
 def test_metrics_agree_to_1e_5(one_and_eight):
-    """Relative to a metric, or to 1e-3 where it is smaller: at ratio 1 the policy loss is 0."""
+    """Relative to a metric, or to 1e-3 where it is smaller.
+
+    At ratio 1 the policy loss is 0, as the mean of whitened advantages. These are of order 1, so
+    float32 gives their mean to 1e-7 only: it is compared relative to 1e-2.
+    """
     one, eight = one_and_eight
     assert one.keys() == eight.keys()
     assert abs(one["loss/policy_avg of update 0"]) < 1e-7
@@ -78,6 +82,7 @@ def test_metrics_agree_to_1e_5(one_and_eight):
     off = {
         name: (float(value), float(eight[name]))
         for name, value in one.items()
-        if abs(eight[name] - value) > 1e-5 * max(abs(value), 1e-3)
+        if abs(eight[name] - value)
+        > 1e-5 * max(abs(value), 1e-2 if name.startswith("loss/policy_avg") else 1e-3)
     }
     assert not off
