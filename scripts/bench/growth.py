@@ -7,12 +7,13 @@ rows: time a token of SFT (size S, rows of 256) from 2 to 64 rows a step, of whi
 computed at a time; it should be flat. All sizes take turns, are measured over as many rows in all,
 and give the medians of all turns. memory: peak of the process over rows of 1k to 32k tokens (a
 small model, one row, no recomputation); it should grow with the tokens, not with their square.
-sizes: seconds of a step of 2 × 128 tokens for models of 7 million to a billion parameters. lengths:
-seconds of a row of 1k to 64k tokens (XS). devices: seconds of a step of S on 1 to 8 simulated
-devices, which share the same two cores. For these three, `exponents` are d log(seconds) / d log(x)
-between neighbours, and `expected` those of the model FLOPs (`jaxalign.models.flops`), or 0. start:
-seconds from the command `jaxalign sft` (size S, 8 × 256 tokens) to the end of its first step,
-without and with the compiled programs of an earlier run. Every figure is of a fresh process.
+sizes: seconds of a step of 2 × 128 tokens of adapters on models of 7 million to a billion
+parameters. lengths: seconds of a row of 1k to 64k tokens (XS). devices: seconds of a step of S on 1
+to 8 simulated devices, which share the same two cores. For these three, `exponents` are d
+log(seconds) / d log(x) between neighbours, and `expected` those of the model FLOPs
+(`jaxalign.models.flops`), or 0. start: seconds from the command `jaxalign sft` (size S, 8 × 256
+tokens) to the end of its first step, without and with the compiled programs of an earlier run.
+Every figure is of a fresh process.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
             length=128,
             micro_batches=1,
             repeats=2,
-            optimizer_dtype="bfloat16",
+            lora=8,
         )
         for name in names
     ]
