@@ -138,9 +138,7 @@ def _compile_watched(
     length, slots = prompts.cache.segment_ids.shape[1], state.row.shape[0]
     with use_mesh(mesh):
         ends = stages(new)
-        if backend().decode_weights_by_layer:
-            lowered = split_layers.lower(model, params)
-            params = _results(lowered, lowered.compile())
+        params = _by_layer(model, params)
         lowered = stream.fill.lower(
             state, prompts, columns=length + ends[0], samples=options.samples
         )
@@ -175,9 +173,7 @@ def _compile_speculation(
     key = as_shapes(jax.eval_shape(lambda: jax.random.key(0)))
     number = array(dtype=jnp.int32)
     with use_mesh(mesh):
-        if backend().decode_weights_by_layer:
-            lowered = split_layers.lower(model, params)
-            params = _results(lowered, lowered.compile())
+        params = _by_layer(model, params)
         lowered = begin.lower(
             model, params, prompts, tokens, array(answers, dtype=jnp.int32), key, sampling,
             samples=options.samples, longest=new, speculate=ahead,
@@ -197,6 +193,14 @@ def _compile_speculation(
         "decode", lower_loop, known=known, cache=(begun, prompts), trips=new,
         useful=_decode_flops(model.config, answers, length, new),
     )  # fmt: skip
+
+
+def _by_layer(model: Any, params: Params) -> Params:
+    """The parameters as a decode loop that starts more than once reads them."""
+    if not backend().decode_weights_by_layer:
+        return params
+    lowered = split_layers.lower(model, params)
+    return _results(lowered, lowered.compile())
 
 
 def _decode_flops(config: DecoderConfig, rows: int, length: int, new: int) -> float:

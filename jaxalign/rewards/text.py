@@ -117,10 +117,8 @@ class TextReward:
             before[:] = counts
             for place in map(int, np.flatnonzero(ended)):
                 scored[place] = True
-                prompt, answer = (
-                    rows.tokens[place][rows.mask[place]],
-                    tokens[place, : counts[place]],
-                )
+                prompt = rows.tokens[place][rows.mask[place]]
+                answer = tokens[place, : counts[place]]
                 index = int(rows.index[place])
                 case = case_of(self._tok, prompt, answer, place, index, self._rows)
                 early[_key(case)] = self._scores_of([case], self.name if name is None else name)[0]
@@ -131,10 +129,10 @@ class TextReward:
         self, tokens: TokenBatch, prompts: PromptBatch, name: str
     ) -> tuple[list[Case], list[float | None]]:
         cases = cases_of(self._tok, tokens, prompts, self._rows)
-        early, self._early = self._early, {}
-        rest = [case for case in cases if _key(case) not in early]
-        scores = iter(self._scores_of(rest, name))
-        return cases, [early[_key(case)] if _key(case) in early else next(scores) for case in cases]
+        scores, self._early = self._early, {}
+        rest = [case for case in cases if _key(case) not in scores]
+        scores = scores | dict(zip(map(_key, rest), self._scores_of(rest, name), strict=True))
+        return cases, [scores[_key(case)] for case in cases]
 
     def _scores_of(self, cases: Sequence[Case], name: str) -> list[float | None]:
         try:
