@@ -1,4 +1,4 @@
-"""The pytrees that flow through jaxalign: named tuples of arrays, nothing else.
+"""The pytrees that flow through jaxalign: named tuples of arrays.
 
 A batch is built once by `jaxalign.data`, enriched by an algorithm's `prepare`, and consumed
 by its `step`. Every leaf of a batch has the rows as its first axis, so that a batch can be
@@ -10,6 +10,7 @@ P positions of a prompt, R positions of a response.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +72,20 @@ class EmbeddingNoise(NamedTuple):
     scale: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowerStates:
+    """The residual stream above a model's lowest layers, computed beforehand.
+
+    Attributes:
+      hidden: `[B, T, D]`, in the model's compute dtype.
+      layers: how many layers it has passed; part of the program, not an array.
+    """
+
+    hidden: Array
+    layers: int = dataclasses.field(metadata={"static": True})
+
+
 class TokenBatch(NamedTuple):
     """Rows of tokens with their targets; several documents may share a row.
 
@@ -94,6 +109,8 @@ class TokenBatch(NamedTuple):
       noise: noise to add to the embeddings. None: no noise.
       experts: integers `[B, T, L, k]`, the k experts that each token takes in each layer of a
         mixture (router replay). None: the router chooses.
+      lower: the model's hidden states above its lowest layers, which are then not run. None: they
+        are run.
     """
 
     inputs: Array
@@ -106,6 +123,7 @@ class TokenBatch(NamedTuple):
     weights: Array | None = None
     noise: EmbeddingNoise | None = None
     experts: Array | None = None
+    lower: LowerStates | None = None
 
 
 class PairBatch(NamedTuple):
@@ -287,6 +305,7 @@ class RolloutBatch(NamedTuple):
         score. None: rewards minus scores.
       columns: int32 `[B, Q]`, the columns whose hidden states an update reads, among them all of
         its masks. None: all columns.
+      critic_lower: `tokens.lower` of the critic. None: an update runs all of its layers.
     """
 
     tokens: TokenBatch
@@ -309,3 +328,4 @@ class RolloutBatch(NamedTuple):
     reward_parts: dict[str, Scores] | None = None
     non_score_rewards: Array | None = None
     columns: Array | None = None
+    critic_lower: LowerStates | None = None

@@ -17,6 +17,7 @@ from jaxalign.commands.bench.rows import pair_batches, prompt_batch, token_batch
 from jaxalign.commands.bench.runs import case_runner
 from jaxalign.commands.cli import main
 from jaxalign.models.backend import recorded_choices
+from jaxalign.models.decoder import Decoder
 from jaxalign.models.flops import (
     Work,
     decode_flops,
@@ -26,6 +27,7 @@ from jaxalign.models.flops import (
     update_flops,
     work_of,
 )
+from jaxalign.models.lora_config import LoraConfig
 from jaxalign.run.metrics import Stopwatch, rates
 from jaxalign.types import PairBatch, PromptBatch
 
@@ -89,6 +91,20 @@ def test_an_iteration_of_ppo_reads_the_answers_with_every_model():
         tokens, tiny.DECODER, None, [], epochs=1, samples=2, shared_prompts=True
     )  # of policy and reference, and of the update
     assert (passes.scoring, passes.update) == (2 * (one - twice), 3 * (one - twice))
+
+
+def test_the_layer_below_all_adapters_takes_one_pass_or_none():
+    policy = Decoder(TINY, lora=LoraConfig(targets=(r"layers\.1\..*",)))
+    tokens = rows_of([5, 5], [[0], [1]], 6)
+    one, below = by_hand([5, 5], 8), by_hand([5, 5], 0) / 2
+    assert update_flops(policy, tokens, frozen=True) == 2 * one - below
+
+    def iteration(**options):
+        return ppo_flops(tokens, policy, None, [], epochs=3, frozen=True, **options)
+
+    assert iteration()[1:] == (2 * one, 3 * (2 * one - below))
+    # Kept: once for policy and reference, and not in the updates.
+    assert iteration(keep_lower_states=True)[1:] == (2 * one - below, 3 * 2 * (one - below))
 
 
 def test_rates():

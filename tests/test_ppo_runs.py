@@ -231,3 +231,30 @@ def test_answers_that_do_not_divide_are_refused(chat_models, tmp_path):
     changes = {"ppo": GRPO, "data": {"rows": 12}}
     with pytest.raises(ValueError, match=r"data\.rows=12"):
         tasks.make_task(settings(chat_models, tmp_path / "run", changes))
+
+
+def test_lower_states_are_kept_through_a_run(chat_models, tmp_path):
+    """Every metric but the model's FLOPs and the times is that of whole passes."""
+    changes = {
+        "model": {"lora": {"rank": 2, "targets": [r"layers\.1\..*"]}},
+        "critic": "adapter",
+        "ppo_epochs": 2,
+        "minibatches": 2,
+        "pack_updates": 8,
+        "data": {"rows": 16},
+    }
+
+    def history(keep):
+        kept = merge(changes, {"ppo": {"keep_lower_states": keep}})
+        config = settings(
+            chat_models, tmp_path / str(keep), kept, steps=2, checkpoint=False, export=False
+        )
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/")}
+            for row in loop.train(config).history
+        ]
+
+    whole, kept = history(False), history(True)
+    assert abs(whole[1]["objective/kl"]) > 1e-5
+    for want, got in zip(whole, kept, strict=True):
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-4)

@@ -82,7 +82,7 @@ def load_pretrained(
         "source" for each parameter's dtype in the file (float32 if quantised there).
       compute_dtype: dtype of activations and matmuls; by default bfloat16 on GPU and TPU, float32
         on CPU.
-      remat: what the backward pass keeps, see `jaxalign.models.decoder.REMAT`.
+      remat: what the backward pass keeps, see `jaxalign.models.layer_loop.REMAT`.
       attention: "auto" (by backend), "xla", "splash", "cudnn" or "pallas", see
         `jaxalign.models.attention.dispatch`.
       base: the base of an adapter; None: the base that its configuration names.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.lora_config import LoraConfig, chooses, first_match
+from jaxalign.models.lora_config import LORA_TARGETS, LoraConfig, chooses, first_match
 from jaxalign.types import Params
 
 LEAVES = ("lora_a", "lora_b", "lora_m")
@@ -82,6 +82,41 @@ def adapter_of(lora: LoraConfig | None, name: str, layers: int | None = None) ->
     some = next(scale for rank, scale in zip(ranks, scales, strict=True) if rank)
     scales = [scale if rank else some for rank, scale in zip(ranks, scales, strict=True)]
     return Adapter(tuple(ranks), tuple(scales))
+
+
+def frozen_layers(lora: LoraConfig | None, layers: int) -> int:
+    """How many of the lowest layers training leaves alone, with all that is below them.
+
+    Args:
+      lora: the options, or None.
+      layers: the number of blocks, L.
+
+    Returns:
+      0 to L − 1; 0 without adapters, and with DoRA, which trains a norm in every layer.
+    """
+    if lora is None or lora.dora or adapter_of(lora, "embed") is not None:
+        return 0
+    if not set(lora.modules_to_save) <= {"norm", "lm_head"}:
+        return 0
+    parts = {
+        name: "mlp" if name in ("gate", "up", "down") else "attention" for name in LORA_TARGETS
+    }
+    adapters = [adapter_of(lora, f"{part}.{name}", layers) for name, part in parts.items()]
+    lowest = [int(np.flatnonzero(adapter.ranks)[0]) for adapter in adapters if adapter is not None]
+    return min(lowest, default=layers - 1)
+
+
+def without_adapters(params: Params) -> Params:
+    """All parameters except adapters, in new dictionaries."""
+    kept = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner = without_adapters(value)
+            if inner:
+                kept[name] = inner
+        elif name not in LEAVES:
+            kept[name] = value
+    return kept
 
 
 def column_lengths(matrix: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxalign.models.lora_config import LORA_TARGETS as LORA_TARGETS
 from jaxalign.models.lora_config import LoraConfig as LoraConfig
 from jaxalign.models.ops import take_columns
-from jaxalign.types import Array, EmbeddingNoise, Params, TokenBatch, Weighted
+from jaxalign.types import Array, EmbeddingNoise, LowerStates, Params, TokenBatch, Weighted
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -283,9 +283,10 @@ def read(
 
     Args:
       model: a `LanguageModel` or `ScalarModel`. It may offer more than those protocols require:
-        `apply(…, branch_ids=…)`, `apply(…, noise=…)` and `apply(…, experts=…)`, needed only for
-        batches with branches, noise or experts; `apply(…, columns=…)`, which may save work; and
-        `extra_terms` with `apply_with_losses`, if it has its own loss terms.
+        `apply(…, branch_ids=…)`, `apply(…, noise=…)`, `apply(…, experts=…)` and `apply(…,
+        lower=…)`, needed only for batches with branches, noise, experts or lower states;
+        `apply(…, columns=…)`, which may save work; and `extra_terms` with `apply_with_losses`, if
+        it has its own loss terms.
       params: its parameters.
       tokens: the batch.
       columns: int32 `[B, Q]`, the columns whose hidden states are read; None: all.
@@ -310,6 +311,8 @@ def read(
     # Placeholder batches have an array in every field; that does not mean replay.
     if tokens.experts is not None and jnp.ndim(tokens.experts) == 4:
         more["experts"] = tokens.experts
+    if isinstance(tokens.lower, LowerStates):
+        more["lower"] = tokens.lower
     has_terms = bool(getattr(model, "extra_terms", ()))
     run = model.apply_with_losses if has_terms else model.apply
     itself = columns is not None and "columns" in inspect.signature(run).parameters
@@ -320,6 +323,18 @@ def read(
     if columns is not None and not itself:
         hidden = take_columns(hidden, columns)
     return hidden, terms
+
+
+def lower_states(model: Any, params: Params, tokens: TokenBatch) -> LowerStates:
+    """The hidden states of a batch above the layers of a model that training leaves alone.
+
+    Args:
+      model: a model with `frozen_layers` and `lower_states`, such as `Decoder`.
+      params: its parameters.
+      tokens: the batch; for `read`, as its `lower`.
+    """
+    rows = (tokens.inputs, tokens.positions, tokens.segment_ids, tokens.branch_ids)
+    return model.lower_states(params, *rows)
 
 
 def read_counts(model: Any, tokens: TokenBatch) -> dict[str, jax.Array]:

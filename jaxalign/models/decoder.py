@@ -8,7 +8,6 @@ program size do not grow with depth. There are two exceptions: shallow models on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +19,11 @@ from jaxalign.losses.masked import weighted
 from jaxalign.losses.router import document_balance
 from jaxalign.models.adapters import (
     adapted_matrix,
-    adapted_rows,
     adapter_of,
+    frozen_layers,
     with_layer_scales,
     with_ranks,
+    without_adapters,
 )
 from jaxalign.models.attention.dispatch import (
     AttentionKind,
@@ -35,48 +35,18 @@ from jaxalign.models.attention.kv_cache import Cache, empty_cache, split, to_cac
 from jaxalign.models.attention.mask import MaskSpec, Segments
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.embedding_noise import draw_noise
+from jaxalign.models.embedding import embed_tokens
+from jaxalign.models.layer_loop import REMAT, layers_of, recomputed, run_some, saves_columns
 from jaxalign.models.layers import make_norm
 from jaxalign.models.moe import Routing, expert_dtype, expert_numbers
 from jaxalign.models.network import Block, Stack, abstract_block, abstract_stack, with_values
-from jaxalign.models.ops import look_up, take_columns
+from jaxalign.models.ops import take_columns
 from jaxalign.models.per_layer import LayerAttributes, attention_inputs, layer_attributes
 from jaxalign.models.quantized import check_kind as check_quantize
-from jaxalign.models.rows import Rows, layer_rows, like_rows, pad_to_shards
-from jaxalign.parallel.sharding import axis_shards, constrain
+from jaxalign.models.rows import Rows, layer_rows, like_rows, pad_to_shards, segments_of
+from jaxalign.parallel.sharding import constrain
 from jaxalign.parallel.zigzag import from_zigzag
-from jaxalign.types import Array, EmbeddingNoise, Params, Weighted
-
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-"""What the backward pass keeps of a block: everything; results of matrix products; the block's
-input; the block's input, in the host's memory."""
-
-
-def _layer(stacked: Any, layer: int | slice) -> Any:
-    """One layer, or several, of a pytree of arrays `[L, …]`."""
-    return jax.tree.map(lambda x: x[layer], stacked)
-
-
-def _saves(config: DecoderConfig, kind: str, length: int, columns: int) -> bool:
-    """Whether the last layer is computed at so many of a row's columns only.
-
-    Each column left out saves about 10·D² multiplications. But queries of any columns get all T
-    keys, where whole rows skip half: Q·T − T²/2 pairs more, of 2·D multiplications each.
-    """
-    if config.num_experts or kind != "xla" or axis_shards("length") > 1:
-        return False
-    saved = 5 * config.hidden_size * (length - columns)
-    return saved > max(0, columns * length - length**2 // 2)
+from jaxalign.types import Array, EmbeddingNoise, LowerStates, Params, Weighted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +120,7 @@ class Decoder:
         noise: EmbeddingNoise | None = None,
         experts: Array | None = None,
         columns: Array | None = None,
+        lower: LowerStates | None = None,
     ) -> jax.Array:
         """Runs the decoder.
 
@@ -166,12 +137,14 @@ class Decoder:
             the routers choose.
           columns: int32 `[B, Q]`, the columns whose hidden states are wanted, which may save most
             of the last layer. By default all.
+          lower: what `lower_states` gave for these rows, instead of the embeddings and the lowest
+            layers, which then have no gradient. By default they are run.
 
         Returns:
           Hidden states `[B, T, D]`, or `[B, Q, D]`, after the final norm, in `compute_dtype`.
         """
         return self._run(
-            params, inputs, positions, segment_ids, branch_ids, noise, experts, columns
+            params, inputs, positions, segment_ids, branch_ids, noise, experts, columns, lower
         )[0]
 
     def attention_kind(self, length: int, *, branches: bool = False) -> AttentionKind:
@@ -228,20 +201,18 @@ class Decoder:
     def _run(
         self, params: Params, inputs: Array, positions: Array | None, segment_ids: Array | None,
         branch_ids: Array | None, noise: EmbeddingNoise | None = None,
-        experts: Array | None = None, columns: Array | None = None, *, collect: bool = False,
+        experts: Array | None = None, columns: Array | None = None,
+        lower: LowerStates | None = None, *, collect: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Hidden states `[B, T, D]`; with `collect` also the routing, summed over layers."""
         config = self.config
-        inputs = jnp.asarray(inputs)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(inputs)
-        length = inputs.shape[1]
-        segments = Segments(segment_ids, positions, branch_ids)
-        inputs, segments, inputs_of, kind, zigzag = self._rows(inputs, segments, balance=True)
+        length = jnp.shape(inputs)[1]
+        segments = segments_of(inputs, positions, segment_ids, branch_ids)
+        rows = self._rows(inputs, segments, balance=True)
+        inputs, _, inputs_of, kind, zigzag = rows
+        below = self.frozen_layers if lower is None else lower.layers
 
-        def run(
+        def block(
             layer: Params, attributes: LayerAttributes, x: jax.Array, experts: jax.Array | None
         ) -> tuple[jax.Array, Routing | None]:
             """One block: `[B, T, D]` → `[B, T, D]`."""
@@ -250,10 +221,7 @@ class Decoder:
             x = constrain(x, "rows length hidden")
             return x, routing._replace(experts=None) if routing and collect else None
 
-        policy = REMAT[self.remat]
-        if policy is not None:
-            # Inside a scan XLA cannot merge the recomputation with the forward pass.
-            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        run = recomputed(block, self.remat)
 
         def step(carry: Any, xs: Any) -> tuple[Any, None]:
             x, total = carry
@@ -261,40 +229,91 @@ class Decoder:
             x, routing = run(layer, attributes, x, experts)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
-        no_routing = None
+        total = None
         if collect:
             zeros = jnp.zeros((*inputs.shape, config.num_experts), jnp.float32)  # [B, T, E]
-            no_routing = Routing(zeros, zeros)
-        if noise is not None:
-            noise = jax.tree.map(lambda part: like_rows(part, inputs.shape[1], zigzag), noise)
-        x = self._embed(
-            params, inputs, segments.positions, segments.ids, "rows length hidden", noise
-        )
-        carry = (x, no_routing)
+            total = Routing(zeros, zeros)
+        if lower is None:
+            x = self._lowest(params, rows, below, noise)
+        else:
+            x = constrain(like_rows(lower.hidden, inputs.shape[1], zigzag), "rows length hidden")
         if experts is not None:  # [B, T, L, k] → [L, B, T, k]
             experts = jnp.moveaxis(like_rows(experts, inputs.shape[1], zigzag), 2, 0)
         layers = (self._stacked(params), layer_attributes(config), experts)  # [L, …] each
         unrolled = config.num_layers <= backend().unrolled_layers
-        unroll = config.num_layers if unrolled else 1
-        if unrolled and columns is not None and _saves(config, kind, length, columns.shape[1]):
+        unroll = config.num_layers - below if unrolled else 1
+        if below and unrolled:
+            layers = layers_of(layers, slice(below, None))
+        some = None if columns is None else columns.shape[1]
+        if unrolled and saves_columns(config, kind, length, some):
             # A slice of the stacked layers would be a copy of them in a loop, but not unrolled.
-            first, (last, attributes, _) = (_layer(layers, slice(0, -1)), _layer(layers, -1))
-            (x, total), _ = jax.lax.scan(step, carry, first, unroll=unroll)
+            first = layers_of(layers, slice(0, -1))
+            last, attributes, _ = layers_of(layers, -1)
+            (x, total), _ = jax.lax.scan(step, (x, total), first, unroll=unroll)
 
             def read(layer: Params, x: jax.Array, columns: jax.Array) -> jax.Array:
                 x = checkpoint_name(x, "block_input")
                 return self._block(layer).at_columns(x, inputs_of(attributes), columns)
 
-            if policy is not None:
-                read = jax.checkpoint(read, policy=policy, prevent_cse=False)
-            x = read(last, x, jnp.asarray(columns))
+            x = recomputed(read, self.remat)(last, x, jnp.asarray(columns))
             return self._norm(params, constrain(x, "rows length hidden")), total
-        (x, total), _ = jax.lax.scan(step, carry, layers, unroll=unroll)
+        if below and not unrolled:  # no mixture of experts
+            x = run_some(
+                lambda xs, x: block(xs[0], xs[1], x, None)[0],
+                layers, x, below, config.num_layers, remat=self.remat,
+            )  # fmt: skip
+        else:
+            (x, total), _ = jax.lax.scan(step, (x, total), layers, unroll=unroll)
         results = (self._norm(params, x), total)
         if zigzag:
             results = jax.tree.map(from_zigzag, results)
         x, total = jax.tree.map(lambda y: y[:, :length], results)
         return x if columns is None else take_columns(x, columns), total
+
+    @property
+    def frozen_layers(self) -> int:
+        """How many of the lowest layers training leaves alone, see `lower_states`.
+
+        0 for a mixture of experts, whose routers' figures are of all layers.
+        """
+        return 0 if self.config.num_experts else frozen_layers(self.lora, self.config.num_layers)
+
+    def lower_states(
+        self, params: Params, inputs: Array, positions: Array | None = None,
+        segment_ids: Array | None = None, branch_ids: Array | None = None,
+    ) -> LowerStates:  # fmt: skip
+        """Hidden states `[B, T, D]` above the lowest `frozen_layers` layers; arguments as `apply`.
+
+        With adapters in the upper layers, they are the same in every update, and in the base
+        without adapters: compute them once and give them to `apply` as `lower`.
+        """
+        segments = segments_of(inputs, positions, segment_ids, branch_ids)
+        rows = self._rows(inputs, segments, balance=True)
+        x = self._lowest(params, rows, self.frozen_layers)
+        x = from_zigzag(x) if rows.zigzag else x
+        return LowerStates(x[:, : jnp.shape(inputs)[1]], self.frozen_layers)
+
+    def _lowest(
+        self, params: Params, rows: Rows, count: int, noise: EmbeddingNoise | None = None
+    ) -> jax.Array:
+        """The embeddings `[B, T, D]`, after the lowest `count` layers, which have no adapters."""
+        inputs, segments, inputs_of, kind, zigzag = rows
+        if noise is not None:
+            noise = jax.tree.map(lambda part: like_rows(part, inputs.shape[1], zigzag), noise)
+        place = segments.positions, segments.ids
+        x = self._embed(params, inputs, *place, "rows length hidden", noise)
+        if count == 0:
+            return x
+        plain = dataclasses.replace(self, lora=None)
+
+        def block(layer: tuple[Params, LayerAttributes], x: jax.Array) -> jax.Array:
+            x = checkpoint_name(x, "block_input")
+            x, _ = plain._block(layer[0])(x, inputs_of(layer[1]), kind)
+            return constrain(x, "rows length hidden")
+
+        # Without their adapters' zeros, nothing of these layers has a gradient.
+        layers = (without_adapters(params["blocks"]), layer_attributes(self.config))
+        return run_some(block, layers, x, 0, count, remat=self.remat)
 
     def _rows(self, inputs: Array, segments: Segments, *, balance: bool) -> Rows:
         """Whole rows `[B, T]` in the form for the layers; `balance` as for `layer_rows`."""
@@ -334,9 +353,9 @@ class Decoder:
         config, dtype = self.config, self.compute_dtype if dtype is None else dtype
         positions, segment_ids = (jnp.asarray(x, jnp.int32) for x in (positions, segment_ids))
         length = positions.shape[1]
-        segments = Segments(segment_ids, positions)
         # The cache holds a row's keys and values in the original order.
-        inputs, segments, inputs_of, kind, _ = self._rows(inputs, segments, balance=False)
+        rows = self._rows(inputs, Segments(segment_ids, positions), balance=False)
+        inputs, segments, inputs_of, kind, _ = rows
 
         def run(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             layer, attributes = xs
@@ -370,7 +389,7 @@ class Decoder:
         """
         layers = range(self.config.num_layers)
         stacked = self._stacked(params)
-        blocks = tuple(_layer(stacked, layer) for layer in layers)
+        blocks = tuple(layers_of(stacked, layer) for layer in layers)
         return params | {"blocks": blocks}
 
     def extend(
@@ -404,8 +423,8 @@ class Decoder:
         taken: list[jax.Array] = []
         x = self._embed(params, inputs, positions, segment_ids, "rows new hidden")
         for layer in range(self.config.num_layers):
-            weights = blocks[layer] if by_layer else _layer(blocks, layer)
-            layer_inputs = inputs_of(_layer(attributes, layer))
+            weights = blocks[layer] if by_layer else layers_of(blocks, layer)
+            layer_inputs = inputs_of(layers_of(attributes, layer))
             (x, routing), keys[layer], values[layer] = self._block(weights).extend(
                 x, layer_inputs, keys[layer], values[layer], cache.used
             )
@@ -448,25 +467,10 @@ class Decoder:
         noise: EmbeddingNoise | None = None,
     ) -> jax.Array:  # fmt: skip
         """Token ids `[B, T]` → the residual stream `[B, T, D]`, laid out by `axes`."""
-        embed = params["embed"]
-        x = look_up(embed["embedding"], jnp.asarray(inputs), axes.split()[1])
-        adapter = adapter_of(self.lora, "embed")
-        if adapter is not None:
-            ids = jnp.asarray(inputs)
-            x = adapted_rows(x, ids, embed["embedding"], embed, adapter.scales[0])
-        if self.config.learned_positions:
-            # A position beyond the table gives NaN, which is noticed, unlike a wrong embedding.
-            # Padding may hold any position.
-            known = jnp.where(jnp.asarray(segment_ids) > 0, jnp.asarray(positions), 0)
-            place = jnp.take(embed["positions"], known, axis=0, mode="fill", fill_value=jnp.nan)
-            # Two rows of bfloat16 are added in float32 and rounded once.
-            x = x.astype(jnp.float32) + place.astype(jnp.float32)
-        if noise is not None:
-            x = x.astype(jnp.float32) + draw_noise(noise, x.shape[-1])
-        x = x.astype(self.compute_dtype)
-        if self.config.embed_scale != 1:
-            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        return constrain(x, axes)
+        return embed_tokens(
+            self.config, self.lora, params["embed"], inputs, positions, segment_ids,
+            axes=axes, dtype=self.compute_dtype, noise=noise,
+        )  # fmt: skip
 
     def _stacked(self, params: Params) -> Params:
         """The blocks, `[L, …]` each, in the form for the scan."""

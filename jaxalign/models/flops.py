@@ -5,8 +5,9 @@ With N matrix weights (of experts, only those that a token takes), a forward pas
     2 · N · tokens + 4 · heads · head_dim · pairs,
 
 where `pairs` counts unmasked pairs of a query and a key. A step costs 3 forward passes; with frozen
-weights under adapters, 2. Recomputed activations, padding and masked pairs do not count, so that
-the same data gives the same number in any layout.
+weights under adapters, 2, of which layers below all adapters take only the first. Recomputed
+activations, padding and masked pairs do not count, so that the same data gives the same number in
+any layout.
 """
 
 from __future__ import annotations
@@ -53,28 +54,37 @@ def work_of(batch: Any) -> Work:
     return total
 
 
-def forward_flops(config: DecoderConfig, work: Work, *, head: bool = True) -> float:
+def forward_flops(
+    config: DecoderConfig, work: Work, *, head: bool = True, layers: int | None = None
+) -> float:
     """FLOPs of one forward pass.
 
     Args:
       config: shape of the model.
       work: the data it reads.
       head: whether to count the vocabulary head, for the trained tokens.
+      layers: how many layers to count; None: all.
     """
+    layers = config.num_layers if layers is None else layers
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = (3 if config.gated_mlp else 2) * width * inner
     if config.num_experts:
         mlp = mlp * config.experts_per_token + width * config.num_experts
     layer = 2 * (2 * width * heads + 2 * width * shared + mlp)
-    body = config.num_layers * (layer * work.tokens + 4 * heads * work.pairs)
+    body = layers * (layer * work.tokens + 4 * heads * work.pairs)
     return body + (2.0 * width * config.vocab_size * work.trained if head else 0.0)
 
 
 def row_flops(config: DecoderConfig, rows: int, length: int, *, head: bool) -> float:
     """`forward_flops` of full rows with one document per row and every token trained."""
+    return forward_flops(config, full_rows(rows, length), head=head)
+
+
+def full_rows(rows: int, length: int) -> Work:
+    """The work in full rows with one document per row and every token trained."""
     tokens = float(rows * length)
-    return forward_flops(config, Work(tokens, tokens * (length + 1) / 2, tokens), head=head)
+    return Work(tokens, tokens * (length + 1) / 2, tokens)
 
 
 def decode_flops(config: DecoderConfig, prompts: Work, rows: int, prompt: int, new: int) -> float:
@@ -94,8 +104,31 @@ def decode_flops(config: DecoderConfig, prompts: Work, rows: int, prompt: int, n
 
 def update_flops(model: Any, batch: Any, *, frozen: bool = False, head: bool = True) -> float:
     """FLOPs of one update: forward, and the gradients of activations and of trained weights."""
-    passes = 2 if frozen else 3
-    return passes * forward_flops(model.config, work_of(batch), head=head)
+    return training_flops(model, work_of(batch), frozen=frozen, head=head)
+
+
+def training_flops(
+    model: Any, work: Work, *, frozen: bool, head: bool, keep_lower_states: bool = False
+) -> float:
+    """`update_flops` of so much work.
+
+    Args:
+      model: the model.
+      work: the data it reads.
+      frozen: whether only adapters are trained.
+      head: whether to count the vocabulary head.
+      keep_lower_states: the layers below all adapters were run before.
+    """
+    whole = forward_flops(model.config, work, head=head)
+    if not frozen:
+        return 3 * whole
+    return 2 * whole - (2 if keep_lower_states else 1) * below_adapters(model, work)
+
+
+def below_adapters(model: Any, work: Work) -> float:
+    """FLOPs of a forward pass through the layers below all adapters."""
+    layers = getattr(model, "frozen_layers", 0)
+    return forward_flops(model.config, work, head=False, layers=layers)
 
 
 class PPOFlops(NamedTuple):
@@ -128,6 +161,7 @@ def ppo_flops(
     frozen: bool = False,
     shared_critic: bool = False,
     shared_prompts: bool = False,
+    keep_lower_states: bool = False,
 ) -> PPOFlops:
     """FLOPs of the iteration that generates a rollout and trains on it.
 
@@ -142,6 +176,7 @@ def ppo_flops(
       shared_critic: the critic is a head on the policy.
       shared_prompts: policy, reference and critic also read each prompt once in their passes over
         the rollout, as in mini-batches of whole groups.
+      keep_lower_states: layers below all adapters are run once, for the reference too.
     """
     whole, mask = work_of(tokens), np.asarray(tokens.loss_mask)
     read = (np.asarray(tokens.segment_ids) > 0) & ~mask
@@ -155,9 +190,17 @@ def ppo_flops(
     apart = critic is not None and not shared_critic
     adapted = getattr(getattr(critic, "base", None), "lora", None) is not None
     values = forward_flops(critic.config, passed, head=False) if apart else 0.0
+    update = training_flops(
+        policy, passed, frozen=frozen, head=True, keep_lower_states=keep_lower_states
+    )
+    if apart:
+        update += training_flops(
+            critic, passed, frozen=adapted, head=False, keep_lower_states=keep_lower_states
+        )
+    once = below_adapters(policy, passed) if keep_lower_states else 0.0
     scored = sum(forward_flops(scorer.config, whole, head=False) for scorer in scorers)
     return PPOFlops(
         rollout=forward_flops(policy.config, written),
-        scoring=scored + 2 * one + values,
-        update=epochs * ((2 if frozen else 3) * one + (2 if adapted else 3) * values),
+        scoring=scored + 2 * one - once + values,
+        update=epochs * update,
     )

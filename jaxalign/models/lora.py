@@ -20,6 +20,7 @@ from jaxalign.models.adapters import (
     column_lengths,
     principal_parts,
 )
+from jaxalign.models.adapters import without_adapters as without_adapters
 from jaxalign.models.base import LoraConfig as LoraConfig
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
@@ -226,19 +227,6 @@ def adapters_of(params: Params) -> Params:
             if inner:
                 kept[name] = inner
         elif name in LEAVES:
-            kept[name] = value
-    return kept
-
-
-def without_adapters(params: Params) -> Params:
-    """All parameters except adapters, in new dictionaries."""
-    kept = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            inner = without_adapters(value)
-            if inner:
-                kept[name] = inner
-        elif name not in LEAVES:
             kept[name] = value
     return kept
 

@@ -40,6 +40,18 @@ class Rows(NamedTuple):
     zigzag: bool
 
 
+def segments_of(
+    inputs: Array, positions: Array | None, segment_ids: Array | None, branch_ids: Array | None
+) -> Segments:
+    """The segments of rows `[B, T]`; by default each row is one document from position 0."""
+    shape = jnp.shape(inputs)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones(shape, jnp.result_type(inputs))
+    return Segments(segment_ids, positions, branch_ids)
+
+
 def pad_to_shards(inputs: Array, segments: Segments) -> tuple[jax.Array, Segments]:
     """Tokens and segments, padded at the end to a multiple of the shards of the length."""
     return jax.tree.map(lambda x: pad_length(jnp.asarray(x)), (inputs, segments))

@@ -13,7 +13,7 @@ from jaxalign.losses.masked import last_index
 from jaxalign.models.base import DecoderConfig, ScalarModel, read
 from jaxalign.models.decoder import Decoder
 from jaxalign.parallel.sharding import mesh_of, param_shardings
-from jaxalign.types import Array, Params, TokenBatch, Weighted
+from jaxalign.types import Array, LowerStates, Params, TokenBatch, Weighted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,27 @@ class Scorer:
         segment_ids: Array | None = None,
         branch_ids: Array | None = None,
         columns: Array | None = None,
+        lower: LowerStates | None = None,
     ) -> jax.Array:
         """Hidden states `[B, T, D]`, or of some columns `[B, Q, D]`, as `Decoder.apply`."""
-        return self.base.apply(params, inputs, positions, segment_ids, branch_ids, columns=columns)
+        rows = (inputs, positions, segment_ids, branch_ids)
+        return self.base.apply(params, *rows, columns=columns, lower=lower)
+
+    @property
+    def frozen_layers(self) -> int:
+        """As `Decoder.frozen_layers`."""
+        return self.base.frozen_layers
+
+    def lower_states(
+        self,
+        params: Params,
+        inputs: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        branch_ids: Array | None = None,
+    ) -> LowerStates:
+        """As `Decoder.lower_states`."""
+        return self.base.lower_states(params, inputs, positions, segment_ids, branch_ids)
 
     @property
     def extra_terms(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.ppo.experience import num_columns
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, combine
-from jaxalign.models.flops import row_flops
+from jaxalign.models.flops import full_rows, row_flops, training_flops
 from jaxalign.models.moe import expert_dtype
 from jaxalign.parallel.sharding import replicated, use_mesh
 from jaxalign.plan.loader import ShapeLoader
@@ -333,7 +333,11 @@ def _compile_update(
     mesh, model = compiler.mesh, parts.policy
     batch = on_rows(update_shapes(config, parts, rollout), mesh)
     rows, length = batch.advantages.shape
-    useful = row_flops(model.config, rows, length, head=True) + _critic_flops(parts, rows, length)
+    keep = parts.options.keep_lower_states
+    useful = training_flops(
+        model, full_rows(rows, length), frozen=parts.adapted, head=True, keep_lower_states=keep
+    )
+    useful += (2 if parts.adapted else 3) * _critic_flops(parts, rows, length)
     compiler(
         "update",
         lambda: parts.step.lower(state, batch),
@@ -341,7 +345,7 @@ def _compile_update(
         batch=(batch, on_rows(rollout, mesh)),
         times=config.ppo_epochs * config.minibatches,
         trips=chunks(model, rows // config.run.micro_batches, length, mesh)[1],
-        useful=(2 if parts.adapted else 3) * useful,
+        useful=useful,
     )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.models.decoder import REMAT
 from jaxalign.models.flops import row_flops
+from jaxalign.models.layer_loop import REMAT
 from jaxalign.parallel.chips import Chip, chip_of
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import row_shards

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from jaxalign.models.base import DecoderConfig, RopeConfig, combine
-from jaxalign.models.decoder import REMAT, Decoder
+from jaxalign.models.decoder import Decoder
+from jaxalign.models.layer_loop import REMAT
 from jaxalign.models.rope import rope_tables
 from jaxalign.models.scorer import pooled_scores
 

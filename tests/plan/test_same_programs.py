@@ -66,6 +66,15 @@ def without_places(text):
             {"ppo": {"stop_tokens": [2], "speculate": 2, "sampling_weights": "int8"}},
             {"sampling weights", "prefill", "decode", "score", "experience", "update"},
         ),
+        (
+            "ppo",
+            {
+                "model": {"lora": {"rank": 2, "targets": [r"layers\.1\..*"]}},
+                "critic": "adapter",
+                "ppo": {"stop_tokens": [2], "keep_lower_states": True},
+            },
+            {"prefill", "decode", "score", "experience", "update"},
+        ),
     ],
 )
 def test_a_plan_compiles_the_programs_of_the_run(

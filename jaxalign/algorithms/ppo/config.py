@@ -50,6 +50,9 @@ class Config:
       pack_experience: 0: the rollout's log-probabilities and values are computed one answer per
         row. n: in packed rows, with the smallest of n shapes that holds them (`minibatches` packs
         the updates). Not used with `router_replay`.
+      keep_lower_states: where only the upper layers have adapters, run the layers below once per
+        rollout, for policy and reference (and for a critic with such adapters), and keep their
+        hidden states for all updates. They take B · T · D numbers of memory.
       shared_prompts: packed rows hold a prompt once, followed by its answers (`samples` > 1). The
         balance loss of a mixture of experts then counts its tokens once.
 
@@ -109,6 +112,7 @@ class Config:
     logprob_tolerance: float = 0.05
     router_replay: bool = False
     pack_experience: int = 0
+    keep_lower_states: bool = False
     shared_prompts: bool = False
     # Scores and rewards.
     missing_eos_penalty: float = 0.0

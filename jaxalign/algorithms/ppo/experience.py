@@ -27,6 +27,7 @@ from jaxalign.algorithms.ppo.packing import (
     RowPlan,
     pack_tokens,
     plan_rows,
+    take_planned,
     tokens_and_start,
     unpack,
 )
@@ -35,13 +36,14 @@ from jaxalign.algorithms.prepare import Prepare
 from jaxalign.losses import advantages as groups
 from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import masked_sum, whiten
+from jaxalign.models.adapters import without_adapters
 from jaxalign.models.backend import backend
-from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
+from jaxalign.models.base import LanguageModel, ScalarModel, combine, lower_states, read
 from jaxalign.models.lm_head import target_logprobs
 from jaxalign.models.ops import take_columns
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, reshard_batch, row_shards, shard_batch, use_mesh
-from jaxalign.types import Array, Params, RolloutBatch, TokenBatch, TrainState
+from jaxalign.types import Array, LowerStates, Params, RolloutBatch, TokenBatch, TrainState
 
 
 class Packed(NamedTuple):
@@ -82,6 +84,7 @@ def make_experience(
       columns.
     """
     config.check_critic(critic)
+    _check_lower_states(model, config)
     reference = model if reference is None else reference
 
     @jax.jit
@@ -108,7 +111,19 @@ def make_experience(
         rows = pack_tokens(tokens, plan)
         return Packed(rows if mesh is None else shard_batch(rows, mesh), plan)
 
-    experience = jax.jit(functools.partial(_experience, model, critic, reference, config))
+    experience = jax.jit(
+        functools.partial(_experience, model, critic, reference, config),
+        static_argnames="shared_base",
+    )
+
+    def shares_base(state: TrainState, ref_params: Params) -> bool:
+        """Whether the reference's lower layers are the policy's own arrays."""
+        if not config.keep_lower_states:
+            return False
+        policy = combine(state.params, state.frozen)["policy"]
+        pairs = ((without_adapters(policy).get(k), ref_params.get(k)) for k in ("embed", "blocks"))
+        own, other = (jax.tree.leaves(part) for part in zip(*pairs, strict=True))
+        return len(own) == len(other) and all(a is b for a, b in zip(own, other, strict=True))
 
     def run(
         state: TrainState,
@@ -128,8 +143,9 @@ def make_experience(
         columns = None if pack is not None else read_columns(tokens, config)
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
             return experience(
-                state, ref_params, *rest, experts=experts, packed=pack, columns=columns
-            )
+                state, ref_params, *rest, experts=experts, packed=pack, columns=columns,
+                shared_base=shares_base(state, ref_params),
+            )  # fmt: skip
         # The reference has its own devices: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
         with use_mesh(ref_mesh):
@@ -139,9 +155,12 @@ def make_experience(
             columns=columns,
         )  # fmt: skip
 
-    def lower(state: TrainState, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(
+        state: TrainState, ref_params: Params, *args: Any, **kwargs: Any
+    ) -> jax.stages.Lowered:
+        shared = shares_base(state, ref_params)
         with use_mesh(mesh_of(state.params)):
-            return experience.lower(state, *args, **kwargs)
+            return experience.lower(state, ref_params, *args, shared_base=shared, **kwargs)
 
     return Prepare(run, lower)
 
@@ -184,11 +203,14 @@ def _experience(
     experts: Array | None = None,
     packed: Packed | None = None,
     columns: Array | None = None,
+    *,
+    shared_base: bool = False,
 ) -> RolloutBatch:
     """Steps 3 to 7 as one program; see `make_experience` for the arguments.
 
     `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices. The models
-    read the rows of `packed`, if given, and form the hidden states of `columns`.
+    read the rows of `packed`, if given, and form the hidden states of `columns`. With
+    `shared_base` the reference also takes the policy's lower states, if they are kept.
     """
     tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
     replayed = tokens if experts is None else tokens._replace(experts=experts)
@@ -205,8 +227,13 @@ def _experience(
         return x if packed is None else unpack(x, packed.plan, mask.shape)
 
     # 3. Log-probabilities, [B, T].
-    read_rows = replayed if packed is None else packed.tokens  # [B, T] or [rows, length]
-    ref_rows = tokens if packed is None else packed.tokens
+    lower = critic_lower = None  # [B, T, D]
+    if config.keep_lower_states:
+        lower = lower_states(model, params["policy"], tokens)
+        if critic is not None and not config.shared_critic and getattr(critic, "frozen_layers", 0):
+            critic_lower = lower_states(critic, params["critic"], tokens)
+    read_rows = _rows(replayed, lower, packed)  # [B, T] or [rows, length]
+    ref_rows = _rows(tokens, lower if shared_base else None, packed)
     logprobs, hidden = _token_logprobs(
         model, params["policy"], read_rows, used_temperature, columns
     )
@@ -240,7 +267,8 @@ def _experience(
         advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
     else:
         if not config.shared_critic:
-            hidden, _ = read(critic, params["critic"], ref_rows, columns)
+            value_rows = _rows(tokens, critic_lower, packed)
+            hidden, _ = read(critic, params["critic"], value_rows, columns)
         values = unpacked(critic.scores(params["critic"], hidden))
         advantages, returns = gae(shaped, values, config)
     if config.whitens:
@@ -251,7 +279,7 @@ def _experience(
         return None if x is None else jnp.full(valid.shape, x, jnp.float32)
 
     return RolloutBatch(
-        tokens=replayed._replace(loss_mask=trained),
+        tokens=replayed._replace(loss_mask=trained, lower=lower),
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         old_values=None if values is None else jnp.where(value_mask, values, 0.0),
@@ -269,7 +297,24 @@ def _experience(
         kl_coef=rows(kl_coef) if config.kl_in == "loss" else None,
         non_score_rewards=non_score,
         columns=columns,
+        critic_lower=critic_lower,
     )
+
+
+def _check_lower_states(model: LanguageModel, config: Config) -> None:
+    if config.keep_lower_states and not getattr(model, "frozen_layers", 0):
+        raise ValueError(
+            "ppo keep_lower_states=True: training changes every layer of the policy, so none can "
+            "be kept; wanted adapters in the upper layers alone (model.lora.targets such as "
+            r"['layers\.(1[2-9]|2\d)\..*']), or keep_lower_states: false"
+        )
+
+
+def _rows(tokens: TokenBatch, lower: LowerStates | None, packed: Packed | None) -> TokenBatch:
+    """The rows that a model reads: the rollout's or packed ones, with its lower states."""
+    if packed is None:
+        return tokens._replace(lower=lower)
+    return packed.tokens._replace(lower=take_planned(lower, packed.plan))
 
 
 def scale_scores(

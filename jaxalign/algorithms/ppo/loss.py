@@ -157,10 +157,11 @@ def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
         average, metrics = _value_terms(values, at_columns(batch), config)
         return Terms({"value": config.vf_coef * average.total}, metrics)
 
-    # A separate critic has its own routers.
-    return HiddenLoss(
-        lambda batch: batch.tokens._replace(experts=None), count, terms, columns=columns_of
-    )
+    def tokens(batch: RolloutBatch) -> TokenBatch:
+        # A separate critic has its own routers and its own lower layers.
+        return batch.tokens._replace(experts=None, lower=batch.critic_lower)
+
+    return HiddenLoss(tokens, count, terms, columns=columns_of)
 
 
 def _value_terms(

@@ -196,17 +196,17 @@ def without_answers(rollout: RolloutBatch) -> RolloutBatch:
 @jax.jit
 def pack_rows(rollout: RolloutBatch, plan: RowPlan) -> RolloutBatch:
     """The rollout's rows packed by a plan; `rollout` as `without_answers` gives it."""
-    packed = _take(rollout, plan)
+    packed = take_planned(rollout, plan)
     return packed._replace(tokens=_with_ids(packed.tokens, plan))
 
 
 @jax.jit
 def pack_tokens(tokens: TokenBatch, plan: RowPlan) -> TokenBatch:
     """Rows `[B, T]` of prompts and answers, packed by a plan."""
-    return _with_ids(_take(tokens, plan), plan)
+    return _with_ids(take_planned(tokens, plan), plan)
 
 
-def _take(tree: Any, plan: RowPlan) -> Any:
+def take_planned(tree: Any, plan: RowPlan) -> Any:
     """`[B, T, …]` arrays by a plan, 0 on padding."""
     real = jnp.asarray(plan.segment_ids) > 0
 

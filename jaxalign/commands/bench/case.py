@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.commands.bench.sizes import SIZES
 from jaxalign.models.attention.dispatch import check_kind
 from jaxalign.models.backend import backend
-from jaxalign.models.decoder import REMAT
+from jaxalign.models.layer_loop import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.parallel.host_memory import is_cpu
 from jaxalign.parallel.mesh import make_mesh

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from jaxalign.algorithms.guard import SpikeConfig
 from jaxalign.algorithms.optim import OptimizerConfig
 from jaxalign.models.attention.dispatch import KINDS
-from jaxalign.models.decoder import REMAT
+from jaxalign.models.layer_loop import REMAT
 from jaxalign.models.lora import LoraConfig
 from jaxalign.models.quantized import QUANTIZED
 from jaxalign.run.best import parse_metric

@@ -26,7 +26,7 @@ from jaxalign.algorithms.guard import skip_spikes
 from jaxalign.algorithms.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxalign.algorithms.step import Loss
 from jaxalign.data import Batches
-from jaxalign.models.flops import Work, forward_flops, work_of
+from jaxalign.models.flops import Work, forward_flops, training_flops, work_of
 from jaxalign.models.scorer import Scorer
 from jaxalign.run.config.base import Run, RunConfig
 from jaxalign.run.tasks.data import make_data, names_of, total_of
@@ -159,8 +159,8 @@ class Parts:
 
     def update_flops(self, batch: Any) -> float:
         """Model FLOPs of one update: the forward pass, and the gradients."""
-        # Frozen weights need no gradient.
-        return (2 if self.adapted else 3) * self._forward(self.update_work(batch))
+        work = self.update_work(batch)
+        return training_flops(self.policy, work, frozen=self.adapted, head=self.has_head)
 
     def prepare_flops(self, batch: Any) -> float:
         """Model FLOPs of `prepare`."""

@@ -339,7 +339,7 @@ class Iteration:
         )  # fmt: skip
         jax.block_until_ready(rollout)
         seconds = parts.watch.stop("experience")
-        tokens = local_rows(rollout.tokens)
+        tokens = local_rows(rollout.tokens._replace(lower=None))
         flops = ppo_flops(
             tokens,
             parts.policy,
@@ -350,6 +350,7 @@ class Iteration:
             frozen=parts.adapted,
             shared_critic=parts.options.shared_critic,
             shared_prompts=parts.options.shared_prompts,
+            keep_lower_states=parts.options.keep_lower_states,
         )
         real = float(np.sum(tokens.segment_ids > 0))
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}
