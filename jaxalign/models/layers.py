@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxalign.models.adapters import adapter_of, column_lengths, length_factor
 from jaxalign.models.base import DecoderConfig, LoraConfig
-from jaxalign.models.ops import project, take_columns
+from jaxalign.models.ops import project, take_columns, widen
 from jaxalign.models.quantized import QuantizedKernel, make_kernel
 from jaxalign.models.rope import Rope, rotate
 
@@ -85,8 +85,8 @@ class Linear(nnx.Module):
     def _delta(self, x: jax.Array) -> jax.Array:
         assert self.lora_a is not None
         assert self.lora_b is not None
-        down = x @ self.lora_a[...].astype(x.dtype)
-        return self.lora_scale * (down @ self.lora_b[...].astype(x.dtype))
+        down = self.lora_scale * (x @ self.lora_a[...].astype(x.dtype))  # [B, T, r]
+        return widen(down, self.lora_b[...].astype(x.dtype))
 
     def _factor(self) -> jax.Array:
         """DoRA's factor of each column, float32 `[out]`."""

@@ -1,11 +1,12 @@
 """What PPO saves where only the upper layers have adapters.
 
-    python scripts/bench/lower_states.py [--sizes S M] [--out FILE]
+    python scripts/bench/lower_states.py [--sizes S M] [--processes 3] [--out FILE]
 
 `every layer` has adapters in all layers, `upper half` in the upper ones, and `kept` also keeps the
 hidden states below them (`ppo.keep_lower_states`). For each: the experience of a rollout (policy,
 reference, critic of adapters on the same base) and one update of policy and critic. Rows of 128
-tokens, half of them the answer; all take turns in one process; milliseconds are medians.
+tokens, half of them the answer. Each form has a process of its own, and they take turns;
+milliseconds are medians of the processes' medians.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +37,8 @@ import jaxalign as ja  # noqa: E402
 from jaxalign import ppo  # noqa: E402
 from jaxalign.models.lora import LoraConfig, add_lora, make_adapters  # noqa: E402
 
-LENGTH = 128
+LENGTH, ROUNDS = 128, 8
+FORMS = ("every layer", "upper half", "kept")
 
 
 def rollout_tokens(rows: int, vocab: int) -> ja.TokenBatch:
@@ -72,39 +75,50 @@ def prepared(size: str, rows: int, lora: LoraConfig, keep: bool) -> dict[str, Ca
     }
 
 
-def measure(size: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds by form and part."""
+def measure(form: str, size: str, rows: int) -> dict[str, float]:
+    """Milliseconds of a form's parts, in this process."""
     layers = random_llama(size)[0].config.num_layers
     upper = "|".join(str(layer) for layer in range(layers // 2, layers))
     half = LoraConfig(targets=(rf"layers\.(?:{upper})\..*",))
-    forms = {
-        "every layer": prepared(size, rows, LoraConfig(), keep=False),
-        "upper half": prepared(size, rows, half, keep=False),
-        "kept": prepared(size, rows, half, keep=True),
-    }
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for number in range(1 + rounds):
-        for form, parts in forms.items():
-            for part, run in parts.items():
-                began = time.perf_counter()
-                jax.block_until_ready(run())
-                if number:
-                    seconds.setdefault((form, part), []).append(time.perf_counter() - began)
-    found: dict[str, dict[str, float]] = {form: {} for form in forms}
-    for (form, part), times in seconds.items():
-        found[form][part] = round(1e3 * statistics.median(times), 1)
+    lora = LoraConfig() if form == "every layer" else half
+    found = {}
+    for part, run in prepared(size, rows, lora, keep=form == "kept").items():
+        seconds = []
+        for _ in range(1 + ROUNDS):
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds.append(time.perf_counter() - began)
+        found[part] = 1e3 * statistics.median(seconds[1:])
     return found
+
+
+def in_turns(size: str, rows: int, processes: int) -> dict[str, dict[str, float]]:
+    """Medians over processes, by form and part."""
+    found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+    for _ in range(processes):
+        for form in FORMS:
+            own = [sys.executable, __file__, "--form", form, "--sizes", size, "--rows", str(rows)]
+            done = subprocess.run(own, check=True, capture_output=True, text=True)
+            found[form].append(json.loads(done.stdout))
+    return {
+        form: {part: round(statistics.median(x[part] for x in all_), 1) for part in all_[0]}
+        for form, all_ in found.items()
+    }
 
 
 def main() -> None:
     """Measures; see the top."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["S", "M"])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    found = {size: measure(size, arguments.rows, arguments.rounds) for size in arguments.sizes}
+    if arguments.form is not None:
+        print(json.dumps(measure(arguments.form, arguments.sizes[0], arguments.rows)))
+        return
+    found = {size: in_turns(size, arguments.rows, arguments.processes) for size in arguments.sizes}
     print(json.dumps(found))
     if arguments.out is not None:
         record = {"benchmark": "lower_states", "rows": arguments.rows, "length": LENGTH}
