@@ -241,6 +241,7 @@ def test_lower_states_are_kept_through_a_run(chat_models, tmp_path):
         "ppo_epochs": 2,
         "minibatches": 2,
         "pack_updates": 8,
+        "dump_every": 1,
         "data": {"rows": 16},
     }
 

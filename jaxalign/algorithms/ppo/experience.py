@@ -116,13 +116,12 @@ def make_experience(
         static_argnames="shared_base",
     )
 
-    def shares_base(state: TrainState, ref_params: Params) -> bool:
+    def shares_base(state: TrainState, ref_params: Params | None) -> bool:
         """Whether the reference's lower layers are the policy's own arrays."""
-        if not config.keep_lower_states:
+        if not config.keep_lower_states or ref_params is None:
             return False
-        policy = combine(state.params, state.frozen)["policy"]
-        pairs = ((without_adapters(policy).get(k), ref_params.get(k)) for k in ("embed", "blocks"))
-        own, other = (jax.tree.leaves(part) for part in zip(*pairs, strict=True))
+        policy = without_adapters(combine(state.params, state.frozen)["policy"])
+        own, other = (jax.tree.leaves([p["embed"], p["blocks"]]) for p in (policy, ref_params))
         return len(own) == len(other) and all(a is b for a, b in zip(own, other, strict=True))
 
     def run(
@@ -156,7 +155,7 @@ def make_experience(
         )  # fmt: skip
 
     def lower(
-        state: TrainState, ref_params: Params, *args: Any, **kwargs: Any
+        state: TrainState, ref_params: Params | None, *args: Any, **kwargs: Any
     ) -> jax.stages.Lowered:
         shared = shares_base(state, ref_params)
         with use_mesh(mesh_of(state.params)):

@@ -81,6 +81,11 @@ def at_columns(rollout: RolloutBatch) -> RolloutBatch:
     return jax.tree.map(take, own)
 
 
+def without_lower_states(rollout: RolloutBatch) -> RolloutBatch:
+    """The rollout without `tokens.lower` and `critic_lower`, by far its largest arrays."""
+    return rollout._replace(tokens=rollout.tokens._replace(lower=None), critic_lower=None)
+
+
 def value_mask_of(rollout: RolloutBatch) -> Array:
     """Where the critic is trained: `[B, T]`."""
     return rollout.tokens.loss_mask if rollout.value_mask is None else rollout.value_mask

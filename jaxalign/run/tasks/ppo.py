@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.ppo.prepare import early_watch
+from jaxalign.algorithms.ppo.rows import without_lower_states
 from jaxalign.algorithms.prepare import Prepare
 from jaxalign.data import Batches, sft_batches, stop_token_ids
 from jaxalign.models.flops import ppo_flops
@@ -339,7 +340,7 @@ class Iteration:
         )  # fmt: skip
         jax.block_until_ready(rollout)
         seconds = parts.watch.stop("experience")
-        tokens = local_rows(rollout.tokens._replace(lower=None))
+        tokens = local_rows(without_lower_states(rollout).tokens)
         flops = ppo_flops(
             tokens,
             parts.policy,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.algorithms.ppo.rows import answer_mask_of
+from jaxalign.algorithms.ppo.rows import answer_mask_of, without_lower_states
 from jaxalign.data.bounds import parse_json
 from jaxalign.parallel import distributed
 from jaxalign.parallel.sharding import all_gather_rows
@@ -63,7 +63,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
     (their difference), `rewards`, `advantages`, and with a critic `values` and `returns`, belong
     to the t-th token of the answer. `trained` says whether the answer is in the loss.
     """
-    batch: Any = all_gather_rows(rollout._replace(ptx=None))
+    batch: Any = all_gather_rows(without_lower_states(rollout)._replace(ptx=None))
     mask = answer_mask_of(batch)
     result = []
     for row in np.flatnonzero(mask.any(axis=1))[:count]:
@@ -105,7 +105,7 @@ def sample_rows(rollout: RolloutBatch, tok: Any, count: int) -> list[dict[str, A
 
 def histograms(rollout: RolloutBatch) -> dict[str, Any]:
     """`scores` and `lengths` of all answers: `edges` of the bins, and the `counts` between them."""
-    batch: Any = all_gather_rows(rollout._replace(ptx=None))
+    batch: Any = all_gather_rows(without_lower_states(rollout)._replace(ptx=None))
     valid, mask = np.asarray(batch.valid), answer_mask_of(batch)
     result = {}
     for name, values in (("scores", batch.scores), ("lengths", mask.sum(axis=1))):
