@@ -78,11 +78,11 @@ class LowerStates:
     """The residual stream above a model's lowest layers, computed beforehand.
 
     Attributes:
-      hidden: `[B, T, D]`, in the model's compute dtype.
+      hidden: `[B, T, D]`, in the model's compute dtype. None, for a critic: the policy's.
       layers: how many layers it has passed; part of the program, not an array.
     """
 
-    hidden: Array
+    hidden: Array | None
     layers: int = dataclasses.field(metadata={"static": True})
 
 

@@ -104,7 +104,9 @@ def test_the_layer_below_all_adapters_takes_one_pass_or_none():
 
     assert iteration()[1:] == (2 * one, 3 * (2 * one - below))
     # Kept: once for policy and reference, and not in the updates.
-    assert iteration(keep_lower_states=True)[1:] == (2 * one - below, 3 * 2 * (one - below))
+    kept = iteration(keep_lower_states=True, shared_reference=True)
+    assert kept[1:] == (2 * one - below, 3 * 2 * (one - below))
+    assert iteration(keep_lower_states=True).scoring == 2 * one
 
 
 def test_rates():

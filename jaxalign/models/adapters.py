@@ -85,7 +85,7 @@ def adapter_of(lora: LoraConfig | None, name: str, layers: int | None = None) ->
 
 
 def frozen_layers(lora: LoraConfig | None, layers: int) -> int:
-    """How many of the lowest layers training leaves alone, with all that is below them.
+    """How many of the lowest layers training leaves alone, and the embedding with them.
 
     Args:
       lora: the options, or None.
@@ -96,7 +96,7 @@ def frozen_layers(lora: LoraConfig | None, layers: int) -> int:
     """
     if lora is None or lora.dora or adapter_of(lora, "embed") is not None:
         return 0
-    if not set(lora.modules_to_save) <= {"norm", "lm_head"}:
+    if not set(lora.modules_to_save) <= {"norm", "lm_head", "score"}:
         return 0
     parts = {
         name: "mlp" if name in ("gate", "up", "down") else "attention" for name in LORA_TARGETS

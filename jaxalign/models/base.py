@@ -325,18 +325,6 @@ def read(
     return hidden, terms
 
 
-def lower_states(model: Any, params: Params, tokens: TokenBatch) -> LowerStates:
-    """The hidden states of a batch above the layers of a model that training leaves alone.
-
-    Args:
-      model: a model with `frozen_layers` and `lower_states`, such as `Decoder`.
-      params: its parameters.
-      tokens: the batch; for `read`, as its `lower`.
-    """
-    rows = (tokens.inputs, tokens.positions, tokens.segment_ids, tokens.branch_ids)
-    return model.lower_states(params, *rows)
-
-
 def read_counts(model: Any, tokens: TokenBatch) -> dict[str, jax.Array]:
     """Weights of the loss terms that `read` returns: all tokens except padding, trained or not."""
     count = jnp.sum(jnp.asarray(tokens.segment_ids) > 0, dtype=jnp.float32)

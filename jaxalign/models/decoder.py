@@ -236,6 +236,7 @@ class Decoder:
         if lower is None:
             x = self._lowest(params, rows, below, noise)
         else:
+            assert lower.hidden is not None
             x = constrain(like_rows(lower.hidden, inputs.shape[1], zigzag), "rows length hidden")
         if experts is not None:  # [B, T, L, k] → [L, B, T, k]
             experts = jnp.moveaxis(like_rows(experts, inputs.shape[1], zigzag), 2, 0)
@@ -284,8 +285,8 @@ class Decoder:
     ) -> LowerStates:  # fmt: skip
         """Hidden states `[B, T, D]` above the lowest `frozen_layers` layers; arguments as `apply`.
 
-        With adapters in the upper layers, they are the same in every update, and in the base
-        without adapters: compute them once and give them to `apply` as `lower`.
+        Where only upper layers have adapters, these states are the same in every update, and in the
+        base without adapters: compute them once, and give them to `apply` as `lower`.
         """
         segments = segments_of(inputs, positions, segment_ids, branch_ids)
         rows = self._rows(inputs, segments, balance=True)

@@ -162,6 +162,7 @@ def ppo_flops(
     shared_critic: bool = False,
     shared_prompts: bool = False,
     keep_lower_states: bool = False,
+    shared_reference: bool = False,
 ) -> PPOFlops:
     """FLOPs of the iteration that generates a rollout and trains on it.
 
@@ -176,7 +177,8 @@ def ppo_flops(
       shared_critic: the critic is a head on the policy.
       shared_prompts: policy, reference and critic also read each prompt once in their passes over
         the rollout, as in mini-batches of whole groups.
-      keep_lower_states: layers below all adapters are run once, for the reference too.
+      keep_lower_states: layers below all adapters are not run in updates.
+      shared_reference: nor in the reference's pass.
     """
     whole, mask = work_of(tokens), np.asarray(tokens.loss_mask)
     read = (np.asarray(tokens.segment_ids) > 0) & ~mask
@@ -197,7 +199,7 @@ def ppo_flops(
         update += training_flops(
             critic, passed, frozen=adapted, head=False, keep_lower_states=keep_lower_states
         )
-    once = below_adapters(policy, passed) if keep_lower_states else 0.0
+    once = below_adapters(policy, passed) if shared_reference else 0.0
     scored = sum(forward_flops(scorer.config, whole, head=False) for scorer in scorers)
     return PPOFlops(
         rollout=forward_flops(policy.config, written),

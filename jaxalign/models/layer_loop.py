@@ -1,8 +1,8 @@
 """Loops over stacked layers, and what their backward pass keeps.
 
 The weights of all layers are stacked, `[L, …]` each. A loop over all of them is one `lax.scan`. A
-loop over some of them takes each layer out of the whole stack, because a slice of the stack would
-be a copy of its weights.
+loop over some of them takes each layer out of the whole stack: a slice of the stack would be a copy
+of its weights. Unrolled layers are slices, which are no copies there.
 """
 
 from __future__ import annotations
@@ -71,16 +71,21 @@ def run_some(
         return x
 
     def numbered(stacked: Any, number: jax.Array, x: jax.Array) -> jax.Array:
-        # Taken inside `recomputed`: its arguments are kept for the backward pass, and the stack is
-        # in memory anyway.
+        # Taken inside the checkpoint, which keeps the stack for the backward pass, and no layer.
         layer = jax.tree.map(
             lambda y: jax.lax.dynamic_index_in_dim(y, number, keepdims=False), stacked
         )
         return block(layer, x)
 
-    run = recomputed(numbered, remat)
+    policy = REMAT[remat] or _all_but_slices
+    run = jax.checkpoint(numbered, policy=policy, prevent_cse=False)
     numbers = jnp.arange(first, last)
     return jax.lax.scan(lambda x, n: (run(stacked, n, x), None), x, numbers)[0]
+
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What `remat: none` keeps of a layer out of the stack: everything except its weights."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 def saves_columns(config: DecoderConfig, kind: str, length: int, columns: int | None) -> bool:

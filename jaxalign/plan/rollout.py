@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxalign.algorithms.ppo.experience import num_columns
 from jaxalign.models.backend import backend
 from jaxalign.models.base import DecoderConfig, combine
-from jaxalign.models.flops import full_rows, row_flops, training_flops
+from jaxalign.models.flops import below_adapters, full_rows, row_flops, training_flops
 from jaxalign.models.moe import expert_dtype
 from jaxalign.parallel.sharding import replicated, use_mesh
 from jaxalign.plan.loader import ShapeLoader
@@ -314,6 +314,8 @@ def _compile_experience(
     experience = lower_experience(config, state, parts, tokens, compiler.mesh)
     useful = 2 * row_flops(parts.policy.config, rows, length - 1, head=True)
     useful += _critic_flops(parts, rows, length - 1)
+    if parts.shares_lower_states(state):
+        useful -= below_adapters(parts.policy, full_rows(rows, length - 1))
     compiler(
         "experience",
         lambda: experience.lowered,
@@ -333,11 +335,13 @@ def _compile_update(
     mesh, model = compiler.mesh, parts.policy
     batch = on_rows(update_shapes(config, parts, rollout), mesh)
     rows, length = batch.advantages.shape
-    keep = parts.options.keep_lower_states
-    useful = training_flops(
-        model, full_rows(rows, length), frozen=parts.adapted, head=True, keep_lower_states=keep
-    )
-    useful += (2 if parts.adapted else 3) * _critic_flops(parts, rows, length)
+    work, keep = full_rows(rows, length), parts.options.keep_lower_states
+    useful = training_flops(model, work, frozen=parts.adapted, head=True, keep_lower_states=keep)
+    if parts.critic is not None and not parts.options.shared_critic:
+        adapted = parts.critic.base.lora is not None
+        useful += training_flops(
+            parts.critic, work, frozen=adapted, head=False, keep_lower_states=keep
+        )
     compiler(
         "update",
         lambda: parts.step.lower(state, batch),

@@ -12,8 +12,10 @@ import tiny
 from jaxalign.algorithms import ppo
 from jaxalign.algorithms.compile import compile_step
 from jaxalign.algorithms.state import init_state
+from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
 from jaxalign.models.lora import LoraConfig, add_lora, make_adapters
+from jaxalign.models.lower_states import same_lower_layers
 from jaxalign.models.scorer import Scorer
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.parallel.sharding import param_shardings, shard_batch
@@ -65,7 +67,9 @@ def iteration(keep, *, mesh=None, pack=0, **options):
             lambda path, x: jax.device_put(x, leaf(layouts, path)), params
         )
 
-    state = init_state(put(trained), ppo.make_optimizer(TX, TX), put(frozen))
+    frozen = put({"policy": frozen["policy"]})
+    frozen["critic"] = {name: x for name, x in frozen["policy"].items() if name != "head"}
+    state = init_state(put(trained), ppo.make_optimizer(TX, TX), frozen)
     reference = state.frozen["policy"]
     with jax.set_mesh(mesh):
         experience = ppo.make_experience(policy, critic, config, reference=BASE)
@@ -106,6 +110,7 @@ def test_rollout_and_updates_are_those_of_whole_passes(plain, options):
     want, trained, _ = plain
     got, kept, metrics = iteration(keep=True, **options)
     assert got.tokens.lower.layers == got.critic_lower.layers == 2
+    assert got.critic_lower.hidden is None  # the policy's: both have one base
     assert want.tokens.lower is want.critic_lower is None
     for name in ("old_logprobs", "ref_logprobs", "advantages", "returns", "old_values"):
         mask = np.asarray(want.tokens.loss_mask)
@@ -145,15 +150,59 @@ def test_layers_below_are_left_out_of_the_passes():
         args = tokens, np.zeros(ROWS, np.float32), np.ones(ROWS, bool)
         lowered = experience.lower(state, reference, *args)
         found[keep, reference is other] = products(lowered)
-    # Two layers of nine products: not for the reference, if its arrays are the policy's.
-    assert found[False, False] - found[True, False] == 2 * 9
-    assert found[True, True] == found[False, False]
+    # Two layers of nine products: not for the critic, nor for a reference of the policy's arrays.
+    assert found[False, False] - found[True, False] == 2 * 2 * 9
+    assert found[False, False] - found[True, True] == 2 * 9
 
     rollout = ppo.make_experience(policy, critic, config, reference=BASE)(state, other, *args)
     step = jax.jit(ppo.make_step(policy, critic, ppo.make_optimizer(TX, TX), config))
     bare = rollout._replace(tokens=rollout.tokens._replace(lower=None), critic_lower=None)
     fewer, all_layers = (products(step.lower(state, batch)) for batch in (rollout, bare))
     assert all_layers - fewer == 2 * 2 * 9  # policy and critic
+
+
+@pytest.mark.parametrize(
+    ("reference", "shares"),
+    [
+        (BASE, True),
+        (dataclasses.replace(BASE, remat="block"), True),
+        (dataclasses.replace(BASE, compute_dtype="bfloat16"), False),
+        (dataclasses.replace(BASE, config=dataclasses.replace(BASE.config, norm_eps=0.1)), False),
+        (object(), False),
+    ],
+)
+def test_only_the_same_model_shares(reference, shares):
+    policy, _, trained, frozen = models()
+    params = combine(trained["policy"], frozen["policy"])
+    assert same_lower_layers(policy, params, reference, frozen["policy"]) == shares
+    copied = jax.tree.map(jnp.copy, frozen["policy"])
+    assert not same_lower_layers(policy, params, reference, copied)
+
+
+def test_another_critics_states_are_its_own():
+    policy, critic, trained, frozen = models()
+    frozen["critic"] = jax.tree.map(lambda x: x + 0.01, frozen["critic"])
+    state = init_state(trained, ppo.make_optimizer(TX, TX), frozen)
+    args = answers(), np.ones(ROWS, np.float32), np.ones(ROWS, bool)
+    found = []
+    for keep in (False, True):
+        config = ppo.Config(keep_lower_states=keep)
+        experience = ppo.make_experience(policy, critic, config, reference=BASE)
+        found.append(experience(state, state.frozen["policy"], *args))
+    kept = found[1]
+    assert not np.allclose(kept.critic_lower.hidden, kept.tokens.lower.hidden, atol=1e-3)
+    np.testing.assert_allclose(kept.old_values, found[0].old_values, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_is_trained_is_refused():
+    policy, critic, trained, frozen = models()
+    for part in ("policy", "critic"):
+        whole = trained | {part: combine(trained[part], frozen[part])}
+        state = init_state(whole, ppo.make_optimizer(TX, TX), frozen | {part: {}})
+        config = ppo.Config(keep_lower_states=True)
+        experience = ppo.make_experience(policy, critic, config, reference=BASE)
+        with pytest.raises(ValueError, match=rf"state.params\['{part}'\] holds embed or blocks"):
+            experience(state, frozen["policy"], answers(), np.ones(ROWS), np.ones(ROWS, bool))
 
 
 def test_a_policy_that_trains_every_layer_is_refused():

@@ -55,7 +55,7 @@ def rows():
         ({"targets": ("query",)}, 0),
         ({"targets": ("lm_head",)}, 3),
         ({"targets": ("embed", *UPPER.targets)}, 0),
-        ({"modules_to_save": ("norm",)}, 2),
+        ({"modules_to_save": ("norm", "lm_head")}, 2),
         ({"modules_to_save": ("attention_norm",)}, 0),
         ({"dora": True}, 0),
     ],
@@ -132,6 +132,30 @@ def test_the_backward_pass_ends_where_training_does():
 
     # Queries, keys, values, their scores and sums, the output, gate, up, down.
     assert products(4) - products(3) == 9
+
+
+@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"offload"}))
+def test_the_backward_pass_keeps_no_copy_of_the_weights(remat):
+    """Temporary memory of a loop over the upper ten of twelve layers, against one over all."""
+    config = dataclasses.replace(
+        tiny.CONFIG, num_layers=12, hidden_size=128, intermediate_size=384, head_dim=32
+    )
+
+    def temporary(first):
+        plain = Decoder(config, remat=remat)
+        layers = "|".join(str(layer) for layer in range(first, 12))
+        lora = dataclasses.replace(UPPER, targets=(rf"layers\.(?:{layers})\..*",))
+        model, adapters, frozen = add_lora(
+            plain, tiny.random_params(plain), jax.random.key(0), lora
+        )
+
+        def loss(adapters, frozen):
+            return jnp.sum(model.apply(combine(adapters, frozen), rows().inputs))
+
+        compiled = jax.jit(jax.grad(loss)).lower(adapters, frozen).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(2) < 1.05 * temporary(0)
 
 
 def test_split_over_devices():

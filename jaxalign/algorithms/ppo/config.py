@@ -50,9 +50,10 @@ class Config:
       pack_experience: 0: the rollout's log-probabilities and values are computed one answer per
         row. n: in packed rows, with the smallest of n shapes that holds them (`minibatches` packs
         the updates). Not used with `router_replay`.
-      keep_lower_states: where only the upper layers have adapters, run the layers below once per
-        rollout, for policy and reference (and for a critic with such adapters), and keep their
-        hidden states for all updates. They take B · T · D numbers of memory.
+      keep_lower_states: where only the upper layers have adapters, run the layers below once over a
+        rollout and keep their hidden states, B · T · D numbers, for all updates. The reference and
+        a critic of such adapters share them if their lower layers are the policy's own arrays (see
+        `same_lower_layers`); another such critic keeps its own.
       shared_prompts: packed rows hold a prompt once, followed by its answers (`samples` > 1). The
         balance loss of a mixture of experts then counts its tokens once.
 

@@ -38,8 +38,9 @@ from jaxalign.losses import ppo as losses
 from jaxalign.losses.masked import masked_sum, whiten
 from jaxalign.models.adapters import without_adapters
 from jaxalign.models.backend import backend
-from jaxalign.models.base import LanguageModel, ScalarModel, combine, lower_states, read
+from jaxalign.models.base import LanguageModel, ScalarModel, combine, read
 from jaxalign.models.lm_head import target_logprobs
+from jaxalign.models.lower_states import lower_states, same_lower_layers
 from jaxalign.models.ops import take_columns
 from jaxalign.parallel.host_memory import on_device
 from jaxalign.parallel.sharding import mesh_of, reshard_batch, row_shards, shard_batch, use_mesh
@@ -52,6 +53,15 @@ class Packed(NamedTuple):
     tokens: TokenBatch
     plan: RowPlan
 
+
+class Sharing(NamedTuple):
+    """Which models have the policy's own lower layers, see `same_lower_layers`."""
+
+    reference: bool = False
+    critic: bool = False
+
+
+APART = Sharing()
 
 ScoreScale = tuple[Array | float, Array | float]
 """(shift, scale): scores become (score − shift) / scale."""
@@ -113,16 +123,23 @@ def make_experience(
 
     experience = jax.jit(
         functools.partial(_experience, model, critic, reference, config),
-        static_argnames="shared_base",
+        static_argnames="sharing",
     )
 
-    def shares_base(state: TrainState, ref_params: Params | None) -> bool:
-        """Whether the reference's lower layers are the policy's own arrays."""
-        if not config.keep_lower_states or ref_params is None:
-            return False
-        policy = without_adapters(combine(state.params, state.frozen)["policy"])
-        own, other = (jax.tree.leaves([p["embed"], p["blocks"]]) for p in (policy, ref_params))
-        return len(own) == len(other) and all(a is b for a, b in zip(own, other, strict=True))
+    def sharing(state: TrainState, ref_params: Params | None) -> Sharing:
+        if not config.keep_lower_states:
+            return Sharing()
+        _check_frozen(state.params, critic)
+        params = combine(state.params, state.frozen)
+        others: dict[str, tuple[Any, Any]] = {"reference": (reference, ref_params)}
+        if critic is not None and getattr(critic, "frozen_layers", 0):
+            others["critic"] = (critic, params["critic"])
+        return Sharing(
+            **{
+                name: own is not None and same_lower_layers(model, params["policy"], other, own)
+                for name, (other, own) in others.items()
+            }
+        )
 
     def run(
         state: TrainState,
@@ -143,7 +160,7 @@ def make_experience(
         if mesh is None or ref_mesh is None or mesh == ref_mesh:
             return experience(
                 state, ref_params, *rest, experts=experts, packed=pack, columns=columns,
-                shared_base=shares_base(state, ref_params),
+                sharing=sharing(state, ref_params),
             )  # fmt: skip
         # The reference has its own devices: only tokens and log-probabilities move.
         used = np.asarray(config.temperature if temperature is None else temperature, np.float32)
@@ -157,9 +174,9 @@ def make_experience(
     def lower(
         state: TrainState, ref_params: Params | None, *args: Any, **kwargs: Any
     ) -> jax.stages.Lowered:
-        shared = shares_base(state, ref_params)
+        shared = sharing(state, ref_params)
         with use_mesh(mesh_of(state.params)):
-            return experience.lower(state, ref_params, *args, shared_base=shared, **kwargs)
+            return experience.lower(state, ref_params, *args, sharing=shared, **kwargs)
 
     return Prepare(run, lower)
 
@@ -203,13 +220,13 @@ def _experience(
     packed: Packed | None = None,
     columns: Array | None = None,
     *,
-    shared_base: bool = False,
+    sharing: Sharing = APART,
 ) -> RolloutBatch:
     """Steps 3 to 7 as one program; see `make_experience` for the arguments.
 
     `ref_logprobs` `[B, T]` replace `ref_params` if the reference has its own devices. The models
-    read the rows of `packed`, if given, and form the hidden states of `columns`. With
-    `shared_base` the reference also takes the policy's lower states, if they are kept.
+    read the rows of `packed`, if given, and form the hidden states of `columns`. If
+    lower states are kept, models take those of the policy as `sharing` says.
     """
     tokens, sampler_logprobs, experts = _without_last_column((tokens, sampler_logprobs, experts))
     replayed = tokens if experts is None else tokens._replace(experts=experts)
@@ -229,10 +246,14 @@ def _experience(
     lower = critic_lower = None  # [B, T, D]
     if config.keep_lower_states:
         lower = lower_states(model, params["policy"], tokens)
-        if critic is not None and not config.shared_critic and getattr(critic, "frozen_layers", 0):
+        if sharing.critic and lower is not None:
+            critic_lower = LowerStates(None, lower.layers)
+        elif (
+            critic is not None and not config.shared_critic and getattr(critic, "frozen_layers", 0)
+        ):
             critic_lower = lower_states(critic, params["critic"], tokens)
     read_rows = _rows(replayed, lower, packed)  # [B, T] or [rows, length]
-    ref_rows = _rows(tokens, lower if shared_base else None, packed)
+    ref_rows = _rows(tokens, lower if sharing.reference else None, packed)
     logprobs, hidden = _token_logprobs(
         model, params["policy"], read_rows, used_temperature, columns
     )
@@ -266,7 +287,7 @@ def _experience(
         advantages = CRITIC_FREE[config.advantage_estimator](shaped, config)
     else:
         if not config.shared_critic:
-            value_rows = _rows(tokens, critic_lower, packed)
+            value_rows = _rows(tokens, lower if sharing.critic else critic_lower, packed)
             hidden, _ = read(critic, params["critic"], value_rows, columns)
         values = unpacked(critic.scores(params["critic"], hidden))
         advantages, returns = gae(shaped, values, config)
@@ -307,6 +328,18 @@ def _check_lower_states(model: LanguageModel, config: Config) -> None:
             "be kept; wanted adapters in the upper layers alone (model.lora.targets such as "
             r"['layers\.(1[2-9]|2\d)\..*']), or keep_lower_states: false"
         )
+
+
+def _check_frozen(params: Params, critic: ScalarModel | None) -> None:
+    """Raises ValueError if the layers below the adapters are trained."""
+    for part, trained in params.items():
+        adapted = part == "policy" or getattr(critic, "frozen_layers", 0)
+        if adapted and {"embed", "blocks"} & set(without_adapters(trained)):
+            raise ValueError(
+                f"ppo keep_lower_states=True: state.params[{part!r}] holds embed or blocks of the "
+                "base, which would stay as they are; wanted adapters alone, and the base in "
+                "state.frozen, or keep_lower_states=False"
+            )
 
 
 def _rows(tokens: TokenBatch, lower: LowerStates | None, packed: Packed | None) -> TokenBatch:

@@ -28,7 +28,7 @@ from jaxalign.losses.masked import keep, weighted
 from jaxalign.losses.sft import nll
 from jaxalign.models.base import LanguageModel, ScalarModel
 from jaxalign.models.lm_head import target_logprobs, target_sum
-from jaxalign.types import Params, RolloutBatch, TokenBatch, Weighted
+from jaxalign.types import LowerStates, Params, RolloutBatch, TokenBatch, Weighted
 
 
 def make_loss(
@@ -158,8 +158,11 @@ def value_loss(critic: ScalarModel, config: Config) -> HiddenLoss:
         return Terms({"value": config.vf_coef * average.total}, metrics)
 
     def tokens(batch: RolloutBatch) -> TokenBatch:
-        # A separate critic has its own routers and its own lower layers.
-        return batch.tokens._replace(experts=None, lower=batch.critic_lower)
+        # A separate critic has its own routers, and its own lower layers or the policy's.
+        lower = batch.critic_lower
+        if isinstance(lower, LowerStates) and lower.hidden is None:
+            lower = batch.tokens.lower
+        return batch.tokens._replace(experts=None, lower=lower)
 
     return HiddenLoss(tokens, count, terms, columns=columns_of)
 

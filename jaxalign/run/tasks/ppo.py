@@ -99,6 +99,12 @@ class RolloutParts(Parts):
         """Also includes the reward models' parameters."""
         return (*super().frozen_params, *(scorer.params for scorer in self.reward_models))
 
+    def shares_lower_states(self, state: TrainState) -> bool:
+        """Whether the reference takes the policy's lower states, see `ppo.make_experience`."""
+        if not self.options.keep_lower_states or self.reference is None:
+            return False
+        return self.reference.shares_layers(self.policy, state)
+
 
 def build_ppo(
     config: PPORun, mesh: Mesh, loader: Loader, data: RunData
@@ -352,6 +358,7 @@ class Iteration:
             shared_critic=parts.options.shared_critic,
             shared_prompts=parts.options.shared_prompts,
             keep_lower_states=parts.options.keep_lower_states,
+            shared_reference=parts.shares_lower_states(state),
         )
         real = float(np.sum(tokens.segment_ids > 0))
         return rollout, seconds | {TOKENS: real, FLOPS: flops.total}

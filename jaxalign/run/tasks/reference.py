@@ -20,6 +20,7 @@ from jaxalign.algorithms.moving_reference import ReferenceSync, reference_of, wi
 from jaxalign.data import resolve_chat_template
 from jaxalign.models.base import combine
 from jaxalign.models.decoder import Decoder
+from jaxalign.models.lower_states import same_lower_layers
 from jaxalign.run.config.dpo import DPORun
 from jaxalign.run.config.ppo import PPORun
 from jaxalign.run.config.reference import ReferenceRun
@@ -50,6 +51,11 @@ class Reference:
         if self.held is not None:
             return self.held
         return combine(reference_of(state), state.frozen)
+
+    def shares_layers(self, policy: Decoder, state: TrainState) -> bool:
+        """Whether its lower layers are those of PPO's policy, see `same_lower_layers`."""
+        own = combine(state.params, state.frozen)["policy"]
+        return same_lower_layers(policy, own, self.model, self.params(state))
 
 
 def reference_optimizer(
