@@ -217,7 +217,10 @@ def collect_answers(slots: Slots, which: jax.Array, pad_token: Array) -> Slots:
     written = number < count[:, None]  # [n, R]
 
     def unroll(ring: jax.Array, fill: Any) -> jax.Array:
-        return jnp.where(written, jnp.take_along_axis(ring[which], column, axis=1), fill)
+        found = jnp.where(written, jnp.take_along_axis(ring[which], column, axis=1), fill)
+        # Without the barrier, libtpu 0.0.42 fuses this gather into the scatter below, and its
+        # compiler aborts where rings have 128 columns.
+        return jax.lax.optimization_barrier(found)
 
     experts = slots.experts
     if experts is not None and slots.cache.experts is not None:
