@@ -21,8 +21,9 @@ def lower_states(model: Any, params: Params, tokens: TokenBatch) -> LowerStates:
       params: its parameters.
       tokens: the batch, `[B, T]`.
     """
+    decoder = model.base if isinstance(model, Scorer) else model
     rows = (tokens.inputs, tokens.positions, tokens.segment_ids, tokens.branch_ids)
-    return model.lower_states(params, *rows)
+    return decoder.lower_states(params, *rows)
 
 
 def same_lower_layers(model: Any, params: Params, other: Any, other_params: Params) -> bool:

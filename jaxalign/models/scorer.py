@@ -71,17 +71,6 @@ class Scorer:
         """As `Decoder.frozen_layers`."""
         return self.base.frozen_layers
 
-    def lower_states(
-        self,
-        params: Params,
-        inputs: Array,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
-        branch_ids: Array | None = None,
-    ) -> LowerStates:
-        """As `Decoder.lower_states`."""
-        return self.base.lower_states(params, inputs, positions, segment_ids, branch_ids)
-
     @property
     def extra_terms(self) -> tuple[str, ...]:
         """As `Decoder.extra_terms`."""

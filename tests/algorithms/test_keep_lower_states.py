@@ -194,6 +194,22 @@ def test_another_critics_states_are_its_own():
     np.testing.assert_allclose(kept.old_values, found[0].old_values, rtol=1e-4, atol=1e-4)
 
 
+def test_a_critic_on_the_policys_hidden_states_has_none_of_its_own():
+    policy, critic, trained, frozen = models()
+    params = ppo.init_params(trained["policy"], {"score": trained["critic"]["score"]})
+    state = init_state(params, ppo.make_optimizer(TX, TX), {"policy": frozen["policy"]})
+    args = answers(), np.arange(ROWS, dtype=np.float32), np.ones(ROWS, bool)
+    found = []
+    for keep in (False, True):
+        config = ppo.Config(keep_lower_states=keep, shared_critic=True)
+        experience = ppo.make_experience(policy, critic, config, reference=BASE)
+        found.append(experience(state, state.frozen["policy"], *args))
+    whole, kept = found
+    assert kept.critic_lower is None
+    assert kept.tokens.lower.layers == 2
+    np.testing.assert_allclose(kept.old_values, whole.old_values, rtol=1e-4, atol=1e-4)
+
+
 def test_a_base_that_is_trained_is_refused():
     policy, critic, trained, frozen = models()
     for part in ("policy", "critic"):

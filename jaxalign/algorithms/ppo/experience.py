@@ -132,7 +132,7 @@ def make_experience(
         _check_frozen(state.params, critic)
         params = combine(state.params, state.frozen)
         others: dict[str, tuple[Any, Any]] = {"reference": (reference, ref_params)}
-        if critic is not None and getattr(critic, "frozen_layers", 0):
+        if _keeps_critic(critic, config):
             others["critic"] = (critic, params["critic"])
         return Sharing(
             **{
@@ -248,9 +248,7 @@ def _experience(
         lower = lower_states(model, params["policy"], tokens)
         if sharing.critic and lower is not None:
             critic_lower = LowerStates(None, lower.layers)
-        elif (
-            critic is not None and not config.shared_critic and getattr(critic, "frozen_layers", 0)
-        ):
+        elif _keeps_critic(critic, config):
             critic_lower = lower_states(critic, params["critic"], tokens)
     read_rows = _rows(replayed, lower, packed)  # [B, T] or [rows, length]
     ref_rows = _rows(tokens, lower if sharing.reference else None, packed)
@@ -328,6 +326,11 @@ def _check_lower_states(model: LanguageModel, config: Config) -> None:
             "be kept; wanted adapters in the upper layers alone (model.lora.targets such as "
             r"['layers\.(1[2-9]|2\d)\..*']), or keep_lower_states: false"
         )
+
+
+def _keeps_critic(critic: ScalarModel | None, config: Config) -> bool:
+    """Whether the critic has lower layers, apart from the policy's passes, that are kept."""
+    return not config.shared_critic and getattr(critic, "frozen_layers", 0) > 0
 
 
 def _check_frozen(params: Params, critic: ScalarModel | None) -> None:
