@@ -12,11 +12,10 @@ process; milliseconds are medians.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
-import statistics
 import sys
-import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from _job import machine  # noqa: E402
 from _start import random_llama  # noqa: E402
+from _turns import median_times  # noqa: E402
 
 LENGTH = 128
 
@@ -59,14 +59,8 @@ def measure(size: str, rows: int, rounds: int) -> dict[str, float]:
         "three": (lambda params: [once(params, ids) for _ in range(3)], first),
         "one": (lambda params: once(params, ends), first),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(1 + rounds):
-        for name, (form, params) in forms.items():
-            began = time.perf_counter()
-            jax.block_until_ready(form(params))
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: round(1e3 * statistics.median(x), 1) for name, x in seconds.items()}
+    runs = {name: functools.partial(form, params) for name, (form, params) in forms.items()}
+    return median_times(runs, rounds)
 
 
 def main() -> None:

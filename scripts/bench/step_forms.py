@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 from _job import machine  # noqa: E402
 from _start import random_llama, shape_of  # noqa: E402
+from _turns import median_times  # noqa: E402
 
 TOKENS = 1024
 
@@ -143,18 +142,6 @@ def adam_forms(size: str) -> Forms:
     }
 
 
-def measure(forms: Forms, rounds: int) -> dict[str, float]:
-    """Milliseconds of each form."""
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(1 + rounds):
-        for name, run in forms.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
-
-
 def main() -> None:
     """Measures; see the top."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -169,7 +156,7 @@ def main() -> None:
         parts = {
             "norm": norm_forms(*width), "swiglu": swiglu_forms(*width), "adam": adam_forms(size)
         }  # fmt: skip
-        found[size] = {part: measure(forms, arguments.rounds) for part, forms in parts.items()}
+        found[size] = {part: median_times(forms, arguments.rounds) for part, forms in parts.items()}
     print(json.dumps(found))
     if arguments.out is not None:
         record = {"benchmark": "step_forms", "tokens": TOKENS, "milliseconds": found} | machine()
